@@ -1,0 +1,78 @@
+"""Keys and values of one sequence, ragged by layer: each layer keeps its own entries and their
+positions, so that a pass may store different tokens in different layers.
+
+A layer's storage is (C, capacity, E): key heads, then value heads, each head's entries in a row, so that
+reading a head is one sequential run.
+
+Law: truncate then append equals never having appended.
+Shapes: T new tokens, S stored tokens, J key heads, C = 2J, E numbers a head.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FIRST = 256  # entries a layer starts with; it doubles when full
+
+
+class KV:
+    """One sequence's cache. Views are valid until the next append to their layer."""
+
+    def __init__(self, num_layers: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+        empty = torch.empty(2 * num_heads, 0, head_dim, dtype=dtype)
+        self._stored = [empty for _ in range(num_layers)]
+        self.positions = [array("i") for _ in range(num_layers)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self._stored)
+
+    def append(self, layer: int, k_TJE: Tensor, v_TJE: Tensor, positions: Sequence[int]) -> Tensor:
+        """Store T entries, copied; positions must rise. Returns the view."""
+        stored, start = self.reserve(layer, positions)
+        num_heads, end = k_TJE.shape[1], start + len(positions)
+        stored[:num_heads, start:end] = k_TJE.transpose(0, 1)
+        stored[num_heads:, start:end] = v_TJE.transpose(0, 1)
+        return stored[:, :end]
+
+    def reserve(self, layer: int, positions: Sequence[int]) -> tuple[Tensor, int]:
+        """Room for entries that the caller fills at once: all of the layer's storage, and the index
+        of the first."""
+        kept, stored = self.positions[layer], self._stored[layer]
+        start, end = len(kept), len(kept) + len(positions)
+        if end > stored.shape[1]:
+            stored = self._grow(layer, end)
+        kept.extend(positions)
+        return stored, start
+
+    def _grow(self, layer: int, size: int) -> Tensor:
+        old, used = self._stored[layer], len(self.positions[layer])
+        num_heads, capacity, head_dim = old.shape
+        capacity = max(FIRST, 2 * capacity)
+        while capacity < size:
+            capacity *= 2
+        grown = torch.empty(num_heads, capacity, head_dim, dtype=old.dtype)
+        grown[:, :used] = old[:, :used]
+        self._stored[layer] = grown
+        return grown
+
+    def view(self, layer: int) -> Tensor:
+        """(C, S, E): the entries of a layer, no copy."""
+        return self._stored[layer][:, : len(self.positions[layer])]
+
+    def truncate(self, length: int) -> None:
+        """Forget every entry at position `length` or later."""
+        for kept in self.positions:
+            if kept and kept[-1] >= length:
+                del kept[bisect_left(kept, length) :]
+
+    def keep(self, layer: int, indices: Sequence[int]) -> None:
+        """Of one layer, keep only the entries at these rising indices."""
+        kept, stored = self.positions[layer], self.view(layer)
+        stored[:, : len(indices)] = stored[:, torch.tensor(indices, dtype=torch.long)]
+        self.positions[layer] = array("i", [kept[i] for i in indices])

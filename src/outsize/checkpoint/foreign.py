@@ -1,0 +1,99 @@
+"""What every foreign checkpoint looks like to the rest of the house, whatever its file format."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from outsize.checkpoint.ggml import BlockType, Bytes, Codes, Floats, codes, dequantize
+from outsize.errors import CheckpointError, UnsupportedError
+
+Config = Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor where it lies: nothing is read until `read`."""
+
+    name: str
+    kind: BlockType
+    shape: tuple[int, ...]  # last axis fastest
+    path: Path
+    offset: int
+    size: int  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerSpec:
+    """A tokenizer as its checkpoint states it: a finished JSON, or the arrays of a GGUF."""
+
+    json: str | None = None
+    arrays: Mapping[str, object] = field(default_factory=dict)
+    bos: int | None = None
+    eos: tuple[int, ...] = ()
+    add_bos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A parsed, bounds-checked model on disk."""
+
+    format: str  # "gguf" or "safetensors"
+    architecture: str
+    config: Config
+    tensors: Mapping[str, Tensor]
+    tokenizer: TokenizerSpec
+    files: tuple[Path, ...]
+    chat_template: str | None = None
+    licence: str | None = None
+
+
+def read_raw(tensor: Tensor) -> Bytes:
+    """The bytes of a tensor. Raises CheckpointError if the file has shrunk since it was parsed."""
+    with open(tensor.path, "rb") as f:
+        raw = pread(f, tensor.offset, tensor.size, tensor.name)
+    return np.frombuffer(raw, np.uint8)
+
+
+def pread(f: BinaryIO, offset: int, size: int, what: str) -> bytearray:
+    """Exactly `size` bytes at `offset`."""
+    out = bytearray(size)
+    view, done = memoryview(out), 0
+    f.seek(offset)
+    while done < size:
+        got = f.readinto(view[done:])  # type: ignore[attr-defined]
+        if not got:
+            raise CheckpointError(
+                f"{f.name}: {what} ends {size - done} bytes early at byte {offset + done}; "
+                "the file is truncated or was replaced while it was read: fetch it again"
+            )
+        done += got
+    return out
+
+
+def read_floats(tensor: Tensor) -> Floats:
+    """A tensor's numbers as fp32 in its shape. Raises UnsupportedError, naming type and tensor."""
+    if tensor.kind.read is None:
+        raise UnsupportedError(
+            f"{tensor.path.name}: tensor {tensor.name!r} has type {tensor.kind.name}, which outsize "
+            "cannot read; use a file of type F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K"
+        )
+    return dequantize(tensor.kind, read_raw(tensor), tensor.shape)
+
+
+def read_codes(tensor: Tensor) -> Codes | None:
+    """A matrix's own 4-bit codes, or None if its type has none."""
+    rows, width = tensor.shape
+    return codes(tensor.kind, read_raw(tensor), (rows, width))
+
+
+def file_size(path: Path) -> int:
+    """Bytes of a regular file. Raises CheckpointError for anything else."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: not a regular file; give the path of a .gguf or a folder")
+    return os.stat(path).st_size

@@ -1,0 +1,223 @@
+"""The block formats of GGUF tensors: how many bytes, and which numbers.
+
+Every format stores rows in blocks. A block format with at most 16 levels a group (`codes`) can be
+moved into an int4 record without changing a code; all others are read through `dequantize`, whose
+results equal the `gguf` package's bit for bit (tests/test_checkpoint.py).
+Formats: https://github.com/ggml-org/ggml (ggml-common.h).
+
+Shapes: B blocks; a block of the K formats holds 8 or 16 groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+
+
+def _half(blocks: Bytes, at: int) -> Floats:
+    """The fp16 at byte `at` of every block, as fp32 (B, 1)."""
+    return np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16).astype(np.float32)
+
+
+def _nibbles(packed: Bytes) -> Bytes:
+    """(..., n) bytes -> (..., 2n) codes: all low nibbles, then all high ones."""
+    return np.concatenate([packed & 15, packed >> 4], axis=-1)
+
+
+def _fifth_bits(blocks: Bytes, at: int) -> Bytes:
+    """32 bits at byte `at`, one a weight, already in place 4: (B, 32)."""
+    return np.unpackbits(blocks[:, at : at + 4], axis=-1, bitorder="little") << 4
+
+
+def _six_bit_scales(packed: Bytes) -> tuple[Bytes, Bytes]:
+    """The 12 bytes of Q4_K and Q5_K that hold 8 scales and 8 minimums of 6 bits: two (B, 8)."""
+    low, mid, high = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
+    scales = np.concatenate([low & 63, (high & 15) | (low >> 6 << 4)], axis=-1)
+    return scales, np.concatenate([mid & 63, (high >> 4) | (mid >> 6 << 4)], axis=-1)
+
+
+def _q4_0(b: Bytes) -> Floats:
+    return _half(b, 0) * (_nibbles(b[:, 2:]).astype(np.int8) - np.int8(8)).astype(np.float32)
+
+
+def _q4_1(b: Bytes) -> Floats:
+    return _half(b, 0) * _nibbles(b[:, 4:]).astype(np.float32) + _half(b, 2)
+
+
+def _q5_0(b: Bytes) -> Floats:
+    codes = (_nibbles(b[:, 6:]) | _fifth_bits(b, 2)).astype(np.int8) - np.int8(16)
+    return _half(b, 0) * codes.astype(np.float32)
+
+
+def _q5_1(b: Bytes) -> Floats:
+    codes = _nibbles(b[:, 8:]) | _fifth_bits(b, 4)
+    return _half(b, 0) * codes.astype(np.float32) + _half(b, 2)
+
+
+def _q8_0(b: Bytes) -> Floats:
+    return _half(b, 0) * b[:, 2:].view(np.int8).astype(np.float32)
+
+
+def _two_bits(packed: Bytes, num_groups: int) -> Bytes:
+    """(B, 64) bytes -> (B, num_groups, 256 / num_groups) codes of 2 bits, in runs of 32 bytes."""
+    shifts = np.array([0, 2, 4, 6], np.uint8).reshape(1, 1, 4, 1)
+    return (packed.reshape(-1, 2, 1, 32) >> shifts & 3).reshape(len(packed), num_groups, -1)
+
+
+def _q2_k(b: Bytes) -> Floats:
+    scales = b[:, :16]
+    step = _half(b, 80) * (scales & 15).astype(np.float32)
+    low = _half(b, 82) * (scales >> 4).astype(np.float32)
+    codes = _two_bits(b[:, 16:80], 16).astype(np.float32)
+    return step[:, :, None] * codes - low[:, :, None]
+
+
+def _q3_k(b: Bytes) -> Floats:
+    high, packed = b[:, 96:104], b[:, 104:108]
+    low4 = np.concatenate([high & 15, high >> 4], axis=-1)
+    shifts = np.array([0, 2, 4, 6], np.uint8).reshape(1, 4, 1)
+    high2 = (packed[:, None, :] >> shifts & 3).reshape(-1, 16)
+    scales = (low4 | high2 << 4).astype(np.int8) - np.int8(32)
+    bits = np.arange(8, dtype=np.uint8).reshape(1, 8, 1)
+    missing = ((b[:, None, :32] >> bits & 1) ^ 1).reshape(-1, 16, 16)
+    codes = _two_bits(b[:, 32:96], 16).astype(np.int8) - (missing << 2).astype(np.int8)
+    step = _half(b, 108) * scales.astype(np.float32)
+    return step[:, :, None] * codes.astype(np.float32)
+
+
+def _k_steps(b: Bytes) -> tuple[Floats, Floats]:
+    """Step and minimum of the 8 groups of Q4_K and Q5_K blocks: two (B, 8)."""
+    scales, minimums = _six_bit_scales(b[:, 4:16])
+    return _half(b, 0) * scales.astype(np.float32), _half(b, 2) * minimums.astype(np.float32)
+
+
+def _k_codes(packed: Bytes) -> Bytes:
+    """(B, 128) bytes -> (B, 8, 32) codes of 4 bits."""
+    return _nibbles(packed.reshape(-1, 4, 32)).reshape(-1, 8, 32)
+
+
+def _q4_k(b: Bytes) -> Floats:
+    step, low = _k_steps(b)
+    return step[:, :, None] * _k_codes(b[:, 16:]).astype(np.float32) - low[:, :, None]
+
+
+def _q5_k(b: Bytes) -> Floats:
+    step, low = _k_steps(b)
+    bits = np.arange(8, dtype=np.uint8).reshape(1, 8, 1)
+    codes = _k_codes(b[:, 48:]) | (b[:, None, 16:48] >> bits & 1) << 4
+    return step[:, :, None] * codes.astype(np.float32) - low[:, :, None]
+
+
+def _q6_k(b: Bytes) -> Floats:
+    low = _nibbles(b[:, :128].reshape(-1, 2, 64)).reshape(-1, 8, 32)
+    shifts = np.array([0, 2, 4, 6], np.uint8).reshape(1, 1, 4, 1)
+    high = (b[:, 128:192].reshape(-1, 2, 1, 32) >> shifts & 3).reshape(-1, 8, 32)
+    codes = ((low | high << 4).astype(np.int8) - np.int8(32)).reshape(-1, 16, 16)
+    step = _half(b, 208) * b[:, 192:208].view(np.int8).astype(np.float32)
+    return step[:, :, None] * codes.astype(np.float32)
+
+
+def _float(dtype: Any) -> Callable[[Bytes], Floats]:
+    return lambda b: b.view(dtype).astype(np.float32)
+
+
+def _bf16(b: Bytes) -> Floats:
+    return (b.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockType:
+    """One tensor type: `length` weights in `size` bytes; None where we cannot read its numbers."""
+
+    name: str
+    length: int
+    size: int
+    read: Callable[[Bytes], Floats] | None = None
+
+
+TYPES: dict[int, BlockType] = {
+    0: BlockType("F32", 1, 4, _float(np.float32)),
+    1: BlockType("F16", 1, 2, _float(np.float16)),
+    2: BlockType("Q4_0", 32, 18, _q4_0),
+    3: BlockType("Q4_1", 32, 20, _q4_1),
+    6: BlockType("Q5_0", 32, 22, _q5_0),
+    7: BlockType("Q5_1", 32, 24, _q5_1),
+    8: BlockType("Q8_0", 32, 34, _q8_0),
+    10: BlockType("Q2_K", 256, 84, _q2_k),
+    11: BlockType("Q3_K", 256, 110, _q3_k),
+    12: BlockType("Q4_K", 256, 144, _q4_k),
+    13: BlockType("Q5_K", 256, 176, _q5_k),
+    14: BlockType("Q6_K", 256, 210, _q6_k),
+    30: BlockType("BF16", 1, 2, _bf16),
+    # Known, so that a file with one of them is refused by name rather than as damaged.
+    9: BlockType("Q8_1", 32, 40),
+    15: BlockType("Q8_K", 256, 292),
+    16: BlockType("IQ2_XXS", 256, 66),
+    17: BlockType("IQ2_XS", 256, 74),
+    18: BlockType("IQ3_XXS", 256, 98),
+    19: BlockType("IQ1_S", 256, 50),
+    20: BlockType("IQ4_NL", 32, 18),
+    21: BlockType("IQ3_S", 256, 110),
+    22: BlockType("IQ2_S", 256, 82),
+    23: BlockType("IQ4_XS", 256, 136),
+    24: BlockType("I8", 1, 1),
+    25: BlockType("I16", 1, 2),
+    26: BlockType("I32", 1, 4),
+    27: BlockType("I64", 1, 8),
+    28: BlockType("F64", 1, 8),
+    29: BlockType("IQ1_M", 256, 56),
+    34: BlockType("TQ1_0", 256, 54),
+    35: BlockType("TQ2_0", 256, 66),
+    39: BlockType("MXFP4", 32, 17),
+}
+BY_NAME = {kind.name: kind for kind in TYPES.values()}
+
+
+def dequantize(kind: BlockType, raw: Bytes, shape: tuple[int, ...]) -> Floats:
+    """The numbers of a tensor, fp32, in its own shape (last axis fastest)."""
+    assert kind.read is not None, kind.name
+    blocks = raw.reshape(-1, kind.size)
+    # A scale may be anything in a foreign file; overflow to inf is the reference's answer too.
+    with np.errstate(all="ignore"):
+        return kind.read(blocks).reshape(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """A 4-bit tensor as stored: w = step * code + low, in groups of 32 along the last axis."""
+
+    code_NK: Bytes
+    step_NG: Floats
+    low_NG: Floats
+
+
+def _codes_q4_0(b: Bytes) -> tuple[Bytes, Floats, Floats]:
+    return _nibbles(b[:, 2:]), _half(b, 0), _half(b, 0) * np.float32(-8)
+
+
+def _codes_q4_1(b: Bytes) -> tuple[Bytes, Floats, Floats]:
+    return _nibbles(b[:, 4:]), _half(b, 0), _half(b, 2)
+
+
+def _codes_q4_k(b: Bytes) -> tuple[Bytes, Floats, Floats]:
+    step, low = _k_steps(b)
+    return _k_codes(b[:, 16:]), step, -low
+
+
+_CODES = {"Q4_0": _codes_q4_0, "Q4_1": _codes_q4_1, "Q4_K": _codes_q4_k}
+
+
+def codes(kind: BlockType, raw: Bytes, shape: tuple[int, int]) -> Codes | None:
+    """The stored 4-bit codes of a matrix, or None for a type that has none."""
+    if kind.name not in _CODES:
+        return None
+    code, step, low = _CODES[kind.name](raw.reshape(-1, kind.size))
+    rows = shape[0]
+    return Codes(code.reshape(shape), step.reshape(rows, -1), low.reshape(rows, -1))

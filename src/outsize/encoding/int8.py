@@ -1,0 +1,67 @@
+"""int8 with one scale a row: w = scale * code, codes in -127..127.
+
+The scale is rounded to bf16 (the kernel's type) before the codes are chosen, so rounding it costs
+nothing. Narrow: `_weight_int8pack_mm`, row-invariant. Wide: codes are exact in bf16, so the matmul
+runs on them as they are and its output is scaled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from outsize.encoding.frozen import frozen_linear
+from outsize.encoding.plain import Encoding, Fields, FieldSpec
+
+NARROW_ROWS = 48  # up to here the kernel beats decoding every weight, even for one long span
+ROW_STEP = 16  # the kernel's blocks of rows; a last partial one is padded with zero rows
+
+
+@dataclass(frozen=True, slots=True)
+class Int8:
+    name: str = "int8"
+    tolerance: float = 2e-2
+
+    def specs(self, num_rows: int, width: int) -> dict[str, FieldSpec]:
+        padded = -(-num_rows // ROW_STEP) * ROW_STEP
+        return {
+            "codes": FieldSpec(torch.int8, (padded, width), 0),
+            "scale": FieldSpec(torch.bfloat16, (padded,), 0),
+        }
+
+    def stored_rows(self, fields: Fields) -> int:
+        return fields["scale"].shape[0]
+
+    def encode(self, w_NK: Tensor) -> dict[str, Tensor]:
+        w_NK = _pad_rows(w_NK.float(), ROW_STEP)
+        scale_N = (w_NK.abs().amax(dim=1) / 127).to(torch.bfloat16)
+        step_N1 = scale_N.float().clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+        codes = (w_NK / step_N1).round_().clamp_(-127, 127).to(torch.int8)
+        return {"codes": codes, "scale": scale_N}
+
+    def decode(self, fields: Fields) -> Tensor:
+        return fields["codes"].float() * fields["scale"].float()[:, None]
+
+    def linear(self, x_TK: Tensor, fields: Fields, wide: bool) -> Tensor:
+        if x_TK.requires_grad:
+            return frozen_linear(x_TK, lambda x: self._run(x, fields, wide), lambda: self.decode(fields))
+        return self._run(x_TK, fields, wide)
+
+    def _run(self, x_TK: Tensor, fields: Fields, wide: bool) -> Tensor:
+        if wide and len(x_TK) > NARROW_ROWS:
+            return linear(x_TK, fields["codes"].to(x_TK.dtype)).mul_(fields["scale"])
+        return torch._weight_int8pack_mm(x_TK, fields["codes"], fields["scale"])
+
+    def rows(self, fields: Fields, ids_T: Tensor) -> Tensor:
+        return fields["codes"][ids_T].float() * fields["scale"][ids_T].float()[:, None]
+
+
+def _pad_rows(w_NK: Tensor, step: int) -> Tensor:
+    missing = -w_NK.shape[0] % step
+    return torch.nn.functional.pad(w_NK, (0, 0, 0, missing)) if missing else w_NK
+
+
+ENCODINGS: tuple[Encoding, ...] = (Int8(),)

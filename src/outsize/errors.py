@@ -1,0 +1,74 @@
+"""Everything outsize raises on purpose. A message is one sentence with the numbers and the way out.
+
+    OutsizeError                    exit status 1: it could not be done
+    +-- UserError (ValueError)      exit status 2: what was asked for cannot be
+    |   +-- OptionError             a flag, keyword or setting
+    |   +-- SourceError             no such model, or it is not one
+    |   +-- CheckpointError         a foreign file is damaged or lies about itself
+    |   +-- UnsupportedError        a sound file of a kind we do not run
+    |   +-- TemplateError           a chat template that fails or runs wild
+    |   +-- ContextError            more tokens than the context holds
+    +-- PackError                   a pack is damaged, or of another version or layout
+    +-- DiskFullError               not enough room to write
+    +-- FetchError                  the network, or an index, said no
+    +-- HashError                   what came is not what was asked for
+    +-- ClosedError                 a model used after it was closed
+"""
+
+from __future__ import annotations
+
+
+class OutsizeError(Exception):
+    """The root: catch this to catch everything outsize raises on purpose."""
+
+    exit_status = 1
+
+
+class UserError(OutsizeError, ValueError):
+    """What was asked for cannot be; the message says what can."""
+
+    exit_status = 2
+
+
+class OptionError(UserError):
+    """A flag, keyword or setting is unknown or out of range."""
+
+
+class SourceError(UserError):
+    """The model named is not there, or is not a model."""
+
+
+class CheckpointError(UserError):
+    """A foreign file is damaged, truncated or lies about itself."""
+
+
+class UnsupportedError(UserError):
+    """A sound file of an architecture, type or tokenizer that outsize does not run."""
+
+
+class TemplateError(UserError):
+    """A chat template failed, or ran past its limits."""
+
+
+class ContextError(UserError):
+    """The prompt does not fit the context."""
+
+
+class PackError(OutsizeError):
+    """A pack is damaged, or was made by another version or for another machine."""
+
+
+class DiskFullError(OutsizeError):
+    """There is not enough room on the disk."""
+
+
+class FetchError(OutsizeError):
+    """A model could not be fetched."""
+
+
+class HashError(OutsizeError):
+    """A fetched file is not the one asked for."""
+
+
+class ClosedError(OutsizeError):
+    """A model was used after it was closed."""

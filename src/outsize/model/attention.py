@@ -1,0 +1,85 @@
+"""Attention of new tokens over a sequence's cache: one token at a time, or a long span at once.
+
+One at a time, the query heads that share a key head are laid out as that head's rows, so that each key
+is read once and the problem is the same whatever else is in the step: a row's bits depend on its own
+query and its own past only. A long span goes to torch's fused kernel, or, for wide heads in bf16, in
+blocks of queries through plain matmuls (docs/decisions.md has the figures).
+
+Shapes: T new tokens, S stored, H query heads, J key heads, C = 2J, G = H / J, E numbers a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+BLOCK = 128  # queries at once in the blocked way
+WIDE_HEAD = 128
+
+
+def attend_rows(q_THE: Tensor, kv_CSE: Tensor, scale: float, window: int | None) -> Tensor:
+    """(T, H*E): the last T of S tokens attend, each to itself and what is before it."""
+    num_new, num_heads, head_dim = q_THE.shape
+    num_kv, size = kv_CSE.shape[0] // 2, kv_CSE.shape[1]
+    q_TJGE = q_THE.reshape(num_new, 1, num_kv, num_heads // num_kv, head_dim)
+    out = []
+    for row in range(num_new):
+        end = size - num_new + row + 1
+        seen = kv_CSE[None, :, max(0, end - window) if window else 0 : end]
+        k_JSE, v_JSE = seen[:, :num_kv], seen[:, num_kv:]
+        out.append(scaled_dot_product_attention(q_TJGE[row], k_JSE, v_JSE, scale=scale))
+    return torch.cat(out).view(num_new, -1)
+
+
+def attend_span(
+    q_THE: Tensor, kv_CSE: Tensor, positions_S: Sequence[int], scale: float, window: int | None
+) -> Tensor:
+    """(T, H*E): the same for a long span, all at once."""
+    num_new, _, head_dim = q_THE.shape
+    num_kv, size = kv_CSE.shape[0] // 2, kv_CSE.shape[1]
+    if head_dim >= WIDE_HEAD and q_THE.dtype == torch.bfloat16:
+        return _blocked(q_THE * scale, kv_CSE, positions_S, window)
+    plain = size == num_new and (window is None or size <= window)
+    mask = None if plain else _mask(positions_S, size - num_new, size, 0, size, window)
+    out_HTE = scaled_dot_product_attention(
+        q_THE.transpose(0, 1)[None],
+        kv_CSE[None, :num_kv],
+        kv_CSE[None, num_kv:],
+        mask,
+        is_causal=plain,
+        scale=scale,
+        enable_gqa=True,
+    )
+    return out_HTE[0].transpose(0, 1).flatten(1)
+
+
+def _mask(
+    positions: Sequence[int], first: int, last: int, start: int, end: int, window: int | None
+) -> Tensor:
+    """(last - first, end - start) bool: which entries each query may see."""
+    apart = torch.tensor(positions[first:last])[:, None] - torch.tensor(positions[start:end])
+    return (apart >= 0) if window is None else (apart >= 0) & (apart < window)
+
+
+def _blocked(
+    q_THE: Tensor, kv_CSE: Tensor, positions: Sequence[int], window: int | None
+) -> Tensor:
+    num_new, num_heads, head_dim = q_THE.shape
+    num_kv, size = kv_CSE.shape[0] // 2, kv_CSE.shape[1]
+    group, past = num_heads // num_kv, size - num_new
+    q_JTGE = q_THE.reshape(num_new, num_kv, group, head_dim).transpose(0, 1)
+    out = torch.empty_like(q_JTGE)
+    for first in range(0, num_new, BLOCK):
+        last = min(first + BLOCK, num_new)
+        start, end = max(0, past + first - window + 1) if window else 0, past + last
+        k_JSE, v_JSE = kv_CSE[:num_kv, start:end], kv_CSE[num_kv:, start:end]
+        rows_JRE = q_JTGE[:, first:last].reshape(num_kv, -1, head_dim)
+        score = torch.bmm(rows_JRE, k_JSE.transpose(1, 2)).float()
+        hidden = ~_mask(positions, past + first, end, start, end, window)
+        score.view(num_kv, last - first, group, -1).masked_fill_(hidden[:, None], -torch.inf)
+        mixed = torch.bmm(score.softmax(-1).to(v_JSE.dtype), v_JSE)
+        out[:, first:last] = mixed.view(num_kv, last - first, group, head_dim)
+    return out.transpose(0, 1).reshape(num_new, -1)

@@ -1,0 +1,30 @@
+"""The dense feed-forward: down(act(gate(x)) * up(x)), gate and up as one matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn.functional import gelu, silu
+
+from outsize.model.layers import Linear
+from outsize.native.kernels import Kernels
+
+# In the order of the kinds that native/rows.c knows.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": silu,
+    "gelu_tanh": lambda x: gelu(x, approximate="tanh"),
+}
+
+
+class Dense:
+    def __init__(self, gate_up: Linear, down: Linear, activation: str) -> None:
+        self.gate_up, self.down, self.activation = gate_up, down, activation
+        self._act, self._kind = ACTIVATIONS[activation], list(ACTIVATIONS).index(activation)
+
+    def __call__(self, x_TD: Tensor, wide: bool, kernels: Kernels | None) -> Tensor:
+        gate_up = self.gate_up(x_TD, wide)
+        if kernels is not None:
+            return self.down(kernels.gate(gate_up, self._kind), wide)
+        gate, up = gate_up.chunk(2, dim=1)
+        return self.down(self._act(gate).mul_(up), wide)

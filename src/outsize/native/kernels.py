@@ -1,0 +1,101 @@
+"""The compiled row kernels as functions of tensors. Shapes as in rows.c."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from outsize.native.build import library
+
+CHUNK = 256
+_P, _L, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        ("heads", _L), ("kv_heads", _L), ("head_dim", _L), ("window", _L),
+        ("scale", _F), ("eps", _F), ("bias", _P), ("norm", _P),
+    )  # fmt: skip
+
+
+class AttentionSpec:
+    """What a layer's attention kernel needs to know; keeps the tensors it points to alive."""
+
+    def __init__(
+        self,
+        heads: tuple[int, int, int],
+        window: int | None,
+        scale: float,
+        eps: float,
+        bias: Tensor | None,
+        norm: Tensor | None,
+    ) -> None:
+        self.heads, self.window = heads, window or 0
+        self._kept = bias, norm
+        pointers = [t.data_ptr() if t is not None else None for t in self._kept]
+        self.struct = _Attention(*heads, self.window, scale, eps, *pointers)
+        self.pointer = ctypes.addressof(self.struct)
+
+    def chunks(self, slot: int) -> int:
+        seen = min(slot + 1, self.window) if self.window else slot + 1
+        return (seen - 1) // CHUNK + 1
+
+
+class Kernels:
+    """The functions of rows.c. All tensors contiguous; bf16 unless said."""
+
+    def __init__(self, lib: ctypes.CDLL) -> None:
+        self._norm, self._residual = lib.norm_rows, lib.residual_rows
+        self._gate, self._attend = lib.gate_rows, lib.attend_rows
+        self._norm.argtypes = [_P, _P, _F, _P, _L, _L]
+        self._residual.argtypes = [_P, _P, _P, _F, _L, _L]
+        self._gate.argtypes = [_P, _P, _L, _L, ctypes.c_int]
+        self._attend.argtypes = [_P, _P, _P, _P, _L, _L, _P, _P]
+        for function in (self._norm, self._residual, self._gate, self._attend):
+            function.restype = None
+
+    def norm(self, h_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """fp32 -> bf16."""
+        rows, width = h_TD.shape
+        out = torch.empty(rows, width, dtype=torch.bfloat16)
+        self._norm(h_TD.data_ptr(), weight_D.data_ptr(), eps, out.data_ptr(), rows, width)
+        return out
+
+    def residual(self, h_TD: Tensor, y_TD: Tensor, weight_D: Tensor | None, eps: float) -> None:
+        """Changes h_TD (fp32)."""
+        rows, width = h_TD.shape
+        weight = None if weight_D is None else weight_D.data_ptr()
+        self._residual(h_TD.data_ptr(), y_TD.data_ptr(), weight, eps, rows, width)
+
+    def gate(self, gate_up: Tensor, kind: int) -> Tensor:
+        rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+        out = torch.empty(rows, width, dtype=torch.bfloat16)
+        self._gate(gate_up.data_ptr(), out.data_ptr(), rows, width, kind)
+        return out
+
+    def attend(
+        self, spec: AttentionSpec, qkv: Tensor, turns_TE: Tensor, rows: Sequence[tuple[Tensor, int]]
+    ) -> Tensor:
+        """rows: each row's cache (2J, capacity, E) and the slot that its entry is to fill."""
+        num_heads, num_kv, head_dim = spec.heads
+        count, chunks = len(rows), max(spec.chunks(slot) for _, slot in rows)
+        task = num_heads // num_kv * (head_dim + 2)
+        scratch = torch.empty(count * (num_heads * head_dim + num_kv * chunks * task))
+        out = torch.empty(count, num_heads * head_dim, dtype=torch.bfloat16)
+        cells = (v for kv, slot in rows for v in (kv.data_ptr(), slot, kv.shape[1]))
+        table = (_L * (3 * count))(*cells)
+        self._attend(
+            spec.pointer, qkv.data_ptr(), turns_TE.data_ptr(), table, count, chunks,
+            scratch.data_ptr(), out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+
+def kernels(folder: Path) -> Kernels | None:
+    """The kernels, compiled into `folder` at the first call on a machine; None without a compiler."""
+    lib = library(folder)
+    return None if lib is None else Kernels(lib)

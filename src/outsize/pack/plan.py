@@ -1,0 +1,226 @@
+"""What a pack of a checkpoint will hold, worked out from headers alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from outsize.checkpoint.foreign import Checkpoint, Tensor
+from outsize.errors import CheckpointError, UnsupportedError
+from outsize.family.description import Description, Recipe
+from outsize.pack.format import PAGE, Matrix, TableHeader, aligned
+
+ROWS = 1024  # rows of an embedding or head in one record
+CODED = {"Q4_0": "int4", "Q4_1": "int4", "Q4_K": "int4", "Q2_K": "int4", "Q3_K": "int4"}
+BYTES = ("Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0")
+LOSSY = ("Q2_K", "Q3_K")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One foreign tensor that goes into a matrix, and how its rows must be reordered."""
+
+    tensor: Tensor
+    head_dim: int = 0  # > 0: heads in halves, to be interleaved
+    shift: float = 0.0  # added to every number
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A matrix to be written, and what it is made of, stacked along rows."""
+
+    encoding: str
+    parts: tuple[Part, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(rows_of(part.tensor) for part in self.parts)
+
+    @property
+    def width(self) -> int:
+        return self.parts[0].tensor.shape[-1]
+
+
+Record = dict[str, tuple[Piece, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class TablePlan:
+    """A table to be written: its header without checksums, and each record's contents."""
+
+    header: TableHeader
+    records: tuple[Record, ...]
+
+
+def rows_of(tensor: Tensor) -> int:
+    return tensor.shape[0] if len(tensor.shape) == 2 else 1
+
+
+def encoding_for(tensor: Tensor, wanted: str) -> str:
+    """The encoding of a matrix of this type. Raises UnsupportedError, naming type and tensor."""
+    kind = tensor.kind
+    if kind.read is None:
+        raise UnsupportedError(
+            f"{tensor.path.name}: tensor {tensor.name!r} has type {kind.name}, which outsize cannot "
+            "read; use F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K"
+        )
+    if wanted != "auto":
+        return wanted
+    return CODED.get(kind.name, "int8" if kind.name in BYTES else "bf16")
+
+
+class Planner:
+    """Finds and checks every tensor that a recipe names."""
+
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, wanted: str) -> None:
+        self.tensors, self.recipe, self.wanted = checkpoint.tensors, recipe, wanted
+        self.description = recipe.description
+
+    def tensor(self, name: str, layer: int, shape: tuple[int, ...]) -> Tensor:
+        foreign = self.recipe.names[name].replace("{i}", str(layer))
+        found = self.tensors.get(foreign)
+        if found is None:
+            raise CheckpointError(f"tensor {foreign!r} is missing; the checkpoint is not complete")
+        if found.shape != shape:
+            raise CheckpointError(f"tensor {foreign!r} has shape {found.shape}, not {shape}")
+        return found
+
+    def matrix(self, layer: int, *names: tuple[str, int, int]) -> tuple[Piece, ...]:
+        """Matrices (name, rows, width) stacked, those of one encoding as one."""
+        pieces: list[Piece] = []
+        for name, num_rows, width in names:
+            tensor = self.tensor(name, layer, (num_rows, width))
+            part = Part(tensor, self.head_dim(name))
+            encoding = encoding_for(tensor, self.wanted)
+            if pieces and pieces[-1].encoding == encoding:
+                pieces[-1] = Piece(encoding, (*pieces[-1].parts, part))
+            else:
+                pieces.append(Piece(encoding, (part,)))
+        return tuple(pieces)
+
+    def vector(self, layer: int, *names: tuple[str, int]) -> tuple[Piece, ...]:
+        """Vectors (name, length), kept in fp32: one row if there is one, else joined end to end."""
+        parts = []
+        for name, length in names:
+            shift = self.recipe.norm_shift if name.endswith("norm") else 0.0
+            tensor = self.tensor(name, layer, (length,))
+            encoding_for(tensor, self.wanted)
+            parts.append(Part(tensor, self.head_dim(name.split("_")[0]), shift))
+        return tuple(Piece("fp32", (part,)) for part in parts)
+
+    def head_dim(self, name: str) -> int:
+        halves = name in ("q", "k") and not self.recipe.interleaved
+        return self.description.head_dim if halves else 0
+
+    def attention(self, i: int) -> Record:
+        d = self.description
+        q_rows, kv_rows = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
+        record = {
+            "attn_norm": self.vector(i, ("attn_norm", d.width)),
+            "qkv": self.matrix(
+                i, ("q", q_rows, d.width), ("k", kv_rows, d.width), ("v", kv_rows, d.width)
+            ),
+            "o": self.matrix(i, ("o", d.width, q_rows)),
+        }
+        if d.qkv_bias:
+            biases = ("q_bias", q_rows), ("k_bias", kv_rows), ("v_bias", kv_rows)
+            record["qkv_bias"] = self.vector(i, *biases)
+        if d.qk_norm:
+            record["q_norm"] = self.vector(i, ("q_norm", d.head_dim))
+            record["k_norm"] = self.vector(i, ("k_norm", d.head_dim))
+        if d.post_norm:
+            record["attn_post_norm"] = self.vector(i, ("attn_post_norm", d.width))
+        return record
+
+    def feed_forward(self, i: int) -> Record:
+        d = self.description
+        record = {
+            "ffn_norm": self.vector(i, ("ffn_norm", d.width)),
+            "gate_up": self.matrix(
+                i, ("gate", d.ffn_width, d.width), ("up", d.ffn_width, d.width)
+            ),
+            "down": self.matrix(i, ("down", d.width, d.ffn_width)),
+        }
+        if d.post_norm:
+            record["ffn_post_norm"] = self.vector(i, ("ffn_post_norm", d.width))
+        return record
+
+    def rows(self, name: str) -> TablePlan:
+        """The table of an embedding or head, in blocks of ROWS rows."""
+        d = self.description
+        tensor = self.tensor(name, 0, (d.vocab_size, d.width))
+        wanted = "int8" if self.wanted == "int4" else self.wanted
+        encoding = encoding_for(tensor, wanted)
+        block = min(ROWS, aligned(d.vocab_size, 64))
+        starts = range(0, d.vocab_size, block)
+        records: list[Record] = [
+            {name: (Piece(encoding, (Part(slice_rows(tensor, s, s + block)),)),)} for s in starts
+        ]
+        layout, stride = lay_out({name: (Matrix(encoding, block, d.width, 0),)})
+        header = TableHeader(name, "rows", tuple(starts), stride, layout, (), d.vocab_size)
+        return TablePlan(header, tuple(records))
+
+
+def slice_rows(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Rows start..stop of a matrix (fewer at its end), as a tensor of their own."""
+    num_rows, width = tensor.shape
+    stop, row_bytes = min(stop, num_rows), tensor.size // num_rows
+    shape, offset = (stop - start, width), tensor.offset + start * row_bytes
+    return Tensor(
+        tensor.name, tensor.kind, shape, tensor.path, offset, (stop - start) * row_bytes
+    )
+
+
+def lay_out(tensors: dict[str, tuple[Matrix, ...]]) -> tuple[dict[str, tuple[Matrix, ...]], int]:
+    """Give every matrix its offset in the record; the record's stride."""
+    out, at = {}, 0
+    for name, matrices in tensors.items():
+        placed = []
+        for m in matrices:
+            placed.append(Matrix(m.encoding, m.num_rows, m.width, at))
+            at += m.size
+        out[name] = tuple(placed)
+    return out, aligned(at, PAGE)
+
+
+def _layer_tables(name: str, records: Sequence[Record]) -> list[TablePlan]:
+    """Records of one shape make one table, since its records are equally long."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for i, record in enumerate(records):
+        shape = tuple((k, p.encoding, p.num_rows) for k, ps in record.items() for p in ps)
+        groups.setdefault(shape, []).append(i)
+    plans = []
+    for number, layers in enumerate(groups.values()):
+        matrices = {
+            k: tuple(Matrix(p.encoding, p.num_rows, p.width, 0) for p in pieces)
+            for k, pieces in records[layers[0]].items()
+        }
+        layout, stride = lay_out(matrices)
+        header = TableHeader(f"{name}-{number}", "layers", tuple(layers), stride, layout, ())
+        plans.append(TablePlan(header, tuple(records[i] for i in layers)))
+    return plans
+
+
+def plan(checkpoint: Checkpoint, recipe: Recipe, wanted: str) -> list[TablePlan]:
+    """Every table of the pack. Reads nothing. Raises CheckpointError, UnsupportedError."""
+    p, d = Planner(checkpoint, recipe, wanted), recipe.description
+    check_size(checkpoint, d)
+    tables = [p.rows("embed")] + ([] if d.tied else [p.rows("head")])
+    tables += _layer_tables("attn", [p.attention(i) for i in range(d.num_layers)])
+    tables += _layer_tables("ffn", [p.feed_forward(i) for i in range(d.num_layers)])
+    return tables + _layer_tables("final", [{"final_norm": p.vector(0, ("final_norm", d.width))}])
+
+
+def check_size(checkpoint: Checkpoint, d: Description) -> None:
+    """A config may not promise more weights than the checkpoint has."""
+    stored = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
+    promised = d.num_layers * d.width * (d.qkv_rows + 3 * d.ffn_width)
+    if promised > stored:
+        raise CheckpointError(f"the config promises {promised:,} weights, {stored:,} are there")
+
+
+def lossy_tensors(tables: Sequence[TablePlan]) -> list[str]:
+    """Tensors that are re-encoded in fewer levels than they have."""
+    parts = (p for t in tables for r in t.records for ps in r.values() for x in ps for p in x.parts)
+    return [part.tensor.name for part in parts if part.tensor.kind.name in LOSSY]

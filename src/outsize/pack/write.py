@@ -1,0 +1,241 @@
+"""checkpoint -> pack: streamed, atomic, locked. A pack appears under its name only when whole.
+
+Peak memory is a few tensors: one matrix is read, encoded and written at a time. The folder is written
+under a temporary name, synced, and renamed; a killed packer leaves only a temporary folder, which the
+next one removes.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+import filelock
+import numpy as np
+import torch
+from torch import Tensor
+
+from outsize.checkpoint import tokenizer as tokenizers
+from outsize.checkpoint.foreign import Checkpoint, read_codes, read_floats
+from outsize.encoding.find import encoding
+from outsize.encoding.int4 import Int4
+from outsize.errors import DiskFullError, PackError
+from outsize.family.find import recipe as find_recipe
+from outsize.pack.format import (
+    HEADER,
+    TOKENIZER,
+    Matrix,
+    Pack,
+    Source,
+    TableHeader,
+    read_header,
+    write_header,
+)
+from outsize.pack.plan import Part, Piece, Record, TablePlan, lossy_tensors, plan
+
+Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
+SLACK = 64 << 20  # bytes that a file system wants for itself
+
+
+def file_stats(files: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
+    """(path, bytes, mtime) of each file: what tells a changed source from an unchanged one."""
+    stats = [(p.resolve(), p.stat()) for p in files]
+    return tuple((str(p), s.st_size, s.st_mtime_ns) for p, s in stats)
+
+
+def hash_files(files: Sequence[Path], progress: Progress) -> str:
+    """SHA-256 over the files' bytes, in order."""
+    total = sum(p.stat().st_size for p in files)
+    digest, done = hashlib.sha256(), 0
+    for path in files:
+        with open(path, "rb") as f:
+            while chunk := f.read(8 << 20):
+                digest.update(chunk)
+                done += len(chunk)
+                progress("checking", done, total)
+    return digest.hexdigest()
+
+
+def write(
+    checkpoint: Checkpoint,
+    spec: str,
+    wanted: str,
+    home: Path,
+    version: str,
+    progress: Progress,
+    warn: Callable[[str], None],
+) -> Pack:
+    """Pack a checkpoint into `home`, or find that another process did. Raises OutsizeError."""
+    recipe = find_recipe(checkpoint)
+    tables = plan(checkpoint, recipe, wanted)
+    lossy = lossy_tensors(tables)
+    if lossy:
+        warn(
+            f"{len(lossy)} tensors (the first is {lossy[0]}) are Q2_K or Q3_K and are re-encoded "
+            "as int4, which changes their numbers a little; a Q4_K_M file is kept exactly"
+        )
+    digest = hash_files(checkpoint.files, progress)
+    stem = checkpoint.files[0].stem if checkpoint.format == "gguf" else Path(spec).name
+    name = f"{_safe(stem)}-{digest[:12]}-{wanted}"
+    source = Source(
+        spec, digest, sum(p.stat().st_size for p in checkpoint.files),
+        file_stats(checkpoint.files), wanted,
+    )  # fmt: skip
+    home.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(home / f".{name}.lock"):
+        final = home / name
+        if final.exists():
+            with suppress(PackError):
+                return _again(read_header(final), source)
+            shutil.rmtree(final)
+        draft = Pack(
+            path=final, source=source, description=recipe.description, tables=(),
+            bos=checkpoint.tokenizer.bos, eos=checkpoint.tokenizer.eos,
+            add_bos=checkpoint.tokenizer.add_bos, tokenizer_crc=0,
+            chat_template=checkpoint.chat_template, licence=checkpoint.licence,
+            made_by=version,
+        )  # fmt: skip
+        return _write_whole(draft, checkpoint, tables, progress)
+
+
+def _again(pack: Pack, source: Source) -> Pack:
+    """The same bytes under another name: remember the newest one."""
+    if pack.source == source:
+        return pack
+    pack = replace(pack, source=source)
+    temporary = pack.path / f".{os.getpid()}"
+    temporary.mkdir()
+    write_header(pack, temporary)
+    os.replace(temporary / HEADER, pack.path / HEADER)
+    temporary.rmdir()
+    return pack
+
+
+def _safe(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-._" else "-" for c in name).lstrip(".-") or "model"
+
+
+def _write_whole(
+    draft: Pack, checkpoint: Checkpoint, tables: Sequence[TablePlan], progress: Progress
+) -> Pack:
+    home, name = draft.path.parent, draft.path.name
+    for stale in home.glob(f".{name}.tmp-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    _check_room(home, sum(t.header.size for t in tables))
+    folder = home / f".{name}.tmp-{os.getpid()}"
+    folder.mkdir()
+    try:
+        pack = _fill(draft, folder, checkpoint, tables, progress)
+        _sync(folder)
+        os.rename(folder, draft.path)
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _full(home, sum(t.header.size for t in tables)) from None
+        raise PackError(f"cannot write the pack in {home}: {e.strerror}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return pack
+
+
+def _check_room(home: Path, size: int) -> None:
+    if shutil.disk_usage(home).free < size + SLACK:
+        raise _full(home, size)
+
+
+def _full(home: Path, size: int) -> DiskFullError:
+    free = shutil.disk_usage(home).free
+    return DiskFullError(
+        f"the pack needs {(size + SLACK) / 1e6:,.0f} MB in {home}, {free / 1e6:,.0f} MB are free; "
+        "make room, remove packs with `outsize rm`, or set OUTSIZE_HOME to another disk"
+    )
+
+
+def _fill(
+    draft: Pack,
+    folder: Path,
+    checkpoint: Checkpoint,
+    tables: Sequence[TablePlan],
+    progress: Progress,
+) -> Pack:
+    text = tokenizers.build(checkpoint.tokenizer).to_str().encode()
+    (folder / TOKENIZER).write_bytes(text)
+    total, done, headers = sum(t.header.size for t in tables), 0, []
+    for table in tables:
+        headers.append(_write_table(table, folder, lambda n, d=done: progress("packing", d + n, total)))  # type: ignore[misc]
+        done += table.header.size
+    pack = replace(draft, tables=tuple(headers), tokenizer_crc=zlib.crc32(text))
+    write_header(pack, folder)
+    return pack
+
+
+def _write_table(table: TablePlan, folder: Path, tick: Callable[[int], None]) -> TableHeader:
+    header, sums = table.header, []
+    with open(folder / header.file, "wb") as f:
+        for number, record in enumerate(table.records):
+            sums.append(_write_record(f, header, record))
+            tick((number + 1) * header.stride)
+    return replace(header, checksums=tuple(sums))
+
+
+def _write_record(f: BinaryIO, header: TableHeader, record: Record) -> int:
+    buffer = bytearray(header.stride)
+    for name, pieces in record.items():
+        for matrix, piece in zip(header.tensors[name], pieces, strict=True):
+            _put(buffer, matrix, _encode(piece, matrix.num_rows))
+    f.write(buffer)
+    return zlib.crc32(buffer)
+
+
+def _put(buffer: bytearray, matrix: Matrix, fields: dict[str, Tensor]) -> None:
+    for name, offset in matrix.offsets().items():
+        raw = fields[name].contiguous().view(torch.uint8).numpy().tobytes()
+        buffer[offset : offset + len(raw)] = raw
+
+
+def _encode(piece: Piece, num_rows: int) -> dict[str, Tensor]:
+    """The fields of a piece, padded to `num_rows` rows (the last block of a row table)."""
+    if piece.encoding == "int4":
+        found = [read_codes(part.tensor) for part in piece.parts]
+        if all(c is not None for c in found):
+            stacked = [
+                _stack([getattr(c, k) for c in found], piece.parts, num_rows)
+                for k in ("code_NK", "step_NG", "low_NG")
+            ]
+            return Int4().from_codes(*stacked)
+    floats = [read_floats(p.tensor).reshape(-1, piece.width) + p.shift for p in piece.parts]
+    return encoding(piece.encoding).encode(_stack(floats, piece.parts, num_rows))
+
+
+def _stack(arrays: Sequence[object], parts: Sequence[Part], num_rows: int) -> Tensor:
+    rows = [_interleave(np.asarray(a), p.head_dim) for a, p in zip(arrays, parts, strict=True)]
+    whole = np.concatenate(rows) if len(rows) > 1 else rows[0]
+    missing = num_rows - len(whole)
+    return torch.from_numpy(np.pad(whole, ((0, missing), (0, 0))) if missing else whole.copy())
+
+
+def _interleave(rows: np.ndarray, head_dim: int) -> np.ndarray:  # type: ignore[type-arg]
+    """Heads in halves (i, i + d/2) -> adjacent pairs (2i, 2i + 1); a vector's one row likewise."""
+    if not head_dim:
+        return rows
+    vector = len(rows) == 1
+    heads = (rows.T if vector else rows).reshape(-1, 2, head_dim // 2, 1 if vector else rows.shape[1])
+    mixed = heads.swapaxes(1, 2).reshape(-1, heads.shape[-1])
+    return np.ascontiguousarray(mixed.T if vector else mixed)
+
+
+def _sync(folder: Path) -> None:
+    """Everything on disk before the rename can be."""
+    for path in (*folder.iterdir(), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
