@@ -324,6 +324,18 @@ class Conversation:
         self._model, self.options = model, options
         self.messages: list[dict[str, str]] = []
         self._past = _Past(model.transformer.new_kv())
+        self._streaming: Streaming | None = None
+
+    @property
+    def reply(self) -> Reply:
+        """The last turn's account."""
+        assert self._streaming is not None, "nothing said yet"
+        return self._streaming.reply
+
+    def cancel(self) -> None:
+        """End the present reply."""
+        if self._streaming is not None:
+            self._streaming.cancel()
 
     def reset(self, system: str | None = None) -> None:
         """Forget everything said; with a system prompt, begin anew under it."""
@@ -335,7 +347,7 @@ class Conversation:
         """One turn: pieces of the reply. What was said before is not computed again."""
         messages = [*self.messages, {"role": "user", "content": text}]
         streaming = self._model._stream(messages, self.options, self._past)
-        self.streaming = streaming
+        self._streaming = streaming
         try:
             yield from streaming
         finally:

@@ -156,6 +156,11 @@ class Transformer:
         self._ropes = {layer.rope for layer in description.layers}
         self._kernels = kernels if self.dtype == torch.bfloat16 else None
 
+    @property
+    def has_kernels(self) -> bool:
+        """Are the compiled row kernels in use?"""
+        return self._kernels is not None
+
     def new_kv(self) -> KV:
         """An empty cache for one sequence."""
         d = self.description

@@ -1,0 +1,91 @@
+"""`outsize doctor`: the machine, its ceilings, and what would run slowly on it and why."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import psutil
+import torch
+
+from outsize.native import build
+from outsize.native.kernels import kernels
+from outsize.pack import store
+from outsize.plan import probe
+
+
+def examine() -> dict[str, object]:
+    """Everything, measured now: a few seconds."""
+    home = store.home()
+    home.mkdir(parents=True, exist_ok=True)
+    memory = psutil.virtual_memory()
+    return {
+        "processor": probe.processor(),
+        "cores": probe.cores(),
+        "threads": torch.get_num_threads(),
+        "instruction_sets": probe.instruction_sets(),
+        "memory_bytes": memory.total,
+        "memory_free_bytes": memory.available,
+        "memory_bytes_per_s": round(probe.memory_bandwidth()),
+        "bf16_flops": round(probe.matmul_speed()),
+        "fp32_flops": round(probe.matmul_speed(torch.float32)),
+        "disk_free_bytes": shutil.disk_usage(home).free,
+        "disk_bytes_per_s": round(probe.disk_bandwidth(home)),
+        "torch": torch.__version__,
+        "torch_kernels": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "compiler": build.compiler(),
+        "native_kernels": kernels(home / "native") is not None,
+        "home": str(home),
+    }
+
+
+def complaints(seen: dict[str, object]) -> list[str]:
+    """What would run slowly here, why, and what helps."""
+    out = []
+    if seen["torch_kernels"] != "AVX512":
+        out.append(
+            f"torch's kernels here are {seen['torch_kernels']}, not AVX512: the packed int4 layout "
+            "is the AVX-512 kernel's, so int4 packs are not offered; use --encoding int8"
+        )
+    if not seen["native_kernels"]:
+        missing = "no C compiler was found" if seen["compiler"] is None else "compiling failed"
+        out.append(f"{missing}: decoding runs about a quarter slower; install gcc or clang")
+    bf16, fp32 = float(str(seen["bf16_flops"])), float(str(seen["fp32_flops"]))
+    if bf16 < 1.5 * fp32:
+        out.append("no fast bf16 arithmetic: long prompts take two to four times as long")
+    if int(str(seen["threads"])) > int(str(seen["cores"])):
+        out.append(f"{seen['threads']} threads on {seen['cores']} cores: use --threads")
+    if int(str(seen["disk_free_bytes"])) < 2e9:
+        out.append(f"little room in {seen['home']}: set OUTSIZE_HOME to another disk")
+    if "+cpu" not in str(seen["torch"]) and seen["gpu"] is None:
+        out.append(
+            "torch is a GPU build without a GPU: it works, and takes 5 GB of disk that the CPU build "
+            "does not (see README)"
+        )
+    return out
+
+
+def show(as_json: bool) -> None:
+    """Print the examination."""
+    seen = examine()
+    if as_json:
+        print(json.dumps(seen | {"complaints": complaints(seen)}))
+        return
+    sets = ", ".join(str(s) for s in seen["instruction_sets"])  # type: ignore[attr-defined]
+    gb = {k: float(str(v)) / 1e9 for k, v in seen.items() if k.endswith(("bytes", "_s", "flops"))}
+    rows = {
+        "processor": f"{seen['processor']}, {seen['cores']} cores, {seen['threads']} threads used",
+        "instructions": sets or "none that matter here",
+        "memory": f"{gb['memory_bytes']:.1f} GB, {gb['memory_free_bytes']:.1f} GB free, "
+        f"{gb['memory_bytes_per_s']:.1f} GB/s",
+        "compute": f"{gb['bf16_flops']:.0f} GFLOP/s bf16, {gb['fp32_flops']:.0f} fp32",
+        "disk": f"{gb['disk_free_bytes']:.1f} GB free, {gb['disk_bytes_per_s']:.2f} GB/s direct reads",
+        "torch": f"{seen['torch']}, {seen['torch_kernels']} kernels, GPU: {seen['gpu'] or 'none'}",
+        "row kernels": "native" if seen["native_kernels"] else "plain",
+        "home": str(seen["home"]),
+    }
+    for name, value in rows.items():
+        print(f"{name:>12}  {value}")
+    for text in complaints(seen):
+        print(f"{'slow':>12}  {text}")
