@@ -407,7 +407,9 @@ def _pack(spec: source.Spec, encoding: str, quiet: bool, progress: Progress) -> 
         if spec.text == DEFAULT_MODEL:
             source.check_hash(path, DEFAULT_MODEL_SHA256, progress)
         checkpoint = source.open_checkpoint(path)
-        return write.write(checkpoint, spec.text, encoding, folder, __version__, progress, _warn)
+        grouped = kernels(store.home() / "native") is not None
+        how = write.How(spec.text, encoding, grouped, __version__)
+        return write.write(checkpoint, how, folder, progress, _warn)
 
 
 def _warn(text: str) -> None:
@@ -430,12 +432,12 @@ def load(
             raise OptionError(f"threads is {threads}; a whole number from 1 to 1,024 is expected")
         torch.set_num_threads(threads)
     made, traffic = pack(model, encoding=encoding, quiet=quiet), Traffic()
+    compiled = kernels(store.home() / "native") if native else None
     longest = made.description.context
     if context is not None and not 2 <= context <= longest:
         raise ContextError(f"context is {context:,}; this model holds from 2 to {longest:,} tokens")
     with bars(quiet) as progress:
-        loaded = load_resident(made, traffic, progress)
-    compiled = kernels(store.home() / "native") if native else None
+        loaded = load_resident(made, compiled, traffic, progress)
     parts = loaded.embed, loaded.head, loaded.layers, loaded.final_norm
     transformer = Transformer(made.description, *parts, compiled)
     return Model(made, transformer, _tokens(made), context or longest, traffic)

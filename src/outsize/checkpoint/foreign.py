@@ -86,10 +86,10 @@ def read_floats(tensor: Tensor) -> Floats:
     return dequantize(tensor.kind, read_raw(tensor), tensor.shape)
 
 
-def read_codes(tensor: Tensor) -> Codes | None:
-    """A matrix's own 4-bit codes, or None if its type has none."""
+def read_codes(tensor: Tensor, encoding: str) -> Codes | None:
+    """A matrix's own codes for this encoding, or None if its type has none."""
     rows, width = tensor.shape
-    return codes(tensor.kind, read_raw(tensor), (rows, width))
+    return codes(tensor.kind, read_raw(tensor), (rows, width), encoding)
 
 
 def file_size(path: Path) -> int:

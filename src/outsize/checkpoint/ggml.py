@@ -191,33 +191,42 @@ def dequantize(kind: BlockType, raw: Bytes, shape: tuple[int, ...]) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """A 4-bit tensor as stored: w = step * code + low, in groups of 32 along the last axis."""
+    """A matrix as stored: w = step * code + low, in groups of 32 along the last axis."""
 
     code_NK: Bytes
     step_NG: Floats
     low_NG: Floats
 
 
-def _codes_q4_0(b: Bytes) -> tuple[Bytes, Floats, Floats]:
-    return _nibbles(b[:, 2:]), _half(b, 0), _half(b, 0) * np.float32(-8)
+Stored = tuple[Bytes, Floats, Floats]
 
 
-def _codes_q4_1(b: Bytes) -> tuple[Bytes, Floats, Floats]:
-    return _nibbles(b[:, 4:]), _half(b, 0), _half(b, 2)
+def _symmetric(code: Bytes, step: Floats, offset: int) -> Stored:
+    return code, step, step * np.float32(-offset)
 
 
-def _codes_q4_k(b: Bytes) -> tuple[Bytes, Floats, Floats]:
+def _codes_q4_k(b: Bytes) -> Stored:
     step, low = _k_steps(b)
     return _k_codes(b[:, 16:]), step, -low
 
 
-_CODES = {"Q4_0": _codes_q4_0, "Q4_1": _codes_q4_1, "Q4_K": _codes_q4_k}
+# By the encoding that holds such codes: each of group5 and group8 has the offset of its one type.
+_CODES: dict[str, dict[str, Callable[[Bytes], Stored]]] = {
+    "int4": {
+        "Q4_0": lambda b: _symmetric(_nibbles(b[:, 2:]), _half(b, 0), 8),
+        "Q4_1": lambda b: (_nibbles(b[:, 4:]), _half(b, 0), _half(b, 2)),
+        "Q4_K": _codes_q4_k,
+    },
+    "group5": {"Q5_0": lambda b: _symmetric(_nibbles(b[:, 6:]) | _fifth_bits(b, 2), _half(b, 0), 16)},
+    "group8": {"Q8_0": lambda b: _symmetric(b[:, 2:] ^ np.uint8(128), _half(b, 0), 128)},
+}
 
 
-def codes(kind: BlockType, raw: Bytes, shape: tuple[int, int]) -> Codes | None:
-    """The stored 4-bit codes of a matrix, or None for a type that has none."""
-    if kind.name not in _CODES:
+def codes(kind: BlockType, raw: Bytes, shape: tuple[int, int], encoding: str) -> Codes | None:
+    """The stored codes of a matrix, if `encoding` holds codes of its type; else None."""
+    read = _CODES.get(encoding, {}).get(kind.name)
+    if read is None:
         return None
-    code, step, low = _CODES[kind.name](raw.reshape(-1, kind.size))
+    code, step, low = read(raw.reshape(-1, kind.size))
     rows = shape[0]
     return Codes(code.reshape(shape), step.reshape(rows, -1), low.reshape(rows, -1))

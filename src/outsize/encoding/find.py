@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from outsize.encoding import int4, int8, plain
+from dataclasses import replace
+
+from outsize.encoding import group, int4, int8, plain
+from outsize.encoding.group import Group
 from outsize.encoding.plain import Encoding
 from outsize.errors import PackError
+from outsize.native.kernels import Kernels
 
 ENCODINGS: dict[str, Encoding] = {
-    e.name: e for e in (*plain.ENCODINGS, *int8.ENCODINGS, *int4.ENCODINGS)
+    e.name: e for e in (*plain.ENCODINGS, *int8.ENCODINGS, *int4.ENCODINGS, *group.ENCODINGS)
 }
 
 
-def encoding(name: str) -> Encoding:
-    """Raises PackError for a name this version does not have."""
+def encoding(name: str, kernels: Kernels | None = None) -> Encoding:
+    """Raises PackError for a name this version does not have. `kernels` None: the plain twin."""
     if name not in ENCODINGS:
         raise PackError(f"encoding {name!r} is not known; known are {', '.join(ENCODINGS)}")
-    return ENCODINGS[name]
+    found = ENCODINGS[name]
+    return replace(found, kernels=kernels) if isinstance(found, Group) else found

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from outsize.cache.kv import KV
+from outsize.encoding.group import Group
 from outsize.family.description import Description, Layer, Rope
 from outsize.model.attention import attend_rows, attend_span
 from outsize.model.ffn.dense import Dense
@@ -180,15 +181,17 @@ class Transformer:
         return Step(segments, made, wide, None if wide else self._kernels)
 
     def logits(self, h_KD: Tensor) -> Tensor:
-        """(K, V) fp32. The kernel's logits are bf16, whose steps near 20 are 0.125, more than often
-        lies between the two best tokens; so each row's best are computed again in fp32."""
+        """(K, V) fp32. Kernels of int4 and int8 give bf16, whose steps near 20 are 0.125, more than
+        often lies between the two best tokens; there each row's best are computed again in fp32."""
         head, vocab = self._head, self.description.vocab_size
-        x_KD = self._norm(h_KD)
-        logits = head.encoding.linear(x_KD.to(self.dtype), head.fields, False)[:, :vocab].float()
+        x_KD, encoding = self._norm(h_KD), head.encoding
+        if isinstance(encoding, Group):
+            return encoding.linear(x_KD, head.fields, False)[:, :vocab]
+        logits = encoding.linear(x_KD.to(self.dtype), head.fields, False)[:, :vocab].float()
         if self.dtype != torch.float32:
             for row, x_D in zip(logits, x_KD, strict=True):
                 ids = _best(row)
-                row[ids] = head.encoding.rows(head.fields, ids) @ x_D
+                row[ids] = encoding.rows(head.fields, ids) @ x_D
         return logits
 
 

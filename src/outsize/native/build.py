@@ -1,4 +1,4 @@
-"""Compiles rows.c for this machine, once, if there is a C compiler; without one the plain path runs.
+"""Compiles the C files here for this machine, once, if there is a C compiler; without one the plain path runs.
 
 The library is kept in the user's cache folder under a hash of source, compiler and processor. It uses
 the OpenMP runtime that torch brought: a second one would fight torch's threads for the cores.
@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("rows.c")
+SOURCES = tuple(Path(__file__).with_name(n) for n in ("rows.c", "groups.c"))
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 
 
@@ -30,7 +30,7 @@ def library(folder: Path) -> ctypes.CDLL | None:
     if cc is None:
         return None
     flags = (*FLAGS, "-fopenmp" if openmp else "-fopenmp-simd")
-    path = folder / f"rows-{_key(cc, flags)}.so"
+    path = folder / f"kernels-{_key(cc, flags)}.so"
     if not path.is_file() and not _compile(cc, flags, path):
         return None
     try:
@@ -55,7 +55,7 @@ def _key(cc: str, flags: tuple[str, ...]) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else [platform.processor()]
     processor = sorted({line for line in lines if line.startswith(("flags", "model name"))})
-    parts = (SOURCE.read_text(), cc, *flags, platform.machine(), *processor)
+    parts = (*(p.read_text() for p in SOURCES), cc, *flags, platform.machine(), *processor)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -63,14 +63,17 @@ def _compile(cc: str, flags: tuple[str, ...], path: Path) -> bool:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made, built = Path(folder) / "rows.o", Path(folder) / path.name
-            for command in (
-                [cc, *flags, "-c", str(SOURCE), "-o", str(made)],
-                # Linked without -fopenmp: its symbols are found in the runtime already loaded.
-                [cc, "-shared", str(made), "-o", str(built), "-lm"],
-            ):
-                subprocess.run(command, check=True, capture_output=True, timeout=120)
+            built, objects = Path(folder) / path.name, []
+            for source in SOURCES:
+                objects.append(str(Path(folder) / f"{source.stem}.o"))
+                _call(cc, *flags, "-c", str(source), "-o", objects[-1])
+            # Linked without -fopenmp: its symbols are found in the runtime already loaded.
+            _call(cc, "-shared", *objects, "-o", str(built), "-lm")
             os.replace(built, path)
     except (OSError, subprocess.SubprocessError):
         return False
     return True
+
+
+def _call(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, timeout=120)

@@ -45,8 +45,29 @@ class AttentionSpec:
         return (seen - 1) // CHUNK + 1
 
 
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("bits", _L), ("rows", _L), ("width", _L), ("codes", _P), ("high", _P), ("scale", _P),
+    )  # fmt: skip
+
+
+class GroupMatrix:
+    """A matrix in groups, as groups.c wants it. Valid while its tensors are."""
+
+    __slots__ = ("num_rows", "pointer", "struct", "width")
+
+    def __init__(self, bits: int, codes: Tensor, high: Tensor | None, scale: Tensor) -> None:
+        self.num_rows, groups = scale.shape
+        self.width = groups * 32
+        fifth = None if high is None else high.data_ptr()
+        self.struct = _Matrix(
+            bits, self.num_rows, self.width, codes.data_ptr(), fifth, scale.data_ptr()
+        )
+        self.pointer = ctypes.addressof(self.struct)
+
+
 class Kernels:
-    """The functions of rows.c. All tensors contiguous; bf16 unless said."""
+    """The functions of rows.c and groups.c. All tensors contiguous; bf16 unless said."""
 
     def __init__(self, lib: ctypes.CDLL) -> None:
         self._norm, self._residual = lib.norm_rows, lib.residual_rows
@@ -55,8 +76,30 @@ class Kernels:
         self._residual.argtypes = [_P, _P, _P, _F, _L, _L]
         self._gate.argtypes = [_P, _P, _L, _L, ctypes.c_int]
         self._attend.argtypes = [_P, _P, _P, _P, _L, _L, _P, _P]
-        for function in (self._norm, self._residual, self._gate, self._attend):
+        self._linear, self._decode = lib.group_linear, lib.group_decode
+        self._linear.argtypes = [_P, _P, _P, _L, ctypes.c_int, _P]
+        self._decode.argtypes = [_P, _P]
+        for function in (
+            self._norm, self._residual, self._gate, self._attend, self._linear, self._decode,
+        ):  # fmt: skip
             function.restype = None
+
+    def group_linear(self, matrix: GroupMatrix, x_TK: Tensor) -> Tensor:
+        """(T, N) in the type of x, bf16 or fp32."""
+        rows, x_TK = len(x_TK), x_TK.contiguous()
+        out = torch.empty(rows, matrix.num_rows, dtype=x_TK.dtype)
+        scratch = torch.empty(rows * (3 * matrix.width + matrix.width // 8), dtype=torch.uint8)
+        wide = x_TK.dtype == torch.float32
+        self._linear(
+            matrix.pointer, x_TK.data_ptr(), out.data_ptr(), rows, wide, scratch.data_ptr()
+        )
+        return out
+
+    def group_decode(self, matrix: GroupMatrix) -> Tensor:
+        """(N, K) bf16."""
+        out = torch.empty(matrix.num_rows, matrix.width, dtype=torch.bfloat16)
+        self._decode(matrix.pointer, out.data_ptr())
+        return out
 
     def norm(self, h_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """fp32 -> bf16."""

@@ -12,6 +12,7 @@ from outsize.family.description import Description, Recipe
 from outsize.pack.format import PAGE, Matrix, TableHeader, aligned
 
 ROWS = 1024  # rows of an embedding or head in one record
+GROUPED = {"Q5_0": "group5"}  # with our kernels; other types of more than 4 bits become group8
 CODED = {"Q4_0": "int4", "Q4_1": "int4", "Q4_K": "int4", "Q2_K": "int4", "Q3_K": "int4"}
 BYTES = ("Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0")
 LOSSY = ("Q2_K", "Q3_K")
@@ -57,7 +58,7 @@ def rows_of(tensor: Tensor) -> int:
     return tensor.shape[0] if len(tensor.shape) == 2 else 1
 
 
-def encoding_for(tensor: Tensor, wanted: str) -> str:
+def encoding_for(tensor: Tensor, wanted: str, grouped: bool) -> str:
     """The encoding of a matrix of this type. Raises UnsupportedError, naming type and tensor."""
     kind = tensor.kind
     if kind.read is None:
@@ -67,14 +68,19 @@ def encoding_for(tensor: Tensor, wanted: str) -> str:
         )
     if wanted != "auto":
         return wanted
+    if grouped and kind.name in BYTES and tensor.shape[-1] % 64 == 0:
+        return GROUPED.get(kind.name, "group8")
     return CODED.get(kind.name, "int8" if kind.name in BYTES else "bf16")
 
 
 class Planner:
     """Finds and checks every tensor that a recipe names."""
 
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, wanted: str) -> None:
-        self.tensors, self.recipe, self.wanted = checkpoint.tensors, recipe, wanted
+    def __init__(
+        self, checkpoint: Checkpoint, recipe: Recipe, wanted: str, grouped: bool
+    ) -> None:
+        self.tensors, self.recipe = checkpoint.tensors, recipe
+        self.wanted, self.grouped = wanted, grouped
         self.description = recipe.description
 
     def tensor(self, name: str, layer: int, shape: tuple[int, ...]) -> Tensor:
@@ -92,7 +98,7 @@ class Planner:
         for name, num_rows, width in names:
             tensor = self.tensor(name, layer, (num_rows, width))
             part = Part(tensor, self.head_dim(name))
-            encoding = encoding_for(tensor, self.wanted)
+            encoding = encoding_for(tensor, self.wanted, self.grouped)
             if pieces and pieces[-1].encoding == encoding:
                 pieces[-1] = Piece(encoding, (*pieces[-1].parts, part))
             else:
@@ -105,7 +111,7 @@ class Planner:
         for name, length in names:
             shift = self.recipe.norm_shift if name.endswith("norm") else 0.0
             tensor = self.tensor(name, layer, (length,))
-            encoding_for(tensor, self.wanted)
+            encoding_for(tensor, self.wanted, self.grouped)
             parts.append(Part(tensor, self.head_dim(name.split("_")[0]), shift))
         return tuple(Piece("fp32", (part,)) for part in parts)
 
@@ -151,7 +157,7 @@ class Planner:
         d = self.description
         tensor = self.tensor(name, 0, (d.vocab_size, d.width))
         wanted = "int8" if self.wanted == "int4" else self.wanted
-        encoding = encoding_for(tensor, wanted)
+        encoding = encoding_for(tensor, wanted, self.grouped)
         block = min(ROWS, aligned(d.vocab_size, 64))
         starts = range(0, d.vocab_size, block)
         records: list[Record] = [
@@ -202,9 +208,11 @@ def _layer_tables(name: str, records: Sequence[Record]) -> list[TablePlan]:
     return plans
 
 
-def plan(checkpoint: Checkpoint, recipe: Recipe, wanted: str) -> list[TablePlan]:
+def plan(
+    checkpoint: Checkpoint, recipe: Recipe, wanted: str, grouped: bool
+) -> list[TablePlan]:
     """Every table of the pack. Reads nothing. Raises CheckpointError, UnsupportedError."""
-    p, d = Planner(checkpoint, recipe, wanted), recipe.description
+    p, d = Planner(checkpoint, recipe, wanted, grouped), recipe.description
     check_size(checkpoint, d)
     tables = [p.rows("embed")] + ([] if d.tied else [p.rows("head")])
     tables += _layer_tables("attn", [p.attention(i) for i in range(d.num_layers)])

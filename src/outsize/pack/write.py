@@ -14,7 +14,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from outsize.checkpoint import tokenizer as tokenizers
 from outsize.checkpoint.foreign import Checkpoint, read_codes, read_floats
 from outsize.encoding.find import encoding
+from outsize.encoding.group import Group
 from outsize.encoding.int4 import Int4
 from outsize.errors import DiskFullError, PackError
 from outsize.family.find import recipe as find_recipe
@@ -64,18 +65,27 @@ def hash_files(files: Sequence[Path], progress: Progress) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class How:
+    """What to write: the source as its user named it, the encoding asked for, whether our kernels
+    for grouped encodings run here, and the version that writes."""
+
+    spec: str
+    wanted: str
+    grouped: bool
+    version: str
+
+
 def write(
     checkpoint: Checkpoint,
-    spec: str,
-    wanted: str,
+    how: How,
     home: Path,
-    version: str,
     progress: Progress,
     warn: Callable[[str], None],
 ) -> Pack:
     """Pack a checkpoint into `home`, or find that another process did. Raises OutsizeError."""
     recipe = find_recipe(checkpoint)
-    tables = plan(checkpoint, recipe, wanted)
+    tables = plan(checkpoint, recipe, how.wanted, how.grouped)
     lossy = lossy_tensors(tables)
     if lossy:
         warn(
@@ -83,11 +93,11 @@ def write(
             "as int4, which changes their numbers a little; a Q4_K_M file is kept exactly"
         )
     digest = hash_files(checkpoint.files, progress)
-    stem = checkpoint.files[0].stem if checkpoint.format == "gguf" else Path(spec).name
-    name = f"{_safe(stem)}-{digest[:12]}-{wanted}"
+    stem = checkpoint.files[0].stem if checkpoint.format == "gguf" else Path(how.spec).name
+    name = f"{_safe(stem)}-{digest[:12]}-{how.wanted}"
     source = Source(
-        spec, digest, sum(p.stat().st_size for p in checkpoint.files),
-        file_stats(checkpoint.files), wanted,
+        how.spec, digest, sum(p.stat().st_size for p in checkpoint.files),
+        file_stats(checkpoint.files), how.wanted,
     )  # fmt: skip
     home.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(home / f".{name}.lock"):
@@ -101,7 +111,7 @@ def write(
             bos=checkpoint.tokenizer.bos, eos=checkpoint.tokenizer.eos,
             add_bos=checkpoint.tokenizer.add_bos, tokenizer_crc=0,
             chat_template=checkpoint.chat_template, licence=checkpoint.licence,
-            made_by=version,
+            made_by=how.version,
         )  # fmt: skip
         return _write_whole(draft, checkpoint, tables, progress)
 
@@ -201,15 +211,19 @@ def _put(buffer: bytearray, matrix: Matrix, fields: dict[str, Tensor]) -> None:
 
 
 def _encode(piece: Piece, num_rows: int) -> dict[str, Tensor]:
-    """The fields of a piece, padded to `num_rows` rows (the last block of a row table)."""
-    if piece.encoding == "int4":
-        found = [read_codes(part.tensor) for part in piece.parts]
-        if all(c is not None for c in found):
-            stacked = [
-                _stack([getattr(c, k) for c in found], piece.parts, num_rows)
+    """The fields of a piece, padded to `num_rows` rows (the last block of a row table). Codes are
+    kept where the foreign type has the encoding's codes."""
+    if piece.encoding in ("int4", "group5", "group8"):
+        found = [read_codes(part.tensor, piece.encoding) for part in piece.parts]
+        codes = [c for c in found if c is not None]
+        if len(codes) == len(piece.parts):
+            code, step, low = (
+                _stack([getattr(c, k) for c in codes], piece.parts, num_rows)
                 for k in ("code_NK", "step_NG", "low_NG")
-            ]
-            return Int4().from_codes(*stacked)
+            )
+            if piece.encoding == "int4":
+                return Int4().from_codes(code, step, low)
+            return Group(int(piece.encoding[-1])).from_codes(code, step)
     floats = [read_floats(p.tensor).reshape(-1, piece.width) + p.shift for p in piece.parts]
     return encoding(piece.encoding).encode(_stack(floats, piece.parts, num_rows))
 

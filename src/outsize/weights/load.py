@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from outsize.native.kernels import Kernels
 from outsize.pack.format import Pack
 from outsize.weights.residency import resident, resident_rows
 from outsize.weights.table import Table, Traffic, Weight, Weights
@@ -22,7 +23,9 @@ class Loaded:
     final_norm: Weights
 
 
-def load_resident(pack: Pack, traffic: Traffic, progress: Tick) -> Loaded:
+def load_resident(
+    pack: Pack, kernels: Kernels | None, traffic: Traffic, progress: Tick
+) -> Loaded:
     """Read a whole pack into memory. Raises PackError if a record is damaged."""
     done = 0
 
@@ -37,9 +40,9 @@ def load_resident(pack: Pack, traffic: Traffic, progress: Tick) -> Loaded:
         table = Table(pack.path, header, traffic)
         try:
             if header.kind == "rows":
-                rows[header.name] = resident_rows(table, tick)
+                rows[header.name] = resident_rows(table, kernels, tick)
             else:
-                layers[header.name.split("-")[0]] |= resident(table, tick)
+                layers[header.name.split("-")[0]] |= resident(table, kernels, tick)
         finally:
             table.close()
     pairs = ((layers["attn"][i], layers["ffn"][i]) for i in range(pack.description.num_layers))

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from outsize.encoding.find import encoding
+from outsize.native.kernels import Kernels
 from outsize.pack.format import Matrix
 from outsize.weights.table import Table, Weight, Weights, buffer, view
 
 READERS = 2
 
 
-def resident(table: Table, tick: Callable[[int], None]) -> dict[int, Weights]:
+def resident(
+    table: Table, kernels: Kernels | None, tick: Callable[[int], None]
+) -> dict[int, Weights]:
     """Every record of a layer table, by layer. `tick` is told the bytes of each record read."""
     raw, window = buffer(table.header.size)
     stride = table.header.stride
@@ -24,13 +27,15 @@ def resident(table: Table, tick: Callable[[int], None]) -> dict[int, Weights]:
         table.read(index, window[index * stride : (index + 1) * stride])
         tick(stride)
         record = raw[index * stride : (index + 1) * stride]
-        return {k: tuple(view(record, m) for m in ms) for k, ms in table.header.tensors.items()}
+        return {k: tuple(view(record, m, kernels) for m in ms) for k, ms in table.header.tensors.items()}
 
     with ThreadPoolExecutor(READERS) as pool:
         return dict(zip(table.header.keys, pool.map(read, range(len(table))), strict=True))
 
 
-def resident_rows(table: Table, tick: Callable[[int], None]) -> Weight:
+def resident_rows(
+    table: Table, kernels: Kernels | None, tick: Callable[[int], None]
+) -> Weight:
     """A row table as one matrix: its blocks are joined as they are read."""
     header = table.header
     (matrix,) = next(iter(header.tensors.values()))
@@ -40,12 +45,12 @@ def resident_rows(table: Table, tick: Callable[[int], None]) -> Weight:
     def read(index: int) -> None:
         raw, window = buffer(header.stride)
         table.read(index, window)
-        _join(fields, view(raw, matrix), matrix, index)
+        _join(fields, view(raw, matrix, kernels), matrix, index)
         tick(header.stride)
 
     with ThreadPoolExecutor(READERS) as pool:
         list(pool.map(read, range(len(table))))
-    return Weight(encoding(matrix.encoding), fields, header.num_rows)
+    return Weight(encoding(matrix.encoding, kernels), fields, header.num_rows)
 
 
 def _join(fields: dict[str, Tensor], block: Weight, matrix: Matrix, index: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from outsize.encoding.find import encoding
 from outsize.encoding.plain import Encoding, Fields
 from outsize.errors import PackError
+from outsize.native.kernels import Kernels
 from outsize.pack.format import Matrix, TableHeader, damaged, field_bytes
 
 
@@ -83,9 +84,9 @@ def buffer(size: int) -> tuple[Tensor, memoryview]:
     return raw, memoryview(raw.numpy())
 
 
-def view(raw: Tensor, matrix: Matrix) -> Weight:
+def view(raw: Tensor, matrix: Matrix, kernels: Kernels | None) -> Weight:
     """A matrix's fields as views of its record: no copy."""
     fields = {}
     for (name, spec), offset in zip(matrix.specs.items(), matrix.offsets().values(), strict=True):
         fields[name] = raw[offset : offset + field_bytes(spec)].view(spec.dtype).view(spec.shape)
-    return Weight(encoding(matrix.encoding), fields, matrix.num_rows)
+    return Weight(encoding(matrix.encoding, kernels), fields, matrix.num_rows)

@@ -1,0 +1,109 @@
+"""Groups of 32 weights with an fp16 scale each: w = scale * (code - offset), codes of 5 or 8 bits.
+
+These are the GGUF types Q5_0 and Q8_0, code for code and scale for scale; other types of more than four
+bits are re-encoded as group8, which is finer than one scale a row. torch has no kernel for either, so they are
+packed only where ours (native/groups.c) can be compiled; the plain twin, much slower, runs anywhere.
+
+Layout: blocks of 64 weights, groups A and B. group5: 32 bytes a block, low nibbles A, high nibbles B, and
+the fifth bits of the 64 apart. group8: a byte a weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from outsize.encoding.frozen import frozen_linear
+from outsize.encoding.plain import Encoding, Fields, FieldSpec
+from outsize.errors import UnsupportedError
+from outsize.native.kernels import GroupMatrix, Kernels
+
+GROUP, BLOCK = 32, 64
+NARROW_ROWS = 16  # beyond, decoding every weight once and one matmul are faster
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """`kernels` None: the plain twin."""
+
+    bits: int
+    kernels: Kernels | None = None
+    tolerance: float = 2e-2
+
+    @property
+    def name(self) -> str:
+        return f"group{self.bits}"
+
+    @property
+    def offset(self) -> int:
+        return 1 << (self.bits - 1)
+
+    def specs(self, num_rows: int, width: int) -> dict[str, FieldSpec]:
+        if width % BLOCK:
+            raise UnsupportedError(
+                f"{self.name} needs rows of a multiple of {BLOCK} weights, not {width}; use int8"
+            )
+        scale = {"scale": FieldSpec(torch.float16, (num_rows, width // GROUP), 0)}
+        if self.bits == 8:
+            return {"codes": FieldSpec(torch.uint8, (num_rows, width), 0)} | scale
+        return {
+            "codes": FieldSpec(torch.uint8, (num_rows, width // 2), 0),
+            "high": FieldSpec(torch.uint8, (num_rows, width // 8), 0),
+        } | scale
+
+    def stored_rows(self, fields: Fields) -> int:
+        return fields["scale"].shape[0]
+
+    def encode(self, w_NK: Tensor) -> dict[str, Tensor]:
+        groups = w_NK.float().reshape(w_NK.shape[0], -1, GROUP)
+        top = self.offset - 1
+        step = (groups.abs().amax(dim=2) / top).to(torch.float16)
+        safe = step.float().clamp_min(torch.finfo(torch.float32).tiny)[:, :, None]
+        codes = (groups / safe).round_().clamp_(-top, top) + self.offset
+        return self.from_codes(codes.to(torch.uint8).reshape(w_NK.shape), step)
+
+    def from_codes(self, code_NK: Tensor, step_NG: Tensor) -> dict[str, Tensor]:
+        """Fields for w = step * (code - offset), keeping every code and scale."""
+        scale = step_NG.to(torch.float16)
+        if self.bits == 8:
+            return {"codes": code_NK.contiguous(), "scale": scale}
+        a, b = code_NK.view(len(code_NK), -1, 2, GROUP).unbind(2)
+        nibbles = (a & 15) | ((b & 15) << 4)
+        fifth = (code_NK >> 4).view(len(code_NK), -1, 8) << torch.arange(8, dtype=torch.uint8)
+        high = fifth.sum(dim=2, dtype=torch.uint8)
+        return {"codes": nibbles.flatten(1), "high": high, "scale": scale}
+
+    def decode(self, fields: Fields) -> Tensor:
+        codes = fields["codes"]
+        if self.bits == 5:
+            blocks = codes.view(len(codes), -1, 1, GROUP)
+            low = torch.cat([blocks & 15, blocks >> 4], dim=2).flatten(1)
+            shifts = torch.arange(8, dtype=torch.uint8)
+            codes = low | (((fields["high"][:, :, None] >> shifts) & 1) << 4).flatten(1)
+        grouped = codes.float().view(len(codes), -1, GROUP) - self.offset
+        return (grouped * fields["scale"].float()[:, :, None]).flatten(1)
+
+    def linear(self, x_TK: Tensor, fields: Fields, wide: bool) -> Tensor:
+        if x_TK.requires_grad:
+            return frozen_linear(x_TK, lambda x: self._run(x, fields, wide), lambda: self.decode(fields))
+        return self._run(x_TK, fields, wide)
+
+    def _run(self, x_TK: Tensor, fields: Fields, wide: bool) -> Tensor:
+        kernels = self.kernels
+        if kernels is None:
+            w_NK = self.decode(fields)
+            rows = [linear(x, w_NK) for x in x_TK.float().split(len(x_TK) if wide else 1)]
+            return torch.cat(rows).to(x_TK.dtype)
+        matrix = GroupMatrix(self.bits, fields["codes"], fields.get("high"), fields["scale"])
+        if wide and len(x_TK) > NARROW_ROWS:
+            return linear(x_TK, kernels.group_decode(matrix).to(x_TK.dtype))
+        return kernels.group_linear(matrix, x_TK)
+
+    def rows(self, fields: Fields, ids_T: Tensor) -> Tensor:
+        return self.decode({name: field[ids_T] for name, field in fields.items()})
+
+
+ENCODINGS: tuple[Encoding, ...] = (Group(5), Group(8))

@@ -1,0 +1,215 @@
+/* Products with weights in groups of 32 that share a scale: w = scale * (code - offset).
+ *
+ * The input is taken as 16-bit integers, one scale a group, split into a high and a low byte, so that
+ * products and sums within a group are exact integers; groups are then summed in fp32 in a fixed order.
+ * A row's bits therefore depend on nothing but the row. The AVX-512 VNNI way and the plain C way do the
+ * same arithmetic. Blocks of 64 weights: two groups, A then B.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX512VNNI__
+#include <immintrin.h>
+#endif
+
+typedef uint16_t bf16;
+typedef _Float16 half;
+enum { GROUP = 32, BLOCK = 64, LANES = 16, MAX_ROWS = 4 };
+
+typedef struct {
+    long bits;            /* 5 or 8 */
+    long rows, width;
+    const uint8_t *codes; /* 5: (rows, width / 2), low nibbles group A, high nibbles group B; 8: bytes */
+    const uint8_t *high;  /* 5: (rows, width / 8), the fifth bits; 8: null */
+    const half *scale;    /* (rows, width / 32) */
+} Matrix;
+
+/* One input row: bytes, then for every 4 weights -offset times their inputs, then group scales. */
+typedef struct {
+    int8_t *high, *low;
+    int32_t *start;
+    float *scale;
+} Input;
+
+static inline float up(bf16 x) {
+    union { uint32_t i; float f; } u = {(uint32_t)x << 16};
+    return u.f;
+}
+
+static inline bf16 down(float x) {
+    union { float f; uint32_t i; } u = {x};
+    return (bf16)((u.i + 0x7FFF + ((u.i >> 16) & 1)) >> 16);
+}
+
+static Input input_at(char *scratch, long row, long width) {
+    char *p = scratch + row * (width * 3 + width / GROUP * 4);
+    Input x = {(int8_t *)p, (int8_t *)p + width, (int32_t *)(p + 2 * width),
+               (float *)(p + 3 * width)};
+    return x;
+}
+
+static void split(const float *x, long width, long offset, Input out) {
+    for (long g = 0; g < width / GROUP; g++, x += GROUP) {
+        float top = 0;
+        for (long i = 0; i < GROUP; i++) top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
+        float inverse = top > 0 ? 32000.0f / top : 0;
+        out.scale[g] = top / 32000.0f;
+        for (long i = 0; i < GROUP; i++) {
+            int32_t v = (int32_t)lrintf(x[i] * inverse), h = (v + 128) >> 8;
+            out.high[g * GROUP + i] = (int8_t)h;
+            out.low[g * GROUP + i] = (int8_t)(v - 256 * h);
+        }
+        for (long l = 0; l < GROUP / 4; l++) {
+            int32_t sum = 0;
+            for (long i = g * GROUP + 4 * l; i < g * GROUP + 4 * l + 4; i++)
+                sum += 256 * out.high[i] + out.low[i];
+            out.start[g * GROUP / 4 + l] = -(int32_t)offset * sum;
+        }
+    }
+}
+
+#ifdef __AVX512VNNI__
+static inline __attribute__((always_inline)) __m512i codes_of(const Matrix *m, long bits, long at) {
+    if (bits == 8) return _mm512_loadu_si512(m->codes + at);
+    __m256i packed = _mm256_loadu_si256((const void *)(m->codes + at / 2)), low = _mm256_set1_epi8(15);
+    __m256i a = _mm256_and_si256(packed, low);
+    __m256i b = _mm256_and_si256(_mm256_srli_epi16(packed, 4), low);
+    __m512i z = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+    uint64_t fifth;
+    memcpy(&fifth, m->high + at / 8, 8);
+    return _mm512_mask_add_epi8(z, fifth, z, _mm512_set1_epi8(16));
+}
+
+static inline __attribute__((always_inline)) void
+dot(const Matrix *m, long bits, long n, const Input *x, long count, float *out) {
+    __m512 sum[MAX_ROWS];
+    for (long t = 0; t < count; t++) sum[t] = _mm512_setzero_ps();
+    const half *scale = m->scale + n * (m->width / GROUP);
+    for (long k = 0; k < m->width; k += BLOCK) {
+        __m512i w = codes_of(m, bits, n * m->width + k);
+        _mm_prefetch((const char *)(m->codes + (n * m->width + k) * (bits == 8 ? 8 : 4) / 8 + 2048),
+                     _MM_HINT_T0);
+        uint32_t pair;
+        memcpy(&pair, scale + k / GROUP, 4);
+        __m128 d = _mm_cvtph_ps(_mm_cvtsi32_si128((int)pair));
+        for (long t = 0; t < count; t++) {
+            __m512i v = _mm512_setzero_si512();
+            v = _mm512_dpbusd_epi32(v, w, _mm512_loadu_si512(x[t].high + k));
+            v = _mm512_slli_epi32(v, 8);
+            v = _mm512_dpbusd_epi32(v, w, _mm512_loadu_si512(x[t].low + k));
+            v = _mm512_add_epi32(v, _mm512_loadu_si512(x[t].start + k / 4));
+            __m128 two = _mm_castsi128_ps(_mm_loadl_epi64((const void *)(x[t].scale + k / GROUP)));
+            __m512 s = _mm512_castps128_ps512(_mm_mul_ps(d, two));
+            s = _mm512_permutexvar_ps(
+                _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0), s);
+            sum[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(v), s, sum[t]);
+        }
+    }
+    for (long t = 0; t < count; t++) {
+        float lane[LANES];
+        _mm512_storeu_ps(lane, sum[t]);
+        out[t] = 0;
+        for (long l = 0; l < LANES; l++) out[t] += lane[l];
+    }
+}
+#else
+static int code_at(const Matrix *m, long bits, long at) {
+    if (bits == 8) return m->codes[at];
+    long in = at % BLOCK, byte = at / BLOCK * GROUP + in % GROUP;
+    return (m->codes[byte] >> (in / GROUP * 4) & 15) + ((m->high[at / 8] >> (at % 8) & 1) << 4);
+}
+
+static inline void dot(const Matrix *m, long bits, long n, const Input *x, long count, float *out) {
+    float sum[MAX_ROWS][LANES];
+    memset(sum, 0, sizeof sum);
+    const half *scale = m->scale + n * (m->width / GROUP);
+    for (long k = 0; k < m->width; k += BLOCK) {
+        uint8_t w[BLOCK];
+        for (long i = 0; i < BLOCK; i++) w[i] = (uint8_t)code_at(m, bits, n * m->width + k + i);
+        for (long t = 0; t < count; t++)
+            for (long l = 0; l < LANES; l++) {
+                int32_t h = 0, low = 0;
+                for (long i = 4 * l; i < 4 * l + 4; i++) {
+                    h += w[i] * x[t].high[k + i];
+                    low += w[i] * x[t].low[k + i];
+                }
+                long g = k / GROUP + l / 8;
+                float s = (float)scale[g] * x[t].scale[g];
+                sum[t][l] += (float)(256 * h + low + x[t].start[k / 4 + l]) * s;
+            }
+    }
+    for (long t = 0; t < count; t++) {
+        out[t] = 0;
+        for (long l = 0; l < LANES; l++) out[t] += sum[t][l];
+    }
+}
+#endif
+
+static void dot_sized(const Matrix *m, long n, const Input *x, long count, float *out) {
+    switch (m->bits * 10 + count) {
+    case 51: dot(m, 5, n, x, 1, out); break;
+    case 52: dot(m, 5, n, x, 2, out); break;
+    case 53: dot(m, 5, n, x, 3, out); break;
+    case 54: dot(m, 5, n, x, 4, out); break;
+    case 81: dot(m, 8, n, x, 1, out); break;
+    case 82: dot(m, 8, n, x, 2, out); break;
+    case 83: dot(m, 8, n, x, 3, out); break;
+    default: dot(m, 8, n, x, 4, out);
+    }
+}
+
+/* y = x @ w.T for `count` rows. x and y are bf16, or fp32 where `wide` is set. scratch holds
+ * count * (3 * width + width / 8) bytes. */
+void group_linear(const Matrix *m, const void *x, void *y, long count, int wide, char *scratch) {
+    long K = m->width, N = m->rows;
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (long t = 0; t < count; t++) {
+            float row[K];
+            for (long i = 0; i < K; i++)
+                row[i] = wide ? ((const float *)x)[t * K + i] : up(((const bf16 *)x)[t * K + i]);
+            split(row, K, m->bits == 8 ? 128 : 16, input_at(scratch, t, K));
+        }
+#pragma omp for schedule(static)
+        for (long n = 0; n < N; n++)
+            for (long first = 0; first < count; first += MAX_ROWS) {
+                long some = count - first < MAX_ROWS ? count - first : MAX_ROWS;
+                Input in[MAX_ROWS];
+                float out[MAX_ROWS];
+                for (long t = 0; t < some; t++) in[t] = input_at(scratch, first + t, K);
+                dot_sized(m, n, in, some, out);
+                for (long t = 0; t < some; t++) {
+                    if (wide) ((float *)y)[(first + t) * N + n] = out[t];
+                    else ((bf16 *)y)[(first + t) * N + n] = down(out[t]);
+                }
+            }
+    }
+}
+
+/* out (rows, width) bf16: every weight as a number. */
+void group_decode(const Matrix *m, bf16 *out) {
+    long K = m->width, offset = m->bits == 8 ? 128 : 16;
+#pragma omp parallel for schedule(static)
+    for (long n = 0; n < m->rows; n++)
+        for (long k = 0; k < K; k += BLOCK) {
+            long at = n * K + k;
+            int8_t code[BLOCK];
+            if (m->bits == 8) {
+                for (long i = 0; i < BLOCK; i++) code[i] = (int8_t)(m->codes[at + i] - offset);
+            } else {
+                uint64_t fifth;
+                memcpy(&fifth, m->high + at / 8, 8);
+                for (long i = 0; i < GROUP; i++) {
+                    uint8_t two = m->codes[at / 2 + i];
+                    code[i] = (int8_t)((two & 15) - offset);
+                    code[i + GROUP] = (int8_t)((two >> 4) - offset);
+                }
+                for (long i = 0; i < BLOCK; i++) code[i] += (int8_t)((fifth >> i & 1) << 4);
+            }
+            for (long g = 0; g < 2; g++) {
+                float s = (float)m->scale[at / GROUP + g];
+                for (long i = g * GROUP; i < (g + 1) * GROUP; i++) out[at + i] = down(code[i] * s);
+            }
+        }
+}
