@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from outsize.encoding import group, int4, int8, plain
 from outsize.encoding.group import Group
+from outsize.encoding.int4 import Int4
 from outsize.encoding.plain import Encoding
 from outsize.errors import PackError
 from outsize.native.kernels import Kernels
@@ -20,4 +21,4 @@ def encoding(name: str, kernels: Kernels | None = None) -> Encoding:
     if name not in ENCODINGS:
         raise PackError(f"encoding {name!r} is not known; known are {', '.join(ENCODINGS)}")
     found = ENCODINGS[name]
-    return replace(found, kernels=kernels) if isinstance(found, Group) else found
+    return replace(found, kernels=kernels) if isinstance(found, Group | Int4) else found

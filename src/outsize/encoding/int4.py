@@ -18,6 +18,7 @@ from torch import Tensor
 from outsize.encoding.frozen import frozen_linear
 from outsize.encoding.plain import Encoding, Fields, FieldSpec
 from outsize.errors import UnsupportedError
+from outsize.native.kernels import Kernels
 
 BLOCK, GROUP = 64, 32
 NARROW_ROWS = 48  # up to here the kernel beats decoding every weight, even for one long span
@@ -27,6 +28,9 @@ _int4_mm = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 
 @dataclass(frozen=True, slots=True)
 class Int4:
+    """`kernels` None: the plain way to decode."""
+
+    kernels: Kernels | None = None
     name: str = "int4"
     tolerance: float = 2e-2
 
@@ -78,10 +82,15 @@ class Int4:
 
     def _run(self, x_TK: Tensor, fields: Fields, wide: bool) -> Tensor:
         if wide and len(x_TK) > NARROW_ROWS:
-            return torch.mm(x_TK, _decode_KN(fields, x_TK.dtype))
+            return torch.mm(x_TK, self._decode_KN(fields, x_TK.dtype))
         scales = fields["scales"]
         packed = fields["packed"].view(scales.shape[1], -1)
         return _int4_mm(x_TK, packed, GROUP, scales)
+
+    def _decode_KN(self, fields: Fields, dtype: torch.dtype) -> Tensor:
+        if self.kernels is None or dtype != torch.bfloat16:
+            return _decode_KN(fields, dtype)
+        return self.kernels.tile_decode(fields["packed"], fields["scales"])
 
     def rows(self, fields: Fields, ids_T: Tensor) -> Tensor:
         lane_T = ids_T % BLOCK

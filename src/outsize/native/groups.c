@@ -14,7 +14,7 @@
 
 typedef uint16_t bf16;
 typedef _Float16 half;
-enum { GROUP = 32, BLOCK = 64, LANES = 16, MAX_ROWS = 4 };
+enum { GROUP = 32, BLOCK = 64, LANES = 16, MAX_ROWS = 8 };
 
 typedef struct {
     long bits;            /* 5 or 8 */
@@ -24,7 +24,8 @@ typedef struct {
     const half *scale;    /* (rows, width / 32) */
 } Matrix;
 
-/* One input row: bytes, then for every 4 weights -offset times their inputs, then group scales. */
+/* One input row: high and low bytes; for every 4 weights, -offset times their inputs and the scale of
+ * their group. In scratch these are width bytes each. */
 typedef struct {
     int8_t *high, *low;
     int32_t *start;
@@ -42,7 +43,7 @@ static inline bf16 down(float x) {
 }
 
 static Input input_at(char *scratch, long row, long width) {
-    char *p = scratch + row * (width * 3 + width / GROUP * 4);
+    char *p = scratch + row * width * 4;
     Input x = {(int8_t *)p, (int8_t *)p + width, (int32_t *)(p + 2 * width),
                (float *)(p + 3 * width)};
     return x;
@@ -53,7 +54,6 @@ static void split(const float *x, long width, long offset, Input out) {
         float top = 0;
         for (long i = 0; i < GROUP; i++) top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
         float inverse = top > 0 ? 32000.0f / top : 0;
-        out.scale[g] = top / 32000.0f;
         for (long i = 0; i < GROUP; i++) {
             int32_t v = (int32_t)lrintf(x[i] * inverse), h = (v + 128) >> 8;
             out.high[g * GROUP + i] = (int8_t)h;
@@ -64,6 +64,7 @@ static void split(const float *x, long width, long offset, Input out) {
             for (long i = g * GROUP + 4 * l; i < g * GROUP + 4 * l + 4; i++)
                 sum += 256 * out.high[i] + out.low[i];
             out.start[g * GROUP / 4 + l] = -(int32_t)offset * sum;
+            out.scale[g * GROUP / 4 + l] = top / 32000.0f;
         }
     }
 }
@@ -85,23 +86,21 @@ dot(const Matrix *m, long bits, long n, const Input *x, long count, float *out) 
     __m512 sum[MAX_ROWS];
     for (long t = 0; t < count; t++) sum[t] = _mm512_setzero_ps();
     const half *scale = m->scale + n * (m->width / GROUP);
+    const __m512i lanes = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
     for (long k = 0; k < m->width; k += BLOCK) {
         __m512i w = codes_of(m, bits, n * m->width + k);
         _mm_prefetch((const char *)(m->codes + (n * m->width + k) * (bits == 8 ? 8 : 4) / 8 + 2048),
                      _MM_HINT_T0);
         uint32_t pair;
         memcpy(&pair, scale + k / GROUP, 4);
-        __m128 d = _mm_cvtph_ps(_mm_cvtsi32_si128((int)pair));
+        __m512 d = _mm512_permutexvar_ps(
+            lanes, _mm512_castps128_ps512(_mm_cvtph_ps(_mm_cvtsi32_si128((int)pair))));
         for (long t = 0; t < count; t++) {
             __m512i v = _mm512_setzero_si512();
             v = _mm512_dpbusd_epi32(v, w, _mm512_loadu_si512(x[t].high + k));
-            v = _mm512_slli_epi32(v, 8);
+            v = _mm512_add_epi32(_mm512_slli_epi32(v, 8), _mm512_loadu_si512(x[t].start + k / 4));
             v = _mm512_dpbusd_epi32(v, w, _mm512_loadu_si512(x[t].low + k));
-            v = _mm512_add_epi32(v, _mm512_loadu_si512(x[t].start + k / 4));
-            __m128 two = _mm_castsi128_ps(_mm_loadl_epi64((const void *)(x[t].scale + k / GROUP)));
-            __m512 s = _mm512_castps128_ps512(_mm_mul_ps(d, two));
-            s = _mm512_permutexvar_ps(
-                _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0), s);
+            __m512 s = _mm512_mul_ps(d, _mm512_loadu_ps(x[t].scale + k / 4));
             sum[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(v), s, sum[t]);
         }
     }
@@ -134,7 +133,7 @@ static inline void dot(const Matrix *m, long bits, long n, const Input *x, long 
                     low += w[i] * x[t].low[k + i];
                 }
                 long g = k / GROUP + l / 8;
-                float s = (float)scale[g] * x[t].scale[g];
+                float s = (float)scale[g] * x[t].scale[k / 4 + l];
                 sum[t][l] += (float)(256 * h + low + x[t].start[k / 4 + l]) * s;
             }
     }
@@ -146,20 +145,28 @@ static inline void dot(const Matrix *m, long bits, long n, const Input *x, long 
 #endif
 
 static void dot_sized(const Matrix *m, long n, const Input *x, long count, float *out) {
-    switch (m->bits * 10 + count) {
+    switch (m->bits * 10 + count) { /* constants let the compiler keep the sums in registers */
     case 51: dot(m, 5, n, x, 1, out); break;
     case 52: dot(m, 5, n, x, 2, out); break;
     case 53: dot(m, 5, n, x, 3, out); break;
     case 54: dot(m, 5, n, x, 4, out); break;
+    case 55: dot(m, 5, n, x, 5, out); break;
+    case 56: dot(m, 5, n, x, 6, out); break;
+    case 57: dot(m, 5, n, x, 7, out); break;
+    case 58: dot(m, 5, n, x, 8, out); break;
     case 81: dot(m, 8, n, x, 1, out); break;
     case 82: dot(m, 8, n, x, 2, out); break;
     case 83: dot(m, 8, n, x, 3, out); break;
-    default: dot(m, 8, n, x, 4, out);
+    case 84: dot(m, 8, n, x, 4, out); break;
+    case 85: dot(m, 8, n, x, 5, out); break;
+    case 86: dot(m, 8, n, x, 6, out); break;
+    case 87: dot(m, 8, n, x, 7, out); break;
+    case 88: dot(m, 8, n, x, 8, out); break;
     }
 }
 
 /* y = x @ w.T for `count` rows. x and y are bf16, or fp32 where `wide` is set. scratch holds
- * count * (3 * width + width / 8) bytes. */
+ * count * 4 * width bytes. */
 void group_linear(const Matrix *m, const void *x, void *y, long count, int wide, char *scratch) {
     long K = m->width, N = m->rows;
 #pragma omp parallel
@@ -212,4 +219,29 @@ void group_decode(const Matrix *m, bf16 *out) {
                 for (long i = g * GROUP; i < (g + 1) * GROUP; i++) out[at + i] = down(code[i] * s);
             }
         }
+}
+
+/* The int4 layout of encoding/int4.py: blocks of 64 rows, for each input 32 bytes whose low nibbles are
+ * rows 0-31 and high nibbles rows 32-63. scales is (width / 32, rows, 2) bf16: step and zero.
+ * out is (width, rows) bf16. */
+void tile_decode(const uint8_t *packed, const bf16 *scales, bf16 *out, long rows, long width) {
+#pragma omp parallel for schedule(static)
+    for (long block = 0; block < rows / BLOCK; block++) {
+        const uint8_t *p = packed + block * width * GROUP;
+        for (long g = 0; g < width / GROUP; g++) {
+            float step[BLOCK], zero[BLOCK];
+            const bf16 *s = scales + (g * rows + block * BLOCK) * 2;
+            for (long r = 0; r < BLOCK; r++) {
+                step[r] = up(s[2 * r]);
+                zero[r] = up(s[2 * r + 1]);
+            }
+            for (long k = g * GROUP; k < (g + 1) * GROUP; k++, p += GROUP) {
+                bf16 *o = out + k * rows + block * BLOCK;
+                for (long r = 0; r < GROUP; r++) {
+                    o[r] = down((float)((p[r] & 15) - 8) * step[r] + zero[r]);
+                    o[r + GROUP] = down((float)((p[r] >> 4) - 8) * step[r + GROUP] + zero[r + GROUP]);
+                }
+            }
+        }
+    }
 }

@@ -79,8 +79,11 @@ class Kernels:
         self._linear, self._decode = lib.group_linear, lib.group_decode
         self._linear.argtypes = [_P, _P, _P, _L, ctypes.c_int, _P]
         self._decode.argtypes = [_P, _P]
+        self._tile = lib.tile_decode
+        self._tile.argtypes = [_P, _P, _P, _L, _L]
         for function in (
             self._norm, self._residual, self._gate, self._attend, self._linear, self._decode,
+            self._tile,
         ):  # fmt: skip
             function.restype = None
 
@@ -88,7 +91,7 @@ class Kernels:
         """(T, N) in the type of x, bf16 or fp32."""
         rows, x_TK = len(x_TK), x_TK.contiguous()
         out = torch.empty(rows, matrix.num_rows, dtype=x_TK.dtype)
-        scratch = torch.empty(rows * (3 * matrix.width + matrix.width // 8), dtype=torch.uint8)
+        scratch = torch.empty(rows * matrix.width)  # 4 bytes an input
         wide = x_TK.dtype == torch.float32
         self._linear(
             matrix.pointer, x_TK.data_ptr(), out.data_ptr(), rows, wide, scratch.data_ptr()
@@ -99,6 +102,13 @@ class Kernels:
         """(N, K) bf16."""
         out = torch.empty(matrix.num_rows, matrix.width, dtype=torch.bfloat16)
         self._decode(matrix.pointer, out.data_ptr())
+        return out
+
+    def tile_decode(self, packed: Tensor, scales: Tensor) -> Tensor:
+        """(K, N) bf16 of an int4 matrix."""
+        groups, num_rows, _ = scales.shape
+        out = torch.empty(groups * 32, num_rows, dtype=torch.bfloat16)
+        self._tile(packed.data_ptr(), scales.data_ptr(), out.data_ptr(), num_rows, groups * 32)
         return out
 
     def norm(self, h_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:

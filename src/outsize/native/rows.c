@@ -206,22 +206,27 @@ void attend_rows(const Attention *a, const bf16 *qkv, const float *turns, const 
                  long max_chunks, float *scratch, bf16 *out) {
     long E = a->head_dim, H = a->heads, J = a->kv_heads, G = H / J, stride = G * (E + 2);
     float *q = scratch, *part = scratch + rows * H * E;
-    for (long t = 0; t < rows; t++)
-        prepare(a, qkv + t * (H + 2 * J) * E, turns + t * E, row[t], q + t * H * E);
-#pragma omp parallel for schedule(static, 1)
-    for (long task = 0; task < rows * max_chunks * J; task++) {
-        long t = task / (max_chunks * J), c = task / J % max_chunks, j = task % J;
-        long start = first_seen(a, row[t]) + c * CHUNK, end = row[t].slot + 1;
-        if (start >= end) continue;
-        if (end > start + CHUNK) end = start + CHUNK;
-        const bf16 *k = row[t].cache + (j * row[t].capacity + start) * E;
-        attend_sized(E, G, q + (t * H + j * G) * E, k, k + J * row[t].capacity * E, end - start,
-                     part + ((t * J + j) * max_chunks + c) * stride);
-    }
-    for (long t = 0; t < rows; t++)
-        for (long j = 0; j < J; j++) {
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (long t = 0; t < rows; t++)
+            prepare(a, qkv + t * (H + 2 * J) * E, turns + t * E, row[t], q + t * H * E);
+#pragma omp for schedule(static, 1)
+        for (long task = 0; task < rows * max_chunks * J; task++) {
+            long t = task / (max_chunks * J), c = task / J % max_chunks, j = task % J;
+            long start = first_seen(a, row[t]) + c * CHUNK, end = row[t].slot + 1;
+            if (start >= end) continue;
+            if (end > start + CHUNK) end = start + CHUNK;
+            const bf16 *k = row[t].cache + (j * row[t].capacity + start) * E;
+            attend_sized(E, G, q + (t * H + j * G) * E, k, k + J * row[t].capacity * E,
+                         end - start, part + ((t * J + j) * max_chunks + c) * stride);
+        }
+#pragma omp for schedule(static)
+        for (long tj = 0; tj < rows * J; tj++) {
+            long t = tj / J, j = tj % J;
             long chunks = (row[t].slot - first_seen(a, row[t])) / CHUNK + 1;
-            combine(G, E, part + (t * J + j) * max_chunks * stride, chunks, stride,
+            combine(G, E, part + tj * max_chunks * stride, chunks, stride,
                     out + (t * H + j * G) * E);
         }
+    }
 }
