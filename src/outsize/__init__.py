@@ -16,10 +16,12 @@ from outsize import errors
 from outsize.options import Options
 
 if TYPE_CHECKING:
-    from outsize.api import Conversation, Model, Reply, Score, load, pack
+    from outsize.api import Model, load
+    from outsize.conversation import Conversation
+    from outsize.reply import Reply, Score
 
 __version__ = "0.1.0"
-__all__ = ["Conversation", "Model", "Options", "Reply", "Score", "errors", "load", "pack"]
+__all__ = ["Conversation", "Model", "Options", "Reply", "Score", "errors", "load"]
 
 
 def __getattr__(name: str) -> object:

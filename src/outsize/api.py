@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-import tempfile
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import TypedDict
 
-import psutil
 import torch
 from tokenizers import Tokenizer
 from typing_extensions import Unpack
 
-from outsize import __version__
-from outsize.bars import Progress, bars
-from outsize.cache.kv import KV
-from outsize.checkpoint import source
+from outsize.bars import bars
+from outsize.conversation import Conversation, Past
 from outsize.decode import flow
 from outsize.decode.engine import drive
 from outsize.decode.sample import picker
@@ -31,15 +23,16 @@ from outsize.draft.none import NoDraft
 from outsize.errors import ClosedError, ContextError, OptionError, TemplateError
 from outsize.forward.full import hidden
 from outsize.forward.span import Span
+from outsize.library import pack
 from outsize.model.transformer import Transformer
 from outsize.native.kernels import kernels
-from outsize.options import DEFAULT_MODEL, DEFAULT_MODEL_SHA256, Options
-from outsize.pack import store, write
-from outsize.pack.format import TOKENIZER, Pack, damaged, read_header
+from outsize.options import DEFAULT_MODEL, Options
+from outsize.pack import store
+from outsize.pack.format import TOKENIZER, Pack, damaged
+from outsize.reply import Reply, Run, Score, peak_memory
 from outsize.weights.load import load_resident
 from outsize.weights.table import Traffic
 
-ENCODINGS = ("auto", "bf16", "fp32", "int8", "int4")
 SCORE_ROWS = 64  # logits computed at once while scoring
 Prompt = str | Messages
 
@@ -59,71 +52,11 @@ class Changes(TypedDict, total=False):
     raw: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """An answer and its account. Times in seconds, sizes in bytes."""
-
-    text: str
-    prompt_tokens: int
-    new_tokens: int
-    first_token_s: float
-    tokens_per_s: float  # after the first token
-    prefill_tokens_per_s: float
-    peak_memory_bytes: int  # of the process so far
-    bytes_read: int  # of weights, since the model was opened
-    model: str
-    finish: str  # "stop", "length" or "cancelled"
-    options: Mapping[str, object]
-
-    def __str__(self) -> str:
-        return self.text
-
-    def to_json(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in self.__slots__}
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """A text's tokens, and the log-probability in nats of each after the first."""
-
-    tokens: list[int]
-    logprobs: list[float]
-
-
-@dataclass(slots=True)
-class _Run:
-    """One prompt on its way: its sequence, cache and text."""
-
-    seq: flow.Sequence
-    kv: KV
-    stream: Stream
-    cached: int  # prompt tokens that were in the cache
-    text: str = ""
-    pushed: int = 0
-    first_s: float | None = None
-    end_s: float = 0.0
-
-    def advance(self, now: float) -> str:
-        """Text that became certain in the last step."""
-        new = self.seq.new_tokens[self.pushed :]
-        self.first_s = now if self.first_s is None else self.first_s
-        if self.seq.finish is None or new:
-            self.end_s = now
-        self.pushed += len(new)
-        piece = self.stream.push(new) if new else ""
-        if self.seq.finish is not None:
-            piece += self.stream.finish()
-        if self.stream.stopped:
-            self.seq.finish = "stop"
-        self.text += piece
-        return piece
-
-
 class Streaming:
     """Pieces of a reply as they come; `reply` is its account, whole once the pieces have ended."""
 
-    def __init__(self, model: Model, run: _Run, options: Options, started: float) -> None:
-        self._model, self._run = model, run
+    def __init__(self, model: Model, run: Run, options: Options, started: float) -> None:
+        self._model, self.run = model, run
         self._options, self._started = options, started
         self._pieces = self._go()
 
@@ -131,18 +64,18 @@ class Streaming:
         return self._pieces
 
     def _go(self) -> Iterator[str]:
-        run = self._run
+        run = self.run
         for _ in self._model._drive([run], self._options):
             if piece := run.advance(time.perf_counter()):
                 yield piece
 
     def cancel(self) -> None:
         """End the reply after the present step."""
-        self._run.seq.finish = self._run.seq.finish or "cancelled"
+        self.run.seq.finish = self.run.seq.finish or "cancelled"
 
     @property
     def reply(self) -> Reply:
-        return self._model._reply(self._run, self._options, self._started)
+        return self._model._reply(self.run, self._options, self._started)
 
 
 class Model:
@@ -169,7 +102,10 @@ class Model:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -179,7 +115,7 @@ class Model:
 
     def stream(self, prompt: Prompt, **changes: Unpack[Changes]) -> Streaming:
         """Iterate over the pieces of a reply to a prompt, or to a chat's messages."""
-        return self._stream(prompt, Options().with_changes(changes))
+        return self.stream_from(prompt, Options().with_changes(changes))
 
     def generate(self, prompts: str | Sequence[Prompt], **changes: Unpack[Changes]) -> list[Reply]:
         """Reply to several prompts at once, as one ragged batch: each gets the text it would get
@@ -187,7 +123,7 @@ class Model:
         options, started = Options().with_changes(changes), time.perf_counter()
         options = _seeded(options)
         batch = [prompts] if isinstance(prompts, str) else list(prompts)
-        runs = [self._run(ids, options) for ids in self._encode(batch, options)]
+        runs = [self.start(ids, options) for ids in self._encode(batch, options)]
         for _ in self._drive(runs, options):
             now = time.perf_counter()
             for run in runs:
@@ -225,10 +161,10 @@ class Model:
             likeliest += (logits.argmax(1) == target).tolist()
         return logprobs, likeliest
 
-    def _stream(self, prompt: Prompt, options: Options, past: _Past | None = None) -> Streaming:
+    def stream_from(self, prompt: Prompt, options: Options, past: Past | None = None) -> Streaming:
         started, options = time.perf_counter(), _seeded(options)
         (ids,) = self._encode([prompt], options)
-        return Streaming(self, self._run(ids, options, past), options, started)
+        return Streaming(self, self.start(ids, options, past), options, started)
 
     def _encode(self, prompts: Sequence[Prompt], options: Options) -> list[list[int]]:
         """Prompts as tokens, through the chat template unless raw."""
@@ -264,24 +200,25 @@ class Model:
                 f"it, or raise --context (this model goes to {self.pack.description.context:,})"
             )
 
-    def _run(self, ids: list[int], options: Options, past: _Past | None = None) -> _Run:
+    def start(self, ids: list[int], options: Options, past: Past | None = None) -> Run:
         self._check_room([*ids, 0] if ids else ids)
         limit = min(len(ids) + options.max_tokens, self.context)
         seq = flow.Sequence(list(ids), len(ids), limit, frozenset(self.pack.eos))
         stream = Stream(self.tokens, options.stop)
         if past is None:
-            return _Run(seq, self.transformer.new_kv(), stream, 0)
-        return _Run(seq, past.kv, stream, past.shared(ids))
+            return Run(seq, self.transformer.new_kv(), stream, 0)
+        return Run(seq, past.kv, stream, past.shared(ids))
 
-    def _drive(self, runs: Sequence[_Run], options: Options) -> Iterator[None]:
+    def _drive(self, runs: Sequence[Run], options: Options) -> Iterator[None]:
         assert options.seed is not None
         pick = [picker(options, options.seed) for _ in runs]
         flows = [
-            flow.decode(run.seq, NoDraft(), p, run.cached) for run, p in zip(runs, pick, strict=True)
+            flow.decode(run.seq, NoDraft(), p, run.cached)
+            for run, p in zip(runs, pick, strict=True)
         ]
         return drive(self.transformer, flows, [run.kv for run in runs])
 
-    def _reply(self, run: _Run, options: Options, started: float) -> Reply:
+    def _reply(self, run: Run, options: Options, started: float) -> Reply:
         new, first = len(run.seq.new_tokens), (run.first_s or started) - started
         after = run.end_s - (run.first_s or run.end_s)
         fed = run.seq.num_prompt - run.cached
@@ -296,73 +233,18 @@ class Model:
             bytes_read=self.traffic.bytes_read,
             model=self.name,
             finish=run.seq.finish or "cancelled",
-            options=options.to_json() | {"context": self.context, "threads": torch.get_num_threads()},
+            options=options.to_json()
+            | {"context": self.context, "threads": torch.get_num_threads()},
         )
-
-
-@dataclass(slots=True)
-class _Past:
-    """A cache and the tokens it was computed from."""
-
-    kv: KV
-    tokens: list[int] = field(default_factory=list)
-
-    def shared(self, ids: Sequence[int]) -> int:
-        """How many leading tokens need not be run again; the last always is."""
-        count = 0
-        for ours, theirs in zip(self.tokens, ids[:-1], strict=False):
-            if ours != theirs:
-                break
-            count += 1
-        return count
-
-
-class Conversation:
-    """Messages so far, and the cache that goes with them."""
-
-    def __init__(self, model: Model, options: Options) -> None:
-        self._model, self.options = model, options
-        self.messages: list[dict[str, str]] = []
-        self._past = _Past(model.transformer.new_kv())
-        self._streaming: Streaming | None = None
-
-    @property
-    def reply(self) -> Reply:
-        """The last turn's account."""
-        assert self._streaming is not None, "nothing said yet"
-        return self._streaming.reply
-
-    def cancel(self) -> None:
-        """End the present reply."""
-        if self._streaming is not None:
-            self._streaming.cancel()
-
-    def reset(self, system: str | None = None) -> None:
-        """Forget everything said; with a system prompt, begin anew under it."""
-        if system is not None:
-            self.options = self.options.with_changes({"system": system})
-        self.messages.clear()
-
-    def say(self, text: str) -> Iterator[str]:
-        """One turn: pieces of the reply. What was said before is not computed again."""
-        messages = [*self.messages, {"role": "user", "content": text}]
-        streaming = self._model._stream(messages, self.options, self._past)
-        self._streaming = streaming
-        try:
-            yield from streaming
-        finally:
-            run = streaming._run
-            # The last token was chosen, but has not been run.
-            self._past.tokens = run.seq.tokens[: max(run.cached, len(run.seq.tokens) - 1)]
-            answer = {"role": "assistant", "content": streaming.reply.text}
-            self.messages = [*messages, answer]
 
 
 def _messages(prompt: Prompt, system: str | None) -> Messages:
     said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     for message in said:
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise OptionError(f"a message needs 'role' and 'content', this has neither: {message!r}")
+            raise OptionError(
+                f"a message needs 'role' and 'content', this has neither: {message!r}"
+            )
     return said if system is None else [{"role": "system", "content": system}, *said]
 
 
@@ -371,49 +253,6 @@ def _seeded(options: Options) -> Options:
     if options.seed is not None:
         return options
     return options.with_changes({"seed": int(torch.seed() & 0x7FFFFFFF)})
-
-
-def peak_memory() -> int:
-    """The most memory this process has held so far, in bytes."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def pack(
-    model: str = DEFAULT_MODEL, *, encoding: str = "auto", quiet: bool = False
-) -> Pack:
-    """Fetch and pack a model, or find the pack that is there. Raises OutsizeError."""
-    if encoding not in ENCODINGS:
-        raise OptionError(f"encoding {encoding!r} is not known; known are {', '.join(ENCODINGS)}")
-    with bars(quiet) as progress:
-        return _pack(source.parse(model), encoding, quiet, progress)
-
-
-def _pack(spec: source.Spec, encoding: str, quiet: bool, progress: Progress) -> Pack:
-    folder = store.home() / "packs"
-    if (Path(spec.name) / "pack.json").is_file():
-        return read_header(Path(spec.name))
-    found = store.find(folder, spec.text, encoding, spec.kind == "path")
-    if found is not None:
-        return found
-    folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(".fetch", ".", folder)))
-        path = source.fetch(spec, scratch, quiet, progress)
-        if spec.text == DEFAULT_MODEL:
-            source.check_hash(path, DEFAULT_MODEL_SHA256, progress)
-        checkpoint = source.open_checkpoint(path)
-        grouped = kernels(store.home() / "native") is not None
-        how = write.How(spec.text, encoding, grouped, __version__)
-        return write.write(checkpoint, how, folder, progress, _warn)
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
 
 
 def load(

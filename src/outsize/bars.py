@@ -23,10 +23,12 @@ def bars(quiet: bool = False) -> Iterator[Progress]:
     from rich.progress import (
         BarColumn,
         DownloadColumn,
-        Progress as Bars,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
+    )
+    from rich.progress import (
+        Progress as Bars,
     )
 
     columns = (

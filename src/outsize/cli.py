@@ -32,7 +32,9 @@ def _option(*names: str, text: str, metavar: str | None = None) -> Any:
     return typer.Option(*names, help=text, envvar=env, metavar=metavar)
 
 
-ModelFlag = Annotated[str | None, _option("-m", "--model", text="Model, if not the first argument.")]
+ModelFlag = Annotated[
+    str | None, _option("-m", "--model", text="Model, if not the first argument.")
+]
 MaxTokens = Annotated[int, _option("-n", "--max-tokens", text="Most tokens to answer with.")]
 Context = Annotated[int | None, _option("-c", "--context", text="Tokens of context.")]
 Threads = Annotated[int | None, _option("-t", "--threads", text="Processor threads.")]
@@ -134,9 +136,9 @@ def pack(
     as_json: AsJson = False,
 ) -> None:
     """Fetch and convert a model, so that it starts at once."""
-    from outsize import api, terminal
+    from outsize import library, terminal
 
-    made = api.pack(model, encoding=encoding, quiet=quiet)
+    made = library.pack(model, encoding=encoding, quiet=quiet)
     terminal.show_packs([made], as_json)
 
 

@@ -1,18 +1,18 @@
 """Everything outsize raises on purpose. A message is one sentence with the numbers and the way out.
 
-    OutsizeError                    exit status 1: it could not be done
-    +-- UserError (ValueError)      exit status 2: what was asked for cannot be
-    |   +-- OptionError             a flag, keyword or setting
-    |   +-- SourceError             no such model, or it is not one
-    |   +-- CheckpointError         a foreign file is damaged or lies about itself
-    |   +-- UnsupportedError        a sound file of a kind we do not run
-    |   +-- TemplateError           a chat template that fails or runs wild
-    |   +-- ContextError            more tokens than the context holds
-    +-- PackError                   a pack is damaged, or of another version or layout
-    +-- DiskFullError               not enough room to write
-    +-- FetchError                  the network, or an index, said no
-    +-- HashError                   what came is not what was asked for
-    +-- ClosedError                 a model used after it was closed
+OutsizeError                    exit status 1: it could not be done
++-- UserError (ValueError)      exit status 2: what was asked for cannot be
+|   +-- OptionError             a flag, keyword or setting
+|   +-- SourceError             no such model, or it is not one
+|   +-- CheckpointError         a foreign file is damaged or lies about itself
+|   +-- UnsupportedError        a sound file of a kind we do not run
+|   +-- TemplateError           a chat template that fails or runs wild
+|   +-- ContextError            more tokens than the context holds
++-- PackError                   a pack is damaged, or of another version or layout
++-- DiskFullError               not enough room to write
++-- FetchError                  the network, or an index, said no
++-- HashError                   what came is not what was asked for
++-- ClosedError                 a model used after it was closed
 """
 
 from __future__ import annotations

@@ -52,7 +52,9 @@ class Options:
             if name not in known:
                 close = difflib.get_close_matches(name, known, 1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise OptionError(f"option {name!r} is not known; known are {', '.join(known)}{hint}")
+                raise OptionError(
+                    f"option {name!r} is not known; known are {', '.join(known)}{hint}"
+                )
         return replace(self, **changes)  # type: ignore[arg-type]
 
 

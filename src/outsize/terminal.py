@@ -13,12 +13,13 @@ from pathlib import Path
 from types import FrameType
 
 from outsize import api
-from outsize.api import Model, Reply
+from outsize.api import Model
 from outsize.checkpoint.source import names_model
 from outsize.errors import OptionError, OutsizeError, PackError, TemplateError
 from outsize.options import DEFAULT_MODEL, Options
 from outsize.pack.format import Pack
 from outsize.pack.store import home
+from outsize.reply import Reply
 
 
 @dataclass(frozen=True, slots=True)

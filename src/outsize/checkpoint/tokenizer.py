@@ -71,7 +71,9 @@ def from_json(text: str) -> Tokenizer:
     try:
         return Tokenizer.from_str(text)
     except Exception as e:  # the library raises bare Exception
-        raise CheckpointError(f"tokenizer.json is not usable: {str(e)[:200]}; fetch it again") from None
+        raise CheckpointError(
+            f"tokenizer.json is not usable: {str(e)[:200]}; fetch it again"
+        ) from None
 
 
 def _strings(arrays: Mapping[str, object], key: str) -> list[str]:

@@ -14,7 +14,9 @@ Flow = Generator[Span, Out, None]
 
 def drive(model: Transformer, flows: Sequence[Flow], kvs: Sequence[KV]) -> Iterator[None]:
     """Run flows to their ends, yielding after each step. A finished flow leaves the batch."""
-    waiting = [(flow, kv, span) for flow, kv in zip(flows, kvs, strict=True) for span in _first(flow)]
+    waiting = [
+        (flow, kv, span) for flow, kv in zip(flows, kvs, strict=True) for span in _first(flow)
+    ]
     while waiting:
         outs = full(model, [span for _, _, span in waiting], [kv for _, kv, _ in waiting])
         answered = zip(waiting, outs, strict=True)

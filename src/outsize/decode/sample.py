@@ -40,7 +40,7 @@ def keep_top_p(prob: Floats, p: float) -> Floats:
 
 def keep_min_p(prob: Floats, p: float) -> Floats:
     """Tokens at least p times as likely as the likeliest."""
-    return prob[prob >= p * prob[0]]
+    return prob[: int(np.count_nonzero(prob >= p * prob[0]))]
 
 
 def draw(logits_V: Tensor, options: Options, random: np.random.Generator) -> int:

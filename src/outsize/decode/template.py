@@ -21,7 +21,7 @@ import json, sys
 try:
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
-    resource.setrlimit(resource.RLIMIT_CPU, (%d, %d))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
 except (ImportError, ValueError, OSError):
     pass
 from datetime import datetime
@@ -43,7 +43,7 @@ except MemoryError:
 except Exception as e:
     answer = {"error": f"{type(e).__name__}: {str(e)[:300]}"}
 sys.stdout.write(json.dumps(answer))
-""" % (TIME_LIMIT_S, TIME_LIMIT_S)
+""".replace("SECONDS", str(TIME_LIMIT_S))
 
 
 def render(
@@ -59,7 +59,9 @@ def render(
     job = {"template": template, "chats": [list(map(dict, c)) for c in chats], "names": variables}
     reply = _ask(json.dumps(job))
     if "error" in reply:
-        raise TemplateError(f"the chat template failed: {reply['error']}; use --raw to do without it")
+        raise TemplateError(
+            f"the chat template failed: {reply['error']}; use --raw to do without it"
+        )
     texts: list[str] = reply["texts"]
     if sum(map(len, texts)) > MAX_TEXT:
         raise TemplateError(f"the chat template made more than {MAX_TEXT:,} characters")

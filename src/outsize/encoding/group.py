@@ -1,8 +1,9 @@
 """Groups of 32 weights with an fp16 scale each: w = scale * (code - offset), codes of 5 or 8 bits.
 
 These are the GGUF types Q5_0 and Q8_0, code for code and scale for scale; other types of more than four
-bits are re-encoded as group8, which is finer than one scale a row. torch has no kernel for either, so they are
-packed only where ours (native/groups.c) can be compiled; the plain twin, much slower, runs anywhere.
+bits are re-encoded as group8, which is finer than one scale a row. torch has no kernel for either, so
+they are packed only where ours (native/groups.c) can be compiled; the plain twin, much slower, runs
+anywhere.
 
 Layout: blocks of 64 weights, groups A and B. group5: 32 bytes a block, low nibbles A, high nibbles B, and
 the fifth bits of the 64 apart. group8: a byte a weight.
@@ -88,7 +89,9 @@ class Group:
 
     def linear(self, x_TK: Tensor, fields: Fields, wide: bool) -> Tensor:
         if x_TK.requires_grad:
-            return frozen_linear(x_TK, lambda x: self._run(x, fields, wide), lambda: self.decode(fields))
+            return frozen_linear(
+                x_TK, lambda x: self._run(x, fields, wide), lambda: self.decode(fields)
+            )
         return self._run(x_TK, fields, wide)
 
     def _run(self, x_TK: Tensor, fields: Fields, wide: bool) -> Tensor:

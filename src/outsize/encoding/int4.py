@@ -77,15 +77,18 @@ class Int4:
 
     def linear(self, x_TK: Tensor, fields: Fields, wide: bool) -> Tensor:
         if x_TK.requires_grad:
-            return frozen_linear(x_TK, lambda x: self._run(x, fields, wide), lambda: self.decode(fields))
+            return frozen_linear(
+                x_TK, lambda x: self._run(x, fields, wide), lambda: self.decode(fields)
+            )
         return self._run(x_TK, fields, wide)
 
     def _run(self, x_TK: Tensor, fields: Fields, wide: bool) -> Tensor:
         if wide and len(x_TK) > NARROW_ROWS:
-            return torch.mm(x_TK, self._decode_KN(fields, x_TK.dtype))
+            return x_TK @ self._decode_KN(fields, x_TK.dtype)
         scales = fields["scales"]
         packed = fields["packed"].view(scales.shape[1], -1)
-        return _int4_mm(x_TK, packed, GROUP, scales)
+        out: Tensor = _int4_mm(x_TK, packed, GROUP, scales)
+        return out
 
     def _decode_KN(self, fields: Fields, dtype: torch.dtype) -> Tensor:
         if self.kernels is None or dtype != torch.bfloat16:

@@ -47,7 +47,9 @@ class Int8:
 
     def linear(self, x_TK: Tensor, fields: Fields, wide: bool) -> Tensor:
         if x_TK.requires_grad:
-            return frozen_linear(x_TK, lambda x: self._run(x, fields, wide), lambda: self.decode(fields))
+            return frozen_linear(
+                x_TK, lambda x: self._run(x, fields, wide), lambda: self.decode(fields)
+            )
         return self._run(x_TK, fields, wide)
 
     def _run(self, x_TK: Tensor, fields: Fields, wide: bool) -> Tensor:

@@ -54,7 +54,9 @@ def names(config: Config, layer: Mapping[str, str] = _LAYER) -> Mapping[str, str
     found = [p for p in prefixes if f"{p}embed_tokens.weight" in config.names]
     prefix = found[0] if found else "model."
     top = {"embed": f"{prefix}embed_tokens.weight", "final_norm": f"{prefix}norm.weight"}
-    head = "lm_head.weight" if prefix != "language_model.model." else "language_model.lm_head.weight"
+    head = (
+        "lm_head.weight" if prefix != "language_model.model." else "language_model.lm_head.weight"
+    )
     return top | {"head": head} | {k: f"{prefix}layers.{{i}}.{v}" for k, v in layer.items()}
 
 

@@ -70,7 +70,9 @@ def from_json(data: Mapping[str, object]) -> Description:
         layers = tuple(_layer(item) for item in values.pop("layers"))  # type: ignore[attr-defined]
         return Description(layers=layers, **values)  # type: ignore[arg-type]
     except (KeyError, TypeError, AttributeError) as e:
-        raise PackError(f"the pack's description is malformed ({e}); pack the model again") from None
+        raise PackError(
+            f"the pack's description is malformed ({e}); pack the model again"
+        ) from None
 
 
 def _layer(item: Mapping[str, object]) -> Layer:

@@ -3,6 +3,7 @@ norms before and after each half, a norm on each query and key head, a scaled em
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from outsize.errors import CheckpointError
@@ -56,4 +57,5 @@ def _local_rope(config: Config) -> Rope:
 def _attn_scale(config: Config, width: int, num_heads: int, head_dim: int) -> float:
     """1 / sqrt of the stated scalar; GGUF leaves it out, and only the 27B differs from head_dim."""
     is_27b = config.format == "gguf" and config.integer("num_hidden_layers") == 62
-    return config.number("query_pre_attn_scalar", width / num_heads if is_27b else head_dim) ** -0.5
+    usual = width / num_heads if is_27b else float(head_dim)
+    return 1 / math.sqrt(config.number("query_pre_attn_scalar", usual))

@@ -64,9 +64,7 @@ def _mask(
     return (apart >= 0) if window is None else (apart >= 0) & (apart < window)
 
 
-def _blocked(
-    q_THE: Tensor, kv_CSE: Tensor, positions: Sequence[int], window: int | None
-) -> Tensor:
+def _blocked(q_THE: Tensor, kv_CSE: Tensor, positions: Sequence[int], window: int | None) -> Tensor:
     num_new, num_heads, head_dim = q_THE.shape
     num_kv, size = kv_CSE.shape[0] // 2, kv_CSE.shape[1]
     group, past = num_heads // num_kv, size - num_new

@@ -1,4 +1,4 @@
-"""Compiles the C files here for this machine, once, if there is a C compiler; without one the plain path runs.
+"""Compiles the C files here for this machine, once; without a C compiler the plain path runs.
 
 The library is kept in the user's cache folder under a hash of source, compiler and processor. It uses
 the OpenMP runtime that torch brought: a second one would fight torch's threads for the cores.

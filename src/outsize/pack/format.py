@@ -178,12 +178,18 @@ def _pack(folder: Path, body: dict[str, object]) -> Pack:
     return Pack(**known)  # type: ignore[arg-type]
 
 
+def _ints(value: object) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise TypeError(f"a list is due, not {value!r}")
+    return tuple(int(v) for v in value)
+
+
 def _table(folder: Path, item: dict[str, object]) -> TableHeader:
     tensors = {
         name: tuple(Matrix(**m) for m in matrices)
         for name, matrices in item["tensors"].items()  # type: ignore[attr-defined]
     }
-    keys, sums = tuple(item["keys"]), tuple(item["checksums"])  # type: ignore[arg-type]
+    keys, sums = _ints(item["keys"]), _ints(item["checksums"])
     table = TableHeader(**(item | {"keys": keys, "checksums": sums, "tensors": tensors}))  # type: ignore[arg-type]
     path = folder / table.file
     if Path(table.file).name != table.file or not path.is_file():

@@ -76,9 +76,7 @@ def encoding_for(tensor: Tensor, wanted: str, grouped: bool) -> str:
 class Planner:
     """Finds and checks every tensor that a recipe names."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, recipe: Recipe, wanted: str, grouped: bool
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, wanted: str, grouped: bool) -> None:
         self.tensors, self.recipe = checkpoint.tensors, recipe
         self.wanted, self.grouped = wanted, grouped
         self.description = recipe.description
@@ -143,9 +141,7 @@ class Planner:
         d = self.description
         record = {
             "ffn_norm": self.vector(i, ("ffn_norm", d.width)),
-            "gate_up": self.matrix(
-                i, ("gate", d.ffn_width, d.width), ("up", d.ffn_width, d.width)
-            ),
+            "gate_up": self.matrix(i, ("gate", d.ffn_width, d.width), ("up", d.ffn_width, d.width)),
             "down": self.matrix(i, ("down", d.width, d.ffn_width)),
         }
         if d.post_norm:
@@ -173,9 +169,7 @@ def slice_rows(tensor: Tensor, start: int, stop: int) -> Tensor:
     num_rows, width = tensor.shape
     stop, row_bytes = min(stop, num_rows), tensor.size // num_rows
     shape, offset = (stop - start, width), tensor.offset + start * row_bytes
-    return Tensor(
-        tensor.name, tensor.kind, shape, tensor.path, offset, (stop - start) * row_bytes
-    )
+    return Tensor(tensor.name, tensor.kind, shape, tensor.path, offset, (stop - start) * row_bytes)
 
 
 def lay_out(tensors: dict[str, tuple[Matrix, ...]]) -> tuple[dict[str, tuple[Matrix, ...]], int]:
@@ -208,9 +202,7 @@ def _layer_tables(name: str, records: Sequence[Record]) -> list[TablePlan]:
     return plans
 
 
-def plan(
-    checkpoint: Checkpoint, recipe: Recipe, wanted: str, grouped: bool
-) -> list[TablePlan]:
+def plan(checkpoint: Checkpoint, recipe: Recipe, wanted: str, grouped: bool) -> list[TablePlan]:
     """Every table of the pack. Reads nothing. Raises CheckpointError, UnsupportedError."""
     p, d = Planner(checkpoint, recipe, wanted, grouped), recipe.description
     check_size(checkpoint, d)

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from outsize.checkpoint import tokenizer as tokenizers
 from outsize.checkpoint.foreign import Checkpoint, read_codes, read_floats
+from outsize.checkpoint.ggml import Floats
 from outsize.encoding.find import encoding
 from outsize.encoding.group import Group
 from outsize.encoding.int4 import Int4
@@ -179,11 +181,16 @@ def _fill(
     (folder / TOKENIZER).write_bytes(text)
     total, done, headers = sum(t.header.size for t in tables), 0, []
     for table in tables:
-        headers.append(_write_table(table, folder, lambda n, d=done: progress("packing", d + n, total)))  # type: ignore[misc]
+        tick = partial(_tick, progress, done, total)
+        headers.append(_write_table(table, folder, tick))
         done += table.header.size
     pack = replace(draft, tables=tuple(headers), tokenizer_crc=zlib.crc32(text))
     write_header(pack, folder)
     return pack
+
+
+def _tick(progress: Progress, before: int, total: int, done: int) -> None:
+    progress("packing", before + done, total)
 
 
 def _write_table(table: TablePlan, folder: Path, tick: Callable[[int], None]) -> TableHeader:
@@ -224,8 +231,13 @@ def _encode(piece: Piece, num_rows: int) -> dict[str, Tensor]:
             if piece.encoding == "int4":
                 return Int4().from_codes(code, step, low)
             return Group(int(piece.encoding[-1])).from_codes(code, step)
-    floats = [read_floats(p.tensor).reshape(-1, piece.width) + p.shift for p in piece.parts]
+    floats = [_shifted(p).reshape(-1, piece.width) for p in piece.parts]
     return encoding(piece.encoding).encode(_stack(floats, piece.parts, num_rows))
+
+
+def _shifted(part: Part) -> Floats:
+    numbers = read_floats(part.tensor)
+    return numbers + np.float32(part.shift) if part.shift else numbers
 
 
 def _stack(arrays: Sequence[object], parts: Sequence[Part], num_rows: int) -> Tensor:
@@ -240,7 +252,9 @@ def _interleave(rows: np.ndarray, head_dim: int) -> np.ndarray:  # type: ignore[
     if not head_dim:
         return rows
     vector = len(rows) == 1
-    heads = (rows.T if vector else rows).reshape(-1, 2, head_dim // 2, 1 if vector else rows.shape[1])
+    heads = (rows.T if vector else rows).reshape(
+        -1, 2, head_dim // 2, 1 if vector else rows.shape[1]
+    )
     mixed = heads.swapaxes(1, 2).reshape(-1, heads.shape[-1])
     return np.ascontiguousarray(mixed.T if vector else mixed)
 

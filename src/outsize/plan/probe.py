@@ -32,7 +32,17 @@ def instruction_sets() -> list[str]:
     """Those that decide which kernels run fast here."""
     info = Path("/proc/cpuinfo")
     flags = info.read_text().split() if info.is_file() else []
-    wanted = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16", "i8mm")
+    wanted = (
+        "avx2",
+        "fma",
+        "avx512f",
+        "avx512_bf16",
+        "avx512_vnni",
+        "amx_bf16",
+        "asimd",
+        "bf16",
+        "i8mm",
+    )
     return [name for name in wanted if name in flags]
 
 

@@ -23,9 +23,7 @@ class Loaded:
     final_norm: Weights
 
 
-def load_resident(
-    pack: Pack, kernels: Kernels | None, traffic: Traffic, progress: Tick
-) -> Loaded:
+def load_resident(pack: Pack, kernels: Kernels | None, traffic: Traffic, progress: Tick) -> Loaded:
     """Read a whole pack into memory. Raises PackError if a record is damaged."""
     done = 0
 

@@ -27,15 +27,15 @@ def resident(
         table.read(index, window[index * stride : (index + 1) * stride])
         tick(stride)
         record = raw[index * stride : (index + 1) * stride]
-        return {k: tuple(view(record, m, kernels) for m in ms) for k, ms in table.header.tensors.items()}
+        return {
+            k: tuple(view(record, m, kernels) for m in ms) for k, ms in table.header.tensors.items()
+        }
 
     with ThreadPoolExecutor(READERS) as pool:
         return dict(zip(table.header.keys, pool.map(read, range(len(table))), strict=True))
 
 
-def resident_rows(
-    table: Table, kernels: Kernels | None, tick: Callable[[int], None]
-) -> Weight:
+def resident_rows(table: Table, kernels: Kernels | None, tick: Callable[[int], None]) -> Weight:
     """A row table as one matrix: its blocks are joined as they are read."""
     header = table.header
     (matrix,) = next(iter(header.tensors.values()))

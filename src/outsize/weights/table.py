@@ -81,7 +81,7 @@ class Table:
 def buffer(size: int) -> tuple[Tensor, memoryview]:
     """A byte tensor, and the same bytes as a memoryview to read into."""
     raw = torch.empty(size, dtype=torch.uint8)
-    return raw, memoryview(raw.numpy())
+    return raw, memoryview(raw.numpy().data)
 
 
 def view(raw: Tensor, matrix: Matrix, kernels: Kernels | None) -> Weight:

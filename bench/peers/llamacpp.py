@@ -1,0 +1,49 @@
+"""Time llama.cpp on one GGUF: `python bench/peers/llamacpp.py MODEL.gguf`. One JSON object last.
+
+pip install llama-cpp-python (built for this machine: CMAKE_ARGS=-DGGML_NATIVE=ON). Greedy, batch 1; a
+warm-up prefill first, so that neither page faults nor first-use costs are counted against it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+
+import llama_cpp
+
+TEXT = b"The quick brown fox jumps over the lazy dog while the sea keeps its own slow time. "
+
+
+def main() -> None:
+    p = argparse.ArgumentParser()
+    p.add_argument("model")
+    p.add_argument("--prompt-tokens", type=int, default=512)
+    p.add_argument("--new-tokens", type=int, default=64)
+    p.add_argument("--threads", type=int, default=2)
+    a = p.parse_args()
+    model = llama_cpp.Llama(
+        a.model, n_ctx=a.prompt_tokens + a.new_tokens + 8, n_threads=a.threads,
+        n_threads_batch=a.threads, n_batch=512, verbose=False,
+    )  # fmt: skip
+    ids = model.tokenize(TEXT * 200)[: a.prompt_tokens]
+    model.eval(ids)
+    model.reset()
+    started = time.perf_counter()
+    model.eval(ids)
+    prefill_s = time.perf_counter() - started
+    started = time.perf_counter()
+    for _ in range(a.new_tokens):
+        model.eval([model.sample(temp=0.0)])
+    decode_s = time.perf_counter() - started
+    print(
+        json.dumps({
+            "engine": f"llama-cpp-python {llama_cpp.__version__}",
+            "prefill_tokens_per_s": round(len(ids) / prefill_s, 2),
+            "decode_tokens_per_s": round(a.new_tokens / decode_s, 3),
+        })
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

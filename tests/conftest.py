@@ -1,0 +1,54 @@
+"""Fixtures: a home of its own for every run, and tiny models."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import outsize
+from outsize.api import Model
+from tests.golden import tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("home")
+    kept = {k: v for k, v in os.environ.items() if k.startswith("OUTSIZE_")}
+    for name in kept:
+        del os.environ[name]
+    os.environ |= {"OUTSIZE_HOME": str(folder), "OUTSIZE_CONFIG": str(folder / "config.toml")}
+    yield folder
+    os.environ |= kept
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A family's tiny safetensors folder."""
+    base = tmp_path_factory.mktemp("models")
+
+    def make(family: str) -> Path:
+        path = base / family
+        return path if path.exists() else tiny.write_folder(path, family)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def open_tiny(folder_of: Callable[[str], Path], home: Path) -> Iterator[Callable[..., Model]]:
+    """Open a family's tiny model, once for each way of opening it."""
+    opened: dict[tuple[object, ...], Model] = {}
+
+    def make(family: str = "llama", encoding: str = "bf16", native: bool = True) -> Model:
+        key = (family, encoding, native)
+        if key not in opened:
+            opened[key] = outsize.load(
+                str(folder_of(family)), encoding=encoding, native=native, quiet=True
+            )
+        return opened[key]
+
+    yield make
+    for model in opened.values():
+        model.close()

@@ -1,0 +1,126 @@
+"""Every family equals transformers' fp32 logits: in one span, token by token, and from a GGUF."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+import outsize
+from outsize.api import Model
+from outsize.family.find import families
+from outsize.forward.full import full
+from outsize.forward.span import Span
+from tests.golden import tiny
+
+# fp32 throughout; sums are in another order than eager transformers'. Logits reach about 20.
+TOLERANCE = 5e-4
+
+
+def reference(family: str) -> np.ndarray:
+    with np.load(Path(__file__).with_name(f"{family}.npz")) as data:
+        return np.asarray(data["logits"])
+
+
+def logits(model: Model, lengths: list[int]) -> np.ndarray:
+    """All logits of tiny.TOKENS, fed in spans of these lengths."""
+    kv, at, rows = model.transformer.new_kv(), 0, []
+    for length in lengths:
+        span = Span(at, tiny.TOKENS[at : at + length], length)
+        rows.append(full(model.transformer, [span], [kv])[0].logits_KV)
+        at += length
+    return torch.cat(rows).numpy()
+
+
+def test_every_family_has_a_golden() -> None:
+    assert set(tiny.CONFIGS) == set(families())
+
+
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+@pytest.mark.parametrize(
+    "lengths", [[40], [1] * 40, [20, 5, 1, 14]], ids=["span", "steps", "mixed"]
+)
+def test_golden(family: str, lengths: list[int], open_tiny: Callable[..., Model]) -> None:
+    ours = logits(open_tiny(family, "fp32"), lengths)
+    np.testing.assert_allclose(ours, reference(family), atol=TOLERANCE, rtol=0)
+
+
+def permuted(w: np.ndarray, heads: int) -> np.ndarray:
+    """Halves -> adjacent pairs: how a llama GGUF stores query and key rows."""
+    return w.reshape(heads, 2, -1, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+
+
+GGUF_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "model.layers.": "blk.",
+}
+
+
+def write_gguf(path: Path, family: str, **split: int) -> Path:
+    writer = gguf.GGUFWriter(path, family, **split)
+    writer.add_block_count(tiny.LAYERS)
+    writer.add_context_length(512)
+    writer.add_embedding_length(tiny.WIDTH)
+    writer.add_feed_forward_length(tiny.FFN)
+    writer.add_head_count(tiny.HEADS)
+    writer.add_head_count_kv(tiny.KV_HEADS)
+    writer.add_key_length(tiny.HEAD_DIM)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(tiny.CONFIGS[family]["rope_theta"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    vocab = sorted(tiny.tokenizer().get_vocab().items(), key=lambda item: item[1])
+    writer.add_token_list([name for name, _ in vocab[:-1]] + ["Ġa"])
+    writer.add_token_types([1] * 256 + [3] * (tiny.VOCAB - 257) + [1])
+    writer.add_token_merges(["Ġ a"])
+    for name, w in tiny.weights(family).items():
+        for foreign, theirs in GGUF_NAMES.items():
+            name = name.replace(foreign, theirs)
+        if family == "llama" and ("attn_q" in name or "attn_k" in name):
+            w = permuted(w, tiny.HEADS if "attn_q" in name else tiny.KV_HEADS)
+        writer.add_tensor(name, w)
+    if family == "llama":
+        from outsize.family.description import rope_divisors
+
+        divisors = rope_divisors(tiny.LLAMA3, 10000.0, tiny.HEAD_DIM)
+        writer.add_tensor("rope_freqs.weight", np.array(divisors, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_gguf_equals_golden(family: str, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", family)
+    with outsize.load(str(path), encoding="fp32", quiet=True) as model:
+        ours = logits(model, [40])
+    np.testing.assert_allclose(ours, reference(family), atol=TOLERANCE, rtol=0)
+
+
+def test_split_gguf(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", "llama", split_max_tensors=9)
+    parts = sorted(tmp_path.glob("*-of-*.gguf"))
+    assert len(parts) > 2
+    with outsize.load(str(parts[0]), encoding="fp32", quiet=True) as model:
+        ours = logits(model, [40])
+    np.testing.assert_allclose(ours, reference("llama"), atol=TOLERANCE, rtol=0)
+    parts[1].unlink()
+    with pytest.raises(outsize.errors.CheckpointError, match="parts are missing"):
+        outsize.load(str(parts[0]), encoding="fp32", quiet=True)

@@ -1,0 +1,127 @@
+"""Tiny random models, the same on every machine: weights from numpy's seeded generator, in Hugging
+Face's layout. The committed vectors (*.npz) were made from these folders by make.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+VOCAB, WIDTH, FFN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 288, 64, 96, 3, 4, 2, 32
+TOKENS = [(7 * i * i + 3 * i + 11) % VOCAB for i in range(40)]
+
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "intermediate_size": FFN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": HEAD_DIM,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 512,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"rope_scaling": LLAMA3, "rope_theta": 10000.0, "tie_word_embeddings": False},
+    "mistral": {"sliding_window": 8, "rope_theta": 10000.0, "tie_word_embeddings": False},
+    "qwen2": {"rope_theta": 1e6, "tie_word_embeddings": True, "use_sliding_window": False},
+    "qwen3": {"rope_theta": 1e6, "tie_word_embeddings": False, "attention_bias": False},
+    "gemma3": {
+        "sliding_window": 8,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "query_pre_attn_scalar": 24,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+    },
+    "afm": {"rope_theta": 500000.0, "tie_word_embeddings": True, "attention_bias": False},
+}
+# The transformers class that runs a family: AFM's architecture is Qwen3's with other numbers.
+REFERENCE = {"gemma3": "gemma3_text", "afm": "qwen3"}
+
+
+def config(family: str) -> dict[str, Any]:
+    return COMMON | CONFIGS[family] | {"model_type": family}
+
+
+def shapes(family: str) -> dict[str, tuple[int, ...]]:
+    """Tensor names and shapes, in Hugging Face's naming."""
+    q, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, WIDTH)}
+    for i in range(LAYERS):
+        p = f"model.layers.{i}."
+        out |= {
+            p + "input_layernorm.weight": (WIDTH,),
+            p + "post_attention_layernorm.weight": (WIDTH,),
+            p + "self_attn.q_proj.weight": (q, WIDTH),
+            p + "self_attn.k_proj.weight": (kv, WIDTH),
+            p + "self_attn.v_proj.weight": (kv, WIDTH),
+            p + "self_attn.o_proj.weight": (WIDTH, q),
+            p + "mlp.gate_proj.weight": (FFN, WIDTH),
+            p + "mlp.up_proj.weight": (FFN, WIDTH),
+            p + "mlp.down_proj.weight": (WIDTH, FFN),
+        }
+        if family == "qwen2":
+            biases = {"q": q, "k": kv, "v": kv}
+            out |= {f"{p}self_attn.{n}_proj.bias": (size,) for n, size in biases.items()}
+        if family in ("qwen3", "gemma3", "afm"):
+            out |= {f"{p}self_attn.{n}_norm.weight": (HEAD_DIM,) for n in "qk"}
+        if family == "gemma3":
+            names = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+            out |= {f"{p}{n}.weight": (WIDTH,) for n in names}
+    out["model.norm.weight"] = (WIDTH,)
+    if not CONFIGS[family]["tie_word_embeddings"]:
+        out["lm_head.weight"] = (VOCAB, WIDTH)
+    return out
+
+
+def weights(family: str) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(20260822)
+    return {
+        name: (random.standard_normal(shape) * (0.2 if "norm" not in name else 0.1)
+               + ("norm" in name and family != "gemma3")).astype(np.float32)
+        for name, shape in shapes(family).items()
+    }  # fmt: skip
+
+
+def tokenizer() -> Tokenizer:
+    """A byte-level tokenizer without merges: 256 bytes, then special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {c: i for i, c in enumerate(alphabet)}
+    made = Tokenizer(models.BPE(vocab, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(["<s>", "</s>"] + [f"<extra{i}>" for i in range(VOCAB - 258)])
+    return made
+
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+
+def write_folder(folder: Path, family: str, model_type: str | None = None) -> Path:
+    """A safetensors folder as Hugging Face would save it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = config(family) | ({"model_type": model_type} if model_type else {})
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer.json").write_text(tokenizer().to_str())
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    save_file(weights(family), folder / "model.safetensors")
+    return folder

@@ -1,0 +1,101 @@
+"""Encoding law: linear(x, f) == x @ decode(f).T within the stated tolerance, for every encoding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from outsize.encoding.find import ENCODINGS, encoding
+from outsize.encoding.plain import Encoding
+from outsize.native.kernels import Kernels, kernels
+
+SHAPES = [(64, 64), (192, 128), (80, 192), (48, 576)]
+
+
+@pytest.fixture(scope="module")
+def compiled(home: Path) -> Kernels | None:
+    return kernels(home / "native")
+
+
+@pytest.fixture(params=["plain", "native"])
+def kernel(request: pytest.FixtureRequest, compiled: Kernels | None) -> Kernels | None:
+    if request.param == "native" and compiled is None:
+        pytest.skip("no C compiler on this machine")
+    return compiled if request.param == "native" else None
+
+
+def made(
+    name: str, kernel: Kernels | None, shape: tuple[int, int]
+) -> tuple[Encoding, dict[str, torch.Tensor]]:
+    torch.manual_seed(shape[0])
+    e = encoding(name, kernel)
+    return e, e.encode(torch.randn(shape))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ENCODINGS)
+@pytest.mark.parametrize("rows", [1, 5, 16, 70])
+def test_linear_is_decode(
+    name: str, kernel: Kernels | None, shape: tuple[int, int], rows: int
+) -> None:
+    e, fields = made(name, kernel, shape)
+    x = torch.randn(rows, shape[1]).to(torch.float32 if name == "fp32" else torch.bfloat16)
+    exact = x.float() @ e.decode(fields).T
+    for wide in (False, True):
+        y = e.linear(x, fields, wide)
+        assert y.dtype == x.dtype
+        assert (y.float() - exact).norm() <= e.tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_fields_match_their_specs(name: str) -> None:
+    e, fields = made(name, None, (80, 192))
+    specs = e.specs(80, 192)
+    assert list(specs) == list(fields)
+    for key, spec in specs.items():
+        assert (tuple(fields[key].shape), fields[key].dtype) == (spec.shape, spec.dtype)
+    assert e.stored_rows(fields) == e.decode(fields).shape[0] >= 80
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_rows_are_rows_of_decode(name: str) -> None:
+    e, fields = made(name, None, (192, 64))
+    ids = torch.tensor([0, 191, 63, 64, 31, 32, 5])
+    assert torch.equal(e.rows(fields, ids), e.decode(fields)[ids])
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("fp32", 0.0),
+        ("bf16", 3e-3),
+        ("int8", 1.2e-2),
+        ("int4", 0.11),
+        ("group5", 0.05),
+        ("group8", 6e-3),
+    ],
+)
+def test_decode_of_encode(name: str, error: float) -> None:
+    torch.manual_seed(1)
+    w, e = torch.randn(128, 256), ENCODINGS[name]
+    assert (e.decode(e.encode(w))[:128] - w).norm() <= error * w.norm()
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+@pytest.mark.parametrize("wide", [False, True])
+def test_gradient_reaches_the_input(name: str, wide: bool, kernel: Kernels | None) -> None:
+    e, fields = made(name, kernel, (64, 64))
+    x = torch.randn(70, 64).to(torch.float32 if name == "fp32" else torch.bfloat16)
+    x.requires_grad_(True)
+    up = torch.randn(70, 64)
+    (e.linear(x, fields, wide).float() * up).sum().backward()
+    assert x.grad is not None
+    exact = up @ e.decode(fields)
+    assert (x.grad.float() - exact).norm() <= 2e-2 * exact.norm()
+
+
+def test_zero_rows_stay_zero() -> None:
+    for e in ENCODINGS.values():
+        assert not e.decode(e.encode(torch.zeros(64, 64))).any()

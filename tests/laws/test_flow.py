@@ -1,0 +1,92 @@
+"""Flow and drafter law: any drafter gives the tokens of none; the flow needs no model to be tested."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from outsize.decode import flow
+from outsize.decode.sample import picker
+from outsize.draft.none import Draft, Drafter, NoDraft
+from outsize.forward.span import Out, Span
+from outsize.options import Options
+
+VOCAB = 7
+
+
+class Script:
+    """Guesses what it was told to, in turn."""
+
+    def __init__(self, drafts: Sequence[Sequence[int]]) -> None:
+        self.drafts = list(drafts)
+
+    def propose(self, tokens: Sequence[int]) -> Draft:
+        return Draft(tuple(self.drafts.pop(0))) if self.drafts else Draft()
+
+
+class World:
+    """A model whose logits are a fixed function of the last two tokens; checks what it is fed."""
+
+    def __init__(self, seed: int) -> None:
+        self.table = torch.randn(VOCAB, VOCAB, VOCAB, generator=torch.Generator().manual_seed(seed))
+        self.seen: list[int] = []
+
+    def __call__(self, span: Span) -> Out:
+        assert span.start <= len(self.seen), "a hole in the cache"
+        self.seen[span.start :] = span.tokens
+        last = range(len(self.seen) - span.want, len(self.seen))
+        return Out(torch.stack([self.table[self.seen[i - 1], self.seen[i]] for i in last]))
+
+
+def play(drafter: Drafter, options: Options, seed: int, ends: frozenset[int]) -> flow.Sequence:
+    seq = flow.Sequence([1, 2, 3], 3, 3 + options.max_tokens, ends)
+    world, life = World(seed), flow.decode(seq, drafter, picker(options, 11))
+    try:
+        span = next(life)
+        while True:
+            span = life.send(world(span))
+    except StopIteration:
+        return seq
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(0, 50),
+    st.lists(st.lists(st.integers(0, VOCAB - 1), max_size=5), max_size=30),
+    st.sampled_from([0.0, 0.8]),
+    st.booleans(),
+)
+def test_any_drafter_gives_the_tokens_of_none(
+    seed: int, drafts: list[list[int]], temperature: float, ending: bool
+) -> None:
+    options = Options(max_tokens=25, temperature=temperature, top_k=0, top_p=1.0, min_p=0.0)
+    ends = frozenset({4}) if ending else frozenset[int]()
+    plain = play(NoDraft(), options, seed, ends)
+    drafted = play(Script(drafts), options, seed, ends)
+    assert drafted.tokens == plain.tokens
+    assert drafted.finish == plain.finish
+
+
+def test_the_first_span_is_the_prompt_and_then_one_token_a_step() -> None:
+    seq = flow.Sequence([5, 6, 7], 3, 6, frozenset())
+    life = flow.decode(seq, NoDraft(), lambda logits, tokens: 1)
+    assert next(life) == Span(0, (5, 6, 7), 1)
+    assert life.send(Out(torch.zeros(1, 9))) == Span(3, (1,), 1)
+
+
+def test_tokens_already_in_the_cache_are_not_run_again() -> None:
+    seq = flow.Sequence([5, 6, 7], 3, 6, frozenset())
+    assert next(flow.decode(seq, NoDraft(), lambda logits, tokens: 1, done=2)) == Span(2, (7,), 1)
+
+
+def test_an_end_inside_a_draft_cuts_there() -> None:
+    seq = flow.Sequence([1], 1, 50, frozenset({4}))
+    life = flow.decode(seq, Script([[3, 4, 5]]), lambda logits, tokens: len(tokens) + 2)
+    next(life)
+    with pytest.raises(StopIteration):
+        life.send(Out(torch.zeros(4, 9)))
+    assert (seq.tokens, seq.finish) == ([1, 3], "stop")

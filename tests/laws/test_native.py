@@ -1,0 +1,73 @@
+"""The compiled kernels equal their plain twins, for every family, at every span length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from outsize.api import Model
+from outsize.encoding.group import Group
+from outsize.encoding.int4 import Int4
+from outsize.forward.full import full
+from outsize.forward.span import Span
+from outsize.native import build
+from outsize.native.kernels import kernels
+from tests.golden import tiny
+
+# Activations are bf16: 8 bits of fraction, and a few roundings apart in a three-layer model.
+TOLERANCE = 0.03
+
+
+def steps(model: Model, lengths: list[int]) -> torch.Tensor:
+    kv, at, rows = model.transformer.new_kv(), 0, []
+    for length in lengths:
+        span = Span(at, tiny.TOKENS[at : at + length], length)
+        rows.append(full(model.transformer, [span], [kv])[0].logits_KV)
+        at += length
+    return torch.cat(rows)
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="no C compiler on this machine")
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+@pytest.mark.parametrize("lengths", [[1] * 20, [16, 3, 16], [30, 1, 1, 4]])
+def test_native_is_plain(family: str, lengths: list[int], open_tiny: Callable[..., Model]) -> None:
+    native, plain = open_tiny(family, "bf16", True), open_tiny(family, "bf16", False)
+    assert native.transformer.has_kernels
+    assert not plain.transformer.has_kernels
+    ours, twin = steps(native, lengths), steps(plain, lengths)
+    assert (ours - twin).norm() <= TOLERANCE * twin.norm()
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="no C compiler on this machine")
+def test_decoding_kernels_are_exact(home: Path) -> None:
+    compiled = kernels(home / "native")
+    torch.manual_seed(2)
+    w = torch.randn(192, 320)
+    for bits in (5, 8):
+        e = Group(bits, compiled)
+        fields, x = e.encode(w), torch.eye(320, dtype=torch.bfloat16)
+        columns = e.linear(x, fields, True).T.float()
+        assert torch.equal(columns, e.decode(fields).bfloat16().float())
+    fields = Int4().encode(w)
+    fast = Int4(compiled).linear(torch.eye(320, dtype=torch.bfloat16), fields, True)
+    assert torch.equal(fast, Int4().linear(torch.eye(320, dtype=torch.bfloat16), fields, True))
+
+
+def test_without_a_compiler_the_plain_path_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert build.compiler() is None
+    assert kernels(tmp_path / "native") is None
+
+
+def test_a_failing_compiler_is_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = tmp_path / "cc"
+    fake.write_text("#!/bin/sh\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert kernels(tmp_path / "native") is None
+    assert not list((tmp_path / "native").glob("*.so"))

@@ -1,0 +1,220 @@
+"""The command line, as a person would use it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from outsize.errors import OptionError
+from outsize.terminal import understand
+
+FIELDS = [
+    "text",
+    "prompt_tokens",
+    "new_tokens",
+    "first_token_s",
+    "tokens_per_s",
+    "prefill_tokens_per_s",
+    "peak_memory_bytes",
+    "bytes_read",
+    "model",
+    "options",
+]
+
+
+def outsize(*words: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "from outsize.cli import main; main()", *words],
+        input=stdin, capture_output=True, text=True, env=os.environ | env, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def tiny(folder_of: Callable[[str], Path]) -> str:
+    return str(folder_of("llama"))
+
+
+def test_json_and_text_agree_and_nothing_else_is_on_stdout(tiny: str) -> None:
+    text = outsize("run", tiny, "hello", "-n", "8")
+    assert text.returncode == 0, text.stderr
+    assert "8 tokens at" in text.stderr
+    shown = outsize("run", tiny, "hello", "-n", "8", "--json", "-q")
+    reply = json.loads(shown.stdout)
+    assert set(FIELDS) <= set(reply)
+    assert text.stdout == reply["text"] + "\n"
+    assert shown.stderr == ""
+
+
+def test_standard_input(tiny: str) -> None:
+    direct = json.loads(outsize("run", tiny, "hello", "-n", "4", "--json").stdout)
+    for words in (("run", "-m", tiny, "-"), ("run", tiny)):
+        piped = outsize(*words, "-n", "4", "--json", stdin="hello")
+        assert json.loads(piped.stdout)["text"] == direct["text"]
+
+
+def test_precedence_flag_environment_file(tiny: str, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text("max_tokens = 3\ntop-k = 7\n")
+
+    def tokens(*flags: str, **env: str) -> tuple[int, int]:
+        done = outsize("run", tiny, "hi", "--json", *flags, OUTSIZE_CONFIG=str(config), **env)
+        options = json.loads(done.stdout)["options"]
+        return options["max_tokens"], options["top_k"]
+
+    assert tokens() == (3, 7)
+    assert tokens(OUTSIZE_MAX_TOKENS="4") == (4, 7)
+    assert tokens("-n", "5", OUTSIZE_MAX_TOKENS="4") == (5, 7)
+
+
+@pytest.mark.parametrize("text", ["max_tokns = 3", "max_tokens = = 3"])
+def test_a_bad_config_file_is_named(text: str, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(text)
+    done = outsize("version", OUTSIZE_CONFIG=str(config))
+    assert done.returncode == 2
+    assert str(config) in done.stderr
+    if "tokns" in text:
+        assert "did you mean 'max_tokens'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "problem"),
+    [
+        (("run", "no/such.gguf", "hi"), 2, "no such model"),
+        (("run", "{tiny}", "hi", "--top-p", "3"), 2, "top_p is 3.0"),
+        (("run", "{tiny}", "hi", "-c", "9"), 2, "the context holds 9"),
+        (("run", "{tiny}", "hi", "--encoding", "x"), 2, "No such option"),
+        (("pack", "{tiny}", "--encoding", "x"), 2, "encoding 'x' is not known"),
+        (("run", "a", "b", "c"), 2, "put the prompt in quotes"),
+        (("rm", "nothing"), 2, "no pack named 'nothing'"),
+        (("bench", "quality", "{tiny}"), 2, "--text FILE or --tasks"),
+        (("bench", "quality", "{tiny}", "--text", "nofile"), 2, "no such text file"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    words: tuple[str, ...], status: int, problem: str, tiny: str
+) -> None:
+    done = outsize(*(w.replace("{tiny}", tiny) for w in words))
+    assert done.returncode == status
+    assert problem in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_damaged_pack_is_a_failure_not_a_mistake(tiny: str, tmp_path: Path) -> None:
+    env = {"OUTSIZE_HOME": str(tmp_path)}
+    assert outsize("pack", tiny, "-q", **env).returncode == 0
+    (records,) = tmp_path.glob("packs/*/embed.records")
+    data = bytearray(records.read_bytes())
+    data[100] ^= 1
+    records.write_bytes(data)
+    done = outsize("run", tiny, "hi", **env)
+    assert done.returncode == 1
+    assert "embed.records does not match its checksum" in done.stderr
+
+
+def test_understand() -> None:
+    assert understand(["hello"], None)[1] == "hello"
+    assert understand(["hf:a/b", "hello"], None) == ("hf:a/b", "hello")
+    assert understand(["package:a==1", "x"], None) == ("package:a==1", "x")
+    assert understand(["."], "m") == ("m", ".")
+    with pytest.raises(OptionError, match="2 prompts"):
+        understand(["a", "b"], "m")
+
+
+def test_list_rm_version_doctor(tiny: str, tmp_path: Path) -> None:
+    env = {"OUTSIZE_HOME": str(tmp_path)}
+    assert "no packs in" in outsize("list", **env).stdout
+    outsize("pack", tiny, "-q", **env)
+    (pack,) = json.loads(outsize("list", "--json", **env).stdout)
+    assert pack["family"] == "llama"
+    assert pack["name"] in outsize("list", **env).stdout
+    assert "removed" in outsize("rm", pack["name"], **env).stdout
+    assert outsize("version").stdout.startswith("outsize 0.")
+    seen = json.loads(outsize("doctor", "--json", **env).stdout)
+    assert seen["memory_bytes_per_s"] > 1e8
+    assert seen["disk_bytes_per_s"] > 1e6
+    assert isinstance(seen["complaints"], list)
+
+
+def test_help_imports_no_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['outsize', '--help']\n"
+        "from outsize.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'numpy', 'rich', 'tokenizers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip().endswith("[]"), done.stdout[-200:]
+
+
+def test_bench_speed_ends_with_json(tiny: str) -> None:
+    done = outsize(
+        "bench", "speed", tiny, "--prompt-tokens", "20", "--new-tokens", "4", "--repeats", "2"
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert len(result["decode_all"]) == 2
+    assert "at most" in done.stdout.splitlines()[1]
+
+
+class Terminal:
+    """A pseudo-terminal around `outsize chat`."""
+
+    def __init__(self, *words: str) -> None:
+        self.master, slave = pty.openpty()
+        command = [sys.executable, "-c", "from outsize.cli import main; main()", *words]
+        self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave)
+        os.close(slave)
+        self.seen = ""
+
+    def until(self, text: str, start: int = 0) -> int:
+        deadline = time.time() + 60
+        while text not in self.seen[start:] and time.time() < deadline:
+            try:
+                self.seen += os.read(self.master, 4096).decode("utf-8", "replace")
+            except OSError:
+                break
+        assert text in self.seen[start:], self.seen
+        return len(self.seen)
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+
+def test_chat_on_a_terminal(tiny: str) -> None:
+    t = Terminal("chat", tiny, "-n", "4")
+    at = t.until("> ")
+    t.type("hello\n")
+    at = t.until("> ", at)
+    t.type("/stats\n")
+    at = t.until("1 turns, 4 tokens answered", at)
+    t.type("/system be brief\n/reset\n/nonsense\n")
+    at = t.until("/reset forgets", at)
+    t.type("/bye\n")
+    assert t.process.wait(30) == 0
+
+
+def test_ctrl_c_stops_the_reply_and_at_the_prompt_quits(tiny: str) -> None:
+    t = Terminal("chat", tiny, "-n", "450")
+    at = t.until("> ")
+    t.type("hello\n")
+    at = t.until("hello\r\n", at)
+    t.until("", at)
+    while len(t.seen) == at:  # the reply has begun
+        t.seen += os.read(t.master, 64).decode("utf-8", "replace")
+    t.process.send_signal(signal.SIGINT)
+    at = t.until("> ", at)  # back at the prompt
+    t.type("/stats\n")
+    t.until("1 turns", at)
+    t.process.send_signal(signal.SIGINT)
+    assert t.process.wait(30) == 0

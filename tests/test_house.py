@@ -1,0 +1,155 @@
+"""Rules of the house that can be checked."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "outsize"
+FILES = sorted(SOURCE.rglob("*.py"))
+# Left to right: a folder imports only from its left, and from the modules at the top.
+ORDER = [
+    "checkpoint", "family", "native", "encoding", "pack", "weights", "cache", "model", "forward",
+    "draft", "decode", "plan", "bench",
+]  # fmt: skip
+TOP = {"errors", "options", "resolve", "bars", "__version__"}
+LAST = {
+    "api",
+    "reply",
+    "conversation",
+    "library",
+    "terminal",
+    "settings",
+    "cli",
+}  # the public surface and what shows it: may import anything
+
+
+def folder_of(path: Path) -> str:
+    parts = path.relative_to(SOURCE).parts
+    return parts[0] if len(parts) > 1 else path.stem
+
+
+def imports(path: Path) -> list[str]:
+    """Top-level names below outsize that a file imports, anywhere in it."""
+    out = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("outsize"):
+            parts = node.module.split(".")
+            out += [parts[1]] if len(parts) > 1 else [a.name for a in node.names]
+        elif isinstance(node, ast.Import):
+            out += [a.name.split(".")[1] for a in node.names if a.name.startswith("outsize.")]
+    return out
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_layers(path: Path) -> None:
+    here = folder_of(path)
+    if here not in ORDER:
+        assert here in TOP | LAST | {"__init__"}, f"{here} has no place in the order"
+        return
+    for there in imports(path):
+        if there in TOP or there == here:
+            continue
+        if here == "bench" and there in ("api", "reply"):
+            continue
+        assert there in ORDER, f"{here} imports {there}"
+        assert ORDER.index(there) < ORDER.index(here), f"{here} imports {there} to its right"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_sizes(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= 300
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= 60, f"{node.name} has {length} lines"
+
+
+def test_functions_are_short_and_families_shorter() -> None:
+    lengths = sorted(
+        (node.end_lineno or 0) - node.lineno + 1
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    )
+    assert lengths[len(lengths) // 2] < 10
+    assert lengths[int(len(lengths) * 0.9)] < 30
+    for path in (SOURCE / "family").glob("*.py"):
+        if path.stem not in ("description", "common", "find"):
+            assert path.read_text().count("\n") < 90
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_habits(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    if path.name != "__init__.py":
+        assert ast.get_docstring(tree), "a module says what it is"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("hasattr", "eval", "exec"), node.func.id
+        if isinstance(node, ast.FunctionDef) and node.args.kwarg is not None:
+            annotation = ast.unparse(node.args.kwarg.annotation or ast.Constant(None))
+            assert annotation.startswith("Unpack["), f"{node.name} takes untyped keywords"
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            names = [a.name for a in node.names] + [getattr(node, "module", "") or ""]
+            assert not {"pickle", "marshal", "dill", "shelve"} & set(names)
+    assert "utils" not in path.stem
+
+
+def test_imports_are_inert() -> None:
+    """Importing everything changes no environment, starts no thread, prints nothing."""
+    modules = [
+        ".".join(("outsize", *p.relative_to(SOURCE).with_suffix("").parts))
+        for p in FILES
+        if p.name not in ("__init__.py", "harness.py")
+    ]
+    code = (
+        "import os, threading, torch, importlib\n"
+        "before = dict(os.environ), threading.active_count(), torch.get_num_threads()\n"
+        f"for name in {modules!r}: importlib.import_module(name)\n"
+        "assert before == (dict(os.environ), threading.active_count(), torch.get_num_threads())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_importing_outsize_is_cheap() -> None:
+    code = "import sys, outsize; print([m for m in ('torch', 'numpy', 'rich') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_public_names() -> None:
+    import outsize
+
+    assert outsize.__all__ == sorted(outsize.__all__, key=lambda n: (n[0].islower(), n))
+    for name in outsize.__all__:
+        assert getattr(outsize, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        outsize.nothing  # noqa: B018
+
+
+def test_every_error_is_drawn_and_raised_or_a_parent() -> None:
+    from outsize import errors
+
+    text = errors.__doc__ or ""
+    used = " ".join(p.read_text() for p in FILES)
+    for name, value in vars(errors).items():
+        if isinstance(value, type) and issubclass(value, Exception):
+            assert name in text
+            assert used.count(name) > 2, f"{name} is never raised"
+
+
+def test_readme_commands_are_the_ci_commands() -> None:
+    readme, gate = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    assert 'pip install . && outsize run "Why is the sky blue?"' in readme
+    assert 'pip install -e ".[dev]" && pytest' in readme
+    assert "README.md" in gate
+    assert "ruff" in gate
+    assert "mypy" in gate

@@ -1,0 +1,191 @@
+"""Packs: whole or absent, refused when damaged, made once, found again."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import outsize
+from outsize import library
+from outsize.bars import silent
+from outsize.checkpoint.source import check_hash
+from outsize.errors import DiskFullError, HashError, PackError, SourceError
+from outsize.pack import store, write
+from outsize.pack.format import HEADER, read_header
+from tests.golden import tiny
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A model and its pack, in a home of their own."""
+    monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path / "home"))
+    source = tiny.write_folder(tmp_path / "m", "qwen3")
+    return source, library.pack(str(source), quiet=True).path
+
+
+def test_made_once_and_found_again(packed: tuple[Path, Path]) -> None:
+    source, path = packed
+    before = (path / HEADER).stat().st_mtime_ns
+    assert library.pack(str(source), quiet=True).path == path
+    assert (path / HEADER).stat().st_mtime_ns == before
+    assert [p.path for p in store.packs(path.parent) if not isinstance(p, PackError)] == [path]
+
+
+def test_a_changed_source_is_packed_again(packed: tuple[Path, Path]) -> None:
+    source, path = packed
+    file = source / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert library.pack(str(source), quiet=True).path != path
+
+
+def test_the_same_bytes_elsewhere_share_a_pack(packed: tuple[Path, Path], tmp_path: Path) -> None:
+    source, path = packed
+    copy = shutil.copytree(source, tmp_path / "elsewhere" / "m")
+    assert library.pack(str(copy), quiet=True).path == path
+    assert read_header(path).source.spec == str(copy)
+
+
+@pytest.mark.parametrize("name", ["embed.records", "ffn-0.records", HEADER, "tokenizer.json"])
+def test_a_flipped_bit_is_found(packed: tuple[Path, Path], name: str) -> None:
+    source, path = packed
+    data = bytearray((path / name).read_bytes())
+    data[len(data) // 2] ^= 4
+    (path / name).write_bytes(data)
+    if name == HEADER:  # found while looking for the pack: packed anew over it
+        with outsize.load(str(source), quiet=True) as model:
+            assert model.generate("a", raw=True, max_tokens=2)[0].new_tokens == 2
+        return
+    with pytest.raises(PackError, match=r"does not match its checksum; remove it with `outsize rm"):
+        outsize.load(str(source), quiet=True)
+
+
+def test_a_short_or_missing_file_is_found(packed: tuple[Path, Path]) -> None:
+    _, path = packed
+    os.truncate(path / "ffn-0.records", 4096)
+    with pytest.raises(PackError, match="has 4,096 bytes of"):
+        read_header(path)
+    (path / "ffn-0.records").unlink()
+    with pytest.raises(PackError, match=r"ffn-0\.records is missing"):
+        read_header(path)
+
+
+def test_another_version_or_layout_is_refused(
+    packed: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, path = packed
+    monkeypatch.setattr("outsize.pack.format.LAYOUTS", {"int4": "other"})
+    with pytest.raises(PackError, match="another machine's kernels"):
+        read_header(path)
+    monkeypatch.undo()
+    monkeypatch.setattr("outsize.pack.format.VERSION", 99)
+    with pytest.raises(PackError, match="format version 1, this is 99"):
+        read_header(path)
+
+
+def test_no_room_is_said_before_writing(
+    packed: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, path = packed
+    usage = shutil.disk_usage(path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda p: usage._replace(free=1000))
+    with pytest.raises(DiskFullError, match=r"the pack needs \d+ MB .* 0 MB are free; make room"):
+        library.pack(str(source), encoding="int8", quiet=True)
+    assert [
+        p.name for p in path.parent.iterdir() if "int8" in p.name and ".lock" not in p.name
+    ] == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 256 KiB. Needs root."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip(
+            "mounting a small file system needs root; run the tests as root to include this"
+        )
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_leaves_nothing(
+    small_disk: Path, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OUTSIZE_HOME", str(small_disk))
+    monkeypatch.setattr(write, "_check_room", lambda home, size: None)  # as if it filled meanwhile
+    monkeypatch.setattr("outsize.library.kernels", lambda folder: None)
+    with pytest.raises(DiskFullError, match="make room"):
+        library.pack(str(folder_of("llama")), encoding="fp32", quiet=True)
+    assert [p for p in small_disk.rglob("*") if p.is_file() and p.suffix != ".lock"] == []
+
+
+PACKER = """
+import sys
+from outsize import library
+print("go", flush=True)
+library.pack(sys.argv[1], encoding="fp32", quiet=True)
+"""
+
+
+@pytest.mark.parametrize("rounds", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_killed_packer_leaves_no_pack_that_loads_wrongly(
+    rounds: int, folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path / "home"))
+    source, folder, r = str(folder_of("gemma3")), tmp_path / "home" / "packs", random.Random(rounds)
+    outcomes = set()
+    for _ in range(rounds):
+        child = subprocess.Popen(
+            [sys.executable, "-c", PACKER, source], stdout=subprocess.PIPE, cwd=ROOT
+        )
+        assert child.stdout is not None
+        child.stdout.readline()
+        deadline = time.time() + 60
+        while not list(folder.glob(".*tmp-*")) and child.poll() is None and time.time() < deadline:
+            time.sleep(0.0005)
+        time.sleep(r.random() * 0.03)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+        whole = store.find(folder, str(Path(source).resolve()), "fp32", True)
+        outcomes.add(whole is not None)
+        for found in store.packs(folder):
+            assert not isinstance(found, PackError)
+        if whole is not None:
+            outsize.load(source, encoding="fp32", quiet=True).close()  # every checksum holds
+            shutil.rmtree(whole.path)
+    with outsize.load(source, encoding="fp32", quiet=True) as model:  # nothing is in the way
+        assert model.generate("a", raw=True, max_tokens=3)[0].new_tokens == 3
+    assert not list(folder.glob(".*tmp-*"))
+    assert outcomes
+
+
+def test_remove(packed: tuple[Path, Path]) -> None:
+    _, path = packed
+    with pytest.raises(SourceError, match="no pack named 'nope'; there are: m-"):
+        store.remove(path.parent, "nope")
+    with pytest.raises(SourceError, match="no pack named"):
+        store.remove(path.parent, "../packs")
+    assert store.remove(path.parent, path.name) > 0
+    assert not path.exists()
+
+
+def test_wrong_hash(packed: tuple[Path, Path]) -> None:
+    source, _ = packed
+    file = source / "model.safetensors"
+    with pytest.raises(HashError, match="was asked for"):
+        check_hash(file, "00" * 32, silent)

