@@ -23,7 +23,7 @@ from outsize.native.kernels import Kernels
 BLOCK, GROUP = 64, 32
 NARROW_ROWS = 48  # up to here the kernel beats decoding every weight, even for one long span
 LAYOUT = "tile64"
-_int4_mm = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+_INT4_MM = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,23 +84,24 @@ class Int4:
 
     def _run(self, x_TK: Tensor, fields: Fields, wide: bool) -> Tensor:
         if wide and len(x_TK) > NARROW_ROWS:
-            return x_TK @ self._decode_KN(fields, x_TK.dtype)
+            return torch.mm(x_TK, self._decode_KN(fields, x_TK.dtype))
         scales = fields["scales"]
         packed = fields["packed"].view(scales.shape[1], -1)
-        out: Tensor = _int4_mm(x_TK, packed, GROUP, scales)
+        out: Tensor = _INT4_MM(x_TK, packed, GROUP, scales)
         return out
 
     def _decode_KN(self, fields: Fields, dtype: torch.dtype) -> Tensor:
         if self.kernels is None or dtype != torch.bfloat16:
             return _decode_KN(fields, dtype)
-        return self.kernels.tile_decode(fields["packed"], fields["scales"])
+        decoded: Tensor = self.kernels.tile_decode(fields["packed"], fields["scales"])
+        return decoded
 
     def rows(self, fields: Fields, ids_T: Tensor) -> Tensor:
         lane_T = ids_T % BLOCK
         bytes_TK = fields["packed"][ids_T // BLOCK, :, lane_T % 32]
-        codes_TK = (bytes_TK >> (lane_T // 32 * 4)[:, None].to(torch.uint8)) & 15
+        codes_TK: Tensor = (bytes_TK >> (lane_T // 32 * 4)[:, None].to(torch.uint8)) & 15
         step_TG, zero_TG = fields["scales"][:, ids_T].float().permute(2, 1, 0)
-        grouped = codes_TK.float().view(len(ids_T), -1, GROUP) - 8
+        grouped: Tensor = codes_TK.float().view(len(ids_T), -1, GROUP) - 8
         return (grouped * step_TG[:, :, None] + zero_TG[:, :, None]).flatten(1)
 
 
