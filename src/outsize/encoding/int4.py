@@ -99,9 +99,9 @@ class Int4:
     def rows(self, fields: Fields, ids_T: Tensor) -> Tensor:
         lane_T = ids_T % BLOCK
         bytes_TK = fields["packed"][ids_T // BLOCK, :, lane_T % 32]
-        codes_TK: Tensor = (bytes_TK >> (lane_T // 32 * 4)[:, None].to(torch.uint8)) & 15
-        step_TG, zero_TG = fields["scales"][:, ids_T].float().permute(2, 1, 0)
-        grouped: Tensor = codes_TK.float().view(len(ids_T), -1, GROUP) - 8
+        codes_TK = (bytes_TK >> (lane_T // 32 * 4)[:, None].to(torch.uint8)) & 15
+        step_TG, zero_TG = fields["scales"][:, ids_T].float().permute(2, 1, 0).unbind(0)
+        grouped = codes_TK.float().view(len(ids_T), -1, GROUP) - 8
         return (grouped * step_TG[:, :, None] + zero_TG[:, :, None]).flatten(1)
 
 
