@@ -133,7 +133,9 @@ def show_tasks(
 ) -> None:
     """Run lm-eval tasks on a pack; one JSON object last."""
     lm_eval, harness = _need("lm_eval"), _need("outsize.bench.harness")
-    manager = lm_eval.tasks.TaskManager(include_path=None if include is None else str(include))
+    manager = _need("lm_eval.tasks").TaskManager(
+        include_path=None if include is None else str(include)
+    )
     with api.load(name, encoding=encoding, quiet=quiet) as model:
         result = lm_eval.simple_evaluate(
             model=harness.Harness(model), tasks=tasks, limit=limit, task_manager=manager
