@@ -92,8 +92,8 @@ def test_a_bad_config_file_is_named(text: str, tmp_path: Path) -> None:
         (("run", "no/such.gguf", "hi"), 2, "no such model"),
         (("run", "{tiny}", "hi", "--top-p", "3"), 2, "top_p is 3.0"),
         (("run", "{tiny}", "hi", "-c", "9"), 2, "the context holds 9"),
-        (("run", "{tiny}", "hi", "--encoding", "x"), 2, "No such option"),
-        (("pack", "{tiny}", "--encoding", "x"), 2, "encoding 'x' is not known"),
+        (("run", "{tiny}", "hi", "--encodng", "x"), 2, "No such option"),
+        (("run", "{tiny}", "hi", "--encoding", "x"), 2, "encoding 'x' is not known"),
         (("run", "a", "b", "c"), 2, "put the prompt in quotes"),
         (("rm", "nothing"), 2, "no pack named 'nothing'"),
         (("bench", "quality", "{tiny}"), 2, "--text FILE or --tasks"),
@@ -209,12 +209,12 @@ def test_ctrl_c_stops_the_reply_and_at_the_prompt_quits(tiny: str) -> None:
     at = t.until("> ")
     t.type("hello\n")
     at = t.until("hello\r\n", at)
-    t.until("", at)
     while len(t.seen) == at:  # the reply has begun
         t.seen += os.read(t.master, 64).decode("utf-8", "replace")
     t.process.send_signal(signal.SIGINT)
     at = t.until("> ", at)  # back at the prompt
     t.type("/stats\n")
-    t.until("1 turns", at)
+    at = t.until("1 turns", at)
+    t.until("> ", at)
     t.process.send_signal(signal.SIGINT)
     assert t.process.wait(30) == 0

@@ -23,7 +23,7 @@ from outsize.draft.none import NoDraft
 from outsize.errors import ClosedError, ContextError, OptionError, TemplateError
 from outsize.forward.full import hidden
 from outsize.forward.span import Span
-from outsize.library import pack
+from outsize.library import pack, warn
 from outsize.model.transformer import Transformer
 from outsize.native.kernels import kernels
 from outsize.options import DEFAULT_MODEL, Options
@@ -275,6 +275,12 @@ def load(
     longest = made.description.context
     if context is not None and not 2 <= context <= longest:
         raise ContextError(f"context is {context:,}; this model holds from 2 to {longest:,} tokens")
+    grouped = [name for name in made.encodings if name.startswith("group")]
+    if grouped and compiled is None and not quiet:
+        warn(
+            f"{made.path.name} holds {', '.join(grouped)}, which without compiled kernels runs about "
+            "20 times slower; install a C compiler, or pack again with --encoding int8"
+        )
     with bars(quiet) as progress:
         loaded = load_resident(made, compiled, traffic, progress)
     parts = loaded.embed, loaded.head, loaded.layers, loaded.final_norm

@@ -76,6 +76,7 @@ def run(
     stop: Stop = None,
     system: System = None,
     raw: Raw = False,
+    encoding: Encoding = "auto",
     native: Native = True,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -91,7 +92,7 @@ def run(
     name, prompt = terminal.understand(arguments or [], model)
     if prompt is None and as_json:
         raise typer.BadParameter("--json needs a prompt")
-    how = terminal.How(context, threads, native, as_json, verbose, quiet)
+    how = terminal.How(context, threads, encoding, native, as_json, verbose, quiet)
     if prompt is None:
         terminal.chat(name, options, how)
     else:
@@ -113,6 +114,7 @@ def chat(
     seed: Seed = None,
     stop: Stop = None,
     system: System = None,
+    encoding: Encoding = "auto",
     native: Native = True,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -124,7 +126,7 @@ def chat(
         max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, seed, tuple(stop or ()),
         system,
     )  # fmt: skip
-    how = terminal.How(context, threads, native, False, verbose, quiet)
+    how = terminal.How(context, threads, encoding, native, False, verbose, quiet)
     terminal.chat(model or name or DEFAULT_MODEL, options, how)
 
 

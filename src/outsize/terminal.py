@@ -28,6 +28,7 @@ class How:
 
     context: int | None
     threads: int | None
+    encoding: str
     native: bool
     as_json: bool
     verbose: bool
@@ -53,7 +54,12 @@ def understand(arguments: Sequence[str], model: str | None) -> tuple[str, str | 
 def _open(name: str, how: How) -> Model:
     started = time.perf_counter()
     model = api.load(
-        name, context=how.context, threads=how.threads, native=how.native, quiet=how.quiet
+        name,
+        context=how.context,
+        threads=how.threads,
+        encoding=how.encoding,
+        native=how.native,
+        quiet=how.quiet,
     )
     if how.verbose:
         pack = model.pack

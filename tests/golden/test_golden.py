@@ -71,7 +71,7 @@ GGUF_NAMES = {
 }
 
 
-def write_gguf(path: Path, family: str, **split: int) -> Path:
+def write_gguf(path: Path, family: str, quantized: str = "", **split: int) -> Path:
     writer = gguf.GGUFWriter(path, family, **split)
     writer.add_block_count(tiny.LAYERS)
     writer.add_context_length(512)
@@ -93,7 +93,11 @@ def write_gguf(path: Path, family: str, **split: int) -> Path:
             name = name.replace(foreign, theirs)
         if family == "llama" and ("attn_q" in name or "attn_k" in name):
             w = permuted(w, tiny.HEADS if "attn_q" in name else tiny.KV_HEADS)
-        writer.add_tensor(name, w)
+        if quantized and w.ndim == 2:
+            kind = gguf.GGMLQuantizationType[quantized]
+            writer.add_tensor(name, gguf.quants.quantize(w, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, w)
     if family == "llama":
         from outsize.family.description import rope_divisors
 

@@ -11,6 +11,7 @@ Shapes: B blocks of 64 rows, G groups of 32 inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,6 +25,14 @@ BLOCK, GROUP = 64, 32
 NARROW_ROWS = 48  # up to here the kernel beats decoding every weight, even for one long span
 LAYOUT = "tile64"
 _INT4_MM = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+
+
+@cache
+def supported() -> bool:
+    """Does torch's kernel on this machine read our layout? Elsewhere it would misread every weight."""
+    codes = torch.arange(BLOCK * GROUP, dtype=torch.int32).view(BLOCK, GROUP) * 7 % 16
+    theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    return torch.equal(theirs.flatten(), _tile(codes.to(torch.uint8)).flatten())
 
 
 @dataclass(frozen=True, slots=True)

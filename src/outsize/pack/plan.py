@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from outsize.checkpoint.foreign import Checkpoint, Tensor
+from outsize.encoding import int4
 from outsize.errors import CheckpointError, UnsupportedError
 from outsize.family.description import Description, Recipe
 from outsize.pack.format import PAGE, Matrix, TableHeader, aligned
@@ -66,11 +67,19 @@ def encoding_for(tensor: Tensor, wanted: str, grouped: bool) -> str:
             f"{tensor.path.name}: tensor {tensor.name!r} has type {kind.name}, which outsize cannot "
             "read; use F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K"
         )
+    if wanted == "int4" and not int4.supported():
+        raise UnsupportedError(
+            "torch's int4 kernel on this machine reads another layout than AVX-512's; "
+            "use --encoding auto or int8"
+        )
     if wanted != "auto":
         return wanted
-    if grouped and kind.name in BYTES and tensor.shape[-1] % 64 == 0:
-        return GROUPED.get(kind.name, "group8")
-    return CODED.get(kind.name, "int8" if kind.name in BYTES else "bf16")
+    if kind.name in CODED and int4.supported():
+        return CODED[kind.name]
+    if kind.name not in BYTES and kind.name not in CODED:
+        return "bf16"
+    fits = grouped and tensor.shape[-1] % 64 == 0
+    return GROUPED.get(kind.name, "group8") if fits else "int8"
 
 
 class Planner:

@@ -8,6 +8,7 @@ import shutil
 import psutil
 import torch
 
+from outsize.encoding import int4
 from outsize.native import build
 from outsize.native.kernels import kernels
 from outsize.pack import store
@@ -33,6 +34,7 @@ def examine() -> dict[str, object]:
         "disk_bytes_per_s": round(probe.disk_bandwidth(home)),
         "torch": torch.__version__,
         "torch_kernels": torch.backends.cpu.get_cpu_capability(),
+        "int4_kernel": int4.supported(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "compiler": build.compiler(),
         "native_kernels": kernels(home / "native") is not None,
@@ -43,10 +45,10 @@ def examine() -> dict[str, object]:
 def complaints(seen: dict[str, object]) -> list[str]:
     """What would run slowly here, why, and what helps."""
     out = []
-    if seen["torch_kernels"] != "AVX512":
+    if not seen["int4_kernel"]:
         out.append(
-            f"torch's kernels here are {seen['torch_kernels']}, not AVX512: the packed int4 layout "
-            "is the AVX-512 kernel's, so int4 packs are not offered; use --encoding int8"
+            f"torch's int4 kernel here ({seen['torch_kernels']}) reads another layout than AVX-512's: "
+            "4-bit tensors are packed in 8 bits, twice the bytes"
         )
     if not seen["native_kernels"]:
         missing = "no C compiler was found" if seen["compiler"] is None else "compiling failed"
