@@ -9,13 +9,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from outsize import api
 from outsize.errors import OptionError
-from outsize.terminal import understand
+from outsize.options import Options
+from outsize.terminal import How, answer, interrupts, understand
 
 FIELDS = [
     "text",
@@ -204,17 +206,34 @@ def test_chat_on_a_terminal(tiny: str) -> None:
     assert t.process.wait(30) == 0
 
 
-def test_ctrl_c_stops_the_reply_and_at_the_prompt_quits(tiny: str) -> None:
-    t = Terminal("chat", tiny, "-n", "450")
-    at = t.until("> ")
-    t.type("hello\n")
-    at = t.until("hello\r\n", at)
-    while len(t.seen) == at:  # the reply has begun
-        t.seen += os.read(t.master, 64).decode("utf-8", "replace")
-    t.process.send_signal(signal.SIGINT)
-    at = t.until("> ", at)  # back at the prompt
-    t.type("/stats\n")
-    at = t.until("1 turns", at)
-    t.until("> ", at)
-    t.process.send_signal(signal.SIGINT)
-    assert t.process.wait(30) == 0
+def test_ctrl_c_stops_the_reply_and_twice_quits() -> None:
+    stopped = []
+    before = signal.getsignal(signal.SIGINT)
+    with interrupts(lambda: stopped.append(1)):
+        signal.raise_signal(signal.SIGINT)
+        assert stopped == [1]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupted_reply_is_shown_and_accounted(
+    tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C after the first piece: what was said stays, the account is printed, status 130."""
+    pieces = api.Streaming.__iter__
+
+    def interrupted(self: api.Streaming) -> Iterator[str]:
+        for piece in pieces(self):
+            yield piece
+            signal.raise_signal(signal.SIGINT) if not self.run.seq.finish else None
+
+    monkeypatch.setattr(api.Streaming, "__iter__", interrupted)
+    how = How(None, None, "auto", True, False, False, False)
+    with pytest.raises(SystemExit) as left:
+        answer(tiny, "hello", Options(max_tokens=50), how)
+    assert left.value.code == 130
+    shown = capsys.readouterr()
+    assert len(shown.out) > 1
+    assert "tokens at" in shown.err
+    assert "50 tokens" not in shown.err
