@@ -125,7 +125,7 @@ def attempt(path: Path, home: Path) -> str:
     """The whole way; "sound", or the error's class. Anything but an OutsizeError goes up."""
     try:
         how = write.How(str(path), "auto", True, "test")
-        made = write.write(open_checkpoint(path), how, home, silent, warn)
+        made = write.write(open_checkpoint(path), how, home, silent, warn, lambda text: None)
     except OutsizeError as e:
         if len(str(e)) < 20:
             raise AssertionError(f"an error that says nothing: {e!r}") from e

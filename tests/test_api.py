@@ -114,6 +114,16 @@ def test_context(folder_of: Callable[[str], object]) -> None:
         outsize.load(str(folder_of("llama")), context=513, quiet=True)
 
 
+def test_a_batch_whose_members_end_at_different_steps(folder_of: Callable[[str], object]) -> None:
+    """Each ends when its context is full, often in the middle of a character."""
+    with outsize.load(str(folder_of("llama")), context=40, quiet=True) as model:
+        prompts = ["q" * (3 * i + 2) for i in range(10)]
+        together = model.generate(prompts, raw=True, max_tokens=60)
+        assert len({r.new_tokens for r in together}) > 3
+        for prompt, reply in zip(prompts, together, strict=True):
+            assert reply.text == model.generate(prompt, raw=True, max_tokens=60)[0].text
+
+
 def test_bad_requests(model: Model, folder_of: Callable[[str], object]) -> None:
     with pytest.raises(OptionError, match="did you mean 'temperature'"):
         model.generate("x", temprature=1)  # type: ignore[call-arg]

@@ -127,8 +127,7 @@ class Model:
         for _ in self._drive(runs, options):
             now = time.perf_counter()
             for run in runs:
-                if run.pushed < len(run.seq.new_tokens) or run.first_s is None or run.seq.finish:
-                    run.advance(now)
+                run.advance(now)
         return [self._reply(run, options, started) for run in runs]
 
     def chat(self, messages: Messages, **changes: Unpack[Changes]) -> Reply:

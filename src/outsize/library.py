@@ -42,7 +42,15 @@ def _pack(spec: source.Spec, encoding: str, quiet: bool, progress: Progress) -> 
         checkpoint = source.open_checkpoint(path)
         grouped = kernels(store.home() / "native") is not None
         how = write.How(spec.text, encoding, grouped, __version__)
-        return write.write(checkpoint, how, folder, progress, warn)
+        return write.write(checkpoint, how, folder, progress, warn, silent if quiet else say)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def silent(text: str) -> None:
+    """Quiet."""
 
 
 def warn(text: str) -> None:

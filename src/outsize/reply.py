@@ -56,9 +56,13 @@ class Run:
     pushed: int = 0
     first_s: float | None = None
     end_s: float = 0.0
+    closed: bool = False
 
     def advance(self, now: float) -> str:
-        """Text that became certain in the last step."""
+        """Text that became certain in the last step; none once the end was seen."""
+        if self.closed:
+            return ""
+        self.closed = self.seq.finish is not None
         new = self.seq.new_tokens[self.pushed :]
         self.first_s = now if self.first_s is None else self.first_s
         if self.seq.finish is None or new:

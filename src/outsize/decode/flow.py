@@ -29,7 +29,9 @@ class Sequence:
         return self.tokens[self.num_prompt :]
 
     def extend(self, kept: list[int]) -> None:
-        """Take tokens until one ends the text or the room is used up."""
+        """Take tokens until one ends the text or the room is used up; none after the end."""
+        if self.finish is not None:
+            return
         for token in kept:
             if token in self.ends:
                 self.finish = "stop"

@@ -84,6 +84,7 @@ def write(
     home: Path,
     progress: Progress,
     warn: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> Pack:
     """Pack a checkpoint into `home`, or find that another process did. Raises OutsizeError."""
     recipe = find_recipe(checkpoint)
@@ -115,6 +116,8 @@ def write(
             chat_template=checkpoint.chat_template, licence=checkpoint.licence,
             made_by=how.version,
         )  # fmt: skip
+        free, size = shutil.disk_usage(home).free, sum(t.header.size for t in tables)
+        say(f"packing {size / 1e6:,.0f} MB into {final} ({free / 1e9:,.1f} GB free)")
         return _write_whole(draft, checkpoint, tables, progress)
 
 
