@@ -33,7 +33,14 @@ def test_sizes_of_all_types() -> None:
 
 @pytest.mark.parametrize(
     ("name", "encoding"),
-    [("Q4_0", "int4"), ("Q4_1", "int4"), ("Q4_K", "int4"), ("Q5_0", "group5"), ("Q8_0", "group8")],
+    [
+        ("Q4_0", "int4"),
+        ("Q4_1", "int4"),
+        ("Q4_K", "int4"),
+        ("Q4_0", "group4"),
+        ("Q5_0", "group5"),
+        ("Q8_0", "group8"),
+    ],
 )
 def test_codes_are_the_numbers(name: str, encoding: str) -> None:
     kind = ggml.BY_NAME[name]

@@ -16,6 +16,7 @@ import pytest
 
 from outsize import api
 from outsize.errors import OptionError
+from outsize.loading import Wishes
 from outsize.options import Options
 from outsize.terminal import How, answer, interrupts, understand
 
@@ -229,7 +230,7 @@ def test_an_interrupted_reply_is_shown_and_accounted(
             signal.raise_signal(signal.SIGINT) if not self.run.seq.finish else None
 
     monkeypatch.setattr(api.Streaming, "__iter__", interrupted)
-    how = How(None, None, "auto", True, False, False, False)
+    how = How(Wishes(), None, False, False)
     with pytest.raises(SystemExit) as left:
         answer(tiny, "hello", Options(max_tokens=50), how)
     assert left.value.code == 130

@@ -15,20 +15,37 @@ import llama_cpp
 TEXT = b"The quick brown fox jumps over the lazy dog while the sea keeps its own slow time. "
 
 
+def mapped_only() -> None:
+    """llama.cpp copies some types into another layout, outside the file's mapping: not then."""
+    original = llama_cpp.llama_cpp.llama_model_default_params
+
+    def changed() -> llama_cpp.llama_model_params:
+        params = original()
+        params.use_extra_bufts = False
+        return params
+
+    llama_cpp.llama_cpp.llama_model_default_params = changed
+
+
 def main() -> None:
     p = argparse.ArgumentParser()
     p.add_argument("model")
     p.add_argument("--prompt-tokens", type=int, default=512)
     p.add_argument("--new-tokens", type=int, default=64)
     p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--cold", action="store_true", help="no warm-up: the first prefill is timed")
+    p.add_argument("--no-repack", action="store_true", help="weights stay in the mapped file")
     a = p.parse_args()
+    if a.no_repack:
+        mapped_only()
     model = llama_cpp.Llama(
         a.model, n_ctx=a.prompt_tokens + a.new_tokens + 8, n_threads=a.threads,
         n_threads_batch=a.threads, n_batch=512, verbose=False,
     )  # fmt: skip
     ids = model.tokenize(TEXT * 200)[: a.prompt_tokens]
-    model.eval(ids)
-    model.reset()
+    if not a.cold:
+        model.eval(ids)
+        model.reset()
     started = time.perf_counter()
     model.eval(ids)
     prefill_s = time.perf_counter() - started

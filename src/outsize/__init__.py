@@ -16,17 +16,28 @@ from outsize import errors
 from outsize.options import Options
 
 if TYPE_CHECKING:
-    from outsize.api import Model, load
+    from outsize.api import Model
     from outsize.conversation import Conversation
+    from outsize.loading import load
+    from outsize.plan.place import Placement
     from outsize.reply import Reply, Score
 
 __version__ = "0.1.0"
-__all__ = ["Conversation", "Model", "Options", "Reply", "Score", "errors", "load"]
+__all__ = ["Conversation", "Model", "Options", "Placement", "Reply", "Score", "errors", "load"]
+
+HOME = {
+    "Conversation": "outsize.conversation",
+    "Model": "outsize.api",
+    "Placement": "outsize.plan.place",
+    "Reply": "outsize.reply",
+    "Score": "outsize.reply",
+    "load": "outsize.loading",
+}  # where what is not imported yet lives
 
 
 def __getattr__(name: str) -> object:
-    if name not in __all__:
+    if name not in HOME:
         raise AttributeError(f"module 'outsize' has no attribute {name!r}")
-    from outsize import api
+    from importlib import import_module
 
-    return getattr(api, name)
+    return getattr(import_module(HOME[name]), name)

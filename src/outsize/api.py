@@ -1,18 +1,15 @@
-"""load(source) -> Model: generate, stream, chat, score. Closes what it opened."""
+"""Model: generate, stream, chat, score. Closes what it opened; `loading.load` opens it."""
 
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TypedDict
 
 import torch
-from tokenizers import Tokenizer
 from typing_extensions import Unpack
 
-from outsize.bars import bars
 from outsize.conversation import Conversation, Past
 from outsize.decode import flow
 from outsize.decode.engine import drive
@@ -23,17 +20,15 @@ from outsize.draft.none import NoDraft
 from outsize.errors import ClosedError, ContextError, OptionError, TemplateError
 from outsize.forward.full import hidden
 from outsize.forward.span import Span
-from outsize.library import pack, warn
+from outsize.library import warn
 from outsize.model.transformer import Transformer
-from outsize.native.kernels import kernels
-from outsize.options import DEFAULT_MODEL, Options
-from outsize.pack import store
-from outsize.pack.format import TOKENIZER, Pack, damaged
-from outsize.reply import Reply, Run, Score, peak_memory
-from outsize.weights.load import load_resident
-from outsize.weights.table import Traffic
+from outsize.options import Options
+from outsize.pack.format import Pack
+from outsize.plan.place import Placement
+from outsize.reply import Counts, Reply, Run, Score, account
+from outsize.weights import budget
 
-SCORE_ROWS = 64  # logits computed at once while scoring
+SCORE_ROWS, SCORE_BYTES = 64, 8 << 20  # logits computed at once while scoring
 Prompt = str | Messages
 
 
@@ -57,7 +52,7 @@ class Streaming:
 
     def __init__(self, model: Model, run: Run, options: Options, started: float) -> None:
         self._model, self.run = model, run
-        self._options, self._started = options, started
+        self._options, self._started, self._before = options, started, model.counts()
         self._pieces = self._go()
 
     def __iter__(self) -> Iterator[str]:
@@ -66,7 +61,7 @@ class Streaming:
     def _go(self) -> Iterator[str]:
         run = self.run
         for _ in self._model._drive([run], self._options):
-            if piece := run.advance(time.perf_counter()):
+            if piece := run.advance(time.perf_counter(), self._model.traffic.bytes_read):
                 yield piece
 
     def cancel(self) -> None:
@@ -75,16 +70,18 @@ class Streaming:
 
     @property
     def reply(self) -> Reply:
-        return self._model._reply(self.run, self._options, self._started)
+        return self._model._reply(self.run, self._options, self._started, self._before)
 
 
 class Model:
     """A pack, opened. Not for two threads at once; close it, or use it in a `with`."""
 
     def __init__(
-        self, pack: Pack, transformer: Transformer, tokens: Tokens, context: int, traffic: Traffic
+        self, pack: Pack, transformer: Transformer, tokens: Tokens, placement: Placement
     ) -> None:
-        self.pack, self.tokens, self.context, self.traffic = pack, tokens, context, traffic
+        self.pack, self.tokens, self.placement = pack, tokens, placement
+        self.context, self.traffic = placement.context, transformer.loaded.traffic
+        self._watch = budget.Watch(placement.budget)
         self._transformer: Transformer | None = transformer
 
     @property
@@ -110,7 +107,9 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """Release the weights."""
+        """Release the weights, threads and files."""
+        if self._transformer is not None:
+            self._transformer.loaded.close()
         self._transformer = None
 
     def stream(self, prompt: Prompt, **changes: Unpack[Changes]) -> Streaming:
@@ -120,15 +119,31 @@ class Model:
     def generate(self, prompts: str | Sequence[Prompt], **changes: Unpack[Changes]) -> list[Reply]:
         """Reply to several prompts at once, as one ragged batch: each gets the text it would get
         alone. A single string is a batch of one."""
-        options, started = Options().with_changes(changes), time.perf_counter()
-        options = _seeded(options)
+        started, options = time.perf_counter(), _seeded(Options().with_changes(changes))
         batch = [prompts] if isinstance(prompts, str) else list(prompts)
-        runs = [self.start(ids, options) for ids in self._encode(batch, options)]
+        waves = self._waves(self._encode(batch, options), options)
+        return [reply for wave in waves for reply in self._together(wave, options, started)]
+
+    def _waves(self, batch: list[list[int]], options: Options) -> Iterator[list[list[int]]]:
+        """As many prompts at once as there is memory for their keys and values."""
+        wave: list[list[int]] = []
+        used = 0
+        for ids in batch:
+            size = self._limit(ids, options)
+            if wave and used + size > self.placement.kv_tokens:
+                yield wave
+                wave, used = [], 0
+            wave.append(ids)
+            used += size
+        yield wave
+
+    def _together(self, wave: list[list[int]], options: Options, started: float) -> Iterator[Reply]:
+        before, runs = self.counts(), [self.start(ids, options) for ids in wave]
         for _ in self._drive(runs, options):
             now = time.perf_counter()
             for run in runs:
-                run.advance(now)
-        return [self._reply(run, options, started) for run in runs]
+                run.advance(now, self.traffic.bytes_read)
+        yield from (self._reply(run, options, started, before) for run in runs)
 
     def chat(self, messages: Messages, **changes: Unpack[Changes]) -> Reply:
         """Reply to messages ({"role": ..., "content": ...})."""
@@ -151,9 +166,10 @@ class Model:
     def score_tokens(self, tokens: Sequence[int]) -> tuple[list[float], list[bool]]:
         """Of every token after the first: its log-probability, and whether it was the likeliest."""
         model, logprobs, likeliest = self.transformer, [], []
-        h_TD = hidden(model, [(Span(0, tokens), model.new_kv())])
-        for start in range(0, len(tokens) - 1, SCORE_ROWS):
-            target = torch.tensor(tokens[start + 1 : start + 1 + SCORE_ROWS])
+        (h_TD,) = hidden(model, [(Span(0, tokens), model.new_kv(len(tokens)))])
+        step = max(1, min(SCORE_ROWS, SCORE_BYTES // (4 * self.pack.description.vocab_size)))
+        for start in range(0, len(tokens) - 1, step):
+            target = torch.tensor(tokens[start + 1 : start + 1 + step])
             logits = model.logits(h_TD[start : start + len(target)])
             rows = torch.log_softmax(logits, dim=1).gather(1, target[:, None])[:, 0]
             logprobs += rows.tolist()
@@ -201,12 +217,17 @@ class Model:
 
     def start(self, ids: list[int], options: Options, past: Past | None = None) -> Run:
         self._check_room([*ids, 0] if ids else ids)
-        limit = min(len(ids) + options.max_tokens, self.context)
+        limit = self._limit(ids, options)
         seq = flow.Sequence(list(ids), len(ids), limit, frozenset(self.pack.eos))
         stream = Stream(self.tokens, options.stop)
         if past is None:
-            return Run(seq, self.transformer.new_kv(), stream, 0)
-        return Run(seq, past.kv, stream, past.shared(ids))
+            return Run(seq, self.transformer.new_kv(limit), stream, 0)
+        cached = past.shared(ids)
+        past.kv.truncate(cached)
+        return Run(seq, past.kv, stream, cached)
+
+    def _limit(self, ids: Sequence[int], options: Options) -> int:
+        return min(len(ids) + options.max_tokens, self.context)
 
     def _drive(self, runs: Sequence[Run], options: Options) -> Iterator[None]:
         assert options.seed is not None
@@ -215,26 +236,30 @@ class Model:
             flow.decode(run.seq, NoDraft(), p, run.cached)
             for run, p in zip(runs, pick, strict=True)
         ]
-        return drive(self.transformer, flows, [run.kv for run in runs])
+        for _ in drive(self.transformer, flows, [run.kv for run in runs]):
+            yield
+            self._keep_promise()
 
-    def _reply(self, run: Run, options: Options, started: float) -> Reply:
-        new, first = len(run.seq.new_tokens), (run.first_s or started) - started
-        after = run.end_s - (run.first_s or run.end_s)
-        fed = run.seq.num_prompt - run.cached
-        return Reply(
-            text=run.text,
-            prompt_tokens=run.seq.num_prompt,
-            new_tokens=new,
-            first_token_s=round(first, 4),
-            tokens_per_s=round((new - 1) / after, 3) if new > 1 and after > 0 else 0.0,
-            prefill_tokens_per_s=round(fed / first, 3) if first > 0 else 0.0,
-            peak_memory_bytes=peak_memory(),
-            bytes_read=self.traffic.bytes_read,
-            model=self.name,
-            finish=run.seq.finish or "cancelled",
-            options=options.to_json()
-            | {"context": self.context, "threads": torch.get_num_threads()},
-        )
+    def _keep_promise(self) -> None:
+        """Give up held weights if others need the memory, or we have more than was promised."""
+        excess = self._watch.excess()
+        if excess and (freed := self.transformer.shrink(excess)):
+            warn(
+                f"memory is short by {excess / 1e6:,.0f} MB: {freed / 1e6:,.0f} MB of weights are "
+                "read from disk from now on, which is slower"
+            )
+
+    def counts(self) -> Counts:
+        """What has been read and waited for so far."""
+        return Counts.of(self.traffic)
+
+    def _reply(self, run: Run, options: Options, started: float, before: Counts) -> Reply:
+        shown = options.to_json() | {
+            "context": self.context,
+            "threads": torch.get_num_threads(),
+            "memory": self.placement.budget,
+        }
+        return account(run, self.name, shown, started, before, self.counts())
 
 
 def _messages(prompt: Prompt, system: str | None) -> Messages:
@@ -252,43 +277,3 @@ def _seeded(options: Options) -> Options:
     if options.seed is not None:
         return options
     return options.with_changes({"seed": int(torch.seed() & 0x7FFFFFFF)})
-
-
-def load(
-    model: str = DEFAULT_MODEL,
-    *,
-    context: int | None = None,
-    threads: int | None = None,
-    encoding: str = "auto",
-    native: bool = True,
-    quiet: bool = False,
-) -> Model:
-    """Open a model: a path, hf:org/repo[:file], or package:name==version[:file]; packed first if need
-    be. `threads` sets torch's threads for the process. Raises OutsizeError."""
-    if threads is not None:
-        if not 1 <= threads <= 1024:
-            raise OptionError(f"threads is {threads}; a whole number from 1 to 1,024 is expected")
-        torch.set_num_threads(threads)
-    made, traffic = pack(model, encoding=encoding, quiet=quiet), Traffic()
-    compiled = kernels(store.home() / "native") if native else None
-    longest = made.description.context
-    if context is not None and not 2 <= context <= longest:
-        raise ContextError(f"context is {context:,}; this model holds from 2 to {longest:,} tokens")
-    grouped = [name for name in made.encodings if name.startswith("group")]
-    if grouped and compiled is None and not quiet:
-        warn(
-            f"{made.path.name} holds {', '.join(grouped)}, which without compiled kernels runs about "
-            "20 times slower; install a C compiler, or pack again with --encoding int8"
-        )
-    with bars(quiet) as progress:
-        loaded = load_resident(made, compiled, traffic, progress)
-    parts = loaded.embed, loaded.head, loaded.layers, loaded.final_norm
-    transformer = Transformer(made.description, *parts, compiled)
-    return Model(made, transformer, _tokens(made), context or longest, traffic)
-
-
-def _tokens(made: Pack) -> Tokens:
-    raw = (made.path / TOKENIZER).read_bytes()
-    if zlib.crc32(raw) != made.tokenizer_crc:
-        raise damaged(made.path, "its tokenizer does not match its checksum")
-    return Tokens(Tokenizer.from_str(raw.decode()), made.bos, made.add_bos)

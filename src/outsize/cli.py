@@ -50,6 +50,13 @@ Raw = Annotated[bool, _option("--raw/--no-raw", text="The prompt as it is: no ch
 Native = Annotated[
     bool, _option("--native/--no-native", text="Use the compiled row kernels, where they can be.")
 ]
+Memory = Annotated[
+    str, _option("--memory", text="The most this process may take: 900MB, 4GB, 75% or auto.")
+]
+Verify = Annotated[
+    str, _option("--verify", text="Check weights read from disk: first (time), always or never.")
+]
+Force = Annotated[bool, _option("--force", text="Run even in less memory than is needed.")]
 AsJson = Annotated[bool, _option("--json", text="Print one JSON object.")]
 Verbose = Annotated[bool, _option("-v", "--verbose", text="Say more, on standard error.")]
 Quiet = Annotated[bool, _option("-q", "--quiet", text="No bars, no statistics.")]
@@ -76,6 +83,9 @@ def run(
     stop: Stop = None,
     system: System = None,
     raw: Raw = False,
+    memory: Memory = "auto",
+    verify: Verify = "first",
+    force: Force = False,
     encoding: Encoding = "auto",
     native: Native = True,
     as_json: AsJson = False,
@@ -83,7 +93,7 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Answer one prompt. One argument is the prompt, unless it names a model: that opens a chat."""
-    from outsize import terminal
+    from outsize import loading, terminal
 
     options = Options(
         max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, seed, tuple(stop or ()),
@@ -92,7 +102,8 @@ def run(
     name, prompt = terminal.understand(arguments or [], model)
     if prompt is None and as_json:
         raise typer.BadParameter("--json needs a prompt")
-    how = terminal.How(context, threads, encoding, native, as_json, verbose, quiet)
+    wishes = loading.Wishes(memory, context, encoding, verify, force, native, quiet)
+    how = terminal.How(wishes, threads, as_json, verbose)
     if prompt is None:
         terminal.chat(name, options, how)
     else:
@@ -114,20 +125,48 @@ def chat(
     seed: Seed = None,
     stop: Stop = None,
     system: System = None,
+    memory: Memory = "auto",
+    verify: Verify = "first",
+    force: Force = False,
     encoding: Encoding = "auto",
     native: Native = True,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
     """Talk. /reset forgets, /system TEXT begins anew under it, /stats counts, /bye leaves."""
-    from outsize import terminal
+    from outsize import loading, terminal
 
     options = Options(
         max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, seed, tuple(stop or ()),
         system,
     )  # fmt: skip
-    how = terminal.How(context, threads, encoding, native, False, verbose, quiet)
+    wishes = loading.Wishes(memory, context, encoding, verify, force, native, quiet)
+    how = terminal.How(wishes, threads, False, verbose)
     terminal.chat(model or name or DEFAULT_MODEL, options, how)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument()] = DEFAULT_MODEL,
+    memory: Memory = "auto",
+    context: Context = None,
+    prompt_tokens: Annotated[
+        int, _option("--prompt-tokens", text="Predict the first token after so many.")
+    ] = 512,
+    threads: Threads = None,
+    force: Force = False,
+    encoding: Encoding = "auto",
+    native: Native = True,
+    as_json: AsJson = False,
+    html: Annotated[Path | None, _option("--html", text="Write a page with the curve.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """What will be where and how fast it will be, from headers alone: before any download."""
+    from outsize import loading, planning
+
+    loading.set_threads(threads)
+    wishes = loading.Wishes(memory, context, encoding, "first", force, native, quiet)
+    planning.show(model, wishes, prompt_tokens, as_json, html)
 
 
 @app.command()
@@ -217,6 +256,20 @@ def quality(
         raise typer.BadParameter("give --text FILE or --tasks NAMES")
 
 
+@bench.command()
+def synthetic(
+    path: Annotated[Path, typer.Argument(metavar="FILE.gguf")],
+    family: Annotated[str, _option("--family", text="Any family we run.")] = "llama",
+    size: Annotated[str, _option("--size", text="tiny, 0.5b, 1.5b, 3b, 7b, 8b, 13b, 70b.")] = "7b",
+    seed: Annotated[int, _option("--seed", text="Of the random weights.")] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Write a model with random weights as a GGUF, and pack it."""
+    from outsize.bench import synthetic as make
+
+    make.show(path, family, size, seed, quiet)
+
+
 def main() -> None:
     """Run a command; print an error as one sentence."""
     try:
@@ -231,3 +284,7 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

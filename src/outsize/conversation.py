@@ -37,7 +37,7 @@ class Conversation:
     def __init__(self, model: Model, options: Options) -> None:
         self._model, self.options = model, options
         self.messages: list[dict[str, str]] = []
-        self._past = Past(model.transformer.new_kv())
+        self._past = Past(model.transformer.new_kv(model.context))
         self._streaming: Streaming | None = None
 
     @property
@@ -66,7 +66,7 @@ class Conversation:
             yield from streaming
         finally:
             run = streaming.run
-            # The last token was chosen, but has not been run.
-            self._past.tokens = run.seq.tokens[: max(run.cached, len(run.seq.tokens) - 1)]
+            # The last token was chosen, but has not been run; nor, after an error, have others.
+            self._past.tokens = run.seq.tokens[: min(len(run.seq.tokens) - 1, run.kv.length)]
             answer = {"role": "assistant", "content": streaming.reply.text}
             self.messages = [*messages, answer]

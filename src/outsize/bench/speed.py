@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from outsize import api
+from outsize import loading
 from outsize.api import Model
 from outsize.forward.full import full
 from outsize.forward.span import Span
 from outsize.pack.format import Pack
 from outsize.plan import probe
-from outsize.reply import peak_memory
+from outsize.weights.budget import peak
 
 TEXT = "The quick brown fox jumps over the lazy dog while the sea keeps its own slow time. "
 
@@ -90,7 +90,7 @@ def show(
     quiet: bool,
 ) -> None:
     """Print card, measurement and one JSON object."""
-    with api.load(name, threads=threads, native=native, quiet=quiet) as model:
+    with loading.load(name, threads=threads, native=native, quiet=quiet) as model:
         c = card(model.pack)
         print(f"{model.name} on {probe.processor()}, {torch.get_num_threads()} threads")
         print(f"  a token reads {c.bytes_per_token / 1e6:,.1f} MB of weights;", end=" ")
@@ -123,6 +123,6 @@ def show(
         "bytes_per_token": c.bytes_per_token,
         "memory_bytes_per_s": round(c.memory_bytes_per_s),
         "bf16_flops": round(c.flops),
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": peak(),
     }
     print(json.dumps(result))

@@ -23,14 +23,23 @@ FIRST = 256  # entries a layer starts with; it doubles when full
 class KV:
     """One sequence's cache. Views are valid until the next append to their layer."""
 
-    def __init__(self, num_layers: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        empty = torch.empty(2 * num_heads, 0, head_dim, dtype=dtype)
-        self._stored = [empty for _ in range(num_layers)]
+    def __init__(
+        self, num_layers: int, num_heads: int, head_dim: int, dtype: torch.dtype, room: int = 0
+    ) -> None:
+        """`room`: entries that each layer is given at once, as addresses: memory is taken when an entry
+        is stored, and none is ever copied. Beyond, and by default, storage doubles when full."""
+        shape = 2 * num_heads, room, head_dim
+        self._stored = [torch.empty(shape, dtype=dtype) for _ in range(num_layers)]
         self.positions = [array("i") for _ in range(num_layers)]
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self._stored)
+
+    @property
+    def length(self) -> int:
+        """Tokens that every layer has."""
+        return min(len(kept) for kept in self.positions)
 
     def append(self, layer: int, k_TJE: Tensor, v_TJE: Tensor, positions: Sequence[int]) -> Tensor:
         """Store T entries, copied; positions must rise. Returns the view."""

@@ -212,13 +212,14 @@ def _codes_q4_k(b: Bytes) -> Stored:
     return _k_codes(b[:, 16:]), step, -low
 
 
-# By the encoding that holds such codes: each of group5 and group8 has the offset of its one type.
+# By the encoding that holds such codes: each of the groups has the offset of its one type.
 _CODES: dict[str, dict[str, Callable[[Bytes], Stored]]] = {
     "int4": {
         "Q4_0": lambda b: _symmetric(_nibbles(b[:, 2:]), _half(b, 0), 8),
         "Q4_1": lambda b: (_nibbles(b[:, 4:]), _half(b, 0), _half(b, 2)),
         "Q4_K": _codes_q4_k,
     },
+    "group4": {"Q4_0": lambda b: _symmetric(_nibbles(b[:, 2:]), _half(b, 0), 8)},
     "group5": {
         "Q5_0": lambda b: _symmetric(_nibbles(b[:, 6:]) | _fifth_bits(b, 2), _half(b, 0), 16)
     },

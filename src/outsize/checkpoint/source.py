@@ -145,18 +145,23 @@ def _fetch_hub(spec: Spec, quiet: bool) -> Path:
             files = [] if spec.file else HfApi().list_repo_files(spec.name)
         except OfflineModeIsEnabled:
             files = []
-        folder = Path(snapshot_download(spec.name, allow_patterns=_hub_patterns(spec, files)))
+        folder = Path(snapshot_download(spec.name, allow_patterns=hub_patterns(spec, files)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as e:
-        raise FetchError(
-            f"cannot fetch {spec.text}: {str(e).strip().splitlines()[0][:200]}; check the name and "
-            "the network, set HF_TOKEN for a gated model, or give a path"
-        ) from None
+        raise hub_error(spec, e) from None
     if spec.file:
         return folder / spec.file
     return folder
 
 
-def _hub_patterns(spec: Spec, files: list[str]) -> list[str]:
+def hub_error(spec: Spec, error: Exception) -> FetchError:
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    return FetchError(
+        f"cannot fetch {spec.text}: {said[0][:200]}; check the name and the network, set HF_TOKEN for "
+        "a gated model, or give a path"
+    )
+
+
+def hub_patterns(spec: Spec, files: list[str]) -> list[str]:
     if spec.file:
         return [re.sub(r"-\d{5}-of-", "-*-of-", spec.file)]
     ggufs = [Path(f) for f in files if f.endswith(".gguf")]

@@ -1,12 +1,12 @@
-"""Groups of 32 weights with an fp16 scale each: w = scale * (code - offset), codes of 5 or 8 bits.
+"""Groups of 32 weights with an fp16 scale each: w = scale * (code - offset), codes of 4, 5 or 8 bits.
 
-These are the GGUF types Q5_0 and Q8_0, code for code and scale for scale; other types of more than four
-bits are re-encoded as group8, which is finer than one scale a row. torch has no kernel for either, so
+These are the GGUF types Q4_0, Q5_0 and Q8_0, code for code and scale for scale; other types of more than four
+bits are re-encoded as group8, which is finer than one scale a row. torch has no kernel for them, so
 they are packed only where ours (native/groups.c) can be compiled; the plain twin, much slower, runs
 anywhere.
 
-Layout: blocks of 64 weights, groups A and B. group5: 32 bytes a block, low nibbles A, high nibbles B, and
-the fifth bits of the 64 apart. group8: a byte a weight.
+Layout: blocks of 64 weights, groups A and B. group4: 32 bytes a block, low nibbles A, high nibbles B.
+group5: likewise, and the fifth bits of the 64 apart. group8: a byte a weight.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from outsize.encoding.frozen import frozen_linear
-from outsize.encoding.plain import Encoding, Fields, FieldSpec
+from outsize.encoding.plain import Encoding, Fields, FieldSpec, wide_linear
 from outsize.errors import UnsupportedError
 from outsize.native.kernels import GroupMatrix, Kernels
 
@@ -50,10 +50,10 @@ class Group:
         scale = {"scale": FieldSpec(torch.float16, (num_rows, width // GROUP), 0)}
         if self.bits == 8:
             return {"codes": FieldSpec(torch.uint8, (num_rows, width), 0)} | scale
-        return {
-            "codes": FieldSpec(torch.uint8, (num_rows, width // 2), 0),
-            "high": FieldSpec(torch.uint8, (num_rows, width // 8), 0),
-        } | scale
+        codes = {"codes": FieldSpec(torch.uint8, (num_rows, width // 2), 0)}
+        if self.bits == 5:
+            codes["high"] = FieldSpec(torch.uint8, (num_rows, width // 8), 0)
+        return codes | scale
 
     def stored_rows(self, fields: Fields) -> int:
         return fields["scale"].shape[0]
@@ -73,17 +73,20 @@ class Group:
             return {"codes": code_NK.contiguous(), "scale": scale}
         a, b = code_NK.view(len(code_NK), -1, 2, GROUP).unbind(2)
         nibbles = (a & 15) | ((b & 15) << 4)
+        if self.bits == 4:
+            return {"codes": nibbles.flatten(1), "scale": scale}
         fifth = (code_NK >> 4).view(len(code_NK), -1, 8) << torch.arange(8, dtype=torch.uint8)
         high = fifth.sum(dim=2, dtype=torch.uint8)
         return {"codes": nibbles.flatten(1), "high": high, "scale": scale}
 
     def decode(self, fields: Fields) -> Tensor:
         codes = fields["codes"]
-        if self.bits == 5:
+        if self.bits < 8:
             blocks = codes.view(len(codes), -1, 1, GROUP)
-            low = torch.cat([blocks & 15, blocks >> 4], dim=2).flatten(1)
+            codes = torch.cat([blocks & 15, blocks >> 4], dim=2).flatten(1)
+        if self.bits == 5:
             shifts = torch.arange(8, dtype=torch.uint8)
-            codes = low | (((fields["high"][:, :, None] >> shifts) & 1) << 4).flatten(1)
+            codes = codes | (((fields["high"][:, :, None] >> shifts) & 1) << 4).flatten(1)
         grouped = codes.float().view(len(codes), -1, GROUP) - self.offset
         return (grouped * fields["scale"].float()[:, :, None]).flatten(1)
 
@@ -100,13 +103,22 @@ class Group:
             w_NK = self.decode(fields)
             rows = [linear(x, w_NK) for x in x_TK.float().split(len(x_TK) if wide else 1)]
             return torch.cat(rows).to(x_TK.dtype)
-        matrix = GroupMatrix(self.bits, fields["codes"], fields.get("high"), fields["scale"])
         if wide and len(x_TK) > NARROW_ROWS:
-            return linear(x_TK, kernels.group_decode(matrix).to(x_TK.dtype))
-        return kernels.group_linear(matrix, x_TK)
+
+            def part(start: int, stop: int) -> Tensor:
+                return kernels.group_decode(self._matrix(fields, start, stop)).to(x_TK.dtype)
+
+            return wide_linear(x_TK, len(fields["scale"]), part)
+        return kernels.group_linear(self._matrix(fields), x_TK)
+
+    def _matrix(self, fields: Fields, start: int = 0, stop: int | None = None) -> GroupMatrix:
+        """Some rows, or all, as the kernels want them."""
+        rows, high = slice(start, stop), fields.get("high")
+        part = None if high is None else high[rows]
+        return GroupMatrix(self.bits, fields["codes"][rows], part, fields["scale"][rows])
 
     def rows(self, fields: Fields, ids_T: Tensor) -> Tensor:
         return self.decode({name: field[ids_T] for name, field in fields.items()})
 
 
-ENCODINGS: tuple[Encoding, ...] = (Group(5), Group(8))
+ENCODINGS: tuple[Encoding, ...] = (Group(4), Group(5), Group(8))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from outsize.encoding.frozen import frozen_linear
-from outsize.encoding.plain import Encoding, Fields, FieldSpec
+from outsize.encoding.plain import Encoding, Fields, FieldSpec, wide_linear
 from outsize.errors import UnsupportedError
 from outsize.native.kernels import Kernels
 
@@ -92,18 +92,21 @@ class Int4:
         return self._run(x_TK, fields, wide)
 
     def _run(self, x_TK: Tensor, fields: Fields, wide: bool) -> Tensor:
-        if wide and len(x_TK) > NARROW_ROWS:
-            return torch.mm(x_TK, self._decode_KN(fields, x_TK.dtype))
         scales = fields["scales"]
+        if wide and len(x_TK) > NARROW_ROWS:
+            dtype = x_TK.dtype
+            return wide_linear(x_TK, scales.shape[1], lambda a, b: self._part(fields, dtype, a, b))
         packed = fields["packed"].view(scales.shape[1], -1)
         out: Tensor = _INT4_MM(x_TK, packed, GROUP, scales)
         return out
 
-    def _decode_KN(self, fields: Fields, dtype: torch.dtype) -> Tensor:
-        if self.kernels is None or dtype != torch.bfloat16:
-            return _decode_KN(fields, dtype)
-        decoded: Tensor = self.kernels.tile_decode(fields["packed"], fields["scales"])
-        return decoded
+    def _part(self, fields: Fields, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+        """(n, K): some rows, decoded."""
+        packed, scales = fields["packed"], fields["scales"]
+        if self.kernels is not None and dtype == torch.bfloat16:
+            return self.kernels.tile_decode(packed, scales, start, stop - start).T
+        blocks = slice(start // BLOCK, stop // BLOCK)
+        return _decode_KN({"packed": packed[blocks], "scales": scales[:, start:stop]}, dtype).T
 
     def rows(self, fields: Fields, ids_T: Tensor) -> Tensor:
         lane_T = ids_T % BLOCK

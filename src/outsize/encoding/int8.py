@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from outsize.encoding.frozen import frozen_linear
-from outsize.encoding.plain import Encoding, Fields, FieldSpec
+from outsize.encoding.plain import Encoding, Fields, FieldSpec, wide_linear
 
 NARROW_ROWS = 48  # up to here the kernel beats decoding every weight, even for one long span
 ROW_STEP = 16  # the kernel's blocks of rows; a last partial one is padded with zero rows
@@ -54,7 +53,9 @@ class Int8:
 
     def _run(self, x_TK: Tensor, fields: Fields, wide: bool) -> Tensor:
         if wide and len(x_TK) > NARROW_ROWS:
-            return linear(x_TK, fields["codes"].to(x_TK.dtype)).mul_(fields["scale"])
+            codes = fields["codes"]
+            product = wide_linear(x_TK, len(codes), lambda a, b: codes[a:b].to(x_TK.dtype))
+            return product.mul_(fields["scale"])
         return torch._weight_int8pack_mm(x_TK, fields["codes"], fields["scale"])
 
     def rows(self, fields: Fields, ids_T: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ Shapes: T rows of x, N outputs, K inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 Fields = Mapping[str, Tensor]
+WIDE_BYTES = 8 << 20  # decoded at once: it stays in the cache until the matmul has read it
 
 
 class FieldSpec(NamedTuple):
@@ -58,6 +59,19 @@ class Encoding(Protocol):
     def rows(self, fields: Fields, ids_T: Tensor) -> Tensor:
         """(T, K) fp32: some rows of the matrix, decoded."""
         ...
+
+
+def wide_linear(x_TK: Tensor, num_rows: int, decode: Callable[[int, int], Tensor]) -> Tensor:
+    """x @ w.T with `decode(start, stop)` giving rows of w (n, K) in the type of x, block by block, so
+    that a large matrix is never whole in its decoded form. Blocks are multiples of 64 rows."""
+    step = max(64, WIDE_BYTES // (x_TK.shape[1] * x_TK.element_size()) // 64 * 64)
+    if num_rows <= step:
+        return linear(x_TK, decode(0, num_rows))
+    out_TN = x_TK.new_empty(len(x_TK), num_rows)
+    for start in range(0, num_rows, step):
+        stop = min(start + step, num_rows)
+        out_TN[:, start:stop] = linear(x_TK, decode(start, stop))
+    return out_TN
 
 
 @dataclass(frozen=True, slots=True)

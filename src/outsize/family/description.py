@@ -59,6 +59,11 @@ class Description:
     def qkv_rows(self) -> int:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """Each kind once, in order."""
+        return tuple(dict.fromkeys(layer.rope for layer in self.layers))
+
     def to_json(self) -> dict[str, object]:
         return asdict(self)
 

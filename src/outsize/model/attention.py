@@ -16,8 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-BLOCK = 128  # queries at once in the blocked way
+from outsize.family.description import Description
+
+BLOCK, LEAST_BLOCK = 128, 16  # queries at once in the blocked way
+SCORE_BYTES = (
+    48 << 20
+)  # of a block's scores, in all their forms; fewer queries where they would be more
+SCORE_FORMS = 12  # bytes a score takes: bf16, masked and softmaxed in fp32, bf16 again
 WIDE_HEAD = 128
+CHUNK = 512  # tokens of a long span that attend at once
+MASK_BYTES = 6  # of one cell of a mask, in the forms that torch makes of it
 
 
 def attend_rows(q_THE: Tensor, kv_CSE: Tensor, scale: float, window: int | None) -> Tensor:
@@ -64,14 +72,26 @@ def _mask(
     return (apart >= 0) if window is None else (apart >= 0) & (apart < window)
 
 
+def _block(num_heads: int, size: int) -> int:
+    return max(LEAST_BLOCK, min(BLOCK, SCORE_BYTES // (num_heads * size * SCORE_FORMS)))
+
+
+def score_bytes(d: Description, context: int, activation_bytes: int) -> int:
+    """The most that scores take while a long span attends."""
+    if d.head_dim >= WIDE_HEAD and activation_bytes == 2:
+        return _block(d.num_heads, context) * d.num_heads * context * SCORE_FORMS
+    return 0 if context <= CHUNK else MASK_BYTES * CHUNK * context
+
+
 def _blocked(q_THE: Tensor, kv_CSE: Tensor, positions: Sequence[int], window: int | None) -> Tensor:
     num_new, num_heads, head_dim = q_THE.shape
     num_kv, size = kv_CSE.shape[0] // 2, kv_CSE.shape[1]
     group, past = num_heads // num_kv, size - num_new
     q_JTGE = q_THE.reshape(num_new, num_kv, group, head_dim).transpose(0, 1)
     out = torch.empty_like(q_JTGE)
-    for first in range(0, num_new, BLOCK):
-        last = min(first + BLOCK, num_new)
+    block = _block(num_heads, size)
+    for first in range(0, num_new, block):
+        last = min(first + block, num_new)
         start, end = max(0, past + first - window + 1) if window else 0, past + last
         k_JSE, v_JSE = kv_CSE[:num_kv, start:end], kv_CSE[num_kv:, start:end]
         rows_JRE = q_JTGE[:, first:last].reshape(num_kv, -1, head_dim)

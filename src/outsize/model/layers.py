@@ -64,6 +64,6 @@ def turns(rope: Rope, head_dim: int, positions_T: Tensor) -> Tensor:
 
 
 def rotate(heads_THE: Tensor, turns_T1P: Tensor) -> Tensor:
-    """Turn adjacent pairs. fp32 in, fp32 out."""
+    """Turn adjacent pairs. fp32; changes its input where its layout allows."""
     pairs = torch.view_as_complex(heads_THE.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns_T1P).flatten(-2)
+    return torch.view_as_real(pairs.mul_(turns_T1P)).flatten(-2)

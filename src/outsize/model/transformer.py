@@ -7,8 +7,8 @@ Shapes: T tokens, D model width, H query heads, J key heads, E numbers a head, V
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,32 +19,12 @@ from outsize.family.description import Description, Layer, Rope
 from outsize.model.attention import attend_rows, attend_span
 from outsize.model.ffn.dense import Dense
 from outsize.model.layers import Linear, RMSNorm, rotate, turns
+from outsize.model.step import Segment, Step
 from outsize.native.kernels import AttentionSpec, Kernels
+from outsize.weights.load import Loaded, Source, activation_type
 from outsize.weights.table import Weight, Weights
 
 REFINED = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """The rows of one sequence in a step."""
-
-    kv: KV
-    positions: range
-
-    @property
-    def length(self) -> int:
-        return len(self.positions)
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What the blocks need to know of a step: whose rows, at which positions, how wide."""
-
-    segments: Sequence[Segment]
-    turns: Mapping[Rope, Tensor]
-    wide: bool
-    kernels: Kernels | None  # None: the plain path
 
 
 class Attention:
@@ -101,26 +81,61 @@ class Attention:
         return kernels.attend(self.spec, qkv.contiguous(), turns_TE, rows)
 
 
-class Block:
-    """h += attention(norm(h)); h += ffn(norm(h)); some families norm the results, too."""
+class Half:
+    """h += body(norm(h)): half a layer; some families norm the result, too."""
 
-    def __init__(self, d: Description, index: int, attn: Weights, ffn: Weights) -> None:
-        dtype = activation_type(attn["qkv"])
-        self.attn_norm = RMSNorm(vector(attn["attn_norm"]), d.norm_eps, dtype)
-        self.ffn_norm = RMSNorm(vector(ffn["ffn_norm"]), d.norm_eps, dtype)
-        self.attention = Attention(d, d.layers[index], index, attn)
-        self.ffn = Dense(Linear(ffn["gate_up"]), Linear(ffn["down"]), d.activation)
-        self.attn_post = self.ffn_post = None
-        if d.post_norm:
-            norms = vector(attn["attn_post_norm"]), vector(ffn["ffn_post_norm"])
-            self.attn_post, self.ffn_post = (RMSNorm(n, d.norm_eps, torch.float32) for n in norms)
+    def __init__(
+        self, norm: RMSNorm, body: Callable[[Tensor, Step], Tensor], post: RMSNorm | None
+    ) -> None:
+        self._norm, self._body, self._post = norm, body, post
 
     def __call__(self, h_TD: Tensor, step: Step) -> None:
         """Changes h_TD."""
-        y = self.attention(_normed(self.attn_norm, h_TD, step), step)
-        _add(h_TD, y, self.attn_post, step)
-        y = self.ffn(_normed(self.ffn_norm, h_TD, step), step.wide, step.kernels)
-        _add(h_TD, y, self.ffn_post, step)
+        _add(h_TD, self._body(_normed(self._norm, h_TD, step), step), self._post, step)
+
+
+def attention_half(d: Description, index: int, w: Weights) -> Half:
+    norm = RMSNorm(vector(w["attn_norm"]), d.norm_eps, activation_type(w["qkv"]))
+    return Half(norm, Attention(d, d.layers[index], index, w), _post(d, w, "attn_post_norm"))
+
+
+def ffn_half(d: Description, index: int, w: Weights) -> Half:
+    norm = RMSNorm(vector(w["ffn_norm"]), d.norm_eps, activation_type(w["gate_up"]))
+    dense = Dense(Linear(w["gate_up"]), Linear(w["down"]), d.activation)
+    return Half(norm, dense, _post(d, w, "ffn_post_norm"))
+
+
+def _post(d: Description, w: Weights, name: str) -> RMSNorm | None:
+    return RMSNorm(vector(w[name]), d.norm_eps, torch.float32) if d.post_norm else None
+
+
+class Part:
+    """A half whose weights are held in memory, and then built once, or fetched at each use."""
+
+    def __init__(self, make: Callable[[Weights], Half], source: Source) -> None:
+        self._make, self.source = make, source
+        self._half = None if source.pinned is None else make(source.pinned)
+
+    @property
+    def is_held(self) -> bool:
+        return self._half is not None
+
+    def __call__(self, chunks: Sequence[tuple[Tensor, Step]]) -> None:
+        """Run all chunks, in order. Changes their tensors."""
+        half = self._half
+        if half is not None:
+            for h_TD, step in chunks:
+                half(h_TD, step)
+            return
+        with self.source as weights:
+            half = self._make(weights)
+            for h_TD, step in chunks:
+                half(h_TD, step)
+
+    def unpin(self) -> int:
+        """Fetch the weights from now on; the bytes this frees."""
+        self._half = None
+        return self.source.unpin()
 
 
 def _normed(norm: RMSNorm, h_TD: Tensor, step: Step) -> Tensor:
@@ -140,59 +155,80 @@ class Transformer:
     """Embedding, blocks, head. Holds no sequence's state."""
 
     def __init__(
-        self,
-        description: Description,
-        embed: Weight,
-        head: Weight,
-        layers: Sequence[tuple[Weights, Weights]],
-        final_norm: Weights,
-        kernels: Kernels | None = None,
+        self, description: Description, loaded: Loaded, kernels: Kernels | None = None
     ) -> None:
-        self.description = description
-        self._embed, self._head = embed, head
-        self.blocks = [Block(description, i, *w) for i, w in enumerate(layers)]
-        self.dtype = self.blocks[0].attention.dtype
-        norm = vector(final_norm["final_norm"])
+        self.description, self.loaded = description, loaded
+        self._embed, self._head = loaded.embed, loaded.head
+        self.dtype = loaded.activation_type
+        self.parts: list[Part] = []
+        for i, (attn, ffn) in enumerate(loaded.layers):
+            self.parts.append(Part(partial(attention_half, description, i), attn))
+            self.parts.append(Part(partial(ffn_half, description, i), ffn))
+        norm = vector(loaded.final_norm["final_norm"])
         self._norm = RMSNorm(norm, description.norm_eps, torch.float32)
-        self._ropes = {layer.rope for layer in description.layers}
+        self._ropes = description.ropes
         self._kernels = kernels if self.dtype == torch.bfloat16 else None
+        self._num_held = self._count_held()
+
+    def _count_held(self) -> int:
+        return sum(part.is_held for part in self.parts)
+
+    def count_pass(self) -> None:
+        """Parts held in memory are hits that nobody else sees."""
+        self.loaded.traffic.hits += self._num_held
+
+    def shrink(self, size: int) -> int:
+        """Give up held layers, the last ones first, until `size` bytes are free; the bytes freed."""
+        freed = 0
+        for part in reversed(self.parts):
+            if freed >= size:
+                break
+            freed += part.unpin() if part.is_held else 0
+        self._num_held = self._count_held()
+        return freed
 
     @property
     def has_kernels(self) -> bool:
         """Are the compiled row kernels in use?"""
         return self._kernels is not None
 
-    def new_kv(self) -> KV:
-        """An empty cache for one sequence."""
+    def new_kv(self, room: int = 0) -> KV:
+        """An empty cache for one sequence; with `room` for so many tokens it never moves."""
         d = self.description
-        return KV(d.num_layers, d.num_kv_heads, d.head_dim, self.dtype)
+        return KV(d.num_layers, d.num_kv_heads, d.head_dim, self.dtype, room)
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """(T, D) fp32."""
-        rows = self._embed.encoding.rows(self._embed.fields, torch.tensor(tokens))
+        rows = self._embed.rows(torch.tensor(tokens))
         scale = self.description.embed_scale
         return rows if scale == 1.0 else rows.mul_(scale)
 
     def step(self, segments: Sequence[Segment], wide: bool) -> Step:
         """The positions of a step, turned into rotations once for all layers."""
-        positions_T = torch.tensor([p for s in segments for p in s.positions])
-        head_dim = self.description.head_dim
-        made = {r: turns(r, head_dim, positions_T) for r in self._ropes}
+        positions = [p for s in segments for p in s.positions]
+        made = rotations(self._ropes, self.description.head_dim, positions)
         return Step(segments, made, wide, None if wide else self._kernels)
 
     def logits(self, h_KD: Tensor) -> Tensor:
         """(K, V) fp32. Kernels of int4 and int8 give bf16, whose steps near 20 are 0.125, more than
         often lies between the two best tokens; there each row's best are computed again in fp32."""
-        head, vocab = self._head, self.description.vocab_size
-        x_KD, encoding = self._norm(h_KD), head.encoding
-        if isinstance(encoding, Group):
-            return encoding.linear(x_KD, head.fields, False)[:, :vocab]
-        logits = encoding.linear(x_KD.to(self.dtype), head.fields, False)[:, :vocab].float()
-        if self.dtype != torch.float32:
+        x_KD, vocab = self._norm(h_KD), self.description.vocab_size
+        exact = isinstance(self._head.encoding, Group) or self.dtype == torch.float32
+        x = x_KD if exact else x_KD.to(self.dtype)
+        blocks = self._head.blocks()
+        parts = [w.encoding.linear(x, w.fields, False)[:, : w.num_rows] for w in blocks]
+        logits = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))[:, :vocab].float()
+        if not exact:
             for row, x_D in zip(logits, x_KD, strict=True):
                 ids = _best(row)
-                row[ids] = encoding.rows(head.fields, ids) @ x_D
+                row[ids] = self._head.rows(ids) @ x_D
         return logits
+
+
+def rotations(ropes: Sequence[Rope], head_dim: int, positions: Sequence[int]) -> dict[Rope, Tensor]:
+    """How far each position turns, for each kind of rope."""
+    positions_T = torch.tensor(positions)
+    return {rope: turns(rope, head_dim, positions_T) for rope in ropes}
 
 
 def _best(row_V: Tensor) -> Tensor:
@@ -209,8 +245,3 @@ def _best(row_V: Tensor) -> Tensor:
 def vector(weights: tuple[Weight, ...]) -> Tensor:
     """A stored fp32 vector, whole."""
     return torch.cat([w.encoding.decode(w.fields)[0] for w in weights])
-
-
-def activation_type(weights: tuple[Weight, ...]) -> torch.dtype:
-    """fp32 packs run in fp32, all others in bf16."""
-    return torch.float32 if weights[0].encoding.name == "fp32" else torch.bfloat16

@@ -17,10 +17,10 @@ typedef _Float16 half;
 enum { GROUP = 32, BLOCK = 64, LANES = 16, MAX_ROWS = 8 };
 
 typedef struct {
-    long bits;            /* 5 or 8 */
+    long bits;            /* 4, 5 or 8 */
     long rows, width;
-    const uint8_t *codes; /* 5: (rows, width / 2), low nibbles group A, high nibbles group B; 8: bytes */
-    const uint8_t *high;  /* 5: (rows, width / 8), the fifth bits; 8: null */
+    const uint8_t *codes; /* 4, 5: (rows, width / 2), low nibbles group A, high ones group B; 8: bytes */
+    const uint8_t *high;  /* 5: (rows, width / 8), the fifth bits; else null */
     const half *scale;    /* (rows, width / 32) */
 } Matrix;
 
@@ -76,6 +76,7 @@ static inline __attribute__((always_inline)) __m512i codes_of(const Matrix *m, l
     __m256i a = _mm256_and_si256(packed, low);
     __m256i b = _mm256_and_si256(_mm256_srli_epi16(packed, 4), low);
     __m512i z = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+    if (bits == 4) return z;
     uint64_t fifth;
     memcpy(&fifth, m->high + at / 8, 8);
     return _mm512_mask_add_epi8(z, fifth, z, _mm512_set1_epi8(16));
@@ -115,7 +116,8 @@ dot(const Matrix *m, long bits, long n, const Input *x, long count, float *out) 
 static int code_at(const Matrix *m, long bits, long at) {
     if (bits == 8) return m->codes[at];
     long in = at % BLOCK, byte = at / BLOCK * GROUP + in % GROUP;
-    return (m->codes[byte] >> (in / GROUP * 4) & 15) + ((m->high[at / 8] >> (at % 8) & 1) << 4);
+    int low = m->codes[byte] >> (in / GROUP * 4) & 15;
+    return bits == 4 ? low : low + ((m->high[at / 8] >> (at % 8) & 1) << 4);
 }
 
 static inline void dot(const Matrix *m, long bits, long n, const Input *x, long count, float *out) {
@@ -146,6 +148,14 @@ static inline void dot(const Matrix *m, long bits, long n, const Input *x, long 
 
 static void dot_sized(const Matrix *m, long n, const Input *x, long count, float *out) {
     switch (m->bits * 10 + count) { /* constants let the compiler keep the sums in registers */
+    case 41: dot(m, 4, n, x, 1, out); break;
+    case 42: dot(m, 4, n, x, 2, out); break;
+    case 43: dot(m, 4, n, x, 3, out); break;
+    case 44: dot(m, 4, n, x, 4, out); break;
+    case 45: dot(m, 4, n, x, 5, out); break;
+    case 46: dot(m, 4, n, x, 6, out); break;
+    case 47: dot(m, 4, n, x, 7, out); break;
+    case 48: dot(m, 4, n, x, 8, out); break;
     case 51: dot(m, 5, n, x, 1, out); break;
     case 52: dot(m, 5, n, x, 2, out); break;
     case 53: dot(m, 5, n, x, 3, out); break;
@@ -176,7 +186,7 @@ void group_linear(const Matrix *m, const void *x, void *y, long count, int wide,
             float row[K];
             for (long i = 0; i < K; i++)
                 row[i] = wide ? ((const float *)x)[t * K + i] : up(((const bf16 *)x)[t * K + i]);
-            split(row, K, m->bits == 8 ? 128 : 16, input_at(scratch, t, K));
+            split(row, K, 1l << (m->bits - 1), input_at(scratch, t, K));
         }
 #pragma omp for schedule(static)
         for (long n = 0; n < N; n++)
@@ -194,54 +204,89 @@ void group_linear(const Matrix *m, const void *x, void *y, long count, int wide,
     }
 }
 
+#ifdef __AVX512VNNI__
+/* As `down`, of 16 numbers. */
+static inline void store_bf16(bf16 *out, __m512 x) {
+    __m512i i = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(i, 16), _mm512_set1_epi32(1));
+    i = _mm512_add_epi32(_mm512_add_epi32(i, _mm512_set1_epi32(0x7FFF)), odd);
+    _mm256_storeu_si256((void *)out, _mm512_cvtepi32_epi16(_mm512_srli_epi32(i, 16)));
+}
+
+static inline __attribute__((always_inline)) void
+decode_row(const Matrix *m, long bits, long n, bf16 *out) {
+    const half *scale = m->scale + n * (m->width / GROUP);
+    const __m512i offset = _mm512_set1_epi8((char)(1 << (bits - 1)));
+    for (long k = 0; k < m->width; k += BLOCK) {
+        __m512i z = _mm512_sub_epi8(codes_of(m, bits, n * m->width + k), offset);
+        __m512 a = _mm512_set1_ps((float)scale[k / GROUP]), b = _mm512_set1_ps((float)scale[k / GROUP + 1]);
+#define QUARTER(i) _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(z, i)))
+        store_bf16(out + k, _mm512_mul_ps(QUARTER(0), a));
+        store_bf16(out + k + 16, _mm512_mul_ps(QUARTER(1), a));
+        store_bf16(out + k + 32, _mm512_mul_ps(QUARTER(2), b));
+        store_bf16(out + k + 48, _mm512_mul_ps(QUARTER(3), b));
+#undef QUARTER
+    }
+}
+#else
+static inline void decode_row(const Matrix *m, long bits, long n, bf16 *out) {
+    const half *scale = m->scale + n * (m->width / GROUP);
+    for (long k = 0; k < m->width; k++) {
+        int code = code_at(m, bits, n * m->width + k) - (1 << (bits - 1));
+        out[k] = down((float)code * (float)scale[k / GROUP]);
+    }
+}
+#endif
+
 /* out (rows, width) bf16: every weight as a number. */
 void group_decode(const Matrix *m, bf16 *out) {
-    long K = m->width, offset = m->bits == 8 ? 128 : 16;
 #pragma omp parallel for schedule(static)
-    for (long n = 0; n < m->rows; n++)
-        for (long k = 0; k < K; k += BLOCK) {
-            long at = n * K + k;
-            int8_t code[BLOCK];
-            if (m->bits == 8) {
-                for (long i = 0; i < BLOCK; i++) code[i] = (int8_t)(m->codes[at + i] - offset);
-            } else {
-                uint64_t fifth;
-                memcpy(&fifth, m->high + at / 8, 8);
-                for (long i = 0; i < GROUP; i++) {
-                    uint8_t two = m->codes[at / 2 + i];
-                    code[i] = (int8_t)((two & 15) - offset);
-                    code[i + GROUP] = (int8_t)((two >> 4) - offset);
-                }
-                for (long i = 0; i < BLOCK; i++) code[i] += (int8_t)((fifth >> i & 1) << 4);
-            }
-            for (long g = 0; g < 2; g++) {
-                float s = (float)m->scale[at / GROUP + g];
-                for (long i = g * GROUP; i < (g + 1) * GROUP; i++) out[at + i] = down(code[i] * s);
-            }
-        }
+    for (long n = 0; n < m->rows; n++) {
+        bf16 *row = out + n * m->width;
+        if (m->bits == 4) decode_row(m, 4, n, row);
+        else if (m->bits == 5) decode_row(m, 5, n, row);
+        else decode_row(m, 8, n, row);
+    }
 }
+
+#ifdef __AVX512VNNI__
+/* 32 codes of one input, half of a block's rows each way. */
+static inline void tile_input(const uint8_t *p, const float *step, const float *zero, bf16 *out) {
+    const __m512i nibble = _mm512_set1_epi32(15), eight = _mm512_set1_epi32(8);
+    for (long r = 0; r < GROUP; r += LANES) {
+        __m512i two = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)(p + r)));
+        __m512 low = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_and_si512(two, nibble), eight));
+        __m512 high = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_srli_epi32(two, 4), eight));
+        store_bf16(out + r, _mm512_fmadd_ps(low, _mm512_loadu_ps(step + r), _mm512_loadu_ps(zero + r)));
+        store_bf16(out + r + GROUP, _mm512_fmadd_ps(high, _mm512_loadu_ps(step + r + GROUP),
+                                                    _mm512_loadu_ps(zero + r + GROUP)));
+    }
+}
+#else
+static inline void tile_input(const uint8_t *p, const float *step, const float *zero, bf16 *out) {
+    for (long r = 0; r < GROUP; r++) {
+        out[r] = down((float)((p[r] & 15) - 8) * step[r] + zero[r]);
+        out[r + GROUP] = down((float)((p[r] >> 4) - 8) * step[r + GROUP] + zero[r + GROUP]);
+    }
+}
+#endif
 
 /* The int4 layout of encoding/int4.py: blocks of 64 rows, for each input 32 bytes whose low nibbles are
  * rows 0-31 and high nibbles rows 32-63. scales is (width / 32, rows, 2) bf16: step and zero.
- * out is (width, rows) bf16. */
-void tile_decode(const uint8_t *packed, const bf16 *scales, bf16 *out, long rows, long width) {
+ * out is (width, count) bf16: rows first to first + count, multiples of 64. */
+void tile_decode(const uint8_t *packed, const bf16 *scales, bf16 *out, long rows, long width, long first,
+                 long count) {
 #pragma omp parallel for schedule(static)
-    for (long block = 0; block < rows / BLOCK; block++) {
-        const uint8_t *p = packed + block * width * GROUP;
+    for (long block = 0; block < count / BLOCK; block++) {
+        const uint8_t *p = packed + (first / BLOCK + block) * width * GROUP;
         for (long g = 0; g < width / GROUP; g++) {
             float step[BLOCK], zero[BLOCK];
-            const bf16 *s = scales + (g * rows + block * BLOCK) * 2;
+            const bf16 *s = scales + (g * rows + first + block * BLOCK) * 2;
             for (long r = 0; r < BLOCK; r++) {
                 step[r] = up(s[2 * r]);
                 zero[r] = up(s[2 * r + 1]);
             }
-            for (long k = g * GROUP; k < (g + 1) * GROUP; k++, p += GROUP) {
-                bf16 *o = out + k * rows + block * BLOCK;
-                for (long r = 0; r < GROUP; r++) {
-                    o[r] = down((float)((p[r] & 15) - 8) * step[r] + zero[r]);
-                    o[r + GROUP] = down((float)((p[r] >> 4) - 8) * step[r + GROUP] + zero[r + GROUP]);
-                }
-            }
+            for (long k = g * GROUP; k < (g + 1) * GROUP; k++, p += GROUP)
+                tile_input(p, step, zero, out + k * count + block * BLOCK);
         }
     }
 }

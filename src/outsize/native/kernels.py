@@ -80,7 +80,7 @@ class Kernels:
         self._linear.argtypes = [_P, _P, _P, _L, ctypes.c_int, _P]
         self._decode.argtypes = [_P, _P]
         self._tile = lib.tile_decode
-        self._tile.argtypes = [_P, _P, _P, _L, _L]
+        self._tile.argtypes = [_P, _P, _P, _L, _L, _L, _L]
         for function in (
             self._norm, self._residual, self._gate, self._attend, self._linear, self._decode,
             self._tile,
@@ -104,11 +104,13 @@ class Kernels:
         self._decode(matrix.pointer, out.data_ptr())
         return out
 
-    def tile_decode(self, packed: Tensor, scales: Tensor) -> Tensor:
-        """(K, N) bf16 of an int4 matrix."""
-        groups, num_rows, _ = scales.shape
-        out = torch.empty(groups * 32, num_rows, dtype=torch.bfloat16)
-        self._tile(packed.data_ptr(), scales.data_ptr(), out.data_ptr(), num_rows, groups * 32)
+    def tile_decode(self, packed: Tensor, scales: Tensor, first: int, count: int) -> Tensor:
+        """(K, count) bf16 of an int4 matrix: some rows, in multiples of 64."""
+        groups, rows, _ = scales.shape
+        out = torch.empty(groups * 32, count, dtype=torch.bfloat16)
+        self._tile(
+            packed.data_ptr(), scales.data_ptr(), out.data_ptr(), rows, groups * 32, first, count
+        )
         return out
 
     def norm(self, h_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -12,8 +12,8 @@ from outsize.errors import CheckpointError, UnsupportedError
 from outsize.family.description import Description, Recipe
 from outsize.pack.format import PAGE, Matrix, TableHeader, aligned
 
-ROWS = 1024  # rows of an embedding or head in one record
-GROUPED = {"Q5_0": "group5"}  # with our kernels; other types of more than 4 bits become group8
+ROW_RECORD = 2 << 20  # bytes of a record of an embedding or head
+GROUPED = {"Q4_0": "group4", "Q5_0": "group5"}  # with our kernels; those of more bits become group8
 CODED = {"Q4_0": "int4", "Q4_1": "int4", "Q4_K": "int4", "Q2_K": "int4", "Q3_K": "int4"}
 BYTES = ("Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0")
 LOSSY = ("Q2_K", "Q3_K")
@@ -74,11 +74,11 @@ def encoding_for(tensor: Tensor, wanted: str, grouped: bool) -> str:
         )
     if wanted != "auto":
         return wanted
-    if kind.name in CODED and int4.supported():
+    fits = grouped and tensor.shape[-1] % 64 == 0
+    if kind.name in CODED and int4.supported() and not (fits and kind.name in GROUPED):
         return CODED[kind.name]
     if kind.name not in BYTES and kind.name not in CODED:
         return "bf16"
-    fits = grouped and tensor.shape[-1] % 64 == 0
     return GROUPED.get(kind.name, "group8") if fits else "int8"
 
 
@@ -158,12 +158,14 @@ class Planner:
         return record
 
     def rows(self, name: str) -> TablePlan:
-        """The table of an embedding or head, in blocks of ROWS rows."""
+        """The table of an embedding or head, in records of about ROW_RECORD bytes."""
         d = self.description
         tensor = self.tensor(name, 0, (d.vocab_size, d.width))
-        wanted = "int8" if self.wanted == "int4" else self.wanted
+        wanted = self.wanted
+        if wanted == "int4":  # a head in 4 bits costs more than it saves
+            wanted = "group8" if self.grouped and d.width % 64 == 0 else "int8"
         encoding = encoding_for(tensor, wanted, self.grouped)
-        block = min(ROWS, aligned(d.vocab_size, 64))
+        block = rows_per_record(encoding, d)
         starts = range(0, d.vocab_size, block)
         records: list[Record] = [
             {name: (Piece(encoding, (Part(slice_rows(tensor, s, s + block)),)),)} for s in starts
@@ -171,6 +173,11 @@ class Planner:
         layout, stride = lay_out({name: (Matrix(encoding, block, d.width, 0),)})
         header = TableHeader(name, "rows", tuple(starts), stride, layout, (), d.vocab_size)
         return TablePlan(header, tuple(records))
+
+
+def rows_per_record(encoding: str, d: Description) -> int:
+    size = Matrix(encoding, 64, d.width, 0).size
+    return min(max(1, ROW_RECORD // size) * 64, aligned(d.vocab_size, 64))
 
 
 def slice_rows(tensor: Tensor, start: int, stop: int) -> Tensor:

@@ -223,7 +223,7 @@ def _put(buffer: bytearray, matrix: Matrix, fields: dict[str, Tensor]) -> None:
 def _encode(piece: Piece, num_rows: int) -> dict[str, Tensor]:
     """The fields of a piece, padded to `num_rows` rows (the last block of a row table). Codes are
     kept where the foreign type has the encoding's codes."""
-    if piece.encoding in ("int4", "group5", "group8"):
+    if piece.encoding in ("int4", "group4", "group5", "group8"):
         found = [read_codes(part.tensor, piece.encoding) for part in piece.parts]
         codes = [c for c in found if c is not None]
         if len(codes) == len(piece.parts):

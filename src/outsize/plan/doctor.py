@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 
 import psutil
 import torch
@@ -12,14 +13,16 @@ from outsize.encoding import int4
 from outsize.native import build
 from outsize.native.kernels import kernels
 from outsize.pack import store
-from outsize.plan import probe
+from outsize.plan import machine, probe
 
 
 def examine() -> dict[str, object]:
-    """Everything, measured now: a few seconds."""
+    """Everything, measured now, and kept for `plan`: some seconds."""
     home = store.home()
     home.mkdir(parents=True, exist_ok=True)
     memory = psutil.virtual_memory()
+    here = machine.measure(home)
+    machine.keep(here, home)
     return {
         "processor": probe.processor(),
         "cores": probe.cores(),
@@ -27,11 +30,12 @@ def examine() -> dict[str, object]:
         "instruction_sets": probe.instruction_sets(),
         "memory_bytes": memory.total,
         "memory_free_bytes": memory.available,
-        "memory_bytes_per_s": round(probe.memory_bandwidth()),
-        "bf16_flops": round(probe.matmul_speed()),
-        "fp32_flops": round(probe.matmul_speed(torch.float32)),
+        "memory_bytes_per_s": here.memory_bytes_per_s,
+        "bf16_flops": here.bf16_flops,
+        "fp32_flops": here.fp32_flops,
         "disk_free_bytes": shutil.disk_usage(home).free,
-        "disk_bytes_per_s": round(probe.disk_bandwidth(home)),
+        "disk_bytes_per_s": round(here.disk_bytes_per_s),
+        "disk": [[size, threads, round(rate)] for size, threads, rate in here.disk],
         "torch": torch.__version__,
         "torch_kernels": torch.backends.cpu.get_cpu_capability(),
         "int4_kernel": int4.supported(),
@@ -89,5 +93,16 @@ def show(as_json: bool) -> None:
     }
     for name, value in rows.items():
         print(f"{name:>12}  {value}")
+    _show_disk(seen["disk"])  # type: ignore[arg-type]
     for text in complaints(seen):
         print(f"{'slow':>12}  {text}")
+
+
+def _show_disk(disk: Sequence[tuple[int, int, float]]) -> None:
+    """Direct reads in GB/s: a row for each size, a column for each number of threads."""
+    counts = list(dict.fromkeys(n for _, n, _ in disk))
+    print(f"{'direct reads':>12}  " + "".join(f"{f'x{n}':>7}" for n in counts) + "  (threads)")
+    for size in dict.fromkeys(s for s, _, _ in disk):
+        rates = [rate for s, _, rate in disk if s == size]
+        cells = "".join(f"{rate / 1e9:7.2f}" for rate in rates)
+        print(f"{f'{size >> 10} KiB':>12}  {cells}  GB/s")

@@ -8,16 +8,17 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import torch
 
+from outsize.weights.budget import resident
+from outsize.weights.medium import File
+
 DISK_BYTES = 256 << 20
-READ_BYTES = 2 << 20
-READERS = 4
 
 
 def processor() -> str:
@@ -75,32 +76,42 @@ def matmul_speed(dtype: torch.dtype = torch.bfloat16, rows: int = 512) -> float:
     return 2 * rows * 4096 * 4096 / _median_s(lambda: torch.nn.functional.linear(x, w), 3)
 
 
-def disk_bandwidth(folder: Path) -> float:
-    """Bytes a second of direct reads by a few threads; of plain reads where direct is not offered."""
+def disk_curve(
+    folder: Path, sizes: Sequence[int], counts: Sequence[int]
+) -> list[tuple[int, int, float]]:
+    """(bytes a read, threads, bytes a second) of direct reads; plain ones where direct is not offered."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder) as f:
-        block = os.urandom(READ_BYTES)
-        for _ in range(DISK_BYTES // READ_BYTES):
+        block = os.urandom(1 << 20)
+        for _ in range(DISK_BYTES >> 20):
             f.write(block)
         f.flush()
         os.fsync(f.fileno())
-        started = time.perf_counter()
-        _read_all(f.name)
-        return DISK_BYTES / (time.perf_counter() - started)
+        return [(size, n, disk_rate(Path(f.name), size, n)) for size in sizes for n in counts]
 
 
-def _read_all(path: str) -> None:
+def disk_rate(path: Path, size: int, threads: int, most: int = DISK_BYTES) -> float:
+    """Bytes a second of reads of `size` bytes from a file's beginning, `most` bytes in all."""
+    medium = File(path)
+    count = max(1, min(most, medium.stamp()[0]) // size)
     try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-    except OSError:  # some file systems refuse O_DIRECT
-        handle = os.open(path, os.O_RDONLY)
-    try:
-        with ThreadPoolExecutor(READERS) as pool:
-            list(pool.map(lambda i: _read(handle, i), range(DISK_BYTES // READ_BYTES)))
+        with ThreadPoolExecutor(threads) as pool:
+            started = time.perf_counter()
+            list(pool.map(lambda i: _read(medium, range(i, count, threads), size), range(threads)))
+            return count * size / (time.perf_counter() - started)
     finally:
-        os.close(handle)
+        medium.close()
 
 
-def _read(handle: int, index: int) -> None:
-    with mmap.mmap(-1, READ_BYTES) as buffer:  # page-aligned, as direct reads want
-        os.preadv(handle, [buffer], index * READ_BYTES)
+def _read(medium: File, indices: range, size: int) -> None:
+    with mmap.mmap(-1, size) as buffer, memoryview(buffer) as out:
+        for i in indices:
+            medium.read(out, i * size)
+
+
+def runtime_bytes() -> int:
+    """What this process takes before any model: measured after the matrix library has set itself up."""
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.ones(64, 256, dtype=dtype)
+        torch.nn.functional.linear(x, torch.ones(256, 256, dtype=dtype))
+    return resident()

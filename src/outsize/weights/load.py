@@ -1,48 +1,179 @@
-"""A pack's tables -> the weights of a transformer, all resident."""
+"""A pack's tables -> the weights of a transformer: some held in memory, the others fetched at each use."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
 
 from outsize.native.kernels import Kernels
-from outsize.pack.format import Pack
-from outsize.weights.residency import resident, resident_rows
+from outsize.pack.format import Matrix, Pack, TableHeader
+from outsize.weights.policies.pin_and_ring import PinAndRing
+from outsize.weights.reader import Reader
+from outsize.weights.residency import Cached, Tick
+from outsize.weights.rows import RowTable, join
 from outsize.weights.table import Table, Traffic, Weight, Weights
 
-Tick = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """What of a table stays in memory: record numbers, and slots for the others to pass through."""
+
+    pinned: tuple[int, ...]
+    ring: int
+
+
+Shares = Mapping[str, Share]
+
+
+def all_of(header: TableHeader) -> Share:
+    return Share(tuple(range(len(header.keys))), 0)
+
+
+@dataclass(slots=True)
+class Source:
+    """One layer's record. `pinned`: in memory, for as long as it is; None: to be fetched."""
+
+    residency: Cached
+    index: int
+    pinned: Weights | None
+
+    def __enter__(self) -> Weights:
+        return self.residency.fetch([self.index])[0]
+
+    def __exit__(self, *error: object) -> None:
+        self.residency.release()
+
+    def unpin(self) -> int:
+        """Fetch it from now on; the bytes this frees."""
+        self.pinned = None
+        return self.residency.unpin(self.index)
+
+
+@dataclass(slots=True)
 class Loaded:
-    """Everything a transformer is built from."""
+    """Everything a transformer is built from; close it."""
 
-    embed: Weight
-    head: Weight
-    layers: tuple[tuple[Weights, Weights], ...]  # attention, feed-forward
+    embed: RowTable
+    head: RowTable
+    layers: tuple[tuple[Source, Source], ...]  # attention, feed-forward
     final_norm: Weights
+    reader: Reader
+    tables: list[Table]
+    caches: list[Cached]
+    activation_type: torch.dtype
+    traffic: Traffic
+
+    def close(self) -> None:
+        """End the threads and give back the files."""
+        self.reader.close()
+        for cache in self.caches:
+            cache.drain()
+        for table in self.tables:
+            table.close()
 
 
-def load_resident(pack: Pack, kernels: Kernels | None, traffic: Traffic, progress: Tick) -> Loaded:
-    """Read a whole pack into memory. Raises PackError if a record is damaged."""
+@dataclass(slots=True)
+class _Loading:
+    """The state of one load."""
+
+    pack: Pack
+    kernels: Kernels | None
+    traffic: Traffic
+    verify: str
+    tick: Tick
+    reader: Reader = field(default_factory=Reader)
+    tables: list[Table] = field(default_factory=list)
+    caches: list[Cached] = field(default_factory=list)
+
+    def open(self, header: TableHeader) -> Table:
+        table = Table(self.pack.path, header, self.traffic, self.verify)
+        self.tables.append(table)
+        return table
+
+    def cached(self, table: Table, share: Share) -> Cached:
+        capacity = len(share.pinned) + share.ring
+        policy = PinAndRing(capacity, share.pinned)
+        scan = sorted(set(range(len(table))) - set(share.pinned)) if share.ring else []
+        made = Cached(table, self.reader, self.kernels, capacity, policy, scan, share.ring)
+        self.caches.append(made)
+        return made
+
+    def sources(self, header: TableHeader, share: Share) -> dict[int, Source]:
+        """A layer table's records, by layer."""
+        cache = self.cached(self.open(header), share)
+        pinned = cache.load(share.pinned, self.tick)
+        return {k: Source(cache, i, pinned.get(i)) for i, k in enumerate(header.keys)}
+
+    def rows(self, header: TableHeader, share: Share) -> RowTable:
+        """A row table: its pinned records are its first ones."""
+        table, count = self.open(header), len(share.pinned)
+        joined = join(table, self.reader, self.kernels, count, self.tick)
+        cache = None
+        if share.ring:
+            rest = range(count, len(table))
+            policy = PinAndRing(share.ring, ())
+            cache = Cached(table, self.reader, self.kernels, share.ring, policy, rest)
+            self.caches.append(cache)
+        return RowTable(table, self.reader, self.kernels, joined, cache)
+
+
+def load(
+    pack: Pack,
+    kernels: Kernels | None,
+    traffic: Traffic,
+    progress: Progress,
+    shares: Shares | None = None,
+    verify: str = "first",
+) -> Loaded:
+    """Open a pack's tables and read what stays in memory (all of it where `shares` is None). Raises
+    PackError if a record is damaged, ReadError."""
+    shares = shares or {}
+    whole = {t.name: shares.get(t.name, all_of(t)) for t in pack.tables}
+    total = sum(len(whole[t.name].pinned) * t.stride for t in pack.tables)
     done = 0
 
     def tick(size: int) -> None:
         nonlocal done
         done += size
-        progress("loading", done, pack.size)
+        progress("loading", done, total)
 
-    rows: dict[str, Weight] = {}
-    layers: dict[str, dict[int, Weights]] = {"attn": {}, "ffn": {}, "final": {}}
-    for header in pack.tables:
-        table = Table(pack.path, header, traffic)
-        try:
-            if header.kind == "rows":
-                rows[header.name] = resident_rows(table, kernels, tick)
-            else:
-                layers[header.name.split("-")[0]] |= resident(table, kernels, tick)
-        finally:
+    state = _Loading(pack, kernels, traffic, verify, tick)
+    try:
+        return _load(state, whole)
+    except BaseException:
+        state.reader.close()
+        for table in state.tables:
             table.close()
-    pairs = ((layers["attn"][i], layers["ffn"][i]) for i in range(pack.description.num_layers))
-    head = rows.get("head", rows["embed"])
-    return Loaded(rows["embed"], head, tuple(pairs), layers["final"][0])
+        raise
+
+
+def _load(state: _Loading, shares: Shares) -> Loaded:
+    rows: dict[str, RowTable] = {}
+    layers: dict[str, dict[int, Source]] = {"attn": {}, "ffn": {}, "final": {}}
+    for header in state.pack.tables:
+        if header.kind == "rows":
+            rows[header.name] = state.rows(header, shares[header.name])
+        else:
+            layers[header.name.split("-")[0]] |= state.sources(header, shares[header.name])
+    for cache in state.caches:
+        cache.start()
+    pairs = (
+        (layers["attn"][i], layers["ffn"][i]) for i in range(state.pack.description.num_layers)
+    )
+    head, final = rows.get("head", rows["embed"]), layers["final"][0].pinned
+    assert final is not None
+    return Loaded(
+        rows["embed"], head, tuple(pairs), final, state.reader, state.tables, state.caches,
+        activation_type(state.pack.table_of("attn-0").tensors["qkv"]), state.traffic,
+    )  # fmt: skip
+
+
+def activation_type(matrices: Sequence[Matrix] | Sequence[Weight]) -> torch.dtype:
+    """fp32 packs run in fp32, all others in bf16."""
+    first = matrices[0]
+    name = first.encoding if isinstance(first, Matrix) else first.encoding.name
+    return torch.float32 if name == "fp32" else torch.bfloat16

@@ -1,8 +1,9 @@
-"""A table: equally long records in one file, read whole, checked, and counted."""
+"""A table: equally long records in one file, read whole or in part, checked, and counted."""
 
 from __future__ import annotations
 
-import os
+import mmap
+import sys
 import threading
 import zlib
 from dataclasses import dataclass, field
@@ -13,16 +14,28 @@ from torch import Tensor
 
 from outsize.encoding.find import encoding
 from outsize.encoding.plain import Encoding, Fields
-from outsize.errors import PackError
+from outsize.errors import OptionError, PackError, ReadError
 from outsize.native.kernels import Kernels
 from outsize.pack.format import Matrix, TableHeader, damaged, field_bytes
+from outsize.weights.medium import PAGE, File, Medium
+
+VERIFY = ("first", "always", "never")
+RETRIES = 3
+# Python's default for unnamed maps is shared, which is accounted as cache that cannot be dropped.
+PRIVATE = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
 
 
 @dataclass(slots=True)
 class Traffic:
-    """What was read. Shared by the tables of one model."""
+    """What was asked for and what was read, of all tables of one model. Bytes and seconds."""
 
     bytes_read: int = 0
+    hits: int = 0  # records that were in memory when asked for
+    misses: int = 0  # records that had to be read, ahead of time or not
+    bytes_demanded: int = 0  # read because they were asked for
+    bytes_useful: int = 0  # read ahead, and then asked for
+    bytes_wasted: int = 0  # read ahead in vain
+    waited_s: float = 0.0  # the computation stood still for reads
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def count(self, size: int) -> None:
@@ -47,30 +60,79 @@ Weights = dict[str, tuple[Weight, ...]]
 
 
 class Table:
-    """The records of one file. Law: the same bytes twice; a bad checksum names file and record."""
+    """The records of one file. Law: the same bytes twice; what is wrong names file, record, offset."""
 
-    def __init__(self, folder: Path, header: TableHeader, traffic: Traffic) -> None:
-        self.header, self.traffic, self.folder = header, traffic, folder
-        self._handle = os.open(folder / header.file, os.O_RDONLY)
+    def __init__(
+        self,
+        folder: Path,
+        header: TableHeader,
+        traffic: Traffic,
+        verify: str = "first",
+        medium: Medium | None = None,
+    ) -> None:
+        if verify not in VERIFY:
+            raise OptionError(f"verify is {verify!r}; known are {', '.join(VERIFY)}")
+        self.header, self.traffic, self.folder, self._verify = header, traffic, folder, verify
+        self._medium = medium or File(folder / header.file)
+        self._stamp = self._medium.stamp()
+        self._seen: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.header.keys)
 
     def close(self) -> None:
-        os.close(self._handle)
+        self._medium.close()
+
+    def is_verified(self, index: int) -> bool:
+        """May this record be read in part? False once the file has been written to."""
+        if self._verify == "never":
+            return True
+        stamp = self._medium.stamp()
+        if stamp != self._stamp:
+            self._stamp = stamp
+            self._seen = set()
+        return index in self._seen and self._verify == "first"
 
     def read(self, index: int, out: memoryview) -> None:
-        """Fill `out` (stride bytes) with a record. Thread-safe. Raises PackError."""
-        header, done = self.header, 0
-        start = index * header.stride
-        while done < header.stride:
-            got = os.preadv(self._handle, [out[done:]], start + done)
+        """Fill `out` (stride bytes) with a record, and check it. Raises PackError, ReadError."""
+        self.read_part(index, out, 0)
+        self.check(index, out)
+
+    def read_part(self, index: int, out: memoryview, start: int) -> None:
+        """Fill `out` from byte `start` of a record on. Thread-safe; tries again where that helps."""
+        done, size = 0, len(out)
+        while done < size:
+            got = self._read(index, out[done:], start + done)
             if got == 0:
-                raise self._damaged(index, f"ends {header.stride - done:,} bytes early")
-            done += got
-        self.traffic.count(done)
-        if zlib.crc32(out) != header.checksums[index]:
-            raise self._damaged(index, "does not match its checksum")
+                raise self._damaged(index, f"ends {size - done:,} bytes early")
+            done = size if done + got >= size else (done + got) // PAGE * PAGE
+        self.traffic.count(size)
+
+    def _read(self, index: int, out: memoryview, start: int) -> int:
+        offset = index * self.header.stride + start
+        for attempt in range(RETRIES + 1):
+            try:
+                return self._medium.read(out, offset)
+            except OSError as e:
+                if attempt == RETRIES:
+                    raise ReadError(
+                        f"cannot read record {index} at byte {offset:,} of "
+                        f"{self.folder / self.header.file}: {e.strerror or e}, {RETRIES + 1} times; "
+                        "check the disk, or move the pack to another one"
+                    ) from None
+                threading.Event().wait(0.01 * 4**attempt)
+        raise AssertionError
+
+    def check(self, index: int, out: memoryview) -> None:
+        """Compare a whole record with its checksum, as often as asked for; a record that does not
+        match is read once more, since the error may have been on the way."""
+        if self.is_verified(index):
+            return
+        if zlib.crc32(out) != self.header.checksums[index]:
+            self.read_part(index, out, 0)
+            if zlib.crc32(out) != self.header.checksums[index]:
+                raise self._damaged(index, "does not match its checksum")
+        self._seen.add(index)
 
     def _damaged(self, index: int, problem: str) -> PackError:
         header = self.header
@@ -79,9 +141,10 @@ class Table:
 
 
 def buffer(size: int) -> tuple[Tensor, memoryview]:
-    """A byte tensor, and the same bytes as a memoryview to read into."""
-    raw = torch.empty(size, dtype=torch.uint8)
-    return raw, memoryview(raw.numpy().data)
+    """Page-aligned bytes as a tensor, and the same as a memoryview to read into. The memory returns
+    to the system when the tensor goes."""
+    raw = mmap.mmap(-1, max(size, PAGE), **PRIVATE)
+    return torch.frombuffer(raw, dtype=torch.uint8)[:size], memoryview(raw)[:size]
 
 
 def view(raw: Tensor, matrix: Matrix, kernels: Kernels | None) -> Weight:
@@ -90,3 +153,8 @@ def view(raw: Tensor, matrix: Matrix, kernels: Kernels | None) -> Weight:
     for (name, spec), offset in zip(matrix.specs.items(), matrix.offsets().values(), strict=True):
         fields[name] = raw[offset : offset + field_bytes(spec)].view(spec.dtype).view(spec.shape)
     return Weight(encoding(matrix.encoding, kernels), fields, matrix.num_rows)
+
+
+def views(raw: Tensor, header: TableHeader, kernels: Kernels | None) -> Weights:
+    """All tensors of a record."""
+    return {k: tuple(view(raw, m, kernels) for m in ms) for k, ms in header.tensors.items()}

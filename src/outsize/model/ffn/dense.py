@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 from outsize.model.layers import Linear
-from outsize.native.kernels import Kernels
+from outsize.model.step import Step
 
 # In the order of the kinds that native/rows.c knows.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -22,9 +22,9 @@ class Dense:
         self.gate_up, self.down, self.activation = gate_up, down, activation
         self._act, self._kind = ACTIVATIONS[activation], list(ACTIVATIONS).index(activation)
 
-    def __call__(self, x_TD: Tensor, wide: bool, kernels: Kernels | None) -> Tensor:
-        gate_up = self.gate_up(x_TD, wide)
-        if kernels is not None:
-            return self.down(kernels.gate(gate_up, self._kind), wide)
+    def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
+        gate_up = self.gate_up(x_TD, step.wide)
+        if step.kernels is not None:
+            return self.down(step.kernels.gate(gate_up, self._kind), step.wide)
         gate, up = gate_up.chunk(2, dim=1)
-        return self.down(self._act(gate).mul_(up), wide)
+        return self.down(self._act(gate).mul_(up), step.wide)

@@ -1,0 +1,134 @@
+"""Runs in ever less memory: `python bench/paging.py MODEL... --wrap 'COMMAND {bytes}' [-o FILE.jsonl]`.
+
+`--wrap` is a command prefix that caps the memory of what follows it, page cache included, and empties the
+page cache first; for example
+    systemd-run --scope -q -p MemoryMax={bytes} -p MemorySwapMax=0
+Every run is a fresh process: it prefills 512 tokens and decodes, hashes all logits, and states what was
+planned, what was measured, and how fast the disk gave the same kind of reads right before and after.
+One JSON object a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PROMPT, CONTEXT, STEPS = 512, 640, 6
+
+
+def worker(model: str, memory: str, context: int, new: int) -> dict[str, object]:
+    import outsize
+    from outsize import planning
+    from outsize.forward.full import full
+    from outsize.forward.span import Span
+    from outsize.pack.outline import of_pack
+    from outsize.plan.probe import disk_rate
+    from outsize.reply import Counts
+    from outsize.weights.budget import peak
+    from outsize.weights.reader import PIECE, THREADS
+
+    started = time.perf_counter()
+    with outsize.load(model, memory=memory, context=context, quiet=True) as m:
+        load_s = time.perf_counter() - started
+        file = m.pack.path / max(m.pack.tables, key=lambda t: t.size).file
+        rates = [disk_rate(file, PIECE, THREADS)]
+        cost = planning.cost_if_known(of_pack(m.pack), m.placement, PROMPT)
+        vocab = m.pack.description.vocab_size
+        ids = [(i * i * 7919 + 13 * i + 5) % (vocab - 300) for i in range(PROMPT)]
+        transformer, digest, steps = m.transformer, hashlib.sha256(), []
+        kv, tokens = transformer.new_kv(context), list(ids)
+        begun = time.perf_counter()
+        (out,) = full(transformer, [Span(0, ids)], [kv])
+        first_s = time.perf_counter() - begun
+        before = Counts.of(m.traffic)
+        for i in range(new):
+            digest.update(out.logits_KV.numpy().tobytes())
+            tokens.append(int(out.logits_KV[-1].argmax()))
+            begun = time.perf_counter()
+            (out,) = full(transformer, [Span(PROMPT + i, tokens[-1:])], [kv])
+            steps.append(time.perf_counter() - begun)
+        after = Counts.of(m.traffic)
+        rates.append(disk_rate(file, PIECE, THREADS))
+        decode_s = sum(steps)
+        return {
+            "model": m.name,
+            "memory": m.placement.budget,
+            "planned_bytes": m.placement.planned,
+            "least_bytes": m.placement.least,
+            "peak_bytes": peak(),
+            "held_share": round(1 - m.placement.streamed / m.pack.size, 4),
+            "bytes_per_token": (after.bytes_read - before.bytes_read) // new,
+            "load_s": round(load_s, 3),
+            "first_token_s": round(first_s, 4),
+            "tokens_per_s": round(new / decode_s, 4),
+            "step_s_median": round(sorted(steps)[len(steps) // 2], 5),
+            "waited_s": round(after.waited_s - before.waited_s, 4),
+            "disk_bytes_per_s": [round(r) for r in rates],
+            "plan_tokens_per_s": cost and round(cost.tokens_per_s, 4),
+            "plan_first_token_s": cost and round(cost.first_token_s, 4),
+            "plan_read_s": cost and round(cost.read_s, 5),
+            "plan_compute_s": cost and round(cost.compute_s, 5),
+            "logits_sha256": digest.hexdigest(),
+            "tokens": tokens[PROMPT:],
+        }
+
+
+def run(wrap: str, size: int, *arguments: str) -> dict[str, object]:
+    """One fresh process under a cap; what became of it."""
+    prefix = shlex.split(wrap.format(bytes=size)) if wrap and size else []
+    command = [*prefix, sys.executable, __file__, "--worker", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    last = (done.stdout.strip().splitlines() or [""])[-1]
+    result = json.loads(last) if last.startswith("{") else {"error": done.stderr[-400:]}
+    return {"cap": size, "status": done.returncode} | result
+
+
+def caps(model: str, context: int) -> list[int]:
+    """From what holds everything down to the least that works."""
+    command = [sys.executable, "-m", "outsize.cli", "plan", model, "--json", "-q"]
+    done = subprocess.run(
+        [*command, "-c", str(context)], capture_output=True, text=True, check=True
+    )
+    plan = json.loads(done.stdout)
+    low, high = int(plan["least_bytes"] * 1.01), int(plan["planned_bytes"] * 1.02)
+    return [high - (high - low) * i // (STEPS - 1) for i in range(STEPS)]
+
+
+def main() -> None:
+    p = argparse.ArgumentParser()
+    p.add_argument("models", nargs="+")
+    p.add_argument("--wrap", default="")
+    p.add_argument("--repeats", type=int, default=1)
+    p.add_argument("--caps", help="bytes, comma-separated; default: six from all to the least")
+    p.add_argument("--context", type=int, default=CONTEXT)
+    p.add_argument("--new", type=int, default=64)
+    p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    p.add_argument("--memory", default="auto")
+    p.add_argument("-o", "--output", type=Path)
+    a = p.parse_args()
+    if a.worker:
+        print(json.dumps(worker(a.models[0], a.memory, a.context, a.new)))
+        return
+    for model in a.models:
+        sizes = [int(c) for c in a.caps.split(",")] if a.caps else caps(model, a.context)
+        common = [model, "--context", str(a.context), "--new", str(a.new)]
+        rows = [run("", 0, *common)]
+        for _ in range(a.repeats):
+            rows += [run(a.wrap, size, *common, "--memory", str(size)) for size in sizes]
+        for row in rows:
+            row["same_bits"] = row.get("logits_sha256") == rows[0].get("logits_sha256")
+            line = json.dumps({k: v for k, v in row.items() if k != "tokens"})
+            print(line, flush=True)
+            if a.output is not None:
+                with open(a.output, "a") as f:
+                    f.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""`outsize bench synthetic`: a model of any family and size with random weights, to measure real reads.
+
+It is written as a GGUF (layers Q4_0, embedding and head Q8_0) with the gguf package and then packed like
+any other, so that every engine can be timed on the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from outsize import library, resolve
+from outsize.errors import OptionError
+from outsize.family.description import GGUF_KEYS, Config, Description, Recipe
+from outsize.family.find import families
+
+BLOCK = 32
+CHUNK = 32 << 20  # weights made at once
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """The numbers that a model's bytes follow from."""
+
+    layers: int
+    width: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    vocab: int = 32_000
+    context: int = 4096
+
+
+SIZES = {
+    "tiny": Size(2, 256, 512, 4, 2, 512, 512),
+    "0.5b": Size(24, 896, 4864, 14, 2, 151_936),
+    "1.5b": Size(28, 1536, 8960, 12, 2, 151_936),
+    "3b": Size(28, 3072, 8192, 24, 8, 128_256),
+    "7b": Size(32, 4096, 11_008, 32, 32),
+    "8b": Size(32, 4096, 14_336, 32, 8, 128_256),
+    "13b": Size(40, 5120, 13_824, 40, 40),
+    "70b": Size(80, 8192, 28_672, 64, 8, 128_256),
+}
+
+
+def values(size: Size) -> dict[str, int | float]:
+    """The config, under Hugging Face's names."""
+    return {
+        "num_hidden_layers": size.layers,
+        "hidden_size": size.width,
+        "intermediate_size": size.ffn,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "head_dim": size.width // size.heads,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10_000.0,
+        "max_position_embeddings": size.context,
+    }
+
+
+def recipe(family: str, size: Size) -> Recipe:
+    """As the family describes a GGUF of these numbers. Raises UnsupportedError."""
+    import outsize.family as package
+
+    made = resolve.module(package, family, "architecture", families())
+    keys = {f"{family}.{GGUF_KEYS[k]}": v for k, v in values(size).items()}
+    found: Recipe = made.recipe(
+        Config("gguf", family, keys, frozenset({"output.weight"}), size.vocab)
+    )
+    return found
+
+
+def shapes(d: Description) -> dict[str, tuple[int, ...]]:
+    """Our tensor names and their shapes, of one layer; {i} is not filled in."""
+    q, kv = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
+    out: dict[str, tuple[int, ...]] = {
+        "attn_norm": (d.width,),
+        "q": (q, d.width),
+        "k": (kv, d.width),
+        "v": (kv, d.width),
+        "o": (d.width, q),
+        "ffn_norm": (d.width,),
+        "gate": (d.ffn_width, d.width),
+        "up": (d.ffn_width, d.width),
+        "down": (d.width, d.ffn_width),
+    }
+    if d.qkv_bias:
+        out |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,)}
+    if d.qk_norm:
+        out |= {"q_norm": (d.head_dim,), "k_norm": (d.head_dim,)}
+    if d.post_norm:
+        out |= {"attn_post_norm": (d.width,), "ffn_post_norm": (d.width,)}
+    return out
+
+
+def tensors(recipe: Recipe) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """(foreign name, shape, GGUF type) of every tensor."""
+    d, names = recipe.description, recipe.names
+    yield names["embed"], (d.vocab_size, d.width), "Q8_0"
+    yield names["head"], (d.vocab_size, d.width), "Q8_0"
+    yield names["final_norm"], (d.width,), "F32"
+    for i in range(d.num_layers):
+        for name, shape in shapes(d).items():
+            foreign = names[name].replace("{i}", str(i))
+            yield foreign, shape, "Q4_0" if len(shape) == 2 else "F32"
+
+
+def blocks(random: np.random.Generator, shape: tuple[int, ...], kind: str) -> np.ndarray:  # type: ignore[type-arg]
+    """Stored bytes of a random tensor, with weights of about 1 / sqrt(inputs)."""
+    if kind == "F32":
+        return (1 + 0.05 * random.standard_normal(shape)).astype(np.float32)
+    size = 16 if kind == "Q4_0" else 32
+    spread = 4.6 if kind == "Q4_0" else 74.0  # of evenly drawn codes
+    count = math.prod(shape) // BLOCK
+    out = np.empty((count, 2 + size), np.uint8)
+    scale = np.full(count, 1 / (math.sqrt(shape[-1]) * spread), np.float16)
+    out[:, :2] = scale.view(np.uint8).reshape(count, 2)
+    for start in range(0, count, CHUNK // BLOCK):
+        part = out[start : start + CHUNK // BLOCK, 2:]
+        part[:] = np.frombuffer(random.bytes(part.size), np.uint8).reshape(part.shape)
+    return out.reshape(shape[0], -1)
+
+
+def write(path: Path, family: str, size: Size, seed: int) -> int:
+    """The GGUF; its bytes."""
+    try:
+        gguf: Any = import_module("gguf")
+    except ImportError:
+        raise OptionError("this needs the package 'gguf': pip install 'outsize[bench]'") from None
+    made, writer = recipe(family, size), gguf.GGUFWriter(path, family)
+    _config(writer, size)
+    _tokenizer(writer, size.vocab)
+    listed = list(tensors(made))
+    for name, shape, kind in listed:
+        type = gguf.GGMLQuantizationType[kind]
+        dtype, stored = (np.float32, shape) if kind == "F32" else (np.uint8, _stored(shape, kind))
+        nbytes = math.prod(stored) * np.dtype(dtype).itemsize
+        writer.add_tensor_info(name, stored, np.dtype(dtype), nbytes, type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    random = np.random.default_rng(seed)
+    for _, shape, kind in listed:
+        writer.write_tensor_data(blocks(random, shape, kind))
+    writer.close()
+    return path.stat().st_size
+
+
+def _stored(shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
+    return shape[0], shape[1] // BLOCK * (18 if kind == "Q4_0" else 34)
+
+
+def _config(writer: Any, size: Size) -> None:
+    writer.add_block_count(size.layers)
+    writer.add_context_length(size.context)
+    writer.add_embedding_length(size.width)
+    writer.add_feed_forward_length(size.ffn)
+    writer.add_head_count(size.heads)
+    writer.add_head_count_kv(size.kv_heads)
+    writer.add_key_length(size.width // size.heads)
+    writer.add_value_length(size.width // size.heads)
+    writer.add_rope_dimension_count(size.width // size.heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10_000.0)
+
+
+def _tokenizer(writer: Any, vocab: int) -> None:
+    """Bytes, and names that no text yields."""
+    from tokenizers import pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    fillers = [f"<|{i}|>" for i in range(vocab - len(alphabet) - 2)]
+    writer.add_token_list([*alphabet, "Ġa", *fillers, "<|end|>"])
+    writer.add_token_types([1] * (len(alphabet) + 1) + [1] * len(fillers) + [3])
+    writer.add_token_merges(["Ġ a"])
+    writer.add_eos_token_id(vocab - 1)
+
+
+def show(path: Path, family: str, size: str, seed: int, quiet: bool) -> None:
+    """Write, pack, and print one JSON object."""
+    if size not in SIZES:
+        raise OptionError(f"size {size!r} is not known; known are {', '.join(SIZES)}")
+    library.say(f"writing a {family} of size {size} with random weights into {path}")
+    written = write(path, family, SIZES[size], seed)
+    pack = library.pack(str(path), quiet=quiet)
+    print(
+        json.dumps({
+            "gguf": str(path), "gguf_bytes": written, "pack": pack.path.name,
+            "pack_bytes": pack.size, "family": family, "size": size, "seed": seed,
+        })
+    )  # fmt: skip

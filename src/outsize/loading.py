@@ -1,0 +1,137 @@
+"""load(source, memory=...) -> Model: plan first, then read."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+
+from outsize import library
+from outsize.api import Model
+from outsize.bars import bars
+from outsize.decode.text import Tokens
+from outsize.errors import ContextError, OptionError
+from outsize.library import warn
+from outsize.model.transformer import Transformer
+from outsize.native.kernels import Kernels, kernels
+from outsize.options import DEFAULT_MODEL
+from outsize.pack import store
+from outsize.pack.format import TOKENIZER, Pack, damaged
+from outsize.pack.outline import Outline, of_pack
+from outsize.plan.place import Placement, place, tokenizer_bytes
+from outsize.plan.probe import runtime_bytes
+from outsize.weights import budget
+from outsize.weights import load as weights
+from outsize.weights.table import VERIFY, Traffic
+
+LEAST_SHARE = 0.8  # of a tokenizer's estimated memory, that it takes in any case
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """How to open a model."""
+
+    memory: str | int = "auto"
+    context: int | None = None
+    encoding: str = "auto"
+    verify: str = "first"
+    force: bool = False
+    native: bool = True
+    quiet: bool = False
+
+    def check(self) -> None:
+        if self.verify not in VERIFY:
+            raise OptionError(f"verify is {self.verify!r}; known are {', '.join(VERIFY)}")
+        if self.context is not None and self.context < 2:
+            raise ContextError(f"context is {self.context:,}; at least 2 tokens are expected")
+
+    def place(self, outline: Outline, size: int, runtime: int, tokenizer: int) -> Placement:
+        """The plan for a budget of `size` bytes. Raises BudgetError, ContextError."""
+        longest = outline.description.context
+        if self.context is not None and self.context > longest:
+            raise ContextError(
+                f"context is {self.context:,}; this model holds from 2 to {longest:,} tokens"
+            )
+        return place(outline, size, runtime, tokenizer, self.context, self.force)
+
+
+def load(
+    model: str = DEFAULT_MODEL,
+    *,
+    memory: str | int = "auto",
+    context: int | None = None,
+    threads: int | None = None,
+    encoding: str = "auto",
+    verify: str = "first",
+    force: bool = False,
+    native: bool = True,
+    quiet: bool = False,
+    before: Callable[[Outline, Placement], None] | None = None,
+) -> Model:
+    """Open a model: a path, hf:org/repo[:file], or package:name==version[:file]; packed first if need
+    be. `memory` caps the whole process: bytes, "4GB", "75%", or "auto" (what is free, less a tenth).
+    `threads` sets torch's threads for the process; `before` is told the plan before weights are read.
+    Raises OutsizeError; BudgetError before anything is read."""
+    set_threads(threads)
+    wishes = Wishes(memory, context, encoding, verify, force, native, quiet)
+    wishes.check()
+    size = budget.parse(memory)
+    found = library.find(model, encoding)
+    if found is None and memory != "auto":
+        foresee(model, wishes, size, runtime_bytes())
+    made = found or library.pack(model, encoding=encoding, quiet=quiet)
+    return _open(made, wishes, size, before)
+
+
+def set_threads(threads: int | None) -> None:
+    """For the process."""
+    if threads is not None:
+        if not 1 <= threads <= 1024:
+            raise OptionError(f"threads is {threads}; a whole number from 1 to 1,024 is expected")
+        torch.set_num_threads(threads)
+
+
+def foresee(model: str, wishes: Wishes, size: int, runtime: int) -> tuple[Outline, Placement]:
+    """The plan from headers alone. Raises BudgetError."""
+    outline = library.outline(model, wishes.encoding, wishes.quiet)
+    return outline, wishes.place(outline, size, runtime, tokenizer_bytes(outline))
+
+
+def _open(
+    made: Pack, wishes: Wishes, size: int, tell: Callable[[Outline, Placement], None] | None
+) -> Model:
+    outline, before = of_pack(made), runtime_bytes()
+    sure = int(LEAST_SHARE * tokenizer_bytes(outline))
+    wishes.place(outline, size, before, sure)  # refuses before anything is read
+    compiled = kernels(store.home() / "native") if wishes.native else None
+    if not wishes.quiet:
+        _warn_slow(made, compiled)
+    tokens = _tokens(made)
+    budget.trim()
+    placement = wishes.place(outline, size, before, max(0, budget.resident() - before))
+    for note in placement.notes if not wishes.quiet else ():
+        warn(note)
+    if tell is not None:
+        tell(outline, placement)
+    with bars(wishes.quiet) as progress:
+        loaded = weights.load(made, compiled, Traffic(), progress, placement.shares, wishes.verify)
+    return Model(made, Transformer(made.description, loaded, compiled), tokens, placement)
+
+
+def _warn_slow(made: Pack, compiled: Kernels | None) -> None:
+    grouped = [name for name in made.encodings if name.startswith("group")]
+    if grouped and compiled is None:
+        warn(
+            f"{made.path.name} holds {', '.join(grouped)}, which without compiled kernels runs about "
+            "20 times slower; install a C compiler, or pack again with --encoding int8"
+        )
+
+
+def _tokens(made: Pack) -> Tokens:
+    raw = (made.path / TOKENIZER).read_bytes()
+    if zlib.crc32(raw) != made.tokenizer_crc:
+        raise damaged(made.path, "its tokenizer does not match its checksum")
+    return Tokens(Tokenizer.from_str(raw.decode()), made.bos, made.add_bos)

@@ -1,0 +1,65 @@
+"""What a pack holds or would hold, from headers alone: enough to plan with, before anything is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from outsize.checkpoint.foreign import Checkpoint
+from outsize.family.description import Description
+from outsize.family.find import recipe
+from outsize.pack.format import TOKENIZER, Pack, TableHeader
+from outsize.pack.plan import plan
+
+PIECE_JSON = 9  # bytes that a piece, or a merge, takes in tokenizer.json beyond its text
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A model as the planner sees it."""
+
+    name: str
+    description: Description
+    tables: tuple[TableHeader, ...]
+    tokenizer_bytes: int  # of tokenizer.json
+    is_packed: bool
+
+    @property
+    def size(self) -> int:
+        return sum(table.size for table in self.tables)
+
+    @property
+    def activation_bytes(self) -> int:
+        """Of one number of an activation, key or value."""
+        first = next(t for t in self.tables if t.name.startswith("attn"))
+        return 4 if first.tensors["qkv"][0].encoding == "fp32" else 2
+
+    def table(self, name: str) -> TableHeader:
+        return next(t for t in self.tables if t.name == name)
+
+
+def of_pack(pack: Pack) -> Outline:
+    size = (pack.path / TOKENIZER).stat().st_size
+    return Outline(pack.path.name, pack.description, pack.tables, size, True)
+
+
+def of_checkpoint(checkpoint: Checkpoint, name: str, wanted: str, grouped: bool) -> Outline:
+    """Raises CheckpointError, UnsupportedError."""
+    found = recipe(checkpoint)
+    tables = tuple(t.header for t in plan(checkpoint, found, wanted, grouped))
+    return Outline(name, found.description, tables, _tokenizer_bytes(checkpoint), False)
+
+
+def _tokenizer_bytes(checkpoint: Checkpoint) -> int:
+    """About the size that tokenizer.json will have. Scores, unlike merges, state no joins: a piece of
+    those vocabularies has about two."""
+    spec = checkpoint.tokenizer
+    if spec.json is not None:
+        return len(spec.json)
+    tokens, merges = (_text_bytes(spec.arrays.get(k)) for k in ("tokens", "merges"))
+    return tokens + (merges or 3 * tokens)
+
+
+def _text_bytes(items: object) -> int:
+    if not isinstance(items, list):
+        return 0
+    return sum(len(str(item)) + PIECE_JSON for item in items)

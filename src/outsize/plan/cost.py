@@ -1,0 +1,185 @@
+"""What a placement will cost in time: per pass max(reading, computing).
+
+Computing is measured, once a shape, on one random layer of each table as the model has it; reading is
+the missing bytes over the disk's measured rate for such reads. All times in seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from outsize.cache.kv import KV
+from outsize.model.attention import CHUNK
+from outsize.model.step import Segment, Step
+from outsize.model.transformer import attention_half, ffn_half, rotations
+from outsize.native.kernels import Kernels
+from outsize.pack.format import Matrix, TableHeader
+from outsize.pack.outline import Outline
+from outsize.plan.machine import Compute, Machine
+from outsize.plan.place import Placement
+from outsize.weights.load import activation_type
+from outsize.weights.table import Weight, buffer, views
+
+STEPS, CHUNKS = 24, 2
+MISS_S = 150e-6  # handing a record from a reader to the computation
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one run: a token, and the first token after a prompt of `prompt_tokens`."""
+
+    prompt_tokens: int
+    bytes_per_token: int
+    read_s: float
+    compute_s: float
+    prompt_read_s: float
+    prompt_compute_s: float
+    prompt_rows_s: float  # embedding rows of the prompt, read before anything can be computed
+
+    @property
+    def token_s(self) -> float:
+        return max(self.read_s, self.compute_s)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return 1 / self.token_s
+
+    @property
+    def first_token_s(self) -> float:
+        return self.prompt_rows_s + max(self.prompt_read_s, self.prompt_compute_s)
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self) | {
+            "tokens_per_s": round(self.tokens_per_s, 3),
+            "first_token_s": round(self.first_token_s, 3),
+        }
+
+
+def key(o: Outline) -> str:
+    """Names the shapes that computing depends on."""
+    tables = [(t.name, t.stride, {k: [m.encoding for m in ms] for k, ms in t.tensors.items()})
+              for t in o.tables]  # fmt: skip
+    return hashlib.sha256(json.dumps([o.description.to_json(), tables]).encode()).hexdigest()[:16]
+
+
+def predict(o: Outline, machine: Machine, place: Placement, compute: Compute, prompt: int) -> Cost:
+    """The arithmetic."""
+    count = {t.name: len(t.keys) for t in o.tables if t.name in compute.step_s}
+    records = sum(len(o.table(g).keys) - len(s.pinned) for g, s in place.shares.items())
+    rate = machine.disk_bytes_per_s
+    step_s = sum(compute.step_s[name] * n for name, n in count.items())
+    chunk_s = sum(compute.chunk_s[name] * n for name, n in count.items() if name in compute.chunk_s)
+    head_s = compute.step_s[_head(o)] * count[_head(o)]
+    read_s = place.streamed / rate
+    by_id = sum(size for _, tier, size in place.groups if tier.endswith("by id"))
+    waits = MISS_S * records if place.streamed else 0.0
+    return Cost(
+        prompt_tokens=prompt,
+        bytes_per_token=place.streamed,
+        read_s=read_s + (2e-4 if by_id else 0.0),
+        compute_s=step_s + waits,
+        prompt_read_s=read_s,
+        prompt_compute_s=chunk_s * prompt / compute.chunk_tokens + head_s + waits,
+        prompt_rows_s=_rows_bytes(o, place, prompt) / rate,
+    )
+
+
+def _rows_bytes(o: Outline, place: Placement, prompt: int) -> int:
+    """Records of the embedding that a prompt's tokens lie in, if they are spread evenly."""
+    table, share = o.table("embed"), place.shares["embed"]
+    count, missing = len(table.keys), len(table.keys) - len(share.pinned)
+    touched = 1 - (1 - 1 / count) ** prompt
+    return int(missing * touched * table.stride)
+
+
+def _head(o: Outline) -> str:
+    return "embed" if o.description.tied else "head"
+
+
+@torch.inference_mode()
+def measure(o: Outline, kernels: Kernels | None) -> Compute:
+    """Time one random record of each table: a second or two, in no more memory than a run needs."""
+    steps: dict[str, float] = {}
+    chunks: dict[str, float] = {}
+    tokens = min(CHUNK, o.description.context - STEPS - 1)
+    for t in o.tables:
+        if t.kind == "layers" and t.name != "final-0":
+            steps[t.name], chunks[t.name] = _half_times(o, t, kernels, tokens)
+        elif t.name == _head(o):
+            steps[t.name] = _head_time(o, t, kernels)
+    return Compute(steps, chunks, tokens)
+
+
+def _random(t: TableHeader, kernels: Kernels | None) -> Mapping[str, tuple[Weight, ...]]:
+    """A record with random codes and tame scales."""
+    raw, _ = buffer(t.stride)
+    raw.random_(0, 256)
+    made = views(raw, t, kernels)
+    for weight in (w for ws in made.values() for w in ws):
+        for field in weight.fields.values():
+            if field.dtype.is_floating_point:
+                field.fill_(0.01)
+    return made
+
+
+def _half_times(
+    o: Outline, t: TableHeader, kernels: Kernels | None, tokens: int
+) -> tuple[float, float]:
+    d, dtype = o.description, activation_type(_first_matrix(t))
+    made = dict(_random(t, kernels))
+    half = (attention_half if "qkv" in made else ffn_half)(d, t.keys[0], made)
+    plain = None if dtype == torch.float32 else kernels
+    kv = KV(t.keys[0] + 1, d.num_kv_heads, d.head_dim, dtype)
+    h_TD = torch.randn(tokens, d.width)
+
+    def step(positions: range, wide: bool) -> Step:
+        turns = rotations(d.ropes, d.head_dim, positions)
+        return Step([Segment(kv, positions)], turns, wide, None if wide else plain)
+
+    chunk = step(range(tokens), True)
+
+    def run_chunk() -> None:
+        kv.truncate(0)
+        half(h_TD, chunk)
+
+    chunk_s = _median(run_chunk, CHUNKS)
+    at = iter(range(tokens, tokens + STEPS + 1))
+
+    def run_step() -> None:
+        i = next(at)
+        half(h_TD[:1], step(range(i, i + 1), False))
+
+    return _median(run_step, STEPS), chunk_s
+
+
+def _first_matrix(t: TableHeader) -> tuple[Matrix, ...]:
+    return t.tensors["qkv" if "qkv" in t.tensors else "gate_up"]
+
+
+def _head_time(o: Outline, t: TableHeader, kernels: Kernels | None) -> float:
+    (weight,) = next(iter(_random(t, kernels).values()))
+    x_KD: Tensor = torch.randn(1, o.description.width)
+    x_KD = (
+        x_KD
+        if o.activation_bytes == 4 or weight.encoding.name.startswith("group")
+        else x_KD.bfloat16()
+    )
+    return _median(lambda: weight.encoding.linear(x_KD, weight.fields, False), STEPS)
+
+
+def _median(work: Callable[[], object], repeats: int) -> float:
+    times = []
+    work()
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)

@@ -1,0 +1,266 @@
+"""What goes where: a budget and a model's headers -> which records stay, and what everything costs.
+
+The fixed costs are those of the worst span that the context allows, not of the idle state.
+Shapes in names of sizes: T tokens of context, C tokens of a chunk, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from outsize.encoding.plain import WIDE_BYTES
+from outsize.errors import BudgetError
+from outsize.model.attention import CHUNK, score_bytes
+from outsize.pack.format import TableHeader
+from outsize.pack.outline import Outline
+from outsize.weights.load import Share
+from outsize.weights.rows import IN_FLIGHT as ROWS_IN_FLIGHT
+
+MB = 1_000_000
+RESERVE_SHARE, RESERVE = 0.005, 4 * MB  # page tables, kernel stacks, what allocators round up
+IN_FLIGHT, IN_FLIGHT_LEAST = (
+    4 << 20,
+    2 << 20,
+)  # bytes read ahead, of each table, to keep the disk busy
+SHORTEST = 1024  # tokens of context that are always planned for, if the user asked for none
+KV_SHARE = 0.1  # of the room for weights, where a context must be shortened
+FRAGMENTS = 1.6  # what an allocator holds for a byte in use, among sizes as mixed as these
+GOLDEN = 0.6180339887498949
+TOKENIZER_FACTOR, TOKENIZER_PEAK = (
+    10,
+    32,
+)  # bytes in memory for a byte of tokenizer.json; while read
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The plan of one run. Bytes; the sum of `fixed` and `held` is what the process will have."""
+
+    budget: int
+    context: int
+    least: int  # the smallest budget that works with this context
+    fixed: Mapping[str, int]
+    shares: Mapping[str, Share]
+    groups: tuple[tuple[str, str, int], ...]  # (tensor group, tier, bytes)
+    kv_tokens: int  # tokens of all sequences together that there is room for
+    notes: tuple[str, ...] = field(default=())
+    opening: int = 0  # what opening the model takes for a moment
+
+    @property
+    def held(self) -> int:
+        return sum(size for _, tier, size in self.groups if tier == "memory")
+
+    @property
+    def streamed(self) -> int:
+        """Bytes that every pass reads from disk."""
+        return sum(size for _, tier, size in self.groups if tier == "disk")
+
+    @property
+    def planned(self) -> int:
+        return max(sum(self.fixed.values()) + self.held, self.opening)
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "budget_bytes": self.budget,
+            "planned_bytes": self.planned,
+            "least_bytes": self.least,
+            "context": self.context,
+            "held_bytes": self.held,
+            "streamed_bytes": self.streamed,
+            "fixed": dict(self.fixed),
+            "placement": [{"group": g, "tier": t, "bytes": b} for g, t, b in self.groups],
+            "notes": list(self.notes),
+        }
+
+
+def kv_bytes(o: Outline) -> int:
+    """Of one token: its keys and values in all layers, its residual row, its rotations, its id."""
+    d = o.description
+    kv = 2 * d.num_layers * d.num_kv_heads * d.head_dim * o.activation_bytes
+    ropes = len({layer.rope for layer in d.layers})
+    return kv + 4 * d.width + 4 * d.head_dim * ropes + 100
+
+
+def scratch_bytes(o: Outline, context: int) -> int:
+    """The most that computing one chunk takes beyond the weights."""
+    d, a, c = o.description, o.activation_bytes, min(CHUNK, context)
+    heads = (d.num_heads + d.num_kv_heads) * d.head_dim
+    queries = d.num_heads * d.head_dim
+    rows = d.width * a + d.qkv_rows * (a + 4 * d.qkv_bias) + 4 * heads * (1 + d.qk_norm)
+    attention = c * (rows + 3 * a * queries) + score_bytes(d, context, a)
+    ffn = c * (d.width * (2 * a + 4) + 3 * d.ffn_width * a)
+    block = min(WIDE_BYTES, 2 * d.ffn_width * d.width * a)
+    decoded = 2 * block + c * block // d.width  # once more as the matmul packs it; and its product
+    logits = 3 * 4 * d.vocab_size
+    most = max(attention, c * rows + decoded, ffn + decoded, logits)
+    return int(FRAGMENTS * most)
+
+
+def tokenizer_bytes(o: Outline) -> int:
+    return TOKENIZER_FACTOR * o.tokenizer_bytes
+
+
+def opening_peak(o: Outline, runtime: int) -> int:
+    """What the process takes for a moment, while the tokenizer is read."""
+    return runtime + TOKENIZER_PEAK * o.tokenizer_bytes
+
+
+def fixed_costs(o: Outline, runtime: int, tokenizer: int, context: int) -> dict[str, int]:
+    rows = [t for t in o.tables if t.kind == "rows"]
+    return {
+        "runtime": runtime,
+        "tokenizer": tokenizer,
+        "keys and values": context * kv_bytes(o),
+        "scratch": max(scratch_bytes(o, context), *(ROWS_IN_FLIGHT * t.stride for t in rows)),
+    }
+
+
+def _rings(o: Outline, generous: bool) -> dict[str, int]:
+    """Slots for streamed records, by table: enough to keep the disk busy, or the least that works."""
+    out = {}
+    for t in o.tables:
+        if t.name == "final-0" or (t.name == "embed" and not o.description.tied):
+            continue
+        ahead = IN_FLIGHT if generous else IN_FLIGHT_LEAST
+        blocks = 1 if t.kind == "rows" else 0  # computing one is short: another must be there
+        out[t.name] = min(-(-ahead // t.stride) + blocks, len(t.keys))
+    return out
+
+
+def _ring_bytes(o: Outline, rings: Mapping[str, int]) -> int:
+    return sum(o.table(name).stride * count for name, count in rings.items())
+
+
+def _reserve(budget: int) -> int:
+    return RESERVE + int(budget * RESERVE_SHARE)
+
+
+def least_bytes(o: Outline, runtime: int, tokenizer: int, context: int) -> int:
+    """The smallest budget that runs: nothing held but the final norm, one slot for each table."""
+    need = sum(fixed_costs(o, runtime, tokenizer, context).values()) + o.table("final-0").size
+    need += _ring_bytes(o, _rings(o, False)) + RESERVE
+    return max(int(need / (1 - RESERVE_SHARE)) + 1, opening_peak(o, runtime))
+
+
+def _order(o: Outline) -> Iterator[tuple[str, int]]:
+    """Records in the order in which they are worth holding: the head, then layers spread evenly over
+    the depth, so that reading never pauses for long; an embedding of its own last."""
+    head = "embed" if o.description.tied else "head"
+    yield from ((head, i) for i in range(len(o.table(head).keys)))
+    of_layer: dict[int, list[tuple[str, int]]] = {}
+    for t in o.tables:
+        if t.kind == "layers" and t.name != "final-0":
+            for i, layer in enumerate(t.keys):
+                of_layer.setdefault(layer, []).append((t.name, i))
+    for layer in sorted(of_layer, key=lambda i: i * GOLDEN % 1):
+        yield from sorted(of_layer[layer], reverse=True)  # the feed-forward first: it is larger
+    if head != "embed":
+        yield from (("embed", i) for i in range(len(o.table("embed").keys)))
+
+
+def _fill(o: Outline, room: int, rings: Mapping[str, int]) -> dict[str, Share]:
+    """Hold as many records as fit; a table whose streamed records would all have slots is held whole."""
+    held: dict[str, list[int]] = {t.name: [] for t in o.tables}
+    held["final-0"] = [0]
+    closed: set[str] = set()
+    for name, i in _order(o):
+        stride = o.table(name).stride
+        if name in closed or stride > room:
+            closed |= (
+                {name} if o.table(name).kind == "rows" else set()
+            )  # rows are held from the front
+            continue
+        held[name].append(i)
+        room -= stride
+    out = {}
+    for t in o.tables:
+        ring = rings.get(t.name, 0)
+        whole = len(held[t.name]) + ring >= len(t.keys)
+        pinned = tuple(range(len(t.keys))) if whole else tuple(sorted(held[t.name]))
+        out[t.name] = Share(pinned, 0 if whole else ring)
+    return out
+
+
+def _all_held(o: Outline) -> dict[str, Share]:
+    return {t.name: Share(tuple(range(len(t.keys))), 0) for t in o.tables}
+
+
+def _choose_context(o: Outline, budget: int, runtime: int, tokenizer: int) -> int:
+    """The longest, by halves, that leaves room for all weights; else one that takes a tenth of it."""
+    longest = context = o.description.context
+    room = budget - _reserve(budget)
+    while context > 2 * SHORTEST:
+        if room >= sum(fixed_costs(o, runtime, tokenizer, context).values()) + o.size:
+            return context
+        context //= 2
+    base = sum(fixed_costs(o, runtime, tokenizer, SHORTEST).values())
+    context = SHORTEST
+    while (
+        context < longest
+        and 2 * context * kv_bytes(o) <= KV_SHARE * (room - base)
+        and 2 * context <= longest
+    ):
+        context *= 2
+    return min(context, longest)
+
+
+def place(
+    o: Outline,
+    budget: int,
+    runtime: int,
+    tokenizer: int,
+    context: int | None,
+    force: bool = False,
+) -> Placement:
+    """`runtime` and `tokenizer`: what those take; `context` None: as long as reasonable. Raises
+    BudgetError with the table of what is needed."""
+    chosen = context or _choose_context(o, budget, runtime, tokenizer)
+    fixed = fixed_costs(o, runtime, tokenizer, chosen)
+    least = least_bytes(o, runtime, tokenizer, chosen)
+    if budget < least and not force:
+        raise BudgetError(_too_little(o, fixed, least, budget, chosen))
+    whole = sum(fixed.values()) + o.size
+    fixed["reserve"] = _reserve(min(budget, whole))
+    room = budget - sum(fixed.values()) - o.table("final-0").size
+    if room >= o.size:
+        shares, spare = _all_held(o), room - o.size
+    else:
+        shares, spare = _stream(o, room), 0
+    notes = []
+    if context is None and chosen < o.description.context:
+        notes.append(
+            f"context shortened from {o.description.context:,} to {chosen:,} tokens to fit; "
+            "--context asks for more"
+        )
+    if budget < least:
+        notes.append(f"forced: {least / MB:,.0f} MB are needed, {budget / MB:,.0f} MB were given")
+    groups = tuple(g for t in o.tables for g in _tiers(o, t, shares[t.name]))
+    kv_tokens = chosen + spare // kv_bytes(o)
+    opening = opening_peak(o, runtime)
+    return Placement(budget, chosen, least, fixed, shares, groups, kv_tokens, tuple(notes), opening)
+
+
+def _stream(o: Outline, room: int) -> dict[str, Share]:
+    rings = _rings(o, True)
+    if room < 4 * _ring_bytes(o, rings):
+        rings = _rings(o, False)
+    return _fill(o, room - _ring_bytes(o, rings), rings)
+
+
+def _tiers(o: Outline, t: TableHeader, share: Share) -> Iterator[tuple[str, str, int]]:
+    held = len(share.pinned) + share.ring
+    yield t.name, "memory", held * t.stride
+    missing = len(t.keys) - len(share.pinned)
+    if missing:
+        by_id = t.name == "embed" and not o.description.tied
+        yield t.name, "disk, rows by id" if by_id else "disk", missing * t.stride
+
+
+def _too_little(o: Outline, fixed: Mapping[str, int], least: int, budget: int, context: int) -> str:
+    costs = dict(fixed) | {"slots": _ring_bytes(o, _rings(o, False))}
+    table = ", ".join(f"{name} {size / MB:,.0f}" for name, size in costs.items())
+    return (
+        f"{o.name} needs at least {-(-least // MB):,} MB for {context:,} tokens of context "
+        f"({table} MB); got {budget / MB:,.0f} MB: give more --memory, a shorter --context, or --force"
+    )

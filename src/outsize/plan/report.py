@@ -1,0 +1,105 @@
+"""A plan as text: two lines at the start of a run, or the whole table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from outsize.pack.outline import Outline
+from outsize.plan.cost import Cost
+from outsize.plan.machine import Machine
+from outsize.plan.place import Placement
+
+BAR = 40
+HOUR = 3600.0
+
+
+def mb(size: float) -> str:
+    return f"{size / 1e6:,.0f} MB"
+
+
+def short(o: Outline, p: Placement, cost: Cost | None) -> list[str]:
+    """The first lines of a run."""
+    total = o.size
+    out = [
+        f"[plan: {mb(p.planned)} of {mb(p.budget)}: {', '.join(_fixed(p))}, weights {mb(p.held)}; "
+        f"context {p.context:,}]"
+    ]
+    if p.streamed:
+        share = 1 - p.streamed / total
+        line = f"{mb(p.streamed)} a pass from disk ({share:.0%} of the weights stay in memory)"
+        out.append(f"[plan: {line}{_speed(cost)}]")
+    elif cost is not None:
+        out.append(f"[plan: all weights in memory{_speed(cost)}]")
+    return out
+
+
+def _speed(cost: Cost | None) -> str:
+    if cost is None:
+        return ""
+    return (
+        f"; about {cost.tokens_per_s:.3g} tokens/s, first token of {cost.prompt_tokens} after "
+        f"{cost.first_token_s:.3g} s"
+    )
+
+
+def _fixed(p: Placement) -> Iterator[str]:
+    return (f"{name} {mb(size)}" for name, size in p.fixed.items())
+
+
+def long(
+    o: Outline, p: Placement, cost: Cost, here: Machine, curve: Sequence[tuple[int, float]]
+) -> Iterator[str]:
+    """The whole table."""
+    state = "packed" if o.is_packed else "not packed yet"
+    yield f"{o.name} ({mb(o.size)} of weights, {state}) in {mb(p.budget)}, context {p.context:,}"
+    yield ""
+    yield f"{'what':<22}{'where':<18}{'MB':>10}"
+    for name, size in p.fixed.items():
+        yield f"{name:<22}{'memory':<18}{size / 1e6:>10,.1f}"
+    for group, tier, size in p.groups:
+        yield f"{_named(o, group):<22}{tier:<18}{size / 1e6:>10,.1f}"
+    yield f"{'in memory':<22}{'':<18}{p.planned / 1e6:>10,.1f}"
+    yield f"{'least that works':<22}{'':<18}{p.least / 1e6:>10,.1f}"
+    yield ""
+    yield from _arithmetic(p, cost, here)
+    yield ""
+    yield from _curve(p, curve)
+    yield from (f"note: {note}" for note in p.notes)
+
+
+def _named(o: Outline, group: str) -> str:
+    table = o.table(group)
+    unit = "layers" if table.kind == "layers" else "blocks"
+    return f"{group} ({len(table.keys)} {unit})"
+
+
+def _arithmetic(p: Placement, c: Cost, here: Machine) -> Iterator[str]:
+    rate = here.disk_bytes_per_s
+    yield (
+        f"a token: max(read {mb(p.streamed)} / {rate / 1e9:.2f} GB/s = {c.read_s * 1e3:,.1f} ms, "
+        f"compute {c.compute_s * 1e3:,.1f} ms) = {c.tokens_per_s:.3g} tokens/s"
+    )
+    yield (
+        f"first token of {c.prompt_tokens}: embedding rows {c.prompt_rows_s:.2f} s + max(read "
+        f"{c.prompt_read_s:.2f} s, compute {c.prompt_compute_s:.2f} s) = {c.first_token_s:.2f} s"
+    )
+    yield f"machine measured {_age(here.age_s)} ago; `outsize doctor` measures it again"
+
+
+def _age(seconds: float) -> str:
+    if seconds < HOUR:
+        return f"{seconds / 60:.0f} minutes"
+    return (
+        f"{seconds / HOUR:.0f} hours" if seconds < 48 * HOUR else f"{seconds / 24 / HOUR:.0f} days"
+    )
+
+
+def _curve(p: Placement, curve: Sequence[tuple[int, float]]) -> Iterator[str]:
+    yield "tokens/s against memory"
+    top = max(v for _, v in curve)
+    for memory, speed in curve[:: max(1, len(curve) // 8)]:
+        bar = "#" * max(1, round(BAR * speed / top))
+        yield f"{memory / 1e6:>9,.0f} MB {speed:>8.3g} {bar}"
+    more = next((v for m, v in curve if m >= p.budget + 1e9), top)
+    now = max((v for m, v in curve if m <= p.budget), default=curve[0][1])
+    yield f"one more GB: {now:.3g} -> {max(now, more):.3g} tokens/s"

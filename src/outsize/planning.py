@@ -1,0 +1,113 @@
+"""`outsize plan`: what will be where, how fast it will be, and what more memory would buy."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from outsize import library, loading
+from outsize.errors import BudgetError
+from outsize.loading import Wishes
+from outsize.native.kernels import kernels
+from outsize.pack import store
+from outsize.pack.outline import Outline
+from outsize.plan import cost, machine, report
+from outsize.plan.cost import Cost
+from outsize.plan.machine import Compute, Machine
+from outsize.plan.page import page
+from outsize.plan.place import Placement, least_bytes, place, tokenizer_bytes
+from outsize.plan.probe import runtime_bytes
+from outsize.weights import budget
+
+POINTS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that `outsize plan` shows."""
+
+    outline: Outline
+    placement: Placement
+    cost: Cost
+    machine: Machine
+    curve: list[tuple[int, float]]  # (bytes of memory, tokens/s)
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "model": self.outline.name,
+            "weights_bytes": self.outline.size,
+            **self.placement.to_json(),
+            **self.cost.to_json(),
+            "machine_age_s": round(self.machine.age_s),
+            "disk_bytes_per_s": round(self.machine.disk_bytes_per_s),
+            "curve": [{"memory_bytes": m, "tokens_per_s": round(v, 3)} for m, v in self.curve],
+        }
+
+
+def make(model: str, wishes: Wishes, prompt: int) -> Plan:
+    """Plan a run from headers alone. Raises BudgetError and what finding a model raises."""
+    wishes.check()
+    size, runtime = budget.parse(wishes.memory), runtime_bytes()
+    outline, placed = loading.foresee(model, wishes, size, runtime)
+    home = store.home()
+    here = machine.known(home, library.silent if wishes.quiet else library.say)
+    here, compute = _compute(outline, here, wishes.native)
+    prompt = min(prompt, placed.context)
+    predicted = cost.predict(outline, here, placed, compute, prompt)
+    tokenizer, curve = tokenizer_bytes(outline), []
+    context = placed.context
+    low = least_bytes(outline, runtime, tokenizer, context)
+    high = int((sum(placed.fixed.values()) + outline.size) * 1.05)
+    for i in range(POINTS):
+        at = low + (high - low) * i // (POINTS - 1)
+        there = place(outline, at, runtime, tokenizer, context)
+        curve.append((at, cost.predict(outline, here, there, compute, prompt).tokens_per_s))
+    return Plan(outline, placed, predicted, here, curve)
+
+
+def _compute(outline: Outline, here: Machine, native: bool) -> tuple[Machine, Compute]:
+    """How long this model computes: as kept, else measured now on random weights, and kept."""
+    home = store.home()
+    compiled = kernels(home / "native") if native else None
+    key = cost.key(outline) + ("" if compiled else "-plain")
+    if key not in here.models:
+        here = machine.with_model(here, key, cost.measure(outline, compiled), home)
+    return here, here.models[key]
+
+
+def cost_if_known(outline: Outline, placement: Placement, prompt: int = 512) -> Cost | None:
+    """A prediction for a run's first lines. It is measured for, if need be, only where weights will be
+    read from disk."""
+    here = machine.kept(store.home())
+    if here is None and not placement.streamed:
+        return None
+    here = here or machine.known(store.home(), library.say)
+    if cost.key(outline) not in here.models and not placement.streamed:
+        return None
+    here, compute = _compute(outline, here, True)
+    return cost.predict(outline, here, placement, compute, min(prompt, placement.context))
+
+
+def disk_rate() -> float | None:
+    """Bytes a second that the disk gave when it was measured."""
+    here = machine.kept(store.home())
+    return None if here is None else here.disk_bytes_per_s
+
+
+def show(model: str, wishes: Wishes, prompt: int, as_json: bool, html: Path | None) -> None:
+    """Print the plan; write the page."""
+    try:
+        made = make(model, wishes, prompt)
+    except BudgetError as e:
+        if not as_json:
+            raise
+        print(json.dumps({"error": str(e)}))
+        raise
+    if html is not None:
+        html.write_text(page(made.to_json()), encoding="utf-8")
+        library.say(f"wrote {html}")
+    if as_json:
+        print(json.dumps(made.to_json()))
+        return
+    print("\n".join(report.long(made.outline, made.placement, made.cost, made.machine, made.curve)))

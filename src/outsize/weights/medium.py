@@ -1,0 +1,62 @@
+"""A record file, opened so that reading it fills no page cache: O_DIRECT on Linux, F_NOCACHE on macOS,
+elsewhere plain reads whose pages are given back at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Protocol
+
+PAGE = 4096
+
+
+class Medium(Protocol):
+    """What a table reads from. Offsets, lengths and buffers are multiples of PAGE."""
+
+    def read(self, out: memoryview, offset: int) -> int:
+        """Fill as much of `out` as comes at once; bytes read, 0 at the end. Raises OSError."""
+        ...
+
+    def stamp(self) -> tuple[int, int]:
+        """(bytes, mtime in ns): changes when the file is written to."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class File:
+    """The real one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handle, self.is_direct = _open(path)
+
+    def read(self, out: memoryview, offset: int) -> int:
+        got = os.preadv(self._handle, [out], offset)
+        if not self.is_direct and sys.platform == "linux":
+            os.posix_fadvise(self._handle, offset, got, os.POSIX_FADV_DONTNEED)
+        return got
+
+    def stamp(self) -> tuple[int, int]:
+        stat = os.fstat(self._handle)
+        return stat.st_size, stat.st_mtime_ns
+
+    def close(self) -> None:
+        os.close(self._handle)
+
+
+def _open(path: Path) -> tuple[int, bool]:
+    """A handle, and whether the page cache is bypassed."""
+    if sys.platform == "linux":
+        try:
+            return os.open(path, os.O_RDONLY | os.O_DIRECT), True
+        except OSError:  # some file systems refuse
+            return os.open(path, os.O_RDONLY), False
+    handle = os.open(path, os.O_RDONLY)
+    if sys.platform == "darwin":
+        import fcntl
+
+        fcntl.fcntl(handle, fcntl.F_NOCACHE, 1)
+        return handle, True
+    return handle, False

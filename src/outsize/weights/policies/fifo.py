@@ -1,0 +1,25 @@
+"""First in goes first, however often it was used."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from outsize.weights.policy import Hints, Policy, Slots
+
+
+class Fifo(Slots):
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self._order: dict[int, None] = {}
+
+    def used(self, id: int, is_hit: bool) -> None:
+        self._order.setdefault(id)
+
+    def victim(self, staying: Collection[int]) -> int:
+        found = next(i for i in self._order if i not in staying)
+        del self._order[found]
+        return found
+
+
+def policy(capacity: int, hints: Hints) -> Policy:
+    return Fifo(capacity)

@@ -1,0 +1,26 @@
+"""Least recently used goes first. Good for reuse in time; the worst there is for a cyclic scan."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from outsize.weights.policy import Hints, Policy, Slots
+
+
+class Lru(Slots):
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self._order: dict[int, None] = {}  # the least recently used first
+
+    def used(self, id: int, is_hit: bool) -> None:
+        self._order.pop(id, None)
+        self._order[id] = None
+
+    def victim(self, staying: Collection[int]) -> int:
+        found = next(i for i in self._order if i not in staying)
+        del self._order[found]
+        return found
+
+
+def policy(capacity: int, hints: Hints) -> Policy:
+    return Lru(capacity)

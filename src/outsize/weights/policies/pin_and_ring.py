@@ -1,0 +1,52 @@
+"""For a cyclic scan: a fixed set stays, all others pass through the slots that are left, in turn.
+
+A scan of n records through c slots hits c - ring of n; least recently used would hit none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from outsize.weights.policy import Hints, Placed, Policy, too_many
+
+
+class PinAndRing:
+    """The first slots belong to the pinned ids, the others form the ring."""
+
+    def __init__(self, capacity: int, pinned: Sequence[int]) -> None:
+        self._home = {i: slot for slot, i in enumerate(dict.fromkeys(pinned[:capacity]))}
+        self._capacity = capacity
+        self._loaded: set[int] = set()  # pinned ids that are there
+        self._ring = dict.fromkeys(range(len(self._home), capacity), -1)  # slot -> id, oldest first
+        self._slot_of: dict[int, int] = {}
+
+    def place(self, ids: Sequence[int], keep: Collection[int] = ()) -> Placed:
+        wanted = dict.fromkeys(ids)
+        passing = [i for i in wanted if i not in self._home]
+        staying = {*passing, *(i for i in keep if i in self._slot_of)}
+        if len(staying) > len(self._ring):
+            raise too_many(len(staying), len(self._ring))
+        loads = [(i, self._home[i]) for i in wanted if i in self._home and i not in self._loaded]
+        self._loaded.update(i for i, _ in loads)
+        loads += [(i, self._take(i, staying)) for i in passing if i not in self._slot_of]
+        return Placed({i: self._home.get(i, self._slot_of.get(i, -1)) for i in wanted}, loads)
+
+    def unpin(self, id: int) -> int | None:
+        """Let a pinned id pass like the others: its slot, no longer used; None where the slot was made
+        the ring, since there was none."""
+        slot = self._home.pop(id)
+        self._loaded.discard(id)
+        if self._ring:
+            return slot
+        self._ring[slot] = -1
+        return None
+
+    def _take(self, id: int, staying: Collection[int]) -> int:
+        slot = next(s for s, i in self._ring.items() if i not in staying)
+        self._slot_of.pop(self._ring.pop(slot), None)
+        self._ring[slot], self._slot_of[id] = id, slot
+        return slot
+
+
+def policy(capacity: int, hints: Hints) -> Policy:
+    return PinAndRing(capacity, hints.pinned)

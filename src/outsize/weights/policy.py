@@ -1,0 +1,87 @@
+"""Which records are in which slots: the protocol, and the bookkeeping that policies share.
+
+A policy knows integers only. A policy is a file in `policies/`: the file name is its name, its function
+`policy(capacity, hints)` makes one.
+Law: slots distinct; an id asked for now is never evicted now; hits never above Belady's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from outsize import resolve
+from outsize.errors import CapacityError
+from outsize.weights import policies
+
+
+class Placed(NamedTuple):
+    """Each distinct id's slot, in the order asked; and those (id, slot) that must be read."""
+
+    slots: dict[int, int]
+    loads: list[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """What some policies want to know beforehand."""
+
+    pinned: Sequence[int] = ()  # never to be evicted
+    future: Sequence[Sequence[int]] = ()  # every request to come, in order
+
+
+class Policy(Protocol):
+    """Decides which ids occupy `capacity` slots."""
+
+    def place(self, ids: Sequence[int], keep: Collection[int] = ()) -> Placed:
+        """Make room for these ids, without evicting `keep`. Raises CapacityError, changing nothing."""
+        ...
+
+
+class Slots(ABC):
+    """The bookkeeping: a subclass hears of every use and names the victims."""
+
+    def __init__(self, capacity: int) -> None:
+        self.slot_of: dict[int, int] = {}
+        self._free = list(range(capacity))[::-1]
+        self._capacity = capacity
+
+    @abstractmethod
+    def used(self, id: int, is_hit: bool) -> None:
+        """An id was asked for."""
+
+    @abstractmethod
+    def victim(self, staying: Collection[int]) -> int:
+        """A resident id to evict, not one of those."""
+
+    def place(self, ids: Sequence[int], keep: Collection[int] = ()) -> Placed:
+        wanted = dict.fromkeys(ids)
+        staying = wanted.keys() | {i for i in keep if i in self.slot_of}
+        if len(staying) > self._capacity:
+            raise too_many(len(staying), self._capacity)
+        hits = [i for i in wanted if i in self.slot_of]
+        for i in hits:
+            self.used(i, True)
+        loads = [(i, self._take(staying)) for i in wanted if i not in self.slot_of]
+        for i, slot in loads:
+            self.slot_of[i] = slot
+            self.used(i, False)
+        return Placed({i: self.slot_of[i] for i in wanted}, loads)
+
+    def _take(self, staying: Collection[int]) -> int:
+        return self._free.pop() if self._free else self.slot_of.pop(self.victim(staying))
+
+
+def too_many(wanted: int, capacity: int) -> CapacityError:
+    return CapacityError(
+        f"{wanted} records are wanted at once, there are slots for {capacity}; give more --memory"
+    )
+
+
+def make(name: str, capacity: int, hints: Hints) -> Policy:
+    """A policy by name. Raises UnsupportedError with a suggestion."""
+    found = resolve.module(policies, name, "policy", resolve.names(policies))
+    made: Policy = found.policy(capacity, hints)
+    return made

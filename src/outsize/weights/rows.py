@@ -1,0 +1,202 @@
+"""An embedding or a head: its leading rows joined in memory, the rest on disk. Rows are read by id, and
+blocks of rows in order, for a product with all of them.
+
+Shapes: T ids, K numbers a row.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from outsize.encoding.find import encoding
+from outsize.encoding.plain import Plain
+from outsize.native.kernels import Kernels
+from outsize.pack.format import PAGE, Matrix, aligned, field_bytes
+from outsize.weights.reader import Reader
+from outsize.weights.residency import Cached, Tick
+from outsize.weights.table import Table, Weight, buffer, view
+
+FEW = 8  # rows of one record: up to here they are read one by one
+IN_FLIGHT = 4
+
+
+class RowTable:
+    """`joined`: the first records as one matrix. `cached`: the others, in a scan; None: by id only."""
+
+    def __init__(
+        self,
+        table: Table,
+        reader: Reader,
+        kernels: Kernels | None,
+        joined: Weight | None,
+        cached: Cached | None,
+    ) -> None:
+        self._table, self._reader, self._kernels = table, reader, kernels
+        (self._matrix,) = next(iter(table.header.tensors.values()))
+        self.encoding = encoding(self._matrix.encoding, kernels)
+        self._joined, self._cached = joined, cached
+        self._num_joined = 0 if joined is None else joined.num_rows
+        # A float matmul's bits depend on how many rows it has, so floats are always taken by blocks.
+        self._by_blocks = isinstance(self.encoding, Plain)
+
+    @property
+    def is_resident(self) -> bool:
+        return self._num_joined >= self._table.header.num_rows
+
+    def blocks(self) -> Iterator[Weight]:
+        """All rows, in order; each block is valid until the next is asked for."""
+        size, traffic = self._matrix.num_rows, self._table.traffic
+        first = -(-self._num_joined // size)
+        traffic.hits += first
+        if self._joined is not None:
+            yield from self._split(size) if self._by_blocks else [self._joined]
+        for i in range(first, len(self._table)):
+            assert self._cached is not None
+            (weights,) = self._cached.fetch([i])
+            yield next(iter(weights.values()))[0]
+            self._cached.release()
+
+    def _split(self, size: int) -> Iterator[Weight]:
+        assert self._joined is not None
+        fields = self._joined.fields
+        for start in range(0, self._num_joined, size):
+            part = {k: f[start : start + size] for k, f in fields.items()}
+            yield Weight(self.encoding, part, size)
+
+    def rows(self, ids_T: Tensor) -> Tensor:
+        """(T, K) fp32."""
+        if self._joined is not None and (self.is_resident or int(ids_T.max()) < self._num_joined):
+            return self.encoding.rows(self._joined.fields, ids_T)
+        out_TK = torch.empty(len(ids_T), self._matrix.width)
+        held_T = ids_T < self._num_joined
+        if self._joined is not None and bool(held_T.any()):
+            out_TK[held_T] = self.encoding.rows(self._joined.fields, ids_T[held_T])
+        started = time.perf_counter()
+        by_record: dict[int, list[int]] = {}
+        for at in (~held_T).nonzero()[:, 0].tolist():
+            by_record.setdefault(int(ids_T[at]) // self._matrix.num_rows, []).append(at)
+        few = [r for r, places in by_record.items() if self._are_few(r, places)]
+        for record in few:
+            places = by_record.pop(record)
+            out_TK[places] = self._few(record, self._local(record, ids_T[places]))
+        for record, raw in self._whole(list(by_record)):
+            places = by_record[record]
+            fields = view(raw, self._matrix, None).fields
+            out_TK[places] = self.encoding.rows(fields, self._local(record, ids_T[places]))
+        self._table.traffic.waited_s += time.perf_counter() - started
+        return out_TK
+
+    def _local(self, record: int, ids_T: Tensor) -> Tensor:
+        return ids_T - record * self._matrix.num_rows
+
+    def _are_few(self, record: int, places: Sequence[int]) -> bool:
+        return len(places) <= FEW and by_row(self._matrix) and self._table.is_verified(record)
+
+    def _whole(self, records: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """Whole records, a few in flight; each is valid until the next."""
+        stride = self._table.header.stride
+        raws = [buffer(stride) for _ in range(min(IN_FLIGHT, len(records)))]
+        reads = [
+            self._reader.submit(self._table, r, out)
+            for r, (_, out) in zip(records, raws, strict=False)
+        ]
+        for i, record in enumerate(records):
+            slot = i % len(raws)
+            reads[slot].wait()
+            self._table.traffic.bytes_demanded += stride
+            yield record, raws[slot][0]
+            if i + len(raws) < len(records):
+                reads[slot] = self._reader.submit(
+                    self._table, records[i + len(raws)], raws[slot][1]
+                )
+
+    def _few(self, record: int, local_T: Tensor) -> Tensor:
+        """Only the pages that these rows lie in; neighbours in one read."""
+        ranges = _merged([r for i in local_T.tolist() for r in _pages(self._matrix, i)])
+        raw, out = buffer(sum(stop - start for start, stop in ranges))
+        tickets, at, places = [], 0, {}
+        for start, stop in ranges:
+            piece = out[at : at + stop - start]
+            tickets.append(self._reader.submit(self._table, record, piece, start))
+            places[start, stop] = at
+            at += stop - start
+        for ticket in tickets:
+            ticket.wait()
+        self._table.traffic.bytes_demanded += at
+        fields = _gather(self._matrix, raw, places, local_T.tolist())
+        return self.encoding.rows(fields, torch.arange(len(local_T)))
+
+
+def by_row(matrix: Matrix) -> bool:
+    """Is every field of a row one run of bytes?"""
+    return all(s.row_axis == 0 and s.shape[0] == matrix.num_rows for s in matrix.specs.values())
+
+
+def _spans(matrix: Matrix, row: int) -> list[tuple[int, int]]:
+    """(first byte, bytes) of each of a row's fields in its record."""
+    sizes = [field_bytes(s) // matrix.num_rows for s in matrix.specs.values()]
+    return [(o + row * n, n) for o, n in zip(matrix.offsets().values(), sizes, strict=True)]
+
+
+def _pages(matrix: Matrix, row: int) -> list[tuple[int, int]]:
+    return [
+        (start // PAGE * PAGE, aligned(start + size, PAGE)) for start, size in _spans(matrix, row)
+    ]
+
+
+def _merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    out: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if out and start <= out[-1][1]:
+            out[-1] = out[-1][0], max(stop, out[-1][1])
+        else:
+            out.append((start, stop))
+    return out
+
+
+def _gather(
+    matrix: Matrix, raw: Tensor, places: dict[tuple[int, int], int], rows: Sequence[int]
+) -> dict[str, Tensor]:
+    """The rows' fields out of the pages that were read."""
+    found: dict[str, list[Tensor]] = {name: [] for name in matrix.specs}
+    for row in rows:
+        for name, (start, size) in zip(matrix.specs, _spans(matrix, row), strict=True):
+            (first, at) = next((a, p) for (a, b), p in places.items() if a <= start < b)
+            found[name].append(raw[at + start - first : at + start - first + size])
+    return {
+        name: torch.stack(found[name]).view(spec.dtype).view(len(rows), *spec.shape[1:])
+        for name, spec in matrix.specs.items()
+    }
+
+
+def join(
+    table: Table, reader: Reader, kernels: Kernels | None, count: int, tick: Tick
+) -> Weight | None:
+    """The first `count` records as one matrix, joined as they are read."""
+    if count == 0:
+        return None
+    header = table.header
+    (matrix,) = next(iter(header.tensors.values()))
+    whole = Matrix(matrix.encoding, matrix.num_rows * count, matrix.width, 0)
+    fields = {k: torch.empty(s.shape, dtype=s.dtype) for k, s in whole.specs.items()}
+    raws = [buffer(header.stride) for _ in range(min(IN_FLIGHT, count))]
+    tickets = [reader.submit(table, i, out) for i, (_, out) in enumerate(raws)]
+    for i in range(count):
+        slot = i % len(raws)
+        tickets[slot].wait()
+        _copy(fields, view(raws[slot][0], matrix, kernels), matrix, i)
+        tick(header.stride)
+        if i + len(raws) < count:
+            tickets[slot] = reader.submit(table, i + len(raws), raws[slot][1])
+    num_rows = min(matrix.num_rows * count, header.num_rows)
+    return Weight(encoding(matrix.encoding, kernels), fields, num_rows)
+
+
+def _copy(fields: dict[str, Tensor], block: Weight, matrix: Matrix, index: int) -> None:
+    for name, spec in matrix.specs.items():
+        step = spec.shape[spec.row_axis]
+        fields[name].narrow(spec.row_axis, index * step, step).copy_(block.fields[name])
