@@ -13,21 +13,27 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import shlex
+import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from outsize.api import Model
 
 PROMPT, CONTEXT, STEPS = 512, 640, 6
+SAMPLE, EVERY = 128 << 20, 8  # bytes read to learn the disk's rate, and after how many tokens again
+TEXT = "The quick brown fox jumps over the lazy dog while the sea keeps its own slow time. " * 28
 
 
 def worker(model: str, memory: str, context: int, new: int) -> dict[str, object]:
     import outsize
-    from outsize import planning
     from outsize.forward.full import full
     from outsize.forward.span import Span
-    from outsize.pack.outline import of_pack
     from outsize.plan.probe import disk_rate
     from outsize.reply import Counts
     from outsize.weights.budget import peak
@@ -37,25 +43,24 @@ def worker(model: str, memory: str, context: int, new: int) -> dict[str, object]
     with outsize.load(model, memory=memory, context=context, quiet=True) as m:
         load_s = time.perf_counter() - started
         file = m.pack.path / max(m.pack.tables, key=lambda t: t.size).file
-        rates = [disk_rate(file, PIECE, THREADS)]
-        cost = planning.cost_if_known(of_pack(m.pack), m.placement, PROMPT)
         vocab = m.pack.description.vocab_size
-        ids = [(i * i * 7919 + 13 * i + 5) % (vocab - 300) for i in range(PROMPT)]
-        transformer, digest, steps = m.transformer, hashlib.sha256(), []
-        kv, tokens = transformer.new_kv(context), list(ids)
+        tokens = [(i * i * 7919 + 13 * i + 5) % (vocab - 300) for i in range(PROMPT)]
+        kv, digest, steps = m.transformer.new_kv(context), hashlib.sha256(), []
+        rates = [disk_rate(file, PIECE, THREADS, SAMPLE)]
         begun = time.perf_counter()
-        (out,) = full(transformer, [Span(0, ids)], [kv])
+        (out,) = full(m.transformer, [Span(0, tokens)], [kv])
         first_s = time.perf_counter() - begun
+        rates.append(disk_rate(file, PIECE, THREADS, SAMPLE))
         before = Counts.of(m.traffic)
         for i in range(new):
             digest.update(out.logits_KV.numpy().tobytes())
             tokens.append(int(out.logits_KV[-1].argmax()))
             begun = time.perf_counter()
-            (out,) = full(transformer, [Span(PROMPT + i, tokens[-1:])], [kv])
+            (out,) = full(m.transformer, [Span(PROMPT + i, tokens[-1:])], [kv])
             steps.append(time.perf_counter() - begun)
+            if m.placement.streamed and i % EVERY == EVERY - 1:
+                rates.append(disk_rate(file, PIECE, THREADS, SAMPLE))
         after = Counts.of(m.traffic)
-        rates.append(disk_rate(file, PIECE, THREADS))
-        decode_s = sum(steps)
         return {
             "model": m.name,
             "memory": m.placement.budget,
@@ -66,17 +71,28 @@ def worker(model: str, memory: str, context: int, new: int) -> dict[str, object]
             "bytes_per_token": (after.bytes_read - before.bytes_read) // new,
             "load_s": round(load_s, 3),
             "first_token_s": round(first_s, 4),
-            "tokens_per_s": round(new / decode_s, 4),
-            "step_s_median": round(sorted(steps)[len(steps) // 2], 5),
+            "tokens_per_s": round(new / sum(steps), 4),
             "waited_s": round(after.waited_s - before.waited_s, 4),
             "disk_bytes_per_s": [round(r) for r in rates],
-            "plan_tokens_per_s": cost and round(cost.tokens_per_s, 4),
-            "plan_first_token_s": cost and round(cost.first_token_s, 4),
-            "plan_read_s": cost and round(cost.read_s, 5),
-            "plan_compute_s": cost and round(cost.compute_s, 5),
+            **predicted(m, statistics.mean(rates)),
             "logits_sha256": digest.hexdigest(),
             "tokens": tokens[PROMPT:],
         }
+
+
+def predicted(m: Model, rate: float) -> dict[str, float]:
+    """What `outsize plan` says for this run, with the disk as fast as it was in this sitting."""
+    from outsize import planning
+    from outsize.pack.outline import of_pack
+
+    cost = planning.cost_if_known(of_pack(m.pack), m.placement, PROMPT, rate)
+    assert cost is not None
+    return {
+        "plan_tokens_per_s": round(cost.tokens_per_s, 4),
+        "plan_first_token_s": round(cost.first_token_s, 4),
+        "plan_read_s": round(cost.read_s, 5),
+        "plan_compute_s": round(cost.compute_s, 5),
+    }
 
 
 def run(wrap: str, size: int, *arguments: str) -> dict[str, object]:
@@ -89,13 +105,36 @@ def run(wrap: str, size: int, *arguments: str) -> dict[str, object]:
     return {"cap": size, "status": done.returncode} | result
 
 
-def caps(model: str, context: int) -> list[int]:
-    """From what holds everything down to the least that works."""
+def cli(wrap: str, size: int, model: str, context: int, new: int) -> dict[str, object]:
+    """The same through `outsize run`, as a user would."""
+    prefix = shlex.split(wrap.format(bytes=size)) if wrap else []
+    command = [*prefix, sys.executable, "-m", "outsize.cli", "run", model, TEXT, "--raw", "--json"]
+    command += [
+        "-n",
+        str(new),
+        "-c",
+        str(context),
+        "--memory",
+        str(size),
+        "--repeat-penalty",
+        "1.3",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    last = (done.stdout.strip().splitlines() or [""])[-1]
+    result = json.loads(last) if last.startswith("{") else {"error": done.stderr[-400:]}
+    kills = re.findall(r"oom_kills=(\d+)", done.stderr)
+    return {"cap": size, "status": done.returncode, "kills": kills} | result
+
+
+def caps(model: str, context: int, half: bool) -> list[int]:
+    """From what holds everything down to the least that works; or what holds half."""
     command = [sys.executable, "-m", "outsize.cli", "plan", model, "--json", "-q"]
     done = subprocess.run(
         [*command, "-c", str(context)], capture_output=True, text=True, check=True
     )
     plan = json.loads(done.stdout)
+    if half:
+        return [int(plan["planned_bytes"] - 0.5 * plan["weights_bytes"] + 12e6)]
     low, high = int(plan["least_bytes"] * 1.01), int(plan["planned_bytes"] * 1.02)
     return [high - (high - low) * i // (STEPS - 1) for i in range(STEPS)]
 
@@ -108,6 +147,8 @@ def main() -> None:
     p.add_argument("--caps", help="bytes, comma-separated; default: six from all to the least")
     p.add_argument("--context", type=int, default=CONTEXT)
     p.add_argument("--new", type=int, default=64)
+    p.add_argument("--half", action="store_true", help="one cap: half the weights held")
+    p.add_argument("--cli", action="store_true", help="through `outsize run`")
     p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     p.add_argument("--memory", default="auto")
     p.add_argument("-o", "--output", type=Path)
@@ -116,14 +157,18 @@ def main() -> None:
         print(json.dumps(worker(a.models[0], a.memory, a.context, a.new)))
         return
     for model in a.models:
-        sizes = [int(c) for c in a.caps.split(",")] if a.caps else caps(model, a.context)
+        sizes = [int(c) for c in a.caps.split(",")] if a.caps else caps(model, a.context, a.half)
         common = [model, "--context", str(a.context), "--new", str(a.new)]
-        rows = [run("", 0, *common)]
-        for _ in range(a.repeats):
-            rows += [run(a.wrap, size, *common, "--memory", str(size)) for size in sizes]
-        for row in rows:
-            row["same_bits"] = row.get("logits_sha256") == rows[0].get("logits_sha256")
-            line = json.dumps({k: v for k, v in row.items() if k != "tokens"})
+        key = "text" if a.cli else "logits_sha256"
+        rows = [cli("", 1 << 40, model, a.context, a.new) if a.cli else run("", 0, *common)]
+        for size in [None, *sizes * a.repeats]:
+            if size is not None and a.cli:
+                rows.append(cli(a.wrap, size, model, a.context, a.new))
+            elif size is not None:
+                rows.append(run(a.wrap, size, *common, "--memory", str(size)))
+            row = rows[-1]
+            row["same"] = row.get(key) == rows[0].get(key)
+            line = json.dumps({k: v for k, v in row.items() if k not in ("tokens", "options")})
             print(line, flush=True)
             if a.output is not None:
                 with open(a.output, "a") as f:

@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 import outsize
+from outsize import library, loading
 from outsize.api import Model
+from outsize.pack.outline import of_pack
+from outsize.plan import place
+from outsize.weights import budget
 from tests.golden import tiny
 
 
@@ -51,4 +55,26 @@ def open_tiny(folder_of: Callable[[str], Path], home: Path) -> Iterator[Callable
 
     yield make
     for model in opened.values():
+        model.close()
+
+
+@pytest.fixture
+def open_paged(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Model]]:
+    """Open a family's tiny model with nothing held that can be streamed."""
+    monkeypatch.setattr(loading, "runtime_bytes", lambda: 0)
+    monkeypatch.setattr(budget, "resident", lambda: 0)
+    monkeypatch.setattr(place, "TOKENIZER_PEAK", 0)
+    monkeypatch.setattr(place, "TOKENIZER_FACTOR", 0)
+    opened: list[Model] = []
+
+    def make(family: str) -> Model:
+        outline = of_pack(library.pack(str(folder_of(family)), quiet=True))
+        least = place.least_bytes(outline, 0, 0, 256)
+        opened.append(outsize.load(str(folder_of(family)), memory=least, context=256, quiet=True))
+        return opened[-1]
+
+    yield make
+    for model in opened:
         model.close()

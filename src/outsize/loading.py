@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from tokenizers import Tokenizer
 
 from outsize import library
 from outsize.api import Model
 from outsize.bars import bars
+from outsize.checkpoint.tokenizer import lean
 from outsize.decode.text import Tokens
 from outsize.errors import ContextError, OptionError
 from outsize.library import warn
@@ -134,4 +134,4 @@ def _tokens(made: Pack) -> Tokens:
     raw = (made.path / TOKENIZER).read_bytes()
     if zlib.crc32(raw) != made.tokenizer_crc:
         raise damaged(made.path, "its tokenizer does not match its checksum")
-    return Tokens(Tokenizer.from_str(raw.decode()), made.bos, made.add_bos)
+    return Tokens(lean(raw.decode()), made.bos, made.add_bos)

@@ -76,9 +76,11 @@ def _compute(outline: Outline, here: Machine, native: bool) -> tuple[Machine, Co
     return here, here.models[key]
 
 
-def cost_if_known(outline: Outline, placement: Placement, prompt: int = 512) -> Cost | None:
+def cost_if_known(
+    outline: Outline, placement: Placement, prompt: int = 512, disk_rate: float | None = None
+) -> Cost | None:
     """A prediction for a run's first lines. It is measured for, if need be, only where weights will be
-    read from disk."""
+    read from disk. `disk_rate` replaces the rate that is kept."""
     here = machine.kept(store.home())
     if here is None and not placement.streamed:
         return None
@@ -86,6 +88,8 @@ def cost_if_known(outline: Outline, placement: Placement, prompt: int = 512) -> 
     if cost.key(outline) not in here.models and not placement.streamed:
         return None
     here, compute = _compute(outline, here, True)
+    if disk_rate is not None:
+        here = here.at_rate(disk_rate)
     return cost.predict(outline, here, placement, compute, min(prompt, placement.context))
 
 

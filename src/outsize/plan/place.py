@@ -27,10 +27,8 @@ SHORTEST = 1024  # tokens of context that are always planned for, if the user as
 KV_SHARE = 0.1  # of the room for weights, where a context must be shortened
 FRAGMENTS = 1.6  # what an allocator holds for a byte in use, among sizes as mixed as these
 GOLDEN = 0.6180339887498949
-TOKENIZER_FACTOR, TOKENIZER_PEAK = (
-    10,
-    32,
-)  # bytes in memory for a byte of tokenizer.json; while read
+TOKENIZER_FACTOR = 8  # bytes in memory for a byte of tokenizer.json
+TOKENIZER_PEAK = 23  # and while it is read
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,385 @@
+"""`--memory`: sizes, the plan, the same answer at every budget, and what happened is what was planned."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import outsize
+from outsize import library, loading, planning
+from outsize.api import Model
+from outsize.bench import synthetic
+from outsize.errors import BudgetError, ContextError, OptionError
+from outsize.family.find import families
+from outsize.forward.full import full
+from outsize.forward.span import Span
+from outsize.pack.outline import Outline, of_checkpoint, of_pack
+from outsize.plan import machine, place, report
+from outsize.plan.page import page
+from outsize.weights import budget
+from tests.golden import tiny
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if interpreter and libraries took no memory: a tiny model's budget is then all weights."""
+    monkeypatch.setattr(loading, "runtime_bytes", lambda: 0)
+    monkeypatch.setattr(planning, "runtime_bytes", lambda: 0)
+    monkeypatch.setattr(budget, "resident", lambda: 0)
+    monkeypatch.setattr(place, "TOKENIZER_PEAK", 0)
+    monkeypatch.setattr(place, "TOKENIZER_FACTOR", 0)
+    monkeypatch.setattr(place, "IN_FLIGHT", 1)
+    monkeypatch.setattr(place, "IN_FLIGHT_LEAST", 1)
+
+
+def outline_of(folder: Path) -> Outline:
+    return of_pack(library.pack(str(folder), quiet=True))
+
+
+def steps_down(outline: Outline, context: int, count: int) -> list[int]:
+    """Budgets from everything to the least."""
+    low = place.least_bytes(outline, 0, 0, context)
+    high = sum(place.fixed_costs(outline, 0, 0, context).values()) + outline.size * 2 + 20_000_000
+    return [high - (high - low) * i // (count - 1) for i in range(count)]
+
+
+def logits(model: Model) -> torch.Tensor:
+    """Of a prompt in two spans, steps, and a batch of a long and a short span."""
+    t, kv, rows = model.transformer, model.transformer.new_kv(), []
+    at = 0
+    for length in (20, 5, 1, 1):
+        span = Span(at, tiny.TOKENS[at : at + length], length)
+        rows.append(full(t, [span], [kv])[0].logits_KV)
+        at += length
+    both = [Span(0, tiny.TOKENS[:30], 2), Span(0, tiny.TOKENS[3:9], 3)]
+    rows += [out.logits_KV for out in full(t, both, [t.new_kv(), t.new_kv()])]
+    return torch.cat(rows)
+
+
+@pytest.mark.usefixtures("bare")
+@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("encoding", ["bf16", "int4", "auto"])
+def test_the_same_bits_in_any_memory(
+    family: str, encoding: str, folder_of: Callable[[str], Path]
+) -> None:
+    source = str(folder_of(family))
+    with outsize.load(source, encoding=encoding, quiet=True) as model:
+        wanted = logits(model)
+    outline = of_pack(library.pack(source, encoding=encoding, quiet=True))
+    shares = set()
+    for size in steps_down(outline, 64, 60)[-3:]:
+        how = {"memory": size, "context": 64, "encoding": encoding, "quiet": True}
+        with outsize.load(source, **how) as model:  # type: ignore[arg-type]
+            assert torch.equal(logits(model), wanted)
+            shares.add(model.placement.streamed)
+    assert max(shares) > 0.5 * outline.size
+
+
+@pytest.mark.usefixtures("bare")
+def test_what_happened_is_what_was_planned(folder_of: Callable[[str], Path]) -> None:
+    source = folder_of("qwen3")
+    outline = outline_of(source)
+    for size in steps_down(outline, 64, 60)[-2:]:
+        with outsize.load(str(source), memory=size, context=64, quiet=True) as model:
+            plan, t = model.placement, model.transformer
+            for header in outline.tables[1:]:  # all but the embedding
+                cache = next((c for c in t.loaded.caches if c.table.header == header), None)
+                slots = 0 if cache is None else sum(v is not None for v in cache._views)
+                assert slots <= len(plan.shares[header.name].pinned) + plan.shares[header.name].ring
+            kv = t.new_kv()
+            full(t, [Span(0, tiny.TOKENS[:20])], [kv])
+            before = model.traffic.misses
+            full(t, [Span(20, [1])], [kv])
+            planned = sum(
+                len(outline.table(n).keys) - len(s.pinned)
+                for n, s in plan.shares.items()
+                if n != "embed"
+            )
+            assert model.traffic.misses - before == planned
+
+
+@pytest.mark.usefixtures("bare")
+def test_a_prompt_reads_each_record_once(folder_of: Callable[[str], Path]) -> None:
+    """However long, and however many prompts there are."""
+    source = folder_of("qwen3")
+    outline = outline_of(source)
+    size = place.least_bytes(outline, 0, 0, 64)
+    with outsize.load(str(source), memory=size, context=64, quiet=True) as model:
+        t, misses = model.transformer, []
+        for spans in ([20], [60], [60, 60, 3]):
+            before = model.traffic.misses
+            full(t, [Span(0, tiny.TOKENS[:1] * n) for n in spans], [t.new_kv() for _ in spans])
+            misses.append(model.traffic.misses - before)
+    assert misses == [misses[0]] * 3
+
+
+@pytest.mark.usefixtures("bare")
+def test_too_little(folder_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    source = str(folder_of("llama"))
+    least = place.least_bytes(outline_of(folder_of("llama")), 0, 0, 64)
+    with pytest.raises(BudgetError, match=r"needs at least \d+ MB for 64 tokens .*scratch.* got"):
+        outsize.load(source, memory=least - 1, context=64)
+    with outsize.load(source, memory=least // 2, context=64, force=True) as model:
+        assert model.generate("hi", raw=True, max_tokens=3)[0].new_tokens >= 1
+    assert "warning: forced: " in capsys.readouterr().err
+    with pytest.raises(ContextError, match="holds from 2 to 512"):
+        outsize.load(source, context=513)
+
+
+@pytest.mark.usefixtures("bare")
+def test_pressure_from_outside_shrinks(
+    folder_of: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(budget, "WATCH_S", 0.0)
+    with outsize.load(str(folder_of("qwen3")), quiet=True, context=64) as model:
+        wanted = model.generate("a b c", raw=True, max_tokens=12)[0].text
+        held = sum(part.is_held for part in model.transformer.parts)
+        monkeypatch.setattr(budget, "shortage", lambda: 50_000)
+        assert model.generate("a b c", raw=True, max_tokens=12)[0].text == wanted
+        left = sum(part.is_held for part in model.transformer.parts)
+        assert left < held
+        assert model.traffic.misses > 0
+    assert "of weights are read from disk from now on" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("bare")
+def test_a_batch_goes_in_waves_where_memory_is_short(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = folder_of("llama")
+    size = place.least_bytes(outline_of(source), 0, 0, 64)
+    prompts = [f"prompt {i}" for i in range(6)]
+    with outsize.load(str(source), quiet=True) as model:
+        wanted = [r.text for r in model.generate(prompts, raw=True, max_tokens=20)]
+    with outsize.load(str(source), memory=size, context=64, quiet=True) as model:
+        assert model.placement.kv_tokens < 6 * 28
+        most, original = 0, Model._together
+
+        def counting(self: Model, wave: list[list[int]], *rest: object) -> object:
+            nonlocal most
+            most = max(most, sum(len(ids) + 20 for ids in wave))
+            return original(self, wave, *rest)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Model, "_together", counting)
+        assert [r.text for r in model.generate(prompts, raw=True, max_tokens=20)] == wanted
+        assert most <= model.placement.kv_tokens
+
+
+def test_a_model_leaves_nothing_behind(folder_of: Callable[[str], Path]) -> None:
+    source = str(folder_of("llama"))
+    outsize.load(source, quiet=True).close()
+    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        outsize.load(source, quiet=True).close()
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+def test_a_failed_load_leaves_nothing_behind(tmp_path: Path) -> None:
+    made = library.pack(str(tiny.write_folder(tmp_path / "m", "qwen2")), quiet=True)
+    path = made.path / "ffn-0.records"
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    with pytest.raises(outsize.errors.PackError, match=r"record 0 at byte 0 of ffn-0\.records"):
+        outsize.load(str(made.path), quiet=True)
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+def test_sizes() -> None:
+    assert budget.parse("900MB") == 900_000_000
+    assert budget.parse("1.5GiB") == int(1.5 * (1 << 30))
+    assert budget.parse(12345) == 12345
+    assert budget.parse("50%") == int(budget.total() * 0.5)
+    now = budget.free()
+    assert 0.85 * now < budget.parse("auto") < now
+    for bad in ("lots", "0", "0%", "101%", "-1GB", "x%", 0, -5):
+        with pytest.raises(OptionError):
+            budget.parse(bad)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_control_group_counts(
+    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Path("/proc/self/cgroup").read_text() if Path("/proc/self/cgroup").exists() else ""
+    if not own:
+        pytest.skip("this machine has no control groups")
+    monkeypatch.setattr(budget, "_GROUPS", tmp_path)
+    root, limit, usage, keys = (
+        (tmp_path / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        if version == 1
+        else (tmp_path, "memory.max", "memory.current", "")
+    )
+    kind = "memory" if version == 1 else ""
+    found = [line.split(":", 2)[2] for line in own.splitlines() if line.split(":")[1] == kind]
+    if not found:
+        pytest.skip(f"no version {version} control group here")
+    here = root / found[0].lstrip("/")
+    here.mkdir(parents=True, exist_ok=True)
+    (here / limit).write_text("500000000\n")
+    (here / usage).write_text("400000000\n")
+    (here / "memory.stat").write_text(f"{keys}inactive_file 50000000\n{keys}active_file 1\n")
+    assert budget.total() == 500_000_000
+    assert budget.free() == pytest.approx(150_000_001 + budget.resident(), abs=2e7)
+    (here / usage).write_text("549000000\n")
+    assert budget.shortage() == pytest.approx(4_000_000, abs=2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    family=st.sampled_from(families()),
+    size=st.sampled_from(["tiny", "0.5b", "7b"]),
+    share=st.floats(0.0, 1.2),
+    context=st.sampled_from([None, 64, 500]),
+)
+def test_placements_keep_their_budget(
+    family: str, size: str, share: float, context: int | None
+) -> None:
+    """For any budget that is enough, what is planned is at most it; more memory never streams more."""
+    outline = synthetic_outline(family, size)
+    chosen = context or min(1024, outline.description.context)
+    least = place.least_bytes(outline, 250_000_000, 10_000_000, chosen)
+    at = int(least + share * outline.size)
+    made = place.place(outline, at, 250_000_000, 10_000_000, context)
+    assert made.planned <= at
+    assert made.least <= at
+    more = place.place(outline, at + outline.size // 10, 250_000_000, 10_000_000, made.context)
+    assert more.streamed <= made.streamed
+    for t in outline.tables:
+        share_of = made.shares[t.name]
+        assert len(set(share_of.pinned)) == len(share_of.pinned) <= len(t.keys)
+        needs = t.name != "embed" or outline.description.tied
+        assert share_of.ring or len(share_of.pinned) == len(t.keys) or not needs
+
+
+def synthetic_outline(family: str, size: str) -> Outline:
+    """From shapes alone: no such file is ever written."""
+    from outsize.checkpoint.foreign import Checkpoint, Tensor, TokenizerSpec
+    from outsize.checkpoint.ggml import BY_NAME
+
+    made = synthetic.recipe(family, synthetic.SIZES[size])
+    tensors = {}
+    for name, shape, kind in synthetic.tensors(made):
+        block = BY_NAME[kind]
+        nbytes = torch.Size(shape).numel() // block.length * block.size
+        tensors[name] = Tensor(name, block, shape, Path("none"), 0, nbytes)
+    keys = {
+        f"{family}.{synthetic.GGUF_KEYS[k]}": v
+        for k, v in synthetic.values(synthetic.SIZES[size]).items()
+    }
+    spec = TokenizerSpec(json="x" * 1000)
+    checkpoint = Checkpoint("gguf", family, keys, tensors, spec, ())
+    return of_checkpoint(checkpoint, f"{family}-{size}", "auto", True)
+
+
+def test_the_plan_before_packing_is_the_plan_after(tmp_path: Path) -> None:
+    source = str(tiny.write_folder(tmp_path / "m", "gemma3"))
+    before = library.outline(source)
+    assert not before.is_packed
+    after = of_pack(library.pack(source, quiet=True))
+    assert [(t.name, t.stride, t.keys) for t in before.tables] == [
+        (t.name, t.stride, t.keys) for t in after.tables
+    ]
+    assert before.description == after.description
+
+
+def test_plan_command(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    source, html = str(folder_of("llama")), tmp_path / "plan.html"
+    done = plan(source, "--memory", "2GB", "--json", "--html", str(html))
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    for name in ("least_bytes", "tokens_per_s", "first_token_s", "placement", "fixed", "curve"):
+        assert made[name], name
+    assert made["planned_bytes"] <= 2_000_000_000
+    text = html.read_text()
+    assert text.startswith("<!doctype html>")
+    assert "<script" not in text
+    assert "http" not in re.sub(r"http://www.w3.org\S*", "", text)
+    shown = plan(source, "--memory", "2GB").stdout
+    assert "least that works" in shown
+    assert "ago; `outsize doctor` measures it again" in shown
+    refused = plan(source, "--memory", "20MB")
+    assert refused.returncode == 2
+    assert "needs at least" in refused.stderr
+
+
+def plan(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "outsize.cli", "plan", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | env, timeout=200
+    )
+
+
+def test_a_plan_of_a_model_on_the_hub(tmp_path: Path) -> None:
+    """Headers alone travel: of the weights, nothing."""
+    folder = tiny.write_folder(tmp_path / "org" / "m", "qwen2")
+    weights = folder / "model.safetensors"
+    served: list[tuple[str, int]] = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            """Quiet."""
+
+        def do_GET(self) -> None:
+            name = self.path.split("?")[0].rsplit("/", 1)[-1]
+            if self.path.startswith("/api/models/org/m"):
+                files = [{"rfilename": p.name, "size": p.stat().st_size} for p in folder.iterdir()]
+                body = json.dumps({"id": "org/m", "siblings": files}).encode()
+                self.send_response(200)
+            else:
+                whole = (folder / name).read_bytes()
+                first, last = re.findall(r"\d+", self.headers["Range"])
+                body = whole[int(first) : int(last) + 1]
+                served.append((name, len(body)))
+                self.send_response(206)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(body)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        done = plan(
+            "hf:org/m", "--memory", "4GB", "--json",
+            HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HUB_OFFLINE="0",
+        )  # fmt: skip
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["placement"]
+    assert sum(size for name, size in served if name == weights.name) < 0.2 * weights.stat().st_size
+
+
+def test_the_machine_is_measured_once(tmp_path: Path) -> None:
+    here = machine.Machine(1.0, "p", 1, 1e10, 1e11, 1e10, [(1 << 20, 4, 1e9)], {})
+    machine.keep(here, tmp_path)
+    assert machine.kept(tmp_path) is None, "another machine's"
+    (tmp_path / machine.FILE).write_text("{broken")
+    assert machine.kept(tmp_path) is None
+
+
+def test_reports(folder_of: Callable[[str], Path]) -> None:
+    made = planning.make(str(folder_of("llama")), loading.Wishes(memory="2GB", quiet=True), 100)
+    lines = report.short(made.outline, made.placement, made.cost)
+    assert "all weights in memory" in lines[-1]
+    assert made.cost.first_token_s > 0
+    assert page(made.to_json()).count("<circle") == planning.POINTS + 1
