@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from outsize.api import Model
 
 PROMPT, CONTEXT, STEPS = 512, 640, 6
-SAMPLE, EVERY = 128 << 20, 8  # bytes read to learn the disk's rate, and after how many tokens again
+PART, IN_FLIGHT = 2 << 20, 4
+SAMPLE, EVERY = 256 << 20, 8  # bytes read to learn the disk's rate, and after how many tokens again
 TEXT = "The quick brown fox jumps over the lazy dog while the sea keeps its own slow time. " * 28
 
 
@@ -34,23 +35,21 @@ def worker(model: str, memory: str, context: int, new: int) -> dict[str, object]
     import outsize
     from outsize.forward.full import full
     from outsize.forward.span import Span
-    from outsize.plan.probe import disk_rate
     from outsize.reply import Counts
     from outsize.weights.budget import peak
-    from outsize.weights.reader import PIECE, THREADS
 
     started = time.perf_counter()
     with outsize.load(model, memory=memory, context=context, quiet=True) as m:
         load_s = time.perf_counter() - started
-        file = m.pack.path / max(m.pack.tables, key=lambda t: t.size).file
+        disk = Disk(m)
         vocab = m.pack.description.vocab_size
         tokens = [(i * i * 7919 + 13 * i + 5) % (vocab - 300) for i in range(PROMPT)]
         kv, digest, steps = m.transformer.new_kv(context), hashlib.sha256(), []
-        rates = [disk_rate(file, PIECE, THREADS, SAMPLE)]
+        rates = [disk.rate()]
         begun = time.perf_counter()
         (out,) = full(m.transformer, [Span(0, tokens)], [kv])
         first_s = time.perf_counter() - begun
-        rates.append(disk_rate(file, PIECE, THREADS, SAMPLE))
+        rates.append(disk.rate())
         before = Counts.of(m.traffic)
         for i in range(new):
             digest.update(out.logits_KV.numpy().tobytes())
@@ -59,7 +58,7 @@ def worker(model: str, memory: str, context: int, new: int) -> dict[str, object]
             (out,) = full(m.transformer, [Span(PROMPT + i, tokens[-1:])], [kv])
             steps.append(time.perf_counter() - begun)
             if m.placement.streamed and i % EVERY == EVERY - 1:
-                rates.append(disk_rate(file, PIECE, THREADS, SAMPLE))
+                rates.append(disk.rate())
         after = Counts.of(m.traffic)
         return {
             "model": m.name,
@@ -78,6 +77,38 @@ def worker(model: str, memory: str, context: int, new: int) -> dict[str, object]
             "logits_sha256": digest.hexdigest(),
             "tokens": tokens[PROMPT:],
         }
+
+
+class Disk:
+    """How fast the disk is now, for the engine's own reader, into buffers that are there already: under
+    a cap, new ones would first have to find memory."""
+
+    def __init__(self, m: Model) -> None:
+        from outsize.weights.arena import Arena
+        from outsize.weights.table import Table, Traffic
+
+        self._loaded = m.transformer.loaded
+        header = max(m.pack.tables, key=lambda t: t.size)
+        self._table = Table(m.pack.path, header, Traffic(), "never")
+        self._arena = Arena(IN_FLIGHT, PART)
+        for i in range(IN_FLIGHT):
+            self._arena[i][0].fill_(1)
+
+    def rate(self) -> float:
+        """Bytes a second, with nothing else of ours under way."""
+        for cache in self._loaded.caches:
+            cache.drain()
+        starts, tickets = range(0, self._table.header.size - PART, PART), []
+        begun = time.perf_counter()
+        for n in range(SAMPLE // PART):
+            if n >= IN_FLIGHT:
+                tickets[n - IN_FLIGHT].wait()
+            out = self._arena[n % IN_FLIGHT][1]
+            at = starts[n * 7 % len(starts)]
+            tickets.append(self._loaded.reader.submit(self._table, 0, out, at))
+        for ticket in tickets:
+            ticket.wait()
+        return len(tickets) * PART / (time.perf_counter() - begun)
 
 
 def predicted(m: Model, rate: float) -> dict[str, float]:
@@ -105,10 +136,10 @@ def run(wrap: str, size: int, *arguments: str) -> dict[str, object]:
     return {"cap": size, "status": done.returncode} | result
 
 
-def cli(wrap: str, size: int, model: str, context: int, new: int) -> dict[str, object]:
+def cli(wrap: str, size: int, model: str, context: int, new: int, text: str) -> dict[str, object]:
     """The same through `outsize run`, as a user would."""
     prefix = shlex.split(wrap.format(bytes=size)) if wrap else []
-    command = [*prefix, sys.executable, "-m", "outsize.cli", "run", model, TEXT, "--raw", "--json"]
+    command = [*prefix, sys.executable, "-m", "outsize.cli", "run", model, text, "--raw", "--json"]
     command += [
         "-n",
         str(new),
@@ -148,6 +179,9 @@ def main() -> None:
     p.add_argument("--context", type=int, default=CONTEXT)
     p.add_argument("--new", type=int, default=64)
     p.add_argument("--half", action="store_true", help="one cap: half the weights held")
+    p.add_argument(
+        "--characters", type=int, help="of the text for --cli; default: about 512 tokens"
+    )
     p.add_argument("--cli", action="store_true", help="through `outsize run`")
     p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     p.add_argument("--memory", default="auto")
@@ -156,14 +190,15 @@ def main() -> None:
     if a.worker:
         print(json.dumps(worker(a.models[0], a.memory, a.context, a.new)))
         return
+    text = TEXT[: a.characters]
     for model in a.models:
         sizes = [int(c) for c in a.caps.split(",")] if a.caps else caps(model, a.context, a.half)
         common = [model, "--context", str(a.context), "--new", str(a.new)]
         key = "text" if a.cli else "logits_sha256"
-        rows = [cli("", 1 << 40, model, a.context, a.new) if a.cli else run("", 0, *common)]
+        rows = [cli("", 1 << 40, model, a.context, a.new, text) if a.cli else run("", 0, *common)]
         for size in [None, *sizes * a.repeats]:
             if size is not None and a.cli:
-                rows.append(cli(a.wrap, size, model, a.context, a.new))
+                rows.append(cli(a.wrap, size, model, a.context, a.new, text))
             elif size is not None:
                 rows.append(run(a.wrap, size, *common, "--memory", str(size)))
             row = rows[-1]

@@ -67,6 +67,7 @@ def open_paged(
     monkeypatch.setattr(budget, "resident", lambda: 0)
     monkeypatch.setattr(place, "TOKENIZER_PEAK", 0)
     monkeypatch.setattr(place, "TOKENIZER_FACTOR", 0)
+    monkeypatch.setattr(place, "CODE_LATER", 0)
     opened: list[Model] = []
 
     def make(family: str) -> Model:

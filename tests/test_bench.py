@@ -9,10 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+import outsize
 from outsize.api import Model
-from outsize.bench import quality
+from outsize.bench import quality, synthetic
 from outsize.errors import OptionError, SourceError
+from outsize.forward.full import full
+from outsize.forward.span import Span
 
 TEXT = "The sea is wide and the night is long; déjà vu. " * 6
 
@@ -69,3 +73,39 @@ def test_the_harness_answers_as_the_model_does(open_tiny: Callable[..., Model]) 
     how = {"until": ["zzz"], "max_gen_toks": 5}
     (text,) = harness.generate_until([SimpleNamespace(args=("the sea", how))])
     assert text == model.generate("the sea", raw=True, max_tokens=5)[0].text
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_synthetic_models_run(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gguf")
+    path = tmp_path / f"{family}.gguf"
+    synthetic.show(path, family, "tiny", 1, "auto", True)
+    made = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert made["model_bytes"] == path.stat().st_size
+    with outsize.load(str(path), quiet=True) as model:
+        assert model.generate("abc", raw=True, max_tokens=3)[0].new_tokens >= 1
+    with pytest.raises(OptionError, match="is there already"):
+        synthetic.show(path, family, "tiny", 1, "auto", True)
+    with pytest.raises(OptionError, match="size 'huge' is not known"):
+        synthetic.show(tmp_path / "x.gguf", family, "huge", 1, "auto", True)
+
+
+def test_a_synthetic_folder_runs_here_and_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same random weights give transformers' logits."""
+    transformers = pytest.importorskip("transformers")
+    synthetic.show(tmp_path / "m", "llama", "tiny", 1, "fp32", True)
+    capsys.readouterr()
+    ids = list(range(40, 60))
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", dtype=torch.float32
+    )
+    with torch.inference_mode():
+        theirs = reference(torch.tensor([ids])).logits[0]
+    with outsize.load(str(tmp_path / "m"), encoding="fp32", quiet=True) as model:
+        t = model.transformer
+        (out,) = full(t, [Span(0, ids, len(ids))], [t.new_kv()])
+    assert torch.allclose(out.logits_KV, theirs, atol=1e-3)

@@ -17,10 +17,11 @@ from outsize.api import Model
 from outsize.errors import PackError, ReadError
 from outsize.options import Options
 from outsize.weights import table as tables
+from outsize.weights.arena import buffer
 from outsize.weights.policies.pin_and_ring import PinAndRing
 from outsize.weights.reader import Reader
 from outsize.weights.residency import Cached
-from outsize.weights.table import Table, buffer
+from outsize.weights.table import Table
 from tests.records import STRIDE, Faulty, open_table, write_table
 
 COUNT = 4

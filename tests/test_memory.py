@@ -40,6 +40,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "resident", lambda: 0)
     monkeypatch.setattr(place, "TOKENIZER_PEAK", 0)
     monkeypatch.setattr(place, "TOKENIZER_FACTOR", 0)
+    monkeypatch.setattr(place, "CODE_LATER", 0)
     monkeypatch.setattr(place, "IN_FLIGHT", 1)
     monkeypatch.setattr(place, "IN_FLIGHT_LEAST", 1)
 

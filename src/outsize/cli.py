@@ -258,16 +258,19 @@ def quality(
 
 @bench.command()
 def synthetic(
-    path: Annotated[Path, typer.Argument(metavar="FILE.gguf")],
+    path: Annotated[Path, typer.Argument(metavar="FILE.gguf|FOLDER")],
     family: Annotated[str, _option("--family", text="Any family we run.")] = "llama",
-    size: Annotated[str, _option("--size", text="tiny, 0.5b, 1.5b, 3b, 7b, 8b, 13b, 70b.")] = "7b",
+    size: Annotated[
+        str, _option("--size", text="tiny, 0.5b, 1.5b, 2b, 3b, 7b, 8b, 13b, 70b.")
+    ] = "7b",
     seed: Annotated[int, _option("--seed", text="Of the random weights.")] = 0,
+    encoding: Encoding = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Write a model with random weights as a GGUF, and pack it."""
+    """Write a model with random weights (4-bit GGUF, or a bf16 folder), and pack it."""
     from outsize.bench import synthetic as make
 
-    make.show(path, family, size, seed, quiet)
+    make.show(path, family, size, seed, encoding, quiet)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """`outsize bench synthetic`: a model of any family and size with random weights, to measure real reads.
 
-It is written as a GGUF (layers Q4_0, embedding and head Q8_0) with the gguf package and then packed like
-any other, so that every engine can be timed on the same weights.
+It is written as a GGUF (layers Q4_0, embedding and head Q8_0) with the gguf package, or as a folder of
+safetensors (bf16), and then packed like any other, so that every engine can be timed on the same weights.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ SIZES = {
     "tiny": Size(2, 256, 512, 4, 2, 512, 512),
     "0.5b": Size(24, 896, 4864, 14, 2, 151_936),
     "1.5b": Size(28, 1536, 8960, 12, 2, 151_936),
+    "2b": Size(24, 2560, 6912, 20, 20),
     "3b": Size(28, 3072, 8192, 24, 8, 128_256),
     "7b": Size(32, 4096, 11_008, 32, 32),
     "8b": Size(32, 4096, 14_336, 32, 8, 128_256),
@@ -50,7 +51,7 @@ SIZES = {
 }
 
 
-def values(size: Size) -> dict[str, int | float]:
+def values(size: Size) -> dict[str, object]:
     """The config, under Hugging Face's names."""
     return {
         "num_hidden_layers": size.layers,
@@ -65,15 +66,16 @@ def values(size: Size) -> dict[str, int | float]:
     }
 
 
-def recipe(family: str, size: Size) -> Recipe:
-    """As the family describes a GGUF of these numbers. Raises UnsupportedError."""
+def recipe(family: str, size: Size, format: str = "gguf") -> Recipe:
+    """As the family describes a checkpoint of these numbers. Raises UnsupportedError."""
     import outsize.family as package
 
     made = resolve.module(package, family, "architecture", families())
-    keys = {f"{family}.{GGUF_KEYS[k]}": v for k, v in values(size).items()}
-    found: Recipe = made.recipe(
-        Config("gguf", family, keys, frozenset({"output.weight"}), size.vocab)
-    )
+    keys = values(size)
+    if format == "gguf":
+        keys = {f"{family}.{GGUF_KEYS[k]}": v for k, v in values(size).items()}
+    names = frozenset({"output.weight", "lm_head.weight", "model.embed_tokens.weight"})
+    found: Recipe = made.recipe(Config(format, family, keys, names, size.vocab))
     return found
 
 
@@ -185,16 +187,66 @@ def _tokenizer(writer: Any, vocab: int) -> None:
     writer.add_eos_token_id(vocab - 1)
 
 
-def show(path: Path, family: str, size: str, seed: int, quiet: bool) -> None:
+def write_folder(folder: Path, family: str, size: Size, seed: int) -> int:
+    """The safetensors folder, a file a layer; its bytes."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    made, generator = recipe(family, size, "safetensors"), torch.Generator().manual_seed(seed)
+    shards: dict[str, dict[str, torch.Tensor]] = {}
+    mapping: dict[str, str] = {}
+    for name, shape, _ in tensors(made):
+        number = next((part for part in name.split(".") if part.isdigit()), "top")
+        mapping[name] = f"model-{number}.safetensors"
+        weights = torch.randn(shape, generator=generator)
+        weights = weights / math.sqrt(shape[-1]) if len(shape) == 2 else 1 + 0.05 * weights
+        shards.setdefault(mapping[name], {})[name] = weights.bfloat16()
+        done = [f for f in shards if f != mapping[name] and "top" not in f]
+        for file in done:
+            save_file(shards.pop(file), folder / file, {"format": "pt"})
+    for file, content in shards.items():
+        save_file(content, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": mapping}))
+    _folder_config(folder, family, size)
+    return sum(f.stat().st_size for f in folder.iterdir())
+
+
+def _folder_config(folder: Path, family: str, size: Size) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    config = values(size) | {"model_type": family, "vocab_size": size.vocab, "hidden_act": "silu"}
+    config |= {
+        "tie_word_embeddings": False,
+        "eos_token_id": size.vocab - 1,
+        "torch_dtype": "bfloat16",
+    }
+    config["architectures"] = [f"{family.capitalize()}ForCausalLM"]
+    (folder / "config.json").write_text(json.dumps(config))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    fillers = [f"<|{i}|>" for i in range(size.vocab - len(alphabet))]
+    vocab = {piece: i for i, piece in enumerate([*alphabet, *fillers])}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def show(path: Path, family: str, size: str, seed: int, encoding: str, quiet: bool) -> None:
     """Write, pack, and print one JSON object."""
     if size not in SIZES:
         raise OptionError(f"size {size!r} is not known; known are {', '.join(SIZES)}")
-    library.say(f"writing a {family} of size {size} with random weights into {path}")
-    written = write(path, family, SIZES[size], seed)
-    pack = library.pack(str(path), quiet=quiet)
+    if path.exists():
+        raise OptionError(f"{path} is there already; give a new name, FILE.gguf or a folder's")
+    if not quiet:
+        library.say(f"writing a {family} of size {size} with random weights into {path}")
+    make = write if path.suffix == ".gguf" else write_folder
+    written = make(path, family, SIZES[size], seed)
+    pack = library.pack(str(path), encoding=encoding, quiet=quiet)
     print(
         json.dumps({
-            "gguf": str(path), "gguf_bytes": written, "pack": pack.path.name,
-            "pack_bytes": pack.size, "family": family, "size": size, "seed": seed,
+            "model": str(path), "model_bytes": written, "pack": pack.path.name,
+            "pack_bytes": pack.size, "encodings": pack.encodings, "family": family, "size": size,
+            "seed": seed,
         })
     )  # fmt: skip

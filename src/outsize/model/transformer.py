@@ -115,6 +115,7 @@ class Part:
     def __init__(self, make: Callable[[Weights], Half], source: Source) -> None:
         self._make, self.source = make, source
         self._half = None if source.pinned is None else make(source.pinned)
+        self._built: dict[int, tuple[Weights, Half]] = {}
 
     @property
     def is_held(self) -> bool:
@@ -128,9 +129,16 @@ class Part:
                 half(h_TD, step)
             return
         with self.source as weights:
-            half = self._make(weights)
+            half = self._in_slot(weights)
             for h_TD, step in chunks:
                 half(h_TD, step)
+
+    def _in_slot(self, weights: Weights) -> Half:
+        """The half built over a slot's views. The same record in the same slot needs no new one."""
+        found = self._built.get(id(weights))
+        if found is None:
+            found = self._built[id(weights)] = weights, self._make(weights)
+        return found[1]
 
     def unpin(self) -> int:
         """Fetch the weights from now on; the bytes this frees."""

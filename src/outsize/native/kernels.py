@@ -70,6 +70,7 @@ class Kernels:
     """The functions of rows.c and groups.c. All tensors contiguous; bf16 unless said."""
 
     def __init__(self, lib: ctypes.CDLL) -> None:
+        self._kept = torch.empty(0, dtype=torch.bfloat16)
         self._norm, self._residual = lib.norm_rows, lib.residual_rows
         self._gate, self._attend = lib.gate_rows, lib.attend_rows
         self._norm.argtypes = [_P, _P, _F, _P, _L, _L]
@@ -98,16 +99,23 @@ class Kernels:
         )
         return out
 
+    def _room(self, rows: int, width: int) -> Tensor:
+        """(rows, width) bf16 of memory that is kept from call to call: taken anew each time, a few MB
+        between other sizes, it left holes in the heap worth twice the scratch."""
+        if len(self._kept) < rows * width:
+            self._kept = torch.empty(rows * width, dtype=torch.bfloat16)
+        return self._kept[: rows * width].view(rows, width)
+
     def group_decode(self, matrix: GroupMatrix) -> Tensor:
-        """(N, K) bf16."""
-        out = torch.empty(matrix.num_rows, matrix.width, dtype=torch.bfloat16)
+        """(N, K) bf16, valid until the next call."""
+        out = self._room(matrix.num_rows, matrix.width)
         self._decode(matrix.pointer, out.data_ptr())
         return out
 
     def tile_decode(self, packed: Tensor, scales: Tensor, first: int, count: int) -> Tensor:
-        """(K, count) bf16 of an int4 matrix: some rows, in multiples of 64."""
+        """(K, count) bf16 of an int4 matrix: some rows, in multiples of 64. Valid until the next call."""
         groups, rows, _ = scales.shape
-        out = torch.empty(groups * 32, count, dtype=torch.bfloat16)
+        out = self._room(groups * 32, count)
         self._tile(
             packed.data_ptr(), scales.data_ptr(), out.data_ptr(), rows, groups * 32, first, count
         )

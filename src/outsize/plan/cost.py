@@ -25,8 +25,9 @@ from outsize.pack.format import Matrix, TableHeader
 from outsize.pack.outline import Outline
 from outsize.plan.machine import Compute, Machine
 from outsize.plan.place import Placement
+from outsize.weights.arena import buffer
 from outsize.weights.load import activation_type
-from outsize.weights.table import Weight, buffer, views
+from outsize.weights.table import Weight, views
 
 STEPS, CHUNKS = 24, 2
 MISS_S = 150e-6  # handing a record from a reader to the computation

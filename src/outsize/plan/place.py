@@ -6,6 +6,7 @@ Shapes in names of sizes: T tokens of context, C tokens of a chunk, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -14,19 +15,18 @@ from outsize.errors import BudgetError
 from outsize.model.attention import CHUNK, score_bytes
 from outsize.pack.format import TableHeader
 from outsize.pack.outline import Outline
+from outsize.weights.arena import HUGE, huge_bytes
 from outsize.weights.load import Share
 from outsize.weights.rows import IN_FLIGHT as ROWS_IN_FLIGHT
 
 MB = 1_000_000
 RESERVE_SHARE, RESERVE = 0.005, 4 * MB  # page tables, kernel stacks, what allocators round up
-IN_FLIGHT, IN_FLIGHT_LEAST = (
-    4 << 20,
-    2 << 20,
-)  # bytes read ahead, of each table, to keep the disk busy
+IN_FLIGHT, IN_FLIGHT_LEAST = 8 << 20, 4 << 20  # bytes read ahead to keep the disk busy
 SHORTEST = 1024  # tokens of context that are always planned for, if the user asked for none
 KV_SHARE = 0.1  # of the room for weights, where a context must be shortened
-FRAGMENTS = 1.6  # what an allocator holds for a byte in use, among sizes as mixed as these
+FRAGMENTS = 2.0  # what an allocator holds for a byte in use, among sizes as mixed as these
 GOLDEN = 0.6180339887498949
+CODE_LATER = 8 * MB  # pages of libraries that are first touched while computing
 TOKENIZER_FACTOR = 8  # bytes in memory for a byte of tokenizer.json
 TOKENIZER_PEAK = 23  # and while it is read
 
@@ -107,7 +107,7 @@ def opening_peak(o: Outline, runtime: int) -> int:
 def fixed_costs(o: Outline, runtime: int, tokenizer: int, context: int) -> dict[str, int]:
     rows = [t for t in o.tables if t.kind == "rows"]
     return {
-        "runtime": runtime,
+        "runtime": runtime + CODE_LATER,
         "tokenizer": tokenizer,
         "keys and values": context * kv_bytes(o),
         "scratch": max(scratch_bytes(o, context), *(ROWS_IN_FLIGHT * t.stride for t in rows)),
@@ -115,19 +115,25 @@ def fixed_costs(o: Outline, runtime: int, tokenizer: int, context: int) -> dict[
 
 
 def _rings(o: Outline, generous: bool) -> dict[str, int]:
-    """Slots for streamed records, by table: enough to keep the disk busy, or the least that works."""
-    out = {}
-    for t in o.tables:
-        if t.name == "final-0" or (t.name == "embed" and not o.description.tied):
-            continue
-        ahead = IN_FLIGHT if generous else IN_FLIGHT_LEAST
-        blocks = 1 if t.kind == "rows" else 0  # computing one is short: another must be there
-        out[t.name] = min(-(-ahead // t.stride) + blocks, len(t.keys))
-    return out
+    """Slots for streamed records, by table: as many layers ahead in each as keep the disk busy, or fewer.
+    Unequal ones would not do: the shortest look ahead is where the computation waits."""
+    layers = [t for t in o.tables if t.kind == "layers" and t.name != "final-0"]
+    ahead = IN_FLIGHT if generous else IN_FLIGHT_LEAST
+    least = HUGE if generous else 0
+    depth = ahead * o.description.num_layers / sum(t.size for t in layers)
+    out = {
+        t.name: max(
+            math.ceil(depth * len(t.keys) / o.description.num_layers), -(-least // t.stride)
+        )
+        for t in layers
+    }
+    head = o.table("embed" if o.description.tied else "head")
+    out[head.name] = 1 + -(-ahead // 2 // head.stride)
+    return {name: min(count, len(o.table(name).keys)) for name, count in out.items()}
 
 
 def _ring_bytes(o: Outline, rings: Mapping[str, int]) -> int:
-    return sum(o.table(name).stride * count for name, count in rings.items())
+    return sum(huge_bytes(o.table(name).stride * count) for name, count in rings.items())
 
 
 def _reserve(budget: int) -> int:
@@ -247,8 +253,8 @@ def _stream(o: Outline, room: int) -> dict[str, Share]:
 
 
 def _tiers(o: Outline, t: TableHeader, share: Share) -> Iterator[tuple[str, str, int]]:
-    held = len(share.pinned) + share.ring
-    yield t.name, "memory", held * t.stride
+    held = len(share.pinned) * t.stride + huge_bytes(share.ring * t.stride)
+    yield t.name, "memory", held
     missing = len(t.keys) - len(share.pinned)
     if missing:
         by_id = t.name == "embed" and not o.description.tied

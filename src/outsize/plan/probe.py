@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import platform
 import statistics
@@ -15,6 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from outsize.weights.arena import Arena
 from outsize.weights.budget import resident
 from outsize.weights.medium import File
 
@@ -94,19 +94,22 @@ def disk_rate(path: Path, size: int, threads: int, most: int = DISK_BYTES) -> fl
     """Bytes a second of reads of `size` bytes from a file's beginning, `most` bytes in all."""
     medium = File(path)
     count = max(1, min(most, medium.stamp()[0]) // size)
+    arena = Arena(threads, size)
+    for i in range(threads):
+        arena[i][0].fill_(1)  # the engine's buffers have their memory, too
     try:
         with ThreadPoolExecutor(threads) as pool:
+            turns = [(medium, arena[i][1], range(i, count, threads), size) for i in range(threads)]
             started = time.perf_counter()
-            list(pool.map(lambda i: _read(medium, range(i, count, threads), size), range(threads)))
+            list(pool.map(lambda turn: _read(*turn), turns))
             return count * size / (time.perf_counter() - started)
     finally:
         medium.close()
 
 
-def _read(medium: File, indices: range, size: int) -> None:
-    with mmap.mmap(-1, size) as buffer, memoryview(buffer) as out:
-        for i in indices:
-            medium.read(out, i * size)
+def _read(medium: File, out: memoryview, indices: range, size: int) -> None:
+    for i in indices:
+        medium.read(out, i * size)
 
 
 def runtime_bytes() -> int:

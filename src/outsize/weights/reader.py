@@ -82,7 +82,7 @@ class Reader:
         ticket = Ticket(table, index, out, start)
         with self._lock:
             (self._urgent if urgent else self._ahead).append(ticket)
-            self._lock.notify_all()
+            self._lock.notify(len(ticket.pieces))
         return ticket
 
     def promote(self, ticket: Ticket) -> None:

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from outsize.native.kernels import Kernels
+from outsize.weights.arena import Arena
 from outsize.weights.policies.pin_and_ring import PinAndRing
 from outsize.weights.policy import Policy
 from outsize.weights.reader import Reader, Ticket
-from outsize.weights.table import Table, Traffic, Weights, buffer, views
+from outsize.weights.table import Table, Traffic, Weights, views
 
 Tick = Callable[[int], None]
 
@@ -85,8 +86,11 @@ class Cached:
             sorted(scan),
             capacity if depth is None else depth,
         )
+        self._first = capacity - self._depth  # of the slots that are written over and over
+        self._arena = Arena(self._first, table.header.stride)
+        self._ring = Arena(self._depth, table.header.stride)
+        self._ring.settle()
         self._views: list[Weights | None] = [None] * capacity
-        self._out: list[memoryview | None] = [None] * capacity
         self._tickets: dict[int, Ticket] = {}  # by slot, until settled
         self._where: dict[int, int] = {}  # id -> slot
         self._id_in: dict[int, int] = {}  # slot -> id
@@ -144,7 +148,8 @@ class Cached:
         if slot is None:
             self._depth = 1
             return 0
-        self._views[slot] = self._out[slot] = None
+        self._views[slot] = None
+        self._arena.drop(slot)
         return self.table.header.stride
 
     def drain(self) -> None:
@@ -187,10 +192,10 @@ class Cached:
                 self.traffic.bytes_wasted += self.table.header.stride
 
     def _submit(self, index: int, slot: int, urgent: bool) -> Ticket:
-        out = self._out[slot]
-        if out is None:
-            raw, out = buffer(self.table.header.stride)
-            self._out[slot], self._views[slot] = out, views(raw, self.table.header, self._kernels)
+        pinned = slot < self._first
+        raw, out = self._arena[slot] if pinned else self._ring[slot - self._first]
+        if self._views[slot] is None:
+            self._views[slot] = views(raw, self.table.header, self._kernels)
         return self._reader.submit(self.table, index, out, urgent=urgent)
 
     def _settle(self, slot: int) -> None:

@@ -16,9 +16,10 @@ from outsize.encoding.find import encoding
 from outsize.encoding.plain import Plain
 from outsize.native.kernels import Kernels
 from outsize.pack.format import PAGE, Matrix, aligned, field_bytes
+from outsize.weights.arena import Arena, buffer
 from outsize.weights.reader import Reader
 from outsize.weights.residency import Cached, Tick
-from outsize.weights.table import Table, Weight, buffer, view
+from outsize.weights.table import Table, Weight, view
 
 FEW = 8  # rows of one record: up to here they are read one by one
 IN_FLIGHT = 4
@@ -99,7 +100,8 @@ class RowTable:
     def _whole(self, records: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """Whole records, a few in flight; each is valid until the next."""
         stride = self._table.header.stride
-        raws = [buffer(stride) for _ in range(min(IN_FLIGHT, len(records)))]
+        arena = Arena(IN_FLIGHT, stride)
+        raws = [arena[i] for i in range(min(IN_FLIGHT, len(records)))]
         reads = [
             self._reader.submit(self._table, r, out)
             for r, (_, out) in zip(records, raws, strict=False)
@@ -183,7 +185,8 @@ def join(
     (matrix,) = next(iter(header.tensors.values()))
     whole = Matrix(matrix.encoding, matrix.num_rows * count, matrix.width, 0)
     fields = {k: torch.empty(s.shape, dtype=s.dtype) for k, s in whole.specs.items()}
-    raws = [buffer(header.stride) for _ in range(min(IN_FLIGHT, count))]
+    arena = Arena(IN_FLIGHT, header.stride)
+    raws = [arena[i] for i in range(min(IN_FLIGHT, count))]
     tickets = [reader.submit(table, i, out) for i, (_, out) in enumerate(raws)]
     for i in range(count):
         slot = i % len(raws)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import mmap
-import sys
 import threading
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from outsize.encoding.find import encoding
@@ -21,8 +18,6 @@ from outsize.weights.medium import PAGE, File, Medium
 
 VERIFY = ("first", "always", "never")
 RETRIES = 3
-# Python's default for unnamed maps is shared, which is accounted as cache that cannot be dropped.
-PRIVATE = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
 
 
 @dataclass(slots=True)
@@ -138,13 +133,6 @@ class Table:
         header = self.header
         where = f"record {index} at byte {index * header.stride:,} of {header.file}"
         return damaged(self.folder, f"{where} {problem}")
-
-
-def buffer(size: int) -> tuple[Tensor, memoryview]:
-    """Page-aligned bytes as a tensor, and the same as a memoryview to read into. The memory returns
-    to the system when the tensor goes."""
-    raw = mmap.mmap(-1, max(size, PAGE), **PRIVATE)
-    return torch.frombuffer(raw, dtype=torch.uint8)[:size], memoryview(raw)[:size]
 
 
 def view(raw: Tensor, matrix: Matrix, kernels: Kernels | None) -> Weight:

@@ -1,0 +1,72 @@
+"""A long chat at half residency: `python bench/soak.py MODEL [--tokens 2000] [-o FILE]`.
+
+Turns of chat until so many tokens were answered, with half of the weights read from disk at each token;
+memory, threads and open files are noted after each turn. One JSON object last; exit status 1 if any grew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+
+import outsize
+from outsize import library
+from outsize.pack.outline import of_pack
+from outsize.plan.place import least_bytes
+from outsize.plan.probe import runtime_bytes
+from outsize.weights.budget import peak, resident
+
+CONTEXT, TURN = 1024, 100
+GROWTH = 8_000_000  # bytes that memory may move after the second turn
+
+
+def main() -> None:
+    p = argparse.ArgumentParser()
+    p.add_argument("model")
+    p.add_argument("--tokens", type=int, default=2000)
+    p.add_argument("-o", "--output", type=Path)
+    a = p.parse_args()
+    outline = of_pack(library.pack(a.model, quiet=True))
+    memory = least_bytes(outline, runtime_bytes(), 7 * outline.tokenizer_bytes, CONTEXT)
+    memory += outline.size // 2
+    turns: list[dict[str, int]] = []
+    with outsize.load(a.model, memory=memory, context=CONTEXT, quiet=True) as model:
+        share = 1 - model.placement.streamed / outline.size
+        talk = model.conversation(max_tokens=TURN, temperature=1.0, seed=1, repeat_penalty=1.1)
+        answered = 0
+        while answered < a.tokens:
+            if answered % 500 > 400:
+                talk.reset()
+            for _ in talk.say(f"Tell me more, number {len(turns)}."):
+                pass
+            answered += talk.reply.new_tokens
+            turns.append({
+                "answered": answered, "resident": resident(), "threads": threading.active_count(),
+                "files": len(os.listdir("/proc/self/fd")),
+            })  # fmt: skip
+            print(turns[-1], file=sys.stderr, flush=True)
+        budget = model.placement.budget
+    settled = turns[len(turns) // 4 :]
+    grown = max(t["resident"] for t in settled) - settled[0]["resident"]
+    leaks = any(
+        t["threads"] != turns[0]["threads"] or t["files"] != turns[0]["files"] for t in turns
+    )
+    result = {
+        "command": f"python bench/soak.py {Path(a.model).name} --tokens {a.tokens}",
+        "held_share": round(share, 3), "tokens": answered, "turns": len(turns),
+        "budget_bytes": budget, "peak_bytes": peak(), "grown_bytes": grown,
+        "leaks": leaks, "good": grown <= GROWTH and not leaks and peak() <= budget,
+        "resident": [t["resident"] for t in turns],
+    }  # fmt: skip
+    if a.output is not None:
+        a.output.write_text(json.dumps(result) + "\n")
+    print(json.dumps(result))
+    sys.exit(not result["good"])
+
+
+if __name__ == "__main__":
+    main()
