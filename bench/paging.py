@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 PROMPT, CONTEXT, STEPS = 512, 640, 6
 PART, IN_FLIGHT = 2 << 20, 4
 SAMPLE, EVERY = 256 << 20, 8  # bytes read to learn the disk's rate, and after how many tokens again
-TEXT = "The quick brown fox jumps over the lazy dog while the sea keeps its own slow time. " * 28
 
 
 def worker(model: str, memory: str, context: int, new: int) -> dict[str, object]:
@@ -179,9 +178,8 @@ def main() -> None:
     p.add_argument("--context", type=int, default=CONTEXT)
     p.add_argument("--new", type=int, default=64)
     p.add_argument("--half", action="store_true", help="one cap: half the weights held")
-    p.add_argument(
-        "--characters", type=int, help="of the text for --cli; default: about 512 tokens"
-    )
+    p.add_argument("--text", type=Path, help="for --cli: a text file to continue")
+    p.add_argument("--characters", type=int, default=2050, help="of it: about 512 tokens")
     p.add_argument("--cli", action="store_true", help="through `outsize run`")
     p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     p.add_argument("--memory", default="auto")
@@ -190,7 +188,7 @@ def main() -> None:
     if a.worker:
         print(json.dumps(worker(a.models[0], a.memory, a.context, a.new)))
         return
-    text = TEXT[: a.characters]
+    text = a.text.read_text()[: a.characters] if a.text else ""
     for model in a.models:
         sizes = [int(c) for c in a.caps.split(",")] if a.caps else caps(model, a.context, a.half)
         common = [model, "--context", str(a.context), "--new", str(a.new)]

@@ -40,6 +40,8 @@ def memory(models: dict[str, list[dict[str, Any]]], path: Path) -> None:
         ax.set_title(name, fontsize=9)
         ax.set_xlabel("memory for the whole process, MB", fontsize=8)
         ax.set_yscale("log")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("{x:g}")
         ax.tick_params(labelsize=8)
         ax.grid(alpha=0.25)
     axes[0][0].set_ylabel("tokens/s", fontsize=8)

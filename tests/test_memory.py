@@ -52,7 +52,7 @@ def outline_of(folder: Path) -> Outline:
 def steps_down(outline: Outline, context: int, count: int) -> list[int]:
     """Budgets from everything to the least."""
     low = place.least_bytes(outline, 0, 0, context)
-    high = sum(place.fixed_costs(outline, 0, 0, context).values()) + outline.size * 2 + 20_000_000
+    high = low + 3 * outline.size + 1_000_000
     return [high - (high - low) * i // (count - 1) for i in range(count)]
 
 

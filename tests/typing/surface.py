@@ -6,7 +6,9 @@ import outsize
 
 
 def use() -> None:
-    with outsize.load("model.gguf", context=2048, threads=2) as m:
+    with outsize.load("model.gguf", memory="4GB", context=2048, threads=2) as m:
+        plan: outsize.Placement = m.placement
+        print(plan.planned, plan.least, plan.streamed)
         for piece in m.stream("Why?", max_tokens=10, stop=["\n"]):
             text: str = piece
         replies: list[outsize.Reply] = m.generate(["a", "b"], temperature=0.5, seed=1)

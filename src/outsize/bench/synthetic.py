@@ -207,7 +207,9 @@ def write_folder(folder: Path, family: str, size: Size, seed: int) -> int:
             save_file(shards.pop(file), folder / file, {"format": "pt"})
     for file, content in shards.items():
         save_file(content, folder / file, {"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": mapping}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": mapping})
+    )
     _folder_config(folder, family, size)
     return sum(f.stat().st_size for f in folder.iterdir())
 

@@ -20,7 +20,7 @@ from outsize.weights.load import Share
 from outsize.weights.rows import IN_FLIGHT as ROWS_IN_FLIGHT
 
 MB = 1_000_000
-RESERVE_SHARE, RESERVE = 0.005, 4 * MB  # page tables, kernel stacks, what allocators round up
+RESERVE_SHARE, RESERVE = 0.01, 20 * MB  # page cache of libraries, page tables, kernel stacks
 IN_FLIGHT, IN_FLIGHT_LEAST = 8 << 20, 4 << 20  # bytes read ahead to keep the disk busy
 SHORTEST = 1024  # tokens of context that are always planned for, if the user asked for none
 KV_SHARE = 0.1  # of the room for weights, where a context must be shortened
@@ -224,7 +224,7 @@ def place(
     least = least_bytes(o, runtime, tokenizer, chosen)
     if budget < least and not force:
         raise BudgetError(_too_little(o, fixed, least, budget, chosen))
-    whole = sum(fixed.values()) + o.size
+    whole = sum(fixed.values()) + o.size + RESERVE
     fixed["reserve"] = _reserve(min(budget, whole))
     room = budget - sum(fixed.values()) - o.table("final-0").size
     if room >= o.size:
