@@ -17,6 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from paging import record
+
 HERE = Path(__file__).parent
 OURS = HERE / "paging.py"
 LLAMA, ACCELERATE = HERE / "peers" / "llamacpp.py", HERE / "peers" / "offload.py"
@@ -95,11 +97,7 @@ def main() -> None:
             if flags:
                 row["theirs_as_it_comes"] = theirs(a.wrap, cap, model, a.new)
             row["ours"] = [o for o, _ in rows]
-            line = json.dumps(row)
-            print(line, flush=True)
-            if a.output is not None:
-                with open(a.output, "a") as f:
-                    f.write(line + "\n")
+            record(row, a.output)
 
 
 if __name__ == "__main__":

@@ -169,6 +169,15 @@ def caps(model: str, context: int, half: bool) -> list[int]:
     return [high - (high - low) * i // (STEPS - 1) for i in range(STEPS)]
 
 
+def record(row: dict[str, object], output: Path | None) -> None:
+    """One JSON object a line: shown, and added to a file."""
+    line = json.dumps(row)
+    print(line, flush=True)
+    if output is not None:
+        with open(output, "a") as f:
+            f.write(line + "\n")
+
+
 def main() -> None:
     p = argparse.ArgumentParser()
     p.add_argument("models", nargs="+")
@@ -201,11 +210,7 @@ def main() -> None:
                 rows.append(run(a.wrap, size, *common, "--memory", str(size)))
             row = rows[-1]
             row["same"] = row.get(key) == rows[0].get(key)
-            line = json.dumps({k: v for k, v in row.items() if k not in ("tokens", "options")})
-            print(line, flush=True)
-            if a.output is not None:
-                with open(a.output, "a") as f:
-                    f.write(line + "\n")
+            record({k: v for k, v in row.items() if k not in ("tokens", "options")}, a.output)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from outsize.family.description import Description
 
 BLOCK, LEAST_BLOCK = 128, 16  # queries at once in the blocked way
-SCORE_BYTES = (
-    48 << 20
-)  # of a block's scores, in all their forms; fewer queries where they would be more
+SCORE_BYTES = 48 << 20  # of a block's scores, in all forms; fewer queries where they would be more
 SCORE_FORMS = 12  # bytes a score takes: bf16, masked and softmaxed in fp32, bf16 again
 WIDE_HEAD = 128
 CHUNK = 512  # tokens of a long span that attend at once

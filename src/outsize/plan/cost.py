@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -25,6 +23,7 @@ from outsize.pack.format import Matrix, TableHeader
 from outsize.pack.outline import Outline
 from outsize.plan.machine import Compute, Machine
 from outsize.plan.place import Placement
+from outsize.plan.probe import median_s
 from outsize.weights.arena import buffer
 from outsize.weights.load import activation_type
 from outsize.weights.table import Weight, views
@@ -151,14 +150,14 @@ def _half_times(
         kv.truncate(0)
         half(h_TD, chunk)
 
-    chunk_s = _median(run_chunk, CHUNKS)
+    chunk_s = median_s(run_chunk, CHUNKS)
     at = iter(range(tokens, tokens + STEPS + 1))
 
     def run_step() -> None:
         i = next(at)
         half(h_TD[:1], step(range(i, i + 1), False))
 
-    return _median(run_step, STEPS), chunk_s
+    return median_s(run_step, STEPS), chunk_s
 
 
 def _first_matrix(t: TableHeader) -> tuple[Matrix, ...]:
@@ -173,14 +172,4 @@ def _head_time(o: Outline, t: TableHeader, kernels: Kernels | None) -> float:
         if o.activation_bytes == 4 or weight.encoding.name.startswith("group")
         else x_KD.bfloat16()
     )
-    return _median(lambda: weight.encoding.linear(x_KD, weight.fields, False), STEPS)
-
-
-def _median(work: Callable[[], object], repeats: int) -> float:
-    times = []
-    work()
-    for _ in range(repeats):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return median_s(lambda: weight.encoding.linear(x_KD, weight.fields, False), STEPS)

@@ -16,7 +16,7 @@ from outsize.model.attention import CHUNK, score_bytes
 from outsize.pack.format import TableHeader
 from outsize.pack.outline import Outline
 from outsize.weights.arena import HUGE, huge_bytes
-from outsize.weights.load import Share
+from outsize.weights.load import Share, all_of
 from outsize.weights.rows import IN_FLIGHT as ROWS_IN_FLIGHT
 
 MB = 1_000_000
@@ -186,10 +186,6 @@ def _fill(o: Outline, room: int, rings: Mapping[str, int]) -> dict[str, Share]:
     return out
 
 
-def _all_held(o: Outline) -> dict[str, Share]:
-    return {t.name: Share(tuple(range(len(t.keys))), 0) for t in o.tables}
-
-
 def _choose_context(o: Outline, budget: int, runtime: int, tokenizer: int) -> int:
     """The longest, by halves, that leaves room for all weights; else one that takes a tenth of it."""
     longest = context = o.description.context
@@ -228,7 +224,7 @@ def place(
     fixed["reserve"] = _reserve(min(budget, whole))
     room = budget - sum(fixed.values()) - o.table("final-0").size
     if room >= o.size:
-        shares, spare = _all_held(o), room - o.size
+        shares, spare = {t.name: all_of(t) for t in o.tables}, room - o.size
     else:
         shares, spare = _stream(o, room), 0
     notes = []

@@ -54,7 +54,8 @@ def cores() -> int:
     return min(allowed, psutil.cpu_count(logical=False) or allowed)
 
 
-def _median_s(work: Callable[[], object], repeats: int = 7) -> float:
+def median_s(work: Callable[[], object], repeats: int = 7) -> float:
+    """Seconds of a piece of work: the median, after one run that is not counted."""
     times = []
     work()
     for _ in range(repeats):
@@ -67,13 +68,13 @@ def _median_s(work: Callable[[], object], repeats: int = 7) -> float:
 def memory_bandwidth() -> float:
     """Bytes a second that all threads together read."""
     data = torch.ones(32 << 20, dtype=torch.int64)
-    return data.nbytes / _median_s(data.sum)
+    return data.nbytes / median_s(data.sum)
 
 
 def matmul_speed(dtype: torch.dtype = torch.bfloat16, rows: int = 512) -> float:
     """Operations a second of a large matrix product."""
     x, w = torch.randn(rows, 4096).to(dtype), torch.randn(4096, 4096).to(dtype)
-    return 2 * rows * 4096 * 4096 / _median_s(lambda: torch.nn.functional.linear(x, w), 3)
+    return 2 * rows * 4096 * 4096 / median_s(lambda: torch.nn.functional.linear(x, w), 3)
 
 
 def disk_curve(

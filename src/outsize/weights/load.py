@@ -30,6 +30,7 @@ Shares = Mapping[str, Share]
 
 
 def all_of(header: TableHeader) -> Share:
+    """Everything held."""
     return Share(tuple(range(len(header.keys))), 0)
 
 
