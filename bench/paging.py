@@ -63,6 +63,7 @@ def worker(model: str, memory: str, context: int, new: int) -> dict[str, object]
             "model": m.name,
             "memory": m.placement.budget,
             "planned_bytes": m.placement.planned,
+            "process_bytes": m.placement.process + PART * IN_FLIGHT,  # with the buffers of `Disk`
             "least_bytes": m.placement.least,
             "peak_bytes": peak(),
             "held_share": round(1 - m.placement.streamed / m.pack.size, 4),

@@ -17,7 +17,7 @@ import outsize
 from outsize import library
 from outsize.pack.outline import of_pack
 from outsize.plan.place import least_bytes
-from outsize.plan.probe import runtime_bytes
+from outsize.plan.wake import runtime_bytes
 from outsize.weights.budget import peak, resident
 
 CONTEXT, TURN = 1024, 100

@@ -63,11 +63,10 @@ def open_paged(
     folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Model]]:
     """Open a family's tiny model with nothing held that can be streamed."""
-    monkeypatch.setattr(loading, "runtime_bytes", lambda: 0)
-    monkeypatch.setattr(budget, "resident", lambda: 0)
+    monkeypatch.setattr(loading, "runtime_bytes", lambda *_: 0)
+    monkeypatch.setattr(budget, "resident", lambda *_: 0)
     monkeypatch.setattr(place, "TOKENIZER_PEAK", 0)
     monkeypatch.setattr(place, "TOKENIZER_FACTOR", 0)
-    monkeypatch.setattr(place, "CODE_LATER", 0)
     opened: list[Model] = []
 
     def make(family: str) -> Model:

@@ -35,12 +35,11 @@ from tests.golden import tiny
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if interpreter and libraries took no memory: a tiny model's budget is then all weights."""
-    monkeypatch.setattr(loading, "runtime_bytes", lambda: 0)
-    monkeypatch.setattr(planning, "runtime_bytes", lambda: 0)
-    monkeypatch.setattr(budget, "resident", lambda: 0)
+    monkeypatch.setattr(loading, "runtime_bytes", lambda *_: 0)
+    monkeypatch.setattr(planning, "runtime_bytes", lambda *_: 0)
+    monkeypatch.setattr(budget, "resident", lambda *_: 0)
     monkeypatch.setattr(place, "TOKENIZER_PEAK", 0)
     monkeypatch.setattr(place, "TOKENIZER_FACTOR", 0)
-    monkeypatch.setattr(place, "CODE_LATER", 0)
     monkeypatch.setattr(place, "IN_FLIGHT", 1)
     monkeypatch.setattr(place, "IN_FLIGHT_LEAST", 1)
 
@@ -384,3 +383,18 @@ def test_reports(folder_of: Callable[[str], Path]) -> None:
     assert "all weights in memory" in lines[-1]
     assert made.cost.first_token_s > 0
     assert page(made.to_json()).count("<circle") == planning.POINTS + 1
+
+
+def test_free_memory_is_returned_after_long_spans_only(
+    open_tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformer = open_tiny("llama").transformer
+    trims: list[int] = []
+    monkeypatch.setattr(budget, "trim", lambda: trims.append(1))
+    monkeypatch.setattr(budget, "resident", lambda: 1 << 40)
+    monkeypatch.setattr(transformer, "_ceiling", 1)
+    kv = transformer.new_kv()
+    full(transformer, [Span(0, [1, 2, 3])], [kv])
+    assert not trims
+    full(transformer, [Span(0, list(range(20)))], [kv])
+    assert len(trims) == 1  # what cannot be returned is not tried for again

@@ -22,12 +22,12 @@ from outsize.pack import store
 from outsize.pack.format import TOKENIZER, Pack, damaged
 from outsize.pack.outline import Outline, of_pack
 from outsize.plan.place import Placement, place, tokenizer_bytes
-from outsize.plan.probe import runtime_bytes
+from outsize.plan.wake import runtime_bytes
 from outsize.weights import budget
 from outsize.weights import load as weights
 from outsize.weights.table import VERIFY, Traffic
 
-LEAST_SHARE = 0.8  # of a tokenizer's estimated memory, that it takes in any case
+LEAST_SHARE = 0.25  # of a tokenizer's estimated memory, that it takes in any case
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def load(
     size = budget.parse(memory)
     found = library.find(model, encoding)
     if found is None and memory != "auto":
-        foresee(model, wishes, size, runtime_bytes())
+        foresee(model, wishes, size, runtime_bytes(compiled(wishes)))
     made = found or library.pack(model, encoding=encoding, quiet=quiet)
     return _open(made, wishes, size, before)
 
@@ -100,15 +100,20 @@ def foresee(model: str, wishes: Wishes, size: int, runtime: int) -> tuple[Outlin
     return outline, wishes.place(outline, size, runtime, tokenizer_bytes(outline))
 
 
+def compiled(wishes: Wishes) -> Kernels | None:
+    """The compiled kernels, if they are wished for and can be had."""
+    return kernels(store.home() / "native") if wishes.native else None
+
+
 def _open(
     made: Pack, wishes: Wishes, size: int, tell: Callable[[Outline, Placement], None] | None
 ) -> Model:
-    outline, before = of_pack(made), runtime_bytes()
+    native = compiled(wishes)
+    outline, before = of_pack(made), runtime_bytes(native)
     sure = int(LEAST_SHARE * tokenizer_bytes(outline))
     wishes.place(outline, size, before, sure)  # refuses before anything is read
-    compiled = kernels(store.home() / "native") if wishes.native else None
     if not wishes.quiet:
-        _warn_slow(made, compiled)
+        _warn_slow(made, native)
     tokens = _tokens(made)
     budget.trim()
     placement = wishes.place(outline, size, before, max(0, budget.resident() - before))
@@ -117,13 +122,14 @@ def _open(
     if tell is not None:
         tell(outline, placement)
     with bars(wishes.quiet) as progress:
-        loaded = weights.load(made, compiled, Traffic(), progress, placement.shares, wishes.verify)
-    return Model(made, Transformer(made.description, loaded, compiled), tokens, placement)
+        loaded = weights.load(made, native, Traffic(), progress, placement.shares, wishes.verify)
+    transformer = Transformer(made.description, loaded, native, placement.ceiling)
+    return Model(made, transformer, tokens, placement)
 
 
-def _warn_slow(made: Pack, compiled: Kernels | None) -> None:
+def _warn_slow(made: Pack, native: Kernels | None) -> None:
     grouped = [name for name in made.encodings if name.startswith("group")]
-    if grouped and compiled is None:
+    if grouped and native is None:
         warn(
             f"{made.path.name} holds {', '.join(grouped)}, which without compiled kernels runs about "
             "20 times slower; install a C compiler, or pack again with --encoding int8"

@@ -9,7 +9,7 @@ from pathlib import Path
 from outsize import library, loading
 from outsize.errors import BudgetError
 from outsize.loading import Wishes
-from outsize.native.kernels import kernels
+from outsize.native.kernels import Kernels
 from outsize.pack import store
 from outsize.pack.outline import Outline
 from outsize.plan import cost, machine, report
@@ -17,7 +17,7 @@ from outsize.plan.cost import Cost
 from outsize.plan.machine import Compute, Machine
 from outsize.plan.page import page
 from outsize.plan.place import Placement, least_bytes, place, tokenizer_bytes
-from outsize.plan.probe import runtime_bytes
+from outsize.plan.wake import runtime_bytes
 from outsize.weights import budget
 
 POINTS = 24
@@ -48,11 +48,12 @@ class Plan:
 def make(model: str, wishes: Wishes, prompt: int) -> Plan:
     """Plan a run from headers alone. Raises BudgetError and what finding a model raises."""
     wishes.check()
-    size, runtime = budget.parse(wishes.memory), runtime_bytes()
+    native = loading.compiled(wishes)
+    size, runtime = budget.parse(wishes.memory), runtime_bytes(native)
     outline, placed = loading.foresee(model, wishes, size, runtime)
     home = store.home()
     here = machine.known(home, library.silent if wishes.quiet else library.say)
-    here, compute = _compute(outline, here, wishes.native)
+    here, compute = _compute(outline, here, native)
     prompt = min(prompt, placed.context)
     predicted = cost.predict(outline, here, placed, compute, prompt)
     tokenizer, curve = tokenizer_bytes(outline), []
@@ -66,13 +67,12 @@ def make(model: str, wishes: Wishes, prompt: int) -> Plan:
     return Plan(outline, placed, predicted, here, curve)
 
 
-def _compute(outline: Outline, here: Machine, native: bool) -> tuple[Machine, Compute]:
+def _compute(outline: Outline, here: Machine, native: Kernels | None) -> tuple[Machine, Compute]:
     """How long this model computes: as kept, else measured now on random weights, and kept."""
     home = store.home()
-    compiled = kernels(home / "native") if native else None
-    key = cost.key(outline) + ("" if compiled else "-plain")
+    key = cost.key(outline) + ("" if native else "-plain")
     if key not in here.models:
-        here = machine.with_model(here, key, cost.measure(outline, compiled), home)
+        here = machine.with_model(here, key, cost.measure(outline, native), home)
     return here, here.models[key]
 
 
@@ -87,7 +87,7 @@ def cost_if_known(
     here = here or machine.known(store.home(), library.say)
     if cost.key(outline) not in here.models and not placement.streamed:
         return None
-    here, compute = _compute(outline, here, True)
+    here, compute = _compute(outline, here, loading.compiled(Wishes()))
     if disk_rate is not None:
         here = here.at_rate(disk_rate)
     return cost.predict(outline, here, placement, compute, min(prompt, placement.context))

@@ -53,8 +53,11 @@ def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:
 
 def _run(model: Transformer, h_TD: Tensor, steps: Sequence[tuple[slice, Step]]) -> None:
     chunks = [(h_TD[rows], step) for rows, step in steps]
+    is_long = any(step.wide for _, step in steps)
     for part in model.parts:
         part(chunks)
+        if is_long:
+            model.tidy()
     model.count_pass()
 
 

@@ -21,10 +21,12 @@ from outsize.model.ffn.dense import Dense
 from outsize.model.layers import Linear, RMSNorm, rotate, turns
 from outsize.model.step import Segment, Step
 from outsize.native.kernels import AttentionSpec, Kernels
+from outsize.weights import budget
 from outsize.weights.load import Loaded, Source, activation_type
 from outsize.weights.table import Weight, Weights
 
 REFINED = 64
+SLACK = 4 << 20  # over what cannot be returned, before returning is tried again
 
 
 class Attention:
@@ -163,9 +165,14 @@ class Transformer:
     """Embedding, blocks, head. Holds no sequence's state."""
 
     def __init__(
-        self, description: Description, loaded: Loaded, kernels: Kernels | None = None
+        self,
+        description: Description,
+        loaded: Loaded,
+        kernels: Kernels | None = None,
+        ceiling: int | None = None,
     ) -> None:
-        self.description, self.loaded = description, loaded
+        """`ceiling`: bytes that the process should not exceed, if returning free memory helps."""
+        self.description, self.loaded, self._ceiling = description, loaded, ceiling
         self._embed, self._head = loaded.embed, loaded.head
         self.dtype = loaded.activation_type
         self.parts: list[Part] = []
@@ -194,6 +201,13 @@ class Transformer:
             freed += part.unpin() if part.is_held else 0
         self._num_held = self._count_held()
         return freed
+
+    def tidy(self) -> None:
+        """Return free memory that the allocator keeps, if there is more of it than was planned: in some
+        runs a long span's large blocks never fit the holes of earlier ones, and leave new holes."""
+        if self._ceiling is not None and budget.resident() > self._ceiling:
+            budget.trim()
+            self._ceiling = max(self._ceiling, budget.resident() + SLACK)
 
     @property
     def has_kernels(self) -> bool:

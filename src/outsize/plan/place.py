@@ -24,9 +24,9 @@ RESERVE_SHARE, RESERVE = 0.01, 20 * MB  # page cache of libraries, page tables, 
 IN_FLIGHT, IN_FLIGHT_LEAST = 8 << 20, 4 << 20  # bytes read ahead to keep the disk busy
 SHORTEST = 1024  # tokens of context that are always planned for, if the user asked for none
 KV_SHARE = 0.1  # of the room for weights, where a context must be shortened
-FRAGMENTS = 2.0  # what an allocator holds for a byte in use, among sizes as mixed as these
+FRAGMENTS = 1.8  # what an allocator holds for a byte in use, among sizes as mixed as these
+TIDY_SHARE = 0.4  # of the scratch: so much below the plan, free memory is returned to the system
 GOLDEN = 0.6180339887498949
-CODE_LATER = 8 * MB  # pages of libraries that are first touched while computing
 TOKENIZER_FACTOR = 8  # bytes in memory for a byte of tokenizer.json
 TOKENIZER_PEAK = 23  # and while it is read
 
@@ -58,10 +58,21 @@ class Placement:
     def planned(self) -> int:
         return max(sum(self.fixed.values()) + self.held, self.opening)
 
+    @property
+    def process(self) -> int:
+        """Of `planned`, what the process itself has: all but the reserve for the system's share."""
+        return self.planned - self.fixed["reserve"]
+
+    @property
+    def ceiling(self) -> int:
+        """From here on, free memory that the allocator keeps is returned."""
+        return self.process - int(TIDY_SHARE * self.fixed["scratch"])
+
     def to_json(self) -> dict[str, object]:
         return {
             "budget_bytes": self.budget,
             "planned_bytes": self.planned,
+            "process_bytes": self.process,
             "least_bytes": self.least,
             "context": self.context,
             "held_bytes": self.held,
@@ -107,7 +118,7 @@ def opening_peak(o: Outline, runtime: int) -> int:
 def fixed_costs(o: Outline, runtime: int, tokenizer: int, context: int) -> dict[str, int]:
     rows = [t for t in o.tables if t.kind == "rows"]
     return {
-        "runtime": runtime + CODE_LATER,
+        "runtime": runtime,
         "tokenizer": tokenizer,
         "keys and values": context * kv_bytes(o),
         "scratch": max(scratch_bytes(o, context), *(ROWS_IN_FLIGHT * t.stride for t in rows)),

@@ -15,7 +15,6 @@ import psutil
 import torch
 
 from outsize.weights.arena import Arena
-from outsize.weights.budget import resident
 from outsize.weights.medium import File
 
 DISK_BYTES = 256 << 20
@@ -111,11 +110,3 @@ def disk_rate(path: Path, size: int, threads: int, most: int = DISK_BYTES) -> fl
 def _read(medium: File, out: memoryview, indices: range, size: int) -> None:
     for i in indices:
         medium.read(out, i * size)
-
-
-def runtime_bytes() -> int:
-    """What this process takes before any model: measured after the matrix library has set itself up."""
-    for dtype in (torch.bfloat16, torch.float32):
-        x = torch.ones(64, 256, dtype=dtype)
-        torch.nn.functional.linear(x, torch.ones(256, 256, dtype=dtype))
-    return resident()

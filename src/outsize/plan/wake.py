@@ -1,0 +1,70 @@
+"""What this process takes before any model, and the libraries' code brought in from disk.
+
+A library's pages come from disk when they are first touched: on a cold file cache some tenths of a second,
+which the first prompt would pay, and some megabytes, which nobody would have counted. So a tiny random
+model runs first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from outsize.cache.kv import KV
+from outsize.encoding.find import encoding
+from outsize.encoding.int4 import supported
+from outsize.family.description import Description, Layer, Rope
+from outsize.model.step import Segment, Step
+from outsize.model.transformer import Half, attention_half, ffn_half, rotations
+from outsize.native.kernels import Kernels
+from outsize.weights.budget import resident
+from outsize.weights.table import Weight, Weights
+
+TOKENS, WIDTH, HEAD = 64, 256, 64
+
+
+def runtime_bytes(kernels: Kernels | None = None) -> int:
+    """What this process takes, measured after everything that computes has run once."""
+    wake(kernels)
+    return resident()
+
+
+@torch.inference_mode()
+def wake(kernels: Kernels | None) -> None:
+    """Run one layer of each kind of linear map, as prompts and as single tokens run."""
+    layer = Layer(Rope(10000.0))
+    d = Description("wake", WIDTH, 4, 2, HEAD, WIDTH, WIDTH, 2 * TOKENS, 1e-5, 0.125, (layer,))
+    names = ("int4", "int8") if supported() else ("int8",)
+    for name in (*names, *(("group8",) if kernels else ()), "fp32"):
+        weights = _weights(d, name, kernels)
+        plain = name == "fp32"
+        kv = KV(1, d.num_kv_heads, d.head_dim, torch.float32 if plain else torch.bfloat16)
+        h_TD = torch.ones(TOKENS, WIDTH)
+        for half in (attention_half(d, 0, weights), ffn_half(d, 0, weights)):
+            _run(d, half, kv, h_TD, None if plain else kernels)
+
+
+def _run(d: Description, half: Half, kv: KV, h_TD: Tensor, kernels: Kernels | None) -> None:
+    """A long span, then one token."""
+    kv.truncate(0)
+    for first, last in ((0, TOKENS), (TOKENS, TOKENS + 1)):
+        positions, wide = range(first, last), last - first > 1
+        turns = rotations(d.ropes, d.head_dim, positions)
+        step = Step([Segment(kv, positions)], turns, wide, None if wide else kernels)
+        half(h_TD[: last - first], step)
+
+
+def _weights(d: Description, name: str, kernels: Kernels | None) -> Weights:
+    heads = d.num_heads * d.head_dim
+    shapes = {
+        "qkv": (d.qkv_rows, d.width), "o": (d.width, heads),
+        "gate_up": (2 * d.ffn_width, d.width), "down": (d.width, d.ffn_width),
+    }  # fmt: skip
+    made: Weights = {k: (_weight(name, torch.ones(shape), kernels),) for k, shape in shapes.items()}
+    norm = (_weight("fp32", torch.ones(1, d.width), None),)
+    return made | {"attn_norm": norm, "ffn_norm": norm}
+
+
+def _weight(name: str, w_NK: Tensor, kernels: Kernels | None) -> Weight:
+    e = encoding(name, kernels)
+    return Weight(e, e.encode(w_NK), len(w_NK))
