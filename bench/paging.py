@@ -34,7 +34,6 @@ def worker(model: str, memory: str, context: int, new: int) -> dict[str, object]
     import outsize
     from outsize.forward.full import full
     from outsize.forward.span import Span
-    from outsize.reply import Counts
     from outsize.weights.budget import peak
 
     started = time.perf_counter()
@@ -49,7 +48,7 @@ def worker(model: str, memory: str, context: int, new: int) -> dict[str, object]
         (out,) = full(m.transformer, [Span(0, tokens)], [kv])
         first_s = time.perf_counter() - begun
         rates.append(disk.rate())
-        before = Counts.of(m.traffic)
+        before = m.traffic
         for i in range(new):
             digest.update(out.logits_KV.numpy().tobytes())
             tokens.append(int(out.logits_KV[-1].argmax()))
@@ -58,7 +57,7 @@ def worker(model: str, memory: str, context: int, new: int) -> dict[str, object]
             steps.append(time.perf_counter() - begun)
             if m.placement.streamed and i % EVERY == EVERY - 1:
                 rates.append(disk.rate())
-        after = Counts.of(m.traffic)
+        after = m.traffic
         return {
             "model": m.name,
             "memory": m.placement.budget,
@@ -85,7 +84,8 @@ class Disk:
 
     def __init__(self, m: Model) -> None:
         from outsize.weights.arena import Arena
-        from outsize.weights.table import Table, Traffic
+        from outsize.weights.table import Table
+        from outsize.weights.traffic import Traffic
 
         self._loaded = m.transformer.loaded
         header = max(m.pack.tables, key=lambda t: t.size)

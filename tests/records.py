@@ -12,7 +12,8 @@ import torch
 
 from outsize.pack.format import PAGE, Matrix, TableHeader
 from outsize.weights.medium import File
-from outsize.weights.table import Table, Traffic
+from outsize.weights.table import Table
+from outsize.weights.traffic import Traffic
 
 ROWS, WIDTH = 16, 128  # of fp32: two pages
 STRIDE = ROWS * WIDTH * 4

@@ -15,7 +15,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # Left to right: a folder imports only from its left, and from the modules at the top.
 ORDER = [
     "checkpoint", "family", "native", "encoding", "pack", "weights", "cache", "model", "forward",
-    "draft", "decode", "plan", "bench",
+    "draft", "decode", "plan", "plot", "bench",
 ]  # fmt: skip
 TOP = {"errors", "options", "resolve", "bars", "__version__"}
 LAST = {
@@ -23,10 +23,13 @@ LAST = {
     "reply",
     "loading",
     "planning",
+    "tracing",
     "conversation",
     "library",
     "terminal",
     "settings",
+    "flags",
+    "benches",
     "cli",
 }  # the public surface and what shows it: may import anything
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from outsize.api import Model
     from outsize.conversation import Conversation
     from outsize.loading import load
-    from outsize.plan.place import Placement
+    from outsize.plan.placement import Placement
     from outsize.reply import Reply, Score
 
 __version__ = "0.1.0"

@@ -24,9 +24,10 @@ from outsize.library import warn
 from outsize.model.transformer import Transformer
 from outsize.options import Options
 from outsize.pack.format import Pack
-from outsize.plan.place import Placement
+from outsize.plan.placement import Placement
 from outsize.reply import Counts, Reply, Run, Score, account
 from outsize.weights import budget
+from outsize.weights.traffic import Traffic
 
 SCORE_ROWS, SCORE_BYTES = 64, 8 << 20  # logits computed at once while scoring
 Prompt = str | Messages
@@ -80,7 +81,7 @@ class Model:
         self, pack: Pack, transformer: Transformer, tokens: Tokens, placement: Placement
     ) -> None:
         self.pack, self.tokens, self.placement = pack, tokens, placement
-        self.context, self.traffic = placement.context, transformer.loaded.traffic
+        self.context = placement.context
         self._watch = budget.Watch(placement.budget)
         self._transformer: Transformer | None = transformer
 
@@ -251,7 +252,13 @@ class Model:
 
     def counts(self) -> Counts:
         """What has been read and waited for so far."""
-        return Counts.of(self.traffic)
+        loaded = self.transformer.loaded
+        return Counts(loaded.traffic + loaded.expert_traffic, loaded.expert_traffic + Traffic())
+
+    @property
+    def traffic(self) -> Traffic:
+        """What has been asked for and read so far. Raises ClosedError."""
+        return self.counts().total
 
     def _reply(self, run: Run, options: Options, started: float, before: Counts) -> Reply:
         shown = options.to_json() | {

@@ -8,6 +8,7 @@ OutsizeError                    exit status 1: it could not be done
 |   +-- UnsupportedError        a sound file of a kind we do not run
 |   +-- TemplateError           a chat template that fails or runs wild
 |   +-- ContextError            more tokens than the context holds
+|   +-- TraceError              a recorded routing that is not one, or of another model
 |   +-- BudgetError             the memory given is less than the least that works
 +-- PackError                   a pack is damaged, or of another version or layout
 +-- ReadError                   the disk, asked again and again, did not give a record
@@ -55,6 +56,10 @@ class TemplateError(UserError):
 
 class ContextError(UserError):
     """The prompt does not fit the context."""
+
+
+class TraceError(UserError):
+    """A trace of routing is malformed, or does not fit what it is used for."""
 
 
 class BudgetError(UserError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,11 +21,15 @@ from outsize.options import DEFAULT_MODEL
 from outsize.pack import store
 from outsize.pack.format import TOKENIZER, Pack, damaged
 from outsize.pack.outline import Outline, of_pack
-from outsize.plan.place import Placement, place, tokenizer_bytes
+from outsize.plan.place import place, tokenizer_bytes
+from outsize.plan.placement import Placement
 from outsize.plan.wake import runtime_bytes
 from outsize.weights import budget
 from outsize.weights import load as weights
-from outsize.weights.table import VERIFY, Traffic
+from outsize.weights.experts import Recorder
+from outsize.weights.knobs import Experts, parse
+from outsize.weights.table import VERIFY
+from outsize.weights.traffic import Traffic
 
 LEAST_SHARE = 0.25  # of a tokenizer's estimated memory, that it takes in any case
 
@@ -41,8 +45,12 @@ class Wishes:
     force: bool = False
     native: bool = True
     quiet: bool = False
+    experts: str | None = (
+        None  # None: what `outsize bench cache --write-config` chose, or the default
+    )
 
     def check(self) -> None:
+        parse(self.experts or "")
         if self.verify not in VERIFY:
             raise OptionError(f"verify is {self.verify!r}; known are {', '.join(VERIFY)}")
         if self.context is not None and self.context < 2:
@@ -69,21 +77,25 @@ def load(
     force: bool = False,
     native: bool = True,
     quiet: bool = False,
+    experts: str | None = None,
+    recorder: Recorder | None = None,
     before: Callable[[Outline, Placement], None] | None = None,
 ) -> Model:
     """Open a model: a path, hf:org/repo[:file], or package:name==version[:file]; packed first if need
     be. `memory` caps the whole process: bytes, "4GB", "75%", or "auto" (what is free, less a tenth).
-    `threads` sets torch's threads for the process; `before` is told the plan before weights are read.
+    `threads` sets torch's threads for the process; `experts` says how experts are cached
+    (docs/experts.md), `recorder` is told what each layer chooses, `before` the plan before weights are read.
     Raises OutsizeError; BudgetError before anything is read."""
     set_threads(threads)
-    wishes = Wishes(memory, context, encoding, verify, force, native, quiet)
+    wishes = Wishes(memory, context, encoding, verify, force, native, quiet, experts)
     wishes.check()
     size = budget.parse(memory)
     found = library.find(model, encoding)
     if found is None and memory != "auto":
         foresee(model, wishes, size, runtime_bytes(compiled(wishes)))
     made = found or library.pack(model, encoding=encoding, quiet=quiet)
-    return _open(made, wishes, size, before)
+    knobs = replace(parse(experts or ""), recorder=recorder)
+    return _open(made, wishes, size, knobs, before)
 
 
 def set_threads(threads: int | None) -> None:
@@ -106,7 +118,11 @@ def compiled(wishes: Wishes) -> Kernels | None:
 
 
 def _open(
-    made: Pack, wishes: Wishes, size: int, tell: Callable[[Outline, Placement], None] | None
+    made: Pack,
+    wishes: Wishes,
+    size: int,
+    knobs: Experts,
+    tell: Callable[[Outline, Placement], None] | None,
 ) -> Model:
     native = compiled(wishes)
     outline, before = of_pack(made), runtime_bytes(native)
@@ -119,10 +135,14 @@ def _open(
     placement = wishes.place(outline, size, before, max(0, budget.resident() - before))
     for note in placement.notes if not wishes.quiet else ():
         warn(note)
+    if knobs.is_lossy and not wishes.quiet:
+        warn(f"misses={knobs.misses} changes the model's answers; leave it out for the exact ones")
     if tell is not None:
         tell(outline, placement)
     with bars(wishes.quiet) as progress:
-        loaded = weights.load(made, native, Traffic(), progress, placement.shares, wishes.verify)
+        loaded = weights.load(
+            made, native, Traffic(), progress, placement.shares, wishes.verify, knobs
+        )
     transformer = Transformer(made.description, loaded, native, placement.ceiling)
     return Model(made, transformer, tokens, placement)
 

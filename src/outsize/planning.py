@@ -16,7 +16,8 @@ from outsize.plan import cost, machine, report
 from outsize.plan.cost import Cost
 from outsize.plan.machine import Compute, Machine
 from outsize.plan.page import page
-from outsize.plan.place import Placement, least_bytes, place, tokenizer_bytes
+from outsize.plan.place import least_bytes, place, tokenizer_bytes
+from outsize.plan.placement import Placement
 from outsize.plan.wake import runtime_bytes
 from outsize.weights import budget
 

@@ -10,7 +10,7 @@ from outsize.cache.kv import KV
 from outsize.decode import flow
 from outsize.decode.text import Stream
 from outsize.weights.budget import peak
-from outsize.weights.table import Traffic
+from outsize.weights.traffic import Traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,9 @@ class Reply:
     hit_rate: float  # of the records asked for, those that did not have to be read
     waited_s: float  # the computation stood still for reads
     disk_bytes_per_s: int  # over the whole reply
+    experts: (
+        Mapping[str, float] | None
+    )  # what became of each request for an expert; None: a dense model
     model: str
     finish: str  # "stop", "length" or "cancelled"
     options: Mapping[str, object]
@@ -85,16 +88,10 @@ class Run:
 
 
 class Counts(NamedTuple):
-    """Traffic at one moment."""
+    """Traffic at one moment: of all weights, and of experts alone."""
 
-    bytes_read: int
-    hits: int
-    misses: int
-    waited_s: float
-
-    @classmethod
-    def of(cls, traffic: Traffic) -> Counts:
-        return cls(traffic.bytes_read, traffic.hits, traffic.misses, traffic.waited_s)
+    total: Traffic
+    experts: Traffic
 
 
 def account(
@@ -108,8 +105,8 @@ def account(
     """The reply of a run that has ended, or was interrupted."""
     new, first = len(run.seq.new_tokens), (run.first_s or started) - started
     later = run.end_s - (run.first_s or run.end_s)
-    asked = after.hits - before.hits + after.misses - before.misses
-    read, took = after.bytes_read - before.bytes_read, first + later
+    total, took = after.total - before.total, first + later
+    experts = after.experts - before.experts
     return Reply(
         text=run.text,
         prompt_tokens=run.seq.num_prompt,
@@ -121,11 +118,12 @@ def account(
         else 0.0,
         peak_memory_bytes=peak(),
         budget_bytes=int(str(options["memory"])),
-        bytes_read=after.bytes_read,
-        bytes_per_token=(after.bytes_read - run.first_read) // (new - 1) if new > 1 else 0,
-        hit_rate=round((after.hits - before.hits) / asked, 4) if asked else 1.0,
-        waited_s=round(after.waited_s - before.waited_s, 4),
-        disk_bytes_per_s=round(read / took) if took > 0 else 0,
+        bytes_read=after.total.bytes_read,
+        bytes_per_token=(after.total.bytes_read - run.first_read) // (new - 1) if new > 1 else 0,
+        hit_rate=round(total.hit_rate, 4),
+        waited_s=round(total.waited_s, 4),
+        disk_bytes_per_s=round(total.bytes_read / took) if took > 0 else 0,
+        experts=experts.to_json() if experts.hits + experts.misses else None,
         model=model,
         finish=run.seq.finish or "cancelled",
         options=options,

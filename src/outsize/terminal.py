@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from outsize.pack.format import Pack
 from outsize.pack.outline import Outline
 from outsize.pack.store import home
 from outsize.plan import report
-from outsize.plan.place import Placement
+from outsize.plan.placement import Placement
 from outsize.reply import Reply
 
 
@@ -57,6 +57,7 @@ def _open(name: str, how: How) -> Model:
     model = loading.load(
         name,
         memory=w.memory,
+        experts=w.experts,
         context=w.context,
         threads=how.threads,
         encoding=w.encoding,
@@ -116,6 +117,8 @@ def summary(reply: Reply, disk_bytes_per_s: float | None = None) -> str:
         f"peak memory {reply.peak_memory_bytes / 1e6:,.0f} of {reply.budget_bytes / 1e6:,.0f} MB, "
         f"read {reply.bytes_read / 1e6:,.0f} MB",
     ]
+    if reply.experts is not None:
+        parts.append(_experts(reply.experts))
     if reply.hit_rate < 1:
         rate = f"{reply.disk_bytes_per_s / 1e9:.2f} GB/s"
         if disk_bytes_per_s:
@@ -127,6 +130,17 @@ def summary(reply: Reply, disk_bytes_per_s: float | None = None) -> str:
             f"hit rate {reply.hit_rate:.0%}, waited {reply.waited_s:.2f} s"
         )
     return f"[{'; '.join(parts)}]"
+
+
+def _experts(counts: Mapping[str, float]) -> str:
+    """What became of the requests for experts."""
+    kinds = ("ready", "late", "cold", "capacity", "collision", "dropped", "substituted")
+    said = ", ".join(f"{counts[k]:,.0f} {k}" for k in kinds if counts[k])
+    asked = counts["hits"] + counts["misses"]
+    share = counts["hits"] / asked if asked else 1.0
+    return f"experts: {asked:,.0f} asked for, {share:.0%} in memory" + (
+        f" ({said})" if said else ""
+    )
 
 
 @contextmanager

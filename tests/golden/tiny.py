@@ -14,6 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 VOCAB, WIDTH, FFN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 288, 64, 96, 3, 4, 2, 32
 TOKENS = [(7 * i * i + 3 * i + 11) % VOCAB for i in range(40)]
 
+EXPERTS, MIXTURES = 8, ("olmoe", "mixtral", "qwen3_moe")
+
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": WIDTH,
@@ -50,6 +52,33 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "afm": {"rope_theta": 500000.0, "tie_word_embeddings": True, "attention_bias": False},
+    "olmoe": {
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": False,
+        "clip_qkv": None,
+        "head_dim": WIDTH // HEADS,
+    },
+    "mixtral": {
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+    },
+    "qwen3_moe": {
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "attention_bias": False,
+    },
 }
 # The transformers class that runs a family: AFM's architecture is Qwen3's with other numbers.
 REFERENCE = {"gemma3": "gemma3_text", "afm": "qwen3"}
@@ -59,9 +88,24 @@ def config(family: str) -> dict[str, Any]:
     return COMMON | CONFIGS[family] | {"model_type": family}
 
 
+def expert_shapes(family: str, layer: str) -> dict[str, tuple[int, ...]]:
+    """Router and experts of a layer."""
+    width = 64 if family == "qwen3_moe" else FFN
+    block = layer + ("block_sparse_moe." if family == "mixtral" else "mlp.")
+    up, down = (width, WIDTH), (WIDTH, width)
+    named = {"w1": up, "w2": down, "w3": up}
+    if family != "mixtral":
+        named = {"gate_proj": up, "down_proj": down, "up_proj": up}
+    out: dict[str, tuple[int, ...]] = {f"{block}gate.weight": (EXPERTS, WIDTH)}
+    for e in range(EXPERTS):
+        out |= {f"{block}experts.{e}.{n}.weight": shape for n, shape in named.items()}
+    return out
+
+
 def shapes(family: str) -> dict[str, tuple[int, ...]]:
     """Tensor names and shapes, in Hugging Face's naming."""
-    q, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    head_dim = config(family)["head_dim"]
+    q, kv = HEADS * head_dim, KV_HEADS * head_dim
     out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, WIDTH)}
     for i in range(LAYERS):
         p = f"model.layers.{i}."
@@ -72,14 +116,21 @@ def shapes(family: str) -> dict[str, tuple[int, ...]]:
             p + "self_attn.k_proj.weight": (kv, WIDTH),
             p + "self_attn.v_proj.weight": (kv, WIDTH),
             p + "self_attn.o_proj.weight": (WIDTH, q),
-            p + "mlp.gate_proj.weight": (FFN, WIDTH),
-            p + "mlp.up_proj.weight": (FFN, WIDTH),
-            p + "mlp.down_proj.weight": (WIDTH, FFN),
         }
+        if family in MIXTURES:
+            out |= expert_shapes(family, p)
+        else:
+            out |= {
+                p + "mlp.gate_proj.weight": (FFN, WIDTH),
+                p + "mlp.up_proj.weight": (FFN, WIDTH),
+                p + "mlp.down_proj.weight": (WIDTH, FFN),
+            }
+        if family == "olmoe":
+            out |= {f"{p}self_attn.{n}_norm.weight": (s,) for n, s in (("q", q), ("k", kv))}
         if family == "qwen2":
             biases = {"q": q, "k": kv, "v": kv}
             out |= {f"{p}self_attn.{n}_proj.bias": (size,) for n, size in biases.items()}
-        if family in ("qwen3", "gemma3", "afm"):
+        if family in ("qwen3", "gemma3", "afm", "qwen3_moe"):
             out |= {f"{p}self_attn.{n}_norm.weight": (HEAD_DIM,) for n in "qk"}
         if family == "gemma3":
             names = ("pre_feedforward_layernorm", "post_feedforward_layernorm")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from outsize.errors import CheckpointError
-from outsize.family.description import Config, Description, Layer
+from outsize.family.description import Config, Description, Layer, Mixture
 
 GGUF_NAMES: Mapping[str, str] = {
     "embed": "token_embd.weight",
@@ -27,6 +27,16 @@ GGUF_NAMES: Mapping[str, str] = {
     "up": "blk.{i}.ffn_up.weight",
     "down": "blk.{i}.ffn_down.weight",
     "ffn_post_norm": "blk.{i}.post_ffw_norm.weight",
+    "router": "blk.{i}.ffn_gate_inp.weight",
+    "expert_gate": "blk.{i}.ffn_gate_exps.weight",
+    "expert_up": "blk.{i}.ffn_up_exps.weight",
+    "expert_down": "blk.{i}.ffn_down_exps.weight",
+}
+EXPERTS = {
+    "router": "mlp.gate.weight",
+    "expert_gate": "mlp.experts.{e}.gate_proj.weight",
+    "expert_up": "mlp.experts.{e}.up_proj.weight",
+    "expert_down": "mlp.experts.{e}.down_proj.weight",
 }
 _LAYER = {
     "attn_norm": "input_layernorm.weight",
@@ -82,7 +92,7 @@ def describe(config: Config, context: int = 4096) -> Description:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        ffn_width=config.integer("intermediate_size"),
+        ffn_width=config.integer("intermediate_size", config.integer("moe_intermediate_size", 1)),
         vocab_size=config.vocab_size,
         context=config.integer("max_position_embeddings", context),
         norm_eps=config.number("rms_norm_eps", 1e-6),
@@ -90,6 +100,21 @@ def describe(config: Config, context: int = 4096) -> Description:
         layers=(layer,) * config.integer("num_hidden_layers"),
         tied=is_tied(config),
     )
+
+
+def mixture(config: Config, count: str, width: str, renorm: bool) -> Mixture:
+    """The experts, under the names that this family gives their number and their width."""
+    if config.format == "gguf":
+        count = "num_experts"
+        width = (
+            "moe_intermediate_size" if config.get("moe_intermediate_size") else "intermediate_size"
+        )
+    made = Mixture(
+        config.integer(count), config.integer("num_experts_per_tok"), config.integer(width), renorm
+    )
+    if made.used > made.count:
+        raise CheckpointError(f"config: {made.used} experts a token of {made.count} there are")
+    return made
 
 
 def is_tied(config: Config) -> bool:

@@ -30,6 +30,17 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
+class Mixture:
+    """A feed-forward of `count` experts, of which each token uses `used`."""
+
+    count: int
+    used: int
+    width: int  # of one expert
+    renorm: bool  # are the used ones' weights made to sum to 1?
+    bias: bool = False  # of the router and of each expert's maps
+
+
+@dataclass(frozen=True, slots=True)
 class Description:
     """One decoder-only transformer. Heads rotate in adjacent pairs (0,1), (2,3), ..."""
 
@@ -48,8 +59,10 @@ class Description:
     embed_scale: float = 1.0
     qkv_bias: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False  # all query heads normed as one vector, and all key heads
     post_norm: bool = False  # norms after attention and after the feed-forward, too
     tied: bool = False  # the head is the embedding
+    mixture: Mixture | None = None
 
     @property
     def num_layers(self) -> int:
@@ -73,7 +86,9 @@ def from_json(data: Mapping[str, object]) -> Description:
     try:
         values = dict(data)
         layers = tuple(_layer(item) for item in values.pop("layers"))  # type: ignore[attr-defined]
-        return Description(layers=layers, **values)  # type: ignore[arg-type]
+        mixed = values.pop("mixture", None)
+        mixture = None if mixed is None else Mixture(**mixed)  # type: ignore[arg-type]
+        return Description(layers=layers, mixture=mixture, **values)  # type: ignore[arg-type]
     except (KeyError, TypeError, AttributeError) as e:
         raise PackError(
             f"the pack's description is malformed ({e}); pack the model again"
@@ -107,6 +122,9 @@ GGUF_KEYS = {
     "rope_theta": "rope.freq_base",
     "max_position_embeddings": "context_length",
     "sliding_window": "attention.sliding_window",
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
 }
 LIMITS = {"num_hidden_layers": 4096, "num_attention_heads": 4096, "num_key_value_heads": 4096}
 

@@ -10,7 +10,7 @@ from outsize.checkpoint.foreign import Checkpoint, read_floats
 from outsize.errors import CheckpointError
 from outsize.family.description import Config, Recipe
 
-ALIASES = {"gemma3_text": "gemma3"}
+ALIASES = {"gemma3_text": "gemma3", "qwen3moe": "qwen3_moe"}
 NOT_FAMILIES = ("common", "description", "find")
 EMBEDDINGS = (
     "token_embd.weight",
@@ -41,7 +41,7 @@ def _config(checkpoint: Checkpoint, name: str) -> Config:
         raise CheckpointError(f"no token embedding among {len(checkpoint.tensors)} tensors")
     return Config(
         format=checkpoint.format,
-        architecture=name,
+        architecture=checkpoint.architecture if checkpoint.format == "gguf" else name,
         values=inner if isinstance(inner, dict) else values,
         names=frozenset(checkpoint.tensors),
         vocab_size=embedding[0].shape[0],

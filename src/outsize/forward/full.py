@@ -58,7 +58,7 @@ def _run(model: Transformer, h_TD: Tensor, steps: Sequence[tuple[slice, Step]]) 
         part(chunks)
         if is_long:
             model.tidy()
-    model.count_pass()
+    model.end_pass()
 
 
 def _groups(pairs: Sequence[Pair]) -> Iterator[tuple[list[Segment], bool]]:

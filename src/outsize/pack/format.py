@@ -4,8 +4,9 @@
     *.records        one file a table: equally long records, each padded to 4096 bytes
     tokenizer.json
 
-A table holds either layers (a record is one layer's attention, or feed-forward) or rows (a record is
-a block of consecutive rows of an embedding or a head). A record's checksum is the CRC-32 of all of it.
+A table holds layers (a record is one layer's attention, or feed-forward), experts (a record is one expert
+of one layer) or rows (a record is a block of consecutive rows of an embedding or a head). A record's
+checksum is the CRC-32 of all of it.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ class TableHeader:
     """One record file."""
 
     name: str
-    kind: str  # "layers" or "rows"
-    keys: tuple[int, ...]  # layer numbers, or first rows
+    kind: str  # "layers", "experts" or "rows"
+    keys: tuple[int, ...]  # layer numbers; layer * experts + expert; or first rows
     stride: int
     tensors: Mapping[str, tuple[Matrix, ...]]
     checksums: tuple[int, ...]

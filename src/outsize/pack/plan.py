@@ -90,8 +90,17 @@ class Planner:
         self.wanted, self.grouped = wanted, grouped
         self.description = recipe.description
 
-    def tensor(self, name: str, layer: int, shape: tuple[int, ...]) -> Tensor:
+    def tensor(
+        self, name: str, layer: int, shape: tuple[int, ...], expert: int | None = None
+    ) -> Tensor:
+        """One tensor of a layer; of an expert, by its own name or out of the stack of all."""
         foreign = self.recipe.names[name].replace("{i}", str(layer))
+        if expert is not None and "{e}" in foreign:
+            foreign = foreign.replace("{e}", str(expert))
+        elif expert is not None:
+            assert self.description.mixture is not None
+            stack = self.tensor(name, layer, (self.description.mixture.count, *shape))
+            return _unstack(stack, expert)
         found = self.tensors.get(foreign)
         if found is None:
             raise CheckpointError(f"tensor {foreign!r} is missing; the checkpoint is not complete")
@@ -99,11 +108,13 @@ class Planner:
             raise CheckpointError(f"tensor {foreign!r} has shape {found.shape}, not {shape}")
         return found
 
-    def matrix(self, layer: int, *names: tuple[str, int, int]) -> tuple[Piece, ...]:
+    def matrix(
+        self, layer: int, *names: tuple[str, int, int], expert: int | None = None
+    ) -> tuple[Piece, ...]:
         """Matrices (name, rows, width) stacked, those of one encoding as one."""
         pieces: list[Piece] = []
         for name, num_rows, width in names:
-            tensor = self.tensor(name, layer, (num_rows, width))
+            tensor = self.tensor(name, layer, (num_rows, width), expert)
             part = Part(tensor, self.head_dim(name))
             encoding = encoding_for(tensor, self.wanted, self.grouped)
             if pieces and pieces[-1].encoding == encoding:
@@ -139,6 +150,9 @@ class Planner:
         if d.qkv_bias:
             biases = ("q_bias", q_rows), ("k_bias", kv_rows), ("v_bias", kv_rows)
             record["qkv_bias"] = self.vector(i, *biases)
+        if d.qk_norm_whole:
+            record["q_norm"] = self.vector(i, ("q_norm", q_rows))
+            record["k_norm"] = self.vector(i, ("k_norm", kv_rows))
         if d.qk_norm:
             record["q_norm"] = self.vector(i, ("q_norm", d.head_dim))
             record["k_norm"] = self.vector(i, ("k_norm", d.head_dim))
@@ -148,6 +162,12 @@ class Planner:
 
     def feed_forward(self, i: int) -> Record:
         d = self.description
+        if d.mixture is not None:
+            router = self.tensor("router", i, (d.mixture.count, d.width))
+            return {
+                "ffn_norm": self.vector(i, ("ffn_norm", d.width)),
+                "router": (Piece("fp32", (Part(router),)),),
+            }
         record = {
             "ffn_norm": self.vector(i, ("ffn_norm", d.width)),
             "gate_up": self.matrix(i, ("gate", d.ffn_width, d.width), ("up", d.ffn_width, d.width)),
@@ -156,6 +176,15 @@ class Planner:
         if d.post_norm:
             record["ffn_post_norm"] = self.vector(i, ("ffn_post_norm", d.width))
         return record
+
+    def expert(self, i: int, e: int) -> Record:
+        """Everything of one expert together: it is used whole or not at all."""
+        width, inner = self.description.width, self.description.ffn_width
+        up = ("expert_gate", inner, width), ("expert_up", inner, width)
+        return {
+            "gate_up": self.matrix(i, *up, expert=e),
+            "down": self.matrix(i, ("expert_down", width, inner), expert=e),
+        }
 
     def rows(self, name: str) -> TablePlan:
         """The table of an embedding or head, in records of about ROW_RECORD bytes."""
@@ -173,6 +202,13 @@ class Planner:
         layout, stride = lay_out({name: (Matrix(encoding, block, d.width, 0),)})
         header = TableHeader(name, "rows", tuple(starts), stride, layout, (), d.vocab_size)
         return TablePlan(header, tuple(records))
+
+
+def _unstack(stack: Tensor, index: int) -> Tensor:
+    """One of the equal tensors that a stacked one is made of."""
+    size = stack.size // stack.shape[0]
+    name, offset = f"{stack.name}[{index}]", stack.offset + index * size
+    return Tensor(name, stack.kind, stack.shape[1:], stack.path, offset, size)
 
 
 def rows_per_record(encoding: str, d: Description) -> int:
@@ -200,12 +236,18 @@ def lay_out(tensors: dict[str, tuple[Matrix, ...]]) -> tuple[dict[str, tuple[Mat
     return out, aligned(at, PAGE)
 
 
-def _layer_tables(name: str, records: Sequence[Record]) -> list[TablePlan]:
-    """Records of one shape make one table, since its records are equally long."""
+def _layer_tables(
+    name: str, records: Sequence[Record], kind: str = "layers", each: int = 1
+) -> list[TablePlan]:
+    """Records of one shape make one table, since its records are equally long. `each`: records of a
+    layer, which stay together."""
     groups: dict[tuple[object, ...], list[int]] = {}
-    for i, record in enumerate(records):
-        shape = tuple((k, p.encoding, p.num_rows) for k, ps in record.items() for p in ps)
-        groups.setdefault(shape, []).append(i)
+    for first in range(0, len(records), each):
+        layer = range(first, first + each)
+        shapes = {_shape(records[i]) for i in layer}
+        if len(shapes) > 1:
+            raise UnsupportedError(f"{name} {first // each}: experts of several types in one layer")
+        groups.setdefault(shapes.pop(), []).extend(layer)
     plans = []
     for number, layers in enumerate(groups.values()):
         matrices = {
@@ -213,9 +255,13 @@ def _layer_tables(name: str, records: Sequence[Record]) -> list[TablePlan]:
             for k, pieces in records[layers[0]].items()
         }
         layout, stride = lay_out(matrices)
-        header = TableHeader(f"{name}-{number}", "layers", tuple(layers), stride, layout, ())
+        header = TableHeader(f"{name}-{number}", kind, tuple(layers), stride, layout, ())
         plans.append(TablePlan(header, tuple(records[i] for i in layers)))
     return plans
+
+
+def _shape(record: Record) -> tuple[object, ...]:
+    return tuple((k, p.encoding, p.num_rows) for k, ps in record.items() for p in ps)
 
 
 def plan(checkpoint: Checkpoint, recipe: Recipe, wanted: str, grouped: bool) -> list[TablePlan]:
@@ -225,13 +271,18 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, wanted: str, grouped: bool) -> 
     tables = [p.rows("embed")] + ([] if d.tied else [p.rows("head")])
     tables += _layer_tables("attn", [p.attention(i) for i in range(d.num_layers)])
     tables += _layer_tables("ffn", [p.feed_forward(i) for i in range(d.num_layers)])
+    if d.mixture is not None:
+        count = d.mixture.count
+        experts = [p.expert(i, e) for i in range(d.num_layers) for e in range(count)]
+        tables += _layer_tables("experts", experts, "experts", count)
     return tables + _layer_tables("final", [{"final_norm": p.vector(0, ("final_norm", d.width))}])
 
 
 def check_size(checkpoint: Checkpoint, d: Description) -> None:
     """A config may not promise more weights than the checkpoint has."""
     stored = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
-    promised = d.num_layers * d.width * (d.qkv_rows + 3 * d.ffn_width)
+    copies = 1 if d.mixture is None else d.mixture.count
+    promised = d.num_layers * d.width * (d.qkv_rows + 3 * d.ffn_width * copies)
     if promised > stored:
         raise CheckpointError(f"the config promises {promised:,} weights, {stored:,} are there")
 

@@ -16,13 +16,19 @@ from torch import Tensor
 
 from outsize.cache.kv import KV
 from outsize.model.attention import CHUNK
+from outsize.model.ffn.dense import Dense
+from outsize.model.ffn.experts import Router
+from outsize.model.halves import attention_half, ffn_half
+from outsize.model.layers import Linear, RMSNorm
 from outsize.model.step import Segment, Step
-from outsize.model.transformer import attention_half, ffn_half, rotations
+from outsize.model.transformer import rotations
 from outsize.native.kernels import Kernels
 from outsize.pack.format import Matrix, TableHeader
 from outsize.pack.outline import Outline
 from outsize.plan.machine import Compute, Machine
-from outsize.plan.place import Placement
+from outsize.plan.place import experts
+from outsize.plan.placement import BY_ID, BY_ROUTER, Placement
+from outsize.plan.prior import hit_rates
 from outsize.plan.probe import median_s
 from outsize.weights.arena import buffer
 from outsize.weights.load import activation_type
@@ -43,10 +49,23 @@ class Cost:
     prompt_read_s: float
     prompt_compute_s: float
     prompt_rows_s: float  # embedding rows of the prompt, read before anything can be computed
+    hit_rates: tuple[float, float] | None = None  # expected of experts, the least and the most
+    expert_bytes: int = 0  # that a token would read if none were in memory
+    disk_bytes_per_s: float = 0.0
 
     @property
     def token_s(self) -> float:
-        return max(self.read_s, self.compute_s)
+        return sum(self.range_s) / 2
+
+    @property
+    def range_s(self) -> tuple[float, float]:
+        """Seconds a token at the higher and at the lower hit rate of experts. Their reads wait for the
+        router, so that they come on top of computing."""
+        plain = max(self.read_s, self.compute_s)
+        if self.hit_rates is None:
+            return plain, plain
+        low, high = (self.expert_bytes * (1 - h) / self.disk_bytes_per_s for h in self.hit_rates)
+        return plain + high, plain + low
 
     @property
     def tokens_per_s(self) -> float:
@@ -60,6 +79,7 @@ class Cost:
         return asdict(self) | {
             "tokens_per_s": round(self.tokens_per_s, 3),
             "first_token_s": round(self.first_token_s, 3),
+            "tokens_per_s_range": [round(1 / s, 3) for s in reversed(self.range_s)],
         }
 
 
@@ -73,23 +93,37 @@ def key(o: Outline) -> str:
 def predict(o: Outline, machine: Machine, place: Placement, compute: Compute, prompt: int) -> Cost:
     """The arithmetic."""
     count = {t.name: len(t.keys) for t in o.tables if t.name in compute.step_s}
+    used = {t.name: _used(o, t) for t in o.tables if t.name in compute.step_s}
     records = sum(len(o.table(g).keys) - len(s.pinned) for g, s in place.shares.items())
     rate = machine.disk_bytes_per_s
-    step_s = sum(compute.step_s[name] * n for name, n in count.items())
+    step_s = sum(compute.step_s[name] * n for name, n in used.items())
     chunk_s = sum(compute.chunk_s[name] * n for name, n in count.items() if name in compute.chunk_s)
     head_s = compute.step_s[_head(o)] * count[_head(o)]
     read_s = place.streamed / rate
-    by_id = sum(size for _, tier, size in place.groups if tier.endswith("by id"))
+    by_id = sum(size for _, tier, size in place.groups if tier == BY_ID)
     waits = MISS_S * records if place.streamed else 0.0
+    missing = sum(size for _, tier, size in place.groups if tier == BY_ROUTER)
+    total = sum(t.size for t in experts(o))
     return Cost(
         prompt_tokens=prompt,
         bytes_per_token=place.streamed,
+        hit_rates=hit_rates(1 - missing / total) if missing else None,
+        expert_bytes=sum(used[t.name] * t.stride for t in experts(o)),
+        disk_bytes_per_s=rate,
         read_s=read_s + (2e-4 if by_id else 0.0),
         compute_s=step_s + waits,
-        prompt_read_s=read_s,
+        prompt_read_s=read_s + missing / rate,
         prompt_compute_s=chunk_s * prompt / compute.chunk_tokens + head_s + waits,
         prompt_rows_s=_rows_bytes(o, place, prompt) / rate,
     )
+
+
+def _used(o: Outline, t: TableHeader) -> int:
+    """Records of a table that a token computes with."""
+    mixture = o.description.mixture
+    if t.kind != "experts" or mixture is None:
+        return len(t.keys)
+    return len(t.keys) // mixture.count * mixture.used
 
 
 def _rows_bytes(o: Outline, place: Placement, prompt: int) -> int:
@@ -111,7 +145,9 @@ def measure(o: Outline, kernels: Kernels | None) -> Compute:
     chunks: dict[str, float] = {}
     tokens = min(CHUNK, o.description.context - STEPS - 1)
     for t in o.tables:
-        if t.kind == "layers" and t.name != "final-0":
+        if t.kind == "experts" or "router" in t.tensors:
+            steps[t.name], chunks[t.name] = _expert_times(o, t, kernels, tokens)
+        elif t.kind == "layers" and t.name != "final-0":
             steps[t.name], chunks[t.name] = _half_times(o, t, kernels, tokens)
         elif t.name == _head(o):
             steps[t.name] = _head_time(o, t, kernels)
@@ -158,6 +194,31 @@ def _half_times(
         half(h_TD[:1], step(range(i, i + 1), False))
 
     return median_s(run_step, STEPS), chunk_s
+
+
+def _expert_times(
+    o: Outline, t: TableHeader, kernels: Kernels | None, tokens: int
+) -> tuple[float, float]:
+    """One expert, or one router, for a token and for its share of a chunk."""
+    d, mixture, made = o.description, o.description.mixture, _random(t, kernels)
+    assert mixture is not None
+    if "router" in made:
+        router = Router(
+            RMSNorm(torch.ones(d.width), d.norm_eps, torch.float32),
+            torch.randn(mixture.count, d.width), mixture.used, mixture.renorm,
+        )  # fmt: skip
+        x_TD = torch.randn(tokens, d.width)
+        return (
+            median_s(lambda: router(x_TD[:1], False), STEPS),
+            median_s(lambda: router(x_TD, True), CHUNKS),
+        )
+    ffn = Dense(Linear(made["gate_up"]), Linear(made["down"]), d.activation)
+    dtype = activation_type(made["gate_up"])
+    rows = max(1, tokens * mixture.used // mixture.count)
+    x_TD = torch.randn(rows, d.width).to(dtype)
+    native = None if dtype == torch.float32 else kernels
+    one, many = Step([], {}, False, native), Step([], {}, True, None)
+    return median_s(lambda: ffn(x_TD[:1], one), STEPS), median_s(lambda: ffn(x_TD, many), CHUNKS)
 
 
 def _first_matrix(t: TableHeader) -> tuple[Matrix, ...]:

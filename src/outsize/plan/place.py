@@ -8,79 +8,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 
 from outsize.encoding.plain import WIDE_BYTES
 from outsize.errors import BudgetError
 from outsize.model.attention import CHUNK, score_bytes
 from outsize.pack.format import TableHeader
 from outsize.pack.outline import Outline
+from outsize.plan.placement import BY_ID, BY_ROUTER, DISK, MEMORY, Placement
 from outsize.weights.arena import HUGE, huge_bytes
 from outsize.weights.load import Share, all_of
+from outsize.weights.policies.echo import BYTES as ECHO_BYTES
 from outsize.weights.rows import IN_FLIGHT as ROWS_IN_FLIGHT
 
 MB = 1_000_000
 RESERVE_SHARE, RESERVE = 0.01, 20 * MB  # page cache of libraries, page tables, kernel stacks
 IN_FLIGHT, IN_FLIGHT_LEAST = 8 << 20, 4 << 20  # bytes read ahead to keep the disk busy
 SHORTEST = 1024  # tokens of context that are always planned for, if the user asked for none
+LEAST_EXPERTS = 2  # times those that a token uses: slots that there must be
 KV_SHARE = 0.1  # of the room for weights, where a context must be shortened
 FRAGMENTS = 1.8  # what an allocator holds for a byte in use, among sizes as mixed as these
-TIDY_SHARE = 0.4  # of the scratch: so much below the plan, free memory is returned to the system
 GOLDEN = 0.6180339887498949
 TOKENIZER_FACTOR = 8  # bytes in memory for a byte of tokenizer.json
 TOKENIZER_PEAK = 23  # and while it is read
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """The plan of one run. Bytes; the sum of `fixed` and `held` is what the process will have."""
-
-    budget: int
-    context: int
-    least: int  # the smallest budget that works with this context
-    fixed: Mapping[str, int]
-    shares: Mapping[str, Share]
-    groups: tuple[tuple[str, str, int], ...]  # (tensor group, tier, bytes)
-    kv_tokens: int  # tokens of all sequences together that there is room for
-    notes: tuple[str, ...] = field(default=())
-    opening: int = 0  # what opening the model takes for a moment
-
-    @property
-    def held(self) -> int:
-        return sum(size for _, tier, size in self.groups if tier == "memory")
-
-    @property
-    def streamed(self) -> int:
-        """Bytes that every pass reads from disk."""
-        return sum(size for _, tier, size in self.groups if tier == "disk")
-
-    @property
-    def planned(self) -> int:
-        return max(sum(self.fixed.values()) + self.held, self.opening)
-
-    @property
-    def process(self) -> int:
-        """Of `planned`, what the process itself has: all but the reserve for the system's share."""
-        return self.planned - self.fixed["reserve"]
-
-    @property
-    def ceiling(self) -> int:
-        """From here on, free memory that the allocator keeps is returned."""
-        return self.process - int(TIDY_SHARE * self.fixed["scratch"])
-
-    def to_json(self) -> dict[str, object]:
-        return {
-            "budget_bytes": self.budget,
-            "planned_bytes": self.planned,
-            "process_bytes": self.process,
-            "least_bytes": self.least,
-            "context": self.context,
-            "held_bytes": self.held,
-            "streamed_bytes": self.streamed,
-            "fixed": dict(self.fixed),
-            "placement": [{"group": g, "tier": t, "bytes": b} for g, t, b in self.groups],
-            "notes": list(self.notes),
-        }
 
 
 def kv_bytes(o: Outline) -> int:
@@ -88,7 +37,8 @@ def kv_bytes(o: Outline) -> int:
     d = o.description
     kv = 2 * d.num_layers * d.num_kv_heads * d.head_dim * o.activation_bytes
     ropes = len({layer.rope for layer in d.layers})
-    return kv + 4 * d.width + 4 * d.head_dim * ropes + 100
+    routed = 0 if d.mixture is None else d.width * (o.activation_bytes + 4) + 200 * d.mixture.used
+    return kv + 4 * d.width + 4 * d.head_dim * ropes + routed + 100
 
 
 def scratch_bytes(o: Outline, context: int) -> int:
@@ -99,6 +49,7 @@ def scratch_bytes(o: Outline, context: int) -> int:
     rows = d.width * a + d.qkv_rows * (a + 4 * d.qkv_bias) + 4 * heads * (1 + d.qk_norm)
     attention = c * (rows + 3 * a * queries) + score_bytes(d, context, a)
     ffn = c * (d.width * (2 * a + 4) + 3 * d.ffn_width * a)
+    ffn += 0 if d.mixture is None else 4 * c * (d.width + d.mixture.count)
     block = min(WIDE_BYTES, 2 * d.ffn_width * d.width * a)
     decoded = 2 * block + c * block // d.width  # once more as the matmul packs it; and its product
     logits = 3 * 4 * d.vocab_size
@@ -121,8 +72,14 @@ def fixed_costs(o: Outline, runtime: int, tokenizer: int, context: int) -> dict[
         "runtime": runtime,
         "tokenizer": tokenizer,
         "keys and values": context * kv_bytes(o),
+        **({"cache policy": policy_bytes(o)} if experts(o) else {}),
         "scratch": max(scratch_bytes(o, context), *(ROWS_IN_FLIGHT * t.stride for t in rows)),
     }
+
+
+def policy_bytes(o: Outline) -> int:
+    """What remembering routing takes."""
+    return sum(len(t.keys) * ECHO_BYTES for t in experts(o))
 
 
 def _rings(o: Outline, generous: bool) -> dict[str, int]:
@@ -154,8 +111,22 @@ def _reserve(budget: int) -> int:
 def least_bytes(o: Outline, runtime: int, tokenizer: int, context: int) -> int:
     """The smallest budget that runs: nothing held but the final norm, one slot for each table."""
     need = sum(fixed_costs(o, runtime, tokenizer, context).values()) + o.table("final-0").size
-    need += _ring_bytes(o, _rings(o, False)) + RESERVE
+    need += _ring_bytes(o, _rings(o, False)) + _least_experts(o) + RESERVE
     return max(int(need / (1 - RESERVE_SHARE)) + 1, opening_peak(o, runtime))
+
+
+def experts(o: Outline) -> list[TableHeader]:
+    """The tables of experts."""
+    return [t for t in o.tables if t.kind == "experts"]
+
+
+def _least_slots(o: Outline, t: TableHeader) -> int:
+    assert o.description.mixture is not None
+    return min(len(t.keys), LEAST_EXPERTS * o.description.mixture.used)
+
+
+def _least_experts(o: Outline) -> int:
+    return sum(huge_bytes(_least_slots(o, t) * t.stride) for t in experts(o))
 
 
 def _order(o: Outline) -> Iterator[tuple[str, int]]:
@@ -170,7 +141,7 @@ def _order(o: Outline) -> Iterator[tuple[str, int]]:
                 of_layer.setdefault(layer, []).append((t.name, i))
     for layer in sorted(of_layer, key=lambda i: i * GOLDEN % 1):
         yield from sorted(of_layer[layer], reverse=True)  # the feed-forward first: it is larger
-    if head != "embed":
+    if head != "embed" and not experts(o):  # else experts come before it
         yield from (("embed", i) for i in range(len(o.table("embed").keys)))
 
 
@@ -178,6 +149,7 @@ def _fill(o: Outline, room: int, rings: Mapping[str, int]) -> dict[str, Share]:
     """Hold as many records as fit; a table whose streamed records would all have slots is held whole."""
     held: dict[str, list[int]] = {t.name: [] for t in o.tables}
     held["final-0"] = [0]
+    room -= _least_experts(o)
     closed: set[str] = set()
     for name, i in _order(o):
         stride = o.table(name).stride
@@ -188,12 +160,22 @@ def _fill(o: Outline, room: int, rings: Mapping[str, int]) -> dict[str, Share]:
             continue
         held[name].append(i)
         room -= stride
-    out = {}
-    for t in o.tables:
+    out = _expert_shares(o, room)
+    for t in (t for t in o.tables if t.kind != "experts"):
         ring = rings.get(t.name, 0)
         whole = len(held[t.name]) + ring >= len(t.keys)
         pinned = tuple(range(len(t.keys))) if whole else tuple(sorted(held[t.name]))
         out[t.name] = Share(pinned, 0 if whole else ring)
+    return out
+
+
+def _expert_shares(o: Outline, room: int) -> dict[str, Share]:
+    """What is left goes to the experts' slots, to each table by its size."""
+    total = sum(t.size for t in experts(o))
+    out = {}
+    for t in experts(o):
+        more = int(max(0, room) * t.size / total) // t.stride
+        out[t.name] = Share((), min(len(t.keys), _least_slots(o, t) + more))
     return out
 
 
@@ -261,15 +243,18 @@ def _stream(o: Outline, room: int) -> dict[str, Share]:
 
 def _tiers(o: Outline, t: TableHeader, share: Share) -> Iterator[tuple[str, str, int]]:
     held = len(share.pinned) * t.stride + huge_bytes(share.ring * t.stride)
-    yield t.name, "memory", held
+    yield t.name, MEMORY, held
     missing = len(t.keys) - len(share.pinned)
-    if missing:
+    if t.kind == "experts":
+        if share.ring < len(t.keys):
+            yield t.name, BY_ROUTER, (missing - share.ring) * t.stride
+    elif missing:
         by_id = t.name == "embed" and not o.description.tied
-        yield t.name, "disk, rows by id" if by_id else "disk", missing * t.stride
+        yield t.name, BY_ID if by_id else DISK, missing * t.stride
 
 
 def _too_little(o: Outline, fixed: Mapping[str, int], least: int, budget: int, context: int) -> str:
-    costs = dict(fixed) | {"slots": _ring_bytes(o, _rings(o, False))}
+    costs = dict(fixed) | {"slots": _ring_bytes(o, _rings(o, False)) + _least_experts(o)}
     table = ", ".join(f"{name} {size / MB:,.0f}" for name, size in costs.items())
     return (
         f"{o.name} needs at least {-(-least // MB):,} MB for {context:,} tokens of context "

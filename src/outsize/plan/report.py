@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from outsize.pack.outline import Outline
 from outsize.plan.cost import Cost
 from outsize.plan.machine import Machine
-from outsize.plan.place import Placement
+from outsize.plan.placement import Placement
 
 BAR = 40
 HOUR = 3600.0

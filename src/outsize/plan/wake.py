@@ -14,8 +14,9 @@ from outsize.cache.kv import KV
 from outsize.encoding.find import encoding
 from outsize.encoding.int4 import supported
 from outsize.family.description import Description, Layer, Rope
+from outsize.model.halves import Half, attention_half, ffn_half
 from outsize.model.step import Segment, Step
-from outsize.model.transformer import Half, attention_half, ffn_half, rotations
+from outsize.model.transformer import rotations
 from outsize.native.kernels import Kernels
 from outsize.weights.budget import resident
 from outsize.weights.table import Weight, Weights

@@ -9,11 +9,15 @@ import torch
 
 from outsize.native.kernels import Kernels
 from outsize.pack.format import Matrix, Pack, TableHeader
+from outsize.weights.experts import Bank
+from outsize.weights.knobs import Experts
 from outsize.weights.policies.pin_and_ring import PinAndRing
+from outsize.weights.policy import Hints
 from outsize.weights.reader import Reader
 from outsize.weights.residency import Cached, Tick
 from outsize.weights.rows import RowTable, join
-from outsize.weights.table import Table, Traffic, Weight, Weights
+from outsize.weights.table import Table, Weight, Weights
+from outsize.weights.traffic import Traffic
 
 Progress = Callable[[str, int, int], None]
 
@@ -31,6 +35,8 @@ Shares = Mapping[str, Share]
 
 def all_of(header: TableHeader) -> Share:
     """Everything held."""
+    if header.kind == "experts":
+        return Share((), len(header.keys))
     return Share(tuple(range(len(header.keys))), 0)
 
 
@@ -62,11 +68,13 @@ class Loaded:
     head: RowTable
     layers: tuple[tuple[Source, Source], ...]  # attention, feed-forward
     final_norm: Weights
+    banks: tuple[Bank, ...]  # each layer's experts, if it has any
     reader: Reader
     tables: list[Table]
     caches: list[Cached]
     activation_type: torch.dtype
     traffic: Traffic
+    expert_traffic: Traffic
 
     def close(self) -> None:
         """End the threads and give back the files."""
@@ -86,12 +94,15 @@ class _Loading:
     traffic: Traffic
     verify: str
     tick: Tick
+    experts: Experts
+    expert_traffic: Traffic = field(default_factory=Traffic)
     reader: Reader = field(default_factory=Reader)
     tables: list[Table] = field(default_factory=list)
     caches: list[Cached] = field(default_factory=list)
 
     def open(self, header: TableHeader) -> Table:
-        table = Table(self.pack.path, header, self.traffic, self.verify)
+        traffic = self.expert_traffic if header.kind == "experts" else self.traffic
+        table = Table(self.pack.path, header, traffic, self.verify)
         self.tables.append(table)
         return table
 
@@ -109,6 +120,22 @@ class _Loading:
         pinned = cache.load(share.pinned, self.tick)
         return {k: Source(cache, i, pinned.get(i)) for i, k in enumerate(header.keys)}
 
+    def banks(self, header: TableHeader, share: Share, count: int) -> dict[int, Bank]:
+        """The layers of a table of experts. If all have slots, all are read now."""
+        table, capacity = self.open(header), max(1, share.ring)
+        hints = Hints(per_layer=count, layers=len(table) // count, ranked=self.experts.ranked)
+        cache = Cached(
+            table, self.reader, self.kernels, capacity, self.experts.policy(capacity, hints),
+            depth=0 if capacity == len(table) else None,
+        )  # fmt: skip
+        self.caches.append(cache)
+        if capacity == len(table):
+            cache.load(range(len(table)), self.tick)
+        kind, handling = activation_type(header.tensors["gate_up"]), self.experts.handling(count)
+        layers = header.keys[::count]
+        return {k // count: Bank(cache, kind, capacity, k // count, i, count, handling)
+                for i, k in enumerate(layers)}  # fmt: skip
+
     def rows(self, header: TableHeader, share: Share) -> RowTable:
         """A row table: its pinned records are its first ones."""
         table, count = self.open(header), len(share.pinned)
@@ -122,6 +149,13 @@ class _Loading:
         return RowTable(table, self.reader, self.kernels, joined, cache)
 
 
+def _at_once(header: TableHeader, share: Share) -> int:
+    """Records that are read when a model is opened."""
+    if header.kind == "experts":
+        return len(header.keys) if share.ring == len(header.keys) else 0
+    return len(share.pinned)
+
+
 def load(
     pack: Pack,
     kernels: Kernels | None,
@@ -129,12 +163,13 @@ def load(
     progress: Progress,
     shares: Shares | None = None,
     verify: str = "first",
+    experts: Experts | None = None,
 ) -> Loaded:
     """Open a pack's tables and read what stays in memory (all of it where `shares` is None). Raises
     PackError if a record is damaged, ReadError."""
     shares = shares or {}
     whole = {t.name: shares.get(t.name, all_of(t)) for t in pack.tables}
-    total = sum(len(whole[t.name].pinned) * t.stride for t in pack.tables)
+    total = sum(_at_once(t, whole[t.name]) * t.stride for t in pack.tables)
     done = 0
 
     def tick(size: int) -> None:
@@ -142,7 +177,7 @@ def load(
         done += size
         progress("loading", done, total)
 
-    state = _Loading(pack, kernels, traffic, verify, tick)
+    state = _Loading(pack, kernels, traffic, verify, tick, experts or Experts())
     try:
         return _load(state, whole)
     except BaseException:
@@ -155,21 +190,29 @@ def load(
 def _load(state: _Loading, shares: Shares) -> Loaded:
     rows: dict[str, RowTable] = {}
     layers: dict[str, dict[int, Source]] = {"attn": {}, "ffn": {}, "final": {}}
+    banks: dict[int, Bank] = {}
+    mixture = state.pack.description.mixture
     for header in state.pack.tables:
         if header.kind == "rows":
             rows[header.name] = state.rows(header, shares[header.name])
+        elif header.kind == "experts" and mixture is not None:
+            banks |= state.banks(header, shares[header.name], mixture.count)
         else:
             layers[header.name.split("-")[0]] |= state.sources(header, shares[header.name])
     for cache in state.caches:
         cache.start()
+    for i, bank in banks.items():
+        bank.following = banks[(i + 1) % len(banks)]
     pairs = (
         (layers["attn"][i], layers["ffn"][i]) for i in range(state.pack.description.num_layers)
     )
     head, final = rows.get("head", rows["embed"]), layers["final"][0].pinned
     assert final is not None
     return Loaded(
-        rows["embed"], head, tuple(pairs), final, state.reader, state.tables, state.caches,
+        rows["embed"], head, tuple(pairs), final, tuple(banks[i] for i in sorted(banks)),
+        state.reader, state.tables, state.caches,
         activation_type(state.pack.table_of("attn-0").tensors["qkv"]), state.traffic,
+        state.expert_traffic,
     )  # fmt: skip
 
 

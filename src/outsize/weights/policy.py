@@ -30,13 +30,30 @@ class Hints:
 
     pinned: Sequence[int] = ()  # never to be evicted
     future: Sequence[Sequence[int]] = ()  # every request to come, in order
+    ranked: Sequence[int] = ()  # by how often they were used in a profile, the most used first
+    per_layer: int = 64  # id // per_layer is the layer, and layers are visited in order
+    layers: int = 1
 
 
 class Policy(Protocol):
     """Decides which ids occupy `capacity` slots."""
 
-    def place(self, ids: Sequence[int], keep: Collection[int] = ()) -> Placed:
-        """Make room for these ids, without evicting `keep`. Raises CapacityError, changing nothing."""
+    @property
+    def room(self) -> int:
+        """So many ids at once always fit."""
+        ...
+
+    def place(self, ids: Sequence[int], keep: Collection[int] = (), ahead: bool = False) -> Placed:
+        """Make room for these ids, without evicting `keep`; `ahead`: they are only expected. Raises
+        CapacityError, changing nothing."""
+        ...
+
+    def begin_pass(self) -> None:
+        """The layers are visited from the first one on again."""
+        ...
+
+    def observe(self, layer: int, rows: Sequence[Sequence[int]]) -> None:
+        """What each token, in order, asks for in this layer; told before it is placed."""
         ...
 
 
@@ -45,8 +62,19 @@ class Slots(ABC):
 
     def __init__(self, capacity: int) -> None:
         self.slot_of: dict[int, int] = {}
+        self.is_ahead = False  # what is being placed is only expected
         self._free = list(range(capacity))[::-1]
         self._capacity = capacity
+
+    @property
+    def room(self) -> int:
+        return self._capacity
+
+    def begin_pass(self) -> None:  # noqa: B027  most do not care
+        """A new pass over the layers."""
+
+    def observe(self, layer: int, rows: Sequence[Sequence[int]]) -> None:  # noqa: B027
+        """What is asked for next."""
 
     @abstractmethod
     def used(self, id: int, is_hit: bool) -> None:
@@ -56,8 +84,8 @@ class Slots(ABC):
     def victim(self, staying: Collection[int]) -> int:
         """A resident id to evict, not one of those."""
 
-    def place(self, ids: Sequence[int], keep: Collection[int] = ()) -> Placed:
-        wanted = dict.fromkeys(ids)
+    def place(self, ids: Sequence[int], keep: Collection[int] = (), ahead: bool = False) -> Placed:
+        self.is_ahead, wanted = ahead, dict.fromkeys(ids)
         staying = wanted.keys() | {i for i in keep if i in self.slot_of}
         if len(staying) > self._capacity:
             raise too_many(len(staying), self._capacity)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from concurrent.futures import CancelledError
 from queue import SimpleQueue
 
 from outsize.weights.table import Table
@@ -20,11 +21,12 @@ PIECE = 1 << 20
 class Ticket:
     """A record, or from byte `start` on a part of it, on its way into a buffer."""
 
-    __slots__ = ("_done", "_ends", "error", "index", "out", "pieces", "start", "table")
+    __slots__ = ("_count", "_done", "_ends", "error", "index", "out", "pieces", "start", "table")
 
     def __init__(self, table: Table, index: int, out: memoryview, start: int = 0) -> None:
         self.table, self.index, self.out, self.start = table, index, out, start
         self.pieces = deque(range(0, len(out), PIECE))
+        self._count = len(self.pieces)
         self._ends = deque([True] + [False] * (len(self.pieces) - 1))  # who pops True ends last
         self._done = threading.Lock()  # free once the record is there
         self._done.acquire()
@@ -51,6 +53,17 @@ class Ticket:
             return self.pieces.popleft()
         except IndexError:
             return None
+
+    def cancel(self) -> bool:
+        """Give up what nobody has begun; False if it is too late for that."""
+        mine = list(iter(self.take, None))
+        if len(mine) < self._count:
+            for at in mine:
+                self.run(at)
+            return False
+        self.error = CancelledError()
+        self._done.release()
+        return True
 
     def run(self, at: int) -> None:
         """Read one piece; whoever ends last checks the record."""

@@ -13,10 +13,12 @@ from typing import Protocol
 
 from outsize.native.kernels import Kernels
 from outsize.weights.arena import Arena
+from outsize.weights.ledger import Ledger, Load
 from outsize.weights.policies.pin_and_ring import PinAndRing
 from outsize.weights.policy import Policy
 from outsize.weights.reader import Reader, Ticket
-from outsize.weights.table import Table, Traffic, Weights, views
+from outsize.weights.table import Table, Weights, views
+from outsize.weights.traffic import Traffic
 
 Tick = Callable[[int], None]
 
@@ -80,7 +82,8 @@ class Cached:
     ) -> None:
         """`scan`: the ids that are fetched in this order, over and over; the next `depth` (None: as
         many as there are slots) are read ahead."""
-        self.table, self.traffic, self._reader, self._policy = table, table.traffic, reader, policy
+        self.table, self.traffic, self._reader = table, table.traffic, reader
+        self.ledger = Ledger(policy, table.traffic, table.header.stride)
         self._kernels, self._scan, self._depth = (
             kernels,
             sorted(scan),
@@ -92,18 +95,15 @@ class Cached:
         self._ring.settle()
         self._views: list[Weights | None] = [None] * capacity
         self._tickets: dict[int, Ticket] = {}  # by slot, until settled
-        self._where: dict[int, int] = {}  # id -> slot
-        self._id_in: dict[int, int] = {}  # slot -> id
-        self._ahead: set[int] = set()  # read ahead, not yet asked for
-        self._held: Sequence[int] = ()
 
     def load(self, ids: Sequence[int], tick: Tick) -> dict[int, Weights]:
         """Fill slots at the beginning: many records in flight, none counted as a miss."""
-        slots = self._place(ids, True)
+        placed = self.ledger.load(ids)
+        self._read(placed.loads, True)
         for i in ids:
-            self._settle(slots[i])
+            self._settle(placed.slots[i])
             tick(self.table.header.stride)
-        return {i: self._view(slots[i]) for i in ids}
+        return {i: self._view(placed.slots[i]) for i in ids}
 
     def fetch(self, ids: Sequence[int]) -> list[Weights]:
         slots = self._ask(ids)
@@ -111,22 +111,40 @@ class Cached:
             self._settle(slot)
         return [self._view(slots[i]) for i in ids]
 
-    def stream(self, ids: Sequence[int]) -> Iterator[tuple[int, Weights]]:
+    def stream(
+        self, ids: Sequence[int], in_order: bool = False, then: Callable[[], None] | None = None
+    ) -> Iterator[tuple[int, Weights]]:
+        """`in_order`: as asked, whatever is there first; `then`: called once all are on their way."""
         slots = self._ask(ids)
-        for i, slot in sorted(slots.items(), key=lambda item: item[1] in self._tickets):
+        if then is not None:
+            then()
+        if not in_order:
+            slots = dict(sorted(slots.items(), key=lambda item: not self._is_there(item[1])))
+        for i, slot in slots.items():
             self._settle(slot)
             yield i, self._view(slot)
 
+    def expect(self, ids: Sequence[int], most: int) -> None:
+        """Read ahead what a prefetcher wants."""
+        self._read(self.ledger.expect_some(ids, most), False)
+
+    def give_up(self, ids: Sequence[int]) -> None:
+        """These were read ahead in vain: those that nobody has begun to read are not read."""
+        slots = {i: self.ledger.slot_of[i] for i in ids}
+        waiting = {i: self._tickets.get(slot) for i, slot in slots.items()}
+        begun = [i for i, ticket in waiting.items() if ticket is None or not ticket.cancel()]
+        self.ledger.give_up(ids, begun)
+
     def prefetch(self, ids: Sequence[int]) -> None:
-        keep = {*self._held, *self._ahead}
-        missing = [i for i in dict.fromkeys(ids) if i not in self._where]
-        for i in missing[: max(0, self._depth - len(keep))]:
-            self._place([i], False, keep)
-            self._ahead.add(i)
-            keep.add(i)
+        ledger = self.ledger
+        missing = [i for i in dict.fromkeys(ids) if i not in ledger.slot_of]
+        for i in missing[: max(0, self._depth - len(ledger.held) - len(ledger.ahead))]:
+            if (load := ledger.expect(i)) is not None:
+                self._read([load], False)
 
     def release(self) -> None:
-        last, self._held = self._held[-1:], ()
+        last = self.ledger.held[-1:]
+        self.ledger.release()
         if self._scan and last:
             self.prefetch(self.following(last[0]))
 
@@ -141,9 +159,9 @@ class Cached:
 
     def unpin(self, id: int) -> int:
         """Let a pinned record pass like the others, from the next step on; the bytes this frees."""
-        assert isinstance(self._policy, PinAndRing)
-        slot = self._policy.unpin(id)
-        del self._id_in[self._where.pop(id)]
+        assert isinstance(self.ledger.policy, PinAndRing)
+        slot = self.ledger.policy.unpin(id)
+        self.ledger.forget(id)
         self._scan = sorted([*self._scan, id])
         if slot is None:
             self._depth = 1
@@ -158,38 +176,19 @@ class Cached:
             ticket.wait_quietly()
 
     def _ask(self, ids: Sequence[int]) -> dict[int, int]:
-        """Place ids that are wanted now, and account for them."""
-        before = set(ids) & self._where.keys()
-        slots = self._place(ids, True)
-        early, t, size = before & self._ahead, self.traffic, self.table.header.stride
-        self._ahead -= early
-        t.hits += len(before) - len(early)
-        t.misses += len(slots) - len(before) + len(early)
-        t.bytes_useful += len(early) * size
-        t.bytes_demanded += (len(slots) - len(before)) * size
-        self._held = tuple(slots)
-        return slots
+        placed = self.ledger.demand(ids, self._is_there)
+        self._read(placed.loads, True)
+        return placed.slots
 
-    def _place(
-        self, ids: Sequence[int], urgent: bool, keep: set[int] | None = None
-    ) -> dict[int, int]:
-        slots, loads = self._policy.place(ids, keep or ())
-        for i, slot in loads:
-            self._forget(slot)
-            self._where[i], self._id_in[slot] = slot, i
-            self._tickets[slot] = self._submit(i, slot, urgent)
-        return slots
+    def _is_there(self, slot: int) -> bool:
+        return slot not in self._tickets or self._tickets[slot].is_done
 
-    def _forget(self, slot: int) -> None:
-        """Whatever was in a slot, or on its way there, is over."""
-        if (ticket := self._tickets.pop(slot, None)) is not None:
-            ticket.wait_quietly()
-        old = self._id_in.pop(slot, None)
-        if old is not None:
-            del self._where[old]
-            if old in self._ahead:
-                self._ahead.remove(old)
-                self.traffic.bytes_wasted += self.table.header.stride
+    def _read(self, loads: Sequence[Load], urgent: bool) -> None:
+        """Start reading. Whatever was on its way to a slot is over first."""
+        for id, slot in loads:
+            if (ticket := self._tickets.pop(slot, None)) is not None:
+                ticket.wait_quietly()
+            self._tickets[slot] = self._submit(id, slot, urgent)
 
     def _submit(self, index: int, slot: int, urgent: bool) -> Ticket:
         pinned = slot < self._first
@@ -204,7 +203,7 @@ class Cached:
         if ticket is None:
             return
         if ticket.is_done and ticket.error is not None:
-            ticket = self._tickets[slot] = self._submit(self._id_in[slot], slot, True)
+            ticket = self._tickets[slot] = self._submit(self.ledger.id_in[slot], slot, True)
         if not ticket.is_done:
             started = time.perf_counter()
             self._reader.promote(ticket)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -15,27 +15,10 @@ from outsize.errors import OptionError, PackError, ReadError
 from outsize.native.kernels import Kernels
 from outsize.pack.format import Matrix, TableHeader, damaged, field_bytes
 from outsize.weights.medium import PAGE, File, Medium
+from outsize.weights.traffic import Traffic
 
 VERIFY = ("first", "always", "never")
 RETRIES = 3
-
-
-@dataclass(slots=True)
-class Traffic:
-    """What was asked for and what was read, of all tables of one model. Bytes and seconds."""
-
-    bytes_read: int = 0
-    hits: int = 0  # records that were in memory when asked for
-    misses: int = 0  # records that had to be read, ahead of time or not
-    bytes_demanded: int = 0  # read because they were asked for
-    bytes_useful: int = 0  # read ahead, and then asked for
-    bytes_wasted: int = 0  # read ahead in vain
-    waited_s: float = 0.0  # the computation stood still for reads
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def count(self, size: int) -> None:
-        with self.lock:
-            self.bytes_read += size
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 
+from outsize.weights.order import Order
 from outsize.weights.policy import Hints, Policy, Slots
 
 
@@ -12,17 +13,16 @@ class Lfu(Slots):
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
         self._count: Counter[int] = Counter()
-        self._last: dict[int, int] = {}
+        self._order = Order()
         self._clock = 0
 
     def used(self, id: int, is_hit: bool) -> None:
         self._clock += 1
         self._count[id] += 1
-        self._last[id] = self._clock
+        self._order.set(id, (self._count[id], self._clock))
 
     def victim(self, staying: Collection[int]) -> int:
-        candidates = (i for i in self.slot_of if i not in staying)
-        return min(candidates, key=lambda i: (self._count[i], self._last[i]))
+        return self._order.pop(staying)
 
 
 def policy(capacity: int, hints: Hints) -> Policy:

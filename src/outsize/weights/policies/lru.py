@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Collection
 
 from outsize.weights.policy import Hints, Policy, Slots
@@ -10,7 +11,7 @@ from outsize.weights.policy import Hints, Policy, Slots
 class Lru(Slots):
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self._order: dict[int, None] = {}  # the least recently used first
+        self._order: OrderedDict[int, None] = OrderedDict()  # the least recently used first
 
     def used(self, id: int, is_hit: bool) -> None:
         self._order.pop(id, None)

@@ -20,7 +20,17 @@ class PinAndRing:
         self._ring = dict.fromkeys(range(len(self._home), capacity), -1)  # slot -> id, oldest first
         self._slot_of: dict[int, int] = {}
 
-    def place(self, ids: Sequence[int], keep: Collection[int] = ()) -> Placed:
+    @property
+    def room(self) -> int:
+        return len(self._ring) or self._capacity
+
+    def begin_pass(self) -> None:
+        """A scan needs no telling."""
+
+    def observe(self, layer: int, rows: Sequence[Sequence[int]]) -> None:
+        """All are alike."""
+
+    def place(self, ids: Sequence[int], keep: Collection[int] = (), ahead: bool = False) -> Placed:
         wanted = dict.fromkeys(ids)
         passing = [i for i in wanted if i not in self._home]
         staying = {*passing, *(i for i in keep if i in self._slot_of)}

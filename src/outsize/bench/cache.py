@@ -1,0 +1,156 @@
+"""`outsize bench cache`: recorded routing replayed under many policies; which one to use here, and why."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from outsize.bars import bars
+from outsize.bench.cache_page import page
+from outsize.errors import OptionError
+from outsize.options import parse_size
+from outsize.weights import grid
+from outsize.weights.grid import Row, Setting
+from outsize.weights.knobs import REPLAYED
+from outsize.weights.trace import Trace, read
+
+CAPACITIES = "1%,2%,5%,10%,20%,40%"
+EVICTIONS = "lru,fifo,lfu,lfru,static,least_stale,stale_cyclic,echo,belady"
+NOT_CAUSAL = (*REPLAYED, "static")  # static is told the trace's own profile here
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The axes as a user writes them, comma-separated."""
+
+    capacity: str = CAPACITIES
+    eviction: str = EVICTIONS
+    prefetch: str = "none"
+    miss: str = "fetch"
+    bandwidth: str = "1GB/s"
+    record_bytes: int | None = None
+    layer_ms: float = 0.0
+    expert_ms: float = 0.0
+    per_layer: bool = False
+
+
+def show(
+    paths: Sequence[Path],
+    wanted: Wanted,
+    as_json: bool,
+    html: Path | None,
+    config: Path | None,
+    quiet: bool,
+) -> None:
+    """Replay, print, write the page; with `config`, make the engine use the best."""
+    traces = tuple(read(path) for path in paths)
+    rows = replay(traces, wanted, quiet)
+    best, why = choose(rows)
+    if html is not None:
+        html.write_text(page(traces, rows, why), encoding="utf-8")
+        print(f"wrote {html}", file=sys.stderr)
+    if as_json:
+        for row in rows:
+            print(json.dumps(row))
+    else:
+        print("\n".join(_table(rows)))
+    print(why, file=sys.stderr if as_json else sys.stdout)
+    if config is not None:
+        _write(config, best)
+
+
+def replay(traces: tuple[Trace, ...], wanted: Wanted, quiet: bool) -> list[Row]:
+    """All rows. Raises OptionError, UnsupportedError, TraceError."""
+    setting = Setting(traces, wanted.record_bytes, wanted.layer_ms / 1e3, wanted.expert_ms / 1e3)
+    cells = grid.cells(
+        len(traces), [_share(c) for c in _split(wanted.capacity)], _split(wanted.eviction),
+        _split(wanted.prefetch), _split(wanted.miss), [_rate(b) for b in _split(wanted.bandwidth)],
+        wanted.per_layer,
+    )  # fmt: skip
+    grid.check(setting, cells)
+    rows: list[Row] = []
+    with bars(quiet) as progress:
+        for done, found in enumerate(grid.run(setting, cells), 1):
+            rows += found
+            progress("replaying", done, len(cells))
+    return rows
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise OptionError(f"capacity {text!r}: a share of all experts like 5% is expected")
+    return share
+
+
+def _rate(text: str) -> float:
+    rate = float(parse_size(text.removesuffix("/s")))
+    if rate <= 0:
+        raise OptionError(f"bandwidth {text!r}: bytes a second like 1GB/s are expected")
+    return rate
+
+
+def choose(rows: Sequence[Row]) -> tuple[str, str]:
+    """The causal, exact setting with the least stall, mean over everything, and the reason."""
+    stalls: dict[str, list[float]] = {}
+    hits: dict[str, list[float]] = {}
+    for row in rows:
+        if row["phase"] != "decode" or row["miss"] != "fetch":
+            continue
+        name = f"{row['eviction']},prefetch={row['prefetch']}"
+        stalls.setdefault(name, []).append(float(row["stall_s_per_token"]))
+        hits.setdefault(name, []).append(float(row["hit_rate"]))
+    usable = {
+        name: sum(v) / len(v)
+        for name, v in stalls.items()
+        if not name.startswith(NOT_CAUSAL) and "oracle" not in name
+    }
+    if not usable:
+        return (
+            "",
+            "nothing that an engine could use was replayed: add a causal policy, misses fetched",
+        )
+    order = sorted(usable, key=lambda name: usable[name])
+    best = order[0]
+    mean = sum(hits[best]) / len(hits[best])
+    why = f"use here: {_short(best)}: a mean stall of {usable[best] * 1e3:.3g} ms a token, {mean:.1%} there"
+    if len(order) > 1:
+        why += f"; next best {_short(order[1])} with {usable[order[1]] * 1e3:.3g} ms"
+    return best, why
+
+
+def _short(name: str) -> str:
+    return name.removesuffix(",prefetch=none")
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    out = [f"{'trace':<14}{'phase':<8}{'slots':>7}{'eviction':>14}{'prefetch':>14}{'miss':>11}"
+           f"{'GB/s':>6}{'hits':>8}{'reuse':>8}{'stall ms':>10}{'collisions':>11}"]  # fmt: skip
+    out += [
+        f"{str(r['trace'])[:13]:<14}{r['phase']:<8}{r['capacity']:>7.1%}{r['eviction']:>14}"
+        f"{r['prefetch']:>14}{r['miss']:>11}{float(r['bytes_per_s']) / 1e9:>6.3g}{r['hit_rate']:>8.3f}"
+        f"{r['reuse_hit_rate']:>8.3f}{float(r['stall_s_per_token']) * 1e3:>10.3g}{r['collision_misses']:>11}"
+        for r in rows
+    ]
+    return out
+
+
+def _write(path: Path, best: str) -> None:
+    """Set `experts` in config.toml, keeping all else."""
+    if not best:
+        raise OptionError("nothing that an engine could use was replayed; config.toml is unchanged")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = [line for line in lines if not line.replace(" ", "").startswith("experts=")]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([f'experts = "{best}"', *lines]) + "\n", encoding="utf-8")
+    print(f"wrote experts = {best!r} to {path}", file=sys.stderr)

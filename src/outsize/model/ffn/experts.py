@@ -1,0 +1,146 @@
+"""The feed-forward of a mixture: a router names a few experts for each token, their outputs are weighed
+and summed.
+
+Few rows: experts are computed in the order in which they are in memory, the missing ones arriving
+meanwhile; each row's outputs are kept apart and summed in the order of its choices, so that a row's
+bits depend neither on that order nor on other rows. Many rows: each expert is fetched once for all of a
+prompt, and computed for one chunk after another, so that a chunk's bits are its own.
+
+Shapes: T tokens, D width, N experts, K used by a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from outsize.family.description import Description
+from outsize.model.ffn.dense import Dense
+from outsize.model.layers import Linear, RMSNorm
+from outsize.model.step import Step
+from outsize.weights.experts import Bank
+from outsize.weights.trace import Scored
+
+Chunks = Sequence[tuple[Tensor, Step]]
+
+
+class Router:
+    """Names and weighs each token's experts. In fp32, since a near tie decides what is computed."""
+
+    def __init__(self, norm: RMSNorm, w_ND: Tensor, used: int, renorm: bool) -> None:
+        self.norm, self._w_ND, self._used, self._renorm = norm, w_ND, used, renorm
+
+    def __call__(self, x_TD: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
+        """(T, K) ids and weights, the heaviest first."""
+        x = x_TD.float()
+        rows = [x @ self._w_ND.T] if wide else [(self._w_ND @ row)[None] for row in x]
+        p_TN = torch.cat(rows).softmax(-1)
+        weights_TK, ids_TK = p_TN.topk(self._used, dim=-1)
+        if self._renorm:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        return ids_TK, weights_TK
+
+    def early(self, h_TD: Tensor, most: int) -> Scored:
+        """What it would choose for these rows of the residual stream, one layer early."""
+        p_TN = (self.norm(h_TD).float() @ self._w_ND.T).softmax(-1).amax(0)
+        weights, ids = p_TN.topk(min(most, len(p_TN)))
+        return tuple(zip(ids.tolist(), weights.tolist(), strict=True))
+
+
+EARLY = 4  # times as many experts as are used are told early
+
+
+class Mixture:
+    """h += sum of the chosen experts' weighed outputs. `ahead`: the next layer's router, if it is there."""
+
+    def __init__(self, d: Description, norm: RMSNorm, router_ND: Tensor, bank: Bank) -> None:
+        assert d.mixture is not None
+        self.router = Router(norm, router_ND, d.mixture.used, d.mixture.renorm)
+        self._bank, self._activation, self._used = bank, d.activation, d.mixture.used
+        self.ahead: Callable[[], Router | None] = lambda: None
+
+    def run(self, chunks: Chunks) -> None:
+        """Changes the chunks' h_TD."""
+        xs = [self.router.norm(h) for h, _ in chunks]
+        routed = [self.router(x, step.wide) for x, (_, step) in zip(xs, chunks, strict=True)]
+        rows = [row for ids, _ in routed for row in ids.tolist()]
+        weights = [row for _, w in routed for row in w.tolist()]
+        early = self._early(chunks)
+        rows, weights = self._handled(rows, weights, early)
+        sums = _Sums(chunks, xs, self._used)
+        in_order = any(step.wide for _, step in chunks)
+        places = _places(rows, weights)
+        for expert, w in self._bank.stream(rows, early, in_order):
+            ffn = Dense(Linear(w["gate_up"]), Linear(w["down"]), self._activation)
+            sums.add(ffn, places[expert])
+        sums.finish()
+
+    def _early(self, chunks: Chunks) -> Scored:
+        """Only for few rows: a prompt wants nearly all experts anyway."""
+        handling, router = self._bank.handling, self.ahead()
+        if router is None or (handling.prefetcher is None and handling.recorder is None):
+            return ()
+        last = torch.cat([h[-1:] if step.wide else h for h, step in chunks])
+        return router.early(last, EARLY * self._used)
+
+    def _handled(
+        self, rows: list[list[int]], weights: list[list[float]], early: Scored
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """After misses were handled, and the choices recorded."""
+        bank, handling = self._bank, self._bank.handling
+        if handling.recorder is not None:
+            handling.recorder(bank.layer, rows, weights, early)
+        return bank.handled(rows, weights)
+
+
+Places = list[tuple[int, int, float]]  # row, slot, weight
+
+
+def _places(rows: Sequence[Sequence[int]], weights: Sequence[Sequence[float]]) -> dict[int, Places]:
+    """For each expert, who chose it."""
+    out: dict[int, Places] = {}
+    for t, (ids, ws) in enumerate(zip(rows, weights, strict=True)):
+        for k, (e, w) in enumerate(zip(ids, ws, strict=True)):
+            out.setdefault(e, []).append((t, k, w))
+    return out
+
+
+class _Sums:
+    """Collects the experts' outputs for all chunks."""
+
+    def __init__(self, chunks: Chunks, xs: Sequence[Tensor], used: int) -> None:
+        self._chunks, self._xs = chunks, xs
+        self._starts, at = [], 0
+        for h, _ in chunks:
+            self._starts.append(at)
+            at += len(h)
+        self._outs = [
+            torch.zeros_like(h) if step.wide else h.new_zeros(len(h), used, h.shape[1])
+            for h, step in chunks
+        ]
+
+    def add(self, ffn: Dense, places: Places) -> None:
+        for (h, step), x, start, out in zip(
+            self._chunks, self._xs, self._starts, self._outs, strict=True
+        ):
+            mine = [p for p in places if start <= p[0] < start + len(h)]
+            if not mine:
+                continue
+            rows = torch.tensor([t - start for t, _, _ in mine])
+            y = ffn(x[rows], step).float() * torch.tensor([w for _, _, w in mine])[:, None]
+            if step.wide:
+                out.index_add_(0, rows, y)
+            else:
+                out[rows, torch.tensor([k for _, k, _ in mine])] = y
+
+    def finish(self) -> None:
+        for (h, step), out in zip(self._chunks, self._outs, strict=True):
+            if step.wide:
+                h.add_(out)
+                continue
+            total = out[:, 0]
+            for k in range(1, out.shape[1]):
+                total = total + out[:, k]
+            h.add_(total)

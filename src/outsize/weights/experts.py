@@ -1,0 +1,107 @@
+"""One layer's experts, in slots that all layers share: asked for by the router, some read ahead.
+
+Ids count through the layers of a table: layer * count + expert.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from outsize.weights.misses import Missing, fetch
+from outsize.weights.prefetcher import Prefetcher, Seen, most_ahead
+from outsize.weights.residency import Cached
+from outsize.weights.table import Weights
+from outsize.weights.trace import Scored
+
+Recorder = Callable[[int, Sequence[Sequence[int]], Sequence[Sequence[float]], Scored], None]
+
+
+@dataclass(slots=True)
+class Handling:
+    """How experts are cached, for all layers of a model."""
+
+    prefetcher: Prefetcher | None = None
+    missing: Missing = fetch
+    uses: Counter[int] = field(default_factory=Counter)
+    recorder: Recorder | None = None  # told of every layer's choices
+
+
+@dataclass(slots=True)
+class Bank:
+    """The experts of one layer. `number`: the layer's place in its table; `following`: the next layer's."""
+
+    cache: Cached
+    activation_type: torch.dtype
+    capacity: int
+    layer: int
+    number: int
+    count: int
+    handling: Handling
+    following: Bank | None = None
+
+    def stream(
+        self, rows: Sequence[Sequence[int]], early: Scored, in_order: bool
+    ) -> Iterator[tuple[int, Weights]]:
+        """The experts that these tokens chose, one by one; `early`: what the next layer's gate makes of
+        its experts already now. `in_order`: as they were first chosen."""
+        base, ledger = self.number * self.count, self.cache.ledger
+        ids = list(dict.fromkeys(base + e for row in rows for e in row))
+        ledger.policy.observe(self.number, [[base + e for e in row] for row in rows])
+        self.handling.uses.update(ids)
+
+        def then() -> None:
+            self._look_ahead(ids, early)
+
+        room = ledger.policy.room
+        for at in range(0, len(ids), room):
+            wave, last = ids[at : at + room], at + room >= len(ids)
+            for id, weights in self.cache.stream(wave, in_order, then if last else self._forget):
+                yield id - base, weights
+            self.cache.release()
+
+    def handled(
+        self, rows: list[list[int]], weights: list[list[float]]
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """The choices after misses were handled. A no-op when they are fetched."""
+        if self.handling.missing is fetch:
+            return rows, weights
+        base, traffic = self.number * self.count, self.cache.traffic
+        best: dict[int, float] = {}
+        for ids, ws in zip(rows, weights, strict=True):
+            for e, w in zip(ids, ws, strict=True):
+                best[base + e] = max(w, best.get(base + e, 0.0))
+        instead = self.handling.missing(
+            list(best.items()), self.cache.ledger.slot_of, self.handling.uses, self.count
+        )
+        traffic.dropped += sum(i is None for i in instead)
+        traffic.substituted += sum(i not in (None, w) for w, i in zip(best, instead, strict=True))
+        new = {
+            w - base: None if i is None else i - base for w, i in zip(best, instead, strict=True)
+        }
+        kept = [
+            [(new[e], w) for e, w in zip(ids, ws, strict=True)]
+            for ids, ws in zip(rows, weights, strict=True)
+        ]
+        return (
+            [[e for e, _ in row if e is not None] for row in kept],
+            [[w for e, w in row if e is not None] for row in kept],
+        )
+
+    def _forget(self) -> None:
+        """What was expected of this layer and not asked for is not expected any more."""
+        stale = [i for i in self.cache.ledger.ahead if i // self.count == self.number]
+        if stale:
+            self.cache.give_up(stale)
+
+    def _look_ahead(self, ids: Sequence[int], early: Scored) -> None:
+        self._forget()
+        prefetcher, after = self.handling.prefetcher, self.following
+        if prefetcher is not None and after is not None:
+            wanted = prefetcher(
+                Seen(self.layer, ids, after.layer, after.number * after.count, early)
+            )
+            after.cache.expect(wanted, most_ahead(after.capacity))

@@ -1,0 +1,68 @@
+"""How experts are cached, as a user says it: `echo,prefetch=score:0.2,misses=fetch`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from outsize import resolve
+from outsize.errors import OptionError
+from outsize.weights import misses, policies, prefetcher
+from outsize.weights.experts import Handling, Recorder
+from outsize.weights.policy import Hints, Policy, make
+
+DEFAULT = "echo"
+REPLAYED = ("belady", "pin_and_ring")  # policies that a live run cannot have
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The knobs. All defaults are exact."""
+
+    eviction: str = DEFAULT
+    prefetch: str = "none"
+    misses: str = "fetch"
+    ranked: Sequence[int] = ()  # for `static`: the most used first
+    recorder: Recorder | None = None
+
+    @property
+    def is_lossy(self) -> bool:
+        """May the answer differ from the model's own?"""
+        return self.misses != "fetch"
+
+    def policy(self, capacity: int, hints: Hints) -> Policy:
+        """What decides which stay."""
+        return make(self.eviction, capacity, hints)
+
+    def handling(self, count: int) -> Handling:
+        ahead = None if self.prefetch == "none" else prefetcher.make(self.prefetch, count)
+        return Handling(ahead, misses.make(self.misses), recorder=self.recorder)
+
+
+def parse(text: str) -> Experts:
+    """Raises OptionError, UnsupportedError."""
+    known = {"eviction", "prefetch", "misses"}
+    found: dict[str, str] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        key, is_named, value = part.rpartition("=")
+        key = key if is_named else "eviction"
+        if key not in known or key in found:
+            raise OptionError(
+                f"experts {text!r}: POLICY, prefetch=... and misses=..., each once, are expected"
+            )
+        found[key] = value
+    plain = Experts()
+    made = Experts(
+        found.get("eviction", plain.eviction),
+        found.get("prefetch", plain.prefetch),
+        found.get("misses", plain.misses),
+    )
+    if made.eviction in REPLAYED:
+        raise OptionError(
+            f"experts {text!r}: {made.eviction} needs to know the future; use it in a replay"
+        )
+    if made.prefetch.startswith("oracle"):
+        raise OptionError(f"experts {text!r}: oracle needs to know the future; use it in a replay")
+    resolve.module(policies, made.eviction, "policy", resolve.names(policies))
+    made.handling(1)  # refuses what is not known
+    return made

@@ -1,0 +1,65 @@
+"""What to do about experts that are not in memory: read them (exact), leave out the least of them, or take
+another that is there (both lossy)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from outsize.errors import OptionError
+
+Scored = Sequence[tuple[int, float]]  # (id, weight)
+Instead = Sequence[int | None]  # for each of them: itself, another, or none
+
+
+class Missing(Protocol):
+    def __call__(
+        self, wanted: Scored, resident: Mapping[int, int], uses: Mapping[int, int], experts: int
+    ) -> Instead:
+        """What is asked for instead. `uses`: how often each id was wanted; `experts`: of a layer."""
+        ...
+
+
+def fetch(
+    wanted: Scored, resident: Mapping[int, int], uses: Mapping[int, int], experts: int
+) -> Instead:
+    """All of them."""
+    return [i for i, _ in wanted]
+
+
+def dropping(least: float) -> Missing:
+    """Leave out missing ones of less weight than `least` of the strongest. Lossy."""
+
+    def drop(
+        wanted: Scored, resident: Mapping[int, int], uses: Mapping[int, int], experts: int
+    ) -> Instead:
+        floor = least * max(w for _, w in wanted)
+        return [i if i in resident or w >= floor else None for i, w in wanted]
+
+    return drop
+
+
+def substitute(
+    wanted: Scored, resident: Mapping[int, int], uses: Mapping[int, int], experts: int
+) -> Instead:
+    """For a missing one, the resident of its layer that is wanted most often, if there is one. Lossy."""
+    layer = wanted[0][0] // experts
+    taken = {i for i, _ in wanted}
+    others = [i for i in range(layer * experts, (layer + 1) * experts) if i in resident]
+    spare = sorted((i for i in others if i not in taken), key=lambda i: -uses.get(i, 0))
+    return [i if i in resident or not spare else spare.pop(0) for i, _ in wanted]
+
+
+def make(spec: str) -> Missing:
+    """'fetch', 'drop:0.3' or 'substitute'. Raises OptionError."""
+    name, _, text = spec.partition(":")
+    if name == "fetch" and not text:
+        return fetch
+    if name == "substitute" and not text:
+        return substitute
+    try:
+        if name == "drop" and 0 < float(text or "0.3") <= 1:
+            return dropping(float(text or "0.3"))
+    except ValueError:
+        pass
+    raise OptionError(f"misses {spec!r}: fetch, drop:SHARE (up to 1) or substitute is expected")

@@ -1,0 +1,38 @@
+"""Ids in the order of a key that changes: the smallest first, in logarithmic time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from heapq import heapify, heappop, heappush
+
+Key = tuple[int, ...]
+
+
+class Order:
+    """A heap whose outdated entries are skipped when they come up."""
+
+    def __init__(self) -> None:
+        self._key: dict[int, Key] = {}
+        self._heap: list[tuple[Key, int]] = []
+
+    def set(self, id: int, key: Key) -> None:
+        self._key[id] = key
+        heappush(self._heap, (key, id))
+        if len(self._heap) > 64 + 4 * len(self._key):
+            self._heap = [(k, i) for i, k in self._key.items()]
+            heapify(self._heap)
+
+    def pop(self, staying: Collection[int]) -> int:
+        """Remove and give the first id that is not one of those."""
+        skipped = []
+        while True:
+            key, id = heappop(self._heap)
+            if self._key.get(id) != key:
+                continue
+            if id not in staying:
+                break
+            skipped.append((key, id))
+        for entry in skipped:
+            heappush(self._heap, entry)
+        del self._key[id]
+        return id

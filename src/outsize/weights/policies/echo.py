@@ -1,0 +1,124 @@
+"""Ours: what is least likely to be wanted soon goes first, judged by what followed when routing looked like
+this before.
+
+Text repeats itself, and so does routing: the tokens whose experts so far were most like the present
+token's tell what it will ask for in the next layers, and the tokens that came after them what the next
+token will ask for. That echo is mixed with how often each expert was used of late (the mean of three
+decaying frequencies). A candidate's worth is its chance at its layer's next visit, and then its mean
+rate, over how long it must be kept: (p + b) / (d + L), for d layers until that visit and L layers.
+
+Shapes: W remembered tokens, L layers, E experts of a layer, I = L * E.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from outsize.weights.policy import Hints, Placed, Policy, Slots
+
+Floats = NDArray[np.float32]
+
+DECAYS = np.array([0.5, 0.9, 0.98], np.float32)  # of the frequencies, a token
+PRIOR = 1.0  # tokens' worth of belief that all experts are alike
+WINDOW = 256  # tokens remembered, at least half of them at any time
+SHARPNESS, FADING = 12.0, 0.8  # how much likeness counts, and how fast older layers' likeness fades
+TRUST, AFTER = 0.6, 0.5  # of the echo, for this token's next layers and for the next token
+BYTES = 4 * (WINDOW + 8) + 16  # of memory for each expert
+REACH = 12  # layers ahead that this token's echo is told for
+
+
+class Echo(Slots):
+    def __init__(self, capacity: int, layers: int, experts: int) -> None:
+        super().__init__(capacity)
+        self._layers, self._experts, self._layer, self._used = layers, experts, 0, 1.0
+        size = layers * experts
+        self._of_layer = np.arange(size) // experts
+        self._resident = np.zeros(size, bool)
+        self._often = np.zeros((len(DECAYS), layers, experts), np.float32)
+        self._seen = np.zeros((len(DECAYS), layers), np.float32)
+        self._rate = np.zeros((layers, experts), np.float32)
+        self._next = np.zeros((layers, experts), np.float32)
+        self._past = np.zeros((WINDOW, layers, experts), np.float32)
+        self._num_past, self._rows = 0, 1  # tokens remembered whole; of the running pass
+        self._alike, self._most = np.zeros(WINDOW, np.float32), 0.0
+        self._victims: list[int] = []
+
+    def begin_pass(self) -> None:
+        """The last pass's tokens are remembered."""
+        self._num_past += self._rows if self._most else 0
+        if self._num_past + 1 >= WINDOW:
+            keep = WINDOW // 2
+            self._past[:keep] = self._past[self._num_past - keep : self._num_past]
+            self._num_past = keep
+        self._past[self._num_past :] = 0
+        self._alike[:], self._most = 0, 0.0
+
+    def observe(self, layer: int, rows: Sequence[Sequence[int]]) -> None:
+        rows = rows[-(WINDOW // 2) :]
+        self._layer, self._rows = layer, len(rows)
+        self._rows = min(len(rows), WINDOW - self._num_past)
+        for at, ids in enumerate(rows):
+            chosen = np.asarray(ids, np.intp) - layer * self._experts
+            self._often[:, layer] *= DECAYS[:, None]
+            self._often[:, layer, chosen] += 1
+            self._seen[:, layer] = self._seen[:, layer] * DECAYS + 1
+            if at < self._rows:
+                self._past[self._num_past + at, layer, chosen] = 1
+        self._used = len(rows[-1])
+        belief = PRIOR * self._used / self._experts
+        often = (self._often[:, layer] + belief) / (self._seen[:, layer, None] + PRIOR)
+        self._rate[layer] = self._next[layer] = often.mean(0)
+        self._listen(layer, chosen)
+
+    def _listen(self, layer: int, chosen: NDArray[np.intp]) -> None:
+        """Update the chances of this token's next layers, and of this layer for the next token."""
+        count = self._num_past
+        self._alike[:count] *= FADING
+        self._alike[:count] += self._past[:count, layer][:, chosen].sum(1)
+        self._most = self._most * FADING + len(chosen)
+        if count < 2 or self._rows > 1:
+            return
+        weight = np.exp(SHARPNESS * self._alike[:count] / self._most)
+        ahead = slice(layer + 1, layer + 1 + REACH)
+        self._mix(ahead, TRUST, weight, self._past[:count, ahead])
+        self._mix(
+            slice(layer, layer + 1), AFTER, weight[:-1], self._past[1:count, layer : layer + 1]
+        )
+
+    def _mix(self, layers: slice, trust: float, weight: Floats, past: Floats) -> None:
+        told = np.tensordot(weight / weight.sum(), past, 1)
+        self._next[layers] = (1 - trust) * self._rate[layers] + trust * told
+
+    def place(self, ids: Sequence[int], keep: Collection[int] = (), ahead: bool = False) -> Placed:
+        self._victims = []
+        return super().place(ids, keep, ahead)
+
+    def used(self, id: int, is_hit: bool) -> None:
+        self._resident[id] = True
+
+    def victim(self, staying: Collection[int]) -> int:
+        if not self._victims:
+            self._victims = self._worst(staying)
+        found = self._victims.pop()
+        self._resident[found] = False
+        return found
+
+    def _worst(self, staying: Collection[int]) -> list[int]:
+        """Some residents of the least worth, the least last."""
+        is_free = self._resident.copy()
+        is_free[list(staying)] = False
+        ids = np.flatnonzero(is_free)
+        away = (self._of_layer[ids] - self._layer - 1) % self._layers + 1
+        chance = self._next.reshape(-1)[ids] + self._rate.reshape(-1)[ids]
+        worth = chance / (away + self._layers)
+        some = min(len(ids), max(8, len(staying)))
+        worst = np.argpartition(worth, some - 1)[:some]
+        found: list[int] = ids[worst[np.argsort(-worth[worst], kind="stable")]].tolist()
+        return found
+
+
+def policy(capacity: int, hints: Hints) -> Policy:
+    return Echo(capacity, hints.layers, hints.per_layer)

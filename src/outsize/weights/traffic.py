@@ -1,0 +1,58 @@
+"""What was asked for, and what was read."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field, fields
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Of all tables of one model. Bytes and seconds."""
+
+    bytes_read: int = 0
+    hits: int = 0  # records that were in memory when asked for
+    misses: int = 0  # records that had to be read, ahead of time or not: the sum of the next five
+    ready: int = 0  # read ahead, and there when asked for
+    late: int = 0  # read ahead, and still on its way
+    cold: int = 0  # never there before
+    collision: int = 0  # evicted in the very pass that asks for it
+    capacity: int = 0  # evicted in an earlier pass
+    dropped: int = 0  # asked for, and left out (lossy)
+    substituted: int = 0  # asked for, and replaced by another (lossy)
+    bytes_demanded: int = 0  # read because they were asked for
+    bytes_useful: int = 0  # read ahead, and then asked for
+    bytes_wasted: int = 0  # read ahead in vain
+    waited_s: float = 0.0  # the computation stood still for reads
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return _traffic([x + y for x, y in zip(self.numbers(), other.numbers(), strict=True)])
+
+    def __sub__(self, other: Traffic) -> Traffic:
+        return _traffic([x - y for x, y in zip(self.numbers(), other.numbers(), strict=True)])
+
+    def numbers(self) -> list[float]:
+        """All counts, in their order (the seconds among them, too)."""
+        return [getattr(self, f.name) for f in fields(self) if f.name != "lock"]
+
+    def to_json(self) -> dict[str, float]:
+        names = [f.name for f in fields(self) if f.name != "lock"]
+        return dict(zip(names, self.numbers(), strict=True))
+
+    @property
+    def hit_rate(self) -> float:
+        """Of what was asked for, what did not have to be read; 1 if nothing was."""
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else 1.0
+
+    def count(self, size: int) -> None:
+        with self.lock:
+            self.bytes_read += size
+
+
+def _traffic(numbers: list[float]) -> Traffic:
+    made = Traffic()
+    for name, number in zip(made.to_json(), numbers, strict=True):
+        setattr(made, name, number)
+    return made

@@ -1,0 +1,162 @@
+"""The law of experts: whatever stays in memory and whatever is read ahead, the logits are those of the
+model with all experts in memory, bit for bit; and a replay of what a run asked for counts what it counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from outsize import library, resolve
+from outsize.errors import OptionError, UnsupportedError
+from outsize.forward.full import full
+from outsize.forward.span import Span
+from outsize.model.transformer import Transformer
+from outsize.pack.format import Pack
+from outsize.weights import load as weights
+from outsize.weights import policies, prefetcher
+from outsize.weights.knobs import REPLAYED, Experts, parse
+from outsize.weights.load import Share, all_of
+from outsize.weights.policy import Hints, make
+from outsize.weights.replay import Link, Replay
+from outsize.weights.trace import Event, Scored, waves
+from outsize.weights.traffic import Traffic
+from tests.golden import tiny
+
+LIVE = [n for n in resolve.names(policies) if n not in REPLAYED]
+SPANS = [[0, 30], [30, 31], [31, 32], [32, 36], [36, 37], [37, 38]]
+
+
+@contextmanager
+def opened(pack: Pack, capacity: int | None, knobs: Experts) -> Iterator[Transformer]:
+    """With this many slots for experts; None: with all."""
+    shares = {t.name: all_of(t) for t in pack.tables}
+    if capacity is not None:
+        shares |= {t.name: Share((), capacity) for t in pack.tables if t.kind == "experts"}
+    loaded = weights.load(pack, None, Traffic(), lambda *_: None, shares, "first", knobs)
+    try:
+        yield Transformer(pack.description, loaded)
+    finally:
+        loaded.close()
+
+
+def logits(model: Transformer) -> Tensor:
+    kv, rows = model.new_kv(), []
+    for first, last in SPANS:
+        (out,) = full(model, [Span(first, tiny.TOKENS[first:last], last - first)], [kv])
+        rows.append(out.logits_KV)
+    return torch.cat(rows)
+
+
+@pytest.fixture(scope="module")
+def packs(folder_of: Callable[[str], Path], home: Path) -> dict[str, Pack]:
+    return {f: library.pack(str(folder_of(f)), encoding="int8", quiet=True) for f in tiny.MIXTURES}
+
+
+@pytest.fixture(scope="module")
+def resident(packs: dict[str, Pack]) -> dict[str, Tensor]:
+    out = {}
+    for family, pack in packs.items():
+        with opened(pack, None, Experts()) as model:
+            out[family] = logits(model)
+    return out
+
+
+def ranked(pack: Pack) -> range:
+    return range(sum(len(t.keys) for t in pack.tables if t.kind == "experts"))
+
+
+@pytest.mark.parametrize("family", tiny.MIXTURES)
+@pytest.mark.parametrize("prefetch", ["none", "top:3", "score:0.1", "quantile:0.8", "previous"])
+@pytest.mark.parametrize("eviction", LIVE)
+@pytest.mark.parametrize("capacity", [10, 17])
+def test_same_bits(
+    packs: dict[str, Pack], resident: dict[str, Tensor],
+    family: str, prefetch: str, eviction: str, capacity: int,
+) -> None:  # fmt: skip
+    knobs = Experts(eviction, prefetch, ranked=ranked(packs[family]))
+    with opened(packs[family], capacity, knobs) as model:
+        assert torch.equal(logits(model), resident[family])
+        traffic = model.loaded.expert_traffic
+        kinds = traffic.ready + traffic.late + traffic.cold + traffic.capacity + traffic.collision
+        assert traffic.misses == kinds > 0
+
+
+def test_rows_do_not_see_company(packs: dict[str, Pack]) -> None:
+    """One token of three sequences at once, and each alone."""
+    with opened(packs["olmoe"], 12, Experts()) as model:
+        starts = [tiny.TOKENS[:7], tiny.TOKENS[9:30], tiny.TOKENS[5:8]]
+        alone = [full(model, [Span(0, s)], [model.new_kv()])[0].logits_KV for s in starts]
+        kvs = [model.new_kv() for _ in starts]
+        together = full(model, [Span(0, s) for s in starts], kvs)
+        assert all(torch.equal(a, b.logits_KV) for a, b in zip(alone, together, strict=True))
+
+
+class Recorded:
+    """Events as they happen, cut into passes by the layer."""
+
+    def __init__(self, count: int) -> None:
+        self.events: list[Event] = []
+        self._count, self._number = count, -1
+
+    def __call__(
+        self,
+        layer: int,
+        rows: Sequence[Sequence[int]],
+        ws: Sequence[Sequence[float]],
+        early: Scored,
+    ) -> None:
+        self._number += layer == 0
+        ids = tuple(tuple(layer * self._count + e for e in row) for row in rows)
+        union = tuple(dict.fromkeys(i for row in ids for i in row))
+        self.events.append(
+            Event(self._number, 1, layer, len(rows), union, (1.0,) * len(union), ids, early)
+        )
+
+
+@pytest.mark.parametrize("eviction", LIVE)
+def test_a_replay_counts_what_the_run_counted(packs: dict[str, Pack], eviction: str) -> None:
+    pack, capacity, count = packs["qwen3_moe"], 11, tiny.EXPERTS
+    recorded = Recorded(count)
+    knobs = Experts(eviction, ranked=ranked(pack), recorder=recorded)
+    with opened(pack, capacity, knobs) as model:
+        logits(model)
+        lived = model.loaded.expert_traffic
+    hints = Hints(per_layer=count, layers=tiny.LAYERS, ranked=ranked(pack))
+    stride = next(t.stride for t in pack.tables if t.kind == "experts")
+    policy, nothing = make(eviction, capacity, hints), prefetcher.make("none", count)
+    replay = Replay(policy, capacity, Link(1e9, stride), nothing, num_experts=count)
+    found = replay.run(waves(recorded.events, policy.room))[1].traffic
+    for name in ("hits", "misses", "cold", "capacity", "collision", "bytes_demanded"):
+        assert getattr(found, name) == getattr(lived, name), name
+
+
+@pytest.mark.parametrize("misses", ["drop:0.9", "substitute"])
+def test_lossy_misses_are_counted_and_change_the_answer(
+    packs: dict[str, Pack], resident: dict[str, Tensor], misses: str
+) -> None:
+    with opened(packs["olmoe"], 10, Experts(misses=misses)) as model:
+        ours = logits(model)
+        traffic = model.loaded.expert_traffic
+    assert traffic.dropped + traffic.substituted > 0
+    assert not torch.equal(ours, resident["olmoe"])
+    with opened(packs["olmoe"], None, Experts(misses=misses)) as model:
+        assert torch.equal(logits(model), resident["olmoe"]), "nothing missing, nothing lost"
+
+
+def test_knobs() -> None:
+    assert parse("") == Experts()
+    assert parse("lru, prefetch=score:0.2") == Experts("lru", "score:0.2")
+    assert parse("misses=drop:0.2").is_lossy
+    for text, error in (
+        ("lruu", UnsupportedError), ("belady", OptionError), ("prefetch=oracle", OptionError),
+        ("prefetch=score:7", OptionError), ("prefetch=soothsayer", UnsupportedError),
+        ("misses=ignore", OptionError), ("lru,fifo", OptionError), ("colour=red", OptionError),
+    ):  # fmt: skip
+        with pytest.raises(error):
+            parse(text)
+    assert prefetcher.make("top:2", 8) is not None
