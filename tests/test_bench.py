@@ -17,6 +17,7 @@ from outsize.bench import quality, synthetic
 from outsize.errors import OptionError, SourceError
 from outsize.forward.full import full
 from outsize.forward.span import Span
+from tests.golden import tiny
 
 TEXT = "The sea is wide and the night is long; déjà vu. " * 6
 
@@ -75,19 +76,22 @@ def test_the_harness_answers_as_the_model_does(open_tiny: Callable[..., Model]) 
     assert text == model.generate("the sea", raw=True, max_tokens=5)[0].text
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "qwen3", "gemma3", "olmoe", "mixtral", "qwen3_moe"]
+)
 def test_synthetic_models_run(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("gguf")
     path = tmp_path / f"{family}.gguf"
-    synthetic.show(path, family, "tiny", 1, "auto", True)
+    size = "tiny-moe" if family in tiny.MIXTURES else "tiny"
+    synthetic.show(path, family, size, 1, "auto", True)
     made = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert made["model_bytes"] == path.stat().st_size
     with outsize.load(str(path), quiet=True) as model:
         assert model.generate("abc", raw=True, max_tokens=3)[0].new_tokens >= 1
     with pytest.raises(OptionError, match="is there already"):
-        synthetic.show(path, family, "tiny", 1, "auto", True)
+        synthetic.show(path, family, size, 1, "auto", True)
     with pytest.raises(OptionError, match="size 'huge' is not known"):
         synthetic.show(tmp_path / "x.gguf", family, "huge", 1, "auto", True)
 

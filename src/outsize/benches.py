@@ -60,7 +60,7 @@ def synthetic(
     path: Annotated[Path, typer.Argument(metavar="FILE.gguf|FOLDER")],
     family: Annotated[str, option("--family", text="Any family we run.")] = "llama",
     size: Annotated[
-        str, option("--size", text="tiny, 0.5b, 1.5b, 2b, 3b, 7b, 8b, 13b, 70b.")
+        str, option("--size", text="tiny, 0.5b ... 70b; with experts tiny-moe, 7b-a1b, 30b-a3b.")
     ] = "7b",
     seed: Annotated[int, option("--seed", text="Of the random weights.")] = 0,
     encoding: Encoding = "auto",

@@ -36,6 +36,13 @@ class Size:
     kv_heads: int
     vocab: int = 32_000
     context: int = 4096
+    head_dim: int = 0  # 0: width / heads
+    experts: int = 0
+    used: int = 0
+
+    @property
+    def head(self) -> int:
+        return self.head_dim or self.width // self.heads
 
 
 SIZES = {
@@ -47,19 +54,32 @@ SIZES = {
     "7b": Size(32, 4096, 11_008, 32, 32),
     "8b": Size(32, 4096, 14_336, 32, 8, 128_256),
     "13b": Size(40, 5120, 13_824, 40, 40),
+    "tiny-moe": Size(2, 256, 128, 4, 2, 512, 512, experts=16, used=4),
+    "7b-a1b": Size(16, 2048, 1024, 16, 16, 50_304, experts=64, used=8),
+    "30b-a3b": Size(48, 2048, 768, 32, 4, 151_936, head_dim=128, experts=128, used=8),
     "70b": Size(80, 8192, 28_672, 64, 8, 128_256),
 }
 
 
+ARCHITECTURES = {"qwen3_moe": "qwen3moe", "mixtral": "llama"}  # in a GGUF
+
+
 def values(size: Size) -> dict[str, object]:
     """The config, under Hugging Face's names."""
-    return {
+    mixed: dict[str, object] = {}
+    if size.experts:
+        mixed = {
+            "num_experts": size.experts,
+            "num_experts_per_tok": size.used,
+            "moe_intermediate_size": size.ffn,
+        }
+    return mixed | {
         "num_hidden_layers": size.layers,
         "hidden_size": size.width,
         "intermediate_size": size.ffn,
         "num_attention_heads": size.heads,
         "num_key_value_heads": size.kv_heads,
-        "head_dim": size.width // size.heads,
+        "head_dim": size.head,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10_000.0,
         "max_position_embeddings": size.context,
@@ -71,11 +91,14 @@ def recipe(family: str, size: Size, format: str = "gguf") -> Recipe:
     import outsize.family as package
 
     made = resolve.module(package, family, "architecture", families())
-    keys = values(size)
+    keys, architecture = values(size), family
     if format == "gguf":
-        keys = {f"{family}.{GGUF_KEYS[k]}": v for k, v in values(size).items()}
+        architecture = ARCHITECTURES.get(family, family)
+        keys = {f"{architecture}.{GGUF_KEYS[k]}": v for k, v in values(size).items()}
     names = frozenset({"output.weight", "lm_head.weight", "model.embed_tokens.weight"})
-    found: Recipe = made.recipe(Config(format, family, keys, names, size.vocab))
+    found: Recipe = made.recipe(Config(format, architecture, keys, names, size.vocab))
+    if (found.description.mixture is None) != (size.experts == 0):
+        raise OptionError(f"{family} and this size disagree about experts; name another of either")
     return found
 
 
@@ -89,10 +112,12 @@ def shapes(d: Description) -> dict[str, tuple[int, ...]]:
         "v": (kv, d.width),
         "o": (d.width, q),
         "ffn_norm": (d.width,),
-        "gate": (d.ffn_width, d.width),
-        "up": (d.ffn_width, d.width),
-        "down": (d.width, d.ffn_width),
     }
+    if d.mixture is None:
+        up, down = (d.ffn_width, d.width), (d.width, d.ffn_width)
+        out |= {"gate": up, "up": up, "down": down}
+    if d.qk_norm_whole:
+        out |= {"q_norm": (q,), "k_norm": (kv,)}
     if d.qkv_bias:
         out |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,)}
     if d.qk_norm:
@@ -112,12 +137,28 @@ def tensors(recipe: Recipe) -> Iterator[tuple[str, tuple[int, ...], str]]:
         for name, shape in shapes(d).items():
             foreign = names[name].replace("{i}", str(i))
             yield foreign, shape, "Q4_0" if len(shape) == 2 else "F32"
+        if d.mixture is not None:
+            yield from _experts(recipe, i, d.mixture.count)
+
+
+def _experts(recipe: Recipe, layer: int, count: int) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """A router and its experts: stacked in a GGUF, each by itself elsewhere."""
+    d, names = recipe.description, recipe.names
+    up, down = (d.ffn_width, d.width), (d.width, d.ffn_width)
+    yield names["router"].replace("{i}", str(layer)), (count, d.width), "F32"
+    for name, shape in (("expert_gate", up), ("expert_up", up), ("expert_down", down)):
+        foreign = names[name].replace("{i}", str(layer))
+        if "{e}" in foreign:
+            yield from ((foreign.replace("{e}", str(e)), shape, "Q4_0") for e in range(count))
+        else:
+            yield foreign, (count, *shape), "Q4_0"
 
 
 def blocks(random: np.random.Generator, shape: tuple[int, ...], kind: str) -> np.ndarray:  # type: ignore[type-arg]
     """Stored bytes of a random tensor, with weights of about 1 / sqrt(inputs)."""
     if kind == "F32":
-        return (1 + 0.05 * random.standard_normal(shape)).astype(np.float32)
+        mean, spread = (1.0, 0.05) if len(shape) == 1 else (0.0, 1 / math.sqrt(shape[-1]))
+        return (mean + spread * random.standard_normal(shape)).astype(np.float32)
     size = 16 if kind == "Q4_0" else 32
     spread = 4.6 if kind == "Q4_0" else 74.0  # of evenly drawn codes
     count = math.prod(shape) // BLOCK
@@ -127,7 +168,7 @@ def blocks(random: np.random.Generator, shape: tuple[int, ...], kind: str) -> np
     for start in range(0, count, CHUNK // BLOCK):
         part = out[start : start + CHUNK // BLOCK, 2:]
         part[:] = np.frombuffer(random.bytes(part.size), np.uint8).reshape(part.shape)
-    return out.reshape(shape[0], -1)
+    return out.reshape(*shape[:-1], -1)
 
 
 def write(path: Path, family: str, size: Size, seed: int) -> int:
@@ -136,7 +177,7 @@ def write(path: Path, family: str, size: Size, seed: int) -> int:
         gguf: Any = import_module("gguf")
     except ImportError:
         raise OptionError("this needs the package 'gguf': pip install 'outsize[bench]'") from None
-    made, writer = recipe(family, size), gguf.GGUFWriter(path, family)
+    made, writer = recipe(family, size), gguf.GGUFWriter(path, ARCHITECTURES.get(family, family))
     _config(writer, size)
     _tokenizer(writer, size.vocab)
     listed = list(tensors(made))
@@ -156,7 +197,7 @@ def write(path: Path, family: str, size: Size, seed: int) -> int:
 
 
 def _stored(shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
-    return shape[0], shape[1] // BLOCK * (18 if kind == "Q4_0" else 34)
+    return *shape[:-1], shape[-1] // BLOCK * (18 if kind == "Q4_0" else 34)
 
 
 def _config(writer: Any, size: Size) -> None:
@@ -166,9 +207,13 @@ def _config(writer: Any, size: Size) -> None:
     writer.add_feed_forward_length(size.ffn)
     writer.add_head_count(size.heads)
     writer.add_head_count_kv(size.kv_heads)
-    writer.add_key_length(size.width // size.heads)
-    writer.add_value_length(size.width // size.heads)
-    writer.add_rope_dimension_count(size.width // size.heads)
+    writer.add_key_length(size.head)
+    writer.add_value_length(size.head)
+    writer.add_rope_dimension_count(size.head)
+    if size.experts:
+        writer.add_expert_count(size.experts)
+        writer.add_expert_used_count(size.used)
+        writer.add_expert_feed_forward_length(size.ffn)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10_000.0)
 
@@ -187,53 +232,6 @@ def _tokenizer(writer: Any, vocab: int) -> None:
     writer.add_eos_token_id(vocab - 1)
 
 
-def write_folder(folder: Path, family: str, size: Size, seed: int) -> int:
-    """The safetensors folder, a file a layer; its bytes."""
-    import torch
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True)
-    made, generator = recipe(family, size, "safetensors"), torch.Generator().manual_seed(seed)
-    shards: dict[str, dict[str, torch.Tensor]] = {}
-    mapping: dict[str, str] = {}
-    for name, shape, _ in tensors(made):
-        number = next((part for part in name.split(".") if part.isdigit()), "top")
-        mapping[name] = f"model-{number}.safetensors"
-        weights = torch.randn(shape, generator=generator)
-        weights = weights / math.sqrt(shape[-1]) if len(shape) == 2 else 1 + 0.05 * weights
-        shards.setdefault(mapping[name], {})[name] = weights.bfloat16()
-        done = [f for f in shards if f != mapping[name] and "top" not in f]
-        for file in done:
-            save_file(shards.pop(file), folder / file, {"format": "pt"})
-    for file, content in shards.items():
-        save_file(content, folder / file, {"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": mapping})
-    )
-    _folder_config(folder, family, size)
-    return sum(f.stat().st_size for f in folder.iterdir())
-
-
-def _folder_config(folder: Path, family: str, size: Size) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    config = values(size) | {"model_type": family, "vocab_size": size.vocab, "hidden_act": "silu"}
-    config |= {
-        "tie_word_embeddings": False,
-        "eos_token_id": size.vocab - 1,
-        "torch_dtype": "bfloat16",
-    }
-    config["architectures"] = [f"{family.capitalize()}ForCausalLM"]
-    (folder / "config.json").write_text(json.dumps(config))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    fillers = [f"<|{i}|>" for i in range(size.vocab - len(alphabet))]
-    vocab = {piece: i for i, piece in enumerate([*alphabet, *fillers])}
-    tokenizer = Tokenizer(models.BPE(vocab, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-
 def show(path: Path, family: str, size: str, seed: int, encoding: str, quiet: bool) -> None:
     """Write, pack, and print one JSON object."""
     if size not in SIZES:
@@ -242,6 +240,8 @@ def show(path: Path, family: str, size: str, seed: int, encoding: str, quiet: bo
         raise OptionError(f"{path} is there already; give a new name, FILE.gguf or a folder's")
     if not quiet:
         library.say(f"writing a {family} of size {size} with random weights into {path}")
+    from outsize.bench.synthetic_folder import write_folder
+
     make = write if path.suffix == ".gguf" else write_folder
     written = make(path, family, SIZES[size], seed)
     pack = library.pack(str(path), encoding=encoding, quiet=quiet)
