@@ -94,6 +94,10 @@ def test_rows_do_not_see_company(packs: dict[str, Pack]) -> None:
         kvs = [model.new_kv() for _ in starts]
         together = full(model, [Span(0, s) for s in starts], kvs)
         assert all(torch.equal(a, b.logits_KV) for a, b in zip(alone, together, strict=True))
+        (single,) = full(model, [Span(7, [3])], [kvs[0]])
+        spans = [Span(7, [3]), Span(21, [4])]
+        both = full(model, spans, kvs[:2])
+        assert torch.equal(single.logits_KV, both[0].logits_KV)
 
 
 class Recorded:

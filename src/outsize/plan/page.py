@@ -34,7 +34,7 @@ def page(plan: Mapping[str, Any]) -> str:
         "<h2>What is where</h2>",
         _picture(plan),
         "".join(_table(plan)),
-        f"<p>A token: max(read {_mb(plan['bytes_per_token'])} at "
+        f"<p>A token: max, and a quarter of min, of (read {_mb(plan['bytes_per_token'])} at "
         f"{plan['disk_bytes_per_s'] / 1e9:.2f} GB/s = {plan['read_s'] * 1e3:,.1f} ms, compute "
         f"{plan['compute_s'] * 1e3:,.1f} ms). Machine measured {plan['machine_age_s'] / 3600:.1f} hours "
         "before.</p>",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from outsize.pack.outline import Outline
-from outsize.plan.cost import Cost
+from outsize.plan.cost import UNHIDDEN, Cost
 from outsize.plan.machine import Machine
 from outsize.plan.placement import Placement
 
@@ -76,9 +76,16 @@ def _named(o: Outline, group: str) -> str:
 def _arithmetic(p: Placement, c: Cost, here: Machine) -> Iterator[str]:
     rate = here.disk_bytes_per_s
     yield (
-        f"a token: max(read {mb(p.streamed)} / {rate / 1e9:.2f} GB/s = {c.read_s * 1e3:,.1f} ms, "
+        f"a token: max, and {UNHIDDEN:.0%} of min, of (read {mb(p.streamed)} / {rate / 1e9:.2f} GB/s = "
+        f"{c.read_s * 1e3:,.1f} ms, "
         f"compute {c.compute_s * 1e3:,.1f} ms) = {c.tokens_per_s:.3g} tokens/s"
     )
+    if c.hit_rates is not None:
+        low, high = c.range_s
+        yield (
+            f"experts: {mb(c.expert_bytes)} a token if none were there; {c.hit_rates[0]:.0%} to "
+            f"{c.hit_rates[1]:.0%} expected to be (a prior): {1 / high:.3g} to {1 / low:.3g} tokens/s"
+        )
     yield (
         f"first token of {c.prompt_tokens}: embedding rows {c.prompt_rows_s:.2f} s + max(read "
         f"{c.prompt_read_s:.2f} s, compute {c.prompt_compute_s:.2f} s) = {c.first_token_s:.2f} s"

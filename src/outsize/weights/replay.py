@@ -103,17 +103,25 @@ class Replay:
     def run(self, events: Sequence[Event]) -> dict[int, Outcome]:
         """What became of each phase's requests."""
         out: dict[int, Outcome] = {}
+        before, started, phase = Traffic(), 0.0, events[0].phase if events else 0
         for at, event in enumerate(events):
-            before, started = self._traffic + Traffic(), self._now
-            found = out.setdefault(event.phase, Outcome(Traffic()))
+            if event.phase != phase:
+                self._close(out, phase, before, started)
+                before, started, phase = self._traffic + Traffic(), self._now, event.phase
+            found = out.setdefault(phase, Outcome(Traffic()))
             if event.number != self._number:
                 self._number = event.number
                 self._ledger.begin_pass()
                 found.tokens += event.tokens
             self._event(event, events[at + 1] if at + 1 < len(events) else None)
-            found.traffic += self._traffic - before
-            found.seconds += self._now - started
+        self._close(out, phase, before, started)
         return out
+
+    def _close(self, out: dict[int, Outcome], phase: int, before: Traffic, started: float) -> None:
+        """Account for what a phase did since it began."""
+        found = out.setdefault(phase, Outcome(Traffic()))
+        found.traffic += self._traffic - before
+        found.seconds += self._now - started
 
     def _event(self, event: Event, after: Event | None) -> None:
         queue, ledger = self._queue, self._ledger

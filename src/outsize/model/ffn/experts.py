@@ -21,6 +21,7 @@ from outsize.model.ffn.dense import Dense
 from outsize.model.layers import Linear, RMSNorm
 from outsize.model.step import Step
 from outsize.weights.experts import Bank
+from outsize.weights.table import Weights
 from outsize.weights.trace import Scored
 
 Chunks = Sequence[tuple[Tensor, Step]]
@@ -60,6 +61,7 @@ class Mixture:
         self.router = Router(norm, router_ND, d.mixture.used, d.mixture.renorm)
         self._bank, self._activation, self._used = bank, d.activation, d.mixture.used
         self.ahead: Callable[[], Router | None] = lambda: None
+        self._built: dict[int, tuple[Weights, Dense]] = {}
 
     def run(self, chunks: Chunks) -> None:
         """Changes the chunks' h_TD."""
@@ -73,9 +75,16 @@ class Mixture:
         in_order = any(step.wide for _, step in chunks)
         places = _places(rows, weights)
         for expert, w in self._bank.stream(rows, early, in_order):
-            ffn = Dense(Linear(w["gate_up"]), Linear(w["down"]), self._activation)
-            sums.add(ffn, places[expert])
+            sums.add(self._in_slot(w), places[expert])
         sums.finish()
+
+    def _in_slot(self, w: Weights) -> Dense:
+        """The expert over a slot's views: the same slot needs no new one, whatever is in it."""
+        found = self._built.get(id(w))
+        if found is None:
+            made = Dense(Linear(w["gate_up"]), Linear(w["down"]), self._activation)
+            found = self._built[id(w)] = w, made
+        return found[1]
 
     def _early(self, chunks: Chunks) -> Scored:
         """Only for few rows: a prompt wants nearly all experts anyway."""
@@ -112,6 +121,7 @@ class _Sums:
 
     def __init__(self, chunks: Chunks, xs: Sequence[Tensor], used: int) -> None:
         self._chunks, self._xs = chunks, xs
+        self._is_single = len(xs) == 1 and len(xs[0]) == 1  # one token: nothing to select
         self._starts, at = [], 0
         for h, _ in chunks:
             self._starts.append(at)
@@ -122,6 +132,12 @@ class _Sums:
         ]
 
     def add(self, ffn: Dense, places: Places) -> None:
+        """Compute an expert for those who chose it."""
+        if self._is_single:
+            ((_, slot, weight),) = places
+            y_D = ffn(self._xs[0], self._chunks[0][1])[0].float()
+            torch.mul(y_D, weight, out=self._outs[0][0, slot])
+            return
         for (h, step), x, start, out in zip(
             self._chunks, self._xs, self._starts, self._outs, strict=True
         ):
@@ -140,7 +156,7 @@ class _Sums:
             if step.wide:
                 h.add_(out)
                 continue
-            total = out[:, 0]
+            total = out[:, 0].clone()
             for k in range(1, out.shape[1]):
-                total = total + out[:, k]
+                total += out[:, k]
             h.add_(total)

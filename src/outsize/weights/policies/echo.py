@@ -27,7 +27,7 @@ WINDOW = 256  # tokens remembered, at least half of them at any time
 SHARPNESS, FADING = 12.0, 0.8  # how much likeness counts, and how fast older layers' likeness fades
 TRUST, AFTER = 0.6, 0.5  # of the echo, for this token's next layers and for the next token
 BYTES = 4 * (WINDOW + 8) + 16  # of memory for each expert
-REACH = 12  # layers ahead that this token's echo is told for
+REACH = 2  # layers ahead that this token's echo is told for
 
 
 class Echo(Slots):
@@ -41,7 +41,7 @@ class Echo(Slots):
         self._seen = np.zeros((len(DECAYS), layers), np.float32)
         self._rate = np.zeros((layers, experts), np.float32)
         self._next = np.zeros((layers, experts), np.float32)
-        self._past = np.zeros((WINDOW, layers, experts), np.float32)
+        self._past = np.zeros((layers, WINDOW, experts), np.float32)
         self._num_past, self._rows = 0, 1  # tokens remembered whole; of the running pass
         self._alike, self._most = np.zeros(WINDOW, np.float32), 0.0
         self._victims: list[int] = []
@@ -51,9 +51,9 @@ class Echo(Slots):
         self._num_past += self._rows if self._most else 0
         if self._num_past + 1 >= WINDOW:
             keep = WINDOW // 2
-            self._past[:keep] = self._past[self._num_past - keep : self._num_past]
+            self._past[:, :keep] = self._past[:, self._num_past - keep : self._num_past]
             self._num_past = keep
-        self._past[self._num_past :] = 0
+        self._past[:, self._num_past : self._num_past + 1] = 0
         self._alike[:], self._most = 0, 0.0
 
     def observe(self, layer: int, rows: Sequence[Sequence[int]]) -> None:
@@ -66,30 +66,32 @@ class Echo(Slots):
             self._often[:, layer, chosen] += 1
             self._seen[:, layer] = self._seen[:, layer] * DECAYS + 1
             if at < self._rows:
-                self._past[self._num_past + at, layer, chosen] = 1
+                self._past[layer, self._num_past + at] = 0
+                self._past[layer, self._num_past + at, chosen] = 1
         self._used = len(rows[-1])
         belief = PRIOR * self._used / self._experts
         often = (self._often[:, layer] + belief) / (self._seen[:, layer, None] + PRIOR)
-        self._rate[layer] = self._next[layer] = often.mean(0)
+        self._rate[layer] = self._next[layer] = often.sum(0) / len(DECAYS)
         self._listen(layer, chosen)
 
     def _listen(self, layer: int, chosen: NDArray[np.intp]) -> None:
         """Update the chances of this token's next layers, and of this layer for the next token."""
         count = self._num_past
         self._alike[:count] *= FADING
-        self._alike[:count] += self._past[:count, layer][:, chosen].sum(1)
+        chosen_E = np.zeros(self._experts, np.float32)
+        chosen_E[chosen] = 1
+        self._alike[:count] += self._past[layer, :count] @ chosen_E
         self._most = self._most * FADING + len(chosen)
         if count < 2 or self._rows > 1:
             return
         weight = np.exp(SHARPNESS * self._alike[:count] / self._most)
         ahead = slice(layer + 1, layer + 1 + REACH)
-        self._mix(ahead, TRUST, weight, self._past[:count, ahead])
-        self._mix(
-            slice(layer, layer + 1), AFTER, weight[:-1], self._past[1:count, layer : layer + 1]
-        )
+        self._mix(ahead, TRUST, weight, self._past[ahead, :count])
+        here = slice(layer, layer + 1)
+        self._mix(here, AFTER, weight[:-1], self._past[here, 1:count])
 
     def _mix(self, layers: slice, trust: float, weight: Floats, past: Floats) -> None:
-        told = np.tensordot(weight / weight.sum(), past, 1)
+        told = np.matmul(weight / weight.sum(), past)
         self._next[layers] = (1 - trust) * self._rate[layers] + trust * told
 
     def place(self, ids: Sequence[int], keep: Collection[int] = (), ahead: bool = False) -> Placed:

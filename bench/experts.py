@@ -1,0 +1,177 @@
+"""Experts from a real disk at real sizes, routed as a recording says:
+`python bench/experts.py MODEL.gguf TRACE --memory BYTES [--wrap 'COMMAND {bytes}'] [--experts SPECS]`.
+
+The router's choices are replaced by the trace's (a prompt, then token by token), so that any weights do.
+Reports tokens/s of decoding against the ceiling (bytes missed over the disk's rate in this run, or all of
+it in memory), and what a replay of the same trace predicts. `--peer` times llama.cpp (mmap) at the same cap
+with its own routing. One JSON object a spec.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from paging import Disk, record
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from outsize.api import Model
+    from outsize.model.ffn.experts import Router
+    from outsize.weights.trace import Event, Scored, Trace
+
+EVERY = 16
+SPECS = "echo;lru;least_stale;lfu;echo,prefetch=previous:6"
+
+
+class Forced:
+    """A router whose choices are recorded ones; it computes its own, too, so that time is honest."""
+
+    def __init__(self, own: Router, events: list[Event], count: int) -> None:
+        self._own, self._events, self._count, self.norm = own, iter(events), count, own.norm
+
+    def __call__(self, x_TD: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
+        self._own(x_TD, wide)
+        event = next(self._events)
+        base = event.layer * self._count
+        ids = torch.tensor(event.rows) - base
+        return ids, torch.full(ids.shape, 1 / ids.shape[1])
+
+    def early(self, h_TD: Tensor, most: int) -> Scored:
+        return self._own.early(h_TD, most)
+
+
+def force(m: Model, trace: Trace) -> None:
+    from outsize.model.ffn.experts import Mixture
+
+    for layer, part in enumerate(m.transformer.parts[1::2]):
+        assert isinstance(part.held, Mixture)
+        events = [e for e in trace.events if e.layer == layer]
+        part.held.router = Forced(part.held.router, events, trace.experts)  # type: ignore[assignment]
+
+
+def worker(a: argparse.Namespace) -> dict[str, object]:
+    import outsize
+    from outsize.forward.full import full
+    from outsize.forward.span import Span
+    from outsize.weights.budget import peak
+    from outsize.weights.trace import read
+
+    trace = read(Path(a.trace))
+    prompt = len(trace.events[0].rows)
+    tokens = max(e.number for e in trace.events if e.phase == 1) + 1
+    new = min(a.new, tokens - 1)
+    trace = padded(trace, prompt)
+    with outsize.load(
+        a.model, memory=a.memory, context=a.context, experts=a.experts, quiet=True
+    ) as m:
+        force(m, trace)
+        disk, kv = Disk(m), m.transformer.new_kv(a.context)
+        rates, steps = [disk.rate()], []
+        begun = time.perf_counter()
+        full(m.transformer, [Span(0, list(range(40, 40 + prompt)))], [kv])
+        first_s, before = time.perf_counter() - begun, m.counts()
+        for i in range(new):
+            begun = time.perf_counter()
+            full(m.transformer, [Span(prompt + i, [50 + i])], [kv])
+            steps.append(time.perf_counter() - begun)
+            if i % EVERY == EVERY - 1:
+                rates.append(disk.rate())
+        t = m.counts().experts - before.experts
+        slots = sum(s.ring for k, s in m.placement.shares.items() if k.startswith("experts"))
+        stride = max(h.stride for h in m.pack.tables if h.kind == "experts")
+        step_s, rate = sum(steps) / new, sum(rates) / len(rates)
+        missed = (t.bytes_demanded + t.bytes_useful) / new
+        return {
+            "model": m.name, "experts": a.experts, "memory": m.placement.budget, "slots": slots,
+            "share": round(slots / trace.size, 4), "tokens": new, "tokens_per_s": round(1 / step_s, 4),
+            "step_s": round(step_s, 5), "prompt_s": round(first_s, 3), "hit_rate": round(t.hit_rate, 4),
+            "missed_bytes_per_token": round(missed), "wasted_bytes": t.bytes_wasted, "ready": t.ready,
+            "late": t.late, "collision": t.collision, "waited_s_per_token": round(t.waited_s / new, 5),
+            "disk_bytes_per_s": [round(r) for r in rates],
+            "of_ceiling": round(missed / rate / step_s, 4),
+            "replayed": replayed(trace, a.experts, slots, stride, rate, step_s - t.waited_s / new, new),
+            "process_bytes": m.placement.process, "peak_bytes": peak(),
+        }  # fmt: skip
+
+
+def padded(trace: Trace, prompt: int) -> Trace:
+    """Layers whose prompt has fewer rows than others repeat their last one: a span has them all."""
+    from dataclasses import replace
+
+    events = tuple(
+        replace(e, rows=(*e.rows, *[e.rows[-1]] * (prompt - len(e.rows)))) if e.phase == 0 else e
+        for e in trace.events
+    )
+    return replace(trace, events=events)
+
+
+def replayed(
+    trace: Trace, spec: str, slots: int, stride: int, rate: float, busy_s: float, new: int
+) -> dict[str, float]:
+    """The same trace, slots and link in virtual time; computing as long as it took."""
+    from outsize.weights.knobs import parse
+    from outsize.weights.policy import Hints
+    from outsize.weights.prefetcher import make
+    from outsize.weights.replay import Link, Replay
+    from outsize.weights.trace import waves
+
+    knobs = parse(spec)
+    policy = knobs.policy(slots, Hints(per_layer=trace.experts, layers=trace.layers))
+    last = min(e.number for e in trace.events if e.phase == 1) + new
+    events = waves([e for e in trace.events if e.number < last], policy.room)
+    link = Link(rate, stride, layer_s=busy_s / trace.layers)
+    ahead = make(knobs.prefetch, trace.experts)
+    out = Replay(policy, slots, link, ahead, num_experts=trace.experts).run(events)[1]
+    return {
+        "hit_rate": round(out.traffic.hit_rate, 4),
+        "tokens_per_s": round(out.tokens / out.seconds, 4),
+    }
+
+
+def run(wrap: str, cap: int, command: Sequence[str]) -> dict[str, object]:
+    prefix = shlex.split(wrap.format(bytes=cap)) if wrap else []
+    done = subprocess.run([*prefix, sys.executable, *command], capture_output=True, text=True)
+    last = (done.stdout.strip().splitlines() or [""])[-1]
+    found = json.loads(last) if last.startswith("{") else {"error": done.stderr[-600:]}
+    return {"cap": cap, "status": done.returncode} | found
+
+
+def main() -> None:
+    p = argparse.ArgumentParser()
+    p.add_argument("model")
+    p.add_argument("trace")
+    p.add_argument("--memory", type=int, required=True)
+    p.add_argument("--wrap", default="")
+    p.add_argument("--experts", default=SPECS, help="semicolon-separated")
+    p.add_argument("--new", type=int, default=128)
+    p.add_argument("--context", type=int, default=256)
+    p.add_argument("--peer", action="store_true", help="llama.cpp, too, in the same sitting")
+    p.add_argument("--repeats", type=int, default=1)
+    p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    p.add_argument("-o", "--output", type=Path)
+    a = p.parse_args()
+    if a.worker:
+        print(json.dumps(worker(a)))
+        return
+    common = [a.model, a.trace, "--memory", str(a.memory), "--new", str(a.new)]
+    common += ["--context", str(a.context), "--worker"]
+    peer = [str(Path(__file__).parent / "peers" / "llamacpp.py"), a.model, "--cold", "--no-repack"]
+    for _ in range(a.repeats):
+        for spec in a.experts.split(";"):
+            record(run(a.wrap, a.memory, [__file__, *common, "--experts", spec]), a.output)
+        if a.peer:
+            limits = ["--prompt-tokens", "28", "--new-tokens", "24"]
+            record(run(a.wrap, a.memory, [*peer, *limits]), a.output)
+
+
+if __name__ == "__main__":
+    main()
