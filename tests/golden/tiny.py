@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 VOCAB, WIDTH, FFN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 288, 64, 96, 3, 4, 2, 32
 TOKENS = [(7 * i * i + 3 * i + 11) % VOCAB for i in range(40)]
 
-EXPERTS, MIXTURES = 8, ("olmoe", "mixtral", "qwen3_moe")
+EXPERTS, MIXTURES = 8, ("olmoe", "mixtral", "qwen3_moe", "gpt_oss")
 
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -79,6 +79,25 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [],
         "attention_bias": False,
     },
+    "gpt_oss": {
+        "rope_theta": 150000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 8.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 64,
+            "rope_theta": 150000.0,
+        },
+        "tie_word_embeddings": False,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 3,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "attention_bias": True,
+        "swiglu_limit": 7.0,
+    },
 }
 # The transformers class that runs a family: AFM's architecture is Qwen3's with other numbers.
 REFERENCE = {"gemma3": "gemma3_text", "afm": "qwen3"}
@@ -90,6 +109,18 @@ def config(family: str) -> dict[str, Any]:
 
 def expert_shapes(family: str, layer: str) -> dict[str, tuple[int, ...]]:
     """Router and experts of a layer."""
+    if family == "gpt_oss":
+        e = layer + "mlp.experts."
+        return {
+            f"{layer}mlp.router.weight": (EXPERTS, WIDTH),
+            f"{layer}mlp.router.bias": (EXPERTS,),
+            f"{e}gate_up_proj": (EXPERTS, WIDTH, 2 * FFN),
+            f"{e}gate_up_proj_bias": (EXPERTS, 2 * FFN),
+            f"{e}down_proj": (EXPERTS, FFN, WIDTH),
+            f"{e}down_proj_bias": (EXPERTS, WIDTH),
+            f"{layer}self_attn.sinks": (HEADS,),
+            f"{layer}self_attn.o_proj.bias": (WIDTH,),
+        }
     width = 64 if family == "qwen3_moe" else FFN
     block = layer + ("block_sparse_moe." if family == "mixtral" else "mlp.")
     up, down = (width, WIDTH), (WIDTH, width)
@@ -127,7 +158,7 @@ def shapes(family: str) -> dict[str, tuple[int, ...]]:
             }
         if family == "olmoe":
             out |= {f"{p}self_attn.{n}_norm.weight": (s,) for n, s in (("q", q), ("k", kv))}
-        if family == "qwen2":
+        if family in ("qwen2", "gpt_oss"):
             biases = {"q": q, "k": kv, "v": kv}
             out |= {f"{p}self_attn.{n}_proj.bias": (size,) for n, size in biases.items()}
         if family in ("qwen3", "gemma3", "afm", "qwen3_moe"):

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
+Stored = tuple[Bytes, Floats, Floats]  # codes, steps, lows
 
 
 def _half(blocks: Bytes, at: int) -> Floats:
@@ -126,6 +127,24 @@ def _q6_k(b: Bytes) -> Floats:
     return step[:, :, None] * codes.astype(np.float32)
 
 
+# Twice the numbers of FP4 (E2M1), by code: whole numbers, so that 5 bits hold them exactly.
+_FP4_TWICE = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
+
+
+def _mxfp4_step(b: Bytes) -> Floats:
+    """Half of each block's scale, a power of two: (B, 1)."""
+    return np.ldexp(np.float32(1), b[:, :1].astype(np.int32) - 128).astype(np.float32)
+
+
+def _mxfp4(b: Bytes) -> Floats:
+    return _mxfp4_step(b) * _FP4_TWICE[_nibbles(b[:, 1:])].astype(np.float32)
+
+
+def _codes_mxfp4(b: Bytes) -> Stored:
+    code = (_FP4_TWICE[_nibbles(b[:, 1:])] + np.int8(16)).astype(np.uint8)
+    return _symmetric(code, _mxfp4_step(b), 16)
+
+
 def _float(dtype: Any) -> Callable[[Bytes], Floats]:
     return lambda b: b.view(dtype).astype(np.float32)
 
@@ -177,7 +196,7 @@ TYPES: dict[int, BlockType] = {
     29: BlockType("IQ1_M", 256, 56),
     34: BlockType("TQ1_0", 256, 54),
     35: BlockType("TQ2_0", 256, 66),
-    39: BlockType("MXFP4", 32, 17),
+    39: BlockType("MXFP4", 32, 17, _mxfp4),
 }
 BY_NAME = {kind.name: kind for kind in TYPES.values()}
 
@@ -200,9 +219,6 @@ class Codes:
     low_NG: Floats
 
 
-Stored = tuple[Bytes, Floats, Floats]
-
-
 def _symmetric(code: Bytes, step: Floats, offset: int) -> Stored:
     return code, step, step * np.float32(-offset)
 
@@ -221,7 +237,8 @@ _CODES: dict[str, dict[str, Callable[[Bytes], Stored]]] = {
     },
     "group4": {"Q4_0": lambda b: _symmetric(_nibbles(b[:, 2:]), _half(b, 0), 8)},
     "group5": {
-        "Q5_0": lambda b: _symmetric(_nibbles(b[:, 6:]) | _fifth_bits(b, 2), _half(b, 0), 16)
+        "Q5_0": lambda b: _symmetric(_nibbles(b[:, 6:]) | _fifth_bits(b, 2), _half(b, 0), 16),
+        "MXFP4": _codes_mxfp4,
     },
     "group8": {"Q8_0": lambda b: _symmetric(b[:, 2:] ^ np.uint8(128), _half(b, 0), 128)},
 }

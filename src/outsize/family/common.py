@@ -31,6 +31,12 @@ GGUF_NAMES: Mapping[str, str] = {
     "expert_gate": "blk.{i}.ffn_gate_exps.weight",
     "expert_up": "blk.{i}.ffn_up_exps.weight",
     "expert_down": "blk.{i}.ffn_down_exps.weight",
+    "router_bias": "blk.{i}.ffn_gate_inp.bias",
+    "expert_gate_bias": "blk.{i}.ffn_gate_exps.bias",
+    "expert_up_bias": "blk.{i}.ffn_up_exps.bias",
+    "expert_down_bias": "blk.{i}.ffn_down_exps.bias",
+    "o_bias": "blk.{i}.attn_output.bias",
+    "sinks": "blk.{i}.attn_sinks.weight",
 }
 EXPERTS = {
     "router": "mlp.gate.weight",
@@ -47,6 +53,7 @@ _LAYER = {
     "q_bias": "self_attn.q_proj.bias",
     "k_bias": "self_attn.k_proj.bias",
     "v_bias": "self_attn.v_proj.bias",
+    "o_bias": "self_attn.o_proj.bias",
     "q_norm": "self_attn.q_norm.weight",
     "k_norm": "self_attn.k_norm.weight",
     "ffn_norm": "post_attention_layernorm.weight",

@@ -15,10 +15,12 @@ from outsize.errors import CheckpointError, PackError
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary positions: pair i turns by position * base ** (-i / (head_dim / 2)) / divisors[i]."""
+    """Rotary positions: pair i turns by position * base ** (-i / (head_dim / 2)) / divisors[i], and is
+    made `scale` times as long."""
 
     base: float
     divisors: tuple[float, ...] = ()
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +57,11 @@ class Description:
     norm_eps: float
     attn_scale: float
     layers: tuple[Layer, ...]
-    activation: str = "silu"  # or "gelu_tanh"
+    activation: str = "silu"  # or "gelu_tanh", "clamped_swiglu"
     embed_scale: float = 1.0
     qkv_bias: bool = False
+    o_bias: bool = False
+    sinks: bool = False  # each head may attend to nothing, with a learned score
     qk_norm: bool = False
     qk_norm_whole: bool = False  # all query heads normed as one vector, and all key heads
     post_norm: bool = False  # norms after attention and after the feed-forward, too
@@ -97,7 +101,7 @@ def from_json(data: Mapping[str, object]) -> Description:
 
 def _layer(item: Mapping[str, object]) -> Layer:
     rope = item["rope"]
-    made = Rope(float(rope["base"]), tuple(rope["divisors"]))  # type: ignore[index]
+    made = Rope(float(rope["base"]), tuple(rope["divisors"]), float(rope.get("scale", 1.0)))  # type: ignore[index,attr-defined]
     return Layer(made, item["window"])  # type: ignore[arg-type]
 
 
@@ -109,6 +113,7 @@ class Recipe:
     names: Mapping[str, str]  # our name -> foreign name; {i} is the layer
     interleaved: bool  # foreign query/key rows already rotate in adjacent pairs
     norm_shift: float = 0.0  # added to norm weights (families that store w - 1)
+    paired: bool = False  # experts as one stack, transposed, rows of gate and up in turn
 
 
 GGUF_KEYS = {
@@ -178,6 +183,8 @@ class Config:
         base = table.get("rope_theta") or self.number("rope_theta", 10000.0)
         if self.format == "gguf":
             return Rope(base, self.divisors or self._gguf_divisors(head))
+        if table.get("rope_type", table.get("type")) == "yarn":
+            return yarn(table, float(base), head)
         return Rope(float(base), rope_divisors(table, float(base), head))
 
     def _gguf_divisors(self, head: int) -> tuple[float, ...]:
@@ -199,6 +206,32 @@ def rope_divisors(table: Mapping[str, object], base: float, head_dim: int) -> tu
     if kind == "llama3":
         return _llama3_divisors(table, factor, base, head_dim)
     raise CheckpointError(f"rope scaling {kind!r} is not known; known are default, linear, llama3")
+
+
+def yarn(table: Mapping[str, object], base: float, head_dim: int) -> Rope:
+    """YaRN (arXiv 2309.00071): fast pairs are kept, slow ones slowed by `factor`, those between blended;
+    all made longer by a tenth of the factor's logarithm."""
+    factor, original = (
+        _positive(table, "factor"),
+        _positive(table, "original_max_position_embeddings"),
+    )
+    stated = {"beta_fast": 32.0, "beta_slow": 1.0} | dict(table)
+
+    def pair(turns: float) -> float:
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = pair(_positive(stated, "beta_fast")), pair(_positive(stated, "beta_slow"))
+    if table.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    divisors = []
+    for i in range(head_dim // 2):
+        slowed = min(1.0, max(0.0, (i - low) / max(high - low, 1e-3)))
+        divisors.append(1 / (slowed / factor + 1 - slowed))
+    scale = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    if table.get("attention_factor") is not None:
+        scale = _positive(table, "attention_factor")
+    return Rope(base, tuple(divisors), scale)
 
 
 def _positive(table: Mapping[str, object], key: str) -> float:

@@ -10,7 +10,7 @@ from outsize.checkpoint.foreign import Checkpoint, read_floats
 from outsize.errors import CheckpointError
 from outsize.family.description import Config, Recipe
 
-ALIASES = {"gemma3_text": "gemma3", "qwen3moe": "qwen3_moe"}
+ALIASES = {"gemma3_text": "gemma3", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss"}
 NOT_FAMILIES = ("common", "description", "find")
 EMBEDDINGS = (
     "token_embd.weight",

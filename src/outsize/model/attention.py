@@ -26,8 +26,11 @@ CHUNK = 512  # tokens of a long span that attend at once
 MASK_BYTES = 6  # of one cell of a mask, in the forms that torch makes of it
 
 
-def attend_rows(q_THE: Tensor, kv_CSE: Tensor, scale: float, window: int | None) -> Tensor:
-    """(T, H*E): the last T of S tokens attend, each to itself and what is before it."""
+def attend_rows(
+    q_THE: Tensor, kv_CSE: Tensor, scale: float, window: int | None, sinks_H: Tensor | None = None
+) -> Tensor:
+    """(T, H*E): the last T of S tokens attend, each to itself and what is before it; with `sinks`, also
+    to nothing, which has that score."""
     num_new, num_heads, head_dim = q_THE.shape
     num_kv, size = kv_CSE.shape[0] // 2, kv_CSE.shape[1]
     q_TJGE = q_THE.reshape(num_new, 1, num_kv, num_heads // num_kv, head_dim)
@@ -36,18 +39,36 @@ def attend_rows(q_THE: Tensor, kv_CSE: Tensor, scale: float, window: int | None)
         end = size - num_new + row + 1
         seen = kv_CSE[None, :, max(0, end - window) if window else 0 : end]
         k_JSE, v_JSE = seen[:, :num_kv], seen[:, num_kv:]
+        if sinks_H is not None:
+            out.append(_row_with_sinks(q_TJGE[row], k_JSE, v_JSE, scale, sinks_H))
+            continue
         out.append(scaled_dot_product_attention(q_TJGE[row], k_JSE, v_JSE, scale=scale))
     return torch.cat(out).view(num_new, -1)
 
 
+def _row_with_sinks(
+    q_1JGE: Tensor, k_1JSE: Tensor, v_1JSE: Tensor, scale: float, sinks_H: Tensor
+) -> Tensor:
+    """One token: nothing is one more score, whose value is zero."""
+    score = (q_1JGE @ k_1JSE.transpose(-1, -2)).float() * scale
+    nothing = sinks_H.view(*score.shape[:-1], 1)
+    share = torch.cat([score, nothing], dim=-1).softmax(-1)[..., :-1]
+    return share.to(v_1JSE.dtype) @ v_1JSE
+
+
 def attend_span(
-    q_THE: Tensor, kv_CSE: Tensor, positions_S: Sequence[int], scale: float, window: int | None
+    q_THE: Tensor,
+    kv_CSE: Tensor,
+    positions_S: Sequence[int],
+    scale: float,
+    window: int | None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """(T, H*E): the same for a long span, all at once."""
     num_new, _, head_dim = q_THE.shape
     num_kv, size = kv_CSE.shape[0] // 2, kv_CSE.shape[1]
-    if head_dim >= WIDE_HEAD and q_THE.dtype == torch.bfloat16:
-        return _blocked(q_THE * scale, kv_CSE, positions_S, window)
+    if (head_dim >= WIDE_HEAD and q_THE.dtype == torch.bfloat16) or sinks_H is not None:
+        return _blocked(q_THE * scale, kv_CSE, positions_S, window, sinks_H)
     plain = size == num_new and (window is None or size <= window)
     mask = None if plain else _mask(positions_S, size - num_new, size, 0, size, window)
     out_HTE = scaled_dot_product_attention(
@@ -76,12 +97,18 @@ def _block(num_heads: int, size: int) -> int:
 
 def score_bytes(d: Description, context: int, activation_bytes: int) -> int:
     """The most that scores take while a long span attends."""
-    if d.head_dim >= WIDE_HEAD and activation_bytes == 2:
+    if (d.head_dim >= WIDE_HEAD and activation_bytes == 2) or d.sinks:
         return _block(d.num_heads, context) * d.num_heads * context * SCORE_FORMS
     return 0 if context <= CHUNK else MASK_BYTES * CHUNK * context
 
 
-def _blocked(q_THE: Tensor, kv_CSE: Tensor, positions: Sequence[int], window: int | None) -> Tensor:
+def _blocked(
+    q_THE: Tensor,
+    kv_CSE: Tensor,
+    positions: Sequence[int],
+    window: int | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
     num_new, num_heads, head_dim = q_THE.shape
     num_kv, size = kv_CSE.shape[0] // 2, kv_CSE.shape[1]
     group, past = num_heads // num_kv, size - num_new
@@ -96,6 +123,10 @@ def _blocked(q_THE: Tensor, kv_CSE: Tensor, positions: Sequence[int], window: in
         score = torch.bmm(rows_JRE, k_JSE.transpose(1, 2)).float()
         hidden = ~_mask(positions, past + first, end, start, end, window)
         score.view(num_kv, last - first, group, -1).masked_fill_(hidden[:, None], -torch.inf)
-        mixed = torch.bmm(score.softmax(-1).to(v_JSE.dtype), v_JSE)
+        if sinks_H is not None:
+            sinks_JTG = sinks_H.view(num_kv, 1, group).expand(-1, last - first, -1)
+            score = torch.cat([score, sinks_JTG.reshape(num_kv, -1, 1)], dim=-1)
+        share = score.softmax(-1)
+        mixed = torch.bmm(share[..., : k_JSE.shape[1]].to(v_JSE.dtype), v_JSE)
         out[:, first:last] = mixed.view(num_kv, last - first, group, head_dim)
     return out.transpose(0, 1).reshape(num_new, -1)

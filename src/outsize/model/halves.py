@@ -32,6 +32,8 @@ class Attention:
         self.num_rotated, self.head_dim = d.num_heads + d.num_kv_heads, d.head_dim
         self.qkv, self.o = Linear(w["qkv"]), Linear(w["o"])
         self.bias = vector(w["qkv_bias"]) if d.qkv_bias else None
+        self.o_bias = vector(w["o_bias"]) if d.o_bias else None
+        self.sinks = vector(w["sinks"]) if d.sinks else None
         self.norm: RMSNorm | None = None
         if d.qk_norm:
             q = vector(w["q_norm"]).expand(d.num_heads, -1)
@@ -40,9 +42,15 @@ class Attention:
         self.whole = _whole_norms(d, w)
         norm = None if self.norm is None else self.norm.weight
         heads = (d.num_heads, d.num_kv_heads, d.head_dim)
-        self.spec = AttentionSpec(heads, layer.window, self.scale, d.norm_eps, self.bias, norm)
+        self.spec = AttentionSpec(
+            heads, layer.window, self.scale, d.norm_eps, self.bias, norm, self.sinks
+        )
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
+        out = self.o(self._attended(x_TD, step), step.wide)
+        return out if self.o_bias is None else (out + self.o_bias).to(out.dtype)
+
+    def _attended(self, x_TD: Tensor, step: Step) -> Tensor:
         qkv = self.qkv(x_TD, step.wide)
         at = 0
         for norm in self.whole:
@@ -50,7 +58,7 @@ class Attention:
             part.copy_(norm(part.float()))
             at += part.shape[1]
         if step.kernels is not None:
-            return self.o(self._native(qkv, step, step.kernels), step.wide)
+            return self._native(qkv, step, step.kernels)
         if self.bias is not None:
             qkv = qkv + self.bias  # fp32
         heads = qkv.view(len(qkv), -1, self.head_dim)
@@ -59,7 +67,7 @@ class Attention:
             qk = self.norm(qk)
         qk = rotate(qk, step.turns[self.layer.rope])
         q_THE, k_TJE = qk[:, : self.num_heads].to(self.dtype), qk[:, self.num_heads :]
-        return self.o(self._plain(q_THE, k_TJE, heads[:, self.num_rotated :], step), step.wide)
+        return self._plain(q_THE, k_TJE, heads[:, self.num_rotated :], step)
 
     def _plain(self, q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor, step: Step) -> Tensor:
         out, at, window = [], 0, self.layer.window
@@ -68,9 +76,9 @@ class Attention:
             kv_CSE = s.kv.append(self.index, k_TJE[rows], v_TJE[rows], s.positions)
             if step.wide:
                 seen = s.kv.positions[self.index]
-                out.append(attend_span(q_THE[rows], kv_CSE, seen, self.scale, window))
+                out.append(attend_span(q_THE[rows], kv_CSE, seen, self.scale, window, self.sinks))
             else:
-                out.append(attend_rows(q_THE[rows], kv_CSE, self.scale, window))
+                out.append(attend_rows(q_THE[rows], kv_CSE, self.scale, window, self.sinks))
             at += s.length
         return out[0] if len(out) == 1 else torch.cat(out)
 
@@ -130,7 +138,8 @@ def ffn_half(d: Description, index: int, w: Weights) -> Half:
 def mixture_half(d: Description, bank: Bank, w: Weights) -> Mixture:
     norm = RMSNorm(vector(w["ffn_norm"]), d.norm_eps, bank.activation_type)
     (router,) = w["router"]
-    return Mixture(d, norm, router.encoding.decode(router.fields), bank)
+    bias = vector(w["router_bias"]) if "router_bias" in w else None
+    return Mixture(d, norm, router.encoding.decode(router.fields), bank, bias)
 
 
 def _post(d: Description, w: Weights, name: str) -> RMSNorm | None:

@@ -60,7 +60,7 @@ def turns(rope: Rope, head_dim: int, positions_T: Tensor) -> Tensor:
     if rope.divisors:
         rate = rate / torch.tensor(rope.divisors)
     angle_TP = positions_T.float()[:, None] * rate
-    return torch.polar(torch.ones_like(angle_TP), angle_TP)[:, None]
+    return torch.polar(torch.full_like(angle_TP, rope.scale), angle_TP)[:, None]
 
 
 def rotate(heads_THE: Tensor, turns_T1P: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ _P, _L, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 class _Attention(ctypes.Structure):
     _fields_ = (
         ("heads", _L), ("kv_heads", _L), ("head_dim", _L), ("window", _L),
-        ("scale", _F), ("eps", _F), ("bias", _P), ("norm", _P),
+        ("scale", _F), ("eps", _F), ("bias", _P), ("norm", _P), ("sinks", _P),
     )  # fmt: skip
 
 
@@ -33,9 +33,10 @@ class AttentionSpec:
         eps: float,
         bias: Tensor | None,
         norm: Tensor | None,
+        sinks: Tensor | None = None,
     ) -> None:
         self.heads, self.window = heads, window or 0
-        self._kept = bias, norm
+        self._kept = bias, norm, sinks
         pointers = [t.data_ptr() if t is not None else None for t in self._kept]
         self.struct = _Attention(*heads, self.window, scale, eps, *pointers)
         self.pointer = ctypes.addressof(self.struct)

@@ -90,6 +90,7 @@ typedef struct {
     float scale, eps;
     const float *bias; /* (heads + 2 kv_heads) * head_dim, or null */
     const float *norm; /* (heads + kv_heads) * head_dim, or null */
+    const float *sinks; /* heads: the score of attending to nothing; or null */
 } Attention;
 
 typedef struct {
@@ -176,14 +177,16 @@ static void attend_sized(long E, long G, const float *q, const bf16 *k, const bf
 }
 
 /* Chunks of one row and key head, joined in order. */
-static void combine(long G, long E, const float *part, long chunks, long stride, bf16 *out) {
+static void combine(long G, long E, const float *part, long chunks, long stride,
+                    const float *sinks, bf16 *out) {
     for (long g = 0; g < G; g++) {
-        float top = -INFINITY, total = 0, sum[E];
+        float top = sinks ? sinks[g] : -INFINITY, total = 0, sum[E];
         memset(sum, 0, sizeof sum);
         for (long c = 0; c < chunks; c++) {
             float m = part[c * stride + G * E + g];
             top = m > top ? m : top;
         }
+        if (sinks) total = exp_poly(sinks[g] - top);
         for (long c = 0; c < chunks; c++) {
             const float *p = part + c * stride;
             float w = exp_poly(p[G * E + g] - top);
@@ -226,7 +229,7 @@ void attend_rows(const Attention *a, const bf16 *qkv, const float *turns, const 
             long t = tj / J, j = tj % J;
             long chunks = (row[t].slot - first_seen(a, row[t])) / CHUNK + 1;
             combine(G, E, part + tj * max_chunks * stride, chunks, stride,
-                    out + (t * H + j * G) * E);
+                    a->sinks ? a->sinks + j * G : 0, out + (t * H + j * G) * E);
         }
     }
 }

@@ -4,82 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from outsize.checkpoint.foreign import Checkpoint, Tensor
-from outsize.encoding import int4
 from outsize.errors import CheckpointError, UnsupportedError
 from outsize.family.description import Description, Recipe
 from outsize.pack.format import PAGE, Matrix, TableHeader, aligned
+from outsize.pack.parts import LOSSY, Part, Piece, Record, TablePlan, encoding_for
 
 ROW_RECORD = 2 << 20  # bytes of a record of an embedding or head
-GROUPED = {"Q4_0": "group4", "Q5_0": "group5"}  # with our kernels; those of more bits become group8
-CODED = {"Q4_0": "int4", "Q4_1": "int4", "Q4_K": "int4", "Q2_K": "int4", "Q3_K": "int4"}
-BYTES = ("Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0")
-LOSSY = ("Q2_K", "Q3_K")
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One foreign tensor that goes into a matrix, and how its rows must be reordered."""
-
-    tensor: Tensor
-    head_dim: int = 0  # > 0: heads in halves, to be interleaved
-    shift: float = 0.0  # added to every number
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A matrix to be written, and what it is made of, stacked along rows."""
-
-    encoding: str
-    parts: tuple[Part, ...]
-
-    @property
-    def num_rows(self) -> int:
-        return sum(rows_of(part.tensor) for part in self.parts)
-
-    @property
-    def width(self) -> int:
-        return self.parts[0].tensor.shape[-1]
-
-
-Record = dict[str, tuple[Piece, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class TablePlan:
-    """A table to be written: its header without checksums, and each record's contents."""
-
-    header: TableHeader
-    records: tuple[Record, ...]
-
-
-def rows_of(tensor: Tensor) -> int:
-    return tensor.shape[0] if len(tensor.shape) == 2 else 1
-
-
-def encoding_for(tensor: Tensor, wanted: str, grouped: bool) -> str:
-    """The encoding of a matrix of this type. Raises UnsupportedError, naming type and tensor."""
-    kind = tensor.kind
-    if kind.read is None:
-        raise UnsupportedError(
-            f"{tensor.path.name}: tensor {tensor.name!r} has type {kind.name}, which outsize cannot "
-            "read; use F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K"
-        )
-    if wanted == "int4" and not int4.supported():
-        raise UnsupportedError(
-            "torch's int4 kernel on this machine reads another layout than AVX-512's; "
-            "use --encoding auto or int8"
-        )
-    if wanted != "auto":
-        return wanted
-    fits = grouped and tensor.shape[-1] % 64 == 0
-    if kind.name in CODED and int4.supported() and not (fits and kind.name in GROUPED):
-        return CODED[kind.name]
-    if kind.name not in BYTES and kind.name not in CODED:
-        return "bf16"
-    return GROUPED.get(kind.name, "group8") if fits else "int8"
 
 
 class Planner:
@@ -123,12 +55,14 @@ class Planner:
                 pieces.append(Piece(encoding, (part,)))
         return tuple(pieces)
 
-    def vector(self, layer: int, *names: tuple[str, int]) -> tuple[Piece, ...]:
+    def vector(
+        self, layer: int, *names: tuple[str, int], expert: int | None = None
+    ) -> tuple[Piece, ...]:
         """Vectors (name, length), kept in fp32: one row if there is one, else joined end to end."""
         parts = []
         for name, length in names:
             shift = self.recipe.norm_shift if name.endswith("norm") else 0.0
-            tensor = self.tensor(name, layer, (length,))
+            tensor = self.tensor(name, layer, (length,), expert)
             encoding_for(tensor, self.wanted, self.grouped)
             parts.append(Part(tensor, self.head_dim(name.split("_")[0]), shift))
         return tuple(Piece("fp32", (part,)) for part in parts)
@@ -150,6 +84,10 @@ class Planner:
         if d.qkv_bias:
             biases = ("q_bias", q_rows), ("k_bias", kv_rows), ("v_bias", kv_rows)
             record["qkv_bias"] = self.vector(i, *biases)
+        if d.o_bias:
+            record["o_bias"] = self.vector(i, ("o_bias", d.width))
+        if d.sinks:
+            record["sinks"] = self.vector(i, ("sinks", d.num_heads))
         if d.qk_norm_whole:
             record["q_norm"] = self.vector(i, ("q_norm", q_rows))
             record["k_norm"] = self.vector(i, ("k_norm", kv_rows))
@@ -164,10 +102,13 @@ class Planner:
         d = self.description
         if d.mixture is not None:
             router = self.tensor("router", i, (d.mixture.count, d.width))
-            return {
+            record = {
                 "ffn_norm": self.vector(i, ("ffn_norm", d.width)),
                 "router": (Piece("fp32", (Part(router),)),),
             }
+            if d.mixture.bias:
+                record["router_bias"] = self.vector(i, ("router_bias", d.mixture.count))
+            return record
         record = {
             "ffn_norm": self.vector(i, ("ffn_norm", d.width)),
             "gate_up": self.matrix(i, ("gate", d.ffn_width, d.width), ("up", d.ffn_width, d.width)),
@@ -180,10 +121,32 @@ class Planner:
     def expert(self, i: int, e: int) -> Record:
         """Everything of one expert together: it is used whole or not at all."""
         width, inner = self.description.width, self.description.ffn_width
+        if self.recipe.paired:
+            return self._paired(i, e)
         up = ("expert_gate", inner, width), ("expert_up", inner, width)
-        return {
+        record = {
             "gate_up": self.matrix(i, *up, expert=e),
             "down": self.matrix(i, ("expert_down", width, inner), expert=e),
+        }
+        if self.description.mixture is not None and self.description.mixture.bias:
+            ups = ("expert_gate_bias", inner), ("expert_up_bias", inner)
+            record["gate_up_bias"] = self.vector(i, *ups, expert=e)
+            record["down_bias"] = self.vector(i, ("expert_down_bias", width), expert=e)
+        return record
+
+    def _paired(self, i: int, e: int) -> Record:
+        """An expert whose gate and up lie row by row in one transposed tensor."""
+        width, inner = self.description.width, self.description.ffn_width
+        both = self.tensor("expert_gate_up", i, (width, 2 * inner), e)
+        down = self.tensor("expert_down", i, (inner, width), e)
+        bias = self.tensor("expert_gate_up_bias", i, (2 * inner,), e)
+        halves = tuple(Part(both, transposed=True, first=k, step=2) for k in (0, 1))
+        encoding = encoding_for(both, self.wanted, self.grouped)
+        return {
+            "gate_up": (Piece(encoding, halves),),
+            "down": (Piece(encoding, (Part(down, transposed=True),)),),
+            "gate_up_bias": tuple(Piece("fp32", (Part(bias, first=k, step=2),)) for k in (0, 1)),
+            "down_bias": self.vector(i, ("expert_down_bias", width), expert=e),
         }
 
     def rows(self, name: str) -> TablePlan:

@@ -42,7 +42,8 @@ from outsize.pack.format import (
     read_header,
     write_header,
 )
-from outsize.pack.plan import Part, Piece, Record, TablePlan, lossy_tensors, plan
+from outsize.pack.parts import Part, Piece, Record, TablePlan
+from outsize.pack.plan import lossy_tensors, plan
 
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
 SLACK = 64 << 20  # bytes that a file system wants for itself
@@ -240,6 +241,8 @@ def _encode(piece: Piece, num_rows: int) -> dict[str, Tensor]:
 
 def _shifted(part: Part) -> Floats:
     numbers = read_floats(part.tensor)
+    numbers = numbers.T if part.transposed else numbers
+    numbers = np.ascontiguousarray(numbers[part.first :: part.step])
     return numbers + np.float32(part.shift) if part.shift else numbers
 
 

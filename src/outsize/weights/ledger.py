@@ -19,8 +19,9 @@ Load = tuple[int, int]  # id, slot
 class Ledger:
     """A policy, and the account of what it does. `size`: bytes of a record."""
 
-    def __init__(self, policy: Policy, traffic: Traffic, size: int) -> None:
-        self.policy, self.traffic, self._size = policy, traffic, size
+    def __init__(self, policy: Policy, traffic: Traffic, size: int, leases: bool = True) -> None:
+        """`leases` False: what is asked for together does not protect each other. For replays only."""
+        self.policy, self.traffic, self._size, self._leases = policy, traffic, size, leases
         self.slot_of: dict[int, int] = {}
         self.id_in: dict[int, int] = {}
         self.ahead: set[int] = set()  # read ahead, not yet asked for
@@ -39,6 +40,13 @@ class Ledger:
 
     def demand(self, ids: Sequence[int], is_there: Callable[[int], bool]) -> Placed:
         """Place ids that are wanted now, and count them. Raises CapacityError, changing nothing."""
+        if not self._leases and len(ids) > 1:
+            parts = [self.demand([i], is_there) for i in ids]
+            self.held = ()
+            return Placed(
+                {i: s for p in parts for i, s in p.slots.items()},
+                [x for p in parts for x in p.loads],
+            )
         inside = [i for i in dict.fromkeys(ids) if i in self.slot_of]
         there = {i: is_there(self.slot_of[i]) for i in inside if i in self.ahead}
         placed = self._place(ids, (), False)
@@ -54,7 +62,8 @@ class Ledger:
         """Make room for a record that is not there yet, without touching what is held or expected; None
         if there is none."""
         try:
-            placed = self._place([id], {*self.held, *self.ahead}, True)
+            keep = {*self.held, *self.ahead} if self._leases else ()
+            placed = self._place([id], keep, True)
         except CapacityError:
             return None
         if not placed.loads:

@@ -92,11 +92,14 @@ class Replay:
         prefetcher: Prefetcher,
         missing: Missing = fetch,
         num_experts: int = 1 << 30,
+        leases: bool = True,
     ) -> None:
+        """`leases` False: each record is placed by itself, and may evict its own layer's: a trap that
+        others fell into, kept to show its size."""
         self._link, self._prefetcher, self._missing = link, prefetcher, missing
         self._experts, self._most = num_experts, most_ahead(capacity)
         self._traffic = Traffic()
-        self._ledger = Ledger(policy, self._traffic, link.record_bytes)
+        self._ledger = Ledger(policy, self._traffic, link.record_bytes, leases)
         self._queue, self._now, self._number = Queue(link), 0.0, -1
         self._uses: Counter[int] = Counter()
 

@@ -17,7 +17,25 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+SLOPE, LIMIT = 1.702, 7.0  # of gpt-oss's activation
+
+
+class Biased:
+    """gpt-oss's: down(clamped_swiglu(gate_up(x) + b)) + c."""
+
+    def __init__(self, gate_up: Linear, down: Linear, gate_up_bias: Tensor, bias: Tensor) -> None:
+        self.gate_up, self.down, self._gate_up_bias, self._bias = gate_up, down, gate_up_bias, bias
+
+    def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
+        gate, up = (self.gate_up(x_TD, step.wide).float() + self._gate_up_bias).chunk(2, dim=1)
+        gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
+        inner = (up + 1) * gate * (gate * SLOPE).sigmoid()
+        return self.down(inner.to(x_TD.dtype), step.wide).float() + self._bias
+
+
 class Dense:
+    """The usual one."""
+
     def __init__(self, gate_up: Linear, down: Linear, activation: str) -> None:
         self.gate_up, self.down, self.activation = gate_up, down, activation
         self._act, self._kind = ACTIVATIONS[activation], list(ACTIVATIONS).index(activation)

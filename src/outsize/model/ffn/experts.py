@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from outsize.family.description import Description
-from outsize.model.ffn.dense import Dense
+from outsize.model.ffn.dense import Biased, Dense
 from outsize.model.layers import Linear, RMSNorm
 from outsize.model.step import Step
 from outsize.weights.experts import Bank
@@ -30,14 +30,17 @@ Chunks = Sequence[tuple[Tensor, Step]]
 class Router:
     """Names and weighs each token's experts. In fp32, since a near tie decides what is computed."""
 
-    def __init__(self, norm: RMSNorm, w_ND: Tensor, used: int, renorm: bool) -> None:
+    def __init__(
+        self, norm: RMSNorm, w_ND: Tensor, used: int, renorm: bool, bias_N: Tensor | None = None
+    ) -> None:
         self.norm, self._w_ND, self._used, self._renorm = norm, w_ND, used, renorm
+        self._bias_N = torch.zeros(len(w_ND)) if bias_N is None else bias_N
 
     def __call__(self, x_TD: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
         """(T, K) ids and weights, the heaviest first."""
         x = x_TD.float()
         rows = [x @ self._w_ND.T] if wide else [(self._w_ND @ row)[None] for row in x]
-        p_TN = torch.cat(rows).softmax(-1)
+        p_TN = (torch.cat(rows) + self._bias_N).softmax(-1)
         weights_TK, ids_TK = p_TN.topk(self._used, dim=-1)
         if self._renorm:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
@@ -45,23 +48,32 @@ class Router:
 
     def early(self, h_TD: Tensor, most: int) -> Scored:
         """What it would choose for these rows of the residual stream, one layer early."""
-        p_TN = (self.norm(h_TD).float() @ self._w_ND.T).softmax(-1).amax(0)
+        p_TN = (self.norm(h_TD).float() @ self._w_ND.T + self._bias_N).softmax(-1).amax(0)
         weights, ids = p_TN.topk(min(most, len(p_TN)))
         return tuple(zip(ids.tolist(), weights.tolist(), strict=True))
 
 
+Expert = Dense | Biased
+BIASES = ("gate_up_bias", "down_bias")
 EARLY = 4  # times as many experts as are used are told early
 
 
 class Mixture:
     """h += sum of the chosen experts' weighed outputs. `ahead`: the next layer's router, if it is there."""
 
-    def __init__(self, d: Description, norm: RMSNorm, router_ND: Tensor, bank: Bank) -> None:
+    def __init__(
+        self,
+        d: Description,
+        norm: RMSNorm,
+        router_ND: Tensor,
+        bank: Bank,
+        bias_N: Tensor | None = None,
+    ) -> None:
         assert d.mixture is not None
-        self.router = Router(norm, router_ND, d.mixture.used, d.mixture.renorm)
+        self.router = Router(norm, router_ND, d.mixture.used, d.mixture.renorm, bias_N)
         self._bank, self._activation, self._used = bank, d.activation, d.mixture.used
         self.ahead: Callable[[], Router | None] = lambda: None
-        self._built: dict[int, tuple[Weights, Dense]] = {}
+        self._built: dict[int, tuple[Weights, Expert]] = {}
 
     def run(self, chunks: Chunks) -> None:
         """Changes the chunks' h_TD."""
@@ -78,8 +90,12 @@ class Mixture:
             sums.add(self._in_slot(w), places[expert])
         sums.finish()
 
-    def _in_slot(self, w: Weights) -> Dense:
-        """The expert over a slot's views: the same slot needs no new one, whatever is in it."""
+    def _in_slot(self, w: Weights) -> Expert:
+        """The expert over a slot's views: the same slot needs no new one, whatever is in it. Biases are
+        joined, and so copied, at each use."""
+        if "down_bias" in w:
+            biases = (torch.cat([b.encoding.decode(b.fields)[0] for b in w[k]]) for k in BIASES)
+            return Biased(Linear(w["gate_up"]), Linear(w["down"]), *biases)
         found = self._built.get(id(w))
         if found is None:
             made = Dense(Linear(w["gate_up"]), Linear(w["down"]), self._activation)
@@ -131,7 +147,7 @@ class _Sums:
             for h, step in chunks
         ]
 
-    def add(self, ffn: Dense, places: Places) -> None:
+    def add(self, ffn: Expert, places: Places) -> None:
         """Compute an expert for those who chose it."""
         if self._is_single:
             ((_, slot, weight),) = places
