@@ -77,7 +77,7 @@ def test_the_harness_answers_as_the_model_does(open_tiny: Callable[..., Model]) 
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "qwen2", "qwen3", "gemma3", "olmoe", "mixtral", "qwen3_moe"]
+    "family", ["llama", "qwen2", "qwen3", "gemma3", "olmoe", "mixtral", "qwen3_moe", "gpt_oss"]
 )
 def test_synthetic_models_run(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -61,7 +61,7 @@ SIZES = {
 }
 
 
-ARCHITECTURES = {"qwen3_moe": "qwen3moe", "mixtral": "llama"}  # in a GGUF
+ARCHITECTURES = {"qwen3_moe": "qwen3moe", "mixtral": "llama", "gpt_oss": "gpt-oss"}  # in a GGUF
 
 
 def values(size: Size) -> dict[str, object]:
@@ -116,6 +116,10 @@ def shapes(d: Description) -> dict[str, tuple[int, ...]]:
     if d.mixture is None:
         up, down = (d.ffn_width, d.width), (d.width, d.ffn_width)
         out |= {"gate": up, "up": up, "down": down}
+    if d.o_bias:
+        out |= {"o_bias": (d.width,)}
+    if d.sinks:
+        out |= {"sinks": (d.num_heads,)}
     if d.qk_norm_whole:
         out |= {"q_norm": (q,), "k_norm": (kv,)}
     if d.qkv_bias:
@@ -146,6 +150,11 @@ def _experts(recipe: Recipe, layer: int, count: int) -> Iterator[tuple[str, tupl
     d, names = recipe.description, recipe.names
     up, down = (d.ffn_width, d.width), (d.width, d.ffn_width)
     yield names["router"].replace("{i}", str(layer)), (count, d.width), "F32"
+    if d.mixture is not None and d.mixture.bias:
+        yield names["router_bias"].replace("{i}", str(layer)), (count,), "F32"
+        for name, width in (("gate", d.ffn_width), ("up", d.ffn_width), ("down", d.width)):
+            foreign = names[f"expert_{name}_bias"].replace("{i}", str(layer))
+            yield foreign, (count, width), "F32"
     for name, shape in (("expert_gate", up), ("expert_up", up), ("expert_down", down)):
         foreign = names[name].replace("{i}", str(layer))
         if "{e}" in foreign:

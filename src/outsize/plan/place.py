@@ -15,7 +15,7 @@ from outsize.model.attention import CHUNK, score_bytes
 from outsize.pack.format import TableHeader
 from outsize.pack.outline import Outline
 from outsize.plan.placement import BY_ID, BY_ROUTER, DISK, MEMORY, Placement
-from outsize.weights.arena import HUGE, huge_bytes
+from outsize.weights.arena import HUGE, SMALL, huge_bytes
 from outsize.weights.load import Share, all_of
 from outsize.weights.policies.echo import BYTES as ECHO_BYTES
 from outsize.weights.rows import IN_FLIGHT as ROWS_IN_FLIGHT
@@ -174,9 +174,16 @@ def _expert_shares(o: Outline, room: int) -> dict[str, Share]:
     total = sum(t.size for t in experts(o))
     out = {}
     for t in experts(o):
-        more = int(max(0, room) * t.size / total) // t.stride
-        out[t.name] = Share((), min(len(t.keys), _least_slots(o, t) + more))
+        least = _least_slots(o, t)
+        given = huge_bytes(least * t.stride) + int(max(0, room) * t.size / total)
+        out[t.name] = Share((), min(len(t.keys), max(least, _slots_in(given, t.stride))))
     return out
+
+
+def _slots_in(room: int, stride: int) -> int:
+    """As many slots as fit, in huge pages where they are so large."""
+    counts = (room // stride, room // HUGE * HUGE // stride, min(room, SMALL - 1) // stride)
+    return max(n for n in counts if huge_bytes(n * stride) <= room)
 
 
 def _choose_context(o: Outline, budget: int, runtime: int, tokenizer: int) -> int:

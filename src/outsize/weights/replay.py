@@ -93,11 +93,14 @@ class Replay:
         missing: Missing = fetch,
         num_experts: int = 1 << 30,
         leases: bool = True,
+        most: int | None = None,
     ) -> None:
-        """`leases` False: each record is placed by itself, and may evict its own layer's: a trap that
-        others fell into, kept to show its size."""
+        """`leases` False: the next layer is read ahead before this one's records are placed, one by one,
+        and each may evict the others: a trap that others fell into, kept to show its size. `most`: that may
+        be expected at once."""
         self._link, self._prefetcher, self._missing = link, prefetcher, missing
-        self._experts, self._most = num_experts, most_ahead(capacity)
+        self._leases = leases
+        self._experts, self._most = num_experts, most or most_ahead(capacity)
         self._traffic = Traffic()
         self._ledger = Ledger(policy, self._traffic, link.record_bytes, leases)
         self._queue, self._now, self._number = Queue(link), 0.0, -1
@@ -133,13 +136,16 @@ class Replay:
         ids = self._chosen(event)
         if event.rows:
             ledger.policy.observe(event.layer, event.rows)
+        if not self._leases:
+            self._expect(event, after)
         placed = ledger.demand(ids, lambda slot: queue.is_there(ledger.id_in[slot], self._now))
         for id, _ in placed.loads:
             queue.demand(id, self._now)
         for id in placed.slots:
             if id not in queue.arrival:  # expected, and not begun
                 queue.demand(id, self._now)
-        self._expect(event, after)
+        if self._leases:
+            self._expect(event, after)
         self._compute(placed.slots, event.tokens)
         ledger.release()
 
