@@ -120,6 +120,11 @@ def experts(o: Outline) -> list[TableHeader]:
     return [t for t in o.tables if t.kind == "experts"]
 
 
+def _all_bytes(o: Outline) -> int:
+    """All weights in memory; experts' slots are in huge pages."""
+    return o.size + sum(huge_bytes(t.size) - t.size for t in experts(o))
+
+
 def _least_slots(o: Outline, t: TableHeader) -> int:
     assert o.description.mixture is not None
     return min(len(t.keys), LEAST_EXPERTS * o.description.mixture.used)
@@ -191,7 +196,7 @@ def _choose_context(o: Outline, budget: int, runtime: int, tokenizer: int) -> in
     longest = context = o.description.context
     room = budget - _reserve(budget)
     while context > 2 * SHORTEST:
-        if room >= sum(fixed_costs(o, runtime, tokenizer, context).values()) + o.size:
+        if room >= sum(fixed_costs(o, runtime, tokenizer, context).values()) + _all_bytes(o):
             return context
         context //= 2
     base = sum(fixed_costs(o, runtime, tokenizer, SHORTEST).values())
@@ -220,11 +225,11 @@ def place(
     least = least_bytes(o, runtime, tokenizer, chosen)
     if budget < least and not force:
         raise BudgetError(_too_little(o, fixed, least, budget, chosen))
-    whole = sum(fixed.values()) + o.size + RESERVE
+    whole = sum(fixed.values()) + _all_bytes(o) + RESERVE
     fixed["reserve"] = _reserve(min(budget, whole))
     room = budget - sum(fixed.values()) - o.table("final-0").size
-    if room >= o.size:
-        shares, spare = {t.name: all_of(t) for t in o.tables}, room - o.size
+    if room >= _all_bytes(o):
+        shares, spare = {t.name: all_of(t) for t in o.tables}, room - _all_bytes(o)
     else:
         shares, spare = _stream(o, room), 0
     notes = []
