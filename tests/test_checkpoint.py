@@ -39,6 +39,7 @@ def test_sizes_of_all_types() -> None:
         ("Q4_K", "int4"),
         ("Q4_0", "group4"),
         ("Q5_0", "group5"),
+        ("MXFP4", "group5"),
         ("Q8_0", "group8"),
     ],
 )
@@ -50,12 +51,18 @@ def test_codes_are_the_numbers(name: str, encoding: str) -> None:
     raw[:, : 4 if name in ("Q4_1", "Q4_K") else 2] = scales[
         :, : 4 if name in ("Q4_1", "Q4_K") else 2
     ]
+    if name == "MXFP4":
+        raw[:, 0] = random.integers(110, 140, 32)
     shape = (8, 4 * kind.length)
     codes = ggml.codes(kind, raw.reshape(-1), shape, encoding)
     assert codes is not None
     steps, lows = (np.repeat(a, 32, axis=1) for a in (codes.step_NG, codes.low_NG))
     exact = ggml.dequantize(kind, raw.reshape(-1), shape)
     np.testing.assert_allclose(codes.code_NK * steps + lows, exact, atol=1e-5)
+    if name == "MXFP4":
+        assert np.array_equal(codes.code_NK * steps + lows, exact)
+        raw[3, 0] = 60  # 2 ** -68: not in fp16, so that the numbers are encoded anew
+        assert ggml.codes(kind, raw.reshape(-1), shape, encoding) is None
     assert ggml.codes(ggml.BY_NAME["Q6_K"], raw.reshape(-1), shape, encoding) is None
 
 

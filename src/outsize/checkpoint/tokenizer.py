@@ -23,6 +23,16 @@ _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
+_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_CASED = (  # o200k: words break where capitals begin
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    + _SUFFIX
+    + r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    + _SUFFIX
+    + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
 def _byte_level(use_regex: bool) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
 
@@ -33,17 +43,20 @@ def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 
 def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
-    if name in ("gpt-2", "gpt2", "default"):
+    if name in ("gpt-2", "gpt2", "default", "olmo"):
         return _byte_level(True)
     if name == "smollm":
         digits = pre_tokenizers.Digits(individual_digits=True)
         return pre_tokenizers.Sequence([digits, _byte_level(True)])
-    if name in ("llama-bpe", "llama3", "llama-v3"):
+    if name == "gpt-4o":
+        return _split(_CASED)
+    if name in ("llama-bpe", "llama3", "llama-v3", "dbrx"):
         return _split(_WORDS + r"\p{N}{1,3}" + _REST)
     if name == "qwen2":
         return _split(_WORDS + r"\p{N}" + _REST)
     raise UnsupportedError(
-        f"pre-tokenizer {name!r} is not known; known are gpt-2, llama-bpe, qwen2 and smollm"
+        f"pre-tokenizer {name!r} is not known; known are dbrx, gpt-2, gpt-4o, llama-bpe, olmo, qwen2 and "
+        "smollm"
     )
 
 
