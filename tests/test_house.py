@@ -15,7 +15,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # Left to right: a folder imports only from its left, and from the modules at the top.
 ORDER = [
     "checkpoint", "family", "native", "encoding", "pack", "weights", "cache", "model", "forward",
-    "draft", "decode", "plan", "plot", "bench",
+    "draft", "decode", "plot", "plan", "bench",
 ]  # fmt: skip
 TOP = {"errors", "options", "resolve", "bars", "__version__"}
 LAST = {

@@ -21,7 +21,9 @@ def page(traces: Sequence[Trace], rows: Sequence[Row], why: str) -> str:
     parts.append("<h2>All decoding rows</h2>")
     keys = ("eviction", "prefetch", "miss", "capacity", "bytes_per_s", "hit_rate", "reuse_hit_rate",
             "stall_s_per_token", "collision_misses")  # fmt: skip
-    shown = [[str(r["trace"]), *(str(r[k]) for k in keys)] for r in rows if r["phase"] == "decode"]
+    shown = [
+        [str(r["trace"]), *(_shown(k, r[k]) for k in keys)] for r in rows if r["phase"] == "decode"
+    ]
     parts.append(svg.table(["trace", *keys], shown))
     return svg.page("outsize bench cache", parts)
 
@@ -53,6 +55,12 @@ def _of(trace: Trace, rows: Sequence[Row]) -> Iterator[str]:
     )
     yield "<h3>How often each expert is used</h3>"
     yield svg.heat(_uses(trace), "expert", "layer")
+
+
+def _shown(key: str, value: float | int | str) -> str:
+    if key == "bytes_per_s":
+        return f"{float(value) / 1e9:g} GB/s"
+    return f"{float(value):.1%}" if key == "capacity" else str(value)
 
 
 def _name(row: Row) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from outsize.plot.svg import ticks
+
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 760, 320, 64, 44, 24
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:800px;margin:2em auto;padding:0 1em;color:#1c2430;
@@ -48,22 +50,6 @@ def _mb(size: float) -> str:
     return f"{size / 1e6:,.0f} MB"
 
 
-def _ticks(top: float) -> list[float]:
-    """A few round numbers from 0 to about `top`."""
-    raw = top / 5
-    power = 10.0 ** (len(str(int(raw))) - 1) if raw >= 1 else 10.0 ** -(_zeros(raw) + 1)
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
-    return [i * step for i in range(int(top / step) + 1)]
-
-
-def _zeros(value: float) -> int:
-    """Zeros after the decimal point."""
-    count = 0
-    while value < 0.1 and count < 12:
-        value, count = value * 10, count + 1
-    return count
-
-
 def _curve(plan: Mapping[str, Any]) -> str:
     points = [(p["memory_bytes"], p["tokens_per_s"]) for p in plan["curve"]]
     low, high = points[0][0], max(points[-1][0], 1)
@@ -77,7 +63,7 @@ def _curve(plan: Mapping[str, Any]) -> str:
         return HEIGHT - BOTTOM - float(speed / top) * (HEIGHT - BOTTOM - TOP)
 
     out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="tokens/s against memory">']
-    for tick in _ticks(top):
+    for tick in ticks(top):
         out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 16}" y1="{y(tick):.1f}" '
                    f'y2="{y(tick):.1f}"/>')  # fmt: skip
         out.append(f'<text x="{LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')

@@ -95,13 +95,28 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><tr>{''.join(f'<th>{escape(c)}' for c in head)}{body}</table>"
 
 
+def ticks(top: float) -> list[float]:
+    """A few round numbers from 0 to about `top`."""
+    raw = top / 5
+    power = 10.0 ** (len(str(int(raw))) - 1) if raw >= 1 else 10.0 ** -(_zeros(raw) + 1)
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
+    return [i * step for i in range(int(top / step) + 1)]
+
+
+def _zeros(value: float) -> int:
+    """Zeros after the decimal point."""
+    count = 0
+    while value < 0.1 and count < 12:
+        value, count = value * 10, count + 1
+    return count
+
+
 def _frame(y_name: str, x_name: str, top: float, y: Callable[[float], float]) -> list[str]:
     out = [_text(LEFT - 8, 14, y_name, "start"), _text(WIDTH - RIGHT, HEIGHT - 6, x_name, "end")]
-    for i in range(6):
-        value = top * i / 5.3
+    for value in ticks(top):
         out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" '
                    f'y2="{y(value):.1f}"/>')  # fmt: skip
-        out.append(_text(LEFT - 8, y(value) + 4, f"{value:.3g}", "end"))
+        out.append(_text(LEFT - 8, y(value) + 4, f"{value:,g}", "end"))
     return out
 
 
