@@ -405,3 +405,13 @@ def test_free_memory_is_returned_after_long_spans_only(
     assert not trims
     full(transformer, [Span(0, list(range(20)))], [kv])
     assert len(trims) == 1  # what cannot be returned is not tried for again
+
+
+def test_the_first_lines_tell_of_experts(
+    folder_of: Callable[[str], Path], bare: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outline = outline_of(folder_of("olmoe"))
+    made = place.place(outline, place.least_bytes(outline, 0, 0, 64), 0, 0, 64)
+    assert "of the experts" in report.short(outline, made, None)[1]
+    whole = place.place(outline, 1 << 33, 0, 0, 64)
+    assert len(report.short(outline, whole, None)) == 1

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from outsize.pack.outline import Outline
 from outsize.plan.cost import UNHIDDEN, Cost
 from outsize.plan.machine import Machine
-from outsize.plan.placement import Placement
+from outsize.plan.placement import BY_ROUTER, Placement
 
 BAR = 40
 HOUR = 3600.0
@@ -24,12 +24,17 @@ def short(o: Outline, p: Placement, cost: Cost | None) -> list[str]:
         f"[plan: {mb(p.planned)} of {mb(p.budget)}: {', '.join(_fixed(p))}, weights {mb(p.held)}; "
         f"context {p.context:,}]"
     ]
+    said = []
     if p.streamed:
         share = 1 - p.streamed / total
-        line = f"{mb(p.streamed)} a pass from disk ({share:.0%} of the weights stay in memory)"
-        out.append(f"[plan: {line}{_speed(cost)}]")
-    elif cost is not None:
-        out.append(f"[plan: all weights in memory{_speed(cost)}]")
+        said.append(
+            f"{mb(p.streamed)} a pass from disk ({share:.0%} of the weights stay in memory)"
+        )
+    if missing := sum(size for _, tier, size in p.groups if tier == BY_ROUTER):
+        all_of = sum(t.size for t in o.tables if t.kind == "experts")
+        said.append(f"slots for {1 - missing / all_of:.0%} of the experts")
+    if said or cost is not None:
+        out.append(f"[plan: {', '.join(said) or 'all weights in memory'}{_speed(cost)}]")
     return out
 
 
@@ -53,13 +58,13 @@ def long(
     state = "packed" if o.is_packed else "not packed yet"
     yield f"{o.name} ({mb(o.size)} of weights, {state}) in {mb(p.budget)}, context {p.context:,}"
     yield ""
-    yield f"{'what':<22}{'where':<18}{'MB':>10}"
+    yield f"{'what':<26}{'where':<18}{'MB':>10}"
     for name, size in p.fixed.items():
-        yield f"{name:<22}{'memory':<18}{size / 1e6:>10,.1f}"
+        yield f"{name:<26}{'memory':<18}{size / 1e6:>10,.1f}"
     for group, tier, size in p.groups:
-        yield f"{_named(o, group):<22}{tier:<18}{size / 1e6:>10,.1f}"
-    yield f"{'in memory':<22}{'':<18}{p.planned / 1e6:>10,.1f}"
-    yield f"{'least that works':<22}{'':<18}{p.least / 1e6:>10,.1f}"
+        yield f"{_named(o, group):<26}{tier:<18}{size / 1e6:>10,.1f}"
+    yield f"{'in memory':<26}{'':<18}{p.planned / 1e6:>10,.1f}"
+    yield f"{'least that works':<26}{'':<18}{p.least / 1e6:>10,.1f}"
     yield ""
     yield from _arithmetic(p, cost, here)
     yield ""
@@ -69,7 +74,7 @@ def long(
 
 def _named(o: Outline, group: str) -> str:
     table = o.table(group)
-    unit = "layers" if table.kind == "layers" else "blocks"
+    unit = {"layers": "layers", "experts": "experts"}.get(table.kind, "blocks")
     return f"{group} ({len(table.keys)} {unit})"
 
 
