@@ -62,7 +62,7 @@ class Streaming:
     def _go(self) -> Iterator[str]:
         run = self.run
         for _ in self._model._drive([run], self._options):
-            if piece := run.advance(time.perf_counter(), self._model.traffic.bytes_read):
+            if piece := run.advance(time.perf_counter(), self._model.bytes_read):
                 yield piece
 
     def cancel(self) -> None:
@@ -143,7 +143,7 @@ class Model:
         for _ in self._drive(runs, options):
             now = time.perf_counter()
             for run in runs:
-                run.advance(now, self.traffic.bytes_read)
+                run.advance(now, self.bytes_read)
         yield from (self._reply(run, options, started, before) for run in runs)
 
     def chat(self, messages: Messages, **changes: Unpack[Changes]) -> Reply:
@@ -254,6 +254,12 @@ class Model:
         """What has been read and waited for so far."""
         loaded = self.transformer.loaded
         return Counts(loaded.traffic + loaded.expert_traffic, loaded.expert_traffic + Traffic())
+
+    @property
+    def bytes_read(self) -> int:
+        """Of weights, since the model was opened. Raises ClosedError."""
+        loaded = self.transformer.loaded
+        return loaded.traffic.bytes_read + loaded.expert_traffic.bytes_read
 
     @property
     def traffic(self) -> Traffic:

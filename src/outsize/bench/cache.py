@@ -11,14 +11,12 @@ from pathlib import Path
 from outsize.bars import bars
 from outsize.bench.cache_page import page
 from outsize.errors import OptionError
-from outsize.options import parse_size
+from outsize.options import CAPACITIES, EVICTIONS, parse_size
 from outsize.weights import grid
 from outsize.weights.grid import Row, Setting
 from outsize.weights.knobs import REPLAYED
 from outsize.weights.trace import Trace, read
 
-CAPACITIES = "1%,2%,5%,10%,20%,40%"
-EVICTIONS = "lru,fifo,lfu,lfru,static,least_stale,stale_cyclic,echo,belady"
 NOT_CAUSAL = (*REPLAYED, "static")  # static is told the trace's own profile here
 
 

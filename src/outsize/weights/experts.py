@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from outsize.weights.misses import Missing, fetch
+from outsize.weights.misses import Missing, count, fetch
 from outsize.weights.prefetcher import Prefetcher, Seen, most_ahead
 from outsize.weights.residency import Cached
 from outsize.weights.table import Weights
@@ -77,8 +77,7 @@ class Bank:
         instead = self.handling.missing(
             list(best.items()), self.cache.ledger.slot_of, self.handling.uses, self.count
         )
-        traffic.dropped += sum(i is None for i in instead)
-        traffic.substituted += sum(i not in (None, w) for w, i in zip(best, instead, strict=True))
+        count(traffic, list(best), instead)
         new = {
             w - base: None if i is None else i - base for w, i in zip(best, instead, strict=True)
         }

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from outsize.errors import OptionError
+from outsize.weights.traffic import Traffic
 
 Scored = Sequence[tuple[int, float]]  # (id, weight)
 Instead = Sequence[int | None]  # for each of them: itself, another, or none
@@ -18,6 +19,12 @@ class Missing(Protocol):
     ) -> Instead:
         """What is asked for instead. `uses`: how often each id was wanted; `experts`: of a layer."""
         ...
+
+
+def count(traffic: Traffic, wanted: Sequence[int], instead: Instead) -> None:
+    """Account for what was left out or replaced."""
+    traffic.dropped += sum(i is None for i in instead)
+    traffic.substituted += sum(i not in (None, w) for w, i in zip(wanted, instead, strict=True))
 
 
 def fetch(

@@ -1,15 +1,25 @@
-"""Ids in the order of a key that changes: the smallest first, in logarithmic time."""
+"""Ids in an order: of queues, or of a key that changes."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, MutableMapping
 from heapq import heapify, heappop, heappush
 
 Key = tuple[int, ...]
 
 
+def take_first(queues: Iterable[MutableMapping[int, None]], staying: Collection[int]) -> int:
+    """Remove and give the first id, of the first queue that has one, that is not one of those."""
+    for queue in queues:
+        for id in queue:
+            if id not in staying:
+                del queue[id]
+                return id
+    raise AssertionError("more ids stay than there are slots")
+
+
 class Order:
-    """A heap whose outdated entries are skipped when they come up."""
+    """The smallest key first, in logarithmic time: a heap that skips outdated entries as they come up."""
 
     def __init__(self) -> None:
         self._key: dict[int, Key] = {}

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from outsize.weights.ledger import Ledger
-from outsize.weights.misses import Missing, fetch
+from outsize.weights.misses import Missing, count, fetch
 from outsize.weights.policy import Policy
 from outsize.weights.prefetcher import Prefetcher, Seen, most_ahead
 from outsize.weights.trace import Event
@@ -155,9 +155,7 @@ class Replay:
         resident = self._ledger.slot_of
         instead = self._missing(scored, resident, self._uses, self._experts)
         self._uses.update(event.ids)
-        t = self._traffic
-        t.dropped += sum(i is None for i in instead)
-        t.substituted += sum(i not in (None, e) for e, i in zip(event.ids, instead, strict=True))
+        count(self._traffic, event.ids, instead)
         return list(dict.fromkeys(i for i in instead if i is not None))
 
     def _expect(self, event: Event, after: Event | None) -> None:

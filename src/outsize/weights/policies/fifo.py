@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection
 
+from outsize.weights.order import take_first
 from outsize.weights.policy import Hints, Policy, Slots
 
 
@@ -17,9 +18,7 @@ class Fifo(Slots):
         self._order.setdefault(id)
 
     def victim(self, staying: Collection[int]) -> int:
-        found = next(i for i in self._order if i not in staying)
-        del self._order[found]
-        return found
+        return take_first([self._order], staying)
 
 
 def policy(capacity: int, hints: Hints) -> Policy:

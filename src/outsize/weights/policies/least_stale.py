@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection
 
+from outsize.weights.order import take_first
 from outsize.weights.policy import Hints, Policy, Slots
 
 
@@ -39,12 +40,7 @@ class LeastStale(Slots):
         (self._coming if is_next else self._current)[id] = None
 
     def victim(self, staying: Collection[int]) -> int:
-        for queue in (self._stale, self._current, self._coming):
-            for id in queue:
-                if id not in staying:
-                    del queue[id]
-                    return id
-        raise AssertionError("more slots stay than there are")
+        return take_first((self._stale, self._current, self._coming), staying)
 
 
 def policy(capacity: int, hints: Hints) -> Policy:

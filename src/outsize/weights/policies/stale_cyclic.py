@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection
 
+from outsize.weights.order import take_first
 from outsize.weights.policy import Hints, Policy, Slots
 
 
@@ -24,13 +25,9 @@ class StaleCyclic(Slots):
 
     def victim(self, staying: Collection[int]) -> int:
         count = len(self._of_layer)
-        for back in range(count):  # this layer comes again last, then the one before it, ...
-            queue = self._of_layer[(self._layer - back) % count]
-            for id in queue:
-                if id not in staying:
-                    del queue[id]
-                    return id
-        raise AssertionError("more slots stay than there are")
+        # This layer comes again last, the one before it next to last, ...
+        farthest = (self._of_layer[(self._layer - back) % count] for back in range(count))
+        return take_first(farthest, staying)
 
 
 def policy(capacity: int, hints: Hints) -> Policy:
