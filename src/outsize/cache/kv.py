@@ -49,13 +49,15 @@ class KV:
         stored[num_heads:, start:end] = v_TJE.transpose(0, 1)
         return stored[:, :end]
 
-    def reserve(self, layer: int, positions: Sequence[int]) -> tuple[Tensor, int]:
+    def reserve(
+        self, layer: int, positions: Sequence[int], beyond: int = 0
+    ) -> tuple[Tensor, int]:
         """Room for entries that the caller fills at once: all of the layer's storage, and the index
-        of the first."""
+        of the first. `beyond`: slots behind them, for what is not kept."""
         kept, stored = self.positions[layer], self._stored[layer]
         start, end = len(kept), len(kept) + len(positions)
-        if end > stored.shape[1]:
-            stored = self._grow(layer, end)
+        if end + beyond > stored.shape[1]:
+            stored = self._grow(layer, end + beyond)
         kept.extend(positions)
         return stored, start
 

@@ -96,6 +96,9 @@ class Int4:
         if wide and len(x_TK) > NARROW_ROWS:
             dtype = x_TK.dtype
             return wide_linear(x_TK, scales.shape[1], lambda a, b: self._part(fields, dtype, a, b))
+        kernels = self.kernels
+        if kernels is not None and kernels.has_tiles and x_TK.dtype == torch.bfloat16:
+            return kernels.tile_linear(fields["packed"], scales, x_TK)
         packed = fields["packed"].view(scales.shape[1], -1)
         out: Tensor = _INT4_MM(x_TK, packed, GROUP, scales)
         return out

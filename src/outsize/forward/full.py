@@ -16,6 +16,7 @@ from torch import Tensor
 
 from outsize.cache.kv import KV
 from outsize.forward.span import Out, Span
+from outsize.model.adapter import Adapter
 from outsize.model.attention import CHUNK
 from outsize.model.step import Segment, Step
 from outsize.model.transformer import Transformer
@@ -29,26 +30,53 @@ Pair = tuple[Span, KV]
 def full(model: Transformer, spans: Sequence[Span], kvs: Sequence[KV]) -> list[Out]:
     """One step of a ragged batch. Appends to the caches."""
     rows = hidden(model, list(zip(spans, kvs, strict=True)))
-    wanted = [h[len(h) - span.want :] for h, span in zip(rows, spans, strict=True)]
-    logits = model.logits(torch.cat(wanted))
-    return [Out(part) for part in logits.split([span.want for span in spans])]
+    ends = [len(span.tokens) for span in spans]
+    wanted = [h[e - s.want : e] for h, e, s in zip(rows, ends, spans, strict=True)]
+    logits = model.logits(torch.cat(wanted)).split([span.want for span in spans])
+    masks = [None if s.masks is None else model.normed(h[e:]) for h, e, s in zip(rows, ends, spans, strict=True)]
+    return [Out(*pair) for pair in zip(logits, masks, strict=True)]
 
 
 def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:
     """For each span (T, D) fp32: the residual stream after the last block, for all its tokens."""
     for span, kv in pairs:
         kv.truncate(span.start)
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0].tokens) <= NARROW)
+    order = sorted(range(len(pairs)), key=lambda i: is_narrow(pairs[i][0]))
     ordered = [pairs[i] for i in order]
-    h_TD = model.embed([token for span, _ in ordered for token in span.tokens])
+    h_TD = torch.cat([_embedded(model, span) for span, _ in ordered])
     steps, at = [], 0
-    for segments, wide in _groups(ordered):
+    for segments, wide, spans in _groups(ordered):
         end = at + sum(s.length for s in segments)
-        steps.append((slice(at, end), model.step(segments, wide)))
+        steps.append((slice(at, end), model.step(segments, wide, list(_added(segments, spans)))))
         at = end
     _run(model, h_TD, steps)
-    rows = h_TD.split([len(span.tokens) for span, _ in ordered])
+    rows = h_TD.split([span.num_rows for span, _ in ordered])
     return [h for _, h in sorted(zip(order, rows, strict=True), key=lambda item: item[0])]
+
+
+def is_narrow(span: Span) -> bool:
+    """Does it run through kernels whose rows do not see each other? What is drafted always does."""
+    return len(span.tokens) <= NARROW or span.masks is not None
+
+
+def _embedded(model: Transformer, span: Span) -> Tensor:
+    """Tokens, then the masks of every block."""
+    h_TD = model.embed(span.tokens)
+    if span.masks is None:
+        return h_TD
+    return torch.cat([h_TD, span.masks.rows_KD.repeat(len(span.masks.anchors), 1)])
+
+
+def _added(segments: Sequence[Segment], spans: Sequence[Span]) -> Iterator[tuple[slice, Adapter]]:
+    """Which rows of a step have something added: all of a span's by its adapter, its masks by theirs."""
+    at = 0
+    for segment, span in zip(segments, spans, strict=True):
+        end = at + segment.length
+        if span.adapter is not None:
+            yield slice(at, end), span.adapter
+        if span.masks is not None and segment.num_masks:
+            yield slice(end - segment.num_masks, end), span.masks.adapter
+        at = end
 
 
 def _run(model: Transformer, h_TD: Tensor, steps: Sequence[tuple[slice, Step]]) -> None:
@@ -61,14 +89,17 @@ def _run(model: Transformer, h_TD: Tensor, steps: Sequence[tuple[slice, Step]]) 
     model.end_pass()
 
 
-def _groups(pairs: Sequence[Pair]) -> Iterator[tuple[list[Segment], bool]]:
+def _groups(pairs: Sequence[Pair]) -> Iterator[tuple[list[Segment], bool, list[Span]]]:
     """What runs together, and whether as matmuls: long spans in chunks, then all short ones."""
-    short = []
+    short, spans = [], []
     for span, kv in pairs:
-        if len(span.tokens) <= NARROW:
-            short.append(Segment(kv, span.positions))
+        if is_narrow(span):
+            masks = span.masks
+            blocks = () if masks is None else (masks.anchors, len(masks.rows_KD))
+            short.append(Segment(kv, span.positions, *blocks))
+            spans.append(span)
             continue
         for start in range(0, len(span.tokens), CHUNK):
-            yield [Segment(kv, span.positions[start : start + CHUNK])], True
+            yield [Segment(kv, span.positions[start : start + CHUNK])], True, [span]
     if short:
-        yield short, False
+        yield short, False, spans

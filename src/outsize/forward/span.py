@@ -7,6 +7,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from outsize.model.adapter import Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Masks:
+    """Mask tokens after some tokens of a span: they see their anchor's past and their own block, and
+    nothing ever sees them."""
+
+    anchors: tuple[int, ...]  # numbers of tokens in the span
+    rows_KD: Tensor  # fp32: what the masks of a block are
+    adapter: Adapter  # acts on them alone
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -16,14 +28,22 @@ class Span:
     start: int
     tokens: Sequence[int]
     want: int = 1
+    masks: Masks | None = None
+    adapter: Adapter | None = None
 
     @property
     def positions(self) -> range:
         return range(self.start, self.start + len(self.tokens))
 
+    @property
+    def num_rows(self) -> int:
+        masks = 0 if self.masks is None else len(self.masks.anchors) * len(self.masks.rows_KD)
+        return len(self.tokens) + masks
+
 
 @dataclass(frozen=True, slots=True)
 class Out:
-    """Logits of the last K tokens of a span: (K, V) fp32."""
+    """Logits of the last K tokens of a span: (K, V) fp32; and normed states of its masks, (M, D) fp32."""
 
     logits_KV: Tensor
+    masks_MD: Tensor | None = None

@@ -16,8 +16,8 @@ from outsize.model.attention import attend_rows, attend_span
 from outsize.model.ffn.dense import Dense
 from outsize.model.ffn.experts import Mixture
 from outsize.model.layers import Linear, RMSNorm, rotate
-from outsize.model.step import Step
-from outsize.native.kernels import AttentionSpec, Kernels
+from outsize.model.step import Step, gather
+from outsize.native.kernels import AttentionSpec, Kernels, Reach
 from outsize.weights.experts import Bank
 from outsize.weights.load import activation_type
 from outsize.weights.table import Weight, Weights
@@ -47,11 +47,12 @@ class Attention:
         )
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
-        out = self.o(self._attended(x_TD, step), step.wide)
+        inner = self._attended(x_TD, step)
+        out = step.add(self.index, "o", inner, self.o(inner, step.wide))
         return out if self.o_bias is None else (out + self.o_bias).to(out.dtype)
 
     def _attended(self, x_TD: Tensor, step: Step) -> Tensor:
-        qkv = self.qkv(x_TD, step.wide)
+        qkv = step.add(self.index, "qkv", x_TD, self.qkv(x_TD, step.wide))
         at = 0
         for norm in self.whole:
             part = qkv[:, at : at + norm.weight.shape[-1]]
@@ -72,21 +73,31 @@ class Attention:
     def _plain(self, q_THE: Tensor, k_TJE: Tensor, v_TJE: Tensor, step: Step) -> Tensor:
         out, at, window = [], 0, self.layer.window
         for s in step.segments:
-            rows = slice(at, at + s.length)
+            rows, end = slice(at, at + len(s.positions)), at + s.length
             kv_CSE = s.kv.append(self.index, k_TJE[rows], v_TJE[rows], s.positions)
             if step.wide:
                 seen = s.kv.positions[self.index]
                 out.append(attend_span(q_THE[rows], kv_CSE, seen, self.scale, window, self.sinks))
             else:
                 out.append(attend_rows(q_THE[rows], kv_CSE, self.scale, window, self.sinks))
-            at += s.length
-        return out[0] if len(out) == 1 else torch.cat(out)
+            masks = slice(rows.stop, end)
+            own_CME = torch.cat([k_TJE[masks], v_TJE[masks]], dim=1).transpose(0, 1)
+            for i, reach in enumerate(s.reaches(kv_CSE, kv_CSE.shape[1] - len(s.positions), window)):
+                if i < len(s.positions):
+                    continue
+                start = reach.start - kv_CSE.shape[1]
+                own = own_CME[:, start : i - len(s.positions) + 1].to(kv_CSE.dtype)
+                seen_CSE = torch.cat([kv_CSE[:, reach.first : reach.seen], own], dim=1)
+                q_1HE = q_THE[at + i : at + i + 1]
+                out.append(attend_rows(q_1HE, seen_CSE, self.scale, None, self.sinks))
+            at = end
+        return gather(out)
 
     def _native(self, qkv: Tensor, step: Step, kernels: Kernels) -> Tensor:
-        rows: list[tuple[Tensor, int]] = []
+        rows: list[Reach] = []
         for s in step.segments:
-            stored, first = s.kv.reserve(self.index, s.positions)
-            rows += [(stored, first + i) for i in range(s.length)]
+            stored, first = s.kv.reserve(self.index, s.positions, s.num_masks)
+            rows += s.reaches(stored, first, self.layer.window)
         turns_TE = step.turns[self.layer.rope]
         return kernels.attend(self.spec, qkv.contiguous(), turns_TE, rows)
 
@@ -131,7 +142,7 @@ def attention_half(d: Description, index: int, w: Weights) -> Half:
 
 def ffn_half(d: Description, index: int, w: Weights) -> Half:
     norm = RMSNorm(vector(w["ffn_norm"]), d.norm_eps, activation_type(w["gate_up"]))
-    dense = Dense(Linear(w["gate_up"]), Linear(w["down"]), d.activation)
+    dense = Dense(Linear(w["gate_up"]), Linear(w["down"]), d.activation, index)
     return Half(norm, dense, _post(d, w, "ffn_post_norm"))
 
 

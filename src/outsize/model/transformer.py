@@ -16,6 +16,7 @@ from torch import Tensor
 from outsize.cache.kv import KV
 from outsize.encoding.group import Group
 from outsize.family.description import Description, Rope
+from outsize.model.adapter import Adapter
 from outsize.model.ffn.experts import Mixture, Router
 from outsize.model.halves import Runs, attention_half, ffn_half, mixture_half, vector
 from outsize.model.layers import RMSNorm, turns
@@ -151,16 +152,26 @@ class Transformer:
         scale = self.description.embed_scale
         return rows if scale == 1.0 else rows.mul_(scale)
 
-    def step(self, segments: Sequence[Segment], wide: bool) -> Step:
+    def step(
+        self, segments: Sequence[Segment], wide: bool, added: Sequence[tuple[slice, Adapter]] = ()
+    ) -> Step:
         """The positions of a step, turned into rotations once for all layers."""
-        positions = [p for s in segments for p in s.positions]
+        positions = [p for s in segments for p in s.all_positions()]
         made = rotations(self._ropes, self.description.head_dim, positions)
-        return Step(segments, made, wide, None if wide else self._kernels)
+        return Step(segments, made, wide, None if wide else self._kernels, added)
+
+    def normed(self, h_TD: Tensor) -> Tensor:
+        """What the head reads."""
+        return self._norm(h_TD)
 
     def logits(self, h_KD: Tensor) -> Tensor:
-        """(K, V) fp32. Kernels of int4 and int8 give bf16, whose steps near 20 are 0.125, more than
+        """(K, V) fp32 of the residual stream."""
+        return self.project(self._norm(h_KD))
+
+    def project(self, x_KD: Tensor) -> Tensor:
+        """(K, V) fp32 of normed states. Kernels of int4 and int8 give bf16, whose steps near 20 are 0.125, more than
         often lies between the two best tokens; there each row's best are computed again in fp32."""
-        x_KD, vocab = self._norm(h_KD), self.description.vocab_size
+        vocab = self.description.vocab_size
         exact = isinstance(self._head.encoding, Group) or self.dtype == torch.float32
         x = x_KD if exact else x_KD.to(self.dtype)
         blocks = self._head.blocks()

@@ -15,7 +15,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCES = tuple(Path(__file__).with_name(n) for n in ("rows.c", "groups.c"))
+NAMES = "rows.c", "attend.c", "groups.c", "tiles.c", "lowrank.c"
+SOURCES = tuple(Path(__file__).with_name(n) for n in NAMES)
+HEADER = Path(__file__).with_name("numbers.h")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 
 
@@ -55,7 +57,7 @@ def _key(cc: str, flags: tuple[str, ...]) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else [platform.processor()]
     processor = sorted({line for line in lines if line.startswith(("flags", "model name"))})
-    parts = (*(p.read_text() for p in SOURCES), cc, *flags, platform.machine(), *processor)
+    parts = (*(p.read_text() for p in (HEADER, *SOURCES)), cc, *flags, platform.machine(), *processor)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

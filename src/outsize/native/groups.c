@@ -5,14 +5,11 @@
  * A row's bits therefore depend on nothing but the row. The AVX-512 VNNI way and the plain C way do the
  * same arithmetic. Blocks of 64 weights: two groups, A then B.
  */
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "numbers.h"
 #ifdef __AVX512VNNI__
 #include <immintrin.h>
 #endif
 
-typedef uint16_t bf16;
 typedef _Float16 half;
 enum { GROUP = 32, BLOCK = 64, LANES = 16, MAX_ROWS = 8 };
 
@@ -31,16 +28,6 @@ typedef struct {
     int32_t *start;
     float *scale;
 } Input;
-
-static inline float up(bf16 x) {
-    union { uint32_t i; float f; } u = {(uint32_t)x << 16};
-    return u.f;
-}
-
-static inline bf16 down(float x) {
-    union { float f; uint32_t i; } u = {x};
-    return (bf16)((u.i + 0x7FFF + ((u.i >> 16) & 1)) >> 16);
-}
 
 static Input input_at(char *scratch, long row, long width) {
     char *p = scratch + row * width * 4;

@@ -1,10 +1,11 @@
-"""The compiled row kernels as functions of tensors. Shapes as in rows.c."""
+"""The compiled kernels as functions of tensors. Shapes as in the C files."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,9 +42,21 @@ class AttentionSpec:
         self.struct = _Attention(*heads, self.window, scale, eps, *pointers)
         self.pointer = ctypes.addressof(self.struct)
 
-    def chunks(self, slot: int) -> int:
-        seen = min(slot + 1, self.window) if self.window else slot + 1
-        return (seen - 1) // CHUNK + 1
+
+class Reach(NamedTuple):
+    """One row of attention: where its entry goes, and what it sees: entries [first, seen), and its own
+    block [start, slot], which is empty for ordinary rows."""
+
+    stored: Tensor  # (2J, capacity, E)
+    slot: int
+    first: int
+    seen: int
+    start: int
+
+    @property
+    def parts(self) -> int:
+        chunks = (self.seen - 1) // CHUNK - self.first // CHUNK + 1
+        return chunks + (self.start <= self.slot)
 
 
 class _Matrix(ctypes.Structure):
@@ -67,8 +80,29 @@ class GroupMatrix:
         self.pointer = ctypes.addressof(self.struct)
 
 
+class _LowRank(ctypes.Structure):
+    _fields_ = (
+        ("parts", _L), ("rank", _L), ("width", _L), ("outputs", _L), ("ends", _P), ("a", _P), ("b", _P),
+    )  # fmt: skip
+
+
+class LowRankMatrix:
+    """Factors of stacked maps, as lowrank.c wants them: A (parts * R, K), B (R / 2, N, 2), bf16."""
+
+    __slots__ = ("_kept", "inner", "pointer", "struct")
+
+    def __init__(self, a: Tensor, b: Tensor, ends: Sequence[int]) -> None:
+        parts, (half, outputs, _) = len(ends), b.shape
+        table = (_L * parts)(*ends)
+        self._kept, self.inner = (a, b, table), len(a)
+        self.struct = _LowRank(
+            parts, 2 * half, a.shape[1], outputs, ctypes.addressof(table), a.data_ptr(), b.data_ptr()
+        )
+        self.pointer = ctypes.addressof(self.struct)
+
+
 class Kernels:
-    """The functions of rows.c and groups.c. All tensors contiguous; bf16 unless said."""
+    """The functions of the C files here. All tensors contiguous; bf16 unless said."""
 
     def __init__(self, lib: ctypes.CDLL) -> None:
         self._kept = torch.empty(0, dtype=torch.bfloat16)
@@ -83,9 +117,14 @@ class Kernels:
         self._decode.argtypes = [_P, _P]
         self._tile = lib.tile_decode
         self._tile.argtypes = [_P, _P, _P, _L, _L, _L, _L]
+        self._lowrank = lib.lowrank_rows
+        self._lowrank.argtypes = [_P, _P, _P, _L, _P]
+        self._tiles = lib.tile_linear
+        self._tiles.argtypes = [_P, _P, _P, _P, _L, _L, _L, _P]
+        self.has_tiles = bool(lib.tile_supported())
         for function in (
             self._norm, self._residual, self._gate, self._attend, self._linear, self._decode,
-            self._tile,
+            self._tile, self._tiles, self._lowrank,
         ):  # fmt: skip
             function.restype = None
 
@@ -122,6 +161,18 @@ class Kernels:
         )
         return out
 
+    def tile_linear(self, packed: Tensor, scales: Tensor, x_TK: Tensor) -> Tensor:
+        """(T, N) bf16. Only where `has_tiles`."""
+        groups, rows, _ = scales.shape
+        count, x_TK = len(x_TK), x_TK.contiguous()
+        out = torch.empty(count, rows, dtype=torch.bfloat16)
+        scratch = torch.empty(count * groups)
+        self._tiles(
+            packed.data_ptr(), scales.data_ptr(), x_TK.data_ptr(), out.data_ptr(), rows, groups * 32,
+            count, scratch.data_ptr(),
+        )  # fmt: skip
+        return out
+
     def norm(self, h_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """fp32 -> bf16."""
         rows, width = h_TD.shape
@@ -142,21 +193,32 @@ class Kernels:
         return out
 
     def attend(
-        self, spec: AttentionSpec, qkv: Tensor, turns_TE: Tensor, rows: Sequence[tuple[Tensor, int]]
+        self, spec: AttentionSpec, qkv: Tensor, turns_TE: Tensor, rows: Sequence[Reach]
     ) -> Tensor:
-        """rows: each row's cache (2J, capacity, E) and the slot that its entry is to fill."""
+        """(T, H*E). Fills each row's entry."""
         num_heads, num_kv, head_dim = spec.heads
-        count, chunks = len(rows), max(spec.chunks(slot) for _, slot in rows)
+        count, most = len(rows), max(row.parts for row in rows)
         task = num_heads // num_kv * (head_dim + 2)
-        scratch = torch.empty(count * (num_heads * head_dim + num_kv * chunks * task))
+        scratch = torch.empty((count * num_heads * head_dim + 1) // 2 + count * num_kv * most * task)
         out = torch.empty(count, num_heads * head_dim, dtype=torch.bfloat16)
-        cells = (v for kv, slot in rows for v in (kv.data_ptr(), slot, kv.shape[1]))
-        table = (_L * (3 * count))(*cells)
+        cells = [
+            v
+            for r in rows
+            for v in (r.stored.data_ptr(), r.slot, r.stored.shape[1], r.first, r.seen, r.start)
+        ]
+        table = (_L * len(cells))(*cells)
         self._attend(
-            spec.pointer, qkv.data_ptr(), turns_TE.data_ptr(), table, count, chunks,
+            spec.pointer, qkv.data_ptr(), turns_TE.data_ptr(), table, count, most,
             scratch.data_ptr(), out.data_ptr(),
         )  # fmt: skip
         return out
+
+    def lowrank(self, matrix: LowRankMatrix, x_TK: Tensor, y_TN: Tensor) -> None:
+        """Changes y (bf16, contiguous rows)."""
+        scratch = torch.empty(len(x_TK) * matrix.inner, dtype=torch.bfloat16)
+        self._lowrank(
+            matrix.pointer, x_TK.data_ptr(), y_TN.data_ptr(), len(x_TK), scratch.data_ptr()
+        )
 
 
 def kernels(folder: Path) -> Kernels | None:

@@ -36,13 +36,16 @@ class Biased:
 class Dense:
     """The usual one."""
 
-    def __init__(self, gate_up: Linear, down: Linear, activation: str) -> None:
+    def __init__(self, gate_up: Linear, down: Linear, activation: str, index: int = 0) -> None:
         self.gate_up, self.down, self.activation = gate_up, down, activation
+        self._layer = index
         self._act, self._kind = ACTIVATIONS[activation], list(ACTIVATIONS).index(activation)
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
-        gate_up = self.gate_up(x_TD, step.wide)
+        gate_up = step.add(self._layer, "gate_up", x_TD, self.gate_up(x_TD, step.wide))
         if step.kernels is not None:
-            return self.down(step.kernels.gate(gate_up, self._kind), step.wide)
-        gate, up = gate_up.chunk(2, dim=1)
-        return self.down(self._act(gate).mul_(up), step.wide)
+            inner = step.kernels.gate(gate_up, self._kind)
+        else:
+            gate, up = gate_up.chunk(2, dim=1)
+            inner = self._act(gate).mul_(up)
+        return step.add(self._layer, "down", inner, self.down(inner, step.wide))

@@ -1,0 +1,130 @@
+"""Low-rank additions to a model's linear maps (LoRA, arXiv 2106.09685), for some rows of a step: the base's
+weights and all other rows are untouched, so without an adapter the bits are the base's.
+
+A layer's maps are stacked as the engine runs them: qkv, o, gate_up, down. Narrow steps treat each row by
+itself, so that a row's bits do not depend on its company.
+Shapes: T rows, K inputs, N outputs, P stacked projections, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from outsize.errors import AdapterError
+from outsize.family.description import Description
+from outsize.native.kernels import Kernels, LowRankMatrix
+
+STACKS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+STACK_OF = {part: stack for stack, parts in STACKS.items() for part in parts}
+Factors = Mapping[str, tuple[Tensor, Tensor]]  # "{layer}.{projection}" -> A (R, K), B (N, R)
+
+
+def widths(d: Description) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of each projection."""
+    heads, keys = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
+    return {
+        "q": (heads, d.width), "k": (keys, d.width), "v": (keys, d.width), "o": (d.width, heads),
+        "gate": (d.ffn_width, d.width), "up": (d.ffn_width, d.width), "down": (d.width, d.ffn_width),
+    }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Factors of stacked maps, with the scale in B. `matrix`: as the kernels want them, or None."""
+
+    a_RK: Tensor  # P * R rows
+    parts: tuple[Tensor, ...]  # B of each part (N_p, R)
+    ends: tuple[int, ...]
+    matrix: LowRankMatrix | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.a_RK.nbytes + sum(b.nbytes for b in self.parts)
+
+    def product(self, x_TK: Tensor) -> Tensor:
+        inner = linear(x_TK.float(), self.a_RK.float()).to(x_TK.dtype).float()
+        split = inner.chunk(len(self.parts), dim=1)
+        made = [linear(i, b.float()) for i, b in zip(split, self.parts, strict=True)]
+        return torch.cat(made, dim=1)
+
+
+class Adapter:
+    """One set of additions."""
+
+    def __init__(self, name: str, d: Description, factors: Factors, scale: float) -> None:
+        """Projections may be missing. Raises AdapterError where a shape is not the model's."""
+        self.name = name
+        _check(name, d, factors)
+        self._stacks = {
+            (layer, stack): made
+            for layer in range(d.num_layers)
+            for stack, parts in STACKS.items()
+            if (made := _stack(layer, parts, d, factors, scale)) is not None
+        }
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stack.nbytes for stack in self._stacks.values())
+
+    def add(
+        self, layer: int, name: str, x_TK: Tensor, y_TN: Tensor, wide: bool, kernels: Kernels | None
+    ) -> None:
+        """Changes y."""
+        stack = self._stacks.get((layer, name))
+        if stack is None:
+            return
+        if kernels is not None and stack.matrix is not None:
+            kernels.lowrank(stack.matrix, x_TK.contiguous(), y_TN)
+            return
+        rows = [x_TK] if wide else x_TK.split(1)
+        made = torch.cat([stack.product(row) for row in rows])
+        y_TN.copy_(y_TN.float() + made)
+
+
+def _check(name: str, d: Description, factors: Factors) -> None:
+    known = widths(d)
+    for key, (a, b) in factors.items():
+        layer, _, part = key.partition(".")
+        want = known.get(part)
+        if want is None or not layer.isdigit() or int(layer) >= d.num_layers:
+            raise AdapterError(f"{name} changes {key}, which this model does not have; train it again")
+        if (b.shape[0], a.shape[1]) != want or a.shape[0] != b.shape[1]:
+            raise AdapterError(
+                f"{name}: {key} has factors {tuple(b.shape)} x {tuple(a.shape)}, this model's map is "
+                f"{want[0]} x {want[1]}; it belongs to another model"
+            )
+
+
+def _stack(
+    layer: int, parts: Sequence[str], d: Description, factors: Factors, scale: float
+) -> Stack | None:
+    """Parts that are missing, or have a lower rank, are filled up with zeros."""
+    found = {p: factors[f"{layer}.{p}"] for p in parts if f"{layer}.{p}" in factors}
+    if not found:
+        return None
+    rank = -(-max(a.shape[0] for a, _ in found.values()) // 2) * 2
+    sizes = [widths(d)[p] for p in parts]
+    a_RK = torch.zeros(len(parts) * rank, sizes[0][1], dtype=torch.bfloat16)
+    split = [torch.zeros(rows, rank, dtype=torch.bfloat16) for rows, _ in sizes]
+    ends, total = [], 0
+    for i, part in enumerate(parts):
+        if part in found:
+            a, b = found[part]
+            a_RK[i * rank : i * rank + len(a)] = a.to(torch.bfloat16)
+            split[i][:, : b.shape[1]] = (b.float() * scale).to(torch.bfloat16)
+        total += sizes[i][0]
+        ends.append(total)
+    return Stack(a_RK, tuple(split), tuple(ends), _matrix(a_RK, split, ends))
+
+
+def _matrix(a_RK: Tensor, split: Sequence[Tensor], ends: Sequence[int]) -> LowRankMatrix | None:
+    if a_RK.shape[1] % 32 or any(end % 16 for end in ends):
+        return None
+    b_NR = torch.cat(list(split))
+    paired = b_NR.unflatten(1, (-1, 2)).transpose(0, 1).contiguous()
+    return LowRankMatrix(a_RK, paired, ends)

@@ -1,0 +1,41 @@
+/* Numbers as the kernels see them. */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+typedef uint16_t bf16;
+
+static inline float up(bf16 x) {
+    union { uint32_t i; float f; } u = {(uint32_t)x << 16};
+    return u.f;
+}
+
+static inline bf16 down(float x) { /* to nearest, ties to even */
+    union { float f; uint32_t i; } u = {x};
+    return (bf16)((u.i + 0x7FFF + ((u.i >> 16) & 1)) >> 16);
+}
+
+/* e^x to 2e-7 relative, as a polynomial so that loops over it become vector code. */
+static inline float exp_poly(float x) {
+    x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+    float n = floorf(x * 1.44269504f + 0.5f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    union { int32_t i; float f; } two = {((int32_t)n + 127) << 23};
+    return (p * r * r + r + 1.0f) * two.f;
+}
+
+static inline float inverse_rms(const float *x, long n, float eps) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < n; i++) sum += x[i] * x[i];
+    return 1.0f / sqrtf(sum / n + eps);
+}
