@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TypedDict
 
@@ -14,10 +14,10 @@ from outsize.conversation import Conversation, Past
 from outsize.decode import flow
 from outsize.decode.engine import drive
 from outsize.decode.sample import picker
-from outsize.decode.template import Messages, render
+from outsize.decode.prompts import Prompt, encode
 from outsize.decode.text import Stream, Tokens
 from outsize.draft.none import NoDraft
-from outsize.errors import ClosedError, ContextError, OptionError, TemplateError
+from outsize.errors import ClosedError, ContextError, OptionError
 from outsize.forward.full import hidden
 from outsize.forward.span import Span
 from outsize.library import warn
@@ -30,7 +30,6 @@ from outsize.weights import budget
 from outsize.weights.traffic import Traffic
 
 SCORE_ROWS, SCORE_BYTES = 64, 8 << 20  # logits computed at once while scoring
-Prompt = str | Messages
 
 
 class Changes(TypedDict, total=False):
@@ -183,29 +182,7 @@ class Model:
         return Streaming(self, self.start(ids, options, past), options, started)
 
     def _encode(self, prompts: Sequence[Prompt], options: Options) -> list[list[int]]:
-        """Prompts as tokens, through the chat template unless raw."""
-        template = self.pack.chat_template
-        if options.raw or (template is None and all(isinstance(p, str) for p in prompts)):
-            if options.system is not None:
-                raise OptionError(f"{self.name}: a system prompt needs a chat template")
-            if not all(isinstance(p, str) for p in prompts):
-                raise OptionError("raw takes prompts that are strings, not messages")
-            return [self.tokens.encode(str(p), start=True) for p in prompts]
-        if template is None:
-            raise TemplateError(
-                f"{self.name} has no chat template: it is a base model, which continues a text; "
-                "give it a string to continue, as in `outsize run`"
-            )
-        chats = [_messages(p, options.system) for p in prompts]
-        texts = render(template, chats, self._special_names())
-        return [self.tokens.encode(text, start=True) for text in texts]
-
-    def _special_names(self) -> dict[str, str]:
-        bos, ends = self.pack.bos, self.pack.eos
-        return {
-            "bos_token": "" if bos is None else self.tokens.piece(bos),
-            "eos_token": self.tokens.piece(ends[0]) if ends else "",
-        }
+        return encode(self.pack, self.tokens, prompts, options.system, options.raw)
 
     def _check_room(self, tokens: Sequence[int]) -> None:
         if not tokens:
@@ -273,16 +250,6 @@ class Model:
             "memory": self.placement.budget,
         }
         return account(run, self.name, shown, started, before, self.counts())
-
-
-def _messages(prompt: Prompt, system: str | None) -> Messages:
-    said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    for message in said:
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise OptionError(
-                f"a message needs 'role' and 'content', this has neither: {message!r}"
-            )
-    return said if system is None else [{"role": "system", "content": system}, *said]
 
 
 def _seeded(options: Options) -> Options:

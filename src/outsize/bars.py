@@ -47,3 +47,28 @@ def bars(quiet: bool = False) -> Iterator[Progress]:
             shown.update(tasks[what], completed=done)
 
         yield draw
+
+
+@contextmanager
+def steps(quiet: bool = False) -> Iterator[Progress]:
+    """Likewise for work that is counted: how many of how many, and the time left."""
+    if quiet or not sys.stderr.isatty():
+        yield silent
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task("", total=None)
+
+        def draw(what: str, done: int, total: int) -> None:
+            shown.update(task, description=what, completed=done, total=total)
+
+        yield draw

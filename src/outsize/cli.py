@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from outsize import __version__, benches, settings
+from outsize import __version__, adapts, benches, settings
 from outsize.errors import OutsizeError
 from outsize.flags import (
     AsJson,
@@ -46,6 +46,7 @@ app = typer.Typer(
     help="Run language models that outsize the memory you have, and get answers fast.",
 )
 app.add_typer(benches.app, name="bench")
+app.add_typer(adapts.app, name="adapt")
 DEFAULT = Options()
 
 

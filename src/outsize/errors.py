@@ -10,6 +10,8 @@ OutsizeError                    exit status 1: it could not be done
 |   +-- ContextError            more tokens than the context holds
 |   +-- TraceError              a recorded routing that is not one, or of another model
 |   +-- BudgetError             the memory given is less than the least that works
+|   +-- AdapterError            an adapter that is damaged, or of another model
+|   +-- DataError               training text that is empty or malformed
 +-- PackError                   a pack is damaged, or of another version or layout
 +-- ReadError                   the disk, asked again and again, did not give a record
 +-- CapacityError               more records wanted at once than there are slots for
@@ -64,6 +66,14 @@ class TraceError(UserError):
 
 class BudgetError(UserError):
     """The memory given is less than the least that works."""
+
+
+class AdapterError(UserError):
+    """An adapter is damaged, or does not fit the model it is to change."""
+
+
+class DataError(UserError):
+    """Training text is empty or malformed."""
 
 
 class PackError(OutsizeError):

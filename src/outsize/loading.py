@@ -130,7 +130,7 @@ def _open(
     wishes.place(outline, size, before, sure)  # refuses before anything is read
     if not wishes.quiet:
         _warn_slow(made, native)
-    tokens = _tokens(made)
+    found = tokens(made)
     budget.trim()
     placement = wishes.place(outline, size, before, max(0, budget.resident() - before))
     for note in placement.notes if not wishes.quiet else ():
@@ -144,7 +144,7 @@ def _open(
             made, native, Traffic(), progress, placement.shares, wishes.verify, knobs
         )
     transformer = Transformer(made.description, loaded, native, placement.ceiling)
-    return Model(made, transformer, tokens, placement)
+    return Model(made, transformer, found, placement)
 
 
 def _warn_slow(made: Pack, native: Kernels | None) -> None:
@@ -156,7 +156,7 @@ def _warn_slow(made: Pack, native: Kernels | None) -> None:
         )
 
 
-def _tokens(made: Pack) -> Tokens:
+def tokens(made: Pack) -> Tokens:
     raw = (made.path / TOKENIZER).read_bytes()
     if zlib.crc32(raw) != made.tokenizer_crc:
         raise damaged(made.path, "its tokenizer does not match its checksum")

