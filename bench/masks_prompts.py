@@ -4,8 +4,8 @@
         --text wikitext2-valid.txt --exclude spec-bench-half.jsonl --own 16000
 
 Own prompts: after the chat template's opening of a user's turn the model is let write what a user might say
-(Magpie, arXiv 2406.08464), drawn at temperature 1. The last 500 questions of GSM8K are held out, and no prompt
-holds a question of the excluded file.
+(Magpie, arXiv 2406.08464), drawn at temperature 1. The last 500 questions of GSM8K are held out, and no
+prompt holds a question of the excluded file.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ STARTS = (
 
 
 def lines(path: Path) -> list[dict]:
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with opened as file:
-        return [json.loads(line) for line in file]
+    raw = path.read_bytes()
+    text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def about_facts(path: Path) -> Iterator[str]:

@@ -31,11 +31,12 @@ from outsize.adapt.twin import Twin
 from outsize.bars import silent
 from outsize.decode.prompts import encode
 
-
 MIXED = 128
 
 
-def answered(twin, made, path: Path, folder: Path, recipe: Recipe, max_tokens: int) -> list[Example]:
+def answered(
+    twin, made, path: Path, folder: Path, recipe: Recipe, max_tokens: int
+) -> list[Example]:
     tokens = loading.tokens(made)
     prompts = encode(made, tokens, [line.prompt for line in read([path])], None, False)
     prompts = [p for p in prompts if len(p) + max_tokens <= recipe.length]
@@ -178,7 +179,9 @@ def main() -> None:
     parser.add_argument("--name", default="masks")
     parser.add_argument("--recipes", nargs="+", default=["{}"])
     parser.add_argument("--at-once", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=0, help="steps to fill this time; 0: as told")
+    parser.add_argument(
+        "--seconds", type=float, default=0, help="steps to fill this time; 0: as told"
+    )
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--count", type=int, default=200, help="held-out questions")
     parser.add_argument("--answers-only", action="store_true")

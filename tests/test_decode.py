@@ -60,7 +60,7 @@ def test_streaming_never_emits_half_a_character() -> None:
     t = tokens()
     stream, out = Stream(t, ()), []
     for token in t.encode(TEXT, start=False):
-        out.append(stream.push([token]))
+        out.append(stream.push(token))
         assert "\N{REPLACEMENT CHARACTER}" not in out[-1]
     assert "".join(out) + stream.finish() == TEXT
 
@@ -68,7 +68,7 @@ def test_streaming_never_emits_half_a_character() -> None:
 def test_a_character_that_never_ends_is_dropped() -> None:
     t = tokens()
     stream = Stream(t, ())
-    pieces = [stream.push([i]) for i in t.encode("ok 🙂", start=False)[:-1]]
+    pieces = [stream.push(i) for i in t.encode("ok 🙂", start=False)[:-1]]
     assert "".join(pieces) + stream.finish() == "ok "
 
 
@@ -81,7 +81,7 @@ def test_stop_strings_cut_and_are_never_half_shown() -> None:
     ):
         stream, out = Stream(t, (stop,)), ""
         for token in t.encode("hello worl, hello world!", start=False):
-            out += stream.push([token])
+            out += stream.push(token)
             assert expected.startswith(out) or stop == "world"
         out += stream.finish()
         assert out == ("hello worl, hello " if stop == "world" else expected)
@@ -94,7 +94,7 @@ def test_sentencepiece_spaces_survive_streaming() -> None:
     made.pre_tokenizer = pre_tokenizers.Metaspace()
     made.decoder = decoders.Metaspace()
     stream = Stream(Tokens(made, None, False), ())
-    assert "".join(stream.push([i]) for i in (0, 1, 2, 0)) == "a bc a"
+    assert "".join(stream.push(i) for i in (0, 1, 2, 0)) == "a bc a"
 
 
 def test_start_token_once() -> None:

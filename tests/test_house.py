@@ -15,7 +15,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # Left to right: a folder imports only from its left, and from the modules at the top.
 ORDER = [
     "checkpoint", "family", "native", "encoding", "pack", "weights", "cache", "model", "forward",
-    "draft", "decode", "plot", "plan", "bench",
+    "draft", "decode", "adapt", "plot", "plan", "bench",
 ]  # fmt: skip
 TOP = {"errors", "options", "resolve", "bars", "__version__"}
 LAST = {
@@ -25,6 +25,10 @@ LAST = {
     "planning",
     "tracing",
     "conversation",
+    "adapting",
+    "adapts",
+    "drafting",
+    "talk",
     "library",
     "terminal",
     "settings",

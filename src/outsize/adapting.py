@@ -92,7 +92,9 @@ def join(device: str) -> torch.device:
     kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
-    return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")) if kind == "cuda" else None)
+    if kind == "cpu":
+        return torch.device(kind)
+    return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def prepare(wish: Wish, recipe: Recipe, made: Pack, twin: Twin) -> list[Example]:

@@ -33,7 +33,8 @@ def masks(
     rate: Annotated[float, option("--rate", text="Highest learning rate.")] = 1e-3,
     length: Annotated[int, option("--length", text="Most tokens of a sequence.")] = 512,
     own_answers: Annotated[
-        bool, option("--own-answers/--given-answers", text="Let the model answer the prompts first.")
+        bool,
+        option("--own-answers/--given-answers", text="Let the model answer the prompts first."),
     ] = True,
     max_tokens: Annotated[int, option("-n", "--max-tokens", text="Of an own answer.")] = 128,
     at_once: Annotated[int, option("--at-once", text="Own answers made at once.")] = 16,

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TypedDict
 
 import torch
 from typing_extensions import Unpack
 
+from outsize.cache.kv import KV
 from outsize.conversation import Conversation, Past
 from outsize.decode import flow
 from outsize.decode.engine import drive
-from outsize.decode.sample import picker
 from outsize.decode.prompts import Prompt, encode
+from outsize.decode.sample import picker, seeded
+from outsize.decode.template import Messages
 from outsize.decode.text import Stream, Tokens
-from outsize.draft.none import NoDraft
+from outsize.drafting import SPARE, Drafting, read_adapter
 from outsize.errors import ClosedError, ContextError, OptionError
 from outsize.forward.full import hidden
 from outsize.forward.span import Span
 from outsize.library import warn
+from outsize.model.adapter import Adapter
 from outsize.model.transformer import Transformer
 from outsize.options import Options
 from outsize.pack.format import Pack
@@ -45,6 +49,7 @@ class Changes(TypedDict, total=False):
     stop: str | Sequence[str]
     system: str | None
     raw: bool
+    adapter: str | Sequence[str | None] | None
 
 
 class Streaming:
@@ -77,9 +82,16 @@ class Model:
     """A pack, opened. Not for two threads at once; close it, or use it in a `with`."""
 
     def __init__(
-        self, pack: Pack, transformer: Transformer, tokens: Tokens, placement: Placement
+        self,
+        pack: Pack,
+        transformer: Transformer,
+        tokens: Tokens,
+        placement: Placement,
+        drafting: Drafting,
     ) -> None:
         self.pack, self.tokens, self.placement = pack, tokens, placement
+        self.drafting = drafting
+        self.adapters: dict[str, Adapter] = {}
         self.context = placement.context
         self._watch = budget.Watch(placement.budget)
         self._transformer: Transformer | None = transformer
@@ -110,6 +122,7 @@ class Model:
         """Release the weights, threads and files."""
         if self._transformer is not None:
             self._transformer.loaded.close()
+            self.drafting.close()
         self._transformer = None
 
     def stream(self, prompt: Prompt, **changes: Unpack[Changes]) -> Streaming:
@@ -119,10 +132,13 @@ class Model:
     def generate(self, prompts: str | Sequence[Prompt], **changes: Unpack[Changes]) -> list[Reply]:
         """Reply to several prompts at once, as one ragged batch: each gets the text it would get
         alone. A single string is a batch of one."""
-        started, options = time.perf_counter(), _seeded(Options().with_changes(changes))
+        started, options = time.perf_counter(), seeded(Options().with_changes(changes))
         batch = [prompts] if isinstance(prompts, str) else list(prompts)
-        waves = self._waves(self._encode(batch, options), options)
-        return [reply for wave in waves for reply in self._together(wave, options, started)]
+        options.for_prompt(len(batch) - 1)
+        replies: list[Reply] = []
+        for wave in self._waves(self._encode(batch, options), options):
+            replies += self._together(wave, options, started, len(replies))
+        return replies
 
     def _waves(self, batch: list[list[int]], options: Options) -> Iterator[list[list[int]]]:
         """As many prompts at once as there is memory for their keys and values."""
@@ -137,8 +153,12 @@ class Model:
             used += size
         yield wave
 
-    def _together(self, wave: list[list[int]], options: Options, started: float) -> Iterator[Reply]:
-        before, runs = self.counts(), [self.start(ids, options) for ids in wave]
+    def _together(
+        self, wave: list[list[int]], options: Options, started: float, first: int
+    ) -> Iterator[Reply]:
+        """Prompts number `first` and on."""
+        before = self.counts()
+        runs = [self.start(ids, options.for_prompt(first + i)) for i, ids in enumerate(wave)]
         for _ in self._drive(runs, options):
             now = time.perf_counter()
             for run in runs:
@@ -177,7 +197,7 @@ class Model:
         return logprobs, likeliest
 
     def stream_from(self, prompt: Prompt, options: Options, past: Past | None = None) -> Streaming:
-        started, options = time.perf_counter(), _seeded(options)
+        started, options = time.perf_counter(), seeded(options)
         (ids,) = self._encode([prompt], options)
         return Streaming(self, self.start(ids, options, past), options, started)
 
@@ -197,12 +217,32 @@ class Model:
         self._check_room([*ids, 0] if ids else ids)
         limit = self._limit(ids, options)
         seq = flow.Sequence(list(ids), len(ids), limit, frozenset(self.pack.eos))
-        stream = Stream(self.tokens, options.stop)
+        stream, name = Stream(self.tokens, options.stop), options.for_prompt(0).adapter
+        assert name is None or isinstance(name, str)
+        self._adapter(name)
         if past is None:
-            return Run(seq, self.transformer.new_kv(limit), stream, 0)
-        cached = past.shared(ids)
+            return Run(seq, self.new_kv(limit), stream, 0, adapter=name)
+        cached = past.shared(ids, name)
         past.kv.truncate(cached)
-        return Run(seq, past.kv, stream, cached)
+        return Run(seq, past.kv, stream, cached, adapter=name)
+
+    def new_kv(self, tokens: int) -> KV:
+        """An empty cache for so many tokens, and what is drafted behind them."""
+        spare = SPARE if self.drafting.spec.kind != "none" else 0
+        return self.transformer.new_kv(tokens + spare)
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Make a LoRA adapter (PEFT's safetensors) known under a name, for requests to use. Raises
+        AdapterError."""
+        self.adapters[name] = read_adapter(self.pack, name, Path(path).expanduser())
+
+    def _adapter(self, name: str | None) -> Adapter | None:
+        if name is not None and name not in self.adapters:
+            known = ", ".join(self.adapters) or "none is loaded"
+            raise OptionError(
+                f"adapter {name!r} is not known: {known}; --adapter NAME=PATH loads one"
+            )
+        return None if name is None else self.adapters[name]
 
     def _limit(self, ids: Sequence[int], options: Options) -> int:
         return min(len(ids) + options.max_tokens, self.context)
@@ -211,10 +251,13 @@ class Model:
         assert options.seed is not None
         pick = [picker(options, options.seed) for _ in runs]
         flows = [
-            flow.decode(run.seq, NoDraft(), p, run.cached)
+            flow.decode(
+                run.seq, self.drafting.new(len(runs) - 1), p, run.cached, run.drafts,
+                self._adapter(run.adapter),
+            )
             for run, p in zip(runs, pick, strict=True)
-        ]
-        for _ in drive(self.transformer, flows, [run.kv for run in runs]):
+        ]  # fmt: skip
+        for _ in drive(self.transformer, flows, [run.kv for run in runs], self.drafting.pace):
             yield
             self._keep_promise()
 
@@ -250,10 +293,3 @@ class Model:
             "memory": self.placement.budget,
         }
         return account(run, self.name, shown, started, before, self.counts())
-
-
-def _seeded(options: Options) -> Options:
-    """With the seed that will be used, so that a result states it."""
-    if options.seed is not None:
-        return options
-    return options.with_changes({"seed": int(torch.seed() & 0x7FFFFFFF)})

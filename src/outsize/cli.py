@@ -11,8 +11,10 @@ import typer
 from outsize import __version__, adapts, benches, settings
 from outsize.errors import OutsizeError
 from outsize.flags import (
+    AdapterFlag,
     AsJson,
     Context,
+    DraftFlag,
     Encoding,
     ExpertsFlag,
     Force,
@@ -70,6 +72,8 @@ def run(
     raw: Raw = False,
     memory: Memory = "auto",
     experts: ExpertsFlag = None,
+    draft: DraftFlag = "auto",
+    adapter: AdapterFlag = None,
     verify: Verify = "first",
     force: Force = False,
     encoding: Encoding = "auto",
@@ -79,19 +83,19 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Answer one prompt. One argument is the prompt, unless it names a model: that opens a chat."""
-    from outsize import loading, terminal
+    from outsize import loading, talk, terminal
 
     options = Options(
         max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, seed, tuple(stop or ()),
-        system, raw,
+        system, raw, terminal.first_adapter(adapter),
     )  # fmt: skip
     name, prompt = terminal.understand(arguments or [], model)
     if prompt is None and as_json:
         raise typer.BadParameter("--json needs a prompt")
-    wishes = loading.Wishes(memory, context, encoding, verify, force, native, quiet, experts)
-    how = terminal.How(wishes, threads, as_json, verbose)
+    wishes = loading.Wishes(memory, context, encoding, verify, force, native, quiet, experts, draft)
+    how = terminal.How(wishes, threads, as_json, verbose, tuple(adapter or ()))
     if prompt is None:
-        terminal.chat(name, options, how)
+        talk.chat(name, options, how)
     else:
         terminal.answer(name, prompt, options, how)
 
@@ -113,6 +117,8 @@ def chat(
     system: System = None,
     memory: Memory = "auto",
     experts: ExpertsFlag = None,
+    draft: DraftFlag = "auto",
+    adapter: AdapterFlag = None,
     verify: Verify = "first",
     force: Force = False,
     encoding: Encoding = "auto",
@@ -121,15 +127,15 @@ def chat(
     quiet: Quiet = False,
 ) -> None:
     """Talk. /reset forgets, /system TEXT begins anew under it, /stats counts, /bye leaves."""
-    from outsize import loading, terminal
+    from outsize import loading, talk, terminal
 
     options = Options(
         max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, seed, tuple(stop or ()),
-        system,
+        system, False, terminal.first_adapter(adapter),
     )  # fmt: skip
-    wishes = loading.Wishes(memory, context, encoding, verify, force, native, quiet, experts)
-    how = terminal.How(wishes, threads, False, verbose)
-    terminal.chat(model or name or DEFAULT_MODEL, options, how)
+    wishes = loading.Wishes(memory, context, encoding, verify, force, native, quiet, experts, draft)
+    how = terminal.How(wishes, threads, False, verbose, tuple(adapter or ()))
+    talk.chat(model or name or DEFAULT_MODEL, options, how)
 
 
 @app.command()
@@ -137,6 +143,7 @@ def plan(
     model: Annotated[str, typer.Argument()] = DEFAULT_MODEL,
     memory: Memory = "auto",
     experts: ExpertsFlag = None,
+    draft: DraftFlag = "auto",
     context: Context = None,
     prompt_tokens: Annotated[
         int, option("--prompt-tokens", text="Predict the first token after so many.")
@@ -153,7 +160,9 @@ def plan(
     from outsize import loading, planning
 
     loading.set_threads(threads)
-    wishes = loading.Wishes(memory, context, encoding, "first", force, native, quiet, experts)
+    wishes = loading.Wishes(
+        memory, context, encoding, "first", force, native, quiet, experts, draft
+    )
     planning.show(model, wishes, prompt_tokens, as_json, html)
 
 

@@ -20,9 +20,12 @@ class Past:
 
     kv: KV
     tokens: list[int] = field(default_factory=list)
+    adapter: str | None = None  # that computed it
 
-    def shared(self, ids: Sequence[int]) -> int:
+    def shared(self, ids: Sequence[int], adapter: str | None) -> int:
         """How many leading tokens need not be run again; the last always is."""
+        if adapter != self.adapter:
+            self.tokens, self.adapter = [], adapter
         count = 0
         for ours, theirs in zip(self.tokens, ids[:-1], strict=False):
             if ours != theirs:
@@ -37,7 +40,7 @@ class Conversation:
     def __init__(self, model: Model, options: Options) -> None:
         self._model, self.options = model, options
         self.messages: list[dict[str, str]] = []
-        self._past = Past(model.transformer.new_kv(model.context))
+        self._past = Past(model.new_kv(model.context))
         self._streaming: Streaming | None = None
 
     @property

@@ -40,6 +40,18 @@ ExpertsFlag = Annotated[
     str | None,
     option("--experts", text="How experts are cached: POLICY,prefetch=...,misses=... (docs)."),
 ]
+DraftFlag = Annotated[
+    str,
+    option("--draft", text="What guesses ahead: auto, none, ngram[:k=], model:PATH, masks:FILE."),
+]
+AdapterFlag = Annotated[
+    list[str] | None,
+    option(
+        "--adapter",
+        text="A LoRA adapter, NAME=PATH (repeatable; the first is used).",
+        metavar="NAME=PATH",
+    ),
+]
 Force = Annotated[bool, option("--force", text="Run even in less memory than is needed.")]
 AsJson = Annotated[bool, option("--json", text="Print one JSON object.")]
 Verbose = Annotated[bool, option("-v", "--verbose", text="Say more, on standard error.")]

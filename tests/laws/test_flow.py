@@ -11,21 +11,24 @@ from hypothesis import strategies as st
 
 from outsize.decode import flow
 from outsize.decode.sample import picker
+from outsize.draft.auto import AutoDraft
+from outsize.draft.ngram import NgramDraft
 from outsize.draft.none import Draft, Drafter, NoDraft
+from outsize.draft.pace import Pace
 from outsize.forward.span import Out, Span
 from outsize.options import Options
 
 VOCAB = 7
 
 
-class Script:
+class Script(NoDraft):
     """Guesses what it was told to, in turn."""
 
     def __init__(self, drafts: Sequence[Sequence[int]]) -> None:
         self.drafts = list(drafts)
 
-    def propose(self, tokens: Sequence[int]) -> Draft:
-        return Draft(tuple(self.drafts.pop(0))) if self.drafts else Draft()
+    def propose(self, tokens: Sequence[int], most: int) -> Draft:
+        return Draft(tuple(self.drafts.pop(0)[:most])) if self.drafts else Draft()
 
 
 class World:
@@ -66,9 +69,10 @@ def test_any_drafter_gives_the_tokens_of_none(
     options = Options(max_tokens=25, temperature=temperature, top_k=0, top_p=1.0, min_p=0.0)
     ends = frozenset({4}) if ending else frozenset[int]()
     plain = play(NoDraft(), options, seed, ends)
-    drafted = play(Script(drafts), options, seed, ends)
-    assert drafted.tokens == plain.tokens
-    assert drafted.finish == plain.finish
+    for drafter in (Script(drafts), NgramDraft(4), AutoDraft(Pace(), None)):
+        drafted = play(drafter, options, seed, ends)
+        assert drafted.tokens == plain.tokens
+        assert drafted.finish == plain.finish
 
 
 def test_the_first_span_is_the_prompt_and_then_one_token_a_step() -> None:

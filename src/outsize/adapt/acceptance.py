@@ -65,7 +65,9 @@ def guesses(
     """(B, A, K): what the masks after each token of an answer guess, each given the guess before."""
     batch = collate(examples, [all_anchors(e) for e in examples]).to(twin.device)
     _, stored = ordinary(twin, batch)
-    z, _ = twin.run(mask_rows(twin, batch, parameters["masks"][:k]), stored, deltas(parameters, scale))
+    z, _ = twin.run(
+        mask_rows(twin, batch, parameters["masks"][:k]), stored, deltas(parameters, scale)
+    )
     z_BAKD = z.unflatten(1, (-1, k))
     head = head_weights(parameters)
     chosen = batch.tokens_BS.gather(1, batch.anchor_BA.clamp_min(0) + 1)

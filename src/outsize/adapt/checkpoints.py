@@ -9,13 +9,12 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from outsize.errors import AdapterError, DiskFullError
-
-KEY = "outsize"  # of the metadata: JSON
+from outsize.checkpoint.adapters import KEY
+from outsize.errors import DiskFullError
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, object]) -> None:
@@ -37,16 +36,3 @@ def save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, object])
             f"{path} could not be written ({size / 1e6:,.1f} MB): {why}; what was there before is kept, "
             "free some room and go on with --resume"
         ) from None
-
-
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Tensors, and what they say about themselves. Raises AdapterError."""
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get(KEY, "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as e:
-        raise AdapterError(f"{path} is not a readable safetensors file ({e})") from None
-    if not isinstance(about, dict):
-        raise AdapterError(f"{path} says nothing readable about itself; train it again")
-    return tensors, about

@@ -6,7 +6,7 @@ import gzip
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from outsize.errors import DataError
 
@@ -32,13 +32,18 @@ def read(paths: Sequence[Path]) -> list[Line]:
 
 def _file(path: Path) -> Iterator[Line]:
     try:
-        opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-        with opened as file:
+        with _open(path) as file:
             for number, text in enumerate(file, 1):
                 if text.strip():
                     yield _line(path, number, text.strip())
     except (OSError, UnicodeDecodeError, EOFError) as e:
         raise DataError(f"{path} cannot be read as text ({e})") from None
+
+
+def _open(path: Path) -> TextIO:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8")  # type: ignore[return-value]
+    return path.open(encoding="utf-8")
 
 
 def _line(path: Path, number: int, text: str) -> Line:
@@ -63,7 +68,9 @@ def _said(item: Mapping[str, object]) -> tuple[str | None, str | None]:
     if isinstance(turns, list) and turns and isinstance(turns[0], str):
         return turns[0], None
     if isinstance(messages, list):
-        said = {str(m.get("role")): str(m.get("content")) for m in messages[:2] if isinstance(m, dict)}
+        said = {
+            str(m.get("role")): str(m.get("content")) for m in messages[:2] if isinstance(m, dict)
+        }
         return said.get("user"), said.get("assistant")
     return _first(item, PROMPT_KEYS), _first(item, ANSWER_KEYS)
 

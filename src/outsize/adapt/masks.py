@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy
 from outsize.adapt.twin import Deltas, Rows, Stored, Twin
 from outsize.draft import sampler
 from outsize.family.description import Description
+from outsize.model.adapter import widths
 
 ATTENTION, FEED_FORWARD = ("q", "k", "v", "o"), ("gate", "up", "down")
 PROJECTIONS = ATTENTION + FEED_FORWARD
@@ -79,15 +80,6 @@ class Batch:
         return Batch(*(t.to(device) for t in (self.tokens_BS, self.length_B, self.anchor_BA)))
 
 
-def widths(d: Description) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of each projection."""
-    heads, keys = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
-    return {
-        "q": (heads, d.width), "k": (keys, d.width), "v": (keys, d.width), "o": (d.width, heads),
-        "gate": (d.ffn_width, d.width), "up": (d.ffn_width, d.width), "down": (d.width, d.ffn_width),
-    }  # fmt: skip
-
-
 def new_parameters(d: Description, recipe: Recipe, embed_VD: Tensor) -> Parameters:
     """Additions that add nothing yet; masks as large as the model's own tokens."""
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -109,7 +101,9 @@ def deltas(parameters: Mapping[str, Tensor], scale: float) -> Deltas:
 
 
 def head_weights(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix("sampler."): v for k, v in parameters.items() if k.startswith("sampler.")}
+    return {
+        k.removeprefix("sampler."): v for k, v in parameters.items() if k.startswith("sampler.")
+    }
 
 
 def draw(examples: Sequence[Example], recipe: Recipe, step: int, rank: int, world: int) -> Batch:
@@ -136,7 +130,10 @@ def all_anchors(example: Example) -> list[int]:
 def collate(examples: Sequence[Example], anchors: Sequence[Sequence[int]]) -> Batch:
     """A short sequence's missing anchors are -1: no labels."""
     longest, most = max(len(e.tokens) for e in examples), max(len(a) for a in anchors)
-    tokens, places = torch.zeros(len(examples), longest).long(), torch.full((len(examples), most), -1)
+    tokens, places = (
+        torch.zeros(len(examples), longest).long(),
+        torch.full((len(examples), most), -1),
+    )
     for i, (example, found) in enumerate(zip(examples, anchors, strict=True)):
         tokens[i, : len(example.tokens)] = torch.tensor(example.tokens)
         places[i, : len(found)] = torch.tensor(found)

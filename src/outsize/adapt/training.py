@@ -19,6 +19,7 @@ from outsize.adapt import checkpoints
 from outsize.adapt.acceptance import walk
 from outsize.adapt.masks import Example, Parameters, Recipe, draw, losses, new_parameters, total
 from outsize.adapt.twin import Twin
+from outsize.checkpoint.adapters import raw
 from outsize.errors import AdapterError
 
 BETAS, CLIP, SMOOTH = (0.9, 0.95), 1.0, 0.95
@@ -74,7 +75,9 @@ class Training:
         if self.step % 10 == 1 or self.step == self.recipe.steps:
             now = float(loss.detach())
             if not math.isfinite(now):
-                raise AdapterError(f"the loss is {now} after step {self.step}; train at a lower --rate")
+                raise AdapterError(
+                    f"the loss is {now} after step {self.step}; train at a lower --rate"
+                )
             self.loss = now if self.loss == 0 else SMOOTH * self.loss + (1 - SMOOTH) * now
 
     def measure(self, held_out: Sequence[Example]) -> None:
@@ -108,7 +111,7 @@ def start(twin: Twin, recipe: Recipe, base: str) -> Training:
 
 def resume(twin: Twin, recipe: Recipe, base: str, path: Path) -> Training:
     """Go on from a checkpoint of the same recipe. Raises AdapterError."""
-    tensors, about = checkpoints.load(path)
+    tensors, about = raw(path)
     if about.get("base") != base or about.get("recipe") != recipe.to_json():
         raise AdapterError(
             f"{path} is a checkpoint of another model or recipe; give the flags it was started with, "

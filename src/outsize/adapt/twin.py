@@ -108,7 +108,9 @@ class Twin:
         """The residual stream after the last layer (B, T, D), normed; and each layer's new keys and
         values."""
         h, made = rows.h_BTD, []
-        rotations = {rope: self._rotation(rope, rows.positions_BT) for rope in self.description.ropes}
+        rotations = {
+            rope: self._rotation(rope, rows.positions_BT) for rope in self.description.ropes
+        }
         masks = self._masks(rows)
         for i, layer in enumerate(self.description.layers):
             past = None if stored is None else stored[i]
@@ -160,7 +162,13 @@ class Twin:
         return y if deltas is None else deltas.add(y, x, layer, parts)
 
     def _attention(
-        self, x: Tensor, i: int, turn: Tensor, mask: Tensor, past: Stored | None, deltas: Deltas | None
+        self,
+        x: Tensor,
+        i: int,
+        turn: Tensor,
+        mask: Tensor,
+        past: Stored | None,
+        deltas: Deltas | None,
     ) -> tuple[Tensor, Stored]:
         d, weights = self.description, self._layers[i]
         qkv = self._linear(x, i, "qkv", ("q", "k", "v"), deltas)
@@ -182,7 +190,9 @@ class Twin:
 
     def _dense(self, x: Tensor, i: int, deltas: Deltas | None) -> Tensor:
         gate, up = self._linear(x, i, "gate_up", ("gate", "up"), deltas).chunk(2, dim=-1)
-        act = silu(gate) if self.description.activation == "silu" else gelu(gate, approximate="tanh")
+        act = (
+            silu(gate) if self.description.activation == "silu" else gelu(gate, approximate="tanh")
+        )
         return self._linear(act * up, i, "down", ("down",), deltas)
 
 

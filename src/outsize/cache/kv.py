@@ -49,9 +49,7 @@ class KV:
         stored[num_heads:, start:end] = v_TJE.transpose(0, 1)
         return stored[:, :end]
 
-    def reserve(
-        self, layer: int, positions: Sequence[int], beyond: int = 0
-    ) -> tuple[Tensor, int]:
+    def reserve(self, layer: int, positions: Sequence[int], beyond: int = 0) -> tuple[Tensor, int]:
         """Room for entries that the caller fills at once: all of the layer's storage, and the index
         of the first. `beyond`: slots behind them, for what is not kept."""
         kept, stored = self.positions[layer], self._stored[layer]

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Iterator, Sequence
 
 from outsize.cache.kv import KV
-from outsize.forward.full import full
+from outsize.draft.pace import Pace
+from outsize.forward.full import full, is_narrow
 from outsize.forward.span import Out, Span
 from outsize.model.transformer import Transformer
 
 Flow = Generator[Span, Out, None]
 
 
-def drive(model: Transformer, flows: Sequence[Flow], kvs: Sequence[KV]) -> Iterator[None]:
-    """Run flows to their ends, yielding after each step. A finished flow leaves the batch."""
+def drive(
+    model: Transformer, flows: Sequence[Flow], kvs: Sequence[KV], pace: Pace | None = None
+) -> Iterator[None]:
+    """Run flows to their ends, yielding after each step. A finished flow leaves the batch. `pace` is told
+    how long steps took that had no prompt to run."""
     waiting = [
         (flow, kv, span) for flow, kv in zip(flows, kvs, strict=True) for span in _first(flow)
     ]
     while waiting:
-        outs = full(model, [span for _, _, span in waiting], [kv for _, kv, _ in waiting])
+        started, spans = time.perf_counter(), [span for _, _, span in waiting]
+        outs = full(model, spans, [kv for _, kv, _ in waiting])
         answered = zip(waiting, outs, strict=True)
         waiting = [(flow, kv, s) for (flow, kv, _), out in answered for s in _next(flow, out)]
+        if pace is not None and all(is_narrow(span) for span in spans):
+            rows, masked = sum(s.num_rows for s in spans), any(s.masks is not None for s in spans)
+            pace.step(rows, masked, time.perf_counter() - started)
         yield
 
 

@@ -68,3 +68,10 @@ def picker(options: Options, seed: int) -> Pick:
         return draw(logits_V, options, random)
 
     return pick
+
+
+def seeded(options: Options) -> Options:
+    """With the seed that will be used, so that a result states it."""
+    if options.seed is not None:
+        return options
+    return options.with_changes({"seed": int(torch.seed() & 0x7FFFFFFF)})

@@ -40,9 +40,9 @@ class Stream:
         self._held = ""
         self.stopped = False
 
-    def push(self, ids: Sequence[int]) -> str:
-        """Text that is now certain."""
-        self._ids += ids
+    def push(self, token: int) -> str:
+        """Text that is now certain. Token by token, so that it does not depend on how many came at once."""
+        self._ids.append(token)
         before = self._tokens.decode(self._ids[self._decoded : self._from])
         now = self._tokens.decode(self._ids[self._decoded :])
         if now.endswith(UNFINISHED) and len(self._ids) - self._from < 16:

@@ -42,7 +42,9 @@ def mix(z: Tensor, previous: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
     logits are the guess's."""
     x = torch.cat([_unit(previous).to(z.dtype), _unit(z)], dim=-1)
     for name in ("first", "second"):
-        x = silu(linear(x, weights[f"{name}.weight"].to(x.dtype), weights[f"{name}.bias"].to(x.dtype)))
+        x = silu(
+            linear(x, weights[f"{name}.weight"].to(x.dtype), weights[f"{name}.bias"].to(x.dtype))
+        )
         norm, shift = weights[f"{name}.norm"].to(x.dtype), weights[f"{name}.shift"].to(x.dtype)
         x = layer_norm(x, x.shape[-1:], norm, shift, EPS)
     return z + x

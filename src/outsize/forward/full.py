@@ -33,7 +33,10 @@ def full(model: Transformer, spans: Sequence[Span], kvs: Sequence[KV]) -> list[O
     ends = [len(span.tokens) for span in spans]
     wanted = [h[e - s.want : e] for h, e, s in zip(rows, ends, spans, strict=True)]
     logits = model.logits(torch.cat(wanted)).split([span.want for span in spans])
-    masks = [None if s.masks is None else model.normed(h[e:]) for h, e, s in zip(rows, ends, spans, strict=True)]
+    masks = [
+        None if s.masks is None else model.normed(h[e:])
+        for h, e, s in zip(rows, ends, spans, strict=True)
+    ]
     return [Out(*pair) for pair in zip(logits, masks, strict=True)]
 
 

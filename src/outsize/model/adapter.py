@@ -38,19 +38,20 @@ class Stack:
     """Factors of stacked maps, with the scale in B. `matrix`: as the kernels want them, or None."""
 
     a_RK: Tensor  # P * R rows
-    parts: tuple[Tensor, ...]  # B of each part (N_p, R)
-    ends: tuple[int, ...]
+    b_PN2: Tensor  # pairs of ranks by output (R / 2, N, 2)
+    ends: tuple[int, ...]  # of each part's outputs
     matrix: LowRankMatrix | None
 
     @property
     def nbytes(self) -> int:
-        return self.a_RK.nbytes + sum(b.nbytes for b in self.parts)
+        return self.a_RK.nbytes + self.b_PN2.nbytes
 
     def product(self, x_TK: Tensor) -> Tensor:
         inner = linear(x_TK.float(), self.a_RK.float()).to(x_TK.dtype).float()
-        split = inner.chunk(len(self.parts), dim=1)
-        made = [linear(i, b.float()) for i, b in zip(split, self.parts, strict=True)]
-        return torch.cat(made, dim=1)
+        b_NR = self.b_PN2.transpose(0, 1).flatten(1).float()
+        sizes = [end - start for start, end in zip((0, *self.ends), self.ends, strict=False)]
+        split = zip(inner.chunk(len(sizes), dim=1), b_NR.split(sizes), strict=True)
+        return torch.cat([linear(i, b) for i, b in split], dim=1)
 
 
 class Adapter:
@@ -72,18 +73,25 @@ class Adapter:
         return sum(stack.nbytes for stack in self._stacks.values())
 
     def add(
-        self, layer: int, name: str, x_TK: Tensor, y_TN: Tensor, wide: bool, kernels: Kernels | None
+        self,
+        layer: int,
+        name: str,
+        x_TK: Tensor,
+        y_TN: Tensor,
+        rows: slice,
+        wide: bool,
+        kernels: Kernels | None,
     ) -> None:
-        """Changes y."""
+        """Changes some rows of y."""
         stack = self._stacks.get((layer, name))
         if stack is None:
             return
         if kernels is not None and stack.matrix is not None:
-            kernels.lowrank(stack.matrix, x_TK.contiguous(), y_TN)
+            kernels.lowrank(stack.matrix, x_TK, y_TN, rows.start, rows.stop - rows.start)
             return
-        rows = [x_TK] if wide else x_TK.split(1)
-        made = torch.cat([stack.product(row) for row in rows])
-        y_TN.copy_(y_TN.float() + made)
+        some = x_TK[rows]
+        made = torch.cat([stack.product(x) for x in ([some] if wide else some.split(1))])
+        y_TN[rows] = (y_TN[rows].float() + made).to(y_TN.dtype)
 
 
 def _check(name: str, d: Description, factors: Factors) -> None:
@@ -92,7 +100,9 @@ def _check(name: str, d: Description, factors: Factors) -> None:
         layer, _, part = key.partition(".")
         want = known.get(part)
         if want is None or not layer.isdigit() or int(layer) >= d.num_layers:
-            raise AdapterError(f"{name} changes {key}, which this model does not have; train it again")
+            raise AdapterError(
+                f"{name} changes {key}, which this model does not have; train it again"
+            )
         if (b.shape[0], a.shape[1]) != want or a.shape[0] != b.shape[1]:
             raise AdapterError(
                 f"{name}: {key} has factors {tuple(b.shape)} x {tuple(a.shape)}, this model's map is "
@@ -119,12 +129,7 @@ def _stack(
             split[i][:, : b.shape[1]] = (b.float() * scale).to(torch.bfloat16)
         total += sizes[i][0]
         ends.append(total)
-    return Stack(a_RK, tuple(split), tuple(ends), _matrix(a_RK, split, ends))
-
-
-def _matrix(a_RK: Tensor, split: Sequence[Tensor], ends: Sequence[int]) -> LowRankMatrix | None:
-    if a_RK.shape[1] % 32 or any(end % 16 for end in ends):
-        return None
-    b_NR = torch.cat(list(split))
-    paired = b_NR.unflatten(1, (-1, 2)).transpose(0, 1).contiguous()
-    return LowRankMatrix(a_RK, paired, ends)
+    paired = torch.cat(split).unflatten(1, (-1, 2)).transpose(0, 1).contiguous()
+    fit = a_RK.shape[1] % 32 == 0 and all(end % 16 == 0 for end in ends)
+    matrix = LowRankMatrix(a_RK, paired, ends) if fit else None
+    return Stack(a_RK, paired, tuple(ends), matrix)

@@ -17,7 +17,7 @@ from outsize.model.ffn.dense import Dense
 from outsize.model.ffn.experts import Mixture
 from outsize.model.layers import Linear, RMSNorm, rotate
 from outsize.model.step import Step, gather
-from outsize.native.kernels import AttentionSpec, Kernels, Reach
+from outsize.native.kernels import AttentionSpec, Kernels
 from outsize.weights.experts import Bank
 from outsize.weights.load import activation_type
 from outsize.weights.table import Weight, Weights
@@ -81,24 +81,21 @@ class Attention:
             else:
                 out.append(attend_rows(q_THE[rows], kv_CSE, self.scale, window, self.sinks))
             masks = slice(rows.stop, end)
+            out_masks: list[Tensor] = []
             own_CME = torch.cat([k_TJE[masks], v_TJE[masks]], dim=1).transpose(0, 1)
-            for i, reach in enumerate(s.reaches(kv_CSE, kv_CSE.shape[1] - len(s.positions), window)):
-                if i < len(s.positions):
-                    continue
-                start = reach.start - kv_CSE.shape[1]
-                own = own_CME[:, start : i - len(s.positions) + 1].to(kv_CSE.dtype)
+            size = kv_CSE.shape[1]
+            for reach in s.reaches(size - len(s.positions), window)[len(s.positions) :]:
+                own = own_CME[:, reach.start - size : reach.slot + 1 - size].to(kv_CSE.dtype)
                 seen_CSE = torch.cat([kv_CSE[:, reach.first : reach.seen], own], dim=1)
-                q_1HE = q_THE[at + i : at + i + 1]
-                out.append(attend_rows(q_1HE, seen_CSE, self.scale, None, self.sinks))
+                row = masks.start + len(out_masks)
+                q_1HE = q_THE[row : row + 1]
+                out_masks.append(attend_rows(q_1HE, seen_CSE, self.scale, None, self.sinks))
+            out += out_masks
             at = end
         return gather(out)
 
     def _native(self, qkv: Tensor, step: Step, kernels: Kernels) -> Tensor:
-        rows: list[Reach] = []
-        for s in step.segments:
-            stored, first = s.kv.reserve(self.index, s.positions, s.num_masks)
-            rows += s.reaches(stored, first, self.layer.window)
-        turns_TE = step.turns[self.layer.rope]
+        rows, turns_TE = step.table(self.index, self.layer.window), step.turns[self.layer.rope]
         return kernels.attend(self.spec, qkv.contiguous(), turns_TE, rows)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from outsize.cache.kv import KV
 from outsize.family.description import Rope
 from outsize.model.adapter import Adapter
-from outsize.native.kernels import Kernels, Reach
+from outsize.native.kernels import Kernels, Reach, ReachTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +37,18 @@ class Segment:
         masks = [self.positions[a] + j + 1 for a in self.anchors for j in range(self.depth)]
         return [*self.positions, *masks]
 
-    def reaches(self, stored: Tensor, start: int, window: int | None) -> list[Reach]:
+    def reaches(self, start: int, window: int | None) -> list[Reach]:
         """What each row sees, if its tokens' entries go to slots from `start` on, and masks' behind them."""
         far = window or 1 << 60
         out = []
         for slot in range(start, start + len(self.positions)):
-            out.append(Reach(stored, slot, max(0, slot + 1 - far), slot + 1, slot + 1))
+            out.append(Reach(slot, max(0, slot + 1 - far), slot + 1, slot + 1))
         block = start + len(self.positions)
         for a in self.anchors:
             seen = start + a + 1
             for j in range(self.depth):
                 first = min(seen - 1, max(0, seen + j + 1 - far))
-                out.append(Reach(stored, block + j, first, seen, block))
+                out.append(Reach(block + j, first, seen, block))
             block += self.depth
         return out
 
@@ -63,14 +63,27 @@ class Step:
     wide: bool
     kernels: Kernels | None  # None: the plain path
     added: Sequence[tuple[slice, Adapter]] = ()
+    _tables: dict[object, ReachTable] = field(default_factory=dict)
+
+    def table(self, layer: int, window: int | None) -> ReachTable:
+        """What each row sees in a layer, with room made for its entry. Layers alike share it."""
+        found = [s.kv.reserve(layer, s.positions, s.num_masks) for s in self.segments]
+        key = window, *(start for _, start in found)
+        if key not in self._tables:
+            pairs = zip(self.segments, found, strict=True)
+            self._tables[key] = ReachTable([s.reaches(start, window) for s, (_, start) in pairs])
+        table = self._tables[key]
+        for number, (stored, _) in enumerate(found):
+            table.store(number, stored)
+        return table
 
     def add(self, layer: int, name: str, x_TD: Tensor, y_TN: Tensor) -> Tensor:
         """y with what adapters add to this map; changed in place."""
         if not self.added:
             return y_TN
-        y_TN = y_TN.contiguous()
+        x_TD, y_TN = x_TD.contiguous(), y_TN.contiguous()
         for rows, adapter in self.added:
-            adapter.add(layer, name, x_TD[rows], y_TN[rows], self.wide, self.kernels)
+            adapter.add(layer, name, x_TD, y_TN, rows, self.wide, self.kernels)
         return y_TN
 
 

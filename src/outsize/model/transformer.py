@@ -168,9 +168,13 @@ class Transformer:
         """(K, V) fp32 of the residual stream."""
         return self.project(self._norm(h_KD))
 
+    def head_rows(self, ids: Tensor) -> Tensor:
+        """(T, D) fp32: what some tokens' logits are products with."""
+        return self._head.rows(ids)
+
     def project(self, x_KD: Tensor) -> Tensor:
-        """(K, V) fp32 of normed states. Kernels of int4 and int8 give bf16, whose steps near 20 are 0.125, more than
-        often lies between the two best tokens; there each row's best are computed again in fp32."""
+        """(K, V) fp32 of normed states. Kernels of int4 and int8 give bf16, whose steps near 20 are 0.125,
+        more than often lies between the two best tokens; there each row's best are computed again in fp32."""
         vocab = self.description.vocab_size
         exact = isinstance(self._head.encoding, Group) or self.dtype == torch.float32
         x = x_KD if exact else x_KD.to(self.dtype)

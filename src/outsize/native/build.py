@@ -57,7 +57,13 @@ def _key(cc: str, flags: tuple[str, ...]) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else [platform.processor()]
     processor = sorted({line for line in lines if line.startswith(("flags", "model name"))})
-    parts = (*(p.read_text() for p in (HEADER, *SOURCES)), cc, *flags, platform.machine(), *processor)
+    parts = (
+        *(p.read_text() for p in (HEADER, *SOURCES)),
+        cc,
+        *flags,
+        platform.machine(),
+        *processor,
+    )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,7 +48,6 @@ class Reach(NamedTuple):
     """One row of attention: where its entry goes, and what it sees: entries [first, seen), and its own
     block [start, slot], which is empty for ordinary rows."""
 
-    stored: Tensor  # (2J, capacity, E)
     slot: int
     first: int
     seen: int
@@ -57,6 +57,25 @@ class Reach(NamedTuple):
     def parts(self) -> int:
         chunks = (self.seen - 1) // CHUNK - self.first // CHUNK + 1
         return chunks + (self.start <= self.slot)
+
+
+class ReachTable:
+    """The rows of a step, as attend.c wants them; `store` says where each sequence's entries are."""
+
+    def __init__(self, rows: Sequence[Sequence[Reach]]) -> None:
+        """`rows`: of each sequence."""
+        flat = [(0, r.slot, 0, r.first, r.seen, r.start) for part in rows for r in part]
+        self._cells = np.array(flat, dtype=np.int64)
+        self.most_parts = max(r.parts for part in rows for r in part)
+        self.pointer = self._cells.ctypes.data
+        ends = np.cumsum([len(part) for part in rows]).tolist()
+        self._parts = [slice(end - len(part), end) for end, part in zip(ends, rows, strict=True)]
+
+    def store(self, number: int, stored: Tensor) -> None:
+        """Sequence `number` keeps its entries in `stored` (2J, capacity, E)."""
+        rows = self._parts[number]
+        self._cells[rows, 0] = stored.data_ptr()
+        self._cells[rows, 2] = stored.shape[1]
 
 
 class _Matrix(ctypes.Structure):
@@ -96,7 +115,13 @@ class LowRankMatrix:
         table = (_L * parts)(*ends)
         self._kept, self.inner = (a, b, table), len(a)
         self.struct = _LowRank(
-            parts, 2 * half, a.shape[1], outputs, ctypes.addressof(table), a.data_ptr(), b.data_ptr()
+            parts,
+            2 * half,
+            a.shape[1],
+            outputs,
+            ctypes.addressof(table),
+            a.data_ptr(),
+            b.data_ptr(),
         )
         self.pointer = ctypes.addressof(self.struct)
 
@@ -193,32 +218,30 @@ class Kernels:
         return out
 
     def attend(
-        self, spec: AttentionSpec, qkv: Tensor, turns_TE: Tensor, rows: Sequence[Reach]
+        self, spec: AttentionSpec, qkv: Tensor, turns_TE: Tensor, rows: ReachTable
     ) -> Tensor:
         """(T, H*E). Fills each row's entry."""
         num_heads, num_kv, head_dim = spec.heads
-        count, most = len(rows), max(row.parts for row in rows)
+        count, most = len(qkv), rows.most_parts
         task = num_heads // num_kv * (head_dim + 2)
-        scratch = torch.empty((count * num_heads * head_dim + 1) // 2 + count * num_kv * most * task)
+        scratch = torch.empty(
+            (count * num_heads * head_dim + 1) // 2 + count * num_kv * most * task
+        )
         out = torch.empty(count, num_heads * head_dim, dtype=torch.bfloat16)
-        cells = [
-            v
-            for r in rows
-            for v in (r.stored.data_ptr(), r.slot, r.stored.shape[1], r.first, r.seen, r.start)
-        ]
-        table = (_L * len(cells))(*cells)
         self._attend(
-            spec.pointer, qkv.data_ptr(), turns_TE.data_ptr(), table, count, most,
+            spec.pointer, qkv.data_ptr(), turns_TE.data_ptr(), rows.pointer, count, most,
             scratch.data_ptr(), out.data_ptr(),
         )  # fmt: skip
         return out
 
-    def lowrank(self, matrix: LowRankMatrix, x_TK: Tensor, y_TN: Tensor) -> None:
-        """Changes y (bf16, contiguous rows)."""
-        scratch = torch.empty(len(x_TK) * matrix.inner, dtype=torch.bfloat16)
-        self._lowrank(
-            matrix.pointer, x_TK.data_ptr(), y_TN.data_ptr(), len(x_TK), scratch.data_ptr()
-        )
+    def lowrank(
+        self, matrix: LowRankMatrix, x_TK: Tensor, y_TN: Tensor, first: int, count: int
+    ) -> None:
+        """Changes some rows of y. Both contiguous, bf16."""
+        scratch = torch.empty(count * matrix.inner, dtype=torch.bfloat16)
+        x = x_TK.data_ptr() + 2 * first * x_TK.shape[1]
+        y = y_TN.data_ptr() + 2 * first * y_TN.shape[1]
+        self._lowrank(matrix.pointer, x, y, count, scratch.data_ptr())
 
 
 def kernels(folder: Path) -> Kernels | None:

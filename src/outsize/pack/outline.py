@@ -22,6 +22,8 @@ class Outline:
     tables: tuple[TableHeader, ...]
     tokenizer_bytes: int  # of tokenizer.json
     is_packed: bool
+    sha256: str = ""  # of what it was or would be made from, where that is known
+    drafting: int = 0  # bytes that guessing ahead takes
 
     @property
     def size(self) -> int:
@@ -39,7 +41,7 @@ class Outline:
 
 def of_pack(pack: Pack) -> Outline:
     size = (pack.path / TOKENIZER).stat().st_size
-    return Outline(pack.path.name, pack.description, pack.tables, size, True)
+    return Outline(pack.path.name, pack.description, pack.tables, size, True, pack.source.sha256)
 
 
 def of_checkpoint(checkpoint: Checkpoint, name: str, wanted: str, grouped: bool) -> Outline:

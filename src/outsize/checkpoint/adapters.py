@@ -1,0 +1,169 @@
+"""Adapter files: safetensors with low-rank factors, ours or in PEFT's form. Hostile until proven.
+
+PEFT: a folder with adapter_config.json and adapter_model.safetensors, or the latter with the former beside
+it; names like base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight. Its query and key rows rotate
+in halves; ours in adjacent pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from outsize.errors import AdapterError
+
+KEY = "outsize"  # of our files' metadata: JSON
+LIMIT = 1 << 32  # bytes of a file
+PEFT_NAME = re.compile(
+    r"base_model\.model\.(?:model\.)?layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)_proj\.lora_(A|B)\.weight"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFile:
+    """What a file holds: tensors by our names ("0.q.A"), and what it says of itself."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    about: Mapping[str, object]
+
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """A and B of each projection. Raises AdapterError if one lacks the other."""
+        names = sorted({n[:-2] for n in self.tensors if n.endswith((".A", ".B"))})
+        missing = [n for n in names if not {f"{n}.A", f"{n}.B"} <= self.tensors.keys()]
+        if missing:
+            raise AdapterError(
+                f"{self.path}: {missing[0]} has one factor of two; the file is damaged"
+            )
+        out = {n: (self.tensors[f"{n}.A"], self.tensors[f"{n}.B"]) for n in names}
+        for name, (a, b) in out.items():
+            if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or not a.numel():
+                raise AdapterError(
+                    f"{self.path}: {name} has factors {tuple(b.shape)} x {tuple(a.shape)}, which do "
+                    "not multiply; the file is damaged"
+                )
+        return out
+
+    @property
+    def scale(self) -> float:
+        return float(str(self.about.get("scale", 1.0)))
+
+
+def load(path: Path) -> AdapterFile:
+    """Any adapter file. Raises AdapterError."""
+    file = path / "adapter_model.safetensors" if path.is_dir() else path
+    tensors, about = raw(file)
+    if about:
+        return AdapterFile(file, tensors, about)
+    return _peft(file, tensors)
+
+
+def raw(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Tensors, and what our metadata says. Raises AdapterError."""
+    try:
+        if path.stat().st_size > LIMIT:
+            raise AdapterError(
+                f"{path} has {path.stat().st_size:,} bytes; no adapter is that large"
+            )
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get(KEY, "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as e:
+        raise AdapterError(f"{path} is not a readable safetensors file ({e})") from None
+    if not isinstance(about, dict):
+        raise AdapterError(f"{path} says nothing readable about itself; train it again")
+    return tensors, about
+
+
+def _peft(path: Path, tensors: Mapping[str, Tensor]) -> AdapterFile:
+    config = _config(path.with_name("adapter_config.json"))
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        match = PEFT_NAME.fullmatch(name)
+        if match is None:
+            raise AdapterError(
+                f"{path}: {name} is not a low-rank factor of a projection; only LoRA of attention and "
+                "feed-forward maps can be loaded"
+            )
+        layer, part, factor = match.groups()
+        out[f"{layer}.{part}.{factor}"] = tensor
+    if not out:
+        raise AdapterError(f"{path} holds no tensors; it is not an adapter")
+    return AdapterFile(path, out, {"scale": _scale(path, config), "rows": "halves"})
+
+
+def _config(path: Path) -> dict[str, object]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise AdapterError(f"{path} cannot be read ({e}); PEFT's adapters have one") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise AdapterError(f"{path} does not describe a LoRA adapter; other kinds are not known")
+    for key in ("use_dora", "rank_pattern", "alpha_pattern"):
+        if config.get(key):
+            raise AdapterError(
+                f"{path}: {key} is not known; merge this adapter into its base instead"
+            )
+    return config
+
+
+def _scale(path: Path, config: Mapping[str, object]) -> float:
+    alpha, rank = config.get("lora_alpha"), config.get("r")
+    if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank <= 0:
+        raise AdapterError(
+            f"{path}: its config has lora_alpha {alpha!r} and r {rank!r}; numbers are due"
+        )
+    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def adjacent(b_NR: Tensor, head_dim: int) -> Tensor:
+    """Rows of a query or key map whose heads rotate in halves -> in adjacent pairs."""
+    heads: Tensor = b_NR.unflatten(0, (-1, 2, head_dim // 2))
+    return heads.transpose(1, 2).reshape(b_NR.shape).contiguous()
+
+
+def in_our_order(file: AdapterFile, head_dim: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Factors with query and key rows as the engine rotates them. Raises AdapterError."""
+    out = file.factors()
+    if file.about.get("rows") != "halves":
+        return out
+    for name, (a, b) in out.items():
+        if name.endswith((".q", ".k")):
+            if b.shape[0] % head_dim:
+                raise AdapterError(
+                    f"{file.path}: {name} has {b.shape[0]} rows, which no heads have"
+                )
+            out[name] = a, adjacent(b, head_dim)
+    return out
+
+
+def same_base(file: AdapterFile, base: str, name: str) -> None:
+    """Raises AdapterError if the file says that it belongs to another model."""
+    told = file.about.get("base")
+    if told is not None and told != base:
+        raise AdapterError(
+            f"{file.path} was trained for another model (base {str(told)[:12]}, {name} is {base[:12]}); "
+            "train one for this model"
+        )
+
+
+def file_bytes(path: Path) -> int:
+    """Its size. Raises AdapterError."""
+    try:
+        return path.stat().st_size
+    except OSError as e:
+        raise AdapterError(f"{path} cannot be read ({e.strerror})") from None
+
+
+def finite(file: AdapterFile) -> None:
+    """Raises AdapterError for numbers that are none."""
+    for name, tensor in file.tensors.items():
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"{file.path}: {name} holds no finite numbers; train it again")

@@ -1,0 +1,183 @@
+"""`--draft`: what guesses ahead, made from a specification once a model is open."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from outsize.checkpoint import adapters
+from outsize.checkpoint.adapters import AdapterFile
+from outsize.draft import sampler
+from outsize.draft.auto import MOST, AutoDraft
+from outsize.draft.masks import LAYOUTS, MaskDraft, MaskModel
+from outsize.draft.model import ModelDraft
+from outsize.draft.ngram import NgramDraft
+from outsize.draft.none import Drafter, NoDraft
+from outsize.draft.pace import Pace
+from outsize.errors import AdapterError, OptionError, UnsupportedError
+from outsize.family.description import Description
+from outsize.model.adapter import Adapter
+from outsize.model.transformer import Transformer
+from outsize.pack import store
+from outsize.pack.format import Pack
+from outsize.pack.outline import Outline
+
+if TYPE_CHECKING:
+    from outsize.api import Model
+
+KINDS = ("auto", "none", "ngram", "model", "masks")
+SPARE = 64  # slots of keys and values for what is drafted and not kept
+ROW_BYTES = 8  # of a logit, in the forms that a step's rows have
+ADAPTER = 1.15  # of a mask drafter's file: its factors as they are, its sampler head as fp32
+SHIPPED = Path(__file__).with_name("adapters")
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """`kind[:source][:key=value,...]`, understood."""
+
+    kind: str
+    source: str = ""
+    k: int = 0  # 0: the kind's own
+    layout: str = "quadratic"
+
+
+def parse(text: str) -> Spec:
+    """Raises OptionError."""
+    kind, _, rest = text.partition(":")
+    if kind not in KINDS:
+        raise OptionError(f"draft is {text!r}; known are {', '.join(KINDS)} (as in ngram:k=8)")
+    match = re.fullmatch(r"(?:(.*?):)?(\w+=[^:,]+(?:,\w+=[^:,]+)*)", rest)
+    source, pairs = (match.group(1) or "", match.group(2)) if match else (rest, "")
+    told = dict(pair.split("=", 1) for pair in pairs.split(",") if pair)
+    spec = Spec(kind, source, *_numbers(text, kind, told))
+    if bool(source) != (kind in ("model", "masks")):
+        need = "a path, as in masks:FILE" if kind in ("model", "masks") else f"no path: {kind}"
+        raise OptionError(f"draft is {text!r}; {kind} takes {need}")
+    return spec
+
+
+def _numbers(text: str, kind: str, told: Mapping[str, str]) -> tuple[int, str]:
+    allowed = {"ngram": {"k"}, "model": {"k"}, "masks": {"k", "layout"}}.get(kind, set())
+    unknown = sorted(told.keys() - allowed)
+    if unknown:
+        known = ", ".join(sorted(allowed)) or "nothing"
+        raise OptionError(f"draft is {text!r}: {unknown[0]} is not known; {kind} takes {known}")
+    k, layout = told.get("k", ""), told.get("layout", "quadratic")
+    if k and not (k.isdecimal() and 1 <= int(k) <= MOST):
+        raise OptionError(
+            f"draft is {text!r}: k is {k}; a whole number from 1 to {MOST} is expected"
+        )
+    if layout not in LAYOUTS:
+        raise OptionError(f"draft is {text!r}: layout is {layout}; known are {', '.join(LAYOUTS)}")
+    return int(k or 0), layout
+
+
+def shipped(sha256: str) -> Path | None:
+    """The mask drafter that came with outsize, or was put into its home, for this very model."""
+    name = f"masks-{sha256[:12]}.safetensors"
+    places = (store.home() / "adapters" / name, SHIPPED / name)
+    return next((p for p in places if p.is_file()), None)
+
+
+@dataclass(slots=True)
+class Drafting:
+    """Makes each sequence's drafter."""
+
+    spec: Spec
+    pace: Pace = field(default_factory=Pace)
+    masks: MaskModel | None = None
+    model: Model | None = None
+
+    def new(self, others: int = 0) -> Drafter:
+        """A drafter; `others`: sequences that share its steps."""
+        kind, k = self.spec.kind, self.spec.k
+        if kind == "auto":
+            return AutoDraft(self.pace, self.masks, others)
+        if kind == "ngram":
+            return NgramDraft(k or 4)
+        if kind == "masks":
+            assert self.masks is not None
+            return MaskDraft(self.masks, k or self.masks.k, self.spec.layout)
+        if kind == "model":
+            assert self.model is not None
+            kv = self.model.transformer.new_kv(self.model.context)
+            return ModelDraft(self.model.transformer, kv, self.model.context, k or 4)
+        return NoDraft()
+
+    def close(self) -> None:
+        if self.model is not None:
+            self.model.close()
+
+
+def mask_file(spec: Spec, outline: Outline) -> Path | None:
+    """The adapter that a specification means, if any."""
+    if spec.kind == "masks":
+        return Path(spec.source).expanduser()
+    dense = outline.description.mixture is None
+    return shipped(outline.sha256) if spec.kind == "auto" and dense and outline.sha256 else None
+
+
+def extra_bytes(spec: Spec, outline: Outline) -> int:
+    """What drafting takes: the adapter, a step's logits, slots for what is not kept."""
+    if spec.kind == "none":
+        return 0
+    d, file = outline.description, mask_file(spec, outline)
+    rows = (MOST + 1) * d.vocab_size * ROW_BYTES
+    slots = SPARE * 4 * d.num_layers * d.num_kv_heads * d.head_dim
+    return rows + slots + (int(ADAPTER * adapters.file_bytes(file)) if file is not None else 0)
+
+
+def read_adapter(pack: Pack, name: str, path: Path) -> Adapter:
+    """A LoRA adapter for a model. Raises AdapterError."""
+    file, d = adapters.load(path), pack.description
+    if d.mixture is not None:
+        raise UnsupportedError(
+            f"{path}: adapters are for dense models; {pack.path.name} has experts"
+        )
+    adapters.same_base(file, pack.source.sha256, pack.path.name)
+    adapters.finite(file)
+    return Adapter(name, d, adapters.in_our_order(file, d.head_dim), file.scale)
+
+
+def mask_model(path: Path, k: int, pack: Pack, transformer: Transformer) -> MaskModel:
+    """Read and check a mask drafter. Raises AdapterError."""
+    d, file = pack.description, adapters.load(path)
+    if d.mixture is not None:
+        raise UnsupportedError(f"{path}: mask drafters are for dense models; use --draft ngram")
+    if file.about.get("kind") != "masks":
+        raise AdapterError(f"{path} is no mask drafter; `outsize adapt masks` trains one")
+    adapters.same_base(file, pack.source.sha256, pack.path.name)
+    adapters.finite(file)
+    masks = file.tensors.get("masks")
+    if masks is None or masks.dim() != 2 or masks.shape[1] != d.width:
+        raise AdapterError(f"{path} has no masks {d.width:,} numbers wide; it is for another model")
+    if k > len(masks):
+        raise AdapterError(f"k is {k}, but {path} has {len(masks)} masks; ask for at most that")
+    adapter = Adapter(str(path), d, adapters.in_our_order(file, d.head_dim), file.scale)
+    t = transformer
+    return MaskModel(masks, adapter, _head(file, d), t.project, t.embed, t.head_rows)
+
+
+def same_vocabulary(pack: Pack, smaller: Model) -> None:
+    """Raises AdapterError unless both models read the same tokens."""
+    if smaller.pack.tokenizer_crc != pack.tokenizer_crc:
+        raise AdapterError(
+            f"{smaller.name} does not read text as {pack.path.name} does; a draft model needs the same "
+            "tokenizer"
+        )
+
+
+def _head(file: AdapterFile, d: Description) -> dict[str, Tensor]:
+    found = {
+        k.removeprefix("sampler."): t for k, t in file.tensors.items() if k.startswith("sampler.")
+    }
+    want = sampler.shapes(d.width)
+    if found and {k: tuple(t.shape) for k, t in found.items()} != want:
+        raise AdapterError(f"{file.path}: its sampler head does not fit a width of {d.width:,}")
+    return found

@@ -1,0 +1,112 @@
+"""A chat at the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from outsize import planning
+from outsize.api import Model
+from outsize.errors import OutsizeError, TemplateError
+from outsize.options import Options
+from outsize.pack.store import home
+from outsize.reply import Reply
+from outsize.terminal import How, interrupts, note, open_model, show, summary
+
+HELP = "/reset forgets, /system TEXT begins anew under it, /adapter NAME swaps it, /stats counts, /bye leaves"
+
+
+def chat(name: str, options: Options, how: How) -> None:
+    """Turns until /bye, Ctrl-D, or Ctrl-C at the prompt."""
+    with open_model(name, how) as model:
+        if model.pack.chat_template is None:
+            raise TemplateError(
+                f"{model.name} has no chat template: it is a base model; "
+                "use `outsize run` with a text to continue"
+            )
+        talk = Talk(model, options, how)
+        if sys.stdin.isatty() and not how.wishes.quiet:
+            note(f"{model.name}; {HELP}")
+        with _history():
+            while (line := _ask()) is not None:
+                if not talk.turn(line.strip()):
+                    break
+
+
+def _ask() -> str | None:
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except (EOFError, KeyboardInterrupt):
+        if sys.stdin.isatty():
+            note("")
+        return None
+
+
+@contextmanager
+def _history() -> Iterator[None]:
+    """Editing keys and earlier lines, where the platform has them."""
+    path = home() / "history"
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    with suppress(OSError):
+        readline.read_history_file(path)
+    readline.set_history_length(1000)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(path)
+
+
+class Talk:
+    """A chat at the terminal."""
+
+    def __init__(self, model: Model, options: Options, how: How) -> None:
+        self._how = how
+        self._conversation = model.conversation(**options.to_json())  # type: ignore[arg-type]
+        self._replies: list[Reply] = []
+
+    def turn(self, line: str) -> bool:
+        """One line typed; False to leave."""
+        command, _, rest = line.partition(" ")
+        if command in ("/bye", "/exit", "/quit"):
+            return False
+        if command == "/reset":
+            self._conversation.reset()
+        elif command == "/system":
+            self._conversation.reset(rest or None)
+        elif command == "/adapter":
+            self._conversation.options = self._conversation.options.with_changes(
+                {"adapter": rest or None}
+            )
+        elif command == "/stats":
+            self._stats()
+        elif command.startswith("/"):
+            note(HELP)
+        elif line:
+            self._say(line)
+        return True
+
+    def _say(self, line: str) -> None:
+        try:
+            pieces = self._conversation.say(line)
+            with interrupts(self._conversation.cancel):
+                show(pieces, shown=True)
+        except OutsizeError as e:
+            note(f"error: {e}")
+            return
+        reply = self._conversation.reply
+        self._replies.append(reply)
+        if self._how.verbose:
+            note(summary(reply, planning.disk_rate()))
+
+    def _stats(self) -> None:
+        for reply in self._replies[-1:]:
+            note(summary(reply, planning.disk_rate()))
+        new = sum(r.new_tokens for r in self._replies)
+        note(f"{len(self._replies)} turns, {new} tokens answered")
