@@ -34,6 +34,7 @@ KINDS = ("auto", "none", "ngram", "model", "masks")
 SPARE = 64  # slots of keys and values for what is drafted and not kept
 ROW_BYTES = 8  # of a logit, in the forms that a step's rows have
 ADAPTER = 1.15  # of a mask drafter's file: its factors as they are, its sampler head as fp32
+WORTH_MASKS, WORTH_TEXT = 1.4, 1.04  # times as much may be read a step, for what guesses bring
 SHIPPED = Path(__file__).with_name("adapters")
 
 
@@ -45,6 +46,7 @@ class Spec:
     source: str = ""
     k: int = 0  # 0: the kind's own
     layout: str = "quadratic"
+    worth: float = 0.0  # times as much may be read a step for it; 0: it was asked for by name
 
 
 def parse(text: str) -> Spec:
@@ -76,6 +78,13 @@ def _numbers(text: str, kind: str, told: Mapping[str, str]) -> tuple[int, str]:
     if layout not in LAYOUTS:
         raise OptionError(f"draft is {text!r}: layout is {layout}; known are {', '.join(LAYOUTS)}")
     return int(k or 0), layout
+
+
+def choices(spec: Spec) -> list[Spec]:
+    """What a specification may turn out to be, the best first. Plans choose by memory."""
+    if spec.kind != "auto":
+        return [spec]
+    return [Spec("masks", worth=WORTH_MASKS), Spec("ngram", worth=WORTH_TEXT), Spec("none")]
 
 
 def shipped(sha256: str) -> Path | None:
@@ -117,10 +126,12 @@ class Drafting:
 
 def mask_file(spec: Spec, outline: Outline) -> Path | None:
     """The adapter that a specification means, if any."""
-    if spec.kind == "masks":
+    if spec.kind != "masks":
+        return None
+    if spec.source:
         return Path(spec.source).expanduser()
     dense = outline.description.mixture is None
-    return shipped(outline.sha256) if spec.kind == "auto" and dense and outline.sha256 else None
+    return shipped(outline.sha256) if dense and outline.sha256 else None
 
 
 def extra_bytes(spec: Spec, outline: Outline) -> int:

@@ -65,16 +65,28 @@ class Wishes:
             raise ContextError(
                 f"context is {self.context:,}; this model holds from 2 to {longest:,} tokens"
             )
-        spec = drafting.parse(self.draft)
-        wanted = replace(outline, drafting=drafting.extra_bytes(spec, outline))
-        try:
-            return place(
-                wanted, size, runtime, tokenizer, self.context, self.force and spec.kind != "auto"
-            )
-        except BudgetError:
-            if spec.kind != "auto":
-                raise
+        for spec in drafting.choices(drafting.parse(self.draft)):
+            wanted = replace(outline, drafting=drafting.extra_bytes(spec, outline))
+            found = self._place_for(wanted, spec, size, runtime, tokenizer)
+            if found is not None:
+                return found
         return place(outline, size, runtime, tokenizer, self.context, self.force)
+
+    def _place_for(
+        self, wanted: Outline, spec: drafting.Spec, size: int, runtime: int, tokenizer: int
+    ) -> Placement | None:
+        """A plan with drafting; None where nobody asked for it by name and what it takes from the weights
+        costs more than it brings."""
+        if not spec.worth:
+            return place(wanted, size, runtime, tokenizer, self.context, self.force)
+        plain = replace(wanted, drafting=0)
+        without = place(plain, size, runtime, tokenizer, self.context, self.force)
+        try:
+            made = place(wanted, size, runtime, tokenizer, self.context)
+        except BudgetError:
+            return None
+        good = made.context == without.context and made.streamed <= spec.worth * without.streamed
+        return made if good and (spec.kind != "masks" or made.holds_head) else None
 
 
 def load(
@@ -188,16 +200,18 @@ def _drafting(
     smaller: Model | None,
 ) -> drafting.Drafting:
     """What guesses ahead. Raises AdapterError, OptionError."""
-    spec = drafting.parse(wishes.draft)
+    asked, outline = drafting.parse(wishes.draft), of_pack(made)
     if smaller is not None:
         drafting.same_vocabulary(made, smaller)
-    if spec.kind == "auto" and "drafting" not in placement.fixed:
-        spec = drafting.parse("none")
-        if not wishes.quiet:
-            warn("no memory is left to guess ahead with; --draft ngram asks for it all the same")
-    file = drafting.mask_file(spec, of_pack(made))
+    planned = placement.fixed.get("drafting", 0)
+    spec = next(
+        (s for s in drafting.choices(asked) if drafting.extra_bytes(s, outline) == planned), asked
+    )
+    file = drafting.mask_file(spec, outline)
     masks = None if file is None else drafting.mask_model(file, spec.k, made, transformer)
-    return drafting.Drafting(spec, masks=masks, model=smaller)
+    return drafting.Drafting(
+        asked if planned else drafting.Spec("none"), masks=masks, model=smaller
+    )
 
 
 def _warn_slow(made: Pack, native: Kernels | None) -> None:

@@ -22,6 +22,7 @@ MARGIN = 1.03  # a draft must promise so much more than none
 MASK_PRIOR = (0.75, 0.7, 0.7, 0.65)
 TEXT_STEPS = (1, 2, 3, 5, 9, 17)  # tokens that agree, by which matches are told apart
 TEXT_PRIOR = (0.12, 0.25, 0.45, 0.65, 0.8, 0.92)
+PATIENCE, MOST_PATIENT = 24, 200  # steps until masks that did not pay are tried again
 MOST = 15  # guesses: with the last known token, as many as run through kernels of few rows
 
 
@@ -68,6 +69,7 @@ class AutoDraft:
             : masks.k if masks else 0
         ]
         self._foresight = Rates(prior or (0.0,))
+        self._idle, self._patience = 0, PATIENCE  # steps without masks, and how many to let pass
         self._agreed, self._own = 0, 1  # of the last draft: tokens that agree (0: by masks), rows
 
     def propose(self, tokens: Sequence[int], most: int) -> Draft:
@@ -79,11 +81,21 @@ class AutoDraft:
         if count and by_text > MARGIN * max(plain, shape.value):
             anchors = tuple(dict.fromkeys((0, count)))
             return self._drafted(match.tokens[:count], anchors, shape.depth, match.length)
-        if shape.value > MARGIN * plain and shape.depth:
+        if shape.depth and (shape.value > MARGIN * plain or self._probing()):
             guesses = self._guesses[: min(shape.depth, most)]
             anchors = tuple(range(len(guesses) + 1)) if shape.quadratic else (len(guesses),)
             return self._drafted(guesses, anchors, shape.depth, 0)
         return self._drafted((), (), 0, 0)
+
+    def _probing(self) -> bool:
+        """Is it time to see whether masks would pay by now? Two steps: one makes guesses, the next uses
+        them; ever more rarely."""
+        self._idle += 1
+        if self._idle <= self._patience:
+            return False
+        if self._idle >= self._patience + 2:
+            self._idle, self._patience = 0, min(2 * self._patience, MOST_PATIENT)
+        return True
 
     def _drafted(
         self, tokens: tuple[int, ...], anchors: tuple[int, ...], depth: int, agreed: int
@@ -103,7 +115,7 @@ class AutoDraft:
 
     def _shape(self) -> Shape:
         """How many masks pay most in the long run, after which tokens, and what they promise."""
-        best, expected, chance = Shape(0, True, self._value(1.0, 1)), 1.0, 1.0
+        best, expected, chance = Shape(0, True, 0.0), 1.0, 1.0
         for depth in range(1, (self._masks.k if self._masks else 0) + 1):
             chance *= self._foresight[depth - 1]
             expected += chance

@@ -141,6 +141,11 @@ class Transformer:
         """Are the compiled row kernels in use?"""
         return self._kernels is not None
 
+    @property
+    def waited_s(self) -> float:
+        """Seconds that computing has stood still for reads so far."""
+        return self.loaded.traffic.waited_s + self.loaded.expert_traffic.waited_s
+
     def new_kv(self, room: int = 0) -> KV:
         """An empty cache for one sequence; with `room` for so many tokens it never moves."""
         d = self.description

@@ -35,6 +35,12 @@ class Placement:
         return sum(size for _, tier, size in self.groups if tier == DISK)
 
     @property
+    def holds_head(self) -> bool:
+        """Is all of the head in memory?"""
+        tiers = {group.split(" ")[0]: tier for group, tier, _ in self.groups}
+        return tiers.get("head", tiers.get("embed")) == MEMORY
+
+    @property
     def planned(self) -> int:
         return max(sum(self.fixed.values()) + self.held, self.opening)
 
