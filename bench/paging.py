@@ -37,7 +37,7 @@ def worker(model: str, memory: str, context: int, new: int) -> dict[str, object]
     from outsize.weights.budget import peak
 
     started = time.perf_counter()
-    with outsize.load(model, memory=memory, context=context, quiet=True) as m:
+    with outsize.load(model, memory=memory, context=context, quiet=True, draft="none") as m:
         load_s = time.perf_counter() - started
         disk = Disk(m)
         vocab = m.pack.description.vocab_size
