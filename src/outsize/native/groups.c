@@ -1,7 +1,8 @@
 /* Products with weights in groups of 32 that share a scale: w = scale * (code - offset).
  *
- * The input is taken as 16-bit integers, one scale a group, split into a high and a low byte, so that
- * products and sums within a group are exact integers; groups are then summed in fp32 in a fixed order.
+ * bf16 inputs meet codes as bf16 numbers where the processor has products of those. Else the input is taken
+ * as 16-bit integers, one scale a group, split into a high and a low byte, so that products and sums within a
+ * group are exact integers; groups are then summed in fp32 in a fixed order.
  * A row's bits therefore depend on nothing but the row. The AVX-512 VNNI way and the plain C way do the
  * same arithmetic. Blocks of 64 weights: two groups, A then B.
  */
@@ -162,9 +163,97 @@ static void dot_sized(const Matrix *m, long n, const Input *x, long count, float
     }
 }
 
-/* y = x @ w.T for `count` rows. x and y are bf16, or fp32 where `wide` is set. scratch holds
- * count * 4 * width bytes. */
-void group_linear(const Matrix *m, const void *x, void *y, long count, int wide, char *scratch) {
+#ifdef __AVX512BF16__
+/* Codes as bf16 numbers, exact, meet x in pairs; a group is one register wide, so its sum meets its scale at
+ * once. Weights are decoded once for all rows. For bf16 inputs alone; integers serve fp32 ones. */
+static inline __attribute__((always_inline)) void
+numbers_of(const Matrix *m, long bits, long at, __m512i table, __m512bh *w) {
+    if (bits == 8) {
+        __m512 part[4];
+        for (long i = 0; i < 4; i++) {
+            __m512i c = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)(m->codes + at + 16 * i)));
+            part[i] = _mm512_cvtepi32_ps(_mm512_sub_epi32(c, _mm512_set1_epi32(128)));
+        }
+        w[0] = _mm512_cvtne2ps_pbh(part[1], part[0]);
+        w[1] = _mm512_cvtne2ps_pbh(part[3], part[2]);
+        return;
+    }
+    __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)(m->codes + at / 2)));
+    __m512i a = both, b = _mm512_srli_epi16(both, 4);
+    if (bits == 5) {
+        uint64_t fifth;
+        memcpy(&fifth, m->high + at / 8, 8);
+        const __m512i top = _mm512_set1_epi16(16);
+        a = _mm512_and_si512(a, _mm512_set1_epi16(15));
+        a = _mm512_mask_add_epi16(a, (__mmask32)fifth, a, top);
+        b = _mm512_mask_add_epi16(b, (__mmask32)(fifth >> 32), b, top);
+    }
+    w[0] = (__m512bh)_mm512_permutexvar_epi16(a, table);
+    w[1] = (__m512bh)_mm512_permutexvar_epi16(b, table);
+}
+
+static inline __m512i table_of(long bits) {
+    bf16 table[32];
+    for (long i = 0; i < 32; i++) table[i] = down((float)(bits == 5 ? i - 16 : i % 16 - 8));
+    return _mm512_loadu_si512(table);
+}
+
+static inline __attribute__((always_inline)) void
+dot_numbers(const Matrix *m, const long bits, long n, const bf16 *x, const long count,
+            const __m512i table, float *out) {
+    __m512 sum[MAX_ROWS][2]; /* of even and odd groups: two chains of additions, not one */
+    for (long t = 0; t < count; t++) sum[t][0] = sum[t][1] = _mm512_setzero_ps();
+    const half *scale = m->scale + n * (m->width / GROUP);
+    for (long k = 0; k < m->width; k += BLOCK) {
+        __m512bh w[2];
+        numbers_of(m, bits, n * m->width + k, table, w);
+        _mm_prefetch((const char *)(m->codes + (n * m->width + k) * (bits == 8 ? 8 : 4) / 8 + 2048),
+                     _MM_HINT_T0);
+        for (long g = 0; g < 2; g++) {
+            __m512 d = _mm512_set1_ps((float)scale[k / GROUP + g]);
+            for (long t = 0; t < count; t++) {
+                __m512 v = _mm512_dpbf16_ps(_mm512_setzero_ps(), w[g],
+                                            (__m512bh)_mm512_loadu_si512(x + t * m->width + k + g * GROUP));
+                sum[t][g] = _mm512_fmadd_ps(v, d, sum[t][g]);
+            }
+        }
+    }
+    for (long t = 0; t < count; t++) out[t] = _mm512_reduce_add_ps(_mm512_add_ps(sum[t][0], sum[t][1]));
+}
+
+#define ROWS(bits)                                                                                        \
+    switch (count) { /* constants let the compiler keep the sums in registers */                         \
+    case 1: dot_numbers(m, bits, n, x, 1, table, out); return;                                           \
+    case 2: dot_numbers(m, bits, n, x, 2, table, out); return;                                           \
+    case 3: dot_numbers(m, bits, n, x, 3, table, out); return;                                           \
+    case 4: dot_numbers(m, bits, n, x, 4, table, out); return;                                           \
+    case 5: dot_numbers(m, bits, n, x, 5, table, out); return;                                           \
+    case 6: dot_numbers(m, bits, n, x, 6, table, out); return;                                           \
+    case 7: dot_numbers(m, bits, n, x, 7, table, out); return;                                           \
+    case 8: dot_numbers(m, bits, n, x, 8, table, out); return;                                           \
+    }
+
+static void numbers_sized(const Matrix *m, long n, const bf16 *x, long count, const __m512i table, float *out) {
+    if (m->bits == 4) { ROWS(4) }
+    if (m->bits == 5) { ROWS(5) }
+    ROWS(8)
+}
+
+static void numbers_linear(const Matrix *m, const bf16 *x, bf16 *y, long count) {
+    long K = m->width, N = m->rows;
+    const __m512i table = table_of(m->bits);
+#pragma omp parallel for schedule(static)
+    for (long n = 0; n < N; n++)
+        for (long first = 0; first < count; first += MAX_ROWS) {
+            long some = count - first < MAX_ROWS ? count - first : MAX_ROWS;
+            float out[MAX_ROWS];
+            numbers_sized(m, n, x + first * K, some, table, out);
+            for (long t = 0; t < some; t++) y[(first + t) * N + n] = down(out[t]);
+        }
+}
+#endif
+
+static void integer_linear(const Matrix *m, const void *x, void *y, long count, int wide, char *scratch) {
     long K = m->width, N = m->rows;
 #pragma omp parallel
     {
@@ -190,6 +279,19 @@ void group_linear(const Matrix *m, const void *x, void *y, long count, int wide,
             }
     }
 }
+
+/* y = x @ w.T for `count` rows. x and y are bf16, or fp32 where `wide` is set. scratch holds
+ * count * 4 * width bytes. */
+void group_linear(const Matrix *m, const void *x, void *y, long count, int wide, char *scratch) {
+#ifdef __AVX512BF16__
+    if (!wide) {
+        numbers_linear(m, x, y, count);
+        return;
+    }
+#endif
+    integer_linear(m, x, y, count, wide, scratch);
+}
+
 
 #ifdef __AVX512VNNI__
 /* As `down`, of 16 numbers. */
