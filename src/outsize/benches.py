@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
-from outsize.flags import AsJson, Encoding, Native, Quiet, Threads, option
+from outsize.flags import AsJson, DraftFlag, Encoding, Memory, Native, Quiet, Threads, option
 from outsize.options import CAPACITIES, DEFAULT_MODEL, EVICTIONS
 
 app = typer.Typer(
-    rich_markup_mode=None, no_args_is_help=True, help="Measure: speed, quality, expert caches."
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    help="Measure: speed, quality, drafts, expert caches.",
 )
 
 
@@ -53,6 +55,31 @@ def quality(
         measure.show(model, text, tokens, encoding, native, quiet)
     else:
         raise typer.BadParameter("give --text FILE or --tasks NAMES")
+
+
+@app.command()
+def speculate(
+    model: Annotated[str, typer.Argument()] = DEFAULT_MODEL,
+    prompts: Annotated[
+        Path | None, option("--prompts", text="JSON lines with `category` and `turns` or `prompt`.")
+    ] = None,
+    draft: DraftFlag = "auto",
+    new_tokens: Annotated[int, option("--new-tokens", text="Tokens of an answer.")] = 128,
+    per_category: Annotated[int, option("--per-category", text="Prompts of each; 0: all.")] = 0,
+    memory: Memory = "auto",
+    held: Annotated[float, option("--held", text="Share of the weights to hold in memory.")] = 1.0,
+    context: Annotated[int, option("-c", "--context", text="Tokens of context.")] = 2048,
+    threads: Threads = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Drafts against none, by category: tokens a step, tokens/s, ratio; texts must be the same."""
+    from outsize.bench import speculate as measure
+
+    if prompts is None:
+        raise typer.BadParameter("give --prompts FILE")
+    wanted = measure.Wanted(prompts, draft, new_tokens, per_category, memory, held, context)
+    measure.show(model, wanted, as_json, threads, quiet)
 
 
 @app.command()

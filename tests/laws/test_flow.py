@@ -94,3 +94,38 @@ def test_an_end_inside_a_draft_cuts_there() -> None:
     with pytest.raises(StopIteration):
         life.send(Out(torch.zeros(4, 9)))
     assert (seq.tokens, seq.finish) == ([1, 3], "stop")
+
+
+def third(world: World) -> torch.Tensor:
+    """(V,): the chances of the third new token after [1, 2, 3], summed over the two before."""
+    share = world.table.double().softmax(2)
+    first = share[2, 3]
+    pairs = first[:, None] * share[3]  # first, second
+    return (pairs[:, :, None] * share).sum((0, 1))
+
+
+def test_sampling_with_drafts_draws_from_the_same_distribution() -> None:
+    """Chi-square of the third token of many drafted answers against its exact chances, ten seeds."""
+    options = Options(max_tokens=3, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+    runs, random = 600, torch.Generator().manual_seed(3)
+    for seed in range(10):
+        counts, accepted = torch.zeros(VOCAB).double(), 0
+        for run in range(runs):
+            seq = flow.Sequence([1, 2, 3], 3, 6, frozenset())
+            drafts = torch.randint(VOCAB, (3, 3), generator=random).tolist()
+            account, world = flow.Account(), World(seed)
+            pick = picker(options, seed * runs + run)
+            life = flow.decode(seq, Script(drafts), pick, 2, account)
+            try:
+                span = next(life)
+                world.seen = [1, 2]
+                while True:
+                    span = life.send(world(span))
+            except StopIteration:
+                counts[seq.tokens[5]] += 1
+                accepted += account.accepted
+        expected = third(World(seed)) * runs
+        statistic = ((counts - expected) ** 2 / expected).sum()
+        p = torch.special.gammaincc(torch.tensor((VOCAB - 1) / 2).double(), statistic / 2)
+        assert accepted > 50
+        assert p > 0.01, f"seed {seed}: p = {float(p)}"

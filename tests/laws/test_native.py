@@ -99,3 +99,24 @@ def test_a_failing_compiler_is_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("PATH", str(tmp_path))
     assert kernels(tmp_path / "native") is None
     assert not list((tmp_path / "native").glob("*.so"))
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="no C compiler on this machine")
+@pytest.mark.parametrize("shape", [(64, 32), (128, 96), (320, 576)])
+def test_int4_rows_are_decoded_products_and_alone(shape: tuple[int, int], home: Path) -> None:
+    """tiles.c: any number of rows gives each row the bits it has alone."""
+    found = kernels(home / "native")
+    assert found is not None
+    if not found.has_tiles:
+        pytest.skip("this processor has no AVX-512 BF16")
+    torch.manual_seed(sum(shape))
+    plain = Int4()
+    fields = plain.encode(torch.randn(shape) * 0.1)
+    w_NK = plain.decode(fields)
+    for rows in (1, 2, 5, 6, 7, 13, 25):
+        x = torch.randn(rows, shape[1]).bfloat16()
+        y = found.tile_linear(fields["packed"], fields["scales"], x)
+        want = x.float() @ w_NK.T
+        assert (y.float() - want).norm() <= 0.005 * want.norm()
+        alone = [found.tile_linear(fields["packed"], fields["scales"], row) for row in x.split(1)]
+        assert torch.equal(torch.cat(alone), y)

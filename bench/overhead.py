@@ -1,0 +1,68 @@
+"""What the paging machinery costs where all weights are in memory: `python bench/overhead.py MODEL...`.
+
+Steps of one token through the parts as they are (each asks whether its weights are held, passes are counted,
+free memory is watched), and through the same layers called bare; in turn, in one process. One JSON object
+a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import outsize
+from outsize.forward import full as passes
+from outsize.forward.span import Span
+
+TURNS, STEPS = 60, 8
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("models", nargs="+")
+    for name in p.parse_args().models:
+        print(json.dumps(measured(name)), flush=True)
+
+
+def measured(name: str) -> dict[str, object]:
+    with outsize.load(name, quiet=True, draft="none") as m:
+        model, paged = m.transformer, passes._run
+        halves = [part.held for part in model.parts]
+        assert all(halves), "not all weights are in memory"
+
+        def bare(model, h_TD, steps) -> None:  # type: ignore[no-untyped-def]
+            chunks = [(h_TD[rows], step) for rows, step in steps]
+            for half in halves:
+                half.run(chunks)
+
+        kv = model.new_kv(400)
+        passes.full(model, [Span(0, range(100, 356))], [kv])
+
+        def seconds(run: Callable[..., None]) -> float:
+            passes._run = run
+            started = time.perf_counter()
+            for _ in range(STEPS):
+                passes.full(model, [Span(256, [7])], [kv])
+            return (time.perf_counter() - started) / STEPS
+
+        seconds(paged), seconds(bare)
+        pairs = [
+            (seconds(paged), seconds(bare)) if i % 2 else (seconds(bare), seconds(paged))[::-1]
+            for i in range(TURNS)
+        ]
+        passes._run = paged
+        ratios = [a / b for a, b in pairs]
+        return {
+            "model": m.name,
+            "paged_ms": 1e3 * statistics.median(a for a, _ in pairs),
+            "bare_ms": 1e3 * statistics.median(b for _, b in pairs),
+            "median_ratio": statistics.median(ratios),
+            "quartiles": statistics.quantiles(ratios, n=4),
+        }
+
+
+if __name__ == "__main__":
+    main()

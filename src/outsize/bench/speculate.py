@@ -1,0 +1,164 @@
+"""What drafts are worth, by category of prompt: tokens a step, and speed against no drafting.
+
+One model, one placement; each prompt is answered without drafts and with them, in turn, the order changing
+from prompt to prompt. Texts must be identical: a category with one that is not has no figures.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from outsize import loading
+from outsize.api import Model
+from outsize.bars import steps
+from outsize.drafting import Drafting, Spec
+from outsize.errors import OptionError
+from outsize.reply import Reply
+
+LEAST_TOKENS = 8  # of an answer whose speed is compared
+CHARACTERS_A_TOKEN = 6  # at most: longer prompts are cut to what the context holds
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What to measure, and on what."""
+
+    prompts: Path
+    draft: str = "auto"
+    new_tokens: int = 128
+    per_category: int = 0  # 0: all
+    memory: str = "auto"
+    held: float = 1.0  # share of the weights in memory, where `memory` is auto
+    context: int = 2048
+
+
+@dataclass(slots=True)
+class Pairs:
+    """A category's answers: without drafts, with them."""
+
+    pairs: list[tuple[Reply, Reply]] = field(default_factory=list)
+
+    def row(self, category: str) -> dict[str, object]:
+        same = all(a.text == b.text for a, b in self.pairs)
+        timed = [(a, b) for a, b in self.pairs if a.new_tokens >= LEAST_TOKENS]
+        if not same or not timed:
+            return {"category": category, "prompts": len(self.pairs), "void": True}
+        ratios = [b.tokens_per_s / a.tokens_per_s for a, b in timed]
+        return {
+            "category": category,
+            "prompts": len(self.pairs),
+            "void": False,
+            "tokens_per_step": statistics.mean(b.tokens_per_step for _, b in timed),
+            "plain_tokens_per_s": statistics.median(a.tokens_per_s for a, _ in timed),
+            "tokens_per_s": statistics.median(b.tokens_per_s for _, b in timed),
+            "ratio": statistics.mean(ratios),
+            "least_ratio": min(ratios),
+            "accepted": sum(b.accepted for _, b in timed),
+            "drafted": sum(b.drafted for _, b in timed),
+        }
+
+
+def read(path: Path, per_category: int) -> list[tuple[str, str]]:
+    """(category, prompt) of each line. Raises OptionError with the line's number."""
+    out: list[tuple[str, str]] = []
+    counts: dict[str, int] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise OptionError(f"cannot read the prompts {path}: {e}") from None
+    for number, line in enumerate(lines, 1):
+        category, prompt = _item(path, number, line)
+        counts[category] = counts.get(category, 0) + 1
+        if not per_category or counts[category] <= per_category:
+            out.append((category, prompt))
+    if not out:
+        raise OptionError(f"{path} holds no prompts; a JSON object a line is expected")
+    return out
+
+
+def _item(path: Path, number: int, line: str) -> tuple[str, str]:
+    try:
+        item = json.loads(line)
+        text = item["turns"][0] if "turns" in item else item["prompt"]
+        return str(item.get("category", "all")), str(text)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        raise OptionError(
+            f"{path}, line {number}: an object with `turns` or `prompt`, and a `category`, is expected"
+        ) from None
+
+
+def measure(model: Model, wanted: Wanted, quiet: bool) -> Iterator[dict[str, object]]:
+    """A row for each category, then their mean."""
+    drafted, none = model.drafting, Drafting(Spec("none"))
+    found: dict[str, Pairs] = {}
+    prompts = read(wanted.prompts, wanted.per_category)
+    with steps(quiet) as draw:
+        for number, (category, prompt) in enumerate(prompts):
+            text = prompt[: CHARACTERS_A_TOKEN * (model.context - wanted.new_tokens) // 2]
+            replies: dict[bool, Reply] = {}
+            for with_drafts in (False, True) if number % 2 else (True, False):
+                model.drafting = drafted if with_drafts else none
+                (replies[with_drafts],) = model.generate(text, max_tokens=wanted.new_tokens)
+            found.setdefault(category, Pairs()).pairs.append((replies[False], replies[True]))
+            draw(f"speculating, {category}", number + 1, len(prompts))
+    model.drafting = drafted
+    rows = [pairs.row(category) for category, pairs in found.items()]
+    yield from rows
+    yield _mean([row for row in rows if not row["void"]])
+
+
+def _mean(rows: Sequence[Mapping[str, object]]) -> dict[str, object]:
+    def mean(key: str) -> float:
+        return statistics.mean(float(str(row[key])) for row in rows)
+
+    if not rows:
+        return {"category": "mean", "void": True}
+    keys = ("tokens_per_step", "plain_tokens_per_s", "tokens_per_s", "ratio")
+    least = min(float(str(row["least_ratio"])) for row in rows)
+    return {"category": "mean", "void": False, **{k: mean(k) for k in keys}, "least_ratio": least}
+
+
+def memory_for(model: str, wanted: Wanted) -> str:
+    """A budget in which the wanted share of the weights is held."""
+    if wanted.memory != "auto" or wanted.held >= 1:
+        return wanted.memory
+    with loading.load(model, context=wanted.context, draft="none", quiet=True) as opened:
+        placed = opened.placement
+        room = sum(placed.fixed.values()) + int(wanted.held * placed.held)
+    return str(int(room * 1.01))
+
+
+def show(model: str, wanted: Wanted, as_json: bool, threads: int | None, quiet: bool) -> None:
+    """Measure and print: a table, then one JSON object a line; with --json those alone."""
+    loading.set_threads(threads)
+    memory = memory_for(model, wanted)
+    with loading.load(
+        model, memory=memory, context=wanted.context, draft=wanted.draft, quiet=True
+    ) as m:
+        rows = list(measure(m, replace(wanted, memory=memory), quiet))
+        placed, streamed = m.placement, m.placement.streamed
+        about = {
+            "model": m.name, "draft": wanted.draft, "memory": placed.budget, "threads": threads,
+            "held_share": round(1 - streamed / max(1, m.pack.size), 4),
+            "new_tokens": wanted.new_tokens, "masks": m.drafting.masks is not None,
+        }  # fmt: skip
+    if not as_json:
+        print(f"{m.name}, {about['held_share']:.0%} of the weights in memory, draft {wanted.draft}")
+        print(f"{'category':>16}  tokens a step  tokens/s (plain)  ratio  least")
+        for row in rows:
+            print(_line(row))
+    for row in rows:
+        print(json.dumps(about | row))
+
+
+def _line(row: Mapping[str, object]) -> str:
+    if row["void"]:
+        return f"{row['category']:>16}  void: texts differ, or none is long enough"
+    return (
+        f"{row['category']:>16}  {row['tokens_per_step']:13.2f}  {row['tokens_per_s']:7.1f} "
+        f"({row['plain_tokens_per_s']:6.1f})  {row['ratio']:4.2f}x  {row['least_ratio']:4.2f}x"
+    )

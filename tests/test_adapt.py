@@ -1,0 +1,234 @@
+"""Training mask drafters: resumed to the bit, saved whatever happens, and honest about its data."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import outsize
+from outsize import adapting
+from outsize.adapt import checkpoints, training
+from outsize.adapt.acceptance import Walk, leading, walk
+from outsize.adapt.answered import Kept
+from outsize.adapt.answers import answer
+from outsize.adapt.data import read
+from outsize.adapt.masks import Example, Recipe, draw, losses, ordinary
+from outsize.adapt.twin import Twin
+from outsize.api import Model
+from outsize.bars import silent
+from outsize.checkpoint.adapters import raw
+from outsize.errors import AdapterError, DataError, DiskFullError, OptionError, UnsupportedError
+from tests.golden import tiny
+
+RECIPE = Recipe(k=2, rank=2, steps=8, batch=2, anchors=4, length=80)
+EXAMPLES = [Example([(7 * i * j + i) % 250 for j in range(30)], 6) for i in range(5)]
+
+
+def twin_of(model: Model) -> Twin:
+    return Twin(model.pack, torch.device("cpu"), torch.float32, silent)
+
+
+def quiet(seen: training.Seen) -> None:
+    """Nobody looks."""
+
+
+def test_a_resumed_training_gives_the_same_weights(
+    open_tiny: Callable[..., Model], tmp_path: Path
+) -> None:
+    twin, path = twin_of(open_tiny("llama", "int8")), tmp_path / "c"
+    whole = training.start(twin, RECIPE, "base")
+    training.train(whole, EXAMPLES, [], tmp_path / "w", 100, quiet)
+    part = training.start(twin, RECIPE, "base")
+    for _ in range(5):
+        part.run_step(EXAMPLES)
+    part.save(path)
+    again = training.resume(twin, RECIPE, "base", path)
+    assert again.step == 5
+    training.train(again, EXAMPLES, [], path, 100, quiet)
+    for name, value in whole.parameters.items():
+        assert torch.equal(value, again.parameters[name]), name
+    with pytest.raises(AdapterError, match="another model or recipe"):
+        training.resume(twin, Recipe(k=2, rank=4), "base", path)
+    with pytest.raises(AdapterError, match="another model or recipe"):
+        training.resume(twin, RECIPE, "other", path)
+
+
+def test_training_lowers_the_loss_and_leaves_the_base_alone(
+    open_tiny: Callable[..., Model],
+) -> None:
+    """Gated additions never reach ordinary tokens; ordinary ones do."""
+    twin = twin_of(open_tiny("llama", "int8"))
+    recipe = Recipe(k=2, rank=4, steps=60, batch=4, anchors=8, length=80, rate=5e-3)
+    state = training.start(twin, recipe, "base")
+    batch = draw(EXAMPLES, recipe, 0, 0, 1)
+    with torch.no_grad():
+        before = losses(twin, state.parameters, recipe, batch)
+        base, _ = ordinary(twin, batch)
+    for _ in range(60):
+        state.run_step(EXAMPLES)
+    with torch.no_grad():
+        after = losses(twin, state.parameters, recipe, batch)
+        assert torch.equal(base, ordinary(twin, batch)[0])
+    assert after.base < 0.8 * before.base
+    assert after.sampled < 0.8 * before.sampled
+    found = walk(twin, state.parameters, recipe.scale, EXAMPLES, 2)
+    assert found.by_quadratic >= found.by_linear >= 1
+
+
+def test_a_walk_counts_steps_as_decoding_takes_them() -> None:
+    found = Walk()
+    found.add([2, 0, 1, 0, 0], k=2)
+    # Quadratic: three tokens, one, one. Linear: all right, one, then a step without guesses.
+    assert (found.tokens, found.quadratic, found.linear) == (5, 3, 3)
+    example = Example([9, 9, 1, 2, 3, 4], 2)
+    guesses = torch.tensor([[2, 3], [3, 9], [4, 0], [0, 0]])
+    assert leading(example, guesses) == [2, 1, 1, 0]
+
+
+def test_own_answers_are_the_engines(open_tiny: Callable[..., Model]) -> None:
+    """Prompts of unlike length together, padded, give what each gives alone in fp32."""
+    model = open_tiny("llama", "fp32")
+    prompts = [tiny.TOKENS[:5], tiny.TOKENS[3:14], tiny.TOKENS[7:9]]
+    made = answer(twin_of(model), prompts, 12, frozenset())
+    for prompt, tokens in zip(prompts, made, strict=True):
+        run = model.start(list(prompt), outsize.Options(max_tokens=12))
+        run.seq.ends = frozenset()
+        for _ in model._drive([run], outsize.Options(max_tokens=12, seed=0)):
+            pass
+        assert run.seq.new_tokens == tokens
+
+
+def test_kept_answers_survive_a_line_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    kept = Kept(path, {"base": "x"})
+    kept.add([0, 1], [[1, 2], [3]])
+    with path.open("a") as file:
+        file.write("[2, [4, 5")
+    assert Kept(path, {"base": "x"}).answers == {0: [1, 2], 1: [3]}
+    assert Kept(path, {"base": "y"}).answers == {}
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "c.safetensors"
+    checkpoints.save(path, {"a": torch.ones(3)}, {"step": 1})
+
+    def full(*args: object) -> None:
+        (tmp_path / "c.safetensors.part").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(DiskFullError, match="the disk is full; what was there before is kept"):
+        checkpoints.save(path, {"a": torch.zeros(3)}, {"step": 2})
+    assert raw(path)[1] == {"step": 1}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.safetensors"]
+
+
+def test_data_is_refused_with_its_line(tmp_path: Path) -> None:
+    def wrote(name: str, text: str) -> Path:
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    good = wrote("a.jsonl", '{"prompt": "p", "answer": "a"}\n{"turns": ["t", "u"]}\n'
+                 '{"messages": [{"role": "user", "content": "m"}]}\n')  # fmt: skip
+    assert [line.prompt for line in read([good, wrote("b.txt", "one\n\ntwo\n")])] == [
+        "p", "t", "m", "one", "two"
+    ]  # fmt: skip
+    for name, text, words in (
+        ("c.jsonl", '{"prompt": "p"}\n{"prompt": \n', "line 2: not JSON"),
+        ("d.jsonl", '{"prompt": "p"}\n[1]\n', "line 2: an object"),
+        ("e.jsonl", '{"text": "p"}\n', "line 1: no text under prompt"),
+        ("f.txt", "\n\n", "no prompts"),
+    ):
+        with pytest.raises(DataError, match=words):
+            read([wrote(name, text)])
+    with pytest.raises(DataError, match="cannot be read"):
+        read([tmp_path / "nothing.txt"])
+
+
+def wish_of(model: Model, folder: Path, **more: object) -> adapting.Wish:
+    prompts = folder / "prompts.txt"
+    prompts.write_text("\n".join(f"say {i} and {i * i}" for i in range(9)))
+    told = {"max_tokens": 12, "at_once": 4, "quiet": True} | more
+    return adapting.Wish(str(model.pack.path), (prompts,), folder / "a.safetensors", **told)  # type: ignore[arg-type]
+
+
+def test_the_whole_recipe_makes_a_drafter_that_loads(
+    open_tiny: Callable[..., Model], tmp_path: Path
+) -> None:
+    model = open_tiny("llama", "int8")
+    wish = wish_of(model, tmp_path)
+    adapting.masks(wish, RECIPE)
+    assert not wish.checkpoint.exists()
+    with outsize.load(str(model.pack.path), draft=f"masks:{wish.output}", quiet=True) as drafted:
+        (ours,) = drafted.generate("say 3", max_tokens=20)
+    assert ours.text == model.generate("say 3", max_tokens=20)[0].text
+    assert ours.drafted > 0
+    with pytest.raises(OptionError, match="no checkpoint"):
+        adapting.masks(wish_of(model, tmp_path, resume=True), RECIPE)
+    with pytest.raises(DataError, match="every prompt is longer"):
+        adapting.masks(wish_of(model, tmp_path), Recipe(length=14))
+    with pytest.raises(DataError, match="has no answer"):
+        adapting.masks(wish_of(model, tmp_path, own_answers=False), RECIPE)
+    with pytest.raises(OptionError, match="auto, cpu or cuda"):
+        adapting.join("tpu")
+
+
+def test_experts_are_refused(open_tiny: Callable[..., Model]) -> None:
+    with pytest.raises(UnsupportedError, match="knows dense models"):
+        twin_of(open_tiny("olmoe", "bf16"))
+
+
+def test_an_interrupt_saves(open_tiny: Callable[..., Model], tmp_path: Path) -> None:
+    state = training.start(twin_of(open_tiny("llama", "int8")), RECIPE, "base")
+
+    def stop(seen: training.Seen) -> None:
+        if seen.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training.train(state, EXAMPLES, [], tmp_path / "c", 100, stop)
+    assert raw(tmp_path / "c")[1]["step"] == 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is POSIX")
+def test_a_killed_training_resumes_to_the_same_file(
+    open_tiny: Callable[..., Model], tmp_path: Path
+) -> None:
+    """The command itself, killed after its first checkpoint."""
+    model = open_tiny("llama", "int8")
+    made = []
+    for name, kill in (("whole", False), ("killed", True)):
+        folder = tmp_path / name
+        folder.mkdir()
+        wish = wish_of(model, folder)
+        command = [
+            sys.executable, "-m", "outsize.cli", "adapt", "masks", wish.model, "--data",
+            str(wish.data[0]), "-o", str(wish.output), "--steps", "40", "--k", "2", "--rank", "2",
+            "--batch", "2", "--anchors", "4", "--every", "10", "-n", "12", "-q", "-t", "1",
+        ]  # fmt: skip
+        if kill:
+            process = subprocess.Popen(command)
+            while not wish.checkpoint.is_file():
+                time.sleep(0.005)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            if not wish.output.exists():
+                subprocess.run([*command, "--resume"], check=True)
+        else:
+            subprocess.run(command, check=True)
+        made.append(raw(wish.output))
+    assert json.dumps(made[0][1]["recipe"]) == json.dumps(made[1][1]["recipe"])
+    for name, value in made[0][0].items():
+        assert torch.equal(value, made[1][0][name]), name

@@ -1,0 +1,155 @@
+"""Drafters one by one, what drafting says of itself, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import outsize
+from outsize.api import Model
+from outsize.checkpoint import adapters
+from outsize.draft.auto import AutoDraft
+from outsize.draft.ngram import Index
+from outsize.draft.pace import Pace
+from outsize.drafting import mask_model, parse
+from outsize.errors import AdapterError, OptionError
+from tests.drafts import write_masks
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 6))
+def test_a_match_is_what_followed_the_longest_agreement(text: list[int], most: int) -> None:
+    index = Index()
+    for end in range(1, len(text) + 1):
+        index.extend(text[:end])
+    match = index.match(most)
+    if match.length:
+        place = next(
+            p for p in range(len(text) - 1, 0, -1)
+            if text[max(0, p - match.length) : p] == text[-match.length :]
+            and text[p] == match.tokens[0]
+        )  # fmt: skip
+        assert len(match.tokens) == most
+        assert match.length >= min(3, furthest(text))
+        assert place < len(text)
+    else:
+        assert text[-1] not in text[:-1]
+
+
+def furthest(text: list[int]) -> int:
+    """Tokens that the best earlier place agrees on, brute force."""
+    best = 0
+    for place in range(1, len(text)):
+        count = 0
+        while count < place and text[place - 1 - count] == text[-1 - count]:
+            count += 1
+        best = max(best, count)
+    return best
+
+
+def test_a_text_that_repeats_is_continued_beyond_its_end() -> None:
+    index = Index()
+    index.extend([1, 2, 3, 1, 2, 3, 1, 2, 3])
+    assert index.match(7).tokens == (1, 2, 3, 1, 2, 3, 1)
+
+
+def test_the_index_keeps_a_bounded_number_of_places() -> None:
+    index = Index()
+    index.extend([7] * 5000)
+    assert max(len(p) for p in index._places.values()) <= 5
+
+
+def test_pace_learns_what_rows_cost_and_what_reading_hides() -> None:
+    resident, streamed = Pace(), Pace()
+    for i in range(120):
+        rows = 1 + i % 9
+        computing = 0.004 + 0.001 * rows
+        resident.step(rows, False, computing, 0.0)
+        streamed.step(rows, False, 0.05 + 0.25 * computing, 0.05 - 0.75 * computing)
+    assert resident.seconds(9) / resident.seconds(1) == pytest.approx(13 / 5, rel=0.15)
+    assert streamed.seconds(9) / streamed.seconds(1) == pytest.approx(1.0, abs=0.1)
+
+
+def test_auto_drafts_where_reading_rules_and_not_where_guesses_fail() -> None:
+    pace = Pace()
+    for _ in range(60):
+        pace.step(1, False, 0.05, 0.045)
+        pace.step(9, False, 0.05, 0.035)
+    drafter, text = AutoDraft(pace, None), [1, 2, 3, 4, 5, 6, 1, 2, 3, 4]
+    assert drafter.propose(text, 8).tokens[:2] == (5, 6)
+    costly, never = Pace(), AutoDraft(Pace(), None)
+    for rows in [1, 9] * 60:
+        costly.step(rows, False, 0.01 * rows, 0.0)
+        never._pace = costly
+    assert not never.propose([5, 1, 7, 5], 8).tokens
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("fast", "known are auto, none, ngram"), ("ngram:k=0", "from 1 to 15"),
+        ("ngram:k=99", "from 1 to 15"), ("ngram:width=3", "ngram takes k"), ("masks", "a path"),
+        ("none:k=2", "none takes nothing"), ("ngram:file", "no path"),
+        ("masks:f.safetensors:layout=cubic", "known are quadratic, linear"),
+    ],
+)  # fmt: skip
+def test_specs_that_are_not(spec: str, words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        parse(spec)
+
+
+def test_specs_that_are() -> None:
+    assert parse("ngram:k=8").k == 8
+    masks = parse("masks:/a/b.safetensors:k=2,layout=linear")
+    assert (masks.source, masks.k, masks.layout) == ("/a/b.safetensors", 2, "linear")
+    assert parse("model:hf:org/repo:k=3").source == "hf:org/repo"
+
+
+def test_mask_drafters_that_do_not_fit(open_tiny: Callable[..., Model], tmp_path: Path) -> None:
+    model, other = open_tiny("llama", "int8"), open_tiny("qwen2", "int8")
+    good = write_masks(model, tmp_path / "good.safetensors")
+    foreign = write_masks(other, tmp_path / "foreign.safetensors")
+    lora = write_masks(model, tmp_path / "lora.safetensors", kind="lora")
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(good.read_bytes()[:500])
+    for path, k, words in (
+        (foreign, 0, "trained for another model"), (lora, 0, "is no mask drafter"),
+        (broken, 0, "not a readable safetensors"), (good, 9, "has 3 masks"),
+        (tmp_path / "none", 0, "not a readable"),
+    ):  # fmt: skip
+        with pytest.raises(AdapterError, match=words):
+            mask_model(path, k, model.pack, model.transformer)
+    tensors, about = adapters.raw(good)
+    assert about["kind"] == "masks"
+    assert tensors["masks"].shape[0] == 3
+
+
+def test_a_draft_model_with_another_tokenizer_is_refused(
+    open_tiny: Callable[..., Model], tmp_path: Path, folder_of: Callable[[str], Path]
+) -> None:
+    model = open_tiny("llama", "int8")
+    crc = model.pack.tokenizer_crc
+    with (
+        outsize.load(str(model.pack.path), draft=f"model:{model.pack.path}", quiet=True) as same,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        assert same.drafting.model is not None
+        object.__setattr__(same.drafting.model.pack, "tokenizer_crc", crc + 1)
+        patch.setattr("outsize.loading._draft_model", lambda wishes: same.drafting.model)
+        with pytest.raises(AdapterError, match="same tokenizer"):
+            outsize.load(str(model.pack.path), draft=f"model:{model.pack.path}", quiet=True)
+
+
+def test_a_reply_accounts_for_its_drafts(open_tiny: Callable[..., Model]) -> None:
+    plain = open_tiny("llama", "int8")
+    with outsize.load(str(plain.pack.path), draft="ngram:k=4", quiet=True) as model:
+        (reply,) = model.generate("abcabcabc", raw=True, max_tokens=40)
+    assert reply.drafted >= reply.accepted
+    assert len(reply.accepted_per_position) <= 4
+    if reply.drafted:
+        assert reply.tokens_per_step > 1 or reply.accepted == 0
+    (none,) = plain.generate("abcabcabc", raw=True, max_tokens=40, seed=1)
+    assert none.to_json()["step_s"] > 0  # type: ignore[operator]
