@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import outsize
 from outsize.api import Model
 from outsize.checkpoint import adapters
-from outsize.draft.auto import AutoDraft
+from outsize.draft.auto import AutoDraft, Habits
 from outsize.draft.ngram import Index
 from outsize.draft.pace import Pace
 from outsize.drafting import mask_model, parse
@@ -74,16 +74,17 @@ def test_pace_learns_what_rows_cost_and_what_reading_hides() -> None:
 
 
 def test_auto_drafts_where_reading_rules_and_not_where_guesses_fail() -> None:
-    pace = Pace()
+    habits = Habits()
+    pace = habits.pace
     for _ in range(60):
         pace.step(1, False, 0.05, 0.045)
         pace.step(9, False, 0.05, 0.035)
-    drafter, text = AutoDraft(pace, None), [1, 2, 3, 4, 5, 6, 1, 2, 3, 4]
+    drafter, text = AutoDraft(habits), [1, 2, 3, 4, 5, 6, 1, 2, 3, 4]
     assert drafter.propose(text, 8).tokens[:2] == (5, 6)
-    costly, never = Pace(), AutoDraft(Pace(), None)
+    slow = Habits()
     for rows in [1, 9] * 60:
-        costly.step(rows, False, 0.01 * rows, 0.0)
-        never._pace = costly
+        slow.pace.step(rows, False, 0.01 * rows, 0.0)
+    never = AutoDraft(slow)
     assert not never.propose([5, 1, 7, 5], 8).tokens
 
 

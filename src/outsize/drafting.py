@@ -13,7 +13,7 @@ from torch import Tensor
 from outsize.checkpoint import adapters
 from outsize.checkpoint.adapters import AdapterFile
 from outsize.draft import sampler
-from outsize.draft.auto import MOST, AutoDraft
+from outsize.draft.auto import MOST, AutoDraft, Habits
 from outsize.draft.masks import LAYOUTS, MaskDraft, MaskModel
 from outsize.draft.model import ModelDraft
 from outsize.draft.ngram import NgramDraft
@@ -99,15 +99,23 @@ class Drafting:
     """Makes each sequence's drafter."""
 
     spec: Spec
-    pace: Pace = field(default_factory=Pace)
-    masks: MaskModel | None = None
+    habits: Habits = field(default_factory=Habits)
     model: Model | None = None
+
+    @property
+    def masks(self) -> MaskModel | None:
+        """The mask drafter, if there is one."""
+        return self.habits.masks
+
+    @property
+    def pace(self) -> Pace:
+        return self.habits.pace
 
     def new(self, others: int = 0) -> Drafter:
         """A drafter; `others`: sequences that share its steps."""
         kind, k = self.spec.kind, self.spec.k
         if kind == "auto":
-            return AutoDraft(self.pace, self.masks, others)
+            return AutoDraft(self.habits, others)
         if kind == "ngram":
             return NgramDraft(k or 4)
         if kind == "masks":

@@ -13,6 +13,7 @@ from outsize.api import Model
 from outsize.bars import bars
 from outsize.checkpoint.tokenizer import lean
 from outsize.decode.text import Tokens
+from outsize.draft.auto import Habits
 from outsize.errors import BudgetError, ContextError, OptionError
 from outsize.library import warn
 from outsize.model.transformer import Transformer
@@ -209,9 +210,8 @@ def _drafting(
     )
     file = drafting.mask_file(spec, outline)
     masks = None if file is None else drafting.mask_model(file, spec.k, made, transformer)
-    return drafting.Drafting(
-        asked if planned else drafting.Spec("none"), masks=masks, model=smaller
-    )
+    kind = asked if planned else drafting.Spec("none")
+    return drafting.Drafting(kind, Habits(masks), smaller)
 
 
 def _warn_slow(made: Pack, native: Kernels | None) -> None:

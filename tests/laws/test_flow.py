@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 from outsize.decode import flow
 from outsize.decode.sample import picker
-from outsize.draft.auto import AutoDraft
+from outsize.draft.auto import AutoDraft, Habits
 from outsize.draft.ngram import NgramDraft
 from outsize.draft.none import Draft, Drafter, NoDraft
-from outsize.draft.pace import Pace
 from outsize.forward.span import Out, Span
 from outsize.options import Options
 
@@ -69,7 +68,7 @@ def test_any_drafter_gives_the_tokens_of_none(
     options = Options(max_tokens=25, temperature=temperature, top_k=0, top_p=1.0, min_p=0.0)
     ends = frozenset({4}) if ending else frozenset[int]()
     plain = play(NoDraft(), options, seed, ends)
-    for drafter in (Script(drafts), NgramDraft(4), AutoDraft(Pace(), None)):
+    for drafter in (Script(drafts), NgramDraft(4), AutoDraft(Habits())):
         drafted = play(drafter, options, seed, ends)
         assert drafted.tokens == plain.tokens
         assert drafted.finish == plain.finish

@@ -17,9 +17,9 @@ from outsize.draft.none import Draft
 from outsize.draft.pace import Pace
 from outsize.forward.span import Out
 
-LEARN, DRIFT = 0.08, 0.004
-MARGIN = 1.03  # a draft must promise so much more than none
-MASK_PRIOR = (0.75, 0.7, 0.7, 0.65)
+LEARN, DRIFT, HAND_ON = 0.1, 0.004, 0.3
+MARGIN, MASKS_MARGIN = 1.03, 1.12  # drafts must promise so much more than none
+MASK_PRIOR = (0.7, 0.65, 0.6, 0.55)
 TEXT_STEPS = (1, 2, 3, 5, 9, 17)  # tokens that agree, by which matches are told apart
 TEXT_PRIOR = (0.12, 0.25, 0.45, 0.65, 0.8, 0.92)
 PATIENCE, MOST_PATIENT = 24, 200  # steps until masks that did not pay are tried again
@@ -31,6 +31,15 @@ class Rates:
 
     def __init__(self, prior: Sequence[float]) -> None:
         self._prior, self._now = tuple(prior), list(prior)
+
+    def fresh(self) -> Rates:
+        """For a new sequence: it begins where those before it ended, on average."""
+        return Rates(self._now)
+
+    def learn(self, other: Rates) -> None:
+        """A sequence has ended."""
+        pairs = zip(self._now, other._now, strict=True)
+        self._now = [n + HAND_ON * (o - n) for n, o in pairs]
 
     def __getitem__(self, kind: int) -> float:
         return self._now[min(kind, len(self._now) - 1)]
@@ -57,18 +66,24 @@ class Shape(NamedTuple):
     value: float
 
 
+class Habits:
+    """What a model's sequences hand on: how fast steps are, and which guesses were right."""
+
+    def __init__(self, masks: MaskModel | None = None) -> None:
+        self.pace, self.masks, self.text = Pace(), masks, Rates(TEXT_PRIOR)
+        count = masks.k if masks else 1
+        self.foresight = Rates([*MASK_PRIOR, *[MASK_PRIOR[-1]] * count][:count])
+
+
 class AutoDraft:
     """One sequence's drafter."""
 
-    def __init__(self, pace: Pace, masks: MaskModel | None, others: int = 0) -> None:
+    def __init__(self, habits: Habits, others: int = 0) -> None:
         """`others`: sequences that share the steps."""
-        self._pace, self._masks, self._others = pace, masks, others
+        self._habits, self._others = habits, others
+        self._pace, self._masks = habits.pace, habits.masks
         self._index, self._guesses = Index(), tuple[int, ...]()
-        self._text = Rates(TEXT_PRIOR)
-        prior = [*MASK_PRIOR, *[MASK_PRIOR[-1]] * (masks.k if masks else 0)][
-            : masks.k if masks else 0
-        ]
-        self._foresight = Rates(prior or (0.0,))
+        self._text, self._foresight = habits.text.fresh(), habits.foresight.fresh()
         self._idle, self._patience = 0, PATIENCE  # steps without masks, and how many to let pass
         self._agreed, self._own = 0, 1  # of the last draft: tokens that agree (0: by masks), rows
 
@@ -77,11 +92,13 @@ class AutoDraft:
         most = min(most, MOST)
         plain, shape = self._value(1.0, 1), self._shape()
         match = self._index.match(most)
-        count, by_text = self._length(match, shape.depth)
-        if count and by_text > MARGIN * max(plain, shape.value):
+        pays = shape.value > MASKS_MARGIN * plain
+        depth = shape.depth if pays else 0
+        count, by_text = self._length(match, depth)
+        if count and by_text > MARGIN * max(plain, shape.value if pays else 0.0):
             anchors = tuple(dict.fromkeys((0, count)))
-            return self._drafted(match.tokens[:count], anchors, shape.depth, match.length)
-        if shape.depth and (shape.value > MARGIN * plain or self._probing()):
+            return self._drafted(match.tokens[:count], anchors, depth, match.length)
+        if shape.depth and (pays or self._probing()):
             guesses = self._guesses[: min(shape.depth, most)]
             anchors = tuple(range(len(guesses) + 1)) if shape.quadratic else (len(guesses),)
             return self._drafted(guesses, anchors, shape.depth, 0)
@@ -157,4 +174,5 @@ class AutoDraft:
         )
 
     def close(self) -> None:
-        """Nothing to end."""
+        self._habits.text.learn(self._text)
+        self._habits.foresight.learn(self._foresight)

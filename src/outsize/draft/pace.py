@@ -8,8 +8,6 @@ since they share its steps.
 
 from __future__ import annotations
 
-import numpy as np
-
 FORGET, LEARN = 0.98, 0.2
 ROW, MASKED = (
     0.1,
@@ -17,16 +15,18 @@ ROW, MASKED = (
 )  # what another row, and having masks at all, cost, in steps, before any was seen
 FAR = 16  # rows
 TRUST = 0.3  # weight of that prior
-UNHIDDEN = 0.25  # of the shorter of the two, that the longer does not hide
+UNHIDDEN = 0.25  # of the shorter of reading and computing, that the longer does not hide
 WAITING = 0.1  # from this share of a step on it is said to wait for the disk
-START = np.array([1 - ROW, ROW, MASKED])
+Vector = tuple[float, float, float]
+START: Vector = (1 - ROW, ROW, MASKED)
+PRIOR: tuple[Vector, ...] = ((1.0, 1.0, 0.0), (1.0, 1.0 + FAR, 0.0), (1.0, 1.0, 1.0))
 
 
 class Pace:
     """Least squares over (1, rows, masked) -> seconds of computing, the latest steps counting most."""
 
     def __init__(self) -> None:
-        self._xx, self._xt = np.zeros((3, 3)), np.zeros(3)
+        self._sums = [0.0] * 9  # of xx (upper triangle, by rows), then of x * seconds
         self._plane = START  # in steps, as long as none was seen
         self._one = 0.0
         self._reading = 0.0
@@ -47,23 +47,46 @@ class Pace:
             return
         self._fit((1.0, float(rows), float(masked)), seconds - waited)
 
-    def _fit(self, x: tuple[float, float, float], computing: float) -> None:
+    def _fit(self, x: Vector, computing: float) -> None:
         if self._one:
-            computing = min(computing, 2 * float(self._plane @ x))
+            computing = min(computing, 1.5 * _dot(self._plane, x))
         else:
-            self._one = computing / float(START @ x)
-        self._xx = self._xx * FORGET + np.outer(x, x)
-        self._xt = self._xt * FORGET + computing * np.array(x)
-        xx, xt = self._xx.copy(), self._xt.copy()
-        for p in ((1.0, 1.0, 0.0), (1.0, 1.0 + FAR, 0.0), (1.0, 1.0, 1.0)):
-            xx += TRUST * np.outer(p, p)
-            xt += TRUST * np.array(p) * float(START @ p) * self._one
-        self._plane = np.linalg.solve(xx, xt)
+            self._one = computing / _dot(START, x)
+        self._sums = [FORGET * s for s in self._sums]
+        _add(self._sums, x, computing, 1.0)
+        sums = list(self._sums)
+        for p in PRIOR:
+            _add(sums, p, _dot(START, p) * self._one, TRUST)
+        self._plane = _solved(sums)
 
     def seconds(self, rows: float, masked: bool = False) -> float:
         """Of a step; before any step, in units of one row's. Another row never makes it shorter."""
-        base, row, masks = (float(v) for v in self._plane)
+        base, row, masks = self._plane
         computing = base + row + max(row, 0.0) * (rows - 1) + (max(masks, 0.0) if masked else 0.0)
         computing = max(computing, 0.2 * (base + row))
         longer, shorter = max(computing, self._reading), min(computing, self._reading)
         return longer + UNHIDDEN * shorter
+
+
+def _dot(a: Vector, b: Vector) -> float:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
+def _add(sums: list[float], x: Vector, seconds: float, weight: float) -> None:
+    at = 0
+    for i in range(3):
+        for j in range(i, 3):
+            sums[at] += weight * x[i] * x[j]
+            at += 1
+    for i in range(3):
+        sums[6 + i] += weight * x[i] * seconds
+
+
+def _solved(sums: list[float]) -> Vector:
+    """The plane: three equations by Cramer's rule."""
+    a, b, c, d, e, f, p, q, r = sums
+    whole = a * (d * f - e * e) - b * (b * f - c * e) + c * (b * e - c * d)
+    x = p * (d * f - e * e) - b * (q * f - r * e) + c * (q * e - r * d)
+    y = a * (q * f - r * e) - p * (b * f - c * e) + c * (b * r - c * q)
+    z = a * (d * r - e * q) - b * (b * r - c * q) + p * (b * e - c * d)
+    return x / whole, y / whole, z / whole
