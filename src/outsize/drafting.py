@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from outsize.checkpoint import adapters
@@ -34,7 +35,7 @@ KINDS = ("auto", "none", "ngram", "model", "masks")
 SPARE = 64  # slots of keys and values for what is drafted and not kept
 ROW_BYTES = 8  # of a logit, in the forms that a step's rows have
 ADAPTER = 1.15  # of a mask drafter's file: its factors as they are, its sampler head as fp32
-WORTH_MASKS, WORTH_TEXT = 1.4, 1.04  # times as much may be read a step, for what guesses bring
+WORTH_MASKS, WORTH_TEXT = 1.4, 1.1  # times as much may be read a step, for what guesses bring
 SHIPPED = Path(__file__).with_name("adapters")
 
 
@@ -80,11 +81,13 @@ def _numbers(text: str, kind: str, told: Mapping[str, str]) -> tuple[int, str]:
     return int(k or 0), layout
 
 
-def choices(spec: Spec) -> list[Spec]:
+def choices(spec: Spec, outline: Outline) -> list[Spec]:
     """What a specification may turn out to be, the best first. Plans choose by memory."""
     if spec.kind != "auto":
         return [spec]
-    return [Spec("masks", worth=WORTH_MASKS), Spec("ngram", worth=WORTH_TEXT), Spec("none")]
+    masks = Spec("masks", worth=WORTH_MASKS)
+    text = [Spec("ngram", worth=WORTH_TEXT), Spec("none")]
+    return text if mask_file(masks, outline) is None else [masks, *text]
 
 
 def shipped(sha256: str) -> Path | None:
@@ -110,6 +113,12 @@ class Drafting:
     @property
     def pace(self) -> Pace:
         return self.habits.pace
+
+    def warm(self, transformer: Transformer) -> None:
+        """Take what a step's logits need now: taken by a first long draft, much later, it would look
+        like growth."""
+        if self.spec.kind != "none" and transformer.holds_head:
+            transformer.project(torch.zeros(MOST + 1, transformer.description.width))
 
     def new(self, others: int = 0) -> Drafter:
         """A drafter; `others`: sequences that share its steps."""

@@ -66,7 +66,7 @@ class Wishes:
             raise ContextError(
                 f"context is {self.context:,}; this model holds from 2 to {longest:,} tokens"
             )
-        for spec in drafting.choices(drafting.parse(self.draft)):
+        for spec in drafting.choices(drafting.parse(self.draft), outline):
             wanted = replace(outline, drafting=drafting.extra_bytes(spec, outline))
             found = self._place_for(wanted, spec, size, runtime, tokenizer)
             if found is not None:
@@ -206,12 +206,20 @@ def _drafting(
         drafting.same_vocabulary(made, smaller)
     planned = placement.fixed.get("drafting", 0)
     spec = next(
-        (s for s in drafting.choices(asked) if drafting.extra_bytes(s, outline) == planned), asked
+        (
+            s
+            for s in drafting.choices(asked, outline)
+            if drafting.extra_bytes(s, outline) == planned
+        ),
+        asked,
     )
     file = drafting.mask_file(spec, outline)
     masks = None if file is None else drafting.mask_model(file, spec.k, made, transformer)
     kind = asked if planned else drafting.Spec("none")
-    return drafting.Drafting(kind, Habits(masks), smaller)
+    guessing = drafting.Drafting(kind, Habits(masks), smaller)
+    with torch.inference_mode():
+        guessing.warm(transformer)
+    return guessing
 
 
 def _warn_slow(made: Pack, native: Kernels | None) -> None:

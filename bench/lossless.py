@@ -1,0 +1,76 @@
+"""Do drafts change anything?
+`python bench/lossless.py MODEL --prompts FILE.jsonl [--count 200] [--drafts SPEC...]`.
+
+Greedy answers to many prompts, without drafts and with each drafter: tokens must be the same, and the
+checksum of every kept token's logits, which holds to the bit in int4 and int8 packs. One JSON object a
+drafter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import zlib
+from pathlib import Path
+
+import outsize
+from outsize.bench.speculate import read
+from outsize.decode import flow
+from outsize.decode.engine import drive
+from outsize.decode.sample import greedy
+
+DRAFTS = ["auto", "ngram:k=4", "ngram:k=15"]
+
+
+def answers(model: outsize.Model, prompts: list[list[int]], new: int) -> tuple[list, float]:
+    """(tokens, checksum of logits) of each answer; tokens a step."""
+    out, steps, made = [], 0, 0
+    for ids in prompts:
+        sums = 0
+
+        def pick(logits_V, tokens):  # type: ignore[no-untyped-def]
+            nonlocal sums
+            sums = zlib.crc32(logits_V.numpy().tobytes(), sums)
+            return greedy(logits_V, tokens)
+
+        seq = flow.Sequence(list(ids), len(ids), len(ids) + new, frozenset(model.pack.eos))
+        account, kv = flow.Account(), model.new_kv(len(ids) + new)
+        life = flow.decode(seq, model.drafting.new(), pick, 0, account)
+        for _ in drive(model.transformer, [life], [kv], model.drafting.pace):
+            pass
+        out.append((seq.new_tokens, sums))
+        steps, made = steps + account.steps, made + len(seq.new_tokens) - 1
+    return out, made / max(1, steps)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("model")
+    p.add_argument("--prompts", type=Path, required=True)
+    p.add_argument("--count", type=int, default=200)
+    p.add_argument("--new", type=int, default=48)
+    p.add_argument(
+        "--longest", type=int, default=400, help="tokens of a prompt; longer ones are left out"
+    )
+    p.add_argument("--drafts", nargs="+", default=DRAFTS)
+    a = p.parse_args()
+    want: list = []
+    for draft in ["none", *a.drafts]:
+        with outsize.load(a.model, draft=draft, context=a.longest + a.new, quiet=True) as model:
+            texts = [text for _, text in read(a.prompts, 0)]
+            prompts = [
+                ids for ids in model._encode(texts, outsize.Options()) if len(ids) <= a.longest
+            ]
+            found, rate = answers(model, prompts[: a.count], a.new)
+        want = want or found
+        pairs = list(zip(found, want, strict=True))
+        print(json.dumps({
+            "model": Path(a.model).name, "draft": draft, "prompts": len(pairs), "new_tokens": a.new,
+            "same_tokens": sum(ours[0] == theirs[0] for ours, theirs in pairs),
+            "same_logits": sum(ours[1] == theirs[1] for ours, theirs in pairs),
+            "tokens_per_step": round(rate, 3),
+        }), flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
