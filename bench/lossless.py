@@ -23,14 +23,13 @@ DRAFTS = ["auto", "ngram:k=4", "ngram:k=15"]
 
 
 def answers(model: outsize.Model, prompts: list[list[int]], new: int) -> tuple[list, float]:
-    """(tokens, checksum of logits) of each answer; tokens a step."""
+    """(tokens, checksums of their logits) of each answer; tokens a step."""
     out, steps, made = [], 0, 0
     for ids in prompts:
-        sums = 0
+        sums: list[int] = []
 
-        def pick(logits_V, tokens):  # type: ignore[no-untyped-def]
-            nonlocal sums
-            sums = zlib.crc32(logits_V.numpy().tobytes(), sums)
+        def pick(logits_V, tokens, sums=sums):  # type: ignore[no-untyped-def]
+            sums.append(zlib.crc32(logits_V.numpy().tobytes()))
             return greedy(logits_V, tokens)
 
         seq = flow.Sequence(list(ids), len(ids), len(ids) + new, frozenset(model.pack.eos))
@@ -38,7 +37,7 @@ def answers(model: outsize.Model, prompts: list[list[int]], new: int) -> tuple[l
         life = flow.decode(seq, model.drafting.new(), pick, 0, account)
         for _ in drive(model.transformer, [life], [kv], model.drafting.pace):
             pass
-        out.append((seq.new_tokens, sums))
+        out.append((seq.new_tokens, sums[: len(seq.new_tokens)]))  # a draft may go on after the end
         steps, made = steps + account.steps, made + len(seq.new_tokens) - 1
     return out, made / max(1, steps)
 
