@@ -189,32 +189,18 @@ static void soften(float *score, long n, long lo, long hi, float *top, float *to
 static void scores_sized(const uint32_t *k, long n, long E, const bf16 *const *q, long count, float (*out)[CHUNK]) {
     if (!is_fast(E)) { plain_scores(k, n, E, q, count, out); return; }
 #ifdef __AVX512BF16__
-    switch (count) {
-    case 1: scores(k, n, E, q, 1, out); break;
-    case 2: scores(k, n, E, q, 2, out); break;
-    case 3: scores(k, n, E, q, 3, out); break;
-    case 4: scores(k, n, E, q, 4, out); break;
-    case 5: scores(k, n, E, q, 5, out); break;
-    case 6: scores(k, n, E, q, 6, out); break;
-    case 7: scores(k, n, E, q, 7, out); break;
-    case 8: scores(k, n, E, q, 8, out); break;
-    }
+#define CALL(size) scores(k, n, E, q, size, out)
+    FOR_1_TO_8(count, CALL)
+#undef CALL
 #endif
 }
 
 static void mix_sized(const bf16 *v, long n, long E, float (*w)[CHUNK], long count, float *const *out) {
     if (!is_fast(E)) { plain_mix(v, n, E, w, count, out); return; }
 #ifdef __AVX512BF16__
-    switch (count) {
-    case 1: mix(v, n, E, w, 1, out); break;
-    case 2: mix(v, n, E, w, 2, out); break;
-    case 3: mix(v, n, E, w, 3, out); break;
-    case 4: mix(v, n, E, w, 4, out); break;
-    case 5: mix(v, n, E, w, 5, out); break;
-    case 6: mix(v, n, E, w, 6, out); break;
-    case 7: mix(v, n, E, w, 7, out); break;
-    case 8: mix(v, n, E, w, 8, out); break;
-    }
+#define CALL(size) mix(v, n, E, w, size, out)
+    FOR_1_TO_8(count, CALL)
+#undef CALL
 #endif
 }
 

@@ -135,32 +135,15 @@ static inline void dot(const Matrix *m, long bits, long n, const Input *x, long 
 #endif
 
 static void dot_sized(const Matrix *m, long n, const Input *x, long count, float *out) {
-    switch (m->bits * 10 + count) { /* constants let the compiler keep the sums in registers */
-    case 41: dot(m, 4, n, x, 1, out); break;
-    case 42: dot(m, 4, n, x, 2, out); break;
-    case 43: dot(m, 4, n, x, 3, out); break;
-    case 44: dot(m, 4, n, x, 4, out); break;
-    case 45: dot(m, 4, n, x, 5, out); break;
-    case 46: dot(m, 4, n, x, 6, out); break;
-    case 47: dot(m, 4, n, x, 7, out); break;
-    case 48: dot(m, 4, n, x, 8, out); break;
-    case 51: dot(m, 5, n, x, 1, out); break;
-    case 52: dot(m, 5, n, x, 2, out); break;
-    case 53: dot(m, 5, n, x, 3, out); break;
-    case 54: dot(m, 5, n, x, 4, out); break;
-    case 55: dot(m, 5, n, x, 5, out); break;
-    case 56: dot(m, 5, n, x, 6, out); break;
-    case 57: dot(m, 5, n, x, 7, out); break;
-    case 58: dot(m, 5, n, x, 8, out); break;
-    case 81: dot(m, 8, n, x, 1, out); break;
-    case 82: dot(m, 8, n, x, 2, out); break;
-    case 83: dot(m, 8, n, x, 3, out); break;
-    case 84: dot(m, 8, n, x, 4, out); break;
-    case 85: dot(m, 8, n, x, 5, out); break;
-    case 86: dot(m, 8, n, x, 6, out); break;
-    case 87: dot(m, 8, n, x, 7, out); break;
-    case 88: dot(m, 8, n, x, 8, out); break;
-    }
+#define CALL4(size) dot(m, 4, n, x, size, out)
+#define CALL5(size) dot(m, 5, n, x, size, out)
+#define CALL8(size) dot(m, 8, n, x, size, out)
+    if (m->bits == 4) FOR_1_TO_8(count, CALL4)
+    else if (m->bits == 5) FOR_1_TO_8(count, CALL5)
+    else FOR_1_TO_8(count, CALL8)
+#undef CALL4
+#undef CALL5
+#undef CALL8
 }
 
 #ifdef __AVX512BF16__
@@ -221,22 +204,16 @@ dot_numbers(const Matrix *m, const long bits, long n, const bf16 *x, const long 
     for (long t = 0; t < count; t++) out[t] = _mm512_reduce_add_ps(_mm512_add_ps(sum[t][0], sum[t][1]));
 }
 
-#define ROWS(bits)                                                                                        \
-    switch (count) { /* constants let the compiler keep the sums in registers */                         \
-    case 1: dot_numbers(m, bits, n, x, 1, table, out); return;                                           \
-    case 2: dot_numbers(m, bits, n, x, 2, table, out); return;                                           \
-    case 3: dot_numbers(m, bits, n, x, 3, table, out); return;                                           \
-    case 4: dot_numbers(m, bits, n, x, 4, table, out); return;                                           \
-    case 5: dot_numbers(m, bits, n, x, 5, table, out); return;                                           \
-    case 6: dot_numbers(m, bits, n, x, 6, table, out); return;                                           \
-    case 7: dot_numbers(m, bits, n, x, 7, table, out); return;                                           \
-    case 8: dot_numbers(m, bits, n, x, 8, table, out); return;                                           \
-    }
-
 static void numbers_sized(const Matrix *m, long n, const bf16 *x, long count, const __m512i table, float *out) {
-    if (m->bits == 4) { ROWS(4) }
-    if (m->bits == 5) { ROWS(5) }
-    ROWS(8)
+#define CALL4(size) dot_numbers(m, 4, n, x, size, table, out)
+#define CALL5(size) dot_numbers(m, 5, n, x, size, table, out)
+#define CALL8(size) dot_numbers(m, 8, n, x, size, table, out)
+    if (m->bits == 4) FOR_1_TO_8(count, CALL4)
+    else if (m->bits == 5) FOR_1_TO_8(count, CALL5)
+    else FOR_1_TO_8(count, CALL8)
+#undef CALL4
+#undef CALL5
+#undef CALL8
 }
 
 static void numbers_linear(const Matrix *m, const bf16 *x, bf16 *y, long count) {

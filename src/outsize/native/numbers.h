@@ -39,3 +39,20 @@ static inline float inverse_rms(const float *x, long n, float eps) {
     for (long i = 0; i < n; i++) sum += x[i] * x[i];
     return 1.0f / sqrtf(sum / n + eps);
 }
+
+/* CALL(n) with n a constant, where `count` is n: the compiler then keeps what n sizes in registers. */
+#define FOR_1_TO_6(count, CALL)                                                                           \
+    switch (count) {                                                                                     \
+    case 1: CALL(1); break;                                                                              \
+    case 2: CALL(2); break;                                                                              \
+    case 3: CALL(3); break;                                                                              \
+    case 4: CALL(4); break;                                                                              \
+    case 5: CALL(5); break;                                                                              \
+    case 6: CALL(6); break;                                                                              \
+    }
+#define FOR_1_TO_8(count, CALL)                                                                           \
+    switch (count) {                                                                                     \
+    case 7: CALL(7); break;                                                                              \
+    case 8: CALL(8); break;                                                                              \
+    default: FOR_1_TO_6(count, CALL)                                                                     \
+    }

@@ -82,14 +82,9 @@ block(const uint8_t *p, const bf16 *scales, long stride, long width, const bf16 
 
 static void block_sized(const uint8_t *p, const bf16 *scales, long stride, long width, const bf16 *x,
                         const float *sums, long count, bf16 *out, long out_stride) {
-    switch (count) { /* constants let the compiler keep the sums in registers */
-    case 1: block(p, scales, stride, width, x, sums, 1, out, out_stride); break;
-    case 2: block(p, scales, stride, width, x, sums, 2, out, out_stride); break;
-    case 3: block(p, scales, stride, width, x, sums, 3, out, out_stride); break;
-    case 4: block(p, scales, stride, width, x, sums, 4, out, out_stride); break;
-    case 5: block(p, scales, stride, width, x, sums, 5, out, out_stride); break;
-    case 6: block(p, scales, stride, width, x, sums, 6, out, out_stride); break;
-    }
+#define CALL(size) block(p, scales, stride, width, x, sums, size, out, out_stride)
+    FOR_1_TO_6(count, CALL)
+#undef CALL
 }
 #endif
 
