@@ -21,32 +21,21 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 
-from outsize import library, loading
+from outsize import adapting, library
 from outsize.adapt import training
 from outsize.adapt.acceptance import walk
-from outsize.adapt.answered import Kept, examples, own_answers
-from outsize.adapt.data import read
 from outsize.adapt.masks import Example, Recipe, all_anchors, collate, deltas, ordinary
 from outsize.adapt.twin import Twin
 from outsize.bars import silent
-from outsize.decode.prompts import encode
 
 MIXED = 128
 
 
-def answered(
-    twin, made, path: Path, folder: Path, recipe: Recipe, max_tokens: int
-) -> list[Example]:
-    tokens = loading.tokens(made)
-    prompts = encode(made, tokens, [line.prompt for line in read([path])], None, False)
-    prompts = [p for p in prompts if len(p) + max_tokens <= recipe.length]
-    about = {"base": made.source.sha256, "max_tokens": max_tokens, "prompts": len(prompts)}
-    kept = Kept(folder / f"{path.stem}.answers.jsonl", about)
+def answered(twin, made, path: Path, args, recipe: Recipe) -> list[Example]:
     at_once = 256 if twin.device.type == "cuda" else 8
-    made_answers = own_answers(
-        twin, prompts, kept, max_tokens, frozenset(made.eos), at_once, lambda done, all: None
-    )
-    return examples(prompts, made_answers, recipe.length)
+    beside = args.output / f"{path.stem}.safetensors"  # answers are kept beside what this would be
+    wish = adapting.Wish(args.model, (path,), beside, True, args.max_tokens, at_once, quiet=True)
+    return adapting.prepare(wish, recipe, made, twin)
 
 
 @torch.no_grad()
@@ -144,8 +133,8 @@ def one(args) -> None:
     kind = torch.bfloat16 if device.type == "cuda" else torch.float32
     twin = Twin(made, device, kind, silent)
     recipe = Recipe(**json.loads(args.recipes[0]))
-    data = answered(twin, made, args.data, args.output, recipe, args.max_tokens)
-    held = answered(twin, made, args.held_out, args.output, recipe, args.max_tokens)[: args.count]
+    data = answered(twin, made, args.data, args, recipe)
+    held = answered(twin, made, args.held_out, args, recipe)[: args.count]
     if args.answers_only:
         print(json.dumps({"examples": len(data), "held_out": len(held),
                           "tokens": sum(len(e.tokens) for e in data)}))  # fmt: skip

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from outsize.checkpoint import adapters
@@ -47,7 +46,6 @@ class Spec:
     source: str = ""
     k: int = 0  # 0: the kind's own
     layout: str = "quadratic"
-    worth: float = 0.0  # times as much may be read a step for it; 0: it was asked for by name
 
 
 def parse(text: str) -> Spec:
@@ -81,13 +79,12 @@ def _numbers(text: str, kind: str, told: Mapping[str, str]) -> tuple[int, str]:
     return int(k or 0), layout
 
 
-def choices(spec: Spec, outline: Outline) -> list[Spec]:
-    """What a specification may turn out to be, the best first. Plans choose by memory."""
-    if spec.kind != "auto":
-        return [spec]
-    masks = Spec("masks", worth=WORTH_MASKS)
-    text = [Spec("ngram", worth=WORTH_TEXT), Spec("none")]
-    return text if mask_file(masks, outline) is None else [masks, *text]
+def choices(outline: Outline) -> list[tuple[Spec, float]]:
+    """What `auto` may turn out to be, the best first, and how many times as much may be read a step for
+    it. Plans choose by memory."""
+    masks = Spec("masks")
+    text = [(Spec("ngram"), WORTH_TEXT)]
+    return text if mask_file(masks, outline) is None else [(masks, WORTH_MASKS), *text]
 
 
 def shipped(sha256: str) -> Path | None:
@@ -111,14 +108,9 @@ class Drafting:
         return self.habits.masks
 
     @property
-    def pace(self) -> Pace:
-        return self.habits.pace
-
-    def warm(self, transformer: Transformer) -> None:
-        """Take what a step's logits need now: taken by a first long draft, much later, it would look
-        like growth."""
-        if self.spec.kind != "none" and transformer.holds_head:
-            transformer.project(torch.zeros(MOST + 1, transformer.description.width))
+    def pace(self) -> Pace | None:
+        """What is to be told how long steps take, if anything asks."""
+        return self.habits.pace if self.spec.kind == "auto" else None
 
     def new(self, others: int = 0) -> Drafter:
         """A drafter; `others`: sequences that share its steps."""
@@ -163,14 +155,12 @@ def extra_bytes(spec: Spec, outline: Outline) -> int:
 
 def read_adapter(pack: Pack, name: str, path: Path) -> Adapter:
     """A LoRA adapter for a model. Raises AdapterError."""
-    file, d = adapters.load(path), pack.description
-    if d.mixture is not None:
+    file = adapters.load(path)
+    if pack.description.mixture is not None:
         raise UnsupportedError(
             f"{path}: adapters are for dense models; {pack.path.name} has experts"
         )
-    adapters.same_base(file, pack.source.sha256, pack.path.name)
-    adapters.finite(file)
-    return Adapter(name, d, adapters.in_our_order(file, d.head_dim), file.scale)
+    return _additions(name, file, pack)
 
 
 def mask_model(path: Path, k: int, pack: Pack, transformer: Transformer) -> MaskModel:
@@ -180,16 +170,21 @@ def mask_model(path: Path, k: int, pack: Pack, transformer: Transformer) -> Mask
         raise UnsupportedError(f"{path}: mask drafters are for dense models; use --draft ngram")
     if file.about.get("kind") != "masks":
         raise AdapterError(f"{path} is no mask drafter; `outsize adapt masks` trains one")
-    adapters.same_base(file, pack.source.sha256, pack.path.name)
-    adapters.finite(file)
-    masks = file.tensors.get("masks")
+    adapter, masks = _additions(str(path), file, pack), file.tensors.get("masks")
     if masks is None or masks.dim() != 2 or masks.shape[1] != d.width:
         raise AdapterError(f"{path} has no masks {d.width:,} numbers wide; it is for another model")
     if k > len(masks):
         raise AdapterError(f"k is {k}, but {path} has {len(masks)} masks; ask for at most that")
-    adapter = Adapter(str(path), d, adapters.in_our_order(file, d.head_dim), file.scale)
     t = transformer
     return MaskModel(masks, adapter, _head(file, d), t.project, t.embed, t.head_rows)
+
+
+def _additions(name: str, file: AdapterFile, pack: Pack) -> Adapter:
+    """A file's low-rank factors, if they are this model's and numbers. Raises AdapterError."""
+    d = pack.description
+    adapters.same_base(file, pack.source.sha256, pack.path.name)
+    adapters.finite(file)
+    return Adapter(name, d, adapters.in_our_order(file, d.head_dim), file.scale)
 
 
 def same_vocabulary(pack: Pack, smaller: Model) -> None:
@@ -202,9 +197,7 @@ def same_vocabulary(pack: Pack, smaller: Model) -> None:
 
 
 def _head(file: AdapterFile, d: Description) -> dict[str, Tensor]:
-    found = {
-        k.removeprefix("sampler."): t for k, t in file.tensors.items() if k.startswith("sampler.")
-    }
+    found = sampler.of(file.tensors)
     want = sampler.shapes(d.width)
     if found and {k: tuple(t.shape) for k, t in found.items()} != want:
         raise AdapterError(f"{file.path}: its sampler head does not fit a width of {d.width:,}")

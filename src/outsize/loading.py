@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,28 +67,26 @@ class Wishes:
             raise ContextError(
                 f"context is {self.context:,}; this model holds from 2 to {longest:,} tokens"
             )
-        for spec in drafting.choices(drafting.parse(self.draft), outline):
+        asked = drafting.parse(self.draft)
+        extra = 0 if asked.kind == "auto" else drafting.extra_bytes(asked, outline)
+        named = replace(outline, drafting=extra)
+        without = place(named, size, runtime, tokenizer, self.context, self.force)
+        if asked.kind != "auto":
+            return replace(without, drafts=asked.kind)
+        for spec, worth in drafting.choices(outline):
             wanted = replace(outline, drafting=drafting.extra_bytes(spec, outline))
-            found = self._place_for(wanted, spec, size, runtime, tokenizer)
-            if found is not None:
-                return found
-        return place(outline, size, runtime, tokenizer, self.context, self.force)
+            with suppress(BudgetError):
+                made = place(wanted, size, runtime, tokenizer, self.context)
+                if _pays(spec, made, without, worth):
+                    return replace(made, drafts=spec.kind)
+        return without
 
-    def _place_for(
-        self, wanted: Outline, spec: drafting.Spec, size: int, runtime: int, tokenizer: int
-    ) -> Placement | None:
-        """A plan with drafting; None where nobody asked for it by name and what it takes from the weights
-        costs more than it brings."""
-        if not spec.worth:
-            return place(wanted, size, runtime, tokenizer, self.context, self.force)
-        plain = replace(wanted, drafting=0)
-        without = place(plain, size, runtime, tokenizer, self.context, self.force)
-        try:
-            made = place(wanted, size, runtime, tokenizer, self.context)
-        except BudgetError:
-            return None
-        good = made.context == without.context and made.streamed <= spec.worth * without.streamed
-        return made if good and (spec.kind != "masks" or made.holds_head) else None
+
+def _pays(spec: drafting.Spec, made: Placement, without: Placement, worth: float) -> bool:
+    """Does what drafting takes from the weights cost less than it brings?"""
+    if made.context != without.context or made.streamed > worth * without.streamed:
+        return False
+    return spec.kind != "masks" or made.holds_head  # each guess would read the head again
 
 
 def load(
@@ -204,22 +203,11 @@ def _drafting(
     asked, outline = drafting.parse(wishes.draft), of_pack(made)
     if smaller is not None:
         drafting.same_vocabulary(made, smaller)
-    planned = placement.fixed.get("drafting", 0)
-    spec = next(
-        (
-            s
-            for s in drafting.choices(asked, outline)
-            if drafting.extra_bytes(s, outline) == planned
-        ),
-        asked,
-    )
+    kind = placement.drafts
+    spec = asked if asked.kind == kind else drafting.Spec(kind)
     file = drafting.mask_file(spec, outline)
     masks = None if file is None else drafting.mask_model(file, spec.k, made, transformer)
-    kind = asked if planned else drafting.Spec("none")
-    guessing = drafting.Drafting(kind, Habits(masks), smaller)
-    with torch.inference_mode():
-        guessing.warm(transformer)
-    return guessing
+    return drafting.Drafting(spec if kind == "none" else asked, Habits(masks), smaller)
 
 
 def _warn_slow(made: Pack, native: Kernels | None) -> None:

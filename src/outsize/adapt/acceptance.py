@@ -19,7 +19,6 @@ from outsize.adapt.masks import (
     all_anchors,
     collate,
     deltas,
-    head_weights,
     mask_rows,
     ordinary,
 )
@@ -69,7 +68,7 @@ def guesses(
         mask_rows(twin, batch, parameters["masks"][:k]), stored, deltas(parameters, scale)
     )
     z_BAKD = z.unflatten(1, (-1, k))
-    head = head_weights(parameters)
+    head = sampler.of(parameters)
     chosen = batch.tokens_BS.gather(1, batch.anchor_BA.clamp_min(0) + 1)
     out = []
     for j in range(k):

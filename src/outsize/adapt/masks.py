@@ -27,8 +27,6 @@ from outsize.draft import sampler
 from outsize.family.description import Description
 from outsize.model.adapter import widths
 
-ATTENTION, FEED_FORWARD = ("q", "k", "v", "o"), ("gate", "up", "down")
-PROJECTIONS = ATTENTION + FEED_FORWARD
 Parameters = dict[str, Tensor]
 
 
@@ -92,18 +90,12 @@ def new_parameters(d: Description, recipe: Recipe, embed_VD: Tensor) -> Paramete
     size = float(embed_VD.float().std())
     out["masks"] = torch.empty(recipe.k, d.width).normal_(0, size, generator=generator)
     made = sampler.new(d.width, generator) if recipe.sampler else {}
-    return out | {f"sampler.{name}": value for name, value in made.items()}
+    return out | {sampler.PREFIX + name: value for name, value in made.items()}
 
 
 def deltas(parameters: Mapping[str, Tensor], scale: float) -> Deltas:
     names = [name[:-2] for name in parameters if name.endswith(".A")]
     return Deltas({n: (parameters[f"{n}.A"], parameters[f"{n}.B"]) for n in names}, scale)
-
-
-def head_weights(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        k.removeprefix("sampler."): v for k, v in parameters.items() if k.startswith("sampler.")
-    }
 
 
 def draw(examples: Sequence[Example], recipe: Recipe, step: int, rank: int, world: int) -> Batch:
@@ -206,7 +198,7 @@ def losses(twin: Twin, parameters: Parameters, recipe: Recipe, batch: Batch) -> 
     nothing = torch.zeros((), device=twin.device)
     sampled = nothing
     if recipe.sampler:
-        mixed = sampler.mix(z_ND, twin.embed(found.previous_N), head_weights(parameters))
+        mixed = sampler.mix(z_ND, twin.embed(found.previous_N), sampler.of(parameters))
         sampled = cross_entropy(twin.logits(mixed).float(), found.label_N)
     if not recipe.consistency:
         return Losses(base, sampled, nothing)

@@ -18,6 +18,7 @@ from torch.nn.functional import gelu, linear, rms_norm, scaled_dot_product_atten
 from outsize.bars import Progress
 from outsize.errors import UnsupportedError
 from outsize.family.description import Description, Rope
+from outsize.model.halves import vector
 from outsize.model.layers import turns
 from outsize.pack.format import Pack
 from outsize.weights.load import load
@@ -85,8 +86,7 @@ class Twin:
         return torch.cat([table.rows(ids).to(self.dtype) for ids in parts]).to(self.device)
 
     def _vector(self, weights: tuple[Weight, ...]) -> Tensor:
-        whole = torch.cat([w.encoding.decode(w.fields)[0] for w in weights])
-        return whole.to(self.device, self.residual)
+        return vector(weights).to(self.device, self.residual)
 
     def _matrices(self, weights: Weights) -> dict[str, Tensor]:
         out = {}

@@ -47,12 +47,6 @@ class MaskModel:
     def k(self) -> int:
         return len(self.rows_KD)
 
-    @property
-    def nbytes(self) -> int:
-        return (
-            self.adapter.nbytes + self.rows_KD.nbytes + sum(t.nbytes for t in self._head.values())
-        )
-
     def masks(self, anchors: Sequence[int], depth: int) -> Masks:
         return Masks(tuple(anchors), self.rows_KD[:depth], self.adapter)
 

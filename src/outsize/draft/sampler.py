@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, linear, rms_norm, silu
 
 EPS = 1e-5
+PREFIX = "sampler."  # of its tensors among those of a drafter
 
 
 def shapes(width: int) -> dict[str, tuple[int, ...]]:
@@ -26,6 +27,11 @@ def shapes(width: int) -> dict[str, tuple[int, ...]]:
         "second.weight": (width, width), "second.bias": vector,
         "second.norm": vector, "second.shift": vector,
     }  # fmt: skip
+
+
+def of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The head's tensors among those of a drafter; none if it has no head."""
+    return {k.removeprefix(PREFIX): t for k, t in tensors.items() if k.startswith(PREFIX)}
 
 
 def new(width: int, generator: torch.Generator) -> dict[str, Tensor]:

@@ -46,7 +46,7 @@ def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:
         kv.truncate(span.start)
     order = sorted(range(len(pairs)), key=lambda i: is_narrow(pairs[i][0]))
     ordered = [pairs[i] for i in order]
-    h_TD = torch.cat([_embedded(model, span) for span, _ in ordered])
+    h_TD = _embedded(model, [span for span, _ in ordered])
     steps, at = [], 0
     for segments, wide, spans in _groups(ordered):
         end = at + sum(s.length for s in segments)
@@ -62,12 +62,17 @@ def is_narrow(span: Span) -> bool:
     return len(span.tokens) <= NARROW or span.masks is not None
 
 
-def _embedded(model: Transformer, span: Span) -> Tensor:
-    """Tokens, then the masks of every block."""
-    h_TD = model.embed(span.tokens)
-    if span.masks is None:
+def _embedded(model: Transformer, spans: Sequence[Span]) -> Tensor:
+    """Of each span, its tokens, then the masks of every block. Tokens are looked up all at once."""
+    h_TD = model.embed([token for span in spans for token in span.tokens])
+    if all(span.masks is None for span in spans):
         return h_TD
-    return torch.cat([h_TD, span.masks.rows_KD.repeat(len(span.masks.anchors), 1)])
+    parts: list[Tensor] = []
+    for span, h in zip(spans, h_TD.split([len(span.tokens) for span in spans]), strict=True):
+        parts.append(h)
+        if span.masks is not None:
+            parts.append(span.masks.rows_KD.repeat(len(span.masks.anchors), 1))
+    return torch.cat(parts)
 
 
 def _added(segments: Sequence[Segment], spans: Sequence[Span]) -> Iterator[tuple[slice, Adapter]]:

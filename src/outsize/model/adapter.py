@@ -20,7 +20,6 @@ from outsize.family.description import Description
 from outsize.native.kernels import Kernels, LowRankMatrix
 
 STACKS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
-STACK_OF = {part: stack for stack, parts in STACKS.items() for part in parts}
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # "{layer}.{projection}" -> A (R, K), B (N, R)
 
 
@@ -41,10 +40,6 @@ class Stack:
     b_PN2: Tensor  # pairs of ranks by output (R / 2, N, 2)
     ends: tuple[int, ...]  # of each part's outputs
     matrix: LowRankMatrix | None
-
-    @property
-    def nbytes(self) -> int:
-        return self.a_RK.nbytes + self.b_PN2.nbytes
 
     def product(self, x_TK: Tensor) -> Tensor:
         inner = linear(x_TK.float(), self.a_RK.float()).to(x_TK.dtype).float()
@@ -67,10 +62,6 @@ class Adapter:
             for stack, parts in STACKS.items()
             if (made := _stack(layer, parts, d, factors, scale)) is not None
         }
-
-    @property
-    def nbytes(self) -> int:
-        return sum(stack.nbytes for stack in self._stacks.values())
 
     def add(
         self,

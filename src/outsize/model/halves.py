@@ -5,7 +5,7 @@ Shapes: T tokens, S stored, D model width, H query heads, J key heads, E numbers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -16,7 +16,7 @@ from outsize.model.attention import attend_rows, attend_span
 from outsize.model.ffn.dense import Dense
 from outsize.model.ffn.experts import Mixture
 from outsize.model.layers import Linear, RMSNorm, rotate
-from outsize.model.step import Step, gather
+from outsize.model.step import Segment, Step, gather
 from outsize.native.kernels import AttentionSpec, Kernels
 from outsize.weights.experts import Bank
 from outsize.weights.load import activation_type
@@ -80,19 +80,22 @@ class Attention:
                 out.append(attend_span(q_THE[rows], kv_CSE, seen, self.scale, window, self.sinks))
             else:
                 out.append(attend_rows(q_THE[rows], kv_CSE, self.scale, window, self.sinks))
-            masks = slice(rows.stop, end)
-            out_masks: list[Tensor] = []
-            own_CME = torch.cat([k_TJE[masks], v_TJE[masks]], dim=1).transpose(0, 1)
-            size = kv_CSE.shape[1]
-            for reach in s.reaches(size - len(s.positions), window)[len(s.positions) :]:
-                own = own_CME[:, reach.start - size : reach.slot + 1 - size].to(kv_CSE.dtype)
-                seen_CSE = torch.cat([kv_CSE[:, reach.first : reach.seen], own], dim=1)
-                row = masks.start + len(out_masks)
-                q_1HE = q_THE[row : row + 1]
-                out_masks.append(attend_rows(q_1HE, seen_CSE, self.scale, None, self.sinks))
-            out += out_masks
+            if s.num_masks:
+                masks = slice(rows.stop, end)
+                out += self._masks(q_THE[masks], k_TJE[masks], v_TJE[masks], kv_CSE, s)
             at = end
         return gather(out)
+
+    def _masks(
+        self, q_MHE: Tensor, k_MJE: Tensor, v_MJE: Tensor, kv_CSE: Tensor, s: Segment
+    ) -> Iterator[Tensor]:
+        """Each mask over what it sees: its anchor's past, then its own block so far."""
+        own_CME = torch.cat([k_MJE, v_MJE], dim=1).transpose(0, 1).to(kv_CSE.dtype)
+        size, count = kv_CSE.shape[1], len(s.positions)
+        for row, reach in enumerate(s.reaches(size - count, self.layer.window)[count:]):
+            own = own_CME[:, reach.start - size : reach.slot + 1 - size]
+            seen_CSE = torch.cat([kv_CSE[:, reach.first : reach.seen], own], dim=1)
+            yield attend_rows(q_MHE[row : row + 1], seen_CSE, self.scale, None, self.sinks)
 
     def _native(self, qkv: Tensor, step: Step, kernels: Kernels) -> Tensor:
         rows, turns_TE = step.table(self.index, self.layer.window), step.turns[self.layer.rope]

@@ -142,11 +142,6 @@ class Transformer:
         return self._kernels is not None
 
     @property
-    def holds_head(self) -> bool:
-        """Is all of the head in memory?"""
-        return self._head.is_resident
-
-    @property
     def waited_s(self) -> float:
         """Seconds that computing has stood still for reads so far."""
         return self.loaded.traffic.waited_s + self.loaded.expert_traffic.waited_s

@@ -24,6 +24,7 @@ class Placement:
     kv_tokens: int  # tokens of all sequences together that there is room for
     notes: tuple[str, ...] = field(default=())
     opening: int = 0  # what opening the model takes for a moment
+    drafts: str = "none"  # what it leaves room for guessing ahead with
 
     @property
     def held(self) -> int:
