@@ -3,8 +3,9 @@
 `--wrap` is a command prefix that caps the memory of what follows it, page cache included, and empties the
 page cache first; for example
     systemd-run --scope -q -p MemoryMax={bytes} -p MemorySwapMax=0
-Every run is a fresh process: it prefills 512 tokens and decodes, hashes all logits, and states what was
-planned, what was measured, and how fast the disk gave the same kind of reads right before and after.
+`outsize plan` runs before each. Every run is a fresh process: it prefills 512 tokens and decodes, hashes all logits,
+and states what was planned, what was measured, and how fast the disk gave the same kind of reads right before and
+after.
 One JSON object a line.
 """
 
@@ -157,13 +158,18 @@ def cli(wrap: str, size: int, model: str, context: int, new: int, text: str) -> 
     return {"cap": size, "status": done.returncode, "kills": kills} | result
 
 
-def caps(model: str, context: int, half: bool) -> list[int]:
-    """From what holds everything down to the least that works; or what holds half."""
+def plan_of(model: str, context: int) -> dict[str, float]:
+    """What `outsize plan` says; it measures computing anew, for the runs that follow."""
     command = [sys.executable, "-m", "outsize.cli", "plan", model, "--json", "-q"]
     done = subprocess.run(
         [*command, "-c", str(context)], capture_output=True, text=True, check=True
     )
-    plan = json.loads(done.stdout)
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def caps(model: str, context: int, half: bool) -> list[int]:
+    """From what holds everything down to the least that works; or what holds half."""
+    plan = plan_of(model, context)
     if half:
         return [int(plan["planned_bytes"] - 0.5 * plan["weights_bytes"] + 12e6)]
     low, high = int(plan["least_bytes"] * 1.01), int(plan["planned_bytes"] * 1.02)
@@ -208,6 +214,7 @@ def main() -> None:
             if size is not None and a.cli:
                 rows.append(cli(a.wrap, size, model, a.context, a.new, text))
             elif size is not None:
+                plan_of(model, a.context)
                 rows.append(run(a.wrap, size, *common, "--memory", str(size)))
             row = rows[-1]
             row["same"] = row.get(key) == rows[0].get(key)

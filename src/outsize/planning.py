@@ -54,7 +54,7 @@ def make(model: str, wishes: Wishes, prompt: int) -> Plan:
     outline, placed = loading.foresee(model, wishes, size, runtime)
     home = store.home()
     here = machine.known(home, library.silent if wishes.quiet else library.say)
-    here, compute = _compute(outline, here, native)
+    here, compute = _compute(outline, here, native, anew=True)
     prompt = min(prompt, placed.context)
     predicted = cost.predict(outline, here, placed, compute, prompt)
     tokenizer, curve = tokenizer_bytes(outline), []
@@ -68,11 +68,14 @@ def make(model: str, wishes: Wishes, prompt: int) -> Plan:
     return Plan(outline, placed, predicted, here, curve)
 
 
-def _compute(outline: Outline, here: Machine, native: Kernels | None) -> tuple[Machine, Compute]:
-    """How long this model computes: as kept, else measured now on random weights, and kept."""
+def _compute(
+    outline: Outline, here: Machine, native: Kernels | None, anew: bool = False
+) -> tuple[Machine, Compute]:
+    """How long this model computes: as kept, else measured now on random weights, and kept. `anew`: now
+    in any case, since a processor's speed changes by a third within an hour where others share it."""
     home = store.home()
     key = cost.key(outline) + ("" if native else "-plain")
-    if key not in here.models:
+    if anew or key not in here.models:
         here = machine.with_model(here, key, cost.measure(outline, native), home)
     return here, here.models[key]
 
