@@ -3,9 +3,9 @@
 `--wrap` is a command prefix that caps the memory of what follows it, page cache included, and empties the
 page cache first; for example
     systemd-run --scope -q -p MemoryMax={bytes} -p MemorySwapMax=0
-`outsize plan` runs before each. Every run is a fresh process: it prefills 512 tokens and decodes, hashes all logits,
-and states what was planned, what was measured, and how fast the disk gave the same kind of reads right before and
-after.
+`outsize plan` runs before each. Every run is a fresh process: it prefills 512 tokens and decodes, hashes
+all logits, and states what was planned, what was measured, and how fast the disk gave the same kind of reads
+right before and after.
 One JSON object a line.
 """
 

@@ -1,10 +1,10 @@
 """A long chat at half residency: `python bench/soak.py MODEL [--tokens 2000] [-o FILE]`.
 
 Turns of chat until so many tokens were answered, with half of the weights read from disk at each token;
-memory, threads and open files are noted after each turn. The first turn fills the context, since keys and values
-take their memory as they are stored, and a long prompt its scratch: what comes later has no reason to take more.
-One JSON object last (`grown_bytes`: the median of the last quarter's turns less that of the first); exit status
-1 if any grew.
+memory, threads and open files are noted after each turn. The first turn fills the context, since keys and
+values take their memory as they are stored, and a long prompt its scratch: what comes later has no reason
+to take more. One JSON object last (`grown_bytes`: the median of the last quarter's turns less that of the
+first); exit status 1 if any grew.
 """
 
 from __future__ import annotations
