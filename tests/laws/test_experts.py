@@ -12,17 +12,28 @@ import torch
 from torch import Tensor
 
 from outsize import library, resolve
+from outsize.api import Model
+from outsize.encoding.group import Group
+from outsize.encoding.int4 import Int4
+from outsize.encoding.plain import Encoding
 from outsize.errors import OptionError, UnsupportedError
 from outsize.forward.full import full
 from outsize.forward.span import Span
+from outsize.model.ffn.dense import Dense
+from outsize.model.ffn.experts import Built, add, native_experts
+from outsize.model.layers import Linear
+from outsize.model.step import Step
 from outsize.model.transformer import Transformer
+from outsize.native.kernels import kernels as compiled
 from outsize.pack.format import Pack
+from outsize.pack.store import home as home_folder
 from outsize.weights import load as weights
 from outsize.weights import policies, prefetcher
 from outsize.weights.knobs import REPLAYED, Experts, parse
 from outsize.weights.load import Share, all_of
 from outsize.weights.policy import Hints, make
 from outsize.weights.replay import Link, Replay
+from outsize.weights.table import Weight
 from outsize.weights.trace import Event, Scored, waves
 from outsize.weights.traffic import Traffic
 from tests.golden import tiny
@@ -98,6 +109,54 @@ def test_rows_do_not_see_company(packs: dict[str, Pack]) -> None:
         spans = [Span(7, [3]), Span(21, [4])]
         both = full(model, spans, kvs[:2])
         assert torch.equal(single.logits_KV, both[0].logits_KV)
+
+
+@pytest.mark.parametrize("encoding", ["int4", "group4", "group5", "group8"])
+def test_experts_in_one_call_are_the_single_ones(encoding: str) -> None:
+    kernels = compiled(home_folder() / "native")
+    if kernels is None or (encoding == "int4" and not kernels.has_tiles):
+        pytest.skip("no kernels for this here")
+    width, inner, rows, used = 128, 192, 5, 3
+    kind: Encoding = Int4(kernels) if encoding == "int4" else Group(int(encoding[5:]), kernels)
+
+    def expert() -> Built:
+        pair = {"gate_up": torch.randn(2 * inner, width), "down": torch.randn(width, inner)}
+        w = {k: (Weight(kind, kind.encode(m), len(m)),) for k, m in pair.items()}
+        return Built(w, Dense(Linear(w["gate_up"]), Linear(w["down"]), "silu"), native_experts(w))
+
+    x, step = torch.randn(rows, width).bfloat16(), Step([], {}, False, kernels)
+    built = [expert() for _ in range(4)]
+    places = [
+        [(0, 0, 0.5), (3, 2, 0.25)],
+        [(1, 1, 1.0)],
+        [(t, 1, 0.1 * t) for t in (0, 2, 3, 4)],
+        [(4, 0, 1.5)],
+    ]
+    one, all_at_once = torch.zeros(rows, used, width), torch.zeros(rows, used, width)
+    for e, p in zip(built, places, strict=True):
+        add(e.ffn, p, x, step, one)
+    native = [e.native for e in built if e.native is not None]
+    assert len(native) == len(built)
+    kernels.experts(native, places, x, all_at_once, 0)
+    assert torch.equal(one, all_at_once)
+    assert one.any()
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
+def test_same_bits_with_kernels(family: str, open_tiny: Callable[..., Model]) -> None:
+    """The model with all its experts held, and with few, both through the native kernels."""
+    model = open_tiny(family, "int4")
+    pack = model.pack
+    kernels = compiled(home_folder() / "native")
+    expected = logits(model.transformer)
+    shares = {t.name: all_of(t) for t in pack.tables}
+    shares |= {t.name: Share((), 12) for t in pack.tables if t.kind == "experts"}
+    loaded = weights.load(pack, kernels, Traffic(), lambda *_: None, shares, "first", Experts())
+    try:
+        few = Transformer(pack.description, loaded, kernels)
+        assert torch.equal(logits(few), expected)
+    finally:
+        loaded.close()
 
 
 class Recorded:

@@ -20,7 +20,8 @@ from torch.nn.functional import linear
 from outsize.encoding.frozen import frozen_linear
 from outsize.encoding.plain import Encoding, Fields, FieldSpec, wide_linear
 from outsize.errors import UnsupportedError
-from outsize.native.kernels import GroupMatrix, Kernels
+from outsize.native.kernels import Kernels
+from outsize.native.matrices import GroupMatrix, NativeMatrix
 
 GROUP, BLOCK = 32, 64
 NARROW_ROWS = 16  # beyond, decoding every weight once and one matmul are faster
@@ -119,6 +120,13 @@ class Group:
 
     def rows(self, fields: Fields, ids_T: Tensor) -> Tensor:
         return self.decode({name: field[ids_T] for name, field in fields.items()})
+
+    def native(self, fields: Fields) -> NativeMatrix | None:
+        if self.kernels is None:
+            return None
+        codes, scale = fields["codes"], fields["scale"]
+        rows, groups = scale.shape
+        return NativeMatrix(self.bits, rows, groups * GROUP, codes, fields.get("high"), scale)
 
 
 ENCODINGS: tuple[Encoding, ...] = (Group(4), Group(5), Group(8))

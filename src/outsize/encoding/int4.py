@@ -20,6 +20,7 @@ from outsize.encoding.frozen import frozen_linear
 from outsize.encoding.plain import Encoding, Fields, FieldSpec, wide_linear
 from outsize.errors import UnsupportedError
 from outsize.native.kernels import Kernels
+from outsize.native.matrices import TILES, NativeMatrix
 
 BLOCK, GROUP = 64, 32
 NARROW_ROWS = 48  # up to here the kernel beats decoding every weight, even for one long span
@@ -118,6 +119,12 @@ class Int4:
         step_TG, zero_TG = fields["scales"][:, ids_T].float().permute(2, 1, 0).unbind(0)
         grouped = codes_TK.float().view(len(ids_T), -1, GROUP) - 8
         return (grouped * step_TG[:, :, None] + zero_TG[:, :, None]).flatten(1)
+
+    def native(self, fields: Fields) -> NativeMatrix | None:
+        if self.kernels is None or not self.kernels.has_tiles:
+            return None
+        packed, scales = fields["packed"], fields["scales"]
+        return NativeMatrix(TILES, scales.shape[1], packed.shape[1], packed, None, scales)
 
 
 def _tile(code_NK: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from outsize.encoding.frozen import frozen_linear
 from outsize.encoding.plain import Encoding, Fields, FieldSpec, wide_linear
+from outsize.native.matrices import NativeMatrix
 
 NARROW_ROWS = 48  # up to here the kernel beats decoding every weight, even for one long span
 ROW_STEP = 16  # the kernel's blocks of rows; a last partial one is padded with zero rows
@@ -60,6 +61,9 @@ class Int8:
 
     def rows(self, fields: Fields, ids_T: Tensor) -> Tensor:
         return fields["codes"][ids_T].float() * fields["scale"][ids_T].float()[:, None]
+
+    def native(self, fields: Fields) -> NativeMatrix | None:
+        return None
 
 
 def _pad_rows(w_NK: Tensor, step: int) -> Tensor:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from outsize.native.matrices import NativeMatrix
+
 Fields = Mapping[str, Tensor]
 WIDE_BYTES = 8 << 20  # decoded at once: it stays in the cache until the matmul has read it
 
@@ -60,6 +62,10 @@ class Encoding(Protocol):
         """(T, K) fp32: some rows of the matrix, decoded."""
         ...
 
+    def native(self, fields: Fields) -> NativeMatrix | None:
+        """For kernels that run several matrices at once, with the bits of narrow `linear` in bf16."""
+        ...
+
 
 def wide_linear(x_TK: Tensor, num_rows: int, decode: Callable[[int, int], Tensor]) -> Tensor:
     """x @ w.T with `decode(start, stop)` giving rows of w (n, K) in the type of x, block by block, so
@@ -99,6 +105,9 @@ class Plain:
 
     def rows(self, fields: Fields, ids_T: Tensor) -> Tensor:
         return fields["w"][ids_T].float()
+
+    def native(self, fields: Fields) -> NativeMatrix | None:
+        return None
 
 
 ENCODINGS: tuple[Encoding, ...] = (

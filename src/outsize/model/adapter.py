@@ -17,7 +17,8 @@ from torch.nn.functional import linear
 
 from outsize.errors import AdapterError
 from outsize.family.description import Description
-from outsize.native.kernels import Kernels, LowRankMatrix
+from outsize.native.kernels import Kernels
+from outsize.native.matrices import LowRankMatrix
 
 STACKS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # "{layer}.{projection}" -> A (R, K), B (N, R)

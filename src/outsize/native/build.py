@@ -15,10 +15,18 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-NAMES = "rows.c", "attend.c", "groups.c", "tiles.c", "lowrank.c"
+NAMES = "rows.c", "attend.c", "groups.c", "tiles.c", "lowrank.c", "experts.c"
 SOURCES = tuple(Path(__file__).with_name(n) for n in NAMES)
 HEADER = Path(__file__).with_name("numbers.h")
-FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=gnu11",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fPIC",
+    "-pthread",
+)
 
 
 def compiler() -> str | None:

@@ -14,14 +14,6 @@
 typedef _Float16 half;
 enum { GROUP = 32, BLOCK = 64, LANES = 16, MAX_ROWS = 8 };
 
-typedef struct {
-    long bits;            /* 4, 5 or 8 */
-    long rows, width;
-    const uint8_t *codes; /* 4, 5: (rows, width / 2), low nibbles group A, high ones group B; 8: bytes */
-    const uint8_t *high;  /* 5: (rows, width / 8), the fifth bits; else null */
-    const half *scale;    /* (rows, width / 32) */
-} Matrix;
-
 /* One input row: high and low bytes; for every 4 weights, -offset times their inputs and the scale of
  * their group. In scratch these are width bytes each. */
 typedef struct {
@@ -74,7 +66,7 @@ static inline __attribute__((always_inline)) void
 dot(const Matrix *m, long bits, long n, const Input *x, long count, float *out) {
     __m512 sum[MAX_ROWS];
     for (long t = 0; t < count; t++) sum[t] = _mm512_setzero_ps();
-    const half *scale = m->scale + n * (m->width / GROUP);
+    const half *scale = (const half *)m->scale + n * (m->width / GROUP);
     const __m512i lanes = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
     for (long k = 0; k < m->width; k += BLOCK) {
         __m512i w = codes_of(m, bits, n * m->width + k);
@@ -111,7 +103,7 @@ static int code_at(const Matrix *m, long bits, long at) {
 static inline void dot(const Matrix *m, long bits, long n, const Input *x, long count, float *out) {
     float sum[MAX_ROWS][LANES];
     memset(sum, 0, sizeof sum);
-    const half *scale = m->scale + n * (m->width / GROUP);
+    const half *scale = (const half *)m->scale + n * (m->width / GROUP);
     for (long k = 0; k < m->width; k += BLOCK) {
         uint8_t w[BLOCK];
         for (long i = 0; i < BLOCK; i++) w[i] = (uint8_t)code_at(m, bits, n * m->width + k + i);
@@ -186,7 +178,7 @@ dot_numbers(const Matrix *m, const long bits, long n, const bf16 *x, const long 
             const __m512i table, float *out) {
     __m512 sum[MAX_ROWS][2]; /* of even and odd groups: two chains of additions, not one */
     for (long t = 0; t < count; t++) sum[t][0] = sum[t][1] = _mm512_setzero_ps();
-    const half *scale = m->scale + n * (m->width / GROUP);
+    const half *scale = (const half *)m->scale + n * (m->width / GROUP);
     for (long k = 0; k < m->width; k += BLOCK) {
         __m512bh w[2];
         numbers_of(m, bits, n * m->width + k, table, w);
@@ -280,7 +272,7 @@ static inline void store_bf16(bf16 *out, __m512 x) {
 
 static inline __attribute__((always_inline)) void
 decode_row(const Matrix *m, long bits, long n, bf16 *out) {
-    const half *scale = m->scale + n * (m->width / GROUP);
+    const half *scale = (const half *)m->scale + n * (m->width / GROUP);
     const __m512i offset = _mm512_set1_epi8((char)(1 << (bits - 1)));
     for (long k = 0; k < m->width; k += BLOCK) {
         __m512i z = _mm512_sub_epi8(codes_of(m, bits, n * m->width + k), offset);
@@ -295,7 +287,7 @@ decode_row(const Matrix *m, long bits, long n, bf16 *out) {
 }
 #else
 static inline void decode_row(const Matrix *m, long bits, long n, bf16 *out) {
-    const half *scale = m->scale + n * (m->width / GROUP);
+    const half *scale = (const half *)m->scale + n * (m->width / GROUP);
     for (long k = 0; k < m->width; k++) {
         int code = code_at(m, bits, n * m->width + k) - (1 << (bits - 1));
         out[k] = down((float)code * (float)scale[k / GROUP]);

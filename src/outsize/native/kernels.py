@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from outsize.native.build import library
+from outsize.native.matrices import ExpertMatrices, GroupMatrix, LowRankMatrix, Place
 
 CHUNK = 256
 _P, _L, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
@@ -78,58 +79,11 @@ class ReachTable:
         self._cells[rows, 2] = stored.shape[1]
 
 
-class _Matrix(ctypes.Structure):
-    _fields_ = (
-        ("bits", _L), ("rows", _L), ("width", _L), ("codes", _P), ("high", _P), ("scale", _P),
-    )  # fmt: skip
-
-
-class GroupMatrix:
-    """A matrix in groups, as groups.c wants it. Valid while its tensors are."""
-
-    __slots__ = ("num_rows", "pointer", "struct", "width")
-
-    def __init__(self, bits: int, codes: Tensor, high: Tensor | None, scale: Tensor) -> None:
-        self.num_rows, groups = scale.shape
-        self.width = groups * 32
-        fifth = None if high is None else high.data_ptr()
-        self.struct = _Matrix(
-            bits, self.num_rows, self.width, codes.data_ptr(), fifth, scale.data_ptr()
-        )
-        self.pointer = ctypes.addressof(self.struct)
-
-
-class _LowRank(ctypes.Structure):
-    _fields_ = (
-        ("parts", _L), ("rank", _L), ("width", _L), ("outputs", _L), ("ends", _P), ("a", _P), ("b", _P),
-    )  # fmt: skip
-
-
-class LowRankMatrix:
-    """Factors of stacked maps, as lowrank.c wants them: A (parts * R, K), B (R / 2, N, 2), bf16."""
-
-    __slots__ = ("_kept", "inner", "pointer", "struct")
-
-    def __init__(self, a: Tensor, b: Tensor, ends: Sequence[int]) -> None:
-        parts, (half, outputs, _) = len(ends), b.shape
-        table = (_L * parts)(*ends)
-        self._kept, self.inner = (a, b, table), len(a)
-        self.struct = _LowRank(
-            parts,
-            2 * half,
-            a.shape[1],
-            outputs,
-            ctypes.addressof(table),
-            a.data_ptr(),
-            b.data_ptr(),
-        )
-        self.pointer = ctypes.addressof(self.struct)
-
-
 class Kernels:
     """The functions of the C files here. All tensors contiguous; bf16 unless said."""
 
     def __init__(self, lib: ctypes.CDLL) -> None:
+        self.library = lib
         self._kept = torch.empty(0, dtype=torch.bfloat16)
         self._norm, self._residual = lib.norm_rows, lib.residual_rows
         self._gate, self._attend = lib.gate_rows, lib.attend_rows
@@ -146,10 +100,12 @@ class Kernels:
         self._lowrank.argtypes = [_P, _P, _P, _L, _P]
         self._tiles = lib.tile_linear
         self._tiles.argtypes = [_P, _P, _P, _P, _L, _L, _L, _P]
+        self._experts = lib.expert_rows
+        self._experts.argtypes = [_P, _P, _P, _L, _P, _P, _L, _L, ctypes.c_int, _P]
         self.has_tiles = bool(lib.tile_supported())
         for function in (
             self._norm, self._residual, self._gate, self._attend, self._linear, self._decode,
-            self._tile, self._tiles, self._lowrank,
+            self._tile, self._tiles, self._lowrank, self._experts,
         ):  # fmt: skip
             function.restype = None
 
@@ -242,6 +198,28 @@ class Kernels:
         x = x_TK.data_ptr() + 2 * first * x_TK.shape[1]
         y = y_TN.data_ptr() + 2 * first * y_TN.shape[1]
         self._lowrank(matrix.pointer, x, y, count, scratch.data_ptr())
+
+    def experts(
+        self,
+        experts: Sequence[ExpertMatrices],
+        places: Sequence[Sequence[tuple[int, int, float]]],
+        x_TD: Tensor,
+        out_TKD: Tensor,
+        kind: int,
+    ) -> None:
+        """Fills out_TKD (fp32) at each place's (row, slot) with that expert's output times the weight."""
+        num, most = len(experts), max(map(len, places))
+        width, inner = experts[0].width, experts[0].inner
+        pointers = (_P * num)(*[e.pointer for e in experts])
+        counts = (_L * num)(*[len(p) for p in places])
+        cells = (Place * sum(counts))(*[Place(*cell) for p in places for cell in p])
+        scratch = torch.empty(
+            most * (2 * max(width, inner) + 2 * width + 3 * inner), dtype=torch.int16
+        )
+        self._experts(
+            pointers, counts, cells, num, x_TD.data_ptr(), out_TKD.data_ptr(), out_TKD.shape[1],
+            most, kind, scratch.data_ptr(),
+        )  # fmt: skip
 
 
 def kernels(folder: Path) -> Kernels | None:

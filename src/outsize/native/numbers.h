@@ -1,4 +1,4 @@
-/* Numbers as the kernels see them. */
+/* Numbers and matrices as the kernels see them. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -7,6 +7,14 @@
 #endif
 
 typedef uint16_t bf16;
+
+typedef struct {
+    long bits;            /* groups of 4, 5 or 8 bits (groups.c); 0: int4 tiles (tiles.c) */
+    long rows, width;     /* outputs, inputs */
+    const uint8_t *codes; /* 4, 5: (rows, width / 2), low nibbles group A, high ones group B; 8: bytes */
+    const uint8_t *high;  /* 5: (rows, width / 8), the fifth bits; else null */
+    const void *scale;    /* groups: (rows, width / 32) fp16; tiles: (width / 32, rows, 2) bf16 */
+} Matrix;
 
 static inline float up(bf16 x) {
     union { uint32_t i; float f; } u = {(uint32_t)x << 16};

@@ -45,9 +45,9 @@ class Bank:
 
     def stream(
         self, rows: Sequence[Sequence[int]], early: Scored, in_order: bool
-    ) -> Iterator[tuple[int, Weights]]:
-        """The experts that these tokens chose, one by one; `early`: what the next layer's gate makes of
-        its experts already now. `in_order`: as they were first chosen."""
+    ) -> Iterator[list[tuple[int, Weights]]]:
+        """The experts that these tokens chose, as they are there; `early`: what the next layer's gate makes
+        of its experts already now. `in_order`: as they were first chosen."""
         base, ledger = self.number * self.count, self.cache.ledger
         ids = list(dict.fromkeys(base + e for row in rows for e in row))
         ledger.policy.observe(self.number, [[base + e for e in row] for row in rows])
@@ -59,8 +59,8 @@ class Bank:
         room = ledger.policy.room
         for at in range(0, len(ids), room):
             wave, last = ids[at : at + room], at + room >= len(ids)
-            for id, weights in self.cache.stream(wave, in_order, then if last else self._forget):
-                yield id - base, weights
+            for found in self.cache.stream(wave, in_order, then if last else self._forget):
+                yield [(id - base, weights) for id, weights in found]
             self.cache.release()
 
     def handled(

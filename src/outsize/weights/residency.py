@@ -36,8 +36,8 @@ class Residency(Protocol):
         """What was fetched has been used."""
         ...
 
-    def stream(self, ids: Sequence[int]) -> Iterator[tuple[int, Weights]]:
-        """The same, one by one as they are there: those in memory first."""
+    def stream(self, ids: Sequence[int]) -> Iterator[list[tuple[int, Weights]]]:
+        """The same, a few at a time as they are there: those in memory first."""
         ...
 
     def prefetch(self, ids: Sequence[int]) -> None:
@@ -60,8 +60,8 @@ class Resident:
     def release(self) -> None:
         """Nothing to do."""
 
-    def stream(self, ids: Sequence[int]) -> Iterator[tuple[int, Weights]]:
-        yield from ((i, self._weights[i]) for i in ids)
+    def stream(self, ids: Sequence[int]) -> Iterator[list[tuple[int, Weights]]]:
+        yield [(i, self._weights[i]) for i in ids]
 
     def prefetch(self, ids: Sequence[int]) -> None:
         """Nothing to do."""
@@ -113,16 +113,20 @@ class Cached:
 
     def stream(
         self, ids: Sequence[int], in_order: bool = False, then: Callable[[], None] | None = None
-    ) -> Iterator[tuple[int, Weights]]:
-        """`in_order`: as asked, whatever is there first; `then`: called once all are on their way."""
-        slots = self._ask(ids)
+    ) -> Iterator[list[tuple[int, Weights]]]:
+        """`in_order`: one by one as asked, whatever is there first; `then`: called once all are on their
+        way."""
+        waiting = self._ask(ids)
         if then is not None:
             then()
-        if not in_order:
-            slots = dict(sorted(slots.items(), key=lambda item: not self._is_there(item[1])))
-        for i, slot in slots.items():
-            self._settle(slot)
-            yield i, self._view(slot)
+        while waiting:
+            ready = [] if in_order else [i for i, s in waiting.items() if self._is_there(s)]
+            found = []
+            for i in ready or [next(iter(waiting))]:
+                slot = waiting.pop(i)
+                self._settle(slot)
+                found.append((i, self._view(slot)))
+            yield found
 
     def expect(self, ids: Sequence[int], most: int) -> None:
         """Read ahead what a prefetcher wants."""

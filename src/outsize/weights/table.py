@@ -13,6 +13,7 @@ from outsize.encoding.find import encoding
 from outsize.encoding.plain import Encoding, Fields
 from outsize.errors import OptionError, PackError, ReadError
 from outsize.native.kernels import Kernels
+from outsize.native.matrices import NativeMatrix
 from outsize.pack.format import Matrix, TableHeader, damaged, field_bytes
 from outsize.weights.medium import PAGE, File, Medium
 from outsize.weights.traffic import Traffic
@@ -32,6 +33,10 @@ class Weight:
     @property
     def is_padded(self) -> bool:
         return self.encoding.stored_rows(self.fields) != self.num_rows
+
+    def native(self) -> NativeMatrix | None:
+        """For kernels that run several matrices at once; None if this is not for them."""
+        return None if self.is_padded else self.encoding.native(self.fields)
 
 
 Weights = dict[str, tuple[Weight, ...]]
@@ -60,6 +65,14 @@ class Table:
 
     def close(self) -> None:
         self._medium.close()
+
+    def handle(self) -> int | None:
+        """As a medium's."""
+        return self._medium.handle()
+
+    def passed(self, index: int) -> None:
+        """A record matched its checksum."""
+        self._seen.add(index)
 
     def is_verified(self, index: int) -> bool:
         """May this record be read in part? False once the file has been written to."""
@@ -110,7 +123,7 @@ class Table:
             self.read_part(index, out, 0)
             if zlib.crc32(out) != self.header.checksums[index]:
                 raise self._damaged(index, "does not match its checksum")
-        self._seen.add(index)
+        self.passed(index)
 
     def _damaged(self, index: int, problem: str) -> PackError:
         header = self.header

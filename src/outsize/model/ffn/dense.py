@@ -17,6 +17,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def kind_of(activation: str) -> int:
+    """The number by which native/rows.c knows it; -1 if it does not."""
+    return list(ACTIVATIONS).index(activation) if activation in ACTIVATIONS else -1
+
+
 SLOPE, LIMIT = 1.702, 7.0  # of gpt-oss's activation
 
 
@@ -39,7 +44,7 @@ class Dense:
     def __init__(self, gate_up: Linear, down: Linear, activation: str, index: int = 0) -> None:
         self.gate_up, self.down, self.activation = gate_up, down, activation
         self._layer = index
-        self._act, self._kind = ACTIVATIONS[activation], list(ACTIVATIONS).index(activation)
+        self._act, self._kind = ACTIVATIONS[activation], kind_of(activation)
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
         gate_up = step.add(self._layer, "gate_up", x_TD, self.gate_up(x_TD, step.wide))

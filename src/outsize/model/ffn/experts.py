@@ -12,14 +12,16 @@ Shapes: T tokens, D width, N experts, K used by a token.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from outsize.family.description import Description
-from outsize.model.ffn.dense import Biased, Dense
+from outsize.model.ffn.dense import Biased, Dense, kind_of
 from outsize.model.layers import Linear, RMSNorm
 from outsize.model.step import Step
+from outsize.native.matrices import ExpertMatrices
 from outsize.weights.experts import Bank
 from outsize.weights.table import Weights
 from outsize.weights.trace import Scored
@@ -58,6 +60,22 @@ BIASES = ("gate_up_bias", "down_bias")
 EARLY = 4  # times as many experts as are used are told early
 
 
+@dataclass(frozen=True, slots=True)
+class Built:
+    """The expert over a slot's views, whatever is in them; `native`: for the kernel that runs several."""
+
+    weights: Weights
+    ffn: Expert
+    native: ExpertMatrices | None
+
+
+def native_experts(w: Weights) -> ExpertMatrices | None:
+    """None where a matrix is in pieces or in another encoding."""
+    found = [w[k][0].native() if len(w[k]) == 1 else None for k in ("gate_up", "down")]
+    gate_up, down = found
+    return None if gate_up is None or down is None else ExpertMatrices(gate_up, down)
+
+
 class Mixture:
     """h += sum of the chosen experts' weighed outputs. `ahead`: the next layer's router, if it is there."""
 
@@ -73,7 +91,7 @@ class Mixture:
         self.router = Router(norm, router_ND, d.mixture.used, d.mixture.renorm, bias_N)
         self._bank, self._activation, self._used = bank, d.activation, d.mixture.used
         self.ahead: Callable[[], Router | None] = lambda: None
-        self._built: dict[int, tuple[Weights, Expert]] = {}
+        self._built: dict[int, Built] = {}
 
     def run(self, chunks: Chunks) -> None:
         """Changes the chunks' h_TD."""
@@ -83,24 +101,24 @@ class Mixture:
         weights = [row for _, w in routed for row in w.tolist()]
         early = self._early(chunks)
         rows, weights = self._handled(rows, weights, early)
-        sums = _Sums(chunks, xs, self._used)
+        sums = _Sums(chunks, xs, self._used, kind_of(self._activation))
         in_order = any(step.wide for _, step in chunks)
         places = _places(rows, weights)
-        for expert, w in self._bank.stream(rows, early, in_order):
-            sums.add(self._in_slot(w), places[expert])
+        for found in self._bank.stream(rows, early, in_order):
+            sums.add([(self._in_slot(w), places[expert]) for expert, w in found])
         sums.finish()
 
-    def _in_slot(self, w: Weights) -> Expert:
+    def _in_slot(self, w: Weights) -> Built:
         """The expert over a slot's views: the same slot needs no new one, whatever is in it. Biases are
         joined, and so copied, at each use."""
         if "down_bias" in w:
             biases = (torch.cat([b.encoding.decode(b.fields)[0] for b in w[k]]) for k in BIASES)
-            return Biased(Linear(w["gate_up"]), Linear(w["down"]), *biases)
+            return Built(w, Biased(Linear(w["gate_up"]), Linear(w["down"]), *biases), None)
         found = self._built.get(id(w))
         if found is None:
             made = Dense(Linear(w["gate_up"]), Linear(w["down"]), self._activation)
-            found = self._built[id(w)] = w, made
-        return found[1]
+            found = self._built[id(w)] = Built(w, made, native_experts(w))
+        return found
 
     def _early(self, chunks: Chunks) -> Scored:
         """Only for few rows: a prompt wants nearly all experts anyway."""
@@ -135,9 +153,8 @@ def _places(rows: Sequence[Sequence[int]], weights: Sequence[Sequence[float]]) -
 class _Sums:
     """Collects the experts' outputs for all chunks."""
 
-    def __init__(self, chunks: Chunks, xs: Sequence[Tensor], used: int) -> None:
-        self._chunks, self._xs = chunks, xs
-        self._is_single = len(xs) == 1 and len(xs[0]) == 1  # one token: nothing to select
+    def __init__(self, chunks: Chunks, xs: Sequence[Tensor], used: int, kind: int) -> None:
+        self._chunks, self._xs, self._kind = chunks, xs, kind
         self._starts, at = [], 0
         for h, _ in chunks:
             self._starts.append(at)
@@ -147,25 +164,20 @@ class _Sums:
             for h, step in chunks
         ]
 
-    def add(self, ffn: Expert, places: Places) -> None:
-        """Compute an expert for those who chose it."""
-        if self._is_single:
-            ((_, slot, weight),) = places
-            y_D = ffn(self._xs[0], self._chunks[0][1])[0].float()
-            torch.mul(y_D, weight, out=self._outs[0][0, slot])
-            return
+    def add(self, experts: Sequence[tuple[Built, Places]]) -> None:
+        """Compute some experts for those who chose them."""
         for (h, step), x, start, out in zip(
             self._chunks, self._xs, self._starts, self._outs, strict=True
         ):
-            mine = [p for p in places if start <= p[0] < start + len(h)]
-            if not mine:
+            rows = range(start, start + len(h))
+            mine = [(e, [(t - start, k, w) for t, k, w in p if t in rows]) for e, p in experts]
+            mine = [(e, p) for e, p in mine if p]
+            native = [e.native for e, _ in mine if e.native is not None]
+            if mine and step.kernels is not None and len(native) == len(mine):
+                step.kernels.experts(native, [p for _, p in mine], x, out, self._kind)
                 continue
-            rows = torch.tensor([t - start for t, _, _ in mine])
-            y = ffn(x[rows], step).float() * torch.tensor([w for _, _, w in mine])[:, None]
-            if step.wide:
-                out.index_add_(0, rows, y)
-            else:
-                out[rows, torch.tensor([k for _, k, _ in mine])] = y
+            for e, places in mine:
+                add(e.ffn, places, x, step, out)
 
     def finish(self) -> None:
         for (h, step), out in zip(self._chunks, self._outs, strict=True):
@@ -176,3 +188,13 @@ class _Sums:
             for k in range(1, out.shape[1]):
                 total += out[:, k]
             h.add_(total)
+
+
+def add(ffn: Expert, places: Places, x_TD: Tensor, step: Step, out: Tensor) -> None:
+    """One expert, the plain way."""
+    rows, slots, weights = (torch.tensor(column) for column in zip(*places, strict=True))
+    y = ffn(x_TD[rows], step).float() * weights[:, None]
+    if step.wide:
+        out.index_add_(0, rows, y)
+    else:
+        out[rows, slots] = y

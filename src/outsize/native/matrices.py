@@ -1,0 +1,101 @@
+"""Matrices as the C files see them: structures of pointers, beside the tensors that they point into."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+_P, _L = ctypes.c_void_p, ctypes.c_long
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("bits", _L), ("rows", _L), ("width", _L), ("codes", _P), ("high", _P), ("scale", _P),
+    )  # fmt: skip
+
+
+TILES = 0  # the number of bits that says int4 tiles
+
+
+class _Expert(ctypes.Structure):
+    _fields_ = (("gate_up", _Matrix), ("down", _Matrix))
+
+
+class Place(ctypes.Structure):
+    """A row that chose an expert, as its choice number `slot`, and how much it weighs."""
+
+    _fields_ = (("row", _L), ("slot", _L), ("weight", ctypes.c_double))
+
+
+class NativeMatrix(NamedTuple):
+    """A matrix in memory that stays where it is: (rows, width) in groups of so many bits, or tiles."""
+
+    bits: int
+    rows: int
+    width: int
+    codes: Tensor
+    high: Tensor | None
+    scale: Tensor
+
+    def struct(self) -> _Matrix:
+        high = None if self.high is None else self.high.data_ptr()
+        return _Matrix(
+            self.bits, self.rows, self.width, self.codes.data_ptr(), high, self.scale.data_ptr()
+        )
+
+
+class ExpertMatrices:
+    """One expert, as experts.c wants it; keeps its tensors alive."""
+
+    __slots__ = ("_kept", "inner", "pointer", "struct", "width")
+
+    def __init__(self, gate_up: NativeMatrix, down: NativeMatrix) -> None:
+        self._kept = gate_up, down
+        self.width, self.inner = gate_up.width, down.width
+        self.struct = _Expert(gate_up.struct(), down.struct())
+        self.pointer = ctypes.addressof(self.struct)
+
+
+class GroupMatrix:
+    """A matrix in groups, as groups.c wants it. Valid while its tensors are."""
+
+    __slots__ = ("num_rows", "pointer", "struct", "width")
+
+    def __init__(self, bits: int, codes: Tensor, high: Tensor | None, scale: Tensor) -> None:
+        self.num_rows, groups = scale.shape
+        self.width = groups * 32
+        fifth = None if high is None else high.data_ptr()
+        self.struct = _Matrix(
+            bits, self.num_rows, self.width, codes.data_ptr(), fifth, scale.data_ptr()
+        )
+        self.pointer = ctypes.addressof(self.struct)
+
+
+class _LowRank(ctypes.Structure):
+    _fields_ = (
+        ("parts", _L), ("rank", _L), ("width", _L), ("outputs", _L), ("ends", _P), ("a", _P), ("b", _P),
+    )  # fmt: skip
+
+
+class LowRankMatrix:
+    """Factors of stacked maps, as lowrank.c wants them: A (parts * R, K), B (R / 2, N, 2), bf16."""
+
+    __slots__ = ("_kept", "inner", "pointer", "struct")
+
+    def __init__(self, a: Tensor, b: Tensor, ends: Sequence[int]) -> None:
+        parts, (half, outputs, _) = len(ends), b.shape
+        table = (_L * parts)(*ends)
+        self._kept, self.inner = (a, b, table), len(a)
+        self.struct = _LowRank(
+            parts,
+            2 * half,
+            a.shape[1],
+            outputs,
+            ctypes.addressof(table),
+            a.data_ptr(),
+            b.data_ptr(),
+        )
+        self.pointer = ctypes.addressof(self.struct)
