@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import shlex
 import subprocess
 import sys
@@ -33,29 +34,37 @@ SPECS = "echo;lru;least_stale;lfu;echo,prefetch=previous:6"
 
 
 class Forced:
-    """A router whose choices are recorded ones; it computes its own, too, so that time is honest."""
+    """A router whose choices are recorded ones; it computes its own, too, so that time is honest. One layer
+    early it tells each choice with the chance `recall`, as a real model's gate would, else a wrong one."""
 
-    def __init__(self, own: Router, events: list[Event], count: int) -> None:
-        self._own, self._events, self._count, self.norm = own, iter(events), count, own.norm
+    def __init__(self, own: Router, events: list[Event], count: int, recall: float) -> None:
+        self._own, self._events, self._count, self.norm = own, list(events), count, own.norm
+        self._at, self._recall, self._random = 0, recall, random.Random(1)
 
     def __call__(self, x_TD: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
         self._own(x_TD, wide)
-        event = next(self._events)
-        base = event.layer * self._count
-        ids = torch.tensor(event.rows) - base
+        event = self._events[self._at]
+        self._at += 1
+        ids = torch.tensor(event.rows) - event.layer * self._count
         return ids, torch.full(ids.shape, 1 / ids.shape[1])
 
     def early(self, h_TD: Tensor, most: int) -> Scored:
-        return self._own.early(h_TD, most)
+        own = self._own.early(h_TD, most)
+        if not self._recall:
+            return own
+        event, draw = self._events[self._at], self._random
+        ids = [i - event.layer * self._count for i in event.rows[-1]]
+        told = [i if draw.random() < self._recall else draw.randrange(self._count) for i in ids]
+        return tuple((i, 1 / len(told)) for i in dict.fromkeys(told))
 
 
-def force(m: Model, trace: Trace) -> None:
+def force(m: Model, trace: Trace, recall: float = 0.0) -> None:
     from outsize.model.ffn.experts import Mixture
 
     for layer, part in enumerate(m.transformer.parts[1::2]):
         assert isinstance(part.held, Mixture)
         events = [e for e in trace.events if e.layer == layer]
-        part.held.router = Forced(part.held.router, events, trace.experts)  # type: ignore[assignment]
+        part.held.router = Forced(part.held.router, events, trace.experts, recall)  # type: ignore[assignment]
 
 
 def worker(a: argparse.Namespace) -> dict[str, object]:
@@ -73,7 +82,7 @@ def worker(a: argparse.Namespace) -> dict[str, object]:
     with outsize.load(
         a.model, memory=a.memory, context=a.context, experts=a.experts, quiet=True
     ) as m:
-        force(m, trace)
+        force(m, trace, a.recall)
         disk, kv = Disk(m), m.transformer.new_kv(a.context)
         rates, steps = [disk.rate()], []
         begun = time.perf_counter()
@@ -91,7 +100,8 @@ def worker(a: argparse.Namespace) -> dict[str, object]:
         step_s, rate = sum(steps) / new, sum(rates) / len(rates)
         missed = (t.bytes_demanded + t.bytes_useful) / new
         return {
-            "model": m.name, "experts": a.experts, "memory": m.placement.budget, "slots": slots,
+            "model": m.name, "experts": a.experts, "gate_recall": a.recall,
+            "memory": m.placement.budget, "slots": slots,
             "share": round(slots / trace.size, 4), "tokens": new, "tokens_per_s": round(1 / step_s, 4),
             "step_s": round(step_s, 5), "prompt_s": round(first_s, 3), "hit_rate": round(t.hit_rate, 4),
             "missed_bytes_per_token": round(missed), "wasted_bytes": t.bytes_wasted, "ready": t.ready,
@@ -155,6 +165,12 @@ def main() -> None:
     p.add_argument("--new", type=int, default=128)
     p.add_argument("--context", type=int, default=256)
     p.add_argument("--peer", action="store_true", help="llama.cpp, too, in the same sitting")
+    p.add_argument(
+        "--recall",
+        type=float,
+        default=0.0,
+        help="an early gate that tells so many of the next layer's choices; 0: the random model's own",
+    )
     p.add_argument("--repeats", type=int, default=1)
     p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     p.add_argument("-o", "--output", type=Path)
@@ -163,7 +179,7 @@ def main() -> None:
         print(json.dumps(worker(a)))
         return
     common = [a.model, a.trace, "--memory", str(a.memory), "--new", str(a.new)]
-    common += ["--context", str(a.context), "--worker"]
+    common += ["--context", str(a.context), "--recall", str(a.recall), "--worker"]
     peer = [str(Path(__file__).parent / "peers" / "llamacpp.py"), a.model, "--cold", "--no-repack"]
     for _ in range(a.repeats):
         for spec in a.experts.split(";"):

@@ -11,6 +11,7 @@ import pytest
 import outsize
 from outsize import library, loading
 from outsize.api import Model
+from outsize.native.kernels import Kernels, kernels
 from outsize.pack.outline import of_pack
 from outsize.plan import place
 from outsize.weights import budget
@@ -78,3 +79,12 @@ def open_paged(
     yield make
     for model in opened:
         model.close()
+
+
+@pytest.fixture(scope="session", params=["python", "native"])
+def reading(request: pytest.FixtureRequest, home: Path) -> Kernels | None:
+    """Who reads records: threads of Python, or of the compiled kernels."""
+    if request.param == "python":
+        return None
+    found = kernels(home / "native")
+    return found if found is not None else pytest.skip("no C compiler here")

@@ -52,6 +52,9 @@ class Faulty(File):
         self.short, self.errors, self.flips, self.after = short, errors, flips, after
         self.bytes_per_s, self.reads = bytes_per_s, 0
 
+    def handle(self) -> int | None:
+        return None
+
     def read(self, out: memoryview, offset: int) -> int:
         self.reads += 1
         if self.reads > self.after and self.errors:

@@ -7,15 +7,21 @@ import os
 import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from outsize import conversation
 from outsize.api import Model
 from outsize.errors import PackError, ReadError
+from outsize.native.kernels import Kernels, kernels
+from outsize.native.reads import checksum
 from outsize.options import Options
+from outsize.weights import medium
 from outsize.weights import table as tables
 from outsize.weights.arena import buffer
 from outsize.weights.policies.pin_and_ring import PinAndRing
@@ -38,9 +44,9 @@ def read(table: Table, index: int) -> bytes:
     return raw.numpy().tobytes()
 
 
-def scan(table: Table, turns: int = 1) -> list[bytes]:
+def scan(table: Table, turns: int = 1, kernels: Kernels | None = None) -> list[bytes]:
     """All records, in turn, through a ring of two, with reads ahead."""
-    with Reader() as reader:
+    with Reader(kernels=kernels) as reader:
         cached = Cached(table, reader, None, 2, PinAndRing(2, ()), range(COUNT))
         try:
             out = []
@@ -93,14 +99,14 @@ def test_a_bit_flipped_on_the_way_is_read_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("verify", ["first", "always"])
-def test_a_bit_flipped_on_the_disk(tmp_path: Path, verify: str) -> None:
+def test_a_bit_flipped_on_the_disk(tmp_path: Path, verify: str, reading: Kernels | None) -> None:
     header = write_table(tmp_path, COUNT)
     with open(tmp_path / header.file, "r+b") as f:
         f.seek(2 * STRIDE + 100)
         f.write(b"\xff")
     table = open_table(tmp_path, header, verify)
     with pytest.raises(PackError, match=rf"record 2 at byte {2 * STRIDE:,} of t.records does not"):
-        scan(table)
+        scan(table, kernels=reading)
 
 
 def test_always_checks_later_reads_too(tmp_path: Path) -> None:
@@ -125,27 +131,36 @@ def test_a_file_truncated_while_open(tmp_path: Path) -> None:
         read(table, 3)
 
 
-def test_a_file_written_to_while_open(tmp_path: Path) -> None:
+def test_a_file_truncated_between_reads(tmp_path: Path, reading: Kernels | None) -> None:
+    header = write_table(tmp_path, COUNT)
+    table = open_table(tmp_path, header)
+    scan(table, kernels=reading)
+    os.truncate(tmp_path / header.file, 3 * STRIDE + 4096)
+    with pytest.raises(PackError, match=r"record 3 at byte .* ends 4,096 bytes early"):
+        scan(table, kernels=reading)
+
+
+def test_a_file_written_to_while_open(tmp_path: Path, reading: Kernels | None) -> None:
     """What was verified once is verified again when the file changes under us."""
     header = write_table(tmp_path, COUNT)
     table = open_table(tmp_path, header)
-    scan(table)
+    scan(table, kernels=reading)
     time.sleep(0.02)  # a file system's clock has steps
     with open(tmp_path / header.file, "r+b") as f:
         f.seek(STRIDE)
         f.write(os.urandom(64))
     with pytest.raises(PackError, match=r"record 1 .* does not match its checksum"):
-        scan(table)
+        scan(table, kernels=reading)
 
 
-def test_a_file_replaced_while_open(tmp_path: Path) -> None:
+def test_a_file_replaced_while_open(tmp_path: Path, reading: Kernels | None) -> None:
     """The open handle keeps the old bytes, and they are right."""
     header = write_table(tmp_path, COUNT)
     before = [expected(tmp_path, i) for i in range(COUNT)]
     table = open_table(tmp_path, header)
     (tmp_path / "new").write_bytes(os.urandom(COUNT * STRIDE))
     os.replace(tmp_path / "new", tmp_path / header.file)
-    assert scan(table, turns=2) == before * 2
+    assert scan(table, turns=2, kernels=reading) == before * 2
 
 
 def test_a_slow_disk(tmp_path: Path) -> None:
@@ -161,6 +176,7 @@ def test_a_conversation_goes_on_after_a_failed_turn(
     open_paged: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that fails in the middle of a pass leaves no half-computed past behind."""
+    monkeypatch.setattr(medium.File, "handle", lambda self: None)  # read from Python
     model = open_paged("qwen3")
     options = Options(max_tokens=6, raw=False)
     plain = conversation.Conversation(model, options)
@@ -181,6 +197,40 @@ def test_a_conversation_goes_on_after_a_failed_turn(
     talk.reset()
     assert "".join(talk.say("one two three")) == wanted
     assert zlib.crc32(wanted.encode()) == zlib.crc32(talk.reply.text.encode())
+
+
+def test_the_native_pool_gives_up_and_hurries(tmp_path: Path, home: Path) -> None:
+    """What nobody has begun can be cancelled, and what was read ahead can overtake; each ends once."""
+    found = kernels(home / "native")
+    if found is None:
+        pytest.skip("no C compiler here")
+    table = open_table(tmp_path, write_table(tmp_path, COUNT))
+    buffers = [buffer(STRIDE) for _ in range(400)]
+    with Reader(1, found) as reader:
+        tickets = [
+            reader.submit(table, i % COUNT, out, urgent=False) for i, (_, out) in enumerate(buffers)
+        ]
+        assert tickets[-1].cancel()
+        tickets[-2].promote()
+        tickets[-2].wait()
+        late = sum(not t.is_done for t in tickets)
+        for t in tickets[:-1]:
+            t.wait()
+        assert late > 0, "it overtook some"
+        assert not tickets[0].cancel()
+    with pytest.raises(CancelledError):
+        tickets[-1].wait()
+    for i, (raw, _) in enumerate(buffers[:-1]):
+        assert raw.numpy().tobytes() == expected(tmp_path, i % COUNT)
+    assert table.traffic.bytes_read == 399 * STRIDE
+
+
+@given(data=st.binary(max_size=700))
+def test_the_native_checksum(data: bytes, home: Path) -> None:
+    found = kernels(home / "native")
+    if found is None:
+        pytest.skip("no C compiler here")
+    assert checksum(found.library, memoryview(bytearray(data))) == zlib.crc32(data)
 
 
 def test_the_medium_reads_past_no_end(tmp_path: Path) -> None:

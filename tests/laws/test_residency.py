@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from outsize import resolve
 from outsize.errors import CapacityError
+from outsize.native.kernels import Kernels
 from outsize.weights import policies
+from outsize.weights.arena import buffer
 from outsize.weights.policies.pin_and_ring import PinAndRing
 from outsize.weights.policy import Hints, make
 from outsize.weights.reader import Reader
@@ -28,10 +30,10 @@ Fixture = tuple[Table, Reader, Resident]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fixture]:
+def made(tmp_path_factory: pytest.TempPathFactory, reading: Kernels | None) -> Iterator[Fixture]:
     folder = tmp_path_factory.mktemp("table")
     table = open_table(folder, write_table(folder, COUNT))
-    with Reader() as reader:
+    with Reader(kernels=reading) as reader:
         yield table, reader, Resident(table, reader, None, lambda _: None)
     table.close()
 
@@ -64,7 +66,7 @@ def test_fetch(
         ids = list(dict.fromkeys(ids))
         asked += len(ids)
         if by_stream:
-            found = dict(cached.stream(ids))
+            found = dict(pair for some in cached.stream(ids) for pair in some)
             assert set(found) == set(ids)
         else:
             found = dict(zip(ids, cached.fetch(ids), strict=True))
@@ -84,12 +86,12 @@ def test_a_request_that_cannot_fit(made: Fixture) -> None:
     assert len(cached.fetch([1, 2])) == 2
 
 
-def test_a_scan_reads_ahead_and_wastes_nothing(tmp_path: Path) -> None:
+def test_a_scan_reads_ahead_and_wastes_nothing(tmp_path: Path, reading: Kernels | None) -> None:
     table = open_table(tmp_path, write_table(tmp_path, COUNT))
     pinned, ring, turns = (0, 4), 2, 6
     scan = [i for i in range(COUNT) if i not in pinned]
     policy = PinAndRing(len(pinned) + ring, pinned)
-    with Reader() as reader:
+    with Reader(kernels=reading) as reader:
         cached = Cached(table, reader, None, len(pinned) + ring, policy, scan, ring)
         cached.load(pinned, lambda _: None)
         cached.start()
@@ -155,9 +157,17 @@ def test_reading_few_rows_reads_few_pages(tmp_path: Path) -> None:
     table.close()
 
 
-def test_threads_end(tmp_path: Path) -> None:
-    before = threading.active_count()
-    reader = Reader(3)
-    assert threading.active_count() == before + 3
+def test_threads_end(tmp_path: Path, reading: Kernels | None) -> None:
+    def count() -> int:
+        tasks = Path("/proc/self/task")
+        return len(list(tasks.iterdir())) if tasks.is_dir() else threading.active_count()
+
+    table = open_table(tmp_path, write_table(tmp_path, COUNT))
+    _, out = buffer(STRIDE)
+    before = count()
+    reader = Reader(3, reading)
+    reader.submit(table, 0, out).wait()
+    assert count() == before + 3
     reader.close()
-    assert threading.active_count() == before
+    assert count() == before
+    table.close()

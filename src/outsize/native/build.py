@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-NAMES = "rows.c", "attend.c", "groups.c", "tiles.c", "lowrank.c", "experts.c"
+NAMES = "rows.c", "attend.c", "groups.c", "tiles.c", "lowrank.c", "experts.c", "reads.c"
 SOURCES = tuple(Path(__file__).with_name(n) for n in NAMES)
 HEADER = Path(__file__).with_name("numbers.h")
 FLAGS = (
@@ -84,7 +84,7 @@ def _compile(cc: str, flags: tuple[str, ...], path: Path) -> bool:
                 objects.append(str(Path(folder) / f"{source.stem}.o"))
                 _call(cc, *flags, "-c", str(source), "-o", objects[-1])
             # Linked without -fopenmp: its symbols are found in the runtime already loaded.
-            _call(cc, "-shared", *objects, "-o", str(built), "-lm")
+            _call(cc, "-shared", *objects, "-o", str(built), "-lm", "-pthread")
             os.replace(built, path)
     except (OSError, subprocess.SubprocessError):
         return False

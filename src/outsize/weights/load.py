@@ -96,9 +96,12 @@ class _Loading:
     tick: Tick
     experts: Experts
     expert_traffic: Traffic = field(default_factory=Traffic)
-    reader: Reader = field(default_factory=Reader)
+    reader: Reader = field(init=False)
     tables: list[Table] = field(default_factory=list)
     caches: list[Cached] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.reader = Reader(kernels=self.kernels)
 
     def open(self, header: TableHeader) -> Table:
         traffic = self.expert_traffic if header.kind == "experts" else self.traffic

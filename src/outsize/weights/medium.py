@@ -22,6 +22,10 @@ class Medium(Protocol):
         """(bytes, mtime in ns): changes when the file is written to."""
         ...
 
+    def handle(self) -> int | None:
+        """An open file that C may read from as `read` does; None: only `read` will do."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -37,6 +41,9 @@ class File:
         if not self.is_direct and sys.platform == "linux":
             os.posix_fadvise(self._handle, offset, got, os.POSIX_FADV_DONTNEED)
         return got
+
+    def handle(self) -> int | None:
+        return self._handle if self.is_direct else None
 
     def stamp(self) -> tuple[int, int]:
         stat = os.fstat(self._handle)

@@ -210,7 +210,7 @@ class Cached:
             ticket = self._tickets[slot] = self._submit(self.ledger.id_in[slot], slot, True)
         if not ticket.is_done:
             started = time.perf_counter()
-            self._reader.promote(ticket)
+            ticket.promote()
             ticket.wait_quietly()
             self.traffic.waited_s += time.perf_counter() - started
         ticket.wait()
