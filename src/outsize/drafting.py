@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,7 @@ KINDS = ("auto", "none", "ngram", "model", "masks")
 SPARE = 64  # slots of keys and values for what is drafted and not kept
 ROW_BYTES = 8  # of a logit, in the forms that a step's rows have
 ADAPTER = 1.15  # of a mask drafter's file: its factors as they are, its sampler head as fp32
-WORTH_MASKS, WORTH_TEXT = 1.4, 1.1  # times as much may be read a step, for what guesses bring
+WORTH_MASKS, WORTH_TEXT = 1.4, 1.3  # times as much may be read a step, for what guesses bring
 SHIPPED = Path(__file__).with_name("adapters")
 
 
@@ -143,14 +143,16 @@ def mask_file(spec: Spec, outline: Outline) -> Path | None:
     return shipped(outline.sha256) if dense and outline.sha256 else None
 
 
-def extra_bytes(spec: Spec, outline: Outline) -> int:
-    """What drafting takes: the adapter, a step's logits, slots for what is not kept."""
+def with_drafting(spec: Spec, outline: Outline) -> Outline:
+    """A model with what drafting takes of memory: always the adapter and slots for what is not kept; in a
+    step, in place of a prompt's scratch, the logits of its rows."""
     if spec.kind == "none":
-        return 0
+        return outline
     d, file = outline.description, mask_file(spec, outline)
-    rows = (MOST + 1) * d.vocab_size * ROW_BYTES
     slots = SPARE * 4 * d.num_layers * d.num_kv_heads * d.head_dim
-    return rows + slots + (int(ADAPTER * adapters.file_bytes(file)) if file is not None else 0)
+    adapter = 0 if file is None else int(ADAPTER * adapters.file_bytes(file))
+    logits = (MOST + 1) * d.vocab_size * ROW_BYTES
+    return replace(outline, drafting=slots + adapter, step_scratch=logits)
 
 
 def read_adapter(pack: Pack, name: str, path: Path) -> Adapter:

@@ -68,13 +68,12 @@ class Wishes:
                 f"context is {self.context:,}; this model holds from 2 to {longest:,} tokens"
             )
         asked = drafting.parse(self.draft)
-        extra = 0 if asked.kind == "auto" else drafting.extra_bytes(asked, outline)
-        named = replace(outline, drafting=extra)
+        named = outline if asked.kind == "auto" else drafting.with_drafting(asked, outline)
         without = place(named, size, runtime, tokenizer, self.context, self.force)
         if asked.kind != "auto":
             return replace(without, drafts=asked.kind)
         for spec, worth in drafting.choices(outline):
-            wanted = replace(outline, drafting=drafting.extra_bytes(spec, outline))
+            wanted = drafting.with_drafting(spec, outline)
             with suppress(BudgetError):
                 made = place(wanted, size, runtime, tokenizer, self.context)
                 if _pays(spec, made, without, worth):

@@ -1,23 +1,25 @@
 """What drafts are worth, by category of prompt: tokens a step, and speed against no drafting.
 
-One model, one placement; each prompt is answered without drafts and with them, in turn, the order changing
-from prompt to prompt. Texts must be identical: a category with one that is not has no figures.
+The model is opened twice under the same budget, each in a process of its own: without drafts, whose memory
+then holds weights, and with them. Each prompt is answered by both, in turn, the order changing from prompt
+to prompt. Texts must be identical: a category with one that is not has no figures.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
-from outsize import loading
-from outsize.api import Model
+from outsize import loading, planning
 from outsize.bars import steps
-from outsize.drafting import Drafting, Spec
 from outsize.errors import OptionError
-from outsize.reply import Reply
+from outsize.loading import Wishes
 
 LEAST_TOKENS = 8  # of an answer whose speed is compared
 CHARACTERS_A_TOKEN = 6  # at most: longer prompts are cut to what the context holds
@@ -36,11 +38,22 @@ class Wanted:
     context: int = 2048
 
 
+class Answer(NamedTuple):
+    """What is told of a reply."""
+
+    text: str
+    new_tokens: int
+    tokens_per_s: float
+    tokens_per_step: float
+    accepted: int
+    drafted: int
+
+
 @dataclass(slots=True)
 class Pairs:
     """A category's answers: without drafts, with them."""
 
-    pairs: list[tuple[Reply, Reply]] = field(default_factory=list)
+    pairs: list[tuple[Answer, Answer]] = field(default_factory=list)
 
     def row(self, category: str) -> dict[str, object]:
         same = all(a.text == b.text for a, b in self.pairs)
@@ -91,21 +104,60 @@ def _item(path: Path, number: int, line: str) -> tuple[str, str]:
         ) from None
 
 
-def measure(model: Model, wanted: Wanted, quiet: bool) -> Iterator[dict[str, object]]:
+class Answerer:
+    """A model in a process of its own, so that plans meet what a run meets; close it."""
+
+    def __init__(self, model: str, wanted: Wanted, threads: int | None) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        arguments = theirs, model, wanted, threads
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+        self.about: dict[str, object] = self._pipe.recv()
+
+    def answer(self, text: str) -> Answer:
+        self._pipe.send(text)
+        return Answer(*self._pipe.recv())
+
+    def close(self) -> None:
+        self._pipe.send("")
+        self._process.join()
+
+
+def _serve(pipe: Connection, model: str, wanted: Wanted, threads: int | None) -> None:
+    """The other process: texts in, answers out, until an empty one."""
+    loading.set_threads(threads)
+    with loading.load(
+        model, memory=wanted.memory, context=wanted.context, draft=wanted.draft, quiet=True
+    ) as m:
+        held = round(1 - m.placement.streamed / max(1, m.pack.size), 4)
+        pipe.send(
+            {"model": m.name, "held_share": held, "context": m.context, "drafts": m.drafting.spec.kind,
+             "masks": m.drafting.masks is not None, "memory": m.placement.budget}
+        )  # fmt: skip
+        while text := pipe.recv():
+            (r,) = m.generate(text, max_tokens=wanted.new_tokens)
+            pipe.send(
+                (r.text, r.new_tokens, r.tokens_per_s, r.tokens_per_step, r.accepted, r.drafted)
+            )
+
+
+def measure(
+    plain: Answerer, drafted: Answerer, wanted: Wanted, quiet: bool
+) -> Iterator[dict[str, object]]:
     """A row for each category, then their mean."""
-    drafted, none = model.drafting, Drafting(Spec("none"))
     found: dict[str, Pairs] = {}
     prompts = read(wanted.prompts, wanted.per_category)
+    context = int(str(drafted.about["context"]))
     with steps(quiet) as draw:
         for number, (category, prompt) in enumerate(prompts):
-            text = prompt[: CHARACTERS_A_TOKEN * (model.context - wanted.new_tokens) // 2]
-            replies: dict[bool, Reply] = {}
-            for with_drafts in (False, True) if number % 2 else (True, False):
-                model.drafting = drafted if with_drafts else none
-                (replies[with_drafts],) = model.generate(text, max_tokens=wanted.new_tokens)
-            found.setdefault(category, Pairs()).pairs.append((replies[False], replies[True]))
+            text = prompt[: CHARACTERS_A_TOKEN * (context - wanted.new_tokens) // 2]
+            turn = (plain, drafted) if number % 2 else (drafted, plain)
+            answers = {id(model): model.answer(text) for model in turn}
+            pair = answers[id(plain)], answers[id(drafted)]
+            found.setdefault(category, Pairs()).pairs.append(pair)
             draw(f"speculating, {category}", number + 1, len(prompts))
-    model.drafting = drafted
     rows = [pairs.row(category) for category, pairs in found.items()]
     yield from rows
     yield _mean([row for row in rows if not row["void"]])
@@ -126,28 +178,27 @@ def memory_for(model: str, wanted: Wanted) -> str:
     """A budget in which the wanted share of the weights is held."""
     if wanted.memory != "auto" or wanted.held >= 1:
         return wanted.memory
-    with loading.load(model, context=wanted.context, draft="none", quiet=True) as opened:
-        placed = opened.placement
-        room = sum(placed.fixed.values()) + int(wanted.held * placed.held)
+    planned = planning.make(model, Wishes(context=wanted.context, draft="none", quiet=True), 1)
+    placed = planned.placement
+    room = sum(placed.fixed.values()) + int(wanted.held * placed.held)
     return str(int(room * 1.01))
 
 
 def show(model: str, wanted: Wanted, as_json: bool, threads: int | None, quiet: bool) -> None:
     """Measure and print: a table, then one JSON object a line; with --json those alone."""
-    loading.set_threads(threads)
-    memory = memory_for(model, wanted)
-    with loading.load(
-        model, memory=memory, context=wanted.context, draft=wanted.draft, quiet=True
-    ) as m:
-        rows = list(measure(m, replace(wanted, memory=memory), quiet))
-        placed, streamed = m.placement, m.placement.streamed
-        about = {
-            "model": m.name, "draft": wanted.draft, "memory": placed.budget, "threads": threads,
-            "held_share": round(1 - streamed / max(1, m.pack.size), 4),
-            "new_tokens": wanted.new_tokens, "masks": m.drafting.masks is not None,
-        }  # fmt: skip
+    wanted = replace(wanted, memory=memory_for(model, wanted))
+    plain = Answerer(model, replace(wanted, draft="none"), threads)
+    drafted = Answerer(model, wanted, threads)
+    rows = list(measure(plain, drafted, wanted, quiet))
+    about = drafted.about | {
+        "draft": wanted.draft, "plain_held_share": plain.about["held_share"],
+        "threads": threads, "new_tokens": wanted.new_tokens,
+    }  # fmt: skip
+    plain.close()
+    drafted.close()
     if not as_json:
-        print(f"{m.name}, {about['held_share']:.0%} of the weights in memory, draft {wanted.draft}")
+        shares = f"{about['plain_held_share']:.0%} without, {about['held_share']:.0%} with"
+        print(f"{about['model']}, draft {wanted.draft}; of the weights in memory: {shares}")
         print(f"{'category':>16}  tokens a step  tokens/s (plain)  ratio  least")
         for row in rows:
             print(_line(row))

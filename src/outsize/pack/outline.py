@@ -23,7 +23,8 @@ class Outline:
     tokenizer_bytes: int  # of tokenizer.json
     is_packed: bool
     sha256: str = ""  # of what it was or would be made from, where that is known
-    drafting: int = 0  # bytes that guessing ahead takes
+    drafting: int = 0  # bytes that guessing ahead takes for good
+    step_scratch: int = 0  # bytes that a step's guesses take for a moment
 
     @property
     def size(self) -> int:

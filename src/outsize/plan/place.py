@@ -74,7 +74,9 @@ def fixed_costs(o: Outline, runtime: int, tokenizer: int, context: int) -> dict[
         "keys and values": context * kv_bytes(o),
         **({"drafting": o.drafting} if o.drafting else {}),
         **({"cache policy": policy_bytes(o)} if experts(o) else {}),
-        "scratch": max(scratch_bytes(o, context), *(ROWS_IN_FLIGHT * t.stride for t in rows)),
+        "scratch": max(
+            scratch_bytes(o, context), o.step_scratch, *(ROWS_IN_FLIGHT * t.stride for t in rows)
+        ),
     }
 
 
