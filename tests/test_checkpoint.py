@@ -7,11 +7,20 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import quants
+from safetensors.torch import load_file, save_file
 
+from outsize import library
 from outsize.checkpoint import ggml
 from outsize.checkpoint import gguf as ours
+from outsize.checkpoint.source import open_checkpoint
+from outsize.errors import CheckpointError
+from outsize.weights.arena import buffer
+from outsize.weights.table import Table, views
+from outsize.weights.traffic import Traffic
+from tests.golden import tiny
 
 READABLE = [k for k in ggml.TYPES.values() if k.read is not None]
 
@@ -94,3 +103,62 @@ def test_every_metadata_type(tmp_path: Path) -> None:
     tensor = part.tensors["x"]
     assert tensor.shape == (2, 32)
     assert tensor.offset % 64 == 0
+
+
+FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+def mxfp4_folder(folder: Path, whole: bool) -> Path:
+    """A tiny gpt-oss whose experts are in MXFP4 as it is published, or the same numbers in fp32."""
+    tiny.write_folder(folder, "gpt_oss")
+    tensors, random = load_file(folder / "model.safetensors"), np.random.default_rng(7)
+    for name in [k for k in tensors if k.endswith(("gate_up_proj", "down_proj"))]:
+        experts, width, rows = tensors.pop(name).shape
+        blocks = random.integers(0, 256, (experts, rows, width // 32, 16), dtype=np.uint8)
+        scales = random.integers(118, 124, (experts, rows, width // 32), dtype=np.uint8)
+        pairs = np.stack([FP4[blocks & 15], FP4[blocks >> 4]], axis=-1)
+        numbers = (
+            pairs.reshape(*scales.shape, 32) * np.exp2(scales.astype(np.float32) - 127)[..., None]
+        )
+        if whole:
+            turned = numbers.reshape(experts, rows, width).swapaxes(1, 2)
+            tensors[name] = torch.from_numpy(np.ascontiguousarray(turned))
+        else:
+            tensors |= {
+                f"{name}_blocks": torch.from_numpy(blocks),
+                f"{name}_scales": torch.from_numpy(scales),
+            }
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("encoding", ["fp32", "auto"])
+def test_mxfp4_in_safetensors(tmp_path: Path, encoding: str) -> None:
+    """Two tensors a matrix: the same numbers as in fp32; in a pack of its own codes they are exact, too."""
+    packs = [library.pack(str(mxfp4_folder(tmp_path / n, n == "whole")), encoding=encoding, quiet=True)
+             for n in ("whole", "mxfp4")]  # fmt: skip
+    decoded = []
+    for pack in packs:
+        header = next(t for t in pack.tables if t.kind == "experts")
+        table = Table(pack.path, header, Traffic())
+        raw, out = buffer(header.stride)
+        table.read(3, out)
+        weights = views(raw, header, None)
+        decoded.append({k: weights[k][0].encoding.decode(weights[k][0].fields)[: weights[k][0].num_rows]
+                        for k in ("gate_up", "down")})  # fmt: skip
+    if encoding == "auto":
+        header = next(t for t in packs[1].tables if t.kind == "experts")
+        assert [m.encoding for m in header.tensors["gate_up"]] == ["group5"]
+        decoded = [{"gate_up": d["gate_up"]} for d in decoded]  # 96 wide, down is no row of groups
+    for name, numbers in decoded[0].items():
+        assert torch.equal(numbers, decoded[1][name])
+
+
+def test_mxfp4_whose_scales_do_not_fit(tmp_path: Path) -> None:
+    folder = mxfp4_folder(tmp_path / "m", False)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(k for k in tensors if k.endswith("_scales"))
+    tensors[name] = tensors[name][..., :-1].contiguous()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="has no scales that fit it"):
+        open_checkpoint(folder)

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from outsize.checkpoint.ggml import BlockType, Bytes, Codes, Floats, codes, dequantize
+from outsize.checkpoint.ggml import BlockType, Bytes, Codes, Floats, codes, dequantize, joined_mxfp4
 from outsize.errors import CheckpointError, UnsupportedError
 
 Config = Mapping[str, object]
@@ -26,6 +26,7 @@ class Tensor:
     path: Path
     offset: int
     size: int  # bytes
+    scales: Tensor | None = None  # MXFP4 in two tensors: this one's bytes are the codes alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,8 @@ class Checkpoint:
 def read_raw(tensor: Tensor) -> Bytes:
     """The bytes of a tensor. Raises CheckpointError if the file has shrunk since it was parsed."""
     with open(tensor.path, "rb") as f:
-        raw = pread(f, tensor.offset, tensor.size, tensor.name)
-    return np.frombuffer(raw, np.uint8)
+        raw = np.frombuffer(pread(f, tensor.offset, tensor.size, tensor.name), np.uint8)
+    return raw if tensor.scales is None else joined_mxfp4(raw, read_raw(tensor.scales))
 
 
 def pread(f: BinaryIO, offset: int, size: int, what: str) -> bytearray:

@@ -145,6 +145,19 @@ def _codes_mxfp4(b: Bytes) -> Stored:
     return _symmetric(code, _mxfp4_step(b), 16)
 
 
+def joined_mxfp4(codes: Bytes, scales: Bytes) -> Bytes:
+    """Blocks as a GGUF has them of the two tensors of a safetensors file: there a byte holds neighbours, here
+    numbers that are 16 apart."""
+    numbers = _split_neighbours(codes.reshape(-1, 16))
+    halves = numbers[:, :16] | numbers[:, 16:] << 4
+    return np.concatenate([scales.reshape(-1, 1), halves], axis=1).reshape(-1)
+
+
+def _split_neighbours(b: Bytes) -> Bytes:
+    """(B, 16) -> (B, 32): of each byte the low nibble, then the high one."""
+    return np.stack([b & np.uint8(15), b >> np.uint8(4)], axis=2).reshape(len(b), -1)
+
+
 def _float(dtype: Any) -> Callable[[Bytes], Floats]:
     return lambda b: b.view(dtype).astype(np.float32)
 

@@ -20,6 +20,7 @@ from outsize.errors import CheckpointError, UnsupportedError
 MAX_HEADER = 64 << 20
 MAX_JSON = 128 << 20
 DTYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16", "F64": "F64", "I8": "I8", "I32": "I32"}
+CODES, SCALES = "_blocks", "_scales"  # the two tensors of a matrix in MXFP4
 
 
 def _fail(path: Path, problem: str) -> CheckpointError:
@@ -78,6 +79,8 @@ def _tensor(path: Path, name: str, info: object, data: int, size: int) -> Tensor
     span = _naturals(info.get("data_offsets"), 2)
     if not isinstance(dtype, str) or shape is None or span is None or len(span) != 2:
         raise _fail(path, f"tensor {name!r} has a malformed description")
+    if dtype == "U8" and name.endswith((CODES, SCALES)):
+        dtype = "I8"
     if dtype not in DTYPES:
         raise UnsupportedError(
             f"{path.name}: tensor {name!r} has type {dtype}; outsize reads F32, F16 and BF16 "
@@ -122,6 +125,7 @@ def load(folder: Path) -> Checkpoint:
         if twice:
             raise _fail(path, f"tensor {min(twice)!r} is in two shards")
         tensors |= part
+    tensors = _with_mxfp4(tensors)
     architecture = config.get("model_type")
     if not isinstance(architecture, str):
         raise _fail(folder / "config.json", "no 'model_type'")
@@ -134,6 +138,21 @@ def load(folder: Path) -> Checkpoint:
         files=tuple(paths),
         chat_template=_template(folder),
     )
+
+
+def _with_mxfp4(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Codes (..., groups, 16) and scales (..., groups) as one tensor under the plain name."""
+    out = {k: t for k, t in tensors.items() if not k.endswith((CODES, SCALES))}
+    for name in (k for k in tensors if k.endswith(CODES)):
+        plain = name.removesuffix(CODES)
+        codes, scales = tensors[name], tensors.get(plain + SCALES)
+        if scales is None or codes.shape != (*scales.shape, 16) or len(scales.shape) < 2:
+            raise _fail(codes.path, f"tensor {name!r} has no scales that fit it")
+        shape = (*scales.shape[:-1], 32 * scales.shape[-1])
+        out[plain] = Tensor(
+            plain, BY_NAME["MXFP4"], shape, codes.path, codes.offset, codes.size, scales
+        )
+    return out
 
 
 def _optional_json(path: Path) -> dict[str, object]:

@@ -1,8 +1,8 @@
 """gpt-oss: experts with biases and a clamped gated activation, attention that may look at nothing (sinks),
 every other layer in a sliding window, YaRN positions.
 
-A GGUF keeps its MXFP4 weights' values exactly (5-bit groups). The safetensors of the same model store
-MXFP4 in two tensors a matrix, which is not read: use a GGUF, or an unquantized folder.
+MXFP4 weights keep their values exactly (5-bit groups), from a GGUF and from safetensors, which store them in
+two tensors a matrix.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ LIMIT, ORIGINAL = 7.0, 4096
 
 
 def recipe(config: Config) -> Recipe:
-    if any(name.endswith("gate_up_proj_blocks") for name in config.names):
-        raise UnsupportedError("MXFP4 in safetensors is not read; use this model's GGUF")
     if config.get("swiglu_limit") not in (None, LIMIT):
         raise UnsupportedError(f"swiglu_limit {config.get('swiglu_limit')!r} is not known; 7.0 is")
     base = describe(config)

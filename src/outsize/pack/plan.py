@@ -135,16 +135,19 @@ class Planner:
         return record
 
     def _paired(self, i: int, e: int) -> Record:
-        """An expert whose gate and up lie row by row in one transposed tensor."""
+        """An expert whose gate and up lie row by row in one tensor; transposed, if it is not in MXFP4."""
         width, inner = self.description.width, self.description.ffn_width
-        both = self.tensor("expert_gate_up", i, (width, 2 * inner), e)
-        down = self.tensor("expert_down", i, (inner, width), e)
+        name = self.recipe.names["expert_gate_up"].replace("{i}", str(i))
+        turned = name not in self.tensors or self.tensors[name].kind.name != "MXFP4"
+        way = -1 if turned else 1
+        both = self.tensor("expert_gate_up", i, (2 * inner, width)[::way], e)
+        down = self.tensor("expert_down", i, (width, inner)[::way], e)
         bias = self.tensor("expert_gate_up_bias", i, (2 * inner,), e)
-        halves = tuple(Part(both, transposed=True, first=k, step=2) for k in (0, 1))
-        encoding = encoding_for(both, self.wanted, self.grouped)
+        halves = tuple(Part(both, transposed=turned, first=k, step=2) for k in (0, 1))
+        encodings = [encoding_for(t, self.wanted, self.grouped) for t in (both, down)]
         return {
-            "gate_up": (Piece(encoding, halves),),
-            "down": (Piece(encoding, (Part(down, transposed=True),)),),
+            "gate_up": (Piece(encodings[0], halves),),
+            "down": (Piece(encodings[1], (Part(down, transposed=turned),)),),
             "gate_up_bias": tuple(Piece("fp32", (Part(bias, first=k, step=2),)) for k in (0, 1)),
             "down_bias": self.vector(i, ("expert_down_bias", width), expert=e),
         }
@@ -171,7 +174,8 @@ def _unstack(stack: Tensor, index: int) -> Tensor:
     """One of the equal tensors that a stacked one is made of."""
     size = stack.size // stack.shape[0]
     name, offset = f"{stack.name}[{index}]", stack.offset + index * size
-    return Tensor(name, stack.kind, stack.shape[1:], stack.path, offset, size)
+    scales = None if stack.scales is None else _unstack(stack.scales, index)
+    return Tensor(name, stack.kind, stack.shape[1:], stack.path, offset, size, scales)
 
 
 def rows_per_record(encoding: str, d: Description) -> int:

@@ -229,7 +229,14 @@ def _encode(piece: Piece, num_rows: int) -> dict[str, Tensor]:
         codes = [c for c in found if c is not None]
         if len(codes) == len(piece.parts):
             code, step, low = (
-                _stack([getattr(c, k) for c in codes], piece.parts, num_rows)
+                _stack(
+                    [
+                        getattr(c, k)[p.first :: p.step]
+                        for c, p in zip(codes, piece.parts, strict=True)
+                    ],
+                    piece.parts,
+                    num_rows,
+                )
                 for k in ("code_NK", "step_NG", "low_NG")
             )
             if piece.encoding == "int4":
