@@ -41,8 +41,10 @@ class Forced:
         self._own, self._events, self._count, self.norm = own, list(events), count, own.norm
         self._at, self._recall, self._random = 0, recall, random.Random(1)
 
-    def __call__(self, x_TD: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
-        self._own(x_TD, wide)
+    def __call__(
+        self, x_TD: Tensor, wide: bool, favour_N: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        self._own(x_TD, wide, favour_N)
         event = self._events[self._at]
         self._at += 1
         ids = torch.tensor(event.rows) - event.layer * self._count

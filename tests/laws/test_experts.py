@@ -159,6 +159,21 @@ def test_same_bits_with_kernels(family: str, open_tiny: Callable[..., Model]) ->
         loaded.close()
 
 
+def test_routing_by_what_is_in_memory(packs: dict[str, Pack], resident: dict[str, Tensor]) -> None:
+    """Lossy, neutral at 0, and worth more hits the more it favours."""
+    hits = []
+    for spec in ("cached:0", "cached:0.2", "cached:1"):
+        knobs = parse(f"lru,routing={spec}")
+        assert knobs.is_lossy == (spec != "cached:0")
+        with opened(packs["olmoe"], 12, knobs) as model:
+            assert torch.equal(logits(model), resident["olmoe"]) or knobs.is_lossy
+            hits.append(model.loaded.expert_traffic.hits)
+    assert hits[0] < hits[1] < hits[2]
+    for bad in ("cached:2", "cached:x", "other"):
+        with pytest.raises(OptionError, match="native or cached:AMOUNT"):
+            parse(f"lru,routing={bad}")
+
+
 class Recorded:
     """Events as they happen, cut into passes by the layer."""
 

@@ -26,6 +26,9 @@ class Handling:
 
     prefetcher: Prefetcher | None = None
     missing: Missing = fetch
+    favour: float = (
+        0.0  # of experts in memory when choosing, in ranges of the gate's logits (lossy)
+    )
     uses: Counter[int] = field(default_factory=Counter)
     recorder: Recorder | None = None  # told of every layer's choices
 
@@ -62,6 +65,13 @@ class Bank:
             for found in self.cache.stream(wave, in_order, then if last else self._forget):
                 yield [(id - base, weights) for id, weights in found]
             self.cache.release()
+
+    def favour(self) -> torch.Tensor | None:
+        """(N,) by how much each expert is favoured for being in memory; None: routing is the model's own."""
+        if not self.handling.favour:
+            return None
+        base, there = self.number * self.count, self.cache.ledger.slot_of
+        return torch.tensor([self.handling.favour * (base + e in there) for e in range(self.count)])
 
     def handled(
         self, rows: list[list[int]], weights: list[list[float]]

@@ -22,13 +22,30 @@ class Experts:
     eviction: str = DEFAULT
     prefetch: str = "none"
     misses: str = "fetch"
+    routing: str = "native"
     ranked: Sequence[int] = ()  # for `static`: the most used first
     recorder: Recorder | None = None
 
     @property
     def is_lossy(self) -> bool:
         """May the answer differ from the model's own?"""
-        return self.misses != "fetch"
+        return self.misses != "fetch" or self.favour > 0
+
+    @property
+    def favour(self) -> float:
+        """Of experts in memory when choosing. Raises OptionError."""
+        name, _, text = self.routing.partition(":")
+        if self.routing == "native":
+            return 0.0
+        try:
+            amount = float(text or "0.1")
+        except ValueError:
+            amount = -1.0
+        if name != "cached" or not 0 <= amount <= 1:
+            raise OptionError(
+                f"routing {self.routing!r}: native or cached:AMOUNT (from 0 to 1) is expected"
+            )
+        return amount
 
     def policy(self, capacity: int, hints: Hints) -> Policy:
         """What decides which stay."""
@@ -36,19 +53,20 @@ class Experts:
 
     def handling(self, count: int) -> Handling:
         ahead = None if self.prefetch == "none" else prefetcher.make(self.prefetch, count)
-        return Handling(ahead, misses.make(self.misses), recorder=self.recorder)
+        missing = misses.make(self.misses)
+        return Handling(ahead, missing, self.favour, recorder=self.recorder)
 
 
 def parse(text: str) -> Experts:
     """Raises OptionError, UnsupportedError."""
-    known = {"eviction", "prefetch", "misses"}
+    known = {"eviction", "prefetch", "misses", "routing"}
     found: dict[str, str] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         key, is_named, value = part.rpartition("=")
         key = key if is_named else "eviction"
         if key not in known or key in found:
             raise OptionError(
-                f"experts {text!r}: POLICY, prefetch=... and misses=..., each once, are expected"
+                f"experts {text!r}: POLICY, prefetch=..., misses=... and routing=..., each once, are expected"
             )
         found[key] = value
     plain = Experts()
@@ -56,6 +74,7 @@ def parse(text: str) -> Experts:
         found.get("eviction", plain.eviction),
         found.get("prefetch", plain.prefetch),
         found.get("misses", plain.misses),
+        found.get("routing", plain.routing),
     )
     if made.eviction in REPLAYED:
         raise OptionError(

@@ -38,12 +38,21 @@ class Router:
         self.norm, self._w_ND, self._used, self._renorm = norm, w_ND, used, renorm
         self._bias_N = torch.zeros(len(w_ND)) if bias_N is None else bias_N
 
-    def __call__(self, x_TD: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
-        """(T, K) ids and weights, the heaviest first."""
+    def __call__(
+        self, x_TD: Tensor, wide: bool, favour_N: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(T, K) ids and weights, the heaviest first. `favour_N`: added to each expert's logit, in ranges
+        of the row's logits, when choosing (lossy); weights are the model's own."""
         x = x_TD.float()
         rows = [x @ self._w_ND.T] if wide else [(self._w_ND @ row)[None] for row in x]
-        p_TN = (torch.cat(rows) + self._bias_N).softmax(-1)
-        weights_TK, ids_TK = p_TN.topk(self._used, dim=-1)
+        z_TN = torch.cat(rows) + self._bias_N
+        p_TN = z_TN.softmax(-1)
+        if favour_N is None:
+            weights_TK, ids_TK = p_TN.topk(self._used, dim=-1)
+        else:
+            range_T1 = z_TN.amax(-1, keepdim=True) - z_TN.amin(-1, keepdim=True)
+            ids_TK = (z_TN + range_T1 * favour_N).topk(self._used, dim=-1).indices
+            weights_TK = p_TN.gather(1, ids_TK)
         if self._renorm:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         return ids_TK, weights_TK
@@ -96,7 +105,11 @@ class Mixture:
     def run(self, chunks: Chunks) -> None:
         """Changes the chunks' h_TD."""
         xs = [self.router.norm(h) for h, _ in chunks]
-        routed = [self.router(x, step.wide) for x, (_, step) in zip(xs, chunks, strict=True)]
+        favour = self._bank.favour()
+        routed = [
+            self.router(x, step.wide, None if step.wide else favour)
+            for x, (_, step) in zip(xs, chunks, strict=True)
+        ]
         rows = [row for ids, _ in routed for row in ids.tolist()]
         weights = [row for _, w in routed for row in w.tolist()]
         early = self._early(chunks)
