@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from outsize import library
+from outsize import library, loading, planning
+from outsize.api import Model
 from outsize.bench.cache import Wanted, choose, replay
 from outsize.cli import app
 from outsize.errors import OptionError, TraceError, UnsupportedError
+from outsize.plan.prior import recorded
 from outsize.weights import prefetcher
 from outsize.weights.policies.least_stale import LeastStale
 from outsize.weights.policy import Hints, make
@@ -213,3 +215,28 @@ def test_tracing_a_model(
         prompts.write_text(bad)
         done = runner.invoke(app, arguments)
         assert message in str(done.exception)
+
+
+def test_plans_with_a_recorded_trace(
+    tmp_path: Path, folder_of: Callable[[str], Path], open_paged: Callable[..., Model],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """`plan --trace` expects of experts what a replay of it reaches; another model's trace is refused."""
+    model = open_paged("olmoe")
+    trace = read(write(tmp_path / "a.csv", made(80)))
+    rates = recorded(trace, model.pack.description, "lru")
+    hits, *misses = counts(trace, "lru", int(0.4 * trace.size))
+    assert rates.points[-1][0] == 0.4
+    prompt = [e for e in trace.events if e.phase == 0]
+    assert abs(rates(0.4)[0] - hits / (hits + sum(misses))) < 0.05, (rates, len(prompt))
+    assert rates(0.3)[0] == pytest.approx((rates(0.2)[0] + rates(0.4)[0]) / 2)
+    assert rates(1.0) == (1.0, 1.0)
+    assert rates(0.0) == (0.0, 0.0)
+    monkeypatch.setattr(planning, "runtime_bytes", lambda *_: 0)
+    wishes = loading.Wishes(memory=model.placement.budget, context=256, quiet=True)
+    plan = planning.make(str(folder_of("olmoe")), wishes, 16, tmp_path / "a.csv")
+    assert plan.cost.hit_rates_from == "a"
+    assert planning.make(str(folder_of("olmoe")), wishes, 16).cost.hit_rates_from == "a prior"
+    dense = planning.make(str(folder_of("llama")), loading.Wishes(memory="2GB", quiet=True), 16)
+    with pytest.raises(TraceError, match="this model none; record one with"):
+        recorded(trace, dense.outline.description, "lru")

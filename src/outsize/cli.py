@@ -154,6 +154,9 @@ def plan(
     native: Native = True,
     as_json: AsJson = False,
     html: Annotated[Path | None, option("--html", text="Write a page with the curve.")] = None,
+    trace: Annotated[
+        Path | None, option("--trace", text="Expect of experts what this recording tells.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """What will be where and how fast it will be, from headers alone: before any download."""
@@ -163,7 +166,7 @@ def plan(
     wishes = loading.Wishes(
         memory, context, encoding, "first", force, native, quiet, experts, draft
     )
-    planning.show(model, wishes, prompt_tokens, as_json, html)
+    planning.show(model, wishes, prompt_tokens, as_json, html, trace)
 
 
 @app.command()

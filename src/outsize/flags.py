@@ -38,7 +38,10 @@ Verify = Annotated[
 ]
 ExpertsFlag = Annotated[
     str | None,
-    option("--experts", text="How experts are cached: POLICY,prefetch=...,misses=...,routing=... (docs)."),
+    option(
+        "--experts",
+        text="How experts are cached: POLICY,prefetch=...,misses=...,routing=... (docs).",
+    ),
 ]
 DraftFlag = Annotated[
     str,

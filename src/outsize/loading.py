@@ -166,7 +166,7 @@ def _open(
     for note in placement.notes if not wishes.quiet else ():
         warn(note)
     if knobs.is_lossy and not wishes.quiet:
-        warn(f"misses={knobs.misses} changes the model's answers; leave it out for the exact ones")
+        warn(f"{knobs.lossy} changes the model's answers; leave it out for the exact ones")
     if tell is not None:
         tell(outline, placement)
     with bars(wishes.quiet) as progress:

@@ -18,8 +18,11 @@ from outsize.plan.machine import Compute, Machine
 from outsize.plan.page import page
 from outsize.plan.place import least_bytes, place, tokenizer_bytes
 from outsize.plan.placement import Placement
+from outsize.plan.prior import PRIOR, recorded
 from outsize.plan.wake import runtime_bytes
 from outsize.weights import budget
+from outsize.weights.knobs import parse
+from outsize.weights.trace import read
 
 POINTS = 24
 
@@ -46,8 +49,9 @@ class Plan:
         }
 
 
-def make(model: str, wishes: Wishes, prompt: int) -> Plan:
-    """Plan a run from headers alone. Raises BudgetError and what finding a model raises."""
+def make(model: str, wishes: Wishes, prompt: int, trace: Path | None = None) -> Plan:
+    """Plan a run from headers alone; experts by what a recorded `trace` tells of them, if there is one.
+    Raises BudgetError, TraceError and what finding a model raises."""
     wishes.check()
     native = loading.compiled(wishes)
     size, runtime = budget.parse(wishes.memory), runtime_bytes(native)
@@ -56,7 +60,11 @@ def make(model: str, wishes: Wishes, prompt: int) -> Plan:
     here = machine.known(home, library.silent if wishes.quiet else library.say)
     here, compute = _compute(outline, here, native, anew=True)
     prompt = min(prompt, placed.context)
-    predicted = cost.predict(outline, here, placed, compute, prompt)
+    rates = PRIOR
+    if trace is not None:
+        eviction = parse(wishes.experts or "").eviction
+        rates = recorded(read(trace), outline.description, eviction)
+    predicted = cost.predict(outline, here, placed, compute, prompt, rates)
     tokenizer, curve = tokenizer_bytes(outline), []
     context = placed.context
     low = least_bytes(outline, runtime, tokenizer, context)
@@ -64,7 +72,7 @@ def make(model: str, wishes: Wishes, prompt: int) -> Plan:
     for i in range(POINTS):
         at = low + (high - low) * i // (POINTS - 1)
         there = place(outline, at, runtime, tokenizer, context)
-        curve.append((at, cost.predict(outline, here, there, compute, prompt).tokens_per_s))
+        curve.append((at, cost.predict(outline, here, there, compute, prompt, rates).tokens_per_s))
     return Plan(outline, placed, predicted, here, curve)
 
 
@@ -103,10 +111,17 @@ def disk_rate() -> float | None:
     return None if here is None else here.disk_bytes_per_s
 
 
-def show(model: str, wishes: Wishes, prompt: int, as_json: bool, html: Path | None) -> None:
+def show(
+    model: str,
+    wishes: Wishes,
+    prompt: int,
+    as_json: bool,
+    html: Path | None,
+    trace: Path | None = None,
+) -> None:
     """Print the plan; write the page."""
     try:
-        made = make(model, wishes, prompt)
+        made = make(model, wishes, prompt, trace)
     except BudgetError as e:
         if not as_json:
             raise

@@ -28,7 +28,7 @@ from outsize.pack.outline import Outline
 from outsize.plan.machine import Compute, Machine
 from outsize.plan.place import experts
 from outsize.plan.placement import BY_ID, BY_ROUTER, Placement
-from outsize.plan.prior import hit_rates
+from outsize.plan.prior import PRIOR, HitRates
 from outsize.plan.probe import median_s
 from outsize.weights.arena import buffer
 from outsize.weights.load import activation_type
@@ -54,6 +54,7 @@ class Cost:
     prompt_compute_s: float
     prompt_rows_s: float  # embedding rows of the prompt, read before anything can be computed
     hit_rates: tuple[float, float] | None = None  # expected of experts, the least and the most
+    hit_rates_from: str = ""
     expert_bytes: int = 0  # that a token would read if none were in memory
     disk_bytes_per_s: float = 0.0
 
@@ -94,8 +95,15 @@ def key(o: Outline) -> str:
     return hashlib.sha256(json.dumps([o.description.to_json(), tables]).encode()).hexdigest()[:16]
 
 
-def predict(o: Outline, machine: Machine, place: Placement, compute: Compute, prompt: int) -> Cost:
-    """The arithmetic."""
+def predict(
+    o: Outline,
+    machine: Machine,
+    place: Placement,
+    compute: Compute,
+    prompt: int,
+    rates: HitRates = PRIOR,
+) -> Cost:
+    """The arithmetic. `rates`: how often experts will be in memory."""
     count = {t.name: len(t.keys) for t in o.tables if t.name in compute.step_s}
     used = {t.name: _used(o, t) for t in o.tables if t.name in compute.step_s}
     records = sum(len(o.table(g).keys) - len(s.pinned) for g, s in place.shares.items())
@@ -111,7 +119,8 @@ def predict(o: Outline, machine: Machine, place: Placement, compute: Compute, pr
     return Cost(
         prompt_tokens=prompt,
         bytes_per_token=place.streamed,
-        hit_rates=hit_rates(1 - missing / total) if missing else None,
+        hit_rates=rates(1 - missing / total) if missing else None,
+        hit_rates_from=rates.source if missing else "",
         expert_bytes=sum(used[t.name] * t.stride for t in experts(o)),
         disk_bytes_per_s=rate,
         read_s=read_s + (2e-4 if by_id else 0.0),

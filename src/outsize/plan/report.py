@@ -89,7 +89,8 @@ def _arithmetic(p: Placement, c: Cost, here: Machine) -> Iterator[str]:
         low, high = c.range_s
         yield (
             f"experts: {mb(c.expert_bytes)} a token if none were there; {c.hit_rates[0]:.0%} to "
-            f"{c.hit_rates[1]:.0%} expected to be (a prior): {1 / high:.3g} to {1 / low:.3g} tokens/s"
+            f"{c.hit_rates[1]:.0%} expected to be ({c.hit_rates_from}): {1 / high:.3g} to "
+            f"{1 / low:.3g} tokens/s"
         )
     yield (
         f"first token of {c.prompt_tokens}: embedding rows {c.prompt_rows_s:.2f} s + max(read "

@@ -27,9 +27,14 @@ class Experts:
     recorder: Recorder | None = None
 
     @property
+    def lossy(self) -> str:
+        """What may make the answer another than the model's own; nothing by default."""
+        changed = [f"misses={self.misses}"] if self.misses != "fetch" else []
+        return " and ".join(changed + ([f"routing={self.routing}"] if self.favour else []))
+
+    @property
     def is_lossy(self) -> bool:
-        """May the answer differ from the model's own?"""
-        return self.misses != "fetch" or self.favour > 0
+        return bool(self.lossy)
 
     @property
     def favour(self) -> float:
