@@ -59,13 +59,17 @@ class Recording:
     def __init__(self, own: Router, chosen: list[tuple[Tensor, Tensor]]) -> None:
         self._own, self._chosen, self.norm = own, chosen, own.norm
 
-    def __call__(self, x_TD: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
-        self._chosen.append(self._own(x_TD, wide))
+    def __call__(
+        self, x_TD: Tensor, wide: bool, favour_N: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        self._chosen.append(self._own(x_TD, wide, favour_N))
         return self._chosen[-1]
 
 
 class Replaying(Recording):
-    def __call__(self, x_TD: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, x_TD: Tensor, wide: bool, favour_N: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return self._chosen.pop(0)
 
 

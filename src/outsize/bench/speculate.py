@@ -16,10 +16,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
-from outsize import loading, planning
+from outsize import loading
 from outsize.bars import steps
 from outsize.errors import OptionError
 from outsize.loading import Wishes
+from outsize.plan.wake import runtime_bytes
+from outsize.weights import budget
 
 LEAST_TOKENS = 8  # of an answer whose speed is compared
 CHARACTERS_A_TOKEN = 6  # at most: longer prompts are cut to what the context holds
@@ -178,8 +180,9 @@ def memory_for(model: str, wanted: Wanted) -> str:
     """A budget in which the wanted share of the weights is held."""
     if wanted.memory != "auto" or wanted.held >= 1:
         return wanted.memory
-    planned = planning.make(model, Wishes(context=wanted.context, draft="none", quiet=True), 1)
-    placed = planned.placement
+    wishes = Wishes(context=wanted.context, draft="none", quiet=True)
+    runtime = runtime_bytes(loading.compiled(wishes))
+    _, placed = loading.foresee(model, wishes, budget.parse("auto"), runtime)
     room = sum(placed.fixed.values()) + int(wanted.held * placed.held)
     return str(int(room * 1.01))
 

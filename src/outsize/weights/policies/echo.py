@@ -3,7 +3,7 @@ this before.
 
 Text repeats itself, and so does routing: the tokens whose experts so far were most like the present
 token's tell what it will ask for in the next layers, and the tokens that came after them what the next
-token will ask for. That echo is mixed with how often each expert was used of late (the mean of three
+token will ask for. That echo is mixed with how often each expert was used of late (the mean of four
 decaying frequencies). A candidate's worth is its chance at its layer's next visit, and then its mean
 rate, over how long it must be kept: (p + b) / (d + L), for d layers until that visit and L layers.
 
@@ -21,12 +21,12 @@ from outsize.weights.policy import Hints, Placed, Policy, Slots
 
 Floats = NDArray[np.float32]
 
-DECAYS = np.array([0.5, 0.9, 0.98], np.float32)  # of the frequencies, a token
+DECAYS = np.array([0.3, 0.7, 0.9, 0.97], np.float32)  # of the frequencies, a token
 PRIOR = 1.0  # tokens' worth of belief that all experts are alike
 WINDOW = 256  # tokens remembered, at least half of them at any time
-SHARPNESS, FADING = 12.0, 0.8  # how much likeness counts, and how fast older layers' likeness fades
-TRUST, AFTER = 0.6, 0.5  # of the echo, for this token's next layers and for the next token
-BYTES = 4 * (WINDOW + 8) + 16  # of memory for each expert
+SHARPNESS, FADING = 9.0, 0.9  # how much likeness counts, and how fast older layers' likeness fades
+TRUST, AFTER = 0.8, 0.7  # of the echo, for this token's next layers and for the next token
+BYTES = 4 * (WINDOW + 9) + 16  # of memory for each expert
 REACH = 2  # layers ahead that this token's echo is told for
 
 
