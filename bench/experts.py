@@ -52,7 +52,7 @@ class Forced:
 
     def early(self, h_TD: Tensor, most: int) -> Scored:
         own = self._own.early(h_TD, most)
-        if not self._recall:
+        if not self._recall or self._at == len(self._events):
             return own
         event, draw = self._events[self._at], self._random
         ids = [i - event.layer * self._count for i in event.rows[-1]]

@@ -209,6 +209,7 @@ def main() -> None:
         sizes = [int(c) for c in a.caps.split(",")] if a.caps else caps(model, a.context, a.half)
         common = [model, "--context", str(a.context), "--new", str(a.new)]
         key = "text" if a.cli else "logits_sha256"
+        plan_of(model, a.context)
         rows = [cli("", 1 << 40, model, a.context, a.new, text) if a.cli else run("", 0, *common)]
         for size in [None, *sizes * a.repeats]:
             if size is not None and a.cli:
