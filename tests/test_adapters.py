@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 import outsize
 from outsize.api import Model
 from outsize.errors import AdapterError, OptionError
+from outsize.family.description import Description
 from outsize.forward.full import full
 from outsize.forward.span import Span
-from outsize.model.adapter import Adapter
+from outsize.model.adapter import Adapter, widths
 from outsize.native import build
 from outsize.native.kernels import kernels
 from tests.drafts import write_peft
@@ -108,13 +109,14 @@ def test_drafts_with_an_adapter_change_nothing(
 
 
 @pytest.mark.skipif(build.compiler() is None, reason="no C compiler on this machine")
+@pytest.mark.parametrize("coarse", [False, True])
+@pytest.mark.parametrize("rank", [5, 6])
 def test_the_kernel_is_its_plain_twin_and_rows_are_alone(
-    open_tiny: Callable[..., Model], tmp_path: Path, home: Path
+    coarse: bool, rank: int, open_tiny: Callable[..., Model], home: Path
 ) -> None:
-    model = open_tiny("llama", "int4")
-    model.load_adapter("k", write_peft(model, tmp_path / "k", 9, rank=5))
-    found, adapter = kernels(home / "native"), model.adapters["k"]
-    d = model.pack.description
+    d = open_tiny("llama", "int4").pack.description
+    adapter = Adapter("k", d, random_factors(d, rank), 0.5, coarse)
+    found = kernels(home / "native")
     x = torch.randn(7, d.width).bfloat16()
     for name, width in (("qkv", d.qkv_rows), ("gate_up", 2 * d.ffn_width)):
         y = torch.randn(7, width).bfloat16()
@@ -127,6 +129,28 @@ def test_the_kernel_is_its_plain_twin_and_rows_are_alone(
             one = y.clone()
             adapter.add(1, name, x, one, slice(row, row + 1), False, found)
             assert torch.equal(one[row], native[row])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_codes_of_eight_bits_are_near_the_factors(
+    family: str, open_tiny: Callable[..., Model]
+) -> None:
+    d = open_tiny(family, "int4").pack.description
+    factors, x = random_factors(d, 8), torch.randn(3, d.width).bfloat16()
+    made = []
+    for coarse in (False, True):
+        y = torch.zeros(3, d.qkv_rows, dtype=torch.bfloat16)
+        Adapter("k", d, factors, 0.5, coarse).add(0, "qkv", x, y, slice(0, 3), False, None)
+        made.append(y.float())
+    assert 0 < (made[0] - made[1]).norm() / made[0].norm() < 0.02
+
+
+def random_factors(d: Description, rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    return {
+        f"{layer}.{part}": (torch.randn(rank, inputs), torch.randn(outputs, rank))
+        for layer in range(d.num_layers)
+        for part, (outputs, inputs) in widths(d).items()
+    }
 
 
 def test_adapters_that_do_not_fit(open_tiny: Callable[..., Model], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,10 +20,13 @@ from outsize.draft.model import ModelDraft
 from outsize.draft.ngram import NgramDraft
 from outsize.draft.none import Drafter, NoDraft
 from outsize.draft.pace import Pace
+from outsize.encoding.find import encoding
+from outsize.encoding.group import BLOCK
 from outsize.errors import AdapterError, OptionError, UnsupportedError
 from outsize.family.description import Description
 from outsize.model.adapter import Adapter
 from outsize.model.transformer import Transformer
+from outsize.native.kernels import Kernels
 from outsize.pack import store
 from outsize.pack.format import Pack
 from outsize.pack.outline import Outline
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
 KINDS = ("auto", "none", "ngram", "model", "masks")
 SPARE = 64  # slots of keys and values for what is drafted and not kept
 ROW_BYTES = 8  # of a logit, in the forms that a step's rows have
-ADAPTER = 1.15  # of a mask drafter's file: its factors as they are, its sampler head as fp32
+ADAPTER = 0.6  # of a mask drafter's file: its factors and its sampler head in eight bits, its masks as fp32
 WORTH_MASKS, WORTH_TEXT = 1.4, 1.3  # times as much may be read a step, for what guesses bring
 SHIPPED = Path(__file__).with_name("adapters")
 
@@ -172,21 +176,32 @@ def mask_model(path: Path, k: int, pack: Pack, transformer: Transformer) -> Mask
         raise UnsupportedError(f"{path}: mask drafters are for dense models; use --draft ngram")
     if file.about.get("kind") != "masks":
         raise AdapterError(f"{path} is no mask drafter; `outsize adapt masks` trains one")
-    adapter, masks = _additions(str(path), file, pack), file.tensors.get("masks")
+    adapter, masks = _additions(str(path), file, pack, True), file.tensors.get("masks")
     if masks is None or masks.dim() != 2 or masks.shape[1] != d.width:
         raise AdapterError(f"{path} has no masks {d.width:,} numbers wide; it is for another model")
     if k > len(masks):
         raise AdapterError(f"k is {k}, but {path} has {len(masks)} masks; ask for at most that")
     t = transformer
-    return MaskModel(masks, adapter, _head(file, d), t.project, t.embed, t.head_rows)
+    head = sampler.stages(_head(file, d), partial(_product, t.kernels))
+    return MaskModel(masks, adapter, head, t.likely, t.embed, t.head_rows)
 
 
-def _additions(name: str, file: AdapterFile, pack: Pack) -> Adapter:
+def _product(kernels: Kernels | None, weight: Tensor) -> sampler.Product:
+    """With a matrix of the sampler head, in eight bits where there are kernels for that."""
+    if kernels is None or weight.shape[1] % BLOCK:
+        return sampler.plainly(weight.float())
+    coded = encoding("group8", kernels)
+    fields = coded.encode(weight)
+    return lambda x: coded.linear(x, fields, False)
+
+
+def _additions(name: str, file: AdapterFile, pack: Pack, coarse: bool = False) -> Adapter:
     """A file's low-rank factors, if they are this model's and numbers. Raises AdapterError."""
     d = pack.description
     adapters.same_base(file, pack.source.sha256, pack.path.name)
     adapters.finite(file)
-    return Adapter(name, d, adapters.in_our_order(file, d.head_dim), file.scale)
+    factors = adapters.in_our_order(file, d.head_dim)
+    return Adapter(name, d, factors, file.scale, coarse)
 
 
 def same_vocabulary(pack: Pack, smaller: Model) -> None:

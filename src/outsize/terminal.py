@@ -73,7 +73,7 @@ def open_model(name: str, how: How) -> Model:
     if how.verbose:
         pack = model.pack
         note(f"{pack.path}: {pack.size / 1e6:,.0f} MB as {', '.join(pack.encodings)}")
-        kernels = "native" if model.transformer.has_kernels else "plain"
+        kernels = "native" if model.transformer.kernels is not None else "plain"
         note(f"opened in {time.perf_counter() - started:.2f} s; {kernels} row kernels")
     return model
 

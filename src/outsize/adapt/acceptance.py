@@ -68,7 +68,7 @@ def guesses(
         mask_rows(twin, batch, parameters["masks"][:k]), stored, deltas(parameters, scale)
     )
     z_BAKD = z.unflatten(1, (-1, k))
-    head = sampler.of(parameters)
+    head = sampler.stages(sampler.of(parameters), sampler.plainly)
     chosen = batch.tokens_BS.gather(1, batch.anchor_BA.clamp_min(0) + 1)
     out = []
     for j in range(k):

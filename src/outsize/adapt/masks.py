@@ -198,7 +198,8 @@ def losses(twin: Twin, parameters: Parameters, recipe: Recipe, batch: Batch) -> 
     nothing = torch.zeros((), device=twin.device)
     sampled = nothing
     if recipe.sampler:
-        mixed = sampler.mix(z_ND, twin.embed(found.previous_N), sampler.of(parameters))
+        head = sampler.stages(sampler.of(parameters), sampler.plainly)
+        mixed = sampler.mix(z_ND, twin.embed(found.previous_N), head)
         sampled = cross_entropy(twin.logits(mixed).float(), found.label_N)
     if not recipe.consistency:
         return Losses(base, sampled, nothing)

@@ -8,23 +8,22 @@ Shapes: K masks a block, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from outsize.draft import sampler
 from outsize.draft.none import Draft
+from outsize.draft.sampler import Stage
 from outsize.forward.span import Masks, Out
 from outsize.model.adapter import Adapter
 
 LAYOUTS = ("quadratic", "linear")
-Project = Callable[[Tensor], Tensor]  # normed states (K, D) -> logits (K, V)
+Likely = Callable[[Tensor, int], Tensor]  # normed states (K, D) -> their C likeliest tokens (K, C)
 Embed = Callable[[Sequence[int]], Tensor]
 Rows = Callable[[Tensor], Tensor]  # ids -> their rows of the head
-CANDIDATES = (
-    32  # the sampler chooses among a mask's likeliest, which one pass of the head finds for all
-)
+CANDIDATES = 32  # of a mask, which one pass of the head finds for all; among them is chosen exactly
 
 
 class MaskModel:
@@ -34,14 +33,14 @@ class MaskModel:
         self,
         masks_KD: Tensor,
         adapter: Adapter,
-        head: Mapping[str, Tensor],
-        project: Project,
+        head: Sequence[Stage],
+        likely: Likely,
         embed: Embed,
         rows: Rows,
     ) -> None:
         self.rows_KD, self.adapter = masks_KD.float(), adapter
-        self._head = {name: t.float() for name, t in head.items()}
-        self._project, self._embed, self._rows = project, embed, rows
+        self._head = head
+        self._likely, self._embed, self._rows = likely, embed, rows
 
     @property
     def k(self) -> int:
@@ -53,12 +52,11 @@ class MaskModel:
     @torch.inference_mode()
     def guess(self, states_KD: Tensor, last: int) -> tuple[int, ...]:
         """What a block foresees after `last`, the token after its anchor."""
-        logits_KV = self._project(states_KD)
-        if not self._head:
-            return tuple(logits_KV.argmax(1).tolist())
-        likely_KC, out = logits_KV.topk(min(CANDIDATES, logits_KV.shape[1])).indices, []
-        for state_D, ids_C in zip(states_KD, likely_KC, strict=True):
-            mixed = sampler.mix(state_D[None], self._embed([last]), self._head)
+        out = []
+        for state_D, ids_C in zip(states_KD, self._likely(states_KD, CANDIDATES), strict=True):
+            mixed = state_D[None]
+            if self._head:
+                mixed = sampler.mix(mixed, self._embed([last]), self._head)
             last = int(ids_C[(self._rows(ids_C) @ mixed[0]).argmax()])
             out.append(last)
         return tuple(out)

@@ -8,7 +8,8 @@ Shapes: D width. Leading axes are free.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,17 @@ from torch.nn.functional import layer_norm, linear, rms_norm, silu
 
 EPS = 1e-5
 PREFIX = "sampler."  # of its tensors among those of a drafter
+STAGES = ("first", "second")
+Product = Callable[[Tensor], Tensor]  # with a matrix of the head, in the type of its input
+
+
+class Stage(NamedTuple):
+    """One of the head's layers."""
+
+    product: Product
+    bias: Tensor
+    norm: Tensor
+    shift: Tensor
 
 
 def shapes(width: int) -> dict[str, tuple[int, ...]]:
@@ -43,16 +55,30 @@ def new(width: int, generator: torch.Generator) -> dict[str, Tensor]:
     return out
 
 
-def mix(z: Tensor, previous: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+def stages(
+    weights: Mapping[str, Tensor], product: Callable[[Tensor], Product]
+) -> tuple[Stage, ...]:
+    """The head, its products with its matrices by `product`; none without tensors."""
+
+    def stage(name: str) -> Stage:
+        rest = (weights[f"{name}.{part}"] for part in ("bias", "norm", "shift"))
+        return Stage(product(weights[f"{name}.weight"]), *rest)
+
+    return tuple(stage(name) for name in STAGES) if weights else ()
+
+
+def plainly(weight: Tensor) -> Product:
+    """Products with a matrix as it is."""
+    return lambda x: linear(x, weight.to(x.dtype))
+
+
+def mix(z: Tensor, previous: Tensor, head: Sequence[Stage]) -> Tensor:
     """(..., D): a mask's normed state and the embedding of the token before its guess -> the state whose
     logits are the guess's."""
     x = torch.cat([_unit(previous).to(z.dtype), _unit(z)], dim=-1)
-    for name in ("first", "second"):
-        x = silu(
-            linear(x, weights[f"{name}.weight"].to(x.dtype), weights[f"{name}.bias"].to(x.dtype))
-        )
-        norm, shift = weights[f"{name}.norm"].to(x.dtype), weights[f"{name}.shift"].to(x.dtype)
-        x = layer_norm(x, x.shape[-1:], norm, shift, EPS)
+    for stage in head:
+        x = silu(stage.product(x) + stage.bias.to(x.dtype))
+        x = layer_norm(x, x.shape[-1:], stage.norm.to(x.dtype), stage.shift.to(x.dtype), EPS)
     return z + x
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -35,15 +36,18 @@ def widths(d: Description) -> dict[str, tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Factors of stacked maps, with the scale in B. `matrix`: as the kernels want them, or None."""
+    """Factors of stacked maps. `matrix`: as the kernels want them, or None."""
 
     a_RK: Tensor  # P * R rows
     b_PN2: Tensor  # pairs of ranks by output (R / 2, N, 2)
+    scale_R: Tensor | None  # of A's rows, if the factors are codes
     ends: tuple[int, ...]  # of each part's outputs
     matrix: LowRankMatrix | None
 
     def product(self, x_TK: Tensor) -> Tensor:
-        inner = linear(x_TK.float(), self.a_RK.float()).to(x_TK.dtype).float()
+        inner = linear(x_TK.float(), self.a_RK.float())
+        inner = inner if self.scale_R is None else inner * self.scale_R
+        inner = inner.to(x_TK.dtype).float()
         b_NR = self.b_PN2.transpose(0, 1).flatten(1).float()
         sizes = [end - start for start, end in zip((0, *self.ends), self.ends, strict=False)]
         split = zip(inner.chunk(len(sizes), dim=1), b_NR.split(sizes), strict=True)
@@ -53,15 +57,18 @@ class Stack:
 class Adapter:
     """One set of additions."""
 
-    def __init__(self, name: str, d: Description, factors: Factors, scale: float) -> None:
-        """Projections may be missing. Raises AdapterError where a shape is not the model's."""
+    def __init__(
+        self, name: str, d: Description, factors: Factors, scale: float, coarse: bool = False
+    ) -> None:
+        """Projections may be missing. `coarse`: keep codes of eight bits instead of bf16. Raises AdapterError
+        where a shape is not the model's."""
         self.name = name
         _check(name, d, factors)
         self._stacks = {
             (layer, stack): made
             for layer in range(d.num_layers)
             for stack, parts in STACKS.items()
-            if (made := _stack(layer, parts, d, factors, scale)) is not None
+            if (made := _stack(layer, parts, d, factors, scale, coarse)) is not None
         }
 
     def add(
@@ -103,7 +110,12 @@ def _check(name: str, d: Description, factors: Factors) -> None:
 
 
 def _stack(
-    layer: int, parts: Sequence[str], d: Description, factors: Factors, scale: float
+    layer: int,
+    parts: Sequence[str],
+    d: Description,
+    factors: Factors,
+    scale: float,
+    coarse: bool,
 ) -> Stack | None:
     """Parts that are missing, or have a lower rank, are filled up with zeros."""
     found = {p: factors[f"{layer}.{p}"] for p in parts if f"{layer}.{p}" in factors}
@@ -111,17 +123,33 @@ def _stack(
         return None
     rank = -(-max(a.shape[0] for a, _ in found.values()) // 2) * 2
     sizes = [widths(d)[p] for p in parts]
-    a_RK = torch.zeros(len(parts) * rank, sizes[0][1], dtype=torch.bfloat16)
-    split = [torch.zeros(rows, rank, dtype=torch.bfloat16) for rows, _ in sizes]
-    ends, total = [], 0
+    a_PRK = torch.zeros(len(parts), rank, sizes[0][1])
+    split = [torch.zeros(rows, rank) for rows, _ in sizes]
     for i, part in enumerate(parts):
         if part in found:
             a, b = found[part]
-            a_RK[i * rank : i * rank + len(a)] = a.to(torch.bfloat16)
-            split[i][:, : b.shape[1]] = (b.float() * scale).to(torch.bfloat16)
-        total += sizes[i][0]
-        ends.append(total)
-    paired = torch.cat(split).unflatten(1, (-1, 2)).transpose(0, 1).contiguous()
+            a_PRK[i, : len(a)] = a.float()
+            split[i][:, : b.shape[1]] = b.float() * scale
+    return _packed(a_PRK, split, coarse)
+
+
+def _packed(a_PRK: Tensor, b_NR: Sequence[Tensor], coarse: bool) -> Stack:
+    """As they are kept. A code's step is that of its row of A, or of its column of B."""
+    scale_R = None
+    if coarse:
+        a_PRK, a_step = _codes(a_PRK, 2)
+        b_NR, b_steps = zip(*[_codes(b, 0) for b in b_NR], strict=True)
+        scale_R = (a_step.flatten() * torch.cat([s.flatten() for s in b_steps])).contiguous()
+    kind = torch.int8 if coarse else torch.bfloat16
+    a_RK = a_PRK.flatten(0, 1).to(kind)
+    paired = torch.cat(list(b_NR)).to(kind).unflatten(1, (-1, 2)).transpose(0, 1).contiguous()
+    ends = tuple(accumulate(len(b) for b in b_NR))
     fit = a_RK.shape[1] % 32 == 0 and all(end % 16 == 0 for end in ends)
-    matrix = LowRankMatrix(a_RK, paired, ends) if fit else None
-    return Stack(a_RK, paired, tuple(ends), matrix)
+    matrix = LowRankMatrix(a_RK, paired, scale_R, ends) if fit else None
+    return Stack(a_RK, paired, scale_R, ends, matrix)
+
+
+def _codes(w: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Whole numbers to 127, and what one of them means along `dim`."""
+    step = w.abs().amax(dim, keepdim=True) / 127
+    return (w / step.clamp_min(torch.finfo(torch.float32).tiny)).round(), step

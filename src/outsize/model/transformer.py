@@ -107,7 +107,7 @@ class Transformer:
         norm = vector(loaded.final_norm["final_norm"])
         self._norm = RMSNorm(norm, description.norm_eps, torch.float32)
         self._ropes = description.ropes
-        self._kernels = kernels if self.dtype == torch.bfloat16 else None
+        self.kernels = kernels if self.dtype == torch.bfloat16 else None
         self._num_held = self._count_held()
 
     def _count_held(self) -> int:
@@ -137,11 +137,6 @@ class Transformer:
             self._ceiling = max(self._ceiling, budget.resident() + SLACK)
 
     @property
-    def has_kernels(self) -> bool:
-        """Are the compiled row kernels in use?"""
-        return self._kernels is not None
-
-    @property
     def waited_s(self) -> float:
         """Seconds that computing has stood still for reads so far."""
         return self.loaded.traffic.waited_s + self.loaded.expert_traffic.waited_s
@@ -163,7 +158,7 @@ class Transformer:
         """The positions of a step, turned into rotations once for all layers."""
         positions = [p for s in segments for p in s.all_positions()]
         made = rotations(self._ropes, self.description.head_dim, positions)
-        return Step(segments, made, wide, None if wide else self._kernels, added)
+        return Step(segments, made, wide, None if wide else self.kernels, added)
 
     def normed(self, h_TD: Tensor) -> Tensor:
         """What the head reads."""
@@ -180,17 +175,25 @@ class Transformer:
     def project(self, x_KD: Tensor) -> Tensor:
         """(K, V) fp32 of normed states. Kernels of int4 and int8 give bf16, whose steps near 20 are 0.125,
         more than often lies between the two best tokens; there each row's best are computed again in fp32."""
-        vocab = self.description.vocab_size
         exact = isinstance(self._head.encoding, Group) or self.dtype == torch.float32
-        x = x_KD if exact else x_KD.to(self.dtype)
-        blocks = self._head.blocks()
-        parts = [w.encoding.linear(x, w.fields, False)[:, : w.num_rows] for w in blocks]
-        logits = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))[:, :vocab].float()
+        logits = self._project(x_KD if exact else x_KD.to(self.dtype)).float()
         if not exact:
             for row, x_D in zip(logits, x_KD, strict=True):
                 ids = _best(row)
                 row[ids] = self._head.rows(ids) @ x_D
         return logits
+
+    def likely(self, x_KD: Tensor, count: int) -> Tensor:
+        """(K, C) ids of the likeliest tokens after normed states, roughly: in the type of activations."""
+        logits = self._project(x_KD.to(self.dtype))
+        return logits.topk(min(count, logits.shape[1])).indices
+
+    def _project(self, x_KD: Tensor) -> Tensor:
+        """(K, V) in the type of x."""
+        blocks = self._head.blocks()
+        parts = [w.encoding.linear(x_KD, w.fields, False)[:, : w.num_rows] for w in blocks]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return whole[:, : self.description.vocab_size]
 
 
 def rotations(ropes: Sequence[Rope], head_dim: int, positions: Sequence[int]) -> dict[Rope, Tensor]:

@@ -194,7 +194,7 @@ class Kernels:
         self, matrix: LowRankMatrix, x_TK: Tensor, y_TN: Tensor, first: int, count: int
     ) -> None:
         """Changes some rows of y. Both contiguous, bf16."""
-        scratch = torch.empty(count * matrix.inner, dtype=torch.bfloat16)
+        scratch = torch.empty(count * matrix.inner + matrix.room, dtype=torch.bfloat16)
         x = x_TK.data_ptr() + 2 * first * x_TK.shape[1]
         y = y_TN.data_ptr() + 2 * first * y_TN.shape[1]
         self._lowrank(matrix.pointer, x, y, count, scratch.data_ptr())

@@ -77,25 +77,23 @@ class GroupMatrix:
 class _LowRank(ctypes.Structure):
     _fields_ = (
         ("parts", _L), ("rank", _L), ("width", _L), ("outputs", _L), ("ends", _P), ("a", _P), ("b", _P),
+        ("scale", _P),
     )  # fmt: skip
 
 
 class LowRankMatrix:
-    """Factors of stacked maps, as lowrank.c wants them: A (parts * R, K), B (R / 2, N, 2), bf16."""
+    """Factors of stacked maps, as lowrank.c wants them: A (parts * R, K), B (R / 2, N, 2), bf16, or int8
+    codes with the scales of A's rows, fp32. `room`: bf16 numbers that codes are decoded into."""
 
-    __slots__ = ("_kept", "inner", "pointer", "struct")
+    __slots__ = ("_kept", "inner", "pointer", "room", "struct")
 
-    def __init__(self, a: Tensor, b: Tensor, ends: Sequence[int]) -> None:
+    def __init__(self, a: Tensor, b: Tensor, scale: Tensor | None, ends: Sequence[int]) -> None:
         parts, (half, outputs, _) = len(ends), b.shape
         table = (_L * parts)(*ends)
-        self._kept, self.inner = (a, b, table), len(a)
+        self._kept, self.inner = (a, b, scale, table), len(a)
+        self.room = 0 if scale is None else max(a.numel(), b.numel())
+        scales = None if scale is None else scale.data_ptr()
         self.struct = _LowRank(
-            parts,
-            2 * half,
-            a.shape[1],
-            outputs,
-            ctypes.addressof(table),
-            a.data_ptr(),
-            b.data_ptr(),
-        )
+            parts, 2 * half, a.shape[1], outputs, ctypes.addressof(table), a.data_ptr(), b.data_ptr(), scales
+        )  # fmt: skip
         self.pointer = ctypes.addressof(self.struct)
