@@ -253,6 +253,10 @@ def _stream(o: Outline, room: int) -> dict[str, Share]:
     rings = _rings(o, True)
     if room < 4 * _ring_bytes(o, rings):
         rings = _rings(o, False)
+    head = o.table("embed" if o.description.tied else "head")
+    others = {name: count for name, count in rings.items() if name != head.name}
+    if room >= _ring_bytes(o, others) + head.size + _least_experts(o):
+        rings = others  # all of the head will be held, and needs no slots
     return _fill(o, room - _ring_bytes(o, rings), rings)
 
 
