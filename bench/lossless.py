@@ -17,7 +17,8 @@ import outsize
 from outsize.bench.speculate import read
 from outsize.decode import flow
 from outsize.decode.engine import drive
-from outsize.decode.sample import greedy
+from outsize.decode.sample import Sampler, greedy
+from outsize.options import Options
 
 DRAFTS = ["auto", "ngram:k=4", "ngram:k=15"]
 
@@ -34,7 +35,8 @@ def answers(model: outsize.Model, prompts: list[list[int]], new: int) -> tuple[l
 
         seq = flow.Sequence(list(ids), len(ids), len(ids) + new, frozenset(model.pack.eos))
         account, kv = flow.Account(), model.new_kv(len(ids) + new)
-        life = flow.decode(seq, model.drafting.new(), pick, 0, account)
+        drafter, _ = model.drafting.new(Sampler(Options(), 0))
+        life = flow.decode(seq, drafter, pick, 0, account)
         for _ in drive(model.transformer, [life], [kv], model.drafting.pace):
             pass
         out.append((seq.new_tokens, sums[: len(seq.new_tokens)]))  # a draft may go on after the end

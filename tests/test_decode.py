@@ -7,7 +7,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from outsize.decode.sample import keep_min_p, keep_top_k, keep_top_p, penalize, picker
+from outsize.decode.sample import Sampler, keep_min_p, keep_top_k, keep_top_p, penalize
 from outsize.decode.template import render
 from outsize.decode.text import Stream, Tokens
 from outsize.errors import OptionError, TemplateError
@@ -22,7 +22,7 @@ def tokens() -> Tokens:
 
 
 def test_greedy_takes_the_first_of_equals() -> None:
-    assert picker(Options(), 0)(torch.tensor([1.0, 3.0, 3.0]), [0]) == 1
+    assert Sampler(Options(), 0)(torch.tensor([1.0, 3.0, 3.0]), [0]) == 1
 
 
 def test_filters() -> None:
@@ -39,14 +39,14 @@ def test_filters() -> None:
 def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     options = Options(temperature=0.7, top_k=0, top_p=1.0, min_p=0.0)
-    pick = picker(options, 1)
+    pick = Sampler(options, 1)
     counts = np.bincount([pick(logits, [0]) for _ in range(20_000)], minlength=4) / 20_000
     # 20,000 draws: a standard error of at most 0.0036.
     np.testing.assert_allclose(counts, torch.softmax(logits / 0.7, 0), atol=0.015)
 
 
 def test_top_k_one_is_greedy_at_any_temperature() -> None:
-    pick = picker(Options(temperature=5.0, top_k=1), 3)
+    pick = Sampler(Options(temperature=5.0, top_k=1), 3)
     assert {pick(torch.tensor([0.0, 9.0, 1.0]), [0]) for _ in range(50)} == {1}
 
 

@@ -95,6 +95,8 @@ def test_auto_drafts_where_reading_rules_and_not_where_guesses_fail() -> None:
         ("ngram:k=99", "from 1 to 15"), ("ngram:width=3", "ngram takes k"), ("masks", "a path"),
         ("none:k=2", "none takes nothing"), ("ngram:file", "no path"),
         ("masks:f.safetensors:layout=cubic", "known are quadratic, linear"),
+        ("model:m:verify=hope", "verify is hope; known are pick, rejection"),
+        ("ngram:verify=rejection", "ngram takes k"),
     ],
 )  # fmt: skip
 def test_specs_that_are_not(spec: str, words: str) -> None:
@@ -107,6 +109,18 @@ def test_specs_that_are() -> None:
     masks = parse("masks:/a/b.safetensors:k=2,layout=linear")
     assert (masks.source, masks.k, masks.layout) == ("/a/b.safetensors", 2, "linear")
     assert parse("model:hf:org/repo:k=3").source == "hf:org/repo"
+
+
+def test_a_model_that_rejects_its_own_draws_keeps_all(open_tiny: Callable[..., Model]) -> None:
+    """p is q, so that min(1, p / q) is 1; greedy answers are those without drafts."""
+    path = str(open_tiny("llama", "int8").pack.path)
+    spec = f"model:{path}:k=3,verify=rejection"
+    with outsize.load(path, draft=spec, quiet=True) as model:
+        (drawn,) = model.generate("abab", raw=True, max_tokens=20, temperature=0.9, seed=4)
+        assert drawn.drafted == drawn.accepted > 5
+        (greedy,) = model.generate("abab", raw=True, max_tokens=20)
+    with outsize.load(path, draft="none", quiet=True) as model:
+        assert model.generate("abab", raw=True, max_tokens=20)[0].text == greedy.text
 
 
 def test_mask_drafters_that_do_not_fit(open_tiny: Callable[..., Model], tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from typing_extensions import Unpack
 from outsize.cache.kv import KV
 from outsize.conversation import Conversation, Past
 from outsize.decode import flow
-from outsize.decode.engine import drive
+from outsize.decode.engine import Flow, drive
 from outsize.decode.prompts import Prompt, encode
-from outsize.decode.sample import picker, seeded
+from outsize.decode.sample import Sampler, seeded
 from outsize.decode.template import Messages
 from outsize.decode.text import Stream, Tokens
 from outsize.drafting import SPARE, Drafting, read_adapter
@@ -249,17 +249,15 @@ class Model:
 
     def _drive(self, runs: Sequence[Run], options: Options) -> Iterator[None]:
         assert options.seed is not None
-        pick = [picker(options, options.seed) for _ in runs]
-        flows = [
-            flow.decode(
-                run.seq, self.drafting.new(len(runs) - 1), p, run.cached, run.drafts,
-                self._adapter(run.adapter),
-            )
-            for run, p in zip(runs, pick, strict=True)
-        ]  # fmt: skip
+        flows = [self._flow(run, Sampler(options, options.seed), len(runs) - 1) for run in runs]
         for _ in drive(self.transformer, flows, [run.kv for run in runs], self.drafting.pace):
             yield
             self._keep_promise()
+
+    def _flow(self, run: Run, sampler: Sampler, others: int) -> Flow:
+        drafter, check = self.drafting.new(sampler, others)
+        adapter = self._adapter(run.adapter)
+        return flow.decode(run.seq, drafter, sampler, run.cached, run.drafts, adapter, check)
 
     def _keep_promise(self) -> None:
         """Give up held weights if others need the memory, or we have more than was promised."""

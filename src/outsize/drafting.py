@@ -20,6 +20,7 @@ from outsize.draft.model import ModelDraft
 from outsize.draft.ngram import NgramDraft
 from outsize.draft.none import Drafter, NoDraft
 from outsize.draft.pace import Pace
+from outsize.draft.verify import Check, Sampler, rejecting, verify
 from outsize.encoding.find import encoding
 from outsize.encoding.group import BLOCK
 from outsize.errors import AdapterError, OptionError, UnsupportedError
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from outsize.api import Model
 
 KINDS = ("auto", "none", "ngram", "model", "masks")
+CHECKS = ("pick", "rejection")  # how guesses are checked
+KEYS = {"ngram": ("k",), "model": ("k", "verify"), "masks": ("k", "layout")}
 SPARE = 64  # slots of keys and values for what is drafted and not kept
 ROW_BYTES = 8  # of a logit, in the forms that a step's rows have
 ADAPTER = 0.6  # of a mask drafter's file: its factors and its sampler head in eight bits, its masks as fp32
@@ -50,6 +53,7 @@ class Spec:
     source: str = ""
     k: int = 0  # 0: the kind's own
     layout: str = "quadratic"
+    verify: str = "pick"
 
 
 def parse(text: str) -> Spec:
@@ -60,27 +64,30 @@ def parse(text: str) -> Spec:
     match = re.fullmatch(r"(?:(.*?):)?(\w+=[^:,]+(?:,\w+=[^:,]+)*)", rest)
     source, pairs = (match.group(1) or "", match.group(2)) if match else (rest, "")
     told = dict(pair.split("=", 1) for pair in pairs.split(",") if pair)
-    spec = Spec(kind, source, *_numbers(text, kind, told))
+    spec = Spec(kind, source, *_told(text, kind, told))
     if bool(source) != (kind in ("model", "masks")):
         need = "a path, as in masks:FILE" if kind in ("model", "masks") else f"no path: {kind}"
         raise OptionError(f"draft is {text!r}; {kind} takes {need}")
     return spec
 
 
-def _numbers(text: str, kind: str, told: Mapping[str, str]) -> tuple[int, str]:
-    allowed = {"ngram": {"k"}, "model": {"k"}, "masks": {"k", "layout"}}.get(kind, set())
-    unknown = sorted(told.keys() - allowed)
+def _told(text: str, kind: str, told: Mapping[str, str]) -> tuple[int, str, str]:
+    """k, layout, verify. Raises OptionError."""
+    allowed = KEYS.get(kind, ())
+    unknown = sorted(told.keys() - set(allowed))
     if unknown:
         known = ", ".join(sorted(allowed)) or "nothing"
         raise OptionError(f"draft is {text!r}: {unknown[0]} is not known; {kind} takes {known}")
-    k, layout = told.get("k", ""), told.get("layout", "quadratic")
+    k, words = told.get("k", ""), {"layout": LAYOUTS, "verify": CHECKS}
     if k and not (k.isdecimal() and 1 <= int(k) <= MOST):
         raise OptionError(
             f"draft is {text!r}: k is {k}; a whole number from 1 to {MOST} is expected"
         )
-    if layout not in LAYOUTS:
-        raise OptionError(f"draft is {text!r}: layout is {layout}; known are {', '.join(LAYOUTS)}")
-    return int(k or 0), layout
+    for name, known_words in words.items():
+        if told.get(name, known_words[0]) not in known_words:
+            expected = ", ".join(known_words)
+            raise OptionError(f"draft is {text!r}: {name} is {told[name]}; known are {expected}")
+    return int(k or 0), told.get("layout", LAYOUTS[0]), told.get("verify", CHECKS[0])
 
 
 def choices(outline: Outline) -> list[tuple[Spec, float]]:
@@ -116,21 +123,27 @@ class Drafting:
         """What is to be told how long steps take, if anything asks."""
         return self.habits.pace if self.spec.kind == "auto" else None
 
-    def new(self, others: int = 0) -> Drafter:
-        """A drafter; `others`: sequences that share its steps."""
+    def new(self, sampler: Sampler, others: int = 0) -> tuple[Drafter, Check]:
+        """A drafter, and what checks its guesses; `others`: sequences that share its steps."""
         kind, k = self.spec.kind, self.spec.k
+        if kind == "model":
+            return self._smaller(sampler)
         if kind == "auto":
-            return AutoDraft(self.habits, others)
+            return AutoDraft(self.habits, others), verify
         if kind == "ngram":
-            return NgramDraft(k or 4)
+            return NgramDraft(k or 4), verify
         if kind == "masks":
             assert self.masks is not None
-            return MaskDraft(self.masks, k or self.masks.k, self.spec.layout)
-        if kind == "model":
-            assert self.model is not None
-            kv = self.model.transformer.new_kv(self.model.context)
-            return ModelDraft(self.model.transformer, kv, self.model.context, k or 4)
-        return NoDraft()
+            return MaskDraft(self.masks, k or self.masks.k, self.spec.layout), verify
+        return NoDraft(), verify
+
+    def _smaller(self, sampler: Sampler) -> tuple[Drafter, Check]:
+        assert self.model is not None
+        t, context, k = self.model.transformer, self.model.context, self.spec.k or 4
+        if self.spec.verify == "pick":
+            return ModelDraft(t, t.new_kv(context), context, k), verify
+        drafter = ModelDraft(t, t.new_kv(context), context, k, sampler)
+        return drafter, rejecting(sampler, lambda: drafter.drawn_from)
 
     def close(self) -> None:
         if self.model is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outsize.decode import flow
-from outsize.decode.sample import picker
+from outsize.decode.sample import Sampler
 from outsize.draft.auto import AutoDraft, Habits
 from outsize.draft.ngram import NgramDraft
 from outsize.draft.none import Draft, Drafter, NoDraft
+from outsize.draft.verify import Chances, Check, reject, rejecting, verify
 from outsize.forward.span import Out, Span
 from outsize.options import Options
 
@@ -46,7 +47,7 @@ class World:
 
 def play(drafter: Drafter, options: Options, seed: int, ends: frozenset[int]) -> flow.Sequence:
     seq = flow.Sequence([1, 2, 3], 3, 3 + options.max_tokens, ends)
-    world, life = World(seed), flow.decode(seq, drafter, picker(options, 11))
+    world, life = World(seed), flow.decode(seq, drafter, Sampler(options, 11))
     try:
         span = next(life)
         while True:
@@ -105,26 +106,71 @@ def third(world: World) -> torch.Tensor:
 
 def test_sampling_with_drafts_draws_from_the_same_distribution() -> None:
     """Chi-square of the third token of many drafted answers against its exact chances, ten seeds."""
-    options = Options(max_tokens=3, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
-    runs, random = 600, torch.Generator().manual_seed(3)
+    random = torch.Generator().manual_seed(3)
+
+    def scripted(sampler: Sampler, world: World) -> tuple[Drafter, Check]:
+        return Script(torch.randint(VOCAB, (3, 3), generator=random).tolist()), verify
+
     for seed in range(10):
-        counts, accepted = torch.zeros(VOCAB).double(), 0
-        for run in range(runs):
-            seq = flow.Sequence([1, 2, 3], 3, 6, frozenset())
-            drafts = torch.randint(VOCAB, (3, 3), generator=random).tolist()
-            account, world = flow.Account(), World(seed)
-            pick = picker(options, seed * runs + run)
-            life = flow.decode(seq, Script(drafts), pick, 2, account)
-            try:
-                span = next(life)
-                world.seen = [1, 2]
-                while True:
-                    span = life.send(world(span))
-            except StopIteration:
-                counts[seq.tokens[5]] += 1
-                accepted += account.accepted
-        expected = third(World(seed)) * runs
-        statistic = ((counts - expected) ** 2 / expected).sum()
-        p = torch.special.gammaincc(torch.tensor((VOCAB - 1) / 2).double(), statistic / 2)
+        p, accepted = chi_square(seed, scripted)
         assert accepted > 50
-        assert p > 0.01, f"seed {seed}: p = {float(p)}"
+        assert p > 0.01, f"seed {seed}: p = {p}"
+
+
+class Guesser(NoDraft):
+    """Draws from chances that are the world's but for noise."""
+
+    def __init__(self, sampler: Sampler, world: World) -> None:
+        noise = torch.Generator().manual_seed(7)
+        self.table = world.table + torch.randn(world.table.shape, generator=noise)
+        self.sampler, self.drawn_from = sampler, list[Chances]()
+
+    def propose(self, tokens: Sequence[int], most: int) -> Draft:
+        known, self.drawn_from = list(tokens), []
+        for _ in range(min(2, most)):
+            self.drawn_from.append(self.sampler.chances(self.table[known[-2], known[-1]], known))
+            known.append(self.drawn_from[-1].draw(self.sampler.random))
+        return Draft(tuple(known[len(tokens) :]))
+
+
+def test_rejection_draws_from_the_same_distribution_and_keeps_more() -> None:
+    kept = {verify: 0, reject: 0}
+
+    def guessing(sampler: Sampler, world: World) -> tuple[Drafter, Check]:
+        made = Guesser(sampler, world)
+        return made, rejecting(sampler, lambda: made.drawn_from)
+
+    def picking(sampler: Sampler, world: World) -> tuple[Drafter, Check]:
+        return Guesser(sampler, world), verify
+
+    for seed in range(10):
+        p, accepted = chi_square(seed, guessing)
+        kept[reject] += accepted
+        kept[verify] += chi_square(seed, picking)[1]
+        assert p > 0.01, f"seed {seed}: p = {p}"
+    assert kept[reject] > 1.5 * kept[verify]
+
+
+def chi_square(
+    seed: int, made: Callable[[Sampler, World], tuple[Drafter, Check]]
+) -> tuple[float, int]:
+    """The third token of 600 answers against its exact chances: p, and how many guesses were kept."""
+    options = Options(max_tokens=3, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+    runs, counts, accepted = 600, torch.zeros(VOCAB).double(), 0
+    for run in range(runs):
+        seq = flow.Sequence([1, 2, 3], 3, 6, frozenset())
+        account, world, sampler = flow.Account(), World(seed), Sampler(options, seed * runs + run)
+        drafter, check = made(sampler, world)
+        life = flow.decode(seq, drafter, sampler, 2, account, check=check)
+        try:
+            span = next(life)
+            world.seen = [1, 2]
+            while True:
+                span = life.send(world(span))
+        except StopIteration:
+            counts[seq.tokens[5]] += 1
+            accepted += account.accepted
+    expected = third(World(seed)) * runs
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    p = torch.special.gammaincc(torch.tensor((VOCAB - 1) / 2).double(), statistic / 2)
+    return float(p), accepted

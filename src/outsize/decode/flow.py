@@ -10,7 +10,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 
 from outsize.draft.none import Draft, Drafter
-from outsize.draft.verify import Pick, verify
+from outsize.draft.verify import Check, Pick, verify
 from outsize.forward.span import Out, Span
 from outsize.model.adapter import Adapter
 
@@ -70,9 +70,11 @@ def decode(
     done: int = 0,
     account: Account | None = None,
     adapter: Adapter | None = None,
+    check: Check = verify,
 ) -> Generator[Span, Out, None]:
     """Run a sequence to its end. `done` tokens are already in its cache. Nothing is drafted while there
-    is a prompt to run: a long span's rows are computed another way than a step's."""
+    is a prompt to run: a long span's rows are computed another way than a step's. `check` says which guesses
+    are kept."""
     account = account or Account()
     while seq.finish is None:
         most = seq.limit - len(seq.tokens) - 1
@@ -80,7 +82,7 @@ def decode(
         draft = drafter.propose(seq.tokens, most) if ready else Draft()
         fed = (*seq.tokens[done:], *draft.tokens)
         out = yield Span(done, fed, len(draft.tokens) + 1, draft.masks, adapter)
-        kept = verify(draft, out.logits_KV, seq.tokens, pick)
+        kept = check(draft, out.logits_KV, seq.tokens, pick)
         done = len(seq.tokens) + len(kept) - 1  # the last kept token has not been run yet
         seq.extend(kept)
         if ready:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from outsize.draft.verify import Pick
+from outsize.draft.verify import Chances
 from outsize.options import Options
 
 PENALTY_REACH = 64
@@ -43,31 +43,37 @@ def keep_min_p(prob: Floats, p: float) -> Floats:
     return prob[: int(np.count_nonzero(prob >= p * prob[0]))]
 
 
-def draw(logits_V: Tensor, options: Options, random: np.random.Generator) -> int:
-    """Cut at temperature 1 (top-k, top-p, min-p), then draw at the temperature."""
+def chances(logits_V: Tensor, options: Options) -> Chances:
+    """Cut at temperature 1 (top-k, top-p, min-p), then heated or cooled; at 0 the likeliest token alone."""
+    if options.temperature == 0:
+        return Chances(np.array([greedy(logits_V, ())]), np.ones(1))
     logits = logits_V.double().numpy()
     count = min(options.top_k or len(logits), len(logits))
     part = np.argpartition(-logits, count - 1)[:count]
     order = part[np.lexsort((part, -logits[part]))]  # ties by id, so that a seed is enough
     prob = np.exp(logits[order] - logits[order[0]])
     prob = keep_min_p(keep_top_p(keep_top_k(prob, options.top_k), options.top_p), options.min_p)
-    tempered = prob ** (1 / options.temperature)
-    place = np.searchsorted(np.cumsum(tempered), random.random() * tempered.sum(), side="right")
-    return int(order[min(int(place), len(prob) - 1)])
+    return Chances(order[: len(prob)], prob ** (1 / options.temperature))
 
 
-def picker(options: Options, seed: int) -> Pick:
-    """The pick function of one sequence."""
-    random = np.random.Generator(np.random.PCG64(seed))
+class Sampler:
+    """The draws of one sequence; called with logits (V,) and the tokens so far, it picks the next."""
 
-    def pick(logits_V: Tensor, tokens: Sequence[int]) -> int:
-        if options.repeat_penalty != 1.0:
-            logits_V = penalize(logits_V, tokens, options.repeat_penalty)
-        if options.temperature == 0:
-            return greedy(logits_V, tokens)
-        return draw(logits_V, options, random)
+    def __init__(self, options: Options, seed: int) -> None:
+        self._options = options
+        self.random = np.random.Generator(np.random.PCG64(seed))
 
-    return pick
+    def chances(self, logits_V: Tensor, tokens: Sequence[int]) -> Chances:
+        return chances(self._penalized(logits_V, tokens), self._options)
+
+    def __call__(self, logits_V: Tensor, tokens: Sequence[int]) -> int:
+        if self._options.temperature == 0:
+            return greedy(self._penalized(logits_V, tokens), tokens)
+        return self.chances(logits_V, tokens).draw(self.random)
+
+    def _penalized(self, logits_V: Tensor, tokens: Sequence[int]) -> Tensor:
+        penalty = self._options.repeat_penalty
+        return logits_V if penalty == 1.0 else penalize(logits_V, tokens, penalty)
 
 
 def seeded(options: Options) -> Options:

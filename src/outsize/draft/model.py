@@ -5,21 +5,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from outsize.cache.kv import KV
 from outsize.draft.none import Draft
+from outsize.draft.verify import Chances, Sampler
 from outsize.forward.full import full
 from outsize.forward.span import Out, Span
 from outsize.model.transformer import Transformer
 
 
 class ModelDraft:
-    """Greedy guesses of another transformer."""
+    """Guesses of another transformer: its likeliest tokens or, with a sampler, draws from `drawn_from`."""
 
-    def __init__(self, transformer: Transformer, kv: KV, context: int, k: int) -> None:
+    def __init__(
+        self,
+        transformer: Transformer,
+        kv: KV,
+        context: int,
+        k: int,
+        sampler: Sampler | None = None,
+    ) -> None:
         self._model, self._kv, self._context, self._k = transformer, kv, context, k
+        self._sampler, self.drawn_from = sampler, list[Chances]()
         self._known: list[int] = []  # tokens whose keys and values it has
 
     def propose(self, tokens: Sequence[int], most: int) -> Draft:
+        self.drawn_from.clear()
         room = self._context - len(tokens)
         count = min(self._k, most, room)
         if count <= 0:
@@ -30,14 +42,20 @@ class ModelDraft:
                 break
             same += 1
         start = min(same, len(tokens) - 1)
-        fed, guesses = list(tokens[start:]), []
+        fed, guesses = list(tokens[start:]), list[int]()
         for _ in range(count):
             (out,) = full(self._model, [Span(start, fed)], [self._kv])
             start += len(fed)
-            fed = [int(out.logits_KV[-1].argmax())]
+            fed = [self._guess(out.logits_KV[-1], [*tokens, *guesses])]
             guesses += fed
         self._known = [*tokens, *guesses[:-1]]
         return Draft(tuple(guesses))
+
+    def _guess(self, logits_V: Tensor, tokens: Sequence[int]) -> int:
+        if self._sampler is None:
+            return int(logits_V.argmax())
+        self.drawn_from.append(self._sampler.chances(logits_V, tokens))
+        return self.drawn_from[-1].draw(self._sampler.random)
 
     def observe(self, draft: Draft, kept: Sequence[int], out: Out) -> None:
         """The next proposal begins where the texts agree."""

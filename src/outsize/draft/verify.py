@@ -1,17 +1,54 @@
-"""Which tokens a step yields: the target picks at each position; a draft is kept while it agrees.
+"""Which tokens a step yields.
 
-Exact for any drafter, greedy or sampled: every kept token is the target's own pick.
+`verify`: the target picks at each position; a draft is kept while it agrees. Exact for any drafter, greedy or
+sampled: every kept token is the target's own pick, so a seed's answer is the same with drafts and without.
+`reject`: where the drafter drew its guesses from known chances, each is kept with chance min(1, p / q), and
+the first that is not is replaced by a draw from what p has more than q (arXiv 2211.17192, algorithm 1).
+Exact in distribution; more is kept, but a seed's answer is another one than without drafts.
+
+Shapes: K positions, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from outsize.draft.none import Draft
 
 Pick = Callable[[Tensor, Sequence[int]], int]  # logits (V,), tokens so far -> the next token
+Check = Callable[[Draft, Tensor, Sequence[int], Pick], list[int]]  # with logits (K, V), as `verify`
+
+
+class Chances(NamedTuple):
+    """Tokens, and how likely each is, up to a factor; all others are impossible."""
+
+    ids: NDArray[np.intp]
+    weight: NDArray[np.float64]
+
+    def of(self, id: int) -> float:
+        """One token's chance."""
+        return float(self.weight[self.ids == id].sum() / self.weight.sum())
+
+    def draw(self, random: np.random.Generator) -> int:
+        place = np.searchsorted(
+            np.cumsum(self.weight), random.random() * self.weight.sum(), side="right"
+        )
+        return int(self.ids[min(int(place), len(self.ids) - 1)])
+
+
+class Sampler(Protocol):
+    """How one sequence's tokens are drawn."""
+
+    random: np.random.Generator
+
+    def chances(self, logits_V: Tensor, tokens: Sequence[int]) -> Chances:
+        """Of the token after `tokens`."""
+        ...
 
 
 def verify(draft: Draft, logits_KV: Tensor, tokens: Sequence[int], pick: Pick) -> list[int]:
@@ -24,3 +61,38 @@ def verify(draft: Draft, logits_KV: Tensor, tokens: Sequence[int], pick: Pick) -
         if token != guess:
             break
     return kept
+
+
+def rejecting(sampler: Sampler, drawn_from: Callable[[], Sequence[Chances]]) -> Check:
+    """`reject`, for a sequence whose drafter tells what its last guesses were drawn from."""
+
+    def check(draft: Draft, logits_KV: Tensor, tokens: Sequence[int], pick: Pick) -> list[int]:
+        return reject(draft, drawn_from(), logits_KV, tokens, sampler)
+
+    return check
+
+
+def reject(
+    draft: Draft,
+    drawn_from: Sequence[Chances],
+    logits_KV: Tensor,
+    tokens: Sequence[int],
+    sampler: Sampler,
+) -> list[int]:
+    """One to K new tokens."""
+    known, random = list(tokens), sampler.random
+    for logits_V, guess, theirs in zip(logits_KV, draft.tokens, drawn_from, strict=False):
+        ours = sampler.chances(logits_V, known)
+        if random.random() * theirs.of(guess) >= ours.of(guess):
+            return [*known[len(tokens) :], _more(ours, theirs).draw(random)]
+        known.append(guess)
+    last = sampler.chances(logits_KV[len(known) - len(tokens)], known)
+    return [*known[len(tokens) :], last.draw(random)]
+
+
+def _more(ours: Chances, theirs: Chances) -> Chances:
+    """What is likelier by `ours` than by `theirs`, by how much."""
+    dense = np.zeros(1 + max(int(ours.ids.max()), int(theirs.ids.max())))
+    dense[theirs.ids] = theirs.weight / theirs.weight.sum()
+    left = np.maximum(ours.weight / ours.weight.sum() - dense[ours.ids], 0.0)
+    return Chances(ours.ids, left) if left.any() else ours  # equal, but for rounding
