@@ -23,7 +23,7 @@ from outsize.options import DEFAULT_MODEL
 from outsize.pack import store
 from outsize.pack.format import TOKENIZER, Pack, damaged
 from outsize.pack.outline import Outline, of_pack
-from outsize.plan.place import place, tokenizer_bytes
+from outsize.plan.place import copy_bytes, place, tokenizer_bytes
 from outsize.plan.placement import Placement
 from outsize.plan.wake import runtime_bytes
 from outsize.weights import budget
@@ -121,7 +121,8 @@ def load(
         foresee(model, wishes, size, runtime_bytes(compiled(wishes)))
     made = found or library.pack(model, encoding=encoding, quiet=quiet)
     knobs = replace(parse(experts or ""), recorder=recorder)
-    model_opened = _open(made, wishes, size, knobs, before, smaller)
+    copies = library.pack(model, encoding=knobs.copies, quiet=quiet) if knobs.copies else None
+    model_opened = _open(made, wishes, size, knobs, before, smaller, copies)
     for name, path in (adapters or {}).items():
         model_opened.load_adapter(name, path)
     return model_opened
@@ -138,6 +139,9 @@ def set_threads(threads: int | None) -> None:
 def foresee(model: str, wishes: Wishes, size: int, runtime: int) -> tuple[Outline, Placement]:
     """The plan from headers alone. Raises BudgetError."""
     outline = library.outline(model, wishes.encoding, wishes.quiet)
+    if encoding := parse(wishes.experts or "").copies:
+        copy = library.outline(model, encoding, wishes.quiet)
+        outline = replace(outline, copies=copy_bytes(outline, copy))
     return outline, wishes.place(outline, size, runtime, tokenizer_bytes(outline))
 
 
@@ -153,9 +157,12 @@ def _open(
     knobs: Experts,
     tell: Callable[[Outline, Placement], None] | None,
     smaller: Model | None = None,
+    copies: Pack | None = None,
 ) -> Model:
     native = compiled(wishes)
     outline, before = of_pack(made), runtime_bytes(native)
+    if copies is not None:
+        outline = replace(outline, copies=copy_bytes(outline, of_pack(copies)))
     sure = int(LEAST_SHARE * tokenizer_bytes(outline))
     wishes.place(outline, size, before, sure)  # refuses before anything is read
     if not wishes.quiet:
@@ -171,7 +178,7 @@ def _open(
         tell(outline, placement)
     with bars(wishes.quiet) as progress:
         loaded = weights.load(
-            made, native, Traffic(), progress, placement.shares, wishes.verify, knobs
+            made, native, Traffic(), progress, placement.shares, wishes.verify, knobs, copies
         )
     transformer = Transformer(made.description, loaded, native, placement.ceiling)
     return Model(

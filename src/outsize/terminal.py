@@ -155,7 +155,7 @@ def summary(reply: Reply, disk_bytes_per_s: float | None = None) -> str:
 
 def _experts(counts: Mapping[str, float]) -> str:
     """What became of the requests for experts."""
-    kinds = ("ready", "late", "cold", "capacity", "collision", "dropped", "substituted")
+    kinds = ("ready", "late", "cold", "capacity", "collision", "dropped", "substituted", "copied")
     said = ", ".join(f"{counts[k]:,.0f} {k}" for k in kinds if counts[k])
     asked = counts["hits"] + counts["misses"]
     share = counts["hits"] / asked if asked else 1.0

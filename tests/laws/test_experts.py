@@ -43,21 +43,23 @@ SPANS = [[0, 30], [30, 31], [31, 32], [32, 36], [36, 37], [37, 38]]
 
 
 @contextmanager
-def opened(pack: Pack, capacity: int | None, knobs: Experts) -> Iterator[Transformer]:
+def opened(
+    pack: Pack, capacity: int | None, knobs: Experts, copies: Pack | None = None
+) -> Iterator[Transformer]:
     """With this many slots for experts; None: with all."""
     shares = {t.name: all_of(t) for t in pack.tables}
     if capacity is not None:
         shares |= {t.name: Share((), capacity) for t in pack.tables if t.kind == "experts"}
-    loaded = weights.load(pack, None, Traffic(), lambda *_: None, shares, "first", knobs)
+    loaded = weights.load(pack, None, Traffic(), lambda *_: None, shares, "first", knobs, copies)
     try:
         yield Transformer(pack.description, loaded)
     finally:
         loaded.close()
 
 
-def logits(model: Transformer) -> Tensor:
+def logits(model: Transformer, spans: Sequence[Sequence[int]] = SPANS) -> Tensor:
     kv, rows = model.new_kv(), []
-    for first, last in SPANS:
+    for first, last in spans:
         (out,) = full(model, [Span(first, tiny.TOKENS[first:last], last - first)], [kv])
         rows.append(out.logits_KV)
     return torch.cat(rows)
@@ -230,10 +232,13 @@ def test_knobs() -> None:
     assert parse("") == Experts()
     assert parse("lru, prefetch=score:0.2") == Experts("lru", "score:0.2")
     assert parse("misses=drop:0.2").is_lossy
+    assert parse("misses=copy:int4:0.2").copies == "int4"
+    assert parse("misses=copy:int4").is_lossy
     for text, error in (
         ("lruu", UnsupportedError), ("belady", OptionError), ("prefetch=oracle", OptionError),
         ("prefetch=score:7", OptionError), ("prefetch=soothsayer", UnsupportedError),
-        ("misses=ignore", OptionError), ("lru,fifo", OptionError), ("colour=red", OptionError),
+        ("misses=ignore", OptionError), ("misses=copy", OptionError),
+        ("misses=copy:int4:7", OptionError), ("lru,fifo", OptionError), ("colour=red", OptionError),
     ):  # fmt: skip
         with pytest.raises(error):
             parse(text)

@@ -24,6 +24,7 @@ class Outline:
     is_packed: bool
     sha256: str = ""  # of what it was or would be made from, where that is known
     drafting: int = 0  # bytes that guessing ahead takes for good
+    copies: int = 0  # bytes of slots for copies of experts at fewer bits
     step_scratch: int = 0  # bytes that a step's guesses take for a moment
 
     @property

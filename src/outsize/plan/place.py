@@ -10,13 +10,13 @@ import math
 from collections.abc import Iterator, Mapping
 
 from outsize.encoding.plain import WIDE_BYTES
-from outsize.errors import BudgetError
+from outsize.errors import BudgetError, OptionError
 from outsize.model.attention import CHUNK, score_bytes
 from outsize.pack.format import TableHeader
 from outsize.pack.outline import Outline
 from outsize.plan.placement import BY_ID, BY_ROUTER, DISK, MEMORY, Placement
 from outsize.weights.arena import HUGE, SMALL, huge_bytes
-from outsize.weights.load import Share, all_of
+from outsize.weights.load import Share, all_of, copy_slots
 from outsize.weights.policies.echo import BYTES as ECHO_BYTES
 from outsize.weights.rows import IN_FLIGHT as ROWS_IN_FLIGHT
 
@@ -74,6 +74,7 @@ def fixed_costs(o: Outline, runtime: int, tokenizer: int, context: int) -> dict[
         "keys and values": context * kv_bytes(o),
         **({"drafting": o.drafting} if o.drafting else {}),
         **({"cache policy": policy_bytes(o)} if experts(o) else {}),
+        **({"copies of experts": o.copies} if o.copies else {}),
         "scratch": max(
             scratch_bytes(o, context), o.step_scratch, *(ROWS_IN_FLIGHT * t.stride for t in rows)
         ),
@@ -121,6 +122,20 @@ def least_bytes(o: Outline, runtime: int, tokenizer: int, context: int) -> int:
 def experts(o: Outline) -> list[TableHeader]:
     """The tables of experts."""
     return [t for t in o.tables if t.kind == "experts"]
+
+
+def copy_bytes(o: Outline, copy: Outline) -> int:
+    """Of slots for copies of a model's experts, out of another pack of it. Raises OptionError."""
+    mixture, size = o.description.mixture, sum(t.size for t in experts(o))
+    if mixture is None:
+        raise OptionError(f"misses=copy: {o.name} has no experts; leave it out")
+    there = sum(t.size for t in experts(copy))
+    if copy.description != o.description or there >= size:
+        raise OptionError(
+            f"misses=copy: the experts of {copy.name} take {there / MB:,.0f} MB, those of {o.name} "
+            f"{size / MB:,.0f} MB; copies must be of the same model and smaller: name another encoding"
+        )
+    return sum(huge_bytes(copy_slots(t, mixture.used) * t.stride) for t in experts(copy))
 
 
 def _all_bytes(o: Outline) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -33,6 +34,13 @@ class Handling:
     recorder: Recorder | None = None  # told of every layer's choices
 
 
+class Copies(NamedTuple):
+    """A layer's experts at fewer bits: its first one is record `base` of the cache."""
+
+    cache: Cached
+    base: int
+
+
 @dataclass(slots=True)
 class Bank:
     """The experts of one layer. `number`: the layer's place in its table; `following`: the next layer's."""
@@ -45,26 +53,49 @@ class Bank:
     count: int
     handling: Handling
     following: Bank | None = None
+    copies: Copies | None = None
 
     def stream(
         self, rows: Sequence[Sequence[int]], early: Scored, in_order: bool
     ) -> Iterator[list[tuple[int, Weights]]]:
         """The experts that these tokens chose, as they are there; `early`: what the next layer's gate makes
-        of its experts already now. `in_order`: as they were first chosen."""
+        of its experts already now. `in_order`: as they were first chosen. ~e is the copy of e."""
         base, ledger = self.number * self.count, self.cache.ledger
-        ids = list(dict.fromkeys(base + e for row in rows for e in row))
-        ledger.policy.observe(self.number, [[base + e for e in row] for row in rows])
-        self.handling.uses.update(ids)
+        chosen = list(dict.fromkeys(e for row in rows for e in row))
+        ids, copies = [base + e for e in chosen if e >= 0], [~e for e in chosen if e < 0]
+        wanted = [[base + (e if e >= 0 else ~e) for e in row] for row in rows]
+        ledger.policy.observe(self.number, wanted)
+        self.handling.uses.update({e for row in wanted for e in row})
 
         def then() -> None:
             self._look_ahead(ids, early)
 
+        self._begin(copies)
         room = ledger.policy.room
         for at in range(0, len(ids), room):
             wave, last = ids[at : at + room], at + room >= len(ids)
             for found in self.cache.stream(wave, in_order, then if last else self._forget):
                 yield [(id - base, weights) for id, weights in found]
             self.cache.release()
+        yield from self._copied(copies, in_order)
+
+    def _copied(self, chosen: Sequence[int], in_order: bool) -> Iterator[list[tuple[int, Weights]]]:
+        """Copies at fewer bits; by then they are being read."""
+        if self.copies is None or not chosen:
+            return
+        cache, base = self.copies
+        room = cache.ledger.policy.room
+        for at in range(0, len(chosen), room):
+            wave = [base + e for e in chosen[at : at + room]]
+            for found in cache.stream(wave, in_order):
+                yield [(~(id - base), weights) for id, weights in found]
+            cache.release()
+
+    def _begin(self, chosen: Sequence[int]) -> None:
+        """Copies are on their way while the others are computed."""
+        if self.copies is not None:
+            cache, base = self.copies
+            cache.prefetch([base + e for e in chosen])
 
     def favour(self) -> torch.Tensor | None:
         """(N,) by how much each expert is favoured for being in memory; None: routing is the model's own."""
@@ -88,9 +119,7 @@ class Bank:
             list(best.items()), self.cache.ledger.slot_of, self.handling.uses, self.count
         )
         count(traffic, list(best), instead)
-        new = {
-            w - base: None if i is None else i - base for w, i in zip(best, instead, strict=True)
-        }
+        new = {w - base: _local(i, base) for w, i in zip(best, instead, strict=True)}
         kept = [
             [(new[e], w) for e, w in zip(ids, ws, strict=True)]
             for ids, ws in zip(rows, weights, strict=True)
@@ -114,3 +143,10 @@ class Bank:
                 Seen(self.layer, ids, after.layer, after.number * after.count, early)
             )
             after.cache.expect(wanted, most_ahead(after.capacity))
+
+
+def _local(id: int | None, base: int) -> int | None:
+    """An id, or ~id, as one of a layer's."""
+    if id is None:
+        return None
+    return id - base if id >= 0 else ~(~id - base)

@@ -150,6 +150,7 @@ def _row(trace: Trace, cell: Cell, slots: int, phase: str, out: Outcome) -> Row:
         "hit_rate": round((t.hits + t.ready) / asked, 5), "reuse_hit_rate": round(t.hits / asked, 5),
         "ready": t.ready, "late": t.late, "cold_misses": t.cold, "capacity_misses": t.capacity,
         "collision_misses": t.collision, "dropped": t.dropped, "substituted": t.substituted,
+        "copied": t.copied,
         "bytes_demanded": t.bytes_demanded, "bytes_useful": t.bytes_useful,
         "bytes_wasted": t.bytes_wasted, "stall_s_per_token": round(t.waited_s / tokens, 6),
         "s_per_token": round(out.seconds / tokens, 6),

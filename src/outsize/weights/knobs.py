@@ -37,6 +37,11 @@ class Experts:
         return bool(self.lossy)
 
     @property
+    def copies(self) -> str:
+        """The encoding of a second table of the same experts, for misses; none by default."""
+        return misses.copies_of(self.misses)
+
+    @property
     def favour(self) -> float:
         """Of experts in memory when choosing. Raises OptionError."""
         name, _, text = self.routing.partition(":")

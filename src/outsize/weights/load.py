@@ -9,10 +9,10 @@ import torch
 
 from outsize.native.kernels import Kernels
 from outsize.pack.format import Matrix, Pack, TableHeader
-from outsize.weights.experts import Bank
+from outsize.weights.experts import Bank, Copies
 from outsize.weights.knobs import Experts
 from outsize.weights.policies.pin_and_ring import PinAndRing
-from outsize.weights.policy import Hints
+from outsize.weights.policy import Hints, make
 from outsize.weights.reader import Reader
 from outsize.weights.residency import Cached, Tick
 from outsize.weights.rows import RowTable, join
@@ -31,6 +31,11 @@ class Share:
 
 
 Shares = Mapping[str, Share]
+
+
+def copy_slots(header: TableHeader, used: int) -> int:
+    """Slots that copies pass through: twice those that a token uses in a layer."""
+    return min(len(header.keys), 2 * used)
 
 
 def all_of(header: TableHeader) -> Share:
@@ -139,6 +144,21 @@ class _Loading:
         return {k // count: Bank(cache, kind, capacity, k // count, i, count, handling)
                 for i, k in enumerate(layers)}  # fmt: skip
 
+    def copies(self, pack: Pack) -> dict[int, Copies]:
+        """By layer: another pack's experts, which pass through a few slots."""
+        out: dict[int, Copies] = {}
+        mixture = pack.description.mixture
+        for header in (t for t in pack.tables if t.kind == "experts" and mixture is not None):
+            assert mixture is not None
+            table = Table(pack.path, header, self.traffic, self.verify)
+            self.tables.append(table)
+            slots = copy_slots(header, mixture.used)
+            cache = Cached(table, self.reader, self.kernels, slots, make("lru", slots, Hints()))
+            self.caches.append(cache)
+            for at in range(0, len(header.keys), mixture.count):
+                out[header.keys[at] // mixture.count] = Copies(cache, at)
+        return out
+
     def rows(self, header: TableHeader, share: Share) -> RowTable:
         """A row table: its pinned records are its first ones."""
         table, count = self.open(header), len(share.pinned)
@@ -167,9 +187,11 @@ def load(
     shares: Shares | None = None,
     verify: str = "first",
     experts: Experts | None = None,
+    copies: Pack | None = None,
 ) -> Loaded:
-    """Open a pack's tables and read what stays in memory (all of it where `shares` is None). Raises
-    PackError if a record is damaged, ReadError."""
+    """Open a pack's tables and read what stays in memory (all of it where `shares` is None). `copies`: the
+    same model at fewer bits, for experts that are missing. Raises PackError if a record is damaged,
+    ReadError."""
     shares = shares or {}
     whole = {t.name: shares.get(t.name, all_of(t)) for t in pack.tables}
     total = sum(_at_once(t, whole[t.name]) * t.stride for t in pack.tables)
@@ -182,7 +204,10 @@ def load(
 
     state = _Loading(pack, kernels, traffic, verify, tick, experts or Experts())
     try:
-        return _load(state, whole)
+        loaded = _load(state, whole)
+        for layer, found in (state.copies(copies) if copies is not None else {}).items():
+            loaded.banks[layer].copies = found
+        return loaded
     except BaseException:
         state.reader.close()
         for table in state.tables:

@@ -1,5 +1,5 @@
-"""What to do about experts that are not in memory: read them (exact), leave out the least of them, or take
-another that is there (both lossy)."""
+"""What to do about experts that are not in memory: read them (exact), leave out the least of them, take
+another that is there, or read a copy at fewer bits (all three lossy)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from outsize.errors import OptionError
 from outsize.weights.traffic import Traffic
 
 Scored = Sequence[tuple[int, float]]  # (id, weight)
-Instead = Sequence[int | None]  # for each of them: itself, another, or none
+Instead = Sequence[int | None]  # for each of them: itself, another, ~id for its copy, or none
+COPY = "copy"
 
 
 class Missing(Protocol):
@@ -24,7 +25,8 @@ class Missing(Protocol):
 def count(traffic: Traffic, wanted: Sequence[int], instead: Instead) -> None:
     """Account for what was left out or replaced."""
     traffic.dropped += sum(i is None for i in instead)
-    traffic.substituted += sum(i not in (None, w) for w, i in zip(wanted, instead, strict=True))
+    traffic.copied += sum(i is not None and i < 0 for i in instead)
+    traffic.substituted += sum(i not in (None, w, ~w) for w, i in zip(wanted, instead, strict=True))
 
 
 def fetch(
@@ -57,16 +59,40 @@ def substitute(
     return [i if i in resident or not spare else spare.pop(0) for i, _ in wanted]
 
 
+def copying(least: float) -> Missing:
+    """Take the copies of missing ones of less weight than `least` of the strongest. Lossy."""
+
+    def copy(
+        wanted: Scored, resident: Mapping[int, int], uses: Mapping[int, int], experts: int
+    ) -> Instead:
+        floor = least * max(w for _, w in wanted)
+        return [i if i in resident or w >= floor else ~i for i, w in wanted]
+
+    return copy
+
+
+def copies_of(spec: str) -> str:
+    """The encoding of the copies that a specification wants; none by default."""
+    name, _, rest = spec.partition(":")
+    return rest.partition(":")[0] if name == COPY else ""
+
+
 def make(spec: str) -> Missing:
-    """'fetch', 'drop:0.3' or 'substitute'. Raises OptionError."""
+    """'fetch', 'drop:0.3', 'substitute' or 'copy:int4:0.5'. Raises OptionError."""
     name, _, text = spec.partition(":")
     if name == "fetch" and not text:
         return fetch
     if name == "substitute" and not text:
         return substitute
+    if name == COPY:
+        _, _, text = text.partition(":")
     try:
+        if name == COPY and copies_of(spec) and 0 < float(text or "1") <= 1:
+            return copying(float(text or "1"))
         if name == "drop" and 0 < float(text or "0.3") <= 1:
             return dropping(float(text or "0.3"))
     except ValueError:
         pass
-    raise OptionError(f"misses {spec!r}: fetch, drop:SHARE (up to 1) or substitute is expected")
+    raise OptionError(
+        f"misses {spec!r}: fetch, drop:SHARE (up to 1), substitute or copy:ENCODING[:SHARE] is expected"
+    )

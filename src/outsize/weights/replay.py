@@ -18,6 +18,8 @@ from outsize.weights.prefetcher import Prefetcher, Seen, most_ahead
 from outsize.weights.trace import Event
 from outsize.weights.traffic import Traffic
 
+COPY_SHARE = 0.5  # of a record, that its copy at fewer bits is taken to have
+
 
 @dataclass(frozen=True, slots=True)
 class Link:
@@ -29,9 +31,9 @@ class Link:
     layer_s: float = 0.0  # a layer without its experts, for a token
     expert_s: float = 0.0  # one expert, for a token
 
-    @property
-    def record_s(self) -> float:
-        return self.record_bytes / self.bytes_per_s
+    def seconds(self, id: int) -> float:
+        """Of reading a record, or, for ~id, its copy."""
+        return self.record_bytes / self.bytes_per_s * (1.0 if id >= 0 else COPY_SHARE)
 
 
 @dataclass(slots=True)
@@ -77,7 +79,7 @@ class Queue:
         return self.arrival.get(id, now + 1) <= now
 
     def _read(self, id: int, start: float) -> None:
-        self._free_at = start + self._link.record_s
+        self._free_at = start + self._link.seconds(id)
         self.arrival[id] = self._free_at + self._link.latency_s
 
 
@@ -133,7 +135,8 @@ class Replay:
         queue, ledger = self._queue, self._ledger
         self._now += self._link.layer_s * event.tokens
         queue.advance(self._now)
-        ids = self._chosen(event)
+        chosen = self._chosen(event)
+        ids = [i for i in chosen if i >= 0]
         if event.rows:
             ledger.policy.observe(event.layer, event.rows)
         if not self._leases:
@@ -144,9 +147,12 @@ class Replay:
         for id in placed.slots:
             if id not in queue.arrival:  # expected, and not begun
                 queue.demand(id, self._now)
+        copies = [i for i in chosen if i < 0]
+        for id in copies:
+            queue.demand(id, self._now)
         if self._leases:
             self._expect(event, after)
-        self._compute(placed.slots, event.tokens)
+        self._compute([*placed.slots, *copies], event.tokens)
         ledger.release()
 
     def _chosen(self, event: Event) -> list[int]:

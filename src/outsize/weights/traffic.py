@@ -20,6 +20,7 @@ class Traffic:
     capacity: int = 0  # evicted in an earlier pass
     dropped: int = 0  # asked for, and left out (lossy)
     substituted: int = 0  # asked for, and replaced by another (lossy)
+    copied: int = 0  # asked for, and replaced by its copy at fewer bits (lossy)
     bytes_demanded: int = 0  # read because they were asked for
     bytes_useful: int = 0  # read ahead, and then asked for
     bytes_wasted: int = 0  # read ahead in vain
