@@ -69,6 +69,7 @@ class Bank:
 
         def then() -> None:
             self._look_ahead(ids, early)
+            ledger.policy.settle()
 
         self._begin(copies)
         room = ledger.policy.room

@@ -56,6 +56,10 @@ class Policy(Protocol):
         """What each token, in order, asks for in this layer; told before it is placed."""
         ...
 
+    def settle(self) -> None:
+        """What a layer asked for is being read: the time for long thoughts."""
+        ...
+
 
 class Slots(ABC):
     """The bookkeeping: a subclass hears of every use and names the victims."""
@@ -75,6 +79,9 @@ class Slots(ABC):
 
     def observe(self, layer: int, rows: Sequence[Sequence[int]]) -> None:  # noqa: B027
         """What is asked for next."""
+
+    def settle(self) -> None:  # noqa: B027
+        """A layer's requests are on their way."""
 
     @abstractmethod
     def used(self, id: int, is_hit: bool) -> None:

@@ -152,6 +152,7 @@ class Replay:
             queue.demand(id, self._now)
         if self._leases:
             self._expect(event, after)
+        ledger.policy.settle()
         self._compute([*placed.slots, *copies], event.tokens)
         ledger.release()
 

@@ -7,17 +7,20 @@ token will ask for. That echo is mixed with how often each expert was used of la
 decaying frequencies). A candidate's worth is its chance at its layer's next visit, and then its mean
 rate, over how long it must be kept: (p + b) / (d + L), for d layers until that visit and L layers.
 
+All this takes longer than a record's way to memory allows to wait. So a layer's routing is thought about, and
+the next layer's victims are ranked, while what the layer asked for is being read.
+
 Shapes: W remembered tokens, L layers, E experts of a layer, I = L * E.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from outsize.weights.policy import Hints, Placed, Policy, Slots
+from outsize.weights.policy import Hints, Policy, Slots
 
 Floats = NDArray[np.float32]
 
@@ -28,6 +31,7 @@ SHARPNESS, FADING = 9.0, 0.9  # how much likeness counts, and how fast older lay
 TRUST, AFTER = 0.8, 0.7  # of the echo, for this token's next layers and for the next token
 BYTES = 4 * (WINDOW + 9) + 16  # of memory for each expert
 REACH = 2  # layers ahead that this token's echo is told for
+RANKED = 32  # victims at a time
 
 
 class Echo(Slots):
@@ -45,6 +49,8 @@ class Echo(Slots):
         self._num_past, self._rows = 0, 1  # tokens remembered whole; of the running pass
         self._alike, self._most = np.zeros(WINDOW, np.float32), 0.0
         self._victims: list[int] = []
+        self._later = self._next[0]
+        self._told: tuple[int, Sequence[Sequence[int]]] | None = None
 
     def begin_pass(self) -> None:
         """The last pass's tokens are remembered."""
@@ -57,6 +63,15 @@ class Echo(Slots):
         self._alike[:], self._most = 0, 0.0
 
     def observe(self, layer: int, rows: Sequence[Sequence[int]]) -> None:
+        self._told = layer, rows
+
+    def settle(self) -> None:
+        if self._told is not None:
+            self._learn(*self._told)
+            self._told = None
+        self._victims = self._worst((), self._layer + 1)
+
+    def _learn(self, layer: int, rows: Sequence[Sequence[int]]) -> None:
         rows = rows[-(WINDOW // 2) :]
         self._layer, self._rows = layer, len(rows)
         self._rows = min(len(rows), WINDOW - self._num_past)
@@ -72,6 +87,7 @@ class Echo(Slots):
         belief = PRIOR * self._used / self._experts
         often = (self._often[:, layer] + belief) / (self._seen[:, layer, None] + PRIOR)
         self._rate[layer] = self._next[layer] = often.sum(0) / len(DECAYS)
+        self._later = self._next[(layer + 1) % self._layers]
         self._listen(layer, chosen)
 
     def _listen(self, layer: int, chosen: NDArray[np.intp]) -> None:
@@ -86,37 +102,52 @@ class Echo(Slots):
             return
         weight = np.exp(SHARPNESS * self._alike[:count] / self._most)
         ahead = slice(layer + 1, layer + 1 + REACH)
-        self._mix(ahead, TRUST, weight, self._past[ahead, :count])
-        here = slice(layer, layer + 1)
-        self._mix(here, AFTER, weight[:-1], self._past[here, 1:count])
+        self._next[ahead] = self._mixed(ahead, TRUST, weight, self._past[ahead, :count])
+        here = slice(layer, layer + 2)  # and of the next layer, once it has been asked
+        both = self._mixed(here, AFTER, weight[:-1], self._past[here, 1:count])
+        self._next[layer] = both[0]
+        if len(both) > 1:
+            self._later = both[1]
 
-    def _mix(self, layers: slice, trust: float, weight: Floats, past: Floats) -> None:
+    def _mixed(self, layers: slice, trust: float, weight: Floats, past: Floats) -> Floats:
+        """(L, E): what remembered tokens of these weights tell, and the rates."""
         told = np.matmul(weight / weight.sum(), past)
-        self._next[layers] = (1 - trust) * self._rate[layers] + trust * told
-
-    def place(self, ids: Sequence[int], keep: Collection[int] = (), ahead: bool = False) -> Placed:
-        self._victims = []
-        return super().place(ids, keep, ahead)
+        mixed: Floats = (1 - trust) * self._rate[layers] + trust * told
+        return mixed
 
     def used(self, id: int, is_hit: bool) -> None:
         self._resident[id] = True
 
     def victim(self, staying: Collection[int]) -> int:
-        if not self._victims:
-            self._victims = self._worst(staying)
-        found = self._victims.pop()
+        found = next(self._ready(staying), None)
+        if found is None:
+            self._victims = self._worst(staying, self._layer)
+            found = self._victims.pop()
         self._resident[found] = False
         return found
 
-    def _worst(self, staying: Collection[int]) -> list[int]:
-        """Some residents of the least worth, the least last."""
+    def _ready(self, staying: Collection[int]) -> Iterator[int]:
+        """Those ranked before that may go."""
+        while self._victims:
+            id = self._victims.pop()
+            if id not in staying and self._resident[id]:
+                yield id
+
+    def _worst(self, staying: Collection[int], layer: int) -> list[int]:
+        """Some residents of the least worth while `layer` runs, the least last."""
         is_free = self._resident.copy()
         is_free[list(staying)] = False
         ids = np.flatnonzero(is_free)
-        away = (self._of_layer[ids] - self._layer - 1) % self._layers + 1
-        chance = self._next.reshape(-1)[ids] + self._rate.reshape(-1)[ids]
+        away = (self._of_layer[ids] - layer - 1) % self._layers + 1
+        soon = self._next.reshape(-1)[ids]
+        if layer != self._layer:  # of its own experts, those that it will not have asked for can go
+            own = away == self._layers
+            soon[own] = self._later[ids[own] % self._experts]
+        chance = soon + self._rate.reshape(-1)[ids]
         worth = chance / (away + self._layers)
-        some = min(len(ids), max(8, len(staying)))
+        some = min(len(ids), max(RANKED, len(staying)))
+        if not some:
+            return []
         worst = np.argpartition(worth, some - 1)[:some]
         found: list[int] = ids[worst[np.argsort(-worth[worst], kind="stable")]].tolist()
         return found

@@ -30,6 +30,9 @@ class PinAndRing:
     def observe(self, layer: int, rows: Sequence[Sequence[int]]) -> None:
         """All are alike."""
 
+    def settle(self) -> None:
+        """Nothing to think about."""
+
     def place(self, ids: Sequence[int], keep: Collection[int] = (), ahead: bool = False) -> Placed:
         wanted = dict.fromkeys(ids)
         passing = [i for i in wanted if i not in self._home]
