@@ -37,7 +37,7 @@ typedef struct {
     pthread_mutex_t lock;
     pthread_cond_t work, done;
     Queue queues[2]; /* urgent, ahead */
-    int stop, count;
+    int stop, count, idle;
     pthread_t threads[];
 } Pool;
 
@@ -157,7 +157,9 @@ static void *work(void *argument) {
         Job *job = take(pool, &at);
         if (!job) {
             if (pool->stop) break;
+            pool->idle++;
             pthread_cond_wait(&pool->work, &pool->lock);
+            pool->idle--;
             continue;
         }
         pthread_mutex_unlock(&pool->lock);
@@ -211,9 +213,10 @@ void reads_close(Pool *pool) {
 void reads_submit(Pool *pool, Job *job) {
     pthread_mutex_lock(&pool->lock);
     put(pool, job);
-    if (job->left > 1) pthread_cond_broadcast(&pool->work);
-    else pthread_cond_signal(&pool->work);
+    long wake = job->left < pool->idle ? job->left : pool->idle;
     pthread_mutex_unlock(&pool->lock);
+    /* With the lock held, who wakes would sleep again until it is free. */
+    for (; wake > 0; wake--) pthread_cond_signal(&pool->work);
 }
 
 void reads_promote(Pool *pool, Job *job) {
