@@ -173,19 +173,30 @@ static inline __m512i table_of(long bits) {
     return _mm512_loadu_si512(table);
 }
 
+/* A row's scales as floats: at each group one is then an operand in memory, where converting and spreading it took
+ * as many instructions as its 32 products. */
+static inline void scales_of(const half *scale, long groups, float *out) {
+    for (long g = 0; g < groups; g += LANES) {
+        __mmask16 some = groups - g < LANES ? (__mmask16)((1u << (groups - g)) - 1) : 0xFFFF;
+        __m512 d = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, scale + g));
+        _mm512_mask_storeu_ps(out + g, some, d);
+    }
+}
+
 static inline __attribute__((always_inline)) void
 dot_numbers(const Matrix *m, const long bits, long n, const bf16 *x, const long count,
             const __m512i table, float *out) {
     __m512 sum[MAX_ROWS][2]; /* of even and odd groups: two chains of additions, not one */
     for (long t = 0; t < count; t++) sum[t][0] = sum[t][1] = _mm512_setzero_ps();
-    const half *scale = (const half *)m->scale + n * (m->width / GROUP);
+    float scale[m->width / GROUP];
+    scales_of((const half *)m->scale + n * (m->width / GROUP), m->width / GROUP, scale);
     for (long k = 0; k < m->width; k += BLOCK) {
         __m512bh w[2];
         numbers_of(m, bits, n * m->width + k, table, w);
         _mm_prefetch((const char *)(m->codes + (n * m->width + k) * (bits == 8 ? 8 : 4) / 8 + 2048),
                      _MM_HINT_T0);
         for (long g = 0; g < 2; g++) {
-            __m512 d = _mm512_set1_ps((float)scale[k / GROUP + g]);
+            __m512 d = _mm512_set1_ps(scale[k / GROUP + g]);
             for (long t = 0; t < count; t++) {
                 __m512 v = _mm512_dpbf16_ps(_mm512_setzero_ps(), w[g],
                                             (__m512bh)_mm512_loadu_si512(x + t * m->width + k + g * GROUP));
