@@ -20,15 +20,17 @@ from hypothesis import strategies as st
 import outsize
 from outsize import library, loading, planning
 from outsize.api import Model
-from outsize.bench import synthetic
+from outsize.bench import speculate, synthetic
 from outsize.errors import BudgetError, ContextError, OptionError
 from outsize.family.find import families
 from outsize.forward.full import full
 from outsize.forward.span import Span
+from outsize.loading import Wishes
 from outsize.pack.outline import Outline, of_checkpoint, of_pack
 from outsize.plan import machine, place, report
 from outsize.plan.page import page
-from outsize.plan.placement import MEMORY
+from outsize.plan.placement import MEMORY, Placement
+from outsize.plan.wake import runtime_bytes
 from outsize.weights import budget
 from tests.golden import tiny
 
@@ -273,6 +275,23 @@ def test_placements_keep_their_budget(
             continue
         needs = t.name != "embed" or outline.description.tied
         assert share_of.ring or len(share_of.pinned) == len(t.keys) or not needs
+
+
+def test_half_residency_is_half(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The least budget in which a share of the weights is held."""
+    outline = synthetic_outline("llama", "0.5b")
+
+    def foresee(model: str, wishes: Wishes, size: int, runtime: int) -> tuple[Outline, Placement]:
+        return outline, wishes.place(outline, 4_000_000_000, runtime, 9_000_000)
+
+    monkeypatch.setattr("outsize.loading.foresee", foresee)
+    found = int(speculate.memory_for("m", speculate.Wanted(tmp_path, held=0.5, context=1024)))
+    runtime = runtime_bytes(loading.compiled(Wishes()))
+    streamed = [
+        place.place(outline, size, runtime, 9_000_000, 1024).streamed
+        for size in (found + 2_000_000, found - 20_000_000)
+    ]
+    assert streamed[0] <= outline.size / 2 < streamed[1]
 
 
 def synthetic_outline(family: str, size: str) -> Outline:

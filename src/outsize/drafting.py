@@ -200,9 +200,9 @@ def mask_model(path: Path, k: int, pack: Pack, transformer: Transformer) -> Mask
 
 
 def _product(kernels: Kernels | None, weight: Tensor) -> sampler.Product:
-    """With a matrix of the sampler head, in eight bits where there are kernels for that."""
+    """With a matrix of the sampler head, in eight bits where there are kernels for that, else in bf16."""
     if kernels is None or weight.shape[1] % BLOCK:
-        return sampler.plainly(weight.float())
+        return sampler.plainly(weight.bfloat16())
     coded = encoding("group8", kernels)
     fields = coded.encode(weight)
     return lambda x: coded.linear(x, fields, False)

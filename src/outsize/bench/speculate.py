@@ -24,6 +24,7 @@ from outsize.plan.wake import runtime_bytes
 from outsize.weights import budget
 
 LEAST_TOKENS = 8  # of an answer whose speed is compared
+STEP = 200_000  # bytes to which a budget is found
 CHARACTERS_A_TOKEN = 6  # at most: longer prompts are cut to what the context holds
 
 
@@ -177,14 +178,21 @@ def _mean(rows: Sequence[Mapping[str, object]]) -> dict[str, object]:
 
 
 def memory_for(model: str, wanted: Wanted) -> str:
-    """A budget in which the wanted share of the weights is held."""
+    """The least budget in which the wanted share of the weights is held, without drafts: plans tell, tried by
+    halves."""
     if wanted.memory != "auto" or wanted.held >= 1:
         return wanted.memory
     wishes = Wishes(context=wanted.context, draft="none", quiet=True)
     runtime = runtime_bytes(loading.compiled(wishes))
-    _, placed = loading.foresee(model, wishes, budget.parse("auto"), runtime)
-    room = sum(placed.fixed.values()) + int(wanted.held * placed.held)
-    return str(int(room * 1.01))
+    outline, placed = loading.foresee(model, wishes, budget.parse("auto"), runtime)
+    low, high = placed.least, placed.planned
+    tokenizer = placed.fixed["tokenizer"]
+    while high - low > STEP:
+        middle = (low + high) // 2
+        made = wishes.place(outline, middle, runtime, tokenizer)
+        enough = made.streamed <= (1 - wanted.held) * outline.size
+        low, high = (low, middle) if enough else (middle, high)
+    return str(high)
 
 
 def show(model: str, wanted: Wanted, as_json: bool, threads: int | None, quiet: bool) -> None:

@@ -143,4 +143,6 @@ class Watch:
         if now < self._next:
             return 0
         self._next = now + WATCH_S
+        if resident() > self._budget:
+            trim()  # holes in the heap are not worth weights
         return max(0, shortage(), resident() - self._budget)
