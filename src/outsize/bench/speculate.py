@@ -24,7 +24,7 @@ from outsize.plan.wake import runtime_bytes
 from outsize.weights import budget
 
 LEAST_TOKENS = 8  # of an answer whose speed is compared
-STEP = 200_000  # bytes to which a budget is found
+STEP, NEAR = 200_000, 0.01  # bytes to which a budget is planned; how near a share may be
 CHARACTERS_A_TOKEN = 6  # at most: longer prompts are cut to what the context holds
 
 
@@ -137,7 +137,8 @@ def _serve(pipe: Connection, model: str, wanted: Wanted, threads: int | None) ->
         held = round(1 - m.placement.streamed / max(1, m.pack.size), 4)
         pipe.send(
             {"model": m.name, "held_share": held, "context": m.context, "drafts": m.drafting.spec.kind,
-             "masks": m.drafting.masks is not None, "memory": m.placement.budget}
+             "masks": m.drafting.masks is not None, "memory": m.placement.budget,
+             "weights_bytes": m.pack.size}
         )  # fmt: skip
         while text := pipe.recv():
             (r,) = m.generate(text, max_tokens=wanted.new_tokens)
@@ -195,10 +196,25 @@ def memory_for(model: str, wanted: Wanted) -> str:
     return str(high)
 
 
+def open_plain(model: str, wanted: Wanted, threads: int | None) -> tuple[Wanted, Answerer]:
+    """Without drafts, in the budget of both. What a process takes besides the weights shows only once it
+    runs: the budget is corrected by that, and the model opened again."""
+    is_free = wanted.memory == "auto" and wanted.held < 1
+    wanted = replace(wanted, memory=memory_for(model, wanted))
+    for last in (False, False, True):
+        plain = Answerer(model, replace(wanted, draft="none"), threads)
+        over = float(str(plain.about["held_share"])) - wanted.held
+        if last or not is_free or abs(over) < NEAR:
+            break
+        plain.close()
+        size = int(str(plain.about["weights_bytes"]))
+        wanted = replace(wanted, memory=str(int(wanted.memory) - int(over * size)))
+    return wanted, plain
+
+
 def show(model: str, wanted: Wanted, as_json: bool, threads: int | None, quiet: bool) -> None:
     """Measure and print: a table, then one JSON object a line; with --json those alone."""
-    wanted = replace(wanted, memory=memory_for(model, wanted))
-    plain = Answerer(model, replace(wanted, draft="none"), threads)
+    wanted, plain = open_plain(model, wanted, threads)
     drafted = Answerer(model, wanted, threads)
     rows = list(measure(plain, drafted, wanted, quiet))
     about = drafted.about | {
