@@ -196,7 +196,7 @@ def mask_model(path: Path, k: int, pack: Pack, transformer: Transformer) -> Mask
         raise AdapterError(f"k is {k}, but {path} has {len(masks)} masks; ask for at most that")
     t = transformer
     head = sampler.stages(_head(file, d), partial(_product, t.kernels))
-    return MaskModel(masks, adapter, head, t.likely, t.embed, t.head_rows)
+    return MaskModel(masks.clone(), adapter, head, t.likely, t.embed, t.head_rows)
 
 
 def _product(kernels: Kernels | None, weight: Tensor) -> sampler.Product:
@@ -231,4 +231,4 @@ def _head(file: AdapterFile, d: Description) -> dict[str, Tensor]:
     want = sampler.shapes(d.width)
     if found and {k: tuple(t.shape) for k, t in found.items()} != want:
         raise AdapterError(f"{file.path}: its sampler head does not fit a width of {d.width:,}")
-    return found
+    return {k: t.clone() for k, t in found.items()}  # a view would keep all of the file mapped
