@@ -213,7 +213,8 @@ def _drafting(
     spec = asked if asked.kind == kind else drafting.Spec(kind)
     file = drafting.mask_file(spec, outline)
     masks = None if file is None else drafting.mask_model(file, spec.k, made, transformer)
-    budget.trim()  # what making it took for a moment
+    if masks is not None:
+        budget.trim()  # what making it took for a moment
     return drafting.Drafting(spec if kind == "none" else asked, Habits(masks), smaller)
 
 

@@ -40,6 +40,11 @@ class Wanted:
     held: float = 1.0  # share of the weights in memory, where `memory` is auto
     context: int = 2048
 
+    @property
+    def by_share(self) -> bool:
+        """Is the budget the one in which a share of the weights is held?"""
+        return self.memory == "auto" and self.held < 1
+
 
 class Answer(NamedTuple):
     """What is told of a reply."""
@@ -181,7 +186,7 @@ def _mean(rows: Sequence[Mapping[str, object]]) -> dict[str, object]:
 def memory_for(model: str, wanted: Wanted) -> str:
     """The least budget in which the wanted share of the weights is held, without drafts: plans tell, tried by
     halves."""
-    if wanted.memory != "auto" or wanted.held >= 1:
+    if not wanted.by_share:
         return wanted.memory
     wishes = Wishes(context=wanted.context, draft="none", quiet=True)
     runtime = runtime_bytes(loading.compiled(wishes))
@@ -199,8 +204,7 @@ def memory_for(model: str, wanted: Wanted) -> str:
 def open_plain(model: str, wanted: Wanted, threads: int | None) -> tuple[Wanted, Answerer]:
     """Without drafts, in the budget of both. What a process takes besides the weights shows only once it
     runs: the budget is corrected by that, and the model opened again."""
-    is_free = wanted.memory == "auto" and wanted.held < 1
-    wanted = replace(wanted, memory=memory_for(model, wanted))
+    is_free, wanted = wanted.by_share, replace(wanted, memory=memory_for(model, wanted))
     for last in (False, False, True):
         plain = Answerer(model, replace(wanted, draft="none"), threads)
         over = float(str(plain.about["held_share"])) - wanted.held

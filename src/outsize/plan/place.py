@@ -16,7 +16,7 @@ from outsize.pack.format import TableHeader
 from outsize.pack.outline import Outline
 from outsize.plan.placement import BY_ID, BY_ROUTER, DISK, MEMORY, Placement
 from outsize.weights.arena import HUGE, SMALL, huge_bytes
-from outsize.weights.load import Share, all_of, copy_slots
+from outsize.weights.load import Share, all_of, least_slots
 from outsize.weights.policies.echo import BYTES as ECHO_BYTES
 from outsize.weights.rows import IN_FLIGHT as ROWS_IN_FLIGHT
 
@@ -24,7 +24,6 @@ MB = 1_000_000
 RESERVE_SHARE, RESERVE = 0.01, 20 * MB  # page cache of libraries, page tables, kernel stacks
 IN_FLIGHT, IN_FLIGHT_LEAST = 8 << 20, 4 << 20  # bytes read ahead to keep the disk busy
 SHORTEST = 1024  # tokens of context that are always planned for, if the user asked for none
-LEAST_EXPERTS = 2  # times those that a token uses: slots that there must be
 KV_SHARE = 0.1  # of the room for weights, where a context must be shortened
 FRAGMENTS = 1.8  # what an allocator holds for a byte in use, among sizes as mixed as these
 GOLDEN = 0.6180339887498949
@@ -135,7 +134,7 @@ def copy_bytes(o: Outline, copy: Outline) -> int:
             f"misses=copy: the experts of {copy.name} take {there / MB:,.0f} MB, those of {o.name} "
             f"{size / MB:,.0f} MB; copies must be of the same model and smaller: name another encoding"
         )
-    return sum(huge_bytes(copy_slots(t, mixture.used) * t.stride) for t in experts(copy))
+    return sum(huge_bytes(least_slots(t, mixture.used) * t.stride) for t in experts(copy))
 
 
 def _all_bytes(o: Outline) -> int:
@@ -145,7 +144,7 @@ def _all_bytes(o: Outline) -> int:
 
 def _least_slots(o: Outline, t: TableHeader) -> int:
     assert o.description.mixture is not None
-    return min(len(t.keys), LEAST_EXPERTS * o.description.mixture.used)
+    return least_slots(t, o.description.mixture.used)
 
 
 def _least_experts(o: Outline) -> int:

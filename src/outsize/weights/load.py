@@ -20,6 +20,7 @@ from outsize.weights.table import Table, Weight, Weights
 from outsize.weights.traffic import Traffic
 
 Progress = Callable[[str, int, int], None]
+LEAST_EXPERTS = 2  # times those that a token uses: slots that there must be
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +34,9 @@ class Share:
 Shares = Mapping[str, Share]
 
 
-def copy_slots(header: TableHeader, used: int) -> int:
-    """Slots that copies pass through: twice those that a token uses in a layer."""
-    return min(len(header.keys), 2 * used)
+def least_slots(header: TableHeader, used: int) -> int:
+    """The fewest for a table of experts; copies get no more. `used`: by a token in a layer."""
+    return min(len(header.keys), LEAST_EXPERTS * used)
 
 
 def all_of(header: TableHeader) -> Share:
@@ -148,11 +149,11 @@ class _Loading:
         """By layer: another pack's experts, which pass through a few slots."""
         out: dict[int, Copies] = {}
         mixture = pack.description.mixture
-        for header in (t for t in pack.tables if t.kind == "experts" and mixture is not None):
-            assert mixture is not None
+        assert mixture is not None
+        for header in (t for t in pack.tables if t.kind == "experts"):
             table = Table(pack.path, header, self.traffic, self.verify)
             self.tables.append(table)
-            slots = copy_slots(header, mixture.used)
+            slots = least_slots(header, mixture.used)
             cache = Cached(table, self.reader, self.kernels, slots, make("lru", slots, Hints()))
             self.caches.append(cache)
             for at in range(0, len(header.keys), mixture.count):

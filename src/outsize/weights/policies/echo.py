@@ -66,6 +66,8 @@ class Echo(Slots):
         self._told = layer, rows
 
     def settle(self) -> None:
+        if self._capacity >= len(self._resident):
+            return  # nothing will ever have to go
         if self._told is not None:
             self._learn(*self._told)
             self._told = None
