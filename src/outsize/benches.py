@@ -68,6 +68,10 @@ def speculate(
     per_category: Annotated[int, option("--per-category", text="Prompts of each; 0: all.")] = 0,
     memory: Memory = "auto",
     held: Annotated[float, option("--held", text="Share of the weights to hold in memory.")] = 1.0,
+    each: Annotated[
+        bool,
+        option("--each", text="Hold it with drafts, too; else both have the budget of none."),
+    ] = False,
     context: Annotated[int, option("-c", "--context", text="Tokens of context.")] = 2048,
     threads: Threads = None,
     as_json: AsJson = False,
@@ -78,7 +82,7 @@ def speculate(
 
     if prompts is None:
         raise typer.BadParameter("give --prompts FILE")
-    wanted = measure.Wanted(prompts, draft, new_tokens, per_category, memory, held, context)
+    wanted = measure.Wanted(prompts, draft, new_tokens, per_category, memory, held, each, context)
     measure.show(model, wanted, as_json, threads, quiet)
 
 

@@ -1,8 +1,9 @@
 """What drafts are worth, by category of prompt: tokens a step, and speed against no drafting.
 
-The model is opened twice under the same budget, each in a process of its own: without drafts, whose memory
-then holds weights, and with them. Each prompt is answered by both, in turn, the order changing from prompt
-to prompt. Texts must be identical: a category with one that is not has no figures.
+The model is opened twice, each in a process of its own: without drafts, and with them. Both have the same
+budget, so that what drafts take holds weights in the other; or else each holds the same share of the weights.
+Each prompt is answered by both, in turn, the order changing from prompt to prompt. Texts must be identical: a
+category with one that is not has no figures.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Wanted:
     per_category: int = 0  # 0: all
     memory: str = "auto"
     held: float = 1.0  # share of the weights in memory, where `memory` is auto
+    each: bool = False  # with drafts, too: their own memory comes on top; else both have one budget
     context: int = 2048
 
     @property
@@ -184,11 +186,10 @@ def _mean(rows: Sequence[Mapping[str, object]]) -> dict[str, object]:
 
 
 def memory_for(model: str, wanted: Wanted) -> str:
-    """The least budget in which the wanted share of the weights is held, without drafts: plans tell, tried by
-    halves."""
+    """The least budget in which the wanted share of the weights is held: plans tell, tried by halves."""
     if not wanted.by_share:
         return wanted.memory
-    wishes = Wishes(context=wanted.context, draft="none", quiet=True)
+    wishes = Wishes(context=wanted.context, draft=wanted.draft, quiet=True)
     runtime = runtime_bytes(loading.compiled(wishes))
     outline, placed = loading.foresee(model, wishes, budget.parse("auto"), runtime)
     low, high = placed.least, placed.planned
@@ -201,28 +202,34 @@ def memory_for(model: str, wanted: Wanted) -> str:
     return str(high)
 
 
-def open_plain(model: str, wanted: Wanted, threads: int | None) -> tuple[Wanted, Answerer]:
-    """Without drafts, in the budget of both. What a process takes besides the weights shows only once it
-    runs: the budget is corrected by that, and the model opened again."""
-    is_free, wanted = wanted.by_share, replace(wanted, memory=memory_for(model, wanted))
+def open_at(model: str, wanted: Wanted, threads: int | None) -> tuple[str, Answerer]:
+    """A budget, and the model in it. What a process takes besides the weights shows only once it runs: a
+    budget for a share is corrected by that, and the model opened again."""
+    memory = memory_for(model, wanted)
     for last in (False, False, True):
-        plain = Answerer(model, replace(wanted, draft="none"), threads)
-        over = float(str(plain.about["held_share"])) - wanted.held
-        if last or not is_free or abs(over) < NEAR:
+        opened = Answerer(model, replace(wanted, memory=memory), threads)
+        over = float(str(opened.about["held_share"])) - wanted.held
+        if last or not wanted.by_share or abs(over) < NEAR:
             break
-        plain.close()
-        size = int(str(plain.about["weights_bytes"]))
-        wanted = replace(wanted, memory=str(int(wanted.memory) - int(over * size)))
-    return wanted, plain
+        opened.close()
+        memory = str(int(memory) - int(over * int(str(opened.about["weights_bytes"]))))
+    return memory, opened
+
+
+def open_both(model: str, wanted: Wanted, threads: int | None) -> tuple[Answerer, Answerer]:
+    """Without drafts, and with them."""
+    memory, plain = open_at(model, replace(wanted, draft="none"), threads)
+    _, drafted = open_at(model, wanted if wanted.each else replace(wanted, memory=memory), threads)
+    return plain, drafted
 
 
 def show(model: str, wanted: Wanted, as_json: bool, threads: int | None, quiet: bool) -> None:
     """Measure and print: a table, then one JSON object a line; with --json those alone."""
-    wanted, plain = open_plain(model, wanted, threads)
-    drafted = Answerer(model, wanted, threads)
+    plain, drafted = open_both(model, wanted, threads)
     rows = list(measure(plain, drafted, wanted, quiet))
     about = drafted.about | {
         "draft": wanted.draft, "plain_held_share": plain.about["held_share"],
+        "plain_memory": plain.about["memory"],
         "threads": threads, "new_tokens": wanted.new_tokens,
     }  # fmt: skip
     plain.close()
