@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from outsize import library, loading
+from outsize import adapting, library, loading
 from outsize.adapt.answers import in_batches
 from outsize.adapt.twin import Twin
 from outsize.bars import silent
@@ -68,8 +68,7 @@ def own(model: str, count: int, seed: int, device: torch.device) -> list[str]:
     """What the model itself would ask."""
     made = library.pack(model, quiet=True)
     tokens = loading.tokens(made)
-    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
-    twin = Twin(made, device, kind, silent)
+    twin = Twin(made, device, adapting.matmul_type(device), silent)
     opening = "<|im_start|>user\n"
     picked = [STARTS[i % len(STARTS)] for i in range(count)]
     prompts = [tokens.encode(opening + start, start=False) for start in picked]

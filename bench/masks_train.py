@@ -28,8 +28,6 @@ from outsize.adapt.masks import Example, Recipe, all_anchors, collate, deltas, o
 from outsize.adapt.twin import Twin
 from outsize.bars import silent
 
-MIXED = 128
-
 
 def answered(twin, made, path: Path, args, recipe: Recipe) -> list[Example]:
     at_once = 256 if twin.device.type == "cuda" else 8
@@ -82,7 +80,7 @@ def step_flops(twin: Twin, recipe: Recipe, tokens: float, masks: float) -> float
 
 
 def run(args, twin, made, data, held, recipe: Recipe) -> dict:
-    rest, mixed = data[:-MIXED], data[-MIXED:]
+    rest, mixed = data[: -args.mixed], data[-args.mixed :]
     state = training.start(twin, recipe, made.source.sha256)
     for _ in range(5):
         state.run_step(rest)
@@ -130,8 +128,7 @@ def run(args, twin, made, data, held, recipe: Recipe) -> dict:
 def one(args) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made = library.pack(args.model, quiet=True)
-    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
-    twin = Twin(made, device, kind, silent)
+    twin = Twin(made, device, adapting.matmul_type(device), silent)
     recipe = Recipe(**json.loads(args.recipes[0]))
     data = answered(twin, made, args.data, args, recipe)
     held = answered(twin, made, args.held_out, args, recipe)[: args.count]
@@ -139,6 +136,10 @@ def one(args) -> None:
         print(json.dumps({"examples": len(data), "held_out": len(held),
                           "tokens": sum(len(e.tokens) for e in data)}))  # fmt: skip
         return
+    if not 0 < args.mixed < len(data):
+        raise SystemExit(
+            f"--mixed is {args.mixed}, of {len(data)} prompts in {args.data}: some must be left to train on"
+        )
     print(json.dumps(run(args, twin, made, data, held, recipe)), flush=True)
 
 
@@ -148,7 +149,7 @@ def many(args) -> None:
     log = (args.output / f"{args.name}.jsonl").open("a")
     common = ["--data", args.data, "--held-out", args.held_out, "-o", args.output, "--model", args.model,
               "--seconds", str(args.seconds), "--max-tokens", str(args.max_tokens),
-              "--count", str(args.count)]  # fmt: skip
+              "--count", str(args.count), "--mixed", str(args.mixed)]  # fmt: skip
     while waiting or running:
         while waiting and len(running) < args.at_once:
             i, text = waiting.pop(0)
@@ -173,6 +174,9 @@ def main() -> None:
     )
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--count", type=int, default=200, help="held-out questions")
+    parser.add_argument(
+        "--mixed", type=int, default=128, help="prompts of --data that are held out"
+    )
     parser.add_argument("--answers-only", action="store_true")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 import outsize
 from outsize import adapting
-from outsize.adapt import checkpoints, training
+from outsize.adapt import checkpoints, head_loss, training
 from outsize.adapt.acceptance import Walk, leading, walk
 from outsize.adapt.answered import Kept
 from outsize.adapt.answers import answer
@@ -83,6 +84,28 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(
     assert after.sampled < 0.8 * before.sampled
     found = walk(twin, state.parameters, recipe.scale, EXAMPLES, 2)
     assert found.by_quadratic >= found.by_linear >= 1
+
+
+@pytest.mark.parametrize("chunk", [1, 4 * 50 * 3, 1 << 20])
+def test_a_loss_in_chunks_is_the_plain_loss(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Value and gradient, in fp64, however many rows a chunk has; and the head is left alone."""
+    monkeypatch.setitem(head_loss.CHUNK_BYTES, "cpu", chunk)
+    z, head = torch.randn(7, 6).double().requires_grad_(), torch.randn(50, 6).double()
+    label = torch.randint(50, (7,))
+    plain = 3 * cross_entropy(z @ head.T, label)
+    plain.backward()
+    expected, z.grad = z.grad, None
+    ours = 3 * head_loss.head_loss(z, label, head)
+    ours.backward()
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=0)
+    torch.testing.assert_close(z.grad, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_training_multiplies_in_bf16_where_that_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for sets, kind in ((["avx2", "avx512_bf16"], torch.bfloat16), (["avx2"], torch.float32)):
+        monkeypatch.setattr(adapting, "instruction_sets", lambda sets=sets: sets)
+        assert adapting.matmul_type(torch.device("cpu")) == kind
+        assert adapting.matmul_type(torch.device("cuda")) == torch.bfloat16
 
 
 def test_a_walk_counts_steps_as_decoding_takes_them() -> None:

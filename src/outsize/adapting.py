@@ -21,6 +21,7 @@ from outsize.decode.text import Tokens
 from outsize.errors import DataError, OptionError
 from outsize.library import say
 from outsize.pack.format import Pack
+from outsize.plan.probe import instruction_sets
 
 HELD_OUT_SHARE, HELD_OUT = 50, 64  # one in so many, at most so many
 
@@ -56,8 +57,7 @@ def masks(wish: Wish, recipe: Recipe) -> None:
     device = join(wish.device)
     made = library.find(wish.model) or library.pack(wish.model, quiet=wish.quiet)
     with bars(wish.quiet) as progress:
-        kind = torch.bfloat16 if device.type == "cuda" else torch.float32
-        twin = Twin(made, device, kind, progress)
+        twin = Twin(made, device, matmul_type(device), progress)
     found = prepare(wish, recipe, made, twin)
     count = min(HELD_OUT, len(found) // HELD_OUT_SHARE)
     held_out, rest = found[:count], found[count:]
@@ -95,6 +95,12 @@ def join(device: str) -> torch.device:
     if kind == "cpu":
         return torch.device(kind)
     return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def matmul_type(device: torch.device) -> torch.dtype:
+    """What a device multiplies fastest: bf16, or fp32 on processors without instructions for it."""
+    quick = {"avx512_bf16", "amx_bf16", "bf16"} & set(instruction_sets())
+    return torch.bfloat16 if quick or device.type == "cuda" else torch.float32
 
 
 def prepare(wish: Wish, recipe: Recipe, made: Pack, twin: Twin) -> list[Example]:

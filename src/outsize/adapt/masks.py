@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
+from outsize.adapt.head_loss import head_loss
 from outsize.adapt.twin import Deltas, Rows, Stored, Twin
 from outsize.draft import sampler
 from outsize.family.description import Description
@@ -194,13 +194,13 @@ def losses(twin: Twin, parameters: Parameters, recipe: Recipe, batch: Batch) -> 
     z_BMD, _ = twin.run(mask_rows(twin, batch, parameters["masks"]), stored, added)
     found = labels(batch, recipe.k)
     z_ND = z_BMD.flatten(0, 1)[found.place_N]
-    base = cross_entropy(twin.logits(z_ND).float(), found.label_N)
+    base = head_loss(z_ND, found.label_N, twin.head_VD)
     nothing = torch.zeros((), device=twin.device)
     sampled = nothing
     if recipe.sampler:
         head = sampler.stages(sampler.of(parameters), sampler.plainly)
         mixed = sampler.mix(z_ND, twin.embed(found.previous_N), head)
-        sampled = cross_entropy(twin.logits(mixed).float(), found.label_N)
+        sampled = head_loss(mixed, found.label_N, twin.head_VD)
     if not recipe.consistency:
         return Losses(base, sampled, nothing)
     target = x_BSD.detach().flatten(0, 1)[found.state_N]
