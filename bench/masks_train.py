@@ -79,19 +79,23 @@ def step_flops(twin: Twin, recipe: Recipe, tokens: float, masks: float) -> float
     return ordinary_part + 2 * masks * (body + heads * head)
 
 
-def run(args, twin, made, data, held, recipe: Recipe) -> dict:
-    rest, mixed = data[: -args.mixed], data[-args.mixed :]
+def step_s(twin, made, examples: list[Example], recipe: Recipe) -> float:
+    """Seconds a step takes, after a few."""
     state = training.start(twin, recipe, made.source.sha256)
     for _ in range(5):
-        state.run_step(rest)
+        state.run_step(examples)
     started = time.perf_counter()
     for _ in range(10):
-        state.run_step(rest)
+        state.run_step(examples)
     if twin.device.type == "cuda":
         torch.cuda.synchronize()
-    each = (time.perf_counter() - started) / 10
+    return (time.perf_counter() - started) / 10
+
+
+def run(args, twin, made, data, held, recipe: Recipe) -> dict:
+    rest, mixed = data[: -args.mixed], data[-args.mixed :]
     if args.seconds:
-        recipe = replace(recipe, steps=int(args.seconds / each))
+        recipe = replace(recipe, steps=int(args.seconds / step_s(twin, made, rest, recipe)))
     state = training.start(twin, recipe, made.source.sha256)
     sizes = [len(e.tokens) for e in rest]
     num_tokens = recipe.batch * sum(sizes) / len(sizes)
