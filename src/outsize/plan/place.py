@@ -15,6 +15,7 @@ from outsize.model.attention import CHUNK, score_bytes
 from outsize.pack.format import TableHeader
 from outsize.pack.outline import Outline
 from outsize.plan.placement import BY_ID, BY_ROUTER, DISK, MEMORY, Placement
+from outsize.plan.wake import COMPILED, COMPILED_BYTES
 from outsize.weights.arena import HUGE, SMALL, huge_bytes
 from outsize.weights.load import Share, all_of, least_slots
 from outsize.weights.policies.echo import BYTES as ECHO_BYTES
@@ -70,6 +71,7 @@ def fixed_costs(o: Outline, runtime: int, tokenizer: int, context: int) -> dict[
     return {
         "runtime": runtime,
         "tokenizer": tokenizer,
+        "compiled products": COMPILED * COMPILED_BYTES,
         "keys and values": context * kv_bytes(o),
         **({"drafting": o.drafting} if o.drafting else {}),
         **({"cache policy": policy_bytes(o)} if experts(o) else {}),

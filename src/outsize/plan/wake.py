@@ -7,6 +7,8 @@ model runs first.
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,10 @@ from outsize.weights.budget import resident
 from outsize.weights.table import Weight, Weights
 
 TOKENS, WIDTH, HEAD = 64, 256, 64
+# oneDNN compiles a product for each shape, and torch keeps a thousand of them: prompts of many lengths would
+# take 300 MB that no plan knows. A pass alternates between fewer than this.
+COMPILED, COMPILED_BYTES = 24, 300_000  # how many are kept, and what one takes
+CACHES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"
 
 
 def runtime_bytes(kernels: Kernels | None = None) -> int:
@@ -33,6 +39,8 @@ def runtime_bytes(kernels: Kernels | None = None) -> int:
 @torch.inference_mode()
 def wake(kernels: Kernels | None) -> None:
     """Run one layer of each kind of linear map, as prompts and as single tokens run."""
+    for name in CACHES:  # read at the first product; what a user has set stays
+        os.environ.setdefault(name, str(COMPILED))
     layer = Layer(Rope(10000.0))
     d = Description("wake", WIDTH, 4, 2, HEAD, WIDTH, WIDTH, 2 * TOKENS, 1e-5, 0.125, (layer,))
     names = ("int4", "int8") if supported() else ("int8",)
