@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 import outsize
 from outsize.api import Model
+from outsize.bench import speculate
 from outsize.checkpoint import adapters
 from outsize.draft.auto import AutoDraft, Habits
 from outsize.draft.ngram import Index
@@ -168,3 +170,20 @@ def test_a_reply_accounts_for_its_drafts(open_tiny: Callable[..., Model]) -> Non
         assert reply.tokens_per_step > 1 or reply.accepted == 0
     (none,) = plain.generate("abcabcabc", raw=True, max_tokens=40, seed=1)
     assert none.to_json()["step_s"] > 0  # type: ignore[operator]
+
+
+def test_drafts_are_measured_against_none(
+    folder_of: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole bench, both models in processes of their own: a row for each category, and the mean."""
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [{"turns": [f"say {i}"], "category": "ab"[i % 2]} for i in range(3)]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    wanted = speculate.Wanted(prompts, "ngram", new_tokens=12, context=64)
+    speculate.show(str(folder_of("llama")), wanted, True, None, True)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(r["category"], r.get("prompts")) for r in rows] == [("a", 2), ("b", 1), ("mean", None)]
+    for row in rows:
+        assert not row["void"]
+        assert row["ratio"] > 0
+        assert (row["given_up_bytes"], row["plain_given_up_bytes"]) == (0, 0)

@@ -8,10 +8,11 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -156,8 +157,49 @@ def test_pressure_from_outside_shrinks(
         assert model.generate("a b c", raw=True, max_tokens=12)[0].text == wanted
         left = sum(part.is_held for part in model.transformer.parts)
         assert left < held
+        assert model.given_up > 0
         assert model.traffic.misses > 0
     assert "of weights are read from disk from now on" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("bare")
+def test_a_prompts_scratch_is_lent_between_prompts(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts and single tokens in turn: the same bits as with all in memory, and slots for tokens alone."""
+    monkeypatch.setattr(place, "lent_bytes", lambda *_: 200_000)
+    source, tokens = folder_of("qwen3"), tiny.TOKENS[:20]
+    size = place.least_bytes(outline_of(source), 0, 0, 64)
+
+    def run(memory: str | int) -> Iterator[torch.Tensor]:
+        with outsize.load(str(source), memory=memory, context=64, quiet=True) as model:
+            t = model.transformer
+            lent = [c for c in t.loaded.caches if c.lends]
+            assert bool(lent) == (memory == size)
+            for turn in range(3):
+                kv = t.new_kv()
+                yield full(t, [Span(0, tokens)], [kv])[0].logits_KV
+                assert not any(c._borrowed for c in lent)
+                for at in range(20, 24):
+                    yield full(t, [Span(at, [at])], [kv])[0].logits_KV
+                    assert all(c._borrowed for c in lent) or turn == 2
+                if turn == 1:
+                    t.shrink(1)  # what was lent goes first, and does not come back
+                    assert not any(c._borrowed for c in lent)
+
+    for ours, theirs in zip(run(size), run("auto"), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_lent_slots_fit_into_the_scratch() -> None:
+    for family, size in (("llama", "0.5b"), ("llama", "7b")):
+        outline = synthetic_outline(family, size)
+        least = place.least_bytes(outline, 0, 0, 2048)
+        made = place.place(outline, least + outline.size // 2, 0, 0, 2048)
+        lent = sum(s.lent * outline.table(n).stride for n, s in made.shares.items())
+        assert 0 < lent <= made.fixed["scratch"] / 1.8
+        whole = place.place(outline, 100 * outline.size, 0, 0, 2048)
+        assert not any(s.lent for s in whole.shares.values())
 
 
 @pytest.mark.usefixtures("bare")
@@ -321,6 +363,23 @@ def test_half_residency_is_half(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         for size in (found + 2_000_000, found - 20_000_000)
     ]
     assert streamed[0] <= outline.size / 2 < streamed[1]
+
+
+def test_shares_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
+    def wanted(**told: Any) -> speculate.Wanted:
+        return speculate.Wanted(tmp_path, **told)
+
+    for refused, words in (
+        (wanted(each=True), "give --held below 1"),
+        (wanted(each=True, memory="1GB"), "give --held below 1"),
+        (wanted(held=0.5, memory="1GB"), "two budgets"),
+        (wanted(held=0.0), "above 0 and up to 1"), (wanted(held=1.5), "above 0 and up to 1"),
+    ):  # fmt: skip
+        with pytest.raises(OptionError, match=words):
+            refused.check()
+        with pytest.raises(OptionError, match=words):
+            speculate.show("m", refused, True, None, True)
+    wanted(held=0.5, each=True).check()
 
 
 def synthetic_outline(family: str, size: str) -> Outline:

@@ -93,6 +93,7 @@ class Model:
         self.drafting = drafting
         self.adapters: dict[str, Adapter] = {}
         self.context = placement.context
+        self.given_up = 0  # bytes of weights that were held at first, and had to go
         self._watch = budget.Watch(placement.budget)
         self._transformer: Transformer | None = transformer
 
@@ -263,6 +264,7 @@ class Model:
         """Give up held weights if others need the memory, or we have more than was promised."""
         excess = self._watch.excess()
         if excess and (freed := self.transformer.shrink(excess)):
+            self.given_up += freed
             warn(
                 f"memory is short by {excess / 1e6:,.0f} MB: {freed / 1e6:,.0f} MB of weights are "
                 "read from disk from now on, which is slower"

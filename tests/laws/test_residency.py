@@ -108,6 +108,26 @@ def test_a_scan_reads_ahead_and_wastes_nothing(tmp_path: Path, reading: Kernels 
     assert t.bytes_read == (len(pinned) + turns * len(scan) + ring) * STRIDE
 
 
+def test_a_lent_ring_is_right_whenever_it_goes(made: Fixture) -> None:
+    """Slots come and go, with reads on their way into them; a scan misses the same, and asks no more."""
+    table, reader, resident = made
+    cached = Cached(table, reader, None, 3, PinAndRing(3, [0]), range(1, COUNT), 2, lent=4)
+    assert cached.lends
+    cached.start()
+    for turn in range(40):
+        if turn % 3 == 0:
+            cached.borrow()
+            assert len(cached.ledger.ahead) <= 6
+        for i in range(COUNT)[: turn % COUNT + 1]:
+            assert same(cached.fetch([i])[0], resident.fetch([i])[0])
+            cached.release()
+        if turn % 3 == 1:
+            assert cached.give_back() == 4 * table.header.stride
+            assert cached.give_back() == 0
+            assert set(cached.ledger.slot_of.values()) <= {0, 1, 2}
+    cached.drain()
+
+
 def test_unpinning_frees_and_stays_right(made: Fixture) -> None:
     table, reader, resident = made
     cached = Cached(table, reader, None, COUNT, PinAndRing(COUNT, range(COUNT)), (), 0)

@@ -47,6 +47,19 @@ class Wanted:
         """Is the budget the one in which a share of the weights is held?"""
         return self.memory == "auto" and self.held < 1
 
+    def check(self) -> None:
+        """Raises OptionError for what would be ignored."""
+        if not 0 < self.held <= 1:
+            raise OptionError(f"held is {self.held}; a share above 0 and up to 1 is expected")
+        if self.held < 1 and not self.by_share:
+            raise OptionError(
+                f"held {self.held} and memory {self.memory} are two budgets; give only one of them"
+            )
+        if self.each and not self.by_share:
+            raise OptionError(
+                "each needs a share of the weights to hold; give --held below 1 with it"
+            )
+
 
 class Answer(NamedTuple):
     """What is told of a reply."""
@@ -130,9 +143,12 @@ class Answerer:
         self._pipe.send(text)
         return Answer(*self._pipe.recv())
 
-    def close(self) -> None:
+    def close(self) -> int:
+        """Bytes of weights that were given up meanwhile, so as to keep the budget."""
         self._pipe.send("")
+        given_up = int(self._pipe.recv())
         self._process.join()
+        return given_up
 
 
 def _serve(pipe: Connection, model: str, wanted: Wanted, threads: int | None) -> None:
@@ -152,6 +168,7 @@ def _serve(pipe: Connection, model: str, wanted: Wanted, threads: int | None) ->
             pipe.send(
                 (r.text, r.new_tokens, r.tokens_per_s, r.tokens_per_step, r.accepted, r.drafted)
             )
+        pipe.send(m.given_up)
 
 
 def measure(
@@ -225,18 +242,22 @@ def open_both(model: str, wanted: Wanted, threads: int | None) -> tuple[Answerer
 
 def show(model: str, wanted: Wanted, as_json: bool, threads: int | None, quiet: bool) -> None:
     """Measure and print: a table, then one JSON object a line; with --json those alone."""
+    wanted.check()
     plain, drafted = open_both(model, wanted, threads)
     rows = list(measure(plain, drafted, wanted, quiet))
     about = drafted.about | {
         "draft": wanted.draft, "plain_held_share": plain.about["held_share"],
         "plain_memory": plain.about["memory"],
         "threads": threads, "new_tokens": wanted.new_tokens,
+        "plain_given_up_bytes": plain.close(), "given_up_bytes": drafted.close(),
     }  # fmt: skip
-    plain.close()
-    drafted.close()
     if not as_json:
         shares = f"{about['plain_held_share']:.0%} without, {about['held_share']:.0%} with"
         print(f"{about['model']}, draft {wanted.draft}; of the weights in memory: {shares}")
+        if lost := max(int(str(about[k])) for k in ("plain_given_up_bytes", "given_up_bytes")):
+            print(
+                f"of those, up to {lost / 1e6:.0f} MB were given up on the way to keep the budget"
+            )
         print(f"{'category':>16}  tokens a step  tokens/s (plain)  ratio  least")
         for row in rows:
             print(_line(row))

@@ -90,6 +90,7 @@ def _added(segments: Sequence[Segment], spans: Sequence[Span]) -> Iterator[tuple
 def _run(model: Transformer, h_TD: Tensor, steps: Sequence[tuple[slice, Step]]) -> None:
     chunks = [(h_TD[rows], step) for rows, step in steps]
     is_long = any(step.wide for _, step in steps)
+    model.begin(is_long)
     for part in model.parts:
         part(chunks)
         if is_long:

@@ -109,6 +109,7 @@ class Transformer:
         self._ropes = description.ropes
         self.kernels = kernels if self.dtype == torch.bfloat16 else None
         self._num_held = self._count_held()
+        self._lends, self._is_lent = any(cache.lends for cache in loaded.caches), False
 
     def _count_held(self) -> int:
         return sum(part.is_held for part in self.parts)
@@ -120,14 +121,30 @@ class Transformer:
             cache.ledger.begin_pass()
 
     def shrink(self, size: int) -> int:
-        """Give up held layers, the last ones first, until `size` bytes are free; the bytes freed."""
-        freed = 0
+        """Give up what was lent, then held layers, the last ones first, until `size` bytes are free; the
+        bytes of held ones."""
+        lent, self._lends = self._give_back(), False
+        size, freed = size - lent, 0
         for part in reversed(self.parts):
             if freed >= size:
                 break
             freed += part.unpin() if part.is_held else 0
         self._num_held = self._count_held()
         return freed
+
+    def begin(self, is_long: bool) -> None:
+        """A step begins: a long span needs its scratch, which is lent to slots from the next step on."""
+        if is_long:
+            self._give_back()
+            self._is_lent = False
+        elif self._lends and not self._is_lent:
+            budget.trim()
+            for cache in self.loaded.caches:
+                cache.borrow()
+            self._is_lent = True
+
+    def _give_back(self) -> int:
+        return sum(cache.give_back() for cache in self.loaded.caches)
 
     def tidy(self) -> None:
         """Return free memory that the allocator keeps, if there is more of it than was planned: in some
@@ -176,7 +193,7 @@ class Transformer:
         """(K, V) fp32 of normed states. Kernels of int4 and int8 give bf16, whose steps near 20 are 0.125,
         more than often lies between the two best tokens; there each row's best are computed again in fp32."""
         exact = isinstance(self._head.encoding, Group) or self.dtype == torch.float32
-        logits = self._project(x_KD if exact else x_KD.to(self.dtype)).float()
+        logits = self._project(x_KD if exact else x_KD.to(self.dtype), torch.float32)
         if not exact:
             for row, x_D in zip(logits, x_KD, strict=True):
                 ids = _best(row)
@@ -185,15 +202,18 @@ class Transformer:
 
     def likely(self, x_KD: Tensor, count: int) -> Tensor:
         """(K, C) ids of the likeliest tokens after normed states, roughly: in the type of activations."""
-        logits = self._project(x_KD.to(self.dtype))
+        logits = self._project(x_KD.to(self.dtype), self.dtype)
         return logits.topk(min(count, logits.shape[1])).indices
 
-    def _project(self, x_KD: Tensor) -> Tensor:
-        """(K, V) in the type of x."""
-        blocks = self._head.blocks()
-        parts = [w.encoding.linear(x_KD, w.fields, False)[:, : w.num_rows] for w in blocks]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return whole[:, : self.description.vocab_size]
+    def _project(self, x_KD: Tensor, dtype: torch.dtype) -> Tensor:
+        """(K, V), block by block into one place."""
+        size, at = self.description.vocab_size, 0
+        out_KV = torch.empty(len(x_KD), size, dtype=dtype)
+        for w in self._head.blocks():
+            count = min(w.num_rows, size - at)
+            out_KV[:, at : at + count] = w.encoding.linear(x_KD, w.fields, False)[:, :count]
+            at += count
+        return out_KV
 
 
 def rotations(ropes: Sequence[Rope], head_dim: int, positions: Sequence[int]) -> dict[Rope, Tensor]:

@@ -14,6 +14,7 @@ from outsize.errors import BudgetError, OptionError
 from outsize.model.attention import CHUNK, score_bytes
 from outsize.pack.format import TableHeader
 from outsize.pack.outline import Outline
+from outsize.plan.lend import lend, lent_bytes
 from outsize.plan.placement import BY_ID, BY_ROUTER, DISK, MEMORY, Placement
 from outsize.plan.wake import COMPILED, COMPILED_BYTES
 from outsize.weights.arena import HUGE, SMALL, huge_bytes
@@ -250,7 +251,8 @@ def place(
     if room >= _all_bytes(o):
         shares, spare = {t.name: all_of(t) for t in o.tables}, room - _all_bytes(o)
     else:
-        shares, spare = _stream(o, room), 0
+        idle = lent_bytes(o, fixed["scratch"], FRAGMENTS)
+        shares, spare = lend(o, _stream(o, room), idle), 0
     notes = []
     if context is None and chosen < o.description.context:
         notes.append(

@@ -29,6 +29,7 @@ class Share:
 
     pinned: tuple[int, ...]
     ring: int
+    lent: int = 0  # more slots, while no long span needs its scratch
 
 
 Shares = Mapping[str, Share]
@@ -119,7 +120,9 @@ class _Loading:
         capacity = len(share.pinned) + share.ring
         policy = PinAndRing(capacity, share.pinned)
         scan = sorted(set(range(len(table))) - set(share.pinned)) if share.ring else []
-        made = Cached(table, self.reader, self.kernels, capacity, policy, scan, share.ring)
+        made = Cached(
+            table, self.reader, self.kernels, capacity, policy, scan, share.ring, share.lent
+        )
         self.caches.append(made)
         return made
 

@@ -11,6 +11,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
+from torch import Tensor
+
 from outsize.native.kernels import Kernels
 from outsize.weights.arena import Arena
 from outsize.weights.ledger import Ledger, Load
@@ -79,9 +81,11 @@ class Cached:
         policy: Policy,
         scan: Sequence[int] = (),
         depth: int | None = None,
+        lent: int = 0,
     ) -> None:
         """`scan`: the ids that are fetched in this order, over and over; the next `depth` (None: as
-        many as there are slots) are read ahead."""
+        many as there are slots) are read ahead. `lent`: more slots, for the times between `borrow` and
+        `give_back`."""
         self.table, self.traffic, self._reader = table, table.traffic, reader
         self.ledger = Ledger(policy, table.traffic, table.header.stride)
         self._kernels, self._scan, self._depth = (
@@ -93,7 +97,9 @@ class Cached:
         self._arena = Arena(self._first, table.header.stride)
         self._ring = Arena(self._depth, table.header.stride)
         self._ring.settle()
-        self._views: list[Weights | None] = [None] * capacity
+        self._lent, self._borrowed = Arena(lent, table.header.stride), range(0)
+        self._extra = range(capacity, capacity + lent)
+        self._views: list[Weights | None] = [None] * (capacity + lent)
         self._tickets: dict[int, Ticket] = {}  # by slot, until settled
 
     def load(self, ids: Sequence[int], tick: Tick) -> dict[int, Weights]:
@@ -174,6 +180,34 @@ class Cached:
         self._arena.drop(slot)
         return self.table.header.stride
 
+    @property
+    def lends(self) -> bool:
+        """Are there slots that can be lent to it?"""
+        return bool(self._extra)
+
+    def borrow(self) -> None:
+        """Read further ahead from now on, in memory that others do not need for a while."""
+        if self.lends and not self._borrowed:
+            assert isinstance(self.ledger.policy, PinAndRing)
+            self._lent.settle()
+            self.ledger.policy.lengthen(self._extra)
+            self._borrowed, self._depth = self._extra, self._depth + len(self._extra)
+
+    def give_back(self) -> int:
+        """The end of it; the bytes this frees. What was read ahead into that memory is lost."""
+        slots, self._borrowed = self._borrowed, range(0)
+        if not slots:
+            return 0
+        assert isinstance(self.ledger.policy, PinAndRing)
+        for id in self.ledger.policy.shorten(slots):
+            self.ledger.forget(id)
+        for i, slot in enumerate(slots):
+            if (ticket := self._tickets.pop(slot, None)) is not None and not ticket.cancel():
+                ticket.wait_quietly()
+            self._lent.drop(i)
+        self._depth -= len(slots)
+        return len(slots) * self.table.header.stride
+
     def drain(self) -> None:
         """Wait for what is still being read, so that the buffers may go."""
         for ticket in self._tickets.values():
@@ -195,11 +229,15 @@ class Cached:
             self._tickets[slot] = self._submit(id, slot, urgent)
 
     def _submit(self, index: int, slot: int, urgent: bool) -> Ticket:
-        pinned = slot < self._first
-        raw, out = self._arena[slot] if pinned else self._ring[slot - self._first]
+        raw, out = self._buffer(slot)
         if self._views[slot] is None:
             self._views[slot] = views(raw, self.table.header, self._kernels)
         return self._reader.submit(self.table, index, out, urgent=urgent)
+
+    def _buffer(self, slot: int) -> tuple[Tensor, memoryview]:
+        if slot >= self._extra.start:
+            return self._lent[slot - self._extra.start]
+        return self._arena[slot] if slot < self._first else self._ring[slot - self._first]
 
     def _settle(self, slot: int) -> None:
         """Wait until a slot's record is there; one that failed earlier is tried again."""

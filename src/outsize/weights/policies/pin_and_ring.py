@@ -54,6 +54,17 @@ class PinAndRing:
         self._ring[slot] = -1
         return None
 
+    def lengthen(self, slots: Sequence[int]) -> None:
+        """More slots to pass through: the next to be used."""
+        self._ring = dict.fromkeys(slots, -1) | self._ring
+
+    def shorten(self, slots: Sequence[int]) -> list[int]:
+        """Use these no longer; the ids that were in them."""
+        ids = [i for slot in slots if (i := self._ring.pop(slot)) >= 0]
+        for id in ids:
+            del self._slot_of[id]
+        return ids
+
     def _take(self, id: int, staying: Collection[int]) -> int:
         slot = next(s for s, i in self._ring.items() if i not in staying)
         self._slot_of.pop(self._ring.pop(slot), None)
