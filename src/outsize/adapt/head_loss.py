@@ -1,6 +1,6 @@
 """Cross-entropy through a frozen head, some rows at a time, so that the logits of all rows never exist: the
-gradient of a chunk's states is made while its logits are at hand (as in arXiv 2410.10989, section 3.2; the
-head learns nothing here, so that its own gradient is left out).
+gradient of a chunk's states is made while its logits are at hand (as in arXiv 2410.10989; the head learns
+nothing here, so that its own gradient is left out).
 
 Shapes: N labels, D width, V vocabulary.
 """

@@ -52,6 +52,7 @@ def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:
         end = at + sum(s.length for s in segments)
         steps.append((slice(at, end), model.step(segments, wide, list(_added(segments, spans)))))
         at = end
+    model.begin(len(pairs) > 1 or not is_narrow(pairs[0][0]))
     _run(model, h_TD, steps)
     rows = h_TD.split([span.num_rows for span, _ in ordered])
     return [h for _, h in sorted(zip(order, rows, strict=True), key=lambda item: item[0])]
@@ -90,7 +91,6 @@ def _added(segments: Sequence[Segment], spans: Sequence[Span]) -> Iterator[tuple
 def _run(model: Transformer, h_TD: Tensor, steps: Sequence[tuple[slice, Step]]) -> None:
     chunks = [(h_TD[rows], step) for rows, step in steps]
     is_long = any(step.wide for _, step in steps)
-    model.begin(is_long)
     for part in model.parts:
         part(chunks)
         if is_long:

@@ -132,9 +132,9 @@ class Transformer:
         self._num_held = self._count_held()
         return freed
 
-    def begin(self, is_long: bool) -> None:
-        """A step begins: a long span needs its scratch, which is lent to slots from the next step on."""
-        if is_long:
+    def begin(self, is_large: bool) -> None:
+        """A step begins: a long span, or a batch, needs the scratch, which is else lent to slots."""
+        if is_large:
             self._give_back()
             self._is_lent = False
         elif self._lends and not self._is_lent:
