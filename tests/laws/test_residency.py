@@ -109,7 +109,7 @@ def test_a_scan_reads_ahead_and_wastes_nothing(tmp_path: Path, reading: Kernels 
 
 
 def test_a_lent_ring_is_right_whenever_it_goes(made: Fixture) -> None:
-    """Slots come and go, with reads on their way into them; a scan misses the same, and asks no more."""
+    """Slots come and go, with reads on their way into them; what is fetched stays right."""
     table, reader, resident = made
     cached = Cached(table, reader, None, 3, PinAndRing(3, [0]), range(1, COUNT), 2, lent=4)
     assert cached.lends
