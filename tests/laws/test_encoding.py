@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from outsize.encoding import int4
 from outsize.encoding.find import ENCODINGS, encoding
 from outsize.encoding.plain import Encoding
 from outsize.native.kernels import Kernels, kernels
@@ -100,3 +101,13 @@ def test_gradient_reaches_the_input(name: str, wide: bool, kernel: Kernels | Non
 def test_zero_rows_stay_zero() -> None:
     for e in ENCODINGS.values():
         assert not e.decode(e.encode(torch.zeros(64, 64))).any()
+
+
+def test_int4_without_a_kernel_is_decoded_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int4, "supported", lambda: False)
+    e, fields = made("int4", None, (80, 192))
+    x = torch.randn(3, 192).bfloat16()
+    exact = x.float() @ e.decode(fields).T
+    y = e.linear(x, fields, False)
+    assert (y.float() - exact).norm() <= e.tolerance * exact.norm()
+    assert torch.equal(y, torch.cat([e.linear(row, fields, False) for row in x.split(1)]))

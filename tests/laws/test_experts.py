@@ -116,8 +116,8 @@ def test_rows_do_not_see_company(packs: dict[str, Pack]) -> None:
 @pytest.mark.parametrize("encoding", ["int4", "group4", "group5", "group8"])
 def test_experts_in_one_call_are_the_single_ones(encoding: str) -> None:
     kernels = compiled(home_folder() / "native")
-    if kernels is None or (encoding == "int4" and not kernels.has_tiles):
-        pytest.skip("no kernels for this here")
+    if kernels is None:
+        pytest.skip("no C compiler on this machine")
     width, inner, rows, used = 128, 192, 5, 3
     kind: Encoding = Int4(kernels) if encoding == "int4" else Group(int(encoding[5:]), kernels)
 

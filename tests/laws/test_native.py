@@ -111,13 +111,11 @@ def test_int4_rows_are_decoded_products_and_alone(shape: tuple[int, int], home: 
     """tiles.c: any number of rows gives each row the bits it has alone."""
     found = kernels(home / "native")
     assert found is not None
-    if not found.has_tiles:
-        pytest.skip("this processor has no AVX-512 BF16")
     torch.manual_seed(sum(shape))
     plain = Int4()
     fields = plain.encode(torch.randn(shape) * 0.1)
     w_NK = plain.decode(fields)
-    for rows in (1, 2, 5, 6, 7, 13, 25):
+    for rows in (1, 2, 5, 6, 7, 13, 25, 50):
         x = torch.randn(rows, shape[1]).bfloat16()
         y = found.tile_linear(fields["packed"], fields["scales"], x)
         want = x.float() @ w_NK.T

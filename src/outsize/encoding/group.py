@@ -15,16 +15,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from outsize.encoding.frozen import frozen_linear
-from outsize.encoding.plain import Encoding, Fields, FieldSpec, wide_linear
+from outsize.encoding.plain import Encoding, Fields, FieldSpec, by_rows, wide_linear
 from outsize.errors import UnsupportedError
 from outsize.native.kernels import Kernels
 from outsize.native.matrices import GroupMatrix, NativeMatrix
 
 GROUP, BLOCK = 32, 64
-NARROW_ROWS = 16  # beyond, decoding every weight once and one matmul are faster
+NARROW_ROWS = 16  # beyond, with fast bf16, decoding every weight once and one matmul are faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +100,8 @@ class Group:
     def _run(self, x_TK: Tensor, fields: Fields, wide: bool) -> Tensor:
         kernels = self.kernels
         if kernels is None:
-            w_NK = self.decode(fields)
-            rows = [linear(x, w_NK) for x in x_TK.float().split(len(x_TK) if wide else 1)]
-            return torch.cat(rows).to(x_TK.dtype)
-        if wide and len(x_TK) > NARROW_ROWS:
+            return by_rows(x_TK, self.decode(fields), wide)
+        if wide and len(x_TK) > NARROW_ROWS and kernels.multiplies_bf16:
 
             def part(start: int, stop: int) -> Tensor:
                 return kernels.group_decode(self._matrix(fields, start, stop)).to(x_TK.dtype)

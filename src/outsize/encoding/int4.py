@@ -3,7 +3,8 @@
 The layout is the one that torch's AVX-512 kernel reads, `tile64`: rows in blocks of 64; in a block,
 for each input, 32 bytes whose low nibbles are rows 0-31 and whose high nibbles are rows 32-63. A
 matrix of the GGUF types Q4_0, Q4_1 and Q4_K keeps its codes; only step and zero are rounded to bf16.
-Narrow: `_weight_int4pack_mm_for_cpu`, row-invariant. Wide: decode to bf16 once, then one matmul.
+Narrow: our kernel, or torch's where it reads this layout; row-invariant. Wide: the same where products of
+bf16 are slow, else decode to bf16 once, then one matmul. The plain twin, much slower, runs anywhere.
 
 Shapes: B blocks of 64 rows, G groups of 32 inputs.
 """
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from outsize.encoding.frozen import frozen_linear
-from outsize.encoding.plain import Encoding, Fields, FieldSpec, wide_linear
+from outsize.encoding.plain import Encoding, Fields, FieldSpec, by_rows, wide_linear
 from outsize.errors import UnsupportedError
 from outsize.native.kernels import Kernels
 from outsize.native.matrices import TILES, NativeMatrix
@@ -30,7 +31,8 @@ _INT4_MM = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 
 @cache
 def supported() -> bool:
-    """Does torch's kernel on this machine read our layout? Elsewhere it would misread every weight."""
+    """Does torch's kernel on this machine read our layout? Elsewhere it would misread every weight, and
+    without our own only the plain twin is left."""
     codes = torch.arange(BLOCK * GROUP, dtype=torch.int32).view(BLOCK, GROUP) * 7 % 16
     theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     return torch.equal(theirs.flatten(), _tile(codes.to(torch.uint8)).flatten())
@@ -94,12 +96,14 @@ class Int4:
 
     def _run(self, x_TK: Tensor, fields: Fields, wide: bool) -> Tensor:
         scales = fields["scales"]
-        if wide and len(x_TK) > NARROW_ROWS:
+        kernels = self.kernels if x_TK.dtype == torch.bfloat16 else None
+        if wide and len(x_TK) > NARROW_ROWS and (kernels is None or kernels.multiplies_bf16):
             dtype = x_TK.dtype
             return wide_linear(x_TK, scales.shape[1], lambda a, b: self._part(fields, dtype, a, b))
-        kernels = self.kernels
-        if kernels is not None and kernels.has_tiles and x_TK.dtype == torch.bfloat16:
+        if kernels is not None:
             return kernels.tile_linear(fields["packed"], scales, x_TK)
+        if not supported():
+            return by_rows(x_TK, self.decode(fields), wide)
         packed = fields["packed"].view(scales.shape[1], -1)
         out: Tensor = _INT4_MM(x_TK, packed, GROUP, scales)
         return out
@@ -121,7 +125,7 @@ class Int4:
         return (grouped * step_TG[:, :, None] + zero_TG[:, :, None]).flatten(1)
 
     def native(self, fields: Fields) -> NativeMatrix | None:
-        if self.kernels is None or not self.kernels.has_tiles:
+        if self.kernels is None:
             return None
         packed, scales = fields["packed"], fields["scales"]
         return NativeMatrix(TILES, scales.shape[1], packed.shape[1], packed, None, scales)

@@ -80,6 +80,12 @@ def wide_linear(x_TK: Tensor, num_rows: int, decode: Callable[[int, int], Tensor
     return out_TN
 
 
+def by_rows(x_TK: Tensor, w_NK: Tensor, wide: bool) -> Tensor:
+    """x @ w.T in fp32, in the type of x. Unless wide, row by row: then a row's bits are its own."""
+    rows = [linear(x, w_NK) for x in x_TK.float().split(len(x_TK) if wide else 1)]
+    return torch.cat(rows).to(x_TK.dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class Plain:
     """Floats. Products of one row and of many differ in rounding, so rows are not invariant."""

@@ -4,7 +4,8 @@
  * mask it is its own block so far. The first run is cut where the cache's entries are multiples of CHUNK,
  * so that the cuts depend on the row alone; rows of one sequence share the reading of a chunk. Everything
  * else happens in a fixed order a row, so that its bits do not depend on its company. Keys of 16 entries
- * are turned, so that a lane is an entry and no sum crosses lanes. The plain twin is model/attention.py.
+ * are turned, so that a lane is an entry and no sum crosses lanes (without products of bf16 they are not: a key
+ * becomes floats once for up to eight queries). The plain twin is model/attention.py.
  */
 #include "numbers.h"
 #include <stdlib.h>
@@ -60,11 +61,11 @@ static int is_fast(long E) {
 #ifdef __AVX512BF16__
     return E % 32 == 0;
 #else
-    return 0;
+    return E % 8 == 0;
 #endif
 }
 
-/* The plain way: for other processors, and for heads of other sizes than multiples of 32. */
+/* The plain way, for heads of other sizes. */
 static void plain_turn(const bf16 *k, long n, long E, uint32_t *out) { memcpy(out, k, n * E * sizeof *k); }
 
 static void
@@ -168,6 +169,39 @@ mix(const bf16 *v, long n, long E, float (*w)[CHUNK], const long count, float *c
         }
     }
 }
+#else
+static void turn(const bf16 *k, long n, long E, uint32_t *out) { plain_turn(k, n, E, out); }
+
+/* A key becomes floats once for all queries. */
+static inline __attribute__((always_inline)) void
+scores(const uint32_t *turned, long n, long E, const bf16 *const *q, const long count, float (*out)[CHUNK]) {
+    const bf16 *k = (const bf16 *)turned;
+    float query[TILE][E];
+    for (long i = 0; i < count; i++)
+        for (long e = 0; e < E; e++) query[i][e] = up(q[i][e]);
+    for (long s = 0; s < n; s++, k += E) {
+        v8 acc[TILE];
+        for (long i = 0; i < count; i++) acc[i] = (v8){0};
+        for (long e = 0; e < E; e += 8) {
+            v8 key = ups8(k + e);
+            for (long i = 0; i < count; i++) acc[i] += key * load8(query[i] + e);
+        }
+        for (long i = 0; i < count; i++) out[i][s] = sum8(acc[i]);
+    }
+}
+
+static inline __attribute__((always_inline)) void
+mix(const bf16 *v, long n, long E, float (*w)[CHUNK], const long count, float *const *out) {
+    for (long e = 0; e < E; e += 8) {
+        v8 acc[TILE];
+        for (long i = 0; i < count; i++) acc[i] = (v8){0};
+        for (long s = 0; s < n; s++) {
+            v8 value = ups8(v + s * E + e);
+            for (long i = 0; i < count; i++) acc[i] += value * w[i][s];
+        }
+        for (long i = 0; i < count; i++) memcpy(out[i] + e, &acc[i], sizeof acc[i]);
+    }
+}
 #endif
 
 /* Scores to weights, over [lo, hi) of n; nothing elsewhere. */
@@ -188,20 +222,16 @@ static void soften(float *score, long n, long lo, long hi, float *top, float *to
 
 static void scores_sized(const uint32_t *k, long n, long E, const bf16 *const *q, long count, float (*out)[CHUNK]) {
     if (!is_fast(E)) { plain_scores(k, n, E, q, count, out); return; }
-#ifdef __AVX512BF16__
 #define CALL(size) scores(k, n, E, q, size, out)
     FOR_1_TO_8(count, CALL)
 #undef CALL
-#endif
 }
 
 static void mix_sized(const bf16 *v, long n, long E, float (*w)[CHUNK], long count, float *const *out) {
     if (!is_fast(E)) { plain_mix(v, n, E, w, count, out); return; }
-#ifdef __AVX512BF16__
 #define CALL(size) mix(v, n, E, w, size, out)
     FOR_1_TO_8(count, CALL)
 #undef CALL
-#endif
 }
 
 static long num_chunks(Row row) { return (row.seen - 1) / CHUNK - row.first / CHUNK + 1; }
@@ -213,10 +243,8 @@ static void run(const Attention *a, Task task, const Row *row, const bf16 *q, fl
     const bf16 *k = row[task.r0].cache + (j * row[task.r0].capacity + task.lo) * E;
     const bf16 *v = k + J * row[task.r0].capacity * E;
     uint32_t turned[(n + LANES - 1) / LANES * LANES * E / 2];
-#ifdef __AVX512BF16__
     if (is_fast(E)) turn(k, n, E, turned);
-#endif
-    if (!is_fast(E)) plain_turn(k, n, E, turned);
+    else plain_turn(k, n, E, turned);
     for (long at = 0; at < queries; at += TILE) {
         long count = queries - at < TILE ? queries - at : TILE, used = 0;
         const bf16 *query[TILE];

@@ -1,19 +1,17 @@
 /* Products with weights in groups of 32 that share a scale: w = scale * (code - offset).
  *
- * bf16 inputs meet codes as bf16 numbers where the processor has products of those. Else the input is taken
- * as 16-bit integers, one scale a group, split into a high and a low byte, so that products and sums within a
- * group are exact integers; groups are then summed in fp32 in a fixed order.
- * A row's bits therefore depend on nothing but the row. The AVX-512 VNNI way and the plain C way do the
- * same arithmetic. Blocks of 64 weights: two groups, A then B.
+ * bf16 inputs meet codes as bf16 numbers where the processor has products of those. Else, with AVX-512 VNNI,
+ * the input is taken as 16-bit integers, one scale a group, split into a high and a low byte, so that products and
+ * sums within a group are exact integers; groups are then summed in fp32 in a fixed order. On other processors
+ * codes and inputs become floats. A row's bits depend on nothing but the row.
+ * Blocks of 64 weights: two groups, A then B.
  */
 #include "numbers.h"
-#ifdef __AVX512VNNI__
-#include <immintrin.h>
-#endif
 
 typedef _Float16 half;
-enum { GROUP = 32, BLOCK = 64, LANES = 16, MAX_ROWS = 8 };
+enum { GROUP = 32, BLOCK = 64, LANES = 16, MAX_ROWS = 8, PASS = 48 };
 
+#ifdef __AVX512VNNI__
 /* One input row: high and low bytes; for every 4 weights, -offset times their inputs and the scale of
  * their group. In scratch these are width bytes each. */
 typedef struct {
@@ -29,7 +27,7 @@ static Input input_at(char *scratch, long row, long width) {
     return x;
 }
 
-static void split(const float *x, long width, long offset, Input out) {
+static void take(const float *x, long width, long offset, Input out) {
     for (long g = 0; g < width / GROUP; g++, x += GROUP) {
         float top = 0;
         for (long i = 0; i < GROUP; i++) top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
@@ -49,7 +47,6 @@ static void split(const float *x, long width, long offset, Input out) {
     }
 }
 
-#ifdef __AVX512VNNI__
 static inline __attribute__((always_inline)) __m512i codes_of(const Matrix *m, long bits, long at) {
     if (bits == 8) return _mm512_loadu_si512(m->codes + at);
     __m256i packed = _mm256_loadu_si256((const void *)(m->codes + at / 2)), low = _mm256_set1_epi8(15);
@@ -93,36 +90,75 @@ dot(const Matrix *m, long bits, long n, const Input *x, long count, float *out) 
     }
 }
 #else
-static int code_at(const Matrix *m, long bits, long at) {
-    if (bits == 8) return m->codes[at];
-    long in = at % BLOCK, byte = at / BLOCK * GROUP + in % GROUP;
-    int low = m->codes[byte] >> (in / GROUP * 4) & 15;
-    return bits == 4 ? low : low + ((m->high[at / 8] >> (at % 8) & 1) << 4);
+/* One input row: of each group eight numbers that its sum starts from, -offset times its inputs, four by four; then
+ * the inputs. In scratch these are 5 * width bytes. */
+enum { TAKEN = 8 + GROUP };
+typedef float *Input;
+
+static Input input_at(char *scratch, long row, long width) {
+    return (float *)scratch + row * (width / GROUP * TAKEN);
 }
 
-static inline void dot(const Matrix *m, long bits, long n, const Input *x, long count, float *out) {
-    float sum[MAX_ROWS][LANES];
-    memset(sum, 0, sizeof sum);
-    const half *scale = (const half *)m->scale + n * (m->width / GROUP);
-    for (long k = 0; k < m->width; k += BLOCK) {
-        uint8_t w[BLOCK];
-        for (long i = 0; i < BLOCK; i++) w[i] = (uint8_t)code_at(m, bits, n * m->width + k + i);
-        for (long t = 0; t < count; t++)
-            for (long l = 0; l < LANES; l++) {
-                int32_t h = 0, low = 0;
-                for (long i = 4 * l; i < 4 * l + 4; i++) {
-                    h += w[i] * x[t].high[k + i];
-                    low += w[i] * x[t].low[k + i];
-                }
-                long g = k / GROUP + l / 8;
-                float s = (float)scale[g] * x[t].scale[k / 4 + l];
-                sum[t][l] += (float)(256 * h + low + x[t].start[k / 4 + l]) * s;
+static void take(const float *x, long width, long offset, Input out) {
+    for (long g = 0; g < width / GROUP; g++, x += GROUP, out += TAKEN) {
+        v8 start = (load8(x) + load8(x + 8) + load8(x + 16) + load8(x + 24)) * (float)-offset;
+        memcpy(out, &start, sizeof start);
+        memcpy(out + 8, x, GROUP * sizeof *x);
+    }
+}
+
+/* Bytes of 32 codes: 16 where a code's fifth bit is set. */
+static inline void fifths(const uint8_t *high, uint8_t *out) {
+#ifdef __AVX2__
+    int32_t bits;
+    memcpy(&bits, high, 4);
+    const __m256i spread = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
+    const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201);
+    __m256i own = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), spread), bit);
+    own = _mm256_and_si256(_mm256_cmpeq_epi8(own, bit), _mm256_set1_epi8(16));
+    _mm256_storeu_si256((void *)out, own);
+#else
+    for (long i = 0; i < GROUP; i++) out[i] = (high[i / 8] >> (i % 8) & 1) << 4;
+#endif
+}
+
+/* Eight codes, from `i` on, of the block of 64 that begins at `at`; `fifth`: their fifth bits. */
+static inline __attribute__((always_inline)) v8
+codes_of(const Matrix *m, long bits, long at, long i, const uint8_t *fifth) {
+    if (bits == 8) return floats8(bytes8(m->codes + at + i));
+    v8i both = bytes8(m->codes + at / 2 + i % GROUP), code = i < GROUP ? both & 15 : both >> 4;
+    return floats8(bits == 5 ? code | bytes8(fifth + i % GROUP) : code);
+}
+
+/* Scales as floats, each once for all rows. */
+static inline void scales_of(const half *scale, long groups, float *out) {
+    long g = 0;
+#ifdef __F16C__
+    for (; g + 8 <= groups; g += 8) _mm256_storeu_ps(out + g, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(scale + g))));
+#endif
+    for (; g < groups; g++) out[g] = (float)scale[g];
+}
+
+static inline __attribute__((always_inline)) void
+dot(const Matrix *m, const long bits, long n, const Input *x, const long count, float *out) {
+    v8 sum[MAX_ROWS];
+    for (long t = 0; t < count; t++) sum[t] = (v8){0};
+    float scale[m->width / GROUP];
+    scales_of((const half *)m->scale + n * (m->width / GROUP), m->width / GROUP, scale);
+    for (long k = 0; k < m->width; k += BLOCK)
+        for (long g = 0; g < 2; g++) {
+            uint8_t fifth[GROUP];
+            if (bits == 5) fifths(m->high + (n * m->width + k) / 8 + 4 * g, fifth);
+            v8 w[4];
+            for (long i = 0; i < 4; i++) w[i] = codes_of(m, bits, n * m->width + k, g * GROUP + 8 * i, fifth);
+            for (long t = 0; t < count; t++) {
+                const float *in = x[t] + (k / GROUP + g) * TAKEN;
+                v8 a = load8(in) + w[0] * load8(in + 8) + w[1] * load8(in + 16);
+                v8 b = w[2] * load8(in + 24) + w[3] * load8(in + 32);
+                sum[t] += (a + b) * scale[k / GROUP + g];
             }
-    }
-    for (long t = 0; t < count; t++) {
-        out[t] = 0;
-        for (long l = 0; l < LANES; l++) out[t] += sum[t][l];
-    }
+        }
+    for (long t = 0; t < count; t++) out[t] = sum8(sum[t]);
 }
 #endif
 
@@ -233,7 +269,9 @@ static void numbers_linear(const Matrix *m, const bf16 *x, bf16 *y, long count) 
 }
 #endif
 
-static void integer_linear(const Matrix *m, const void *x, void *y, long count, int wide, char *scratch) {
+/* At most PASS rows, from row `from` on. */
+static void
+taken_linear(const Matrix *m, const void *x, void *y, long from, long count, int wide, char *scratch) {
     long K = m->width, N = m->rows;
 #pragma omp parallel
     {
@@ -241,8 +279,8 @@ static void integer_linear(const Matrix *m, const void *x, void *y, long count, 
         for (long t = 0; t < count; t++) {
             float row[K];
             for (long i = 0; i < K; i++)
-                row[i] = wide ? ((const float *)x)[t * K + i] : up(((const bf16 *)x)[t * K + i]);
-            split(row, K, 1l << (m->bits - 1), input_at(scratch, t, K));
+                row[i] = wide ? ((const float *)x)[(from + t) * K + i] : up(((const bf16 *)x)[(from + t) * K + i]);
+            take(row, K, 1l << (m->bits - 1), input_at(scratch, t, K));
         }
 #pragma omp for schedule(static)
         for (long n = 0; n < N; n++)
@@ -253,15 +291,16 @@ static void integer_linear(const Matrix *m, const void *x, void *y, long count, 
                 for (long t = 0; t < some; t++) in[t] = input_at(scratch, first + t, K);
                 dot_sized(m, n, in, some, out);
                 for (long t = 0; t < some; t++) {
-                    if (wide) ((float *)y)[(first + t) * N + n] = out[t];
-                    else ((bf16 *)y)[(first + t) * N + n] = down(out[t]);
+                    long at = (from + first + t) * N + n;
+                    if (wide) ((float *)y)[at] = out[t];
+                    else ((bf16 *)y)[at] = down(out[t]);
                 }
             }
     }
 }
 
 /* y = x @ w.T for `count` rows. x and y are bf16, or fp32 where `wide` is set. scratch holds
- * count * 4 * width bytes. */
+ * min(count, PASS) * 5 * width bytes. */
 void group_linear(const Matrix *m, const void *x, void *y, long count, int wide, char *scratch) {
 #ifdef __AVX512BF16__
     if (!wide) {
@@ -269,7 +308,8 @@ void group_linear(const Matrix *m, const void *x, void *y, long count, int wide,
         return;
     }
 #endif
-    integer_linear(m, x, y, count, wide, scratch);
+    for (long from = 0; from < count; from += PASS)
+        taken_linear(m, x, y, from, count - from < PASS ? count - from : PASS, wide, scratch);
 }
 
 
@@ -297,11 +337,17 @@ decode_row(const Matrix *m, long bits, long n, bf16 *out) {
     }
 }
 #else
-static inline void decode_row(const Matrix *m, long bits, long n, bf16 *out) {
+static inline __attribute__((always_inline)) void
+decode_row(const Matrix *m, long bits, long n, bf16 *out) {
     const half *scale = (const half *)m->scale + n * (m->width / GROUP);
-    for (long k = 0; k < m->width; k++) {
-        int code = code_at(m, bits, n * m->width + k) - (1 << (bits - 1));
-        out[k] = down((float)code * (float)scale[k / GROUP]);
+    for (long k = 0; k < m->width; k += GROUP) {
+        uint8_t fifth[GROUP];
+        if (bits == 5) fifths(m->high + (n * m->width + k) / 8, fifth);
+        for (long i = 0; i < GROUP; i += 8) {
+            v8 w = codes_of(m, bits, n * m->width + k / BLOCK * BLOCK, k % BLOCK + i, fifth);
+            w = (w - (float)(1 << (bits - 1))) * (float)scale[k / GROUP];
+            for (long l = 0; l < 8; l++) out[k + i + l] = down(w[l]);
+        }
     }
 }
 #endif

@@ -15,6 +15,7 @@ from outsize.native.build import library
 from outsize.native.matrices import ExpertMatrices, GroupMatrix, LowRankMatrix, Place
 
 CHUNK = 256
+PASS = 48  # rows that tiles.c and groups.c take at a time
 _P, _L, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
 
@@ -102,7 +103,9 @@ class Kernels:
         self._tiles.argtypes = [_P, _P, _P, _P, _L, _L, _L, _P]
         self._experts = lib.expert_rows
         self._experts.argtypes = [_P, _P, _P, _L, _P, _P, _L, _L, ctypes.c_int, _P]
-        self.has_tiles = bool(lib.tile_supported())
+        self.multiplies_bf16 = bool(
+            lib.bf16_products()
+        )  # else in fp32, as fast as torch does, or faster
         for function in (
             self._norm, self._residual, self._gate, self._attend, self._linear, self._decode,
             self._tile, self._tiles, self._lowrank, self._experts,
@@ -113,7 +116,7 @@ class Kernels:
         """(T, N) in the type of x, bf16 or fp32."""
         rows, x_TK = len(x_TK), x_TK.contiguous()
         out = torch.empty(rows, matrix.num_rows, dtype=x_TK.dtype)
-        scratch = torch.empty(rows * matrix.width)  # 4 bytes an input
+        scratch = torch.empty(min(rows, PASS) * matrix.width * 5, dtype=torch.uint8)
         wide = x_TK.dtype == torch.float32
         self._linear(
             matrix.pointer, x_TK.data_ptr(), out.data_ptr(), rows, wide, scratch.data_ptr()
@@ -143,11 +146,11 @@ class Kernels:
         return out
 
     def tile_linear(self, packed: Tensor, scales: Tensor, x_TK: Tensor) -> Tensor:
-        """(T, N) bf16. Only where `has_tiles`."""
+        """(T, N) bf16."""
         groups, rows, _ = scales.shape
         count, x_TK = len(x_TK), x_TK.contiguous()
         out = torch.empty(count, rows, dtype=torch.bfloat16)
-        scratch = torch.empty(count * groups)
+        scratch = torch.empty(min(count, PASS) * groups * 33)
         self._tiles(
             packed.data_ptr(), scales.data_ptr(), x_TK.data_ptr(), out.data_ptr(), rows, groups * 32,
             count, scratch.data_ptr(),
@@ -214,7 +217,7 @@ class Kernels:
         counts = (_L * num)(*[len(p) for p in places])
         cells = (Place * sum(counts))(*[Place(*cell) for p in places for cell in p])
         scratch = torch.empty(
-            most * (2 * max(width, inner) + 2 * width + 3 * inner), dtype=torch.int16
+            most * (max(width, inner) * 5 // 2 + 2 * width + 3 * inner), dtype=torch.int16
         )
         self._experts(
             pointers, counts, cells, num, x_TD.data_ptr(), out_TKD.data_ptr(), out_TKD.shape[1],

@@ -45,10 +45,12 @@ static inline void dots(const bf16 *a, const bf16 *x, long n, long some, float *
     for (long r = 0; r < some; r++) out[r] = _mm512_reduce_add_ps(sum[r]);
 #else
     for (long r = 0; r < some; r++) {
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (long i = 0; i < n; i++) sum += up(a[r * n + i]) * up(x[i]);
-        out[r] = sum;
+        v8 sum = {0}, other = {0};
+        for (long i = 0; i < n; i += 16) {
+            sum += ups8(a + r * n + i) * ups8(x + i);
+            other += ups8(a + r * n + i + 8) * ups8(x + i + 8);
+        }
+        out[r] = sum8(sum + other);
     }
 #endif
 }
@@ -70,12 +72,15 @@ static inline void add16(const bf16 *b, long stride, long rank, const bf16 *inne
     __m256bh sum = _mm512_cvtneps_pbh(_mm512_add_ps(_mm512_castsi512_ps(was), acc));
     _mm256_storeu_si256((void *)y, (__m256i)sum);
 #else
-    float sum[16] = {0};
-    for (long r = 0; r < rank; r++) {
-        float x = up(inner[r / 2 * step + r % 2]);
-        for (long i = 0; i < 16; i++) sum[i] += x * up(b[r / 2 * stride + 2 * i + r % 2]);
-    }
-    for (long i = 0; i < 16; i++) y[i] = down(up(y[i]) + sum[i]);
+    v8 sum[2] = {{0}, {0}};
+    for (long r = 0; r < rank / 2; r++)
+        for (long h = 0; h < 2; h++) {
+            v8i pairs;
+            memcpy(&pairs, b + r * stride + 16 * h, sizeof pairs);
+            sum[h] += (v8)(pairs << 16) * up(inner[r * step]);
+            sum[h] += (v8)(pairs & (int32_t)0xFFFF0000) * up(inner[r * step + 1]);
+        }
+    for (long i = 0; i < 16; i++) y[i] = down(up(y[i]) + sum[i / 8][i % 8]);
 #endif
 }
 

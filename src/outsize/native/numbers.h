@@ -2,7 +2,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512BF16__
+#ifdef __x86_64__
 #include <immintrin.h>
 #endif
 
@@ -25,6 +25,46 @@ static inline bf16 down(float x) { /* to nearest, ties to even */
     union { float f; uint32_t i; } u = {x};
     return (bf16)((u.i + 0x7FFF + ((u.i >> 16) & 1)) >> 16);
 }
+
+/* Eight floats: one register of AVX2, two of NEON. What processors without products of bf16 compute with. */
+typedef float v8 __attribute__((vector_size(32)));
+typedef int32_t v8i __attribute__((vector_size(32)));
+
+static inline v8 load8(const float *x) {
+    v8 out;
+    memcpy(&out, x, sizeof out);
+    return out;
+}
+
+/* Bytes as integers. */
+static inline v8i bytes8(const uint8_t *p) {
+#ifdef __AVX2__
+    return (v8i)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p));
+#else
+    return (v8i){p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
+#endif
+}
+
+static inline v8i signed8(const int8_t *p) {
+#ifdef __AVX2__
+    return (v8i)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p));
+#else
+    return (v8i){p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
+#endif
+}
+
+/* Eight bf16 as floats. */
+static inline v8 ups8(const bf16 *p) {
+#ifdef __AVX2__
+    return (v8)((v8i)_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)) << 16);
+#else
+    return (v8)((v8i){p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]} << 16);
+#endif
+}
+
+static inline v8 floats8(v8i x) { return __builtin_convertvector(x, v8); }
+
+static inline float sum8(v8 x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
 
 /* e^x to 2e-7 relative, as a polynomial so that loops over it become vector code. */
 static inline float exp_poly(float x) {

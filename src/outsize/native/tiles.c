@@ -1,15 +1,17 @@
 /* Products with int4 weights in the layout of encoding/int4.py: blocks of 64 rows, for each input 32 bytes
  * whose low nibbles are rows 0-31 and high nibbles rows 32-63; w = step * (code - 8) + zero in groups of 32.
  *
- * Codes become bf16 numbers by a table in a register (exact), two inputs of a row are multiplied and added
- * at a time, and a group's sum meets its step and zero once. The decoded codes serve up to six rows of x. What
- * is done for a row does not depend on how many others there are, so neither do its bits. Needs AVX-512 BF16.
+ * Where the processor has products of bf16, codes become such numbers by a table in a register (exact) and two
+ * inputs of a row are multiplied and added at a time; elsewhere codes and inputs become floats. A group's sum
+ * meets its step and zero once. The decoded codes serve up to six rows of x. What is done for a row does not
+ * depend on how many others there are, so neither do its bits.
  */
 #include "numbers.h"
 
-enum { GROUP = 32, BLOCK = 64, MAX_ROWS = 6 };
+enum { GROUP = 32, BLOCK = 64, MAX_ROWS = 6, PASS = 48 };
 
-int tile_supported(void) {
+/* Are products of bf16 faster than those of floats? */
+int bf16_products(void) {
 #ifdef __AVX512BF16__
     return 1;
 #else
@@ -86,26 +88,118 @@ static void block_sized(const uint8_t *p, const bf16 *scales, long stride, long 
     FOR_1_TO_6(count, CALL)
 #undef CALL
 }
+#else
+typedef struct {
+    long rows, width;
+    const float *x, *sums; /* (rows, width); (rows, width / GROUP) */
+} Inputs;
+
+/* Low or high nibbles of eight bytes, as floats. */
+static inline v8 nibbles(const uint8_t *p, long high) { return floats8(high ? bytes8(p) >> 4 : bytes8(p) & 15); }
+
+/* Adds to `total` what 32 inputs, from g * GROUP on, bring 16 * eights outputs of `count` rows. The weights lie as
+ * codes at p, or as floats at `numbers`, 64 for each input. */
+static inline __attribute__((always_inline)) void
+slice(const uint8_t *p, const float *numbers, const bf16 *scales, Inputs in, long g, long first, long lane,
+      const long count, const long eights, float (*total)[BLOCK]) {
+    v8 acc[MAX_ROWS][2 * 4];
+    for (long t = 0; t < count; t++)
+        for (long q = 0; q < 2 * eights; q++) acc[t][q] = (v8){0};
+    const float *x = in.x + first * in.width + g * GROUP;
+    for (long k = 0; k < GROUP; k++) {
+        v8 w[2 * 4];
+        for (long q = 0; q < 2 * eights; q++) {
+            long at = lane + q / 2 * 8;
+            w[q] = numbers ? load8(numbers + k * BLOCK + q % 2 * 32 + at) : nibbles(p + k * 32 + at, q % 2);
+        }
+        for (long t = 0; t < count; t++) {
+            v8 v = (v8){0} + x[t * in.width + k];
+            for (long q = 0; q < 2 * eights; q++) acc[t][q] += w[q] * v;
+        }
+    }
+    for (long q = 0; q < 2 * eights; q++) {
+        long at = q % 2 * 32 + lane + q / 2 * 8;
+        v8i pairs;
+        memcpy(&pairs, scales + 2 * at, sizeof pairs);
+        v8 step = (v8)(pairs << 16), low = (v8)(pairs & (int32_t)0xFFFF0000) - 8 * step;
+        for (long t = 0; t < count; t++) {
+            float *out = total[t] + at;
+            v8 sum = load8(out) + acc[t][q] * step;
+            sum += low * in.sums[(first + t) * (in.width / GROUP) + g];
+            memcpy(out, &sum, sizeof sum);
+        }
+    }
+}
+
+/* All 64 outputs: few rows in wide slices, many in narrow ones, so that sums stay in registers. */
+static inline __attribute__((always_inline)) void
+slices(const uint8_t *p, const float *numbers, const bf16 *scales, Inputs in, long g, long first,
+       const long count, float (*total)[BLOCK]) {
+    const long eights = count == 1 ? 4 : count <= 3 ? 2 : 1;
+    for (long lane = 0; lane < 32; lane += 8 * eights)
+        slice(p, numbers, scales, in, g, first, lane, count, eights, total);
+}
+
+static void block(const uint8_t *p, const bf16 *scales, long stride, Inputs in, bf16 *out, long out_stride) {
+    float total[PASS][BLOCK], numbers[GROUP * BLOCK];
+    memset(total, 0, in.rows * sizeof *total);
+    for (long g = 0; g < in.width / GROUP; g++, p += GROUP * 32, scales += stride) {
+        for (long k = 0; k < GROUP && in.rows > MAX_ROWS; k++)
+            for (long q = 0; q < 8; q++) {
+                v8 w = nibbles(p + k * 32 + q % 4 * 8, q / 4);
+                memcpy(numbers + k * BLOCK + q * 8, &w, sizeof w);
+            }
+        for (long first = 0; first < in.rows; first += MAX_ROWS) {
+            long some = in.rows - first < MAX_ROWS ? in.rows - first : MAX_ROWS;
+#define CALL(size) slices(p, 0, scales, in, g, first, size, total + first)
+#define CALL_NUMBERS(size) slices(p, numbers, scales, in, g, first, size, total + first)
+            if (in.rows > MAX_ROWS) FOR_1_TO_6(some, CALL_NUMBERS)
+            else FOR_1_TO_6(some, CALL)
+#undef CALL
+#undef CALL_NUMBERS
+        }
+    }
+    for (long t = 0; t < in.rows; t++)
+        for (long r = 0; r < BLOCK; r++) out[t * out_stride + r] = down(total[t][r]);
+}
 #endif
 
+/* Of a group of inputs, the sum. */
+static inline float sum_of(const bf16 *x) {
+    return sum8((ups8(x) + ups8(x + 8)) + (ups8(x + 16) + ups8(x + 24)));
+}
+
 /* y = x @ w.T, all bf16, for `count` rows of x. rows, a multiple of 64, are outputs; scales is
- * (width / 32, rows, 2): step and zero. scratch holds count * width / 32 floats. */
+ * (width / 32, rows, 2): step and zero. scratch holds min(count, PASS) * (width + width / 32) floats. */
 void tile_linear(const uint8_t *packed, const bf16 *scales, const bf16 *x, bf16 *y, long rows, long width,
                  long count, float *scratch) {
-#ifdef __AVX512BF16__
     long groups = width / GROUP;
-    for (long g = 0; g < count * groups; g++) {
-        float sum = 0;
-        for (long i = 0; i < GROUP; i++) sum += up(x[g * GROUP + i]);
-        scratch[g] = sum;
-    }
+    for (long from = 0; from < count; from += PASS, x += PASS * width, y += PASS * rows) {
+        long some = count - from < PASS ? count - from : PASS;
+#ifdef __AVX512BF16__
+        for (long g = 0; g < some * groups; g++) scratch[g] = sum_of(x + g * GROUP);
 #pragma omp parallel for schedule(static)
-    for (long b = 0; b < rows / BLOCK; b++)
-        for (long first = 0; first < count; first += MAX_ROWS) {
-            long some = count - first < MAX_ROWS ? count - first : MAX_ROWS;
-            block_sized(packed + b * width * GROUP, scales + 2 * b * BLOCK, 2 * rows, width,
-                        x + first * width, scratch + first * groups, some, y + first * rows + b * BLOCK,
-                        rows);
+        for (long b = 0; b < rows / BLOCK; b++)
+            for (long first = 0; first < some; first += MAX_ROWS) {
+                long few = some - first < MAX_ROWS ? some - first : MAX_ROWS;
+                block_sized(packed + b * width * GROUP, scales + 2 * b * BLOCK, 2 * rows, width,
+                            x + first * width, scratch + first * groups, few, y + first * rows + b * BLOCK,
+                            rows);
+            }
+#else
+        float *numbers = scratch + some * groups;
+        Inputs in = {some, width, numbers, scratch};
+#pragma omp parallel
+        {
+#pragma omp for schedule(static)
+            for (long g = 0; g < some * groups; g++) {
+                scratch[g] = sum_of(x + g * GROUP);
+                for (long i = g * GROUP; i < (g + 1) * GROUP; i++) numbers[i] = up(x[i]);
+            }
+#pragma omp for schedule(static)
+            for (long b = 0; b < rows / BLOCK; b++)
+                block(packed + b * width * GROUP, scales + 2 * b * BLOCK, 2 * rows, in, y + b * BLOCK, rows);
         }
 #endif
+    }
 }

@@ -153,12 +153,9 @@ def read_header(folder: Path) -> Pack:
     if body.get("layouts") != LAYOUTS:
         raise damaged(folder, f"it was packed for another machine's kernels ({body['layouts']})")
     try:
-        pack = _pack(folder, body)
+        return _pack(folder, body)
     except (KeyError, TypeError, ValueError) as e:
         raise damaged(folder, f"its header is malformed ({e})") from None
-    if "int4" in pack.encodings and not int4.supported():
-        raise damaged(folder, f"torch's int4 kernel here does not read its layout ({int4.LAYOUT})")
-    return pack
 
 
 def damaged(folder: Path, problem: str) -> PackError:

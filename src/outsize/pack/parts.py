@@ -76,15 +76,11 @@ def encoding_for(tensor: Tensor, wanted: str, grouped: bool) -> str:
             f"{tensor.path.name}: tensor {tensor.name!r} has type {kind.name}, which outsize cannot "
             "read; use F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K"
         )
-    if wanted == "int4" and not int4.supported():
-        raise UnsupportedError(
-            "torch's int4 kernel on this machine reads another layout than AVX-512's; "
-            "use --encoding auto or int8"
-        )
     if wanted != "auto":
         return wanted
     fits = grouped and tensor.shape[-1] % 64 == 0
-    if kind.name in CODED and int4.supported() and not (fits and kind.name in GROUPED):
+    tiles = grouped or int4.supported()
+    if kind.name in CODED and tiles and not (fits and kind.name in GROUPED):
         return CODED[kind.name]
     if kind.name not in BYTES and kind.name not in CODED and kind.name not in GROUPED:
         return "bf16"

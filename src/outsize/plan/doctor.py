@@ -49,17 +49,19 @@ def examine() -> dict[str, object]:
 def complaints(seen: dict[str, object]) -> list[str]:
     """What would run slowly here, why, and what helps."""
     out = []
-    if not seen["int4_kernel"]:
+    if not seen["int4_kernel"] and not seen["native_kernels"]:
         out.append(
             f"torch's int4 kernel here ({seen['torch_kernels']}) reads another layout than AVX-512's: "
-            "4-bit tensors are packed in 8 bits, twice the bytes"
+            "4-bit tensors are packed in 8 bits, twice the bytes; install gcc or clang"
         )
     if not seen["native_kernels"]:
         missing = "no C compiler was found" if seen["compiler"] is None else "compiling failed"
         out.append(f"{missing}: decoding runs about a quarter slower; install gcc or clang")
     bf16, fp32 = float(str(seen["bf16_flops"])), float(str(seen["fp32_flops"]))
     if bf16 < 1.5 * fp32:
-        out.append("no fast bf16 arithmetic: long prompts take two to four times as long")
+        out.append(
+            "no fast bf16 arithmetic: products run in fp32, and long prompts take two to four times as long"
+        )
     if int(str(seen["threads"])) > int(str(seen["cores"])):
         out.append(f"{seen['threads']} threads on {seen['cores']} cores: use --threads")
     if int(str(seen["disk_free_bytes"])) < 2e9:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from outsize.cache.kv import KV
 from outsize.encoding.find import encoding
-from outsize.encoding.int4 import supported
 from outsize.family.description import Description, Layer, Rope
 from outsize.model.halves import Half, attention_half, ffn_half
 from outsize.model.step import Segment, Step
@@ -43,8 +42,7 @@ def wake(kernels: Kernels | None) -> None:
         os.environ.setdefault(name, str(COMPILED))
     layer = Layer(Rope(10000.0))
     d = Description("wake", WIDTH, 4, 2, HEAD, WIDTH, WIDTH, 2 * TOKENS, 1e-5, 0.125, (layer,))
-    names = ("int4", "int8") if supported() else ("int8",)
-    for name in (*names, *(("group8",) if kernels else ()), "fp32"):
+    for name in ("int4", "int8", *(("group8",) if kernels else ()), "fp32"):
         weights = _weights(d, name, kernels)
         plain = name == "fp32"
         kv = KV(1, d.num_kv_heads, d.head_dim, torch.float32 if plain else torch.bfloat16)
