@@ -40,7 +40,7 @@ def test_quality_against_transformers(
     quality.show(str(folder_of("qwen3")), text, 120, encoding, True, True)
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["tokens"] == 120
-    assert abs(result["kl_mean"]) < kl  # in fp32 rounding may leave less than nothing
+    assert 0 <= result["kl_mean"] < kl
     assert 0 <= result["step_kl_mean"] < kl
     assert result["top1_agreement"] >= agreement
     exact = result["reference_perplexity"]

@@ -68,9 +68,9 @@ def reference_logits(files: Sequence[str], tokens: Sequence[int]) -> Tensor:
 
 def compare(reference_KV: Tensor, ours_KV: Tensor) -> tuple[float, int]:
     """Summed KL(reference || ours) in nats, and how often the likeliest token is the same."""
-    p, q = torch.log_softmax(reference_KV, 1), torch.log_softmax(ours_KV, 1)
+    p, q = (torch.log_softmax(x, 1, dtype=torch.float64) for x in (reference_KV, ours_KV))
     agree = (reference_KV.argmax(1) == ours_KV.argmax(1)).sum()
-    return float((p.exp() * (p - q)).sum(dtype=torch.float64)), int(agree)
+    return float((p.exp() * (p - q)).sum()), int(agree)
 
 
 @torch.inference_mode()

@@ -66,11 +66,8 @@ static int is_fast(long E) {
 }
 
 /* The plain way, for heads of other sizes. */
-static void plain_turn(const bf16 *k, long n, long E, uint32_t *out) { memcpy(out, k, n * E * sizeof *k); }
-
 static void
-plain_scores(const uint32_t *turned, long n, long E, const bf16 *const *q, const long count, float (*out)[CHUNK]) {
-    const bf16 *k = (const bf16 *)turned;
+plain_scores(const bf16 *k, long n, long E, const bf16 *const *q, const long count, float (*out)[CHUNK]) {
     for (long i = 0; i < count; i++)
         for (long s = 0; s < n; s++) {
             float sum = 0;
@@ -170,12 +167,9 @@ mix(const bf16 *v, long n, long E, float (*w)[CHUNK], const long count, float *c
     }
 }
 #else
-static void turn(const bf16 *k, long n, long E, uint32_t *out) { plain_turn(k, n, E, out); }
-
 /* A key becomes floats once for all queries. */
 static inline __attribute__((always_inline)) void
-scores(const uint32_t *turned, long n, long E, const bf16 *const *q, const long count, float (*out)[CHUNK]) {
-    const bf16 *k = (const bf16 *)turned;
+scores(const bf16 *k, long n, long E, const bf16 *const *q, const long count, float (*out)[CHUNK]) {
     float query[TILE][E];
     for (long i = 0; i < count; i++)
         for (long e = 0; e < E; e++) query[i][e] = up(q[i][e]);
@@ -220,7 +214,8 @@ static void soften(float *score, long n, long lo, long hi, float *top, float *to
     *total = sum;
 }
 
-static void scores_sized(const uint32_t *k, long n, long E, const bf16 *const *q, long count, float (*out)[CHUNK]) {
+/* `k`: keys, turned where there are products of bf16 and the heads' size allows it. */
+static void scores_sized(const void *k, long n, long E, const bf16 *const *q, long count, float (*out)[CHUNK]) {
     if (!is_fast(E)) { plain_scores(k, n, E, q, count, out); return; }
 #define CALL(size) scores(k, n, E, q, size, out)
     FOR_1_TO_8(count, CALL)
@@ -242,9 +237,14 @@ static void run(const Attention *a, Task task, const Row *row, const bf16 *q, fl
     long n = task.hi - task.lo, j = task.head, queries = (task.r1 - task.r0) * G;
     const bf16 *k = row[task.r0].cache + (j * row[task.r0].capacity + task.lo) * E;
     const bf16 *v = k + J * row[task.r0].capacity * E;
+    const void *keys = k;
+#ifdef __AVX512BF16__
     uint32_t turned[(n + LANES - 1) / LANES * LANES * E / 2];
-    if (is_fast(E)) turn(k, n, E, turned);
-    else plain_turn(k, n, E, turned);
+    if (is_fast(E)) {
+        turn(k, n, E, turned);
+        keys = turned;
+    }
+#endif
     for (long at = 0; at < queries; at += TILE) {
         long count = queries - at < TILE ? queries - at : TILE, used = 0;
         const bf16 *query[TILE];
@@ -265,7 +265,7 @@ static void run(const Attention *a, Task task, const Row *row, const bf16 *q, fl
             hi[used++] = high;
         }
         float w[TILE][CHUNK];
-        scores_sized(turned, n, E, query, used, w);
+        scores_sized(keys, n, E, query, used, w);
         for (long i = 0; i < used; i++) soften(w[i], n, lo[i], hi[i], top[i], top[i] + G);
         mix_sized(v, n, E, w, used, out);
     }

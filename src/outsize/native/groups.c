@@ -9,7 +9,7 @@
 #include "numbers.h"
 
 typedef _Float16 half;
-enum { GROUP = 32, BLOCK = 64, LANES = 16, MAX_ROWS = 8, PASS = 48 };
+enum { GROUP = 32, BLOCK = 64, LANES = 16, MAX_ROWS = 8 };
 
 #ifdef __AVX512VNNI__
 /* One input row: high and low bytes; for every 4 weights, -offset times their inputs and the scale of

@@ -15,7 +15,7 @@ from outsize.native.build import library
 from outsize.native.matrices import ExpertMatrices, GroupMatrix, LowRankMatrix, Place
 
 CHUNK = 256
-PASS = 48  # rows that tiles.c and groups.c take at a time
+PASS = 48  # as in numbers.h
 _P, _L, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
 
@@ -150,7 +150,7 @@ class Kernels:
         groups, rows, _ = scales.shape
         count, x_TK = len(x_TK), x_TK.contiguous()
         out = torch.empty(count, rows, dtype=torch.bfloat16)
-        scratch = torch.empty(min(count, PASS) * groups * 33)
+        scratch = torch.empty(min(count, PASS) * groups * (1 if self.multiplies_bf16 else 33))
         self._tiles(
             packed.data_ptr(), scales.data_ptr(), x_TK.data_ptr(), out.data_ptr(), rows, groups * 32,
             count, scratch.data_ptr(),

@@ -75,10 +75,10 @@ static inline void add16(const bf16 *b, long stride, long rank, const bf16 *inne
     v8 sum[2] = {{0}, {0}};
     for (long r = 0; r < rank / 2; r++)
         for (long h = 0; h < 2; h++) {
-            v8i pairs;
-            memcpy(&pairs, b + r * stride + 16 * h, sizeof pairs);
-            sum[h] += (v8)(pairs << 16) * up(inner[r * step]);
-            sum[h] += (v8)(pairs & (int32_t)0xFFFF0000) * up(inner[r * step + 1]);
+            v8 first, second;
+            pairs8(b + r * stride + 16 * h, &first, &second);
+            sum[h] += first * up(inner[r * step]);
+            sum[h] += second * up(inner[r * step + 1]);
         }
     for (long i = 0; i < 16; i++) y[i] = down(up(y[i]) + sum[i / 8][i % 8]);
 #endif

@@ -7,6 +7,7 @@
 #endif
 
 typedef uint16_t bf16;
+enum { PASS = 48 }; /* rows of x that tiles.c and groups.c take at a time: their scratch is for so many */
 
 typedef struct {
     long bits;            /* groups of 4, 5 or 8 bits (groups.c); 0: int4 tiles (tiles.c) */
@@ -45,14 +46,6 @@ static inline v8i bytes8(const uint8_t *p) {
 #endif
 }
 
-static inline v8i signed8(const int8_t *p) {
-#ifdef __AVX2__
-    return (v8i)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p));
-#else
-    return (v8i){p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
-#endif
-}
-
 /* Eight bf16 as floats. */
 static inline v8 ups8(const bf16 *p) {
 #ifdef __AVX2__
@@ -60,6 +53,14 @@ static inline v8 ups8(const bf16 *p) {
 #else
     return (v8)((v8i){p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]} << 16);
 #endif
+}
+
+/* Sixteen bf16 that lie in pairs: the first of each, and the second. */
+static inline void pairs8(const bf16 *p, v8 *first, v8 *second) {
+    v8i both;
+    memcpy(&both, p, sizeof both);
+    *first = (v8)(both << 16);
+    *second = (v8)(both & (int32_t)0xFFFF0000);
 }
 
 static inline v8 floats8(v8i x) { return __builtin_convertvector(x, v8); }

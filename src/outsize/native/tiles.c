@@ -8,7 +8,7 @@
  */
 #include "numbers.h"
 
-enum { GROUP = 32, BLOCK = 64, MAX_ROWS = 6, PASS = 48 };
+enum { GROUP = 32, BLOCK = 64, MAX_ROWS = 6 };
 
 /* Are products of bf16 faster than those of floats? */
 int bf16_products(void) {
@@ -119,9 +119,9 @@ slice(const uint8_t *p, const float *numbers, const bf16 *scales, Inputs in, lon
     }
     for (long q = 0; q < 2 * eights; q++) {
         long at = q % 2 * 32 + lane + q / 2 * 8;
-        v8i pairs;
-        memcpy(&pairs, scales + 2 * at, sizeof pairs);
-        v8 step = (v8)(pairs << 16), low = (v8)(pairs & (int32_t)0xFFFF0000) - 8 * step;
+        v8 step, low;
+        pairs8(scales + 2 * at, &step, &low);
+        low -= 8 * step;
         for (long t = 0; t < count; t++) {
             float *out = total[t] + at;
             v8 sum = load8(out) + acc[t][q] * step;
@@ -170,7 +170,8 @@ static inline float sum_of(const bf16 *x) {
 }
 
 /* y = x @ w.T, all bf16, for `count` rows of x. rows, a multiple of 64, are outputs; scales is
- * (width / 32, rows, 2): step and zero. scratch holds min(count, PASS) * (width + width / 32) floats. */
+ * (width / 32, rows, 2): step and zero. scratch holds width / 32 floats for each of
+ * min(count, PASS) rows; without products of bf16 width more. */
 void tile_linear(const uint8_t *packed, const bf16 *scales, const bf16 *x, bf16 *y, long rows, long width,
                  long count, float *scratch) {
     long groups = width / GROUP;
