@@ -20,7 +20,7 @@ from outsize.decode.sample import greedy
 from outsize.draft.masks import MaskDraft
 from outsize.draft.none import Drafter, NoDraft
 from outsize.drafting import mask_model
-from outsize.forward.full import full
+from outsize.forward.full import NARROW, full
 from outsize.forward.span import Masks, Span
 from outsize.model.adapter import Adapter
 from tests.drafts import random_parameters, write_masks
@@ -163,4 +163,8 @@ def test_every_drafter_gives_the_answers_of_none(
         assert [r.text for r in sampled] == [r.text for r in warm]
         if draft.startswith("model"):
             assert all(r.tokens_per_step > 3 for r in drafted if r.new_tokens > 20)
-            assert sum(r.accepted for r in drafted) == sum(r.drafted for r in drafted)
+            # Longer prompts are read whole, and by the draft with one token more: other sums, other ties.
+            alike = [r for p, r in zip(prompts, drafted, strict=True) if len(p) < NARROW]
+            assert len(alike) > 5
+            assert all(r.accepted == r.drafted > 20 for r in alike)
+            assert sum(r.accepted for r in drafted) > 0.98 * sum(r.drafted for r in drafted)

@@ -24,7 +24,7 @@ static void linear(const Matrix *m, const bf16 *x, bf16 *y, long count, char *sc
 }
 
 /* x is (T, D) bf16, out (T, used, D) fp32. Expert e has counts[e] places, one after the other. scratch holds
- * `most` (the largest count) times 5 * max(D, F) + 4 * D + 6 * F bytes: see Kernels.experts. */
+ * `most` (the largest count) times 4 * max(D, F) + 4 * D + 6 * F bytes: see Kernels.experts. */
 void expert_rows(const Expert *const *experts, const long *counts, const Place *places, long num,
                  const bf16 *x, float *out, long used, long most, int kind, char *scratch) {
     for (long e = 0; e < num; places += counts[e++]) {

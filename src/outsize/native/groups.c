@@ -2,8 +2,8 @@
  *
  * bf16 inputs meet codes as bf16 numbers where the processor has products of those. Else, with AVX-512 VNNI,
  * the input is taken as 16-bit integers, one scale a group, split into a high and a low byte, so that products and
- * sums within a group are exact integers; groups are then summed in fp32 in a fixed order. On other processors
- * codes and inputs become floats. A row's bits depend on nothing but the row.
+ * sums within a group are exact integers; groups are then summed in fp32 in a fixed order. Other processors multiply
+ * the 16 bits as they are. A row's bits depend on nothing but the row.
  * Blocks of 64 weights: two groups, A then B.
  */
 #include "numbers.h"
@@ -18,17 +18,25 @@ typedef struct {
     int8_t *high, *low;
     int32_t *start;
     float *scale;
-} Input;
+} Row;
 
-static Input input_at(char *scratch, long row, long width) {
-    char *p = scratch + row * width * 4;
-    Input x = {(int8_t *)p, (int8_t *)p + width, (int32_t *)(p + 2 * width),
-               (float *)(p + 3 * width)};
+typedef char *Input; /* row after row */
+
+static Row row_at(Input input, long row, long width) {
+    char *p = input + row * width * 4;
+    Row x = {(int8_t *)p, (int8_t *)p + width, (int32_t *)(p + 2 * width), (float *)(p + 3 * width)};
     return x;
 }
 
-static void take(const float *x, long width, long offset, Input out) {
-    for (long g = 0; g < width / GROUP; g++, x += GROUP) {
+static Input input_at(char *scratch, long first, long rows, long width) {
+    (void)rows;
+    return scratch + first * width * 4;
+}
+
+static void take(const Matrix *m, const float *x, long row, long rows, Input input) {
+    (void)rows;
+    Row out = row_at(input, row, m->width);
+    for (long g = 0; g < m->width / GROUP; g++, x += GROUP) {
         float top = 0;
         for (long i = 0; i < GROUP; i++) top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
         float inverse = top > 0 ? 32000.0f / top : 0;
@@ -41,7 +49,7 @@ static void take(const float *x, long width, long offset, Input out) {
             int32_t sum = 0;
             for (long i = g * GROUP + 4 * l; i < g * GROUP + 4 * l + 4; i++)
                 sum += 256 * out.high[i] + out.low[i];
-            out.start[g * GROUP / 4 + l] = -(int32_t)offset * sum;
+            out.start[g * GROUP / 4 + l] = -(1 << (m->bits - 1)) * sum;
             out.scale[g * GROUP / 4 + l] = top / 32000.0f;
         }
     }
@@ -60,9 +68,13 @@ static inline __attribute__((always_inline)) __m512i codes_of(const Matrix *m, l
 }
 
 static inline __attribute__((always_inline)) void
-dot(const Matrix *m, long bits, long n, const Input *x, long count, float *out) {
+dot(const Matrix *m, long bits, long n, Input input, long count, float *out) {
     __m512 sum[MAX_ROWS];
-    for (long t = 0; t < count; t++) sum[t] = _mm512_setzero_ps();
+    Row x[MAX_ROWS];
+    for (long t = 0; t < count; t++) {
+        sum[t] = _mm512_setzero_ps();
+        x[t] = row_at(input, t, m->width);
+    }
     const half *scale = (const half *)m->scale + n * (m->width / GROUP);
     const __m512i lanes = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
     for (long k = 0; k < m->width; k += BLOCK) {
@@ -90,44 +102,72 @@ dot(const Matrix *m, long bits, long n, const Input *x, long count, float *out) 
     }
 }
 #else
-/* One input row: of each group eight numbers that its sum starts from, -offset times its inputs, four by four; then
- * the inputs. In scratch these are 5 * width bytes. */
-enum { TAKEN = 8 + GROUP };
-typedef float *Input;
+/* Up to MAX_ROWS input rows as integers. Of each group, what an integer is worth in each row, then each row's integers:
+ * in scratch 2.125 * width bytes a row. */
+typedef struct {
+    float *scale; /* (width / GROUP, rows) */
+    int16_t *x;   /* (width / GROUP, rows, GROUP) */
+} Input;
 
-static Input input_at(char *scratch, long row, long width) {
-    return (float *)scratch + row * (width / GROUP * TAKEN);
+static Input input_at(char *scratch, long first, long rows, long width) {
+    char *p = scratch + first * width * 4;
+    Input x = {(float *)p, (int16_t *)(p + rows * (width / GROUP) * sizeof(float))};
+    return x;
 }
 
-static void take(const float *x, long width, long offset, Input out) {
-    for (long g = 0; g < width / GROUP; g++, x += GROUP, out += TAKEN) {
-        v8 start = (load8(x) + load8(x + 8) + load8(x + 16) + load8(x + 24)) * (float)-offset;
-        memcpy(out, &start, sizeof start);
-        memcpy(out + 8, x, GROUP * sizeof *x);
-    }
+static void take(const Matrix *m, const float *x, long row, long rows, Input out) {
+    for (long g = 0; g < m->width / GROUP; g++)
+        out.scale[g * rows + row] = integers32(x + g * GROUP, out.x + (g * rows + row) * GROUP);
 }
 
-/* Bytes of 32 codes: 16 where a code's fifth bit is set. */
-static inline void fifths(const uint8_t *high, uint8_t *out) {
+typedef uint8_t u32 __attribute__((vector_size(32)));
+
+/* 16 where a code's fifth bit is set. */
+static inline u32 fifths(const uint8_t *high) {
 #ifdef __AVX2__
     int32_t bits;
     memcpy(&bits, high, 4);
     const __m256i spread = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
     const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201);
     __m256i own = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), spread), bit);
-    own = _mm256_and_si256(_mm256_cmpeq_epi8(own, bit), _mm256_set1_epi8(16));
-    _mm256_storeu_si256((void *)out, own);
+    return (u32)_mm256_and_si256(_mm256_cmpeq_epi8(own, bit), _mm256_set1_epi8(16));
 #else
+    u32 out;
     for (long i = 0; i < GROUP; i++) out[i] = (high[i / 8] >> (i % 8) & 1) << 4;
+    return out;
 #endif
 }
 
-/* Eight codes, from `i` on, of the block of 64 that begins at `at`; `fifth`: their fifth bits. */
-static inline __attribute__((always_inline)) v8
-codes_of(const Matrix *m, long bits, long at, long i, const uint8_t *fifth) {
-    if (bits == 8) return floats8(bytes8(m->codes + at + i));
-    v8i both = bytes8(m->codes + at / 2 + i % GROUP), code = i < GROUP ? both & 15 : both >> 4;
-    return floats8(bits == 5 ? code | bytes8(fifth + i % GROUP) : code);
+/* Sixteen of a group's bytes, signed, as integers of 16 bits. */
+static inline v16 widened(u32 bytes, long half) {
+#ifdef __AVX2__
+    __m256i all = (__m256i)bytes;
+    return (v16)_mm256_cvtepi8_epi16(half ? _mm256_extracti128_si256(all, 1) : _mm256_castsi256_si128(all));
+#else
+    v16 out;
+    for (long i = 0; i < 16; i++) out[i] = (int8_t)bytes[16 * half + i];
+    return out;
+#endif
+}
+
+/* The block of 64 codes that begins at `at`, less their offset. */
+static inline __attribute__((always_inline)) void codes_of(const Matrix *m, long bits, unsigned long at, v16 *out) {
+    u32 a, b;
+    if (bits == 8) {
+        memcpy(&a, m->codes + at, sizeof a);
+        memcpy(&b, m->codes + at + GROUP, sizeof b);
+    } else {
+        memcpy(&a, m->codes + at / 2, sizeof a);
+        b = a >> 4;
+        a &= 15;
+        if (bits == 5) {
+            a |= fifths(m->high + at / 8);
+            b |= fifths(m->high + at / 8 + 4);
+        }
+    }
+    a -= (uint8_t)(1 << (bits - 1));
+    b -= (uint8_t)(1 << (bits - 1));
+    for (long i = 0; i < 4; i++) out[i] = widened(i < 2 ? a : b, i % 2);
 }
 
 /* Scales as floats, each once for all rows. */
@@ -139,30 +179,40 @@ static inline void scales_of(const half *scale, long groups, float *out) {
     for (; g < groups; g++) out[g] = (float)scale[g];
 }
 
+/* Of weights and inputs together, MAX_ROWS apart; what follows a group's own is of no use. */
 static inline __attribute__((always_inline)) void
-dot(const Matrix *m, const long bits, long n, const Input *x, const long count, float *out) {
+scales_for(const Matrix *m, long n, const float *scale, const long count, float *out) {
+    const long groups = m->width / GROUP;
+    float own[groups];
+    scales_of((const half *)m->scale + n * groups, groups, own);
+    for (long g = 0; g < groups; g++) {
+        v8 both = load8(scale + g * count) * own[g];
+        memcpy(out + g * MAX_ROWS, &both, sizeof both);
+    }
+}
+
+static inline __attribute__((always_inline)) void
+dot(const Matrix *m, const long bits, long n, Input x, const long count, float *out) {
+    const long groups = m->width / GROUP;
     v8 sum[MAX_ROWS];
+    float scale[groups * MAX_ROWS];
+    scales_for(m, n, x.scale, count, scale);
     for (long t = 0; t < count; t++) sum[t] = (v8){0};
-    float scale[m->width / GROUP];
-    scales_of((const half *)m->scale + n * (m->width / GROUP), m->width / GROUP, scale);
-    for (long k = 0; k < m->width; k += BLOCK)
-        for (long g = 0; g < 2; g++) {
-            uint8_t fifth[GROUP];
-            if (bits == 5) fifths(m->high + (n * m->width + k) / 8 + 4 * g, fifth);
-            v8 w[4];
-            for (long i = 0; i < 4; i++) w[i] = codes_of(m, bits, n * m->width + k, g * GROUP + 8 * i, fifth);
+    for (long g = 0; g < groups; g += 2) {
+        v16 w[4];
+        codes_of(m, bits, n * m->width + g * GROUP, w);
+        for (long i = 0; i < 2; i++)
             for (long t = 0; t < count; t++) {
-                const float *in = x[t] + (k / GROUP + g) * TAKEN;
-                v8 a = load8(in) + w[0] * load8(in + 8) + w[1] * load8(in + 16);
-                v8 b = w[2] * load8(in + 24) + w[3] * load8(in + 32);
-                sum[t] += (a + b) * scale[k / GROUP + g];
+                const int16_t *in = x.x + ((g + i) * count + t) * GROUP;
+                v8i both = dot16(w[2 * i], load16(in)) + dot16(w[2 * i + 1], load16(in + 16));
+                sum[t] += floats8(both) * scale[(g + i) * MAX_ROWS + t];
             }
-        }
+    }
     for (long t = 0; t < count; t++) out[t] = sum8(sum[t]);
 }
 #endif
 
-static void dot_sized(const Matrix *m, long n, const Input *x, long count, float *out) {
+static void dot_sized(const Matrix *m, long n, Input x, long count, float *out) {
 #define CALL4(size) dot(m, 4, n, x, size, out)
 #define CALL5(size) dot(m, 5, n, x, size, out)
 #define CALL8(size) dot(m, 8, n, x, size, out)
@@ -280,16 +330,15 @@ taken_linear(const Matrix *m, const void *x, void *y, long from, long count, int
             float row[K];
             for (long i = 0; i < K; i++)
                 row[i] = wide ? ((const float *)x)[(from + t) * K + i] : up(((const bf16 *)x)[(from + t) * K + i]);
-            take(row, K, 1l << (m->bits - 1), input_at(scratch, t, K));
+            long first = t - t % MAX_ROWS, some = count - first < MAX_ROWS ? count - first : MAX_ROWS;
+            take(m, row, t - first, some, input_at(scratch, first, some, K));
         }
 #pragma omp for schedule(static)
         for (long n = 0; n < N; n++)
             for (long first = 0; first < count; first += MAX_ROWS) {
                 long some = count - first < MAX_ROWS ? count - first : MAX_ROWS;
-                Input in[MAX_ROWS];
                 float out[MAX_ROWS];
-                for (long t = 0; t < some; t++) in[t] = input_at(scratch, first + t, K);
-                dot_sized(m, n, in, some, out);
+                dot_sized(m, n, input_at(scratch, first, some, K), some, out);
                 for (long t = 0; t < some; t++) {
                     long at = (from + first + t) * N + n;
                     if (wide) ((float *)y)[at] = out[t];
@@ -300,7 +349,7 @@ taken_linear(const Matrix *m, const void *x, void *y, long from, long count, int
 }
 
 /* y = x @ w.T for `count` rows. x and y are bf16, or fp32 where `wide` is set. scratch holds
- * min(count, PASS) * 5 * width bytes. */
+ * min(count, PASS) * 4 * width bytes. */
 void group_linear(const Matrix *m, const void *x, void *y, long count, int wide, char *scratch) {
 #ifdef __AVX512BF16__
     if (!wide) {
@@ -340,14 +389,10 @@ decode_row(const Matrix *m, long bits, long n, bf16 *out) {
 static inline __attribute__((always_inline)) void
 decode_row(const Matrix *m, long bits, long n, bf16 *out) {
     const half *scale = (const half *)m->scale + n * (m->width / GROUP);
-    for (long k = 0; k < m->width; k += GROUP) {
-        uint8_t fifth[GROUP];
-        if (bits == 5) fifths(m->high + (n * m->width + k) / 8, fifth);
-        for (long i = 0; i < GROUP; i += 8) {
-            v8 w = codes_of(m, bits, n * m->width + k / BLOCK * BLOCK, k % BLOCK + i, fifth);
-            w = (w - (float)(1 << (bits - 1))) * (float)scale[k / GROUP];
-            for (long l = 0; l < 8; l++) out[k + i + l] = down(w[l]);
-        }
+    for (long k = 0; k < m->width; k += BLOCK) {
+        v16 codes[4];
+        codes_of(m, bits, n * m->width + k, codes);
+        for (long i = 0; i < BLOCK; i++) out[k + i] = down(codes[i / 16][i % 16] * (float)scale[(k + i) / GROUP]);
     }
 }
 #endif

@@ -116,7 +116,7 @@ class Kernels:
         """(T, N) in the type of x, bf16 or fp32."""
         rows, x_TK = len(x_TK), x_TK.contiguous()
         out = torch.empty(rows, matrix.num_rows, dtype=x_TK.dtype)
-        scratch = torch.empty(min(rows, PASS) * matrix.width * 5, dtype=torch.uint8)
+        scratch = torch.empty(min(rows, PASS) * matrix.width * 4, dtype=torch.uint8)
         wide = x_TK.dtype == torch.float32
         self._linear(
             matrix.pointer, x_TK.data_ptr(), out.data_ptr(), rows, wide, scratch.data_ptr()
@@ -150,7 +150,7 @@ class Kernels:
         groups, rows, _ = scales.shape
         count, x_TK = len(x_TK), x_TK.contiguous()
         out = torch.empty(count, rows, dtype=torch.bfloat16)
-        scratch = torch.empty(min(count, PASS) * groups * (1 if self.multiplies_bf16 else 33))
+        scratch = torch.empty(min(count, PASS) * groups * (1 if self.multiplies_bf16 else 18))
         self._tiles(
             packed.data_ptr(), scales.data_ptr(), x_TK.data_ptr(), out.data_ptr(), rows, groups * 32,
             count, scratch.data_ptr(),
@@ -217,7 +217,7 @@ class Kernels:
         counts = (_L * num)(*[len(p) for p in places])
         cells = (Place * sum(counts))(*[Place(*cell) for p in places for cell in p])
         scratch = torch.empty(
-            most * (max(width, inner) * 5 // 2 + 2 * width + 3 * inner), dtype=torch.int16
+            most * (2 * max(width, inner) + 2 * width + 3 * inner), dtype=torch.int16
         )
         self._experts(
             pointers, counts, cells, num, x_TD.data_ptr(), out_TKD.data_ptr(), out_TKD.shape[1],

@@ -63,6 +63,44 @@ static inline void pairs8(const bf16 *p, v8 *first, v8 *second) {
     *second = (v8)(both & (int32_t)0xFFFF0000);
 }
 
+/* Sixteen integers of 16 bits: what codes and inputs meet as where there are no products of bf16. */
+typedef int16_t v16 __attribute__((vector_size(32)));
+
+static inline v16 load16(const int16_t *x) {
+    v16 out;
+    memcpy(&out, x, sizeof out);
+    return out;
+}
+
+/* Eight sums of two neighbours' products. */
+static inline v8i dot16(v16 a, v16 b) {
+#ifdef __AVX2__
+    return (v8i)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    v8i x = (v8i)a, y = (v8i)b;
+    return (x >> 16) * (y >> 16) + (x << 16 >> 16) * (y << 16 >> 16);
+#endif
+}
+
+/* A group of 32 inputs as integers, to 2^-15 of the largest, and so bf16 ones down to 2^-7 of it exactly. Returns
+ * what one is worth, a power of two; not a number, or infinite, where an input is. */
+static inline float integers32(const float *x, int16_t *out) {
+    union { uint32_t i; float f; } top = {0}, one;
+    for (long i = 0; i < 32; i++) {
+        memcpy(&one, x + i, sizeof one);
+        one.i &= 0x7FFFFFFF; /* as integers, positive floats are in order */
+        top.i = one.i > top.i ? one.i : top.i;
+    }
+    top.i &= 0x7F800000;
+    float inverse = top.f > 1e-30f ? 16384.0f / top.f : 0;
+    for (long i = 0; i < 32; i++) {
+        float v = x[i] * inverse;
+        one.f = (v > 32767.0f ? 32767.0f : v) + 12582912.0f; /* 1.5 * 2^23: rounds, the integer its low bits */
+        out[i] = (int16_t)one.i;
+    }
+    return top.f / 16384.0f;
+}
+
 static inline v8 floats8(v8i x) { return __builtin_convertvector(x, v8); }
 
 static inline float sum8(v8 x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }

@@ -2,8 +2,8 @@
  * whose low nibbles are rows 0-31 and high nibbles rows 32-63; w = step * (code - 8) + zero in groups of 32.
  *
  * Where the processor has products of bf16, codes become such numbers by a table in a register (exact) and two
- * inputs of a row are multiplied and added at a time; elsewhere codes and inputs become floats. A group's sum
- * meets its step and zero once. The decoded codes serve up to six rows of x. What is done for a row does not
+ * inputs of a row are multiplied and added at a time; elsewhere inputs become integers of 16 bits, one scale a
+ * group, and a group's sum is exact. It meets its step and zero once. The decoded codes serve up to six rows of x. What is done for a row does not
  * depend on how many others there are, so neither do its bits.
  */
 #include "numbers.h"
@@ -91,30 +91,36 @@ static void block_sized(const uint8_t *p, const bf16 *scales, long stride, long 
 #else
 typedef struct {
     long rows, width;
-    const float *x, *sums; /* (rows, width); (rows, width / GROUP) */
+    const int16_t *x;          /* (rows, width) */
+    const float *scale, *sums; /* of each group: (rows, width / GROUP) */
 } Inputs;
 
-/* Low or high nibbles of eight bytes, as floats. */
-static inline v8 nibbles(const uint8_t *p, long high) { return floats8(high ? bytes8(p) >> 4 : bytes8(p) & 15); }
+/* Codes of two inputs, side by side, for eight outputs: low or high nibbles of the bytes at p and at p + 32. */
+static inline v16 code_pairs(const uint8_t *p, long high) {
+    v8i both = bytes8(p) | bytes8(p + 32) << 16;
+    return (v16)((high ? both >> 4 : both) & 0x000F000F);
+}
 
 /* Adds to `total` what 32 inputs, from g * GROUP on, bring 16 * eights outputs of `count` rows. The weights lie as
- * codes at p, or as floats at `numbers`, 64 for each input. */
+ * codes at p, or decoded at `pairs`, 64 pairs for two inputs. */
 static inline __attribute__((always_inline)) void
-slice(const uint8_t *p, const float *numbers, const bf16 *scales, Inputs in, long g, long first, long lane,
+slice(const uint8_t *p, const int16_t *pairs, const bf16 *scales, Inputs in, long g, long first, long lane,
       const long count, const long eights, float (*total)[BLOCK]) {
-    v8 acc[MAX_ROWS][2 * 4];
+    v8i acc[MAX_ROWS][2 * 4];
     for (long t = 0; t < count; t++)
-        for (long q = 0; q < 2 * eights; q++) acc[t][q] = (v8){0};
-    const float *x = in.x + first * in.width + g * GROUP;
-    for (long k = 0; k < GROUP; k++) {
-        v8 w[2 * 4];
+        for (long q = 0; q < 2 * eights; q++) acc[t][q] = (v8i){0};
+    const int16_t *x = in.x + first * in.width + g * GROUP;
+    for (long k = 0; k < GROUP; k += 2) {
+        v16 w[2 * 4];
         for (long q = 0; q < 2 * eights; q++) {
             long at = lane + q / 2 * 8;
-            w[q] = numbers ? load8(numbers + k * BLOCK + q % 2 * 32 + at) : nibbles(p + k * 32 + at, q % 2);
+            w[q] = pairs ? load16(pairs + k * BLOCK + 2 * (q % 2 * 32 + at)) : code_pairs(p + k * 32 + at, q % 2);
         }
         for (long t = 0; t < count; t++) {
-            v8 v = (v8){0} + x[t * in.width + k];
-            for (long q = 0; q < 2 * eights; q++) acc[t][q] += w[q] * v;
+            int32_t two;
+            memcpy(&two, x + t * in.width + k, sizeof two);
+            v16 v = (v16)((v8i){0} + two);
+            for (long q = 0; q < 2 * eights; q++) acc[t][q] += dot16(w[q], v);
         }
     }
     for (long q = 0; q < 2 * eights; q++) {
@@ -123,9 +129,10 @@ slice(const uint8_t *p, const float *numbers, const bf16 *scales, Inputs in, lon
         pairs8(scales + 2 * at, &step, &low);
         low -= 8 * step;
         for (long t = 0; t < count; t++) {
+            long group = (first + t) * (in.width / GROUP) + g;
             float *out = total[t] + at;
-            v8 sum = load8(out) + acc[t][q] * step;
-            sum += low * in.sums[(first + t) * (in.width / GROUP) + g];
+            v8 sum = load8(out) + floats8(acc[t][q]) * (step * in.scale[group]);
+            sum += low * in.sums[group];
             memcpy(out, &sum, sizeof sum);
         }
     }
@@ -133,30 +140,31 @@ slice(const uint8_t *p, const float *numbers, const bf16 *scales, Inputs in, lon
 
 /* All 64 outputs: few rows in wide slices, many in narrow ones, so that sums stay in registers. */
 static inline __attribute__((always_inline)) void
-slices(const uint8_t *p, const float *numbers, const bf16 *scales, Inputs in, long g, long first,
+slices(const uint8_t *p, const int16_t *pairs, const bf16 *scales, Inputs in, long g, long first,
        const long count, float (*total)[BLOCK]) {
     const long eights = count == 1 ? 4 : count <= 3 ? 2 : 1;
     for (long lane = 0; lane < 32; lane += 8 * eights)
-        slice(p, numbers, scales, in, g, first, lane, count, eights, total);
+        slice(p, pairs, scales, in, g, first, lane, count, eights, total);
 }
 
 static void block(const uint8_t *p, const bf16 *scales, long stride, Inputs in, bf16 *out, long out_stride) {
-    float total[PASS][BLOCK], numbers[GROUP * BLOCK];
+    float total[PASS][BLOCK];
+    int16_t pairs[GROUP * BLOCK];
     memset(total, 0, in.rows * sizeof *total);
     for (long g = 0; g < in.width / GROUP; g++, p += GROUP * 32, scales += stride) {
-        for (long k = 0; k < GROUP && in.rows > MAX_ROWS; k++)
+        for (long k = 0; k < GROUP && in.rows > MAX_ROWS; k += 2)
             for (long q = 0; q < 8; q++) {
-                v8 w = nibbles(p + k * 32 + q % 4 * 8, q / 4);
-                memcpy(numbers + k * BLOCK + q * 8, &w, sizeof w);
+                v16 w = code_pairs(p + k * 32 + q % 4 * 8, q / 4);
+                memcpy(pairs + k * BLOCK + q * 16, &w, sizeof w);
             }
         for (long first = 0; first < in.rows; first += MAX_ROWS) {
             long some = in.rows - first < MAX_ROWS ? in.rows - first : MAX_ROWS;
 #define CALL(size) slices(p, 0, scales, in, g, first, size, total + first)
-#define CALL_NUMBERS(size) slices(p, numbers, scales, in, g, first, size, total + first)
-            if (in.rows > MAX_ROWS) FOR_1_TO_6(some, CALL_NUMBERS)
+#define CALL_PAIRS(size) slices(p, pairs, scales, in, g, first, size, total + first)
+            if (in.rows > MAX_ROWS) FOR_1_TO_6(some, CALL_PAIRS)
             else FOR_1_TO_6(some, CALL)
 #undef CALL
-#undef CALL_NUMBERS
+#undef CALL_PAIRS
         }
     }
     for (long t = 0; t < in.rows; t++)
@@ -171,7 +179,7 @@ static inline float sum_of(const bf16 *x) {
 
 /* y = x @ w.T, all bf16, for `count` rows of x. rows, a multiple of 64, are outputs; scales is
  * (width / 32, rows, 2): step and zero. scratch holds width / 32 floats for each of
- * min(count, PASS) rows; without products of bf16 width more. */
+ * min(count, PASS) rows; without products of bf16 these twice, and width / 2 more. */
 void tile_linear(const uint8_t *packed, const bf16 *scales, const bf16 *x, bf16 *y, long rows, long width,
                  long count, float *scratch) {
     long groups = width / GROUP;
@@ -188,14 +196,17 @@ void tile_linear(const uint8_t *packed, const bf16 *scales, const bf16 *x, bf16 
                             rows);
             }
 #else
-        float *numbers = scratch + some * groups;
-        Inputs in = {some, width, numbers, scratch};
+        float *scale = scratch + some * groups;
+        int16_t *integers = (int16_t *)(scale + some * groups);
+        Inputs in = {some, width, integers, scale, scratch};
 #pragma omp parallel
         {
 #pragma omp for schedule(static)
             for (long g = 0; g < some * groups; g++) {
+                float taken[GROUP];
+                for (long i = 0; i < GROUP; i++) taken[i] = up(x[g * GROUP + i]);
                 scratch[g] = sum_of(x + g * GROUP);
-                for (long i = g * GROUP; i < (g + 1) * GROUP; i++) numbers[i] = up(x[i]);
+                scale[g] = integers32(taken, integers + g * GROUP);
             }
 #pragma omp for schedule(static)
             for (long b = 0; b < rows / BLOCK; b++)
