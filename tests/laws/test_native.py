@@ -122,3 +122,23 @@ def test_int4_rows_are_decoded_products_and_alone(shape: tuple[int, int], home: 
         assert (y.float() - want).norm() <= 0.005 * want.norm()
         alone = [found.tile_linear(fields["packed"], fields["scales"], row) for row in x.split(1)]
         assert torch.equal(torch.cat(alone), y)
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="no C compiler on this machine")
+def test_int4_rows_keep_their_size_and_what_is_no_number(home: Path) -> None:
+    """tiles.c: however large a row is, it has the same bits but for the exponent; rows of nothing give
+    nothing, and what is no number stays visible, in its own row."""
+    found = kernels(home / "native")
+    assert found is not None
+    torch.manual_seed(5)
+    fields = Int4().encode(torch.randn(128, 96) * 0.1)
+    x = torch.randn(4, 96).bfloat16()
+    y = found.tile_linear(fields["packed"], fields["scales"], x)
+    for power in (-60, 40, 90):
+        big = found.tile_linear(fields["packed"], fields["scales"], x * 2.0**power)
+        assert torch.equal(big, y * 2.0**power)
+    x[0], x[1, 40], x[2, 95] = 0, torch.nan, -torch.inf
+    bad = found.tile_linear(fields["packed"], fields["scales"], x)
+    assert not bad[0].any()
+    assert not bad[1:3].isfinite().any()
+    assert torch.equal(bad[3], y[3])

@@ -8,6 +8,7 @@ in halves; ours in adjacent pairs.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -165,5 +166,9 @@ def file_bytes(path: Path) -> int:
 def finite(file: AdapterFile) -> None:
     """Raises AdapterError for numbers that are none."""
     for name, tensor in file.tensors.items():
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+        good = tensor.is_floating_point()
+        # A sum is quick, and none where a number is none; but large numbers may add up to none, too.
+        if good and not math.isfinite(float(tensor.float().sum())):
+            good = bool(torch.isfinite(tensor.float()).all())
+        if not good:
             raise AdapterError(f"{file.path}: {name} holds no finite numbers; train it again")

@@ -122,13 +122,15 @@ def _stack(
     if not found:
         return None
     rank = -(-max(a.shape[0] for a, _ in found.values()) // 2) * 2
-    sizes = [widths(d)[p] for p in parts]
-    a_PRK = torch.zeros(len(parts), rank, sizes[0][1])
-    split = [torch.zeros(rows, rank) for rows, _ in sizes]
+    known = widths(d)
+    sizes = [known[p] for p in parts]
+    kind = torch.float32 if coarse else torch.bfloat16
+    a_PRK = torch.zeros(len(parts), rank, sizes[0][1], dtype=kind)
+    split = [torch.zeros(rows, rank, dtype=kind) for rows, _ in sizes]
     for i, part in enumerate(parts):
         if part in found:
             a, b = found[part]
-            a_PRK[i, : len(a)] = a.float()
+            a_PRK[i, : len(a)] = a
             split[i][:, : b.shape[1]] = b.float() * scale
     return _packed(a_PRK, split, coarse)
 
@@ -140,9 +142,12 @@ def _packed(a_PRK: Tensor, b_NR: Sequence[Tensor], coarse: bool) -> Stack:
         a_PRK, a_step = _codes(a_PRK, 2)
         b_NR, b_steps = zip(*[_codes(b, 0) for b in b_NR], strict=True)
         scale_R = (a_step.flatten() * torch.cat([s.flatten() for s in b_steps])).contiguous()
-    kind = torch.int8 if coarse else torch.bfloat16
+    kind, pair = (torch.int8, torch.int16) if coarse else (torch.bfloat16, torch.int32)
     a_RK = a_PRK.flatten(0, 1).to(kind)
-    paired = torch.cat(list(b_NR)).to(kind).unflatten(1, (-1, 2)).transpose(0, 1).contiguous()
+    pairs_NP = (
+        torch.cat(list(b_NR)).to(kind).view(pair)
+    )  # moved as one number, several times as fast
+    paired = pairs_NP.t().contiguous().view(kind).unflatten(1, (-1, 2))
     ends = tuple(accumulate(len(b) for b in b_NR))
     fit = a_RK.shape[1] % 32 == 0 and all(end % 16 == 0 for end in ends)
     matrix = LowRankMatrix(a_RK, paired, scale_R, ends) if fit else None
