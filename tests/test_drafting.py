@@ -75,6 +75,26 @@ def test_pace_learns_what_rows_cost_and_what_reading_hides() -> None:
     assert streamed.seconds(9) / streamed.seconds(1) == pytest.approx(1.0, abs=0.1)
 
 
+def test_pace_foresees_more_rows_than_it_has_seen() -> None:
+    """A first step that was cold, then steps with masks that wait for the disk: what more rows would take
+    is what they take, not what a slow start, or a plane whose masks came out below nothing, makes of it."""
+    pace = Pace()
+
+    def step(rows: int, masked: bool, slower: float = 1.0) -> None:
+        computing = slower * (0.005 + 0.0009 * rows + (0.001 if masked else 0.0))
+        seconds = max(computing, slower * 0.022)
+        pace.step(rows, masked, seconds, seconds - computing)
+
+    step(2, False, slower=3.0)
+    for i in range(40):
+        step(3 + i % 3, True, slower=1.0 + 0.1 * (i % 2))
+    assert pace.seconds(9, True) == pytest.approx(0.024, rel=0.1)
+    for _ in range(40):
+        step(25, True)
+    assert pace.seconds(25, True) == pytest.approx(0.0285, rel=0.1)
+    assert pace.seconds(4, True) == pytest.approx(0.022, rel=0.15)
+
+
 def test_auto_drafts_where_reading_rules_and_not_where_guesses_fail() -> None:
     habits = Habits()
     pace = habits.pace
