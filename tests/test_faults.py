@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from outsize import conversation
@@ -226,6 +226,7 @@ def test_the_native_pool_gives_up_and_hurries(tmp_path: Path, home: Path) -> Non
 
 
 @given(data=st.binary(max_size=700))
+@example(data=bytes(range(256)) * 9 + b"and some")  # many times 256 bytes, which are taken at once
 def test_the_native_checksum(data: bytes, home: Path) -> None:
     found = kernels(home / "native")
     if found is None:
