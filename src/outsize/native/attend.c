@@ -332,7 +332,7 @@ void attend_rows(const Attention *a, const bf16 *qkv, const float *turns, const 
 #pragma omp for schedule(static)
         for (long t = 0; t < rows; t++)
             prepare(a, qkv + t * (H + 2 * J) * E, turns + t * E, row[t], q + t * H * E);
-#pragma omp for schedule(static, 1)
+#pragma omp for schedule(dynamic, 1)
         for (long i = 0; i < count; i++) run(a, task[i], row, q, part, max_parts);
 #pragma omp for schedule(static)
         for (long tj = 0; tj < rows * J; tj++) {

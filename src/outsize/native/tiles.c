@@ -3,8 +3,8 @@
  *
  * Where the processor has products of bf16, codes become such numbers by a table in a register (exact) and two
  * inputs of a row are multiplied and added at a time; elsewhere inputs become integers of 16 bits, one scale a
- * group, and a group's sum is exact. It meets its step and zero once. The decoded codes serve up to six rows of x. What is done for a row does not
- * depend on how many others there are, so neither do its bits.
+ * group, and a group's sum is exact. It meets its step and zero once. The decoded codes serve up to six rows of x.
+ * What is done for a row does not depend on how many others there are, so neither do its bits.
  */
 #include "numbers.h"
 
@@ -187,10 +187,12 @@ void tile_linear(const uint8_t *packed, const bf16 *scales, const bf16 *x, bf16 
         long some = count - from < PASS ? count - from : PASS;
 #ifdef __AVX512BF16__
         for (long g = 0; g < some * groups; g++) scratch[g] = sum_of(x + g * GROUP);
-#pragma omp parallel for schedule(static)
+        /* Passes are of even sizes, and shared among threads like blocks, which may be as few as nine. */
+        const long passes = (some + MAX_ROWS - 1) / MAX_ROWS;
+#pragma omp parallel for collapse(2) schedule(static)
         for (long b = 0; b < rows / BLOCK; b++)
-            for (long first = 0; first < some; first += MAX_ROWS) {
-                long few = some - first < MAX_ROWS ? some - first : MAX_ROWS;
+            for (long i = 0; i < passes; i++) {
+                long first = some * i / passes, few = some * (i + 1) / passes - first;
                 block_sized(packed + b * width * GROUP, scales + 2 * b * BLOCK, 2 * rows, width,
                             x + first * width, scratch + first * groups, few, y + first * rows + b * BLOCK,
                             rows);
