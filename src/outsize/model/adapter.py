@@ -144,9 +144,8 @@ def _packed(a_PRK: Tensor, b_NR: Sequence[Tensor], coarse: bool) -> Stack:
         scale_R = (a_step.flatten() * torch.cat([s.flatten() for s in b_steps])).contiguous()
     kind, pair = (torch.int8, torch.int16) if coarse else (torch.bfloat16, torch.int32)
     a_RK = a_PRK.flatten(0, 1).to(kind)
-    pairs_NP = (
-        torch.cat(list(b_NR)).to(kind).view(pair)
-    )  # moved as one number, several times as fast
+    # Pairs of ranks are moved as one number, several times as fast.
+    pairs_NP = torch.cat(list(b_NR)).to(kind).view(pair)
     paired = pairs_NP.t().contiguous().view(kind).unflatten(1, (-1, 2))
     ends = tuple(accumulate(len(b) for b in b_NR))
     fit = a_RK.shape[1] % 32 == 0 and all(end % 16 == 0 for end in ends)
