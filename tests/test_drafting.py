@@ -5,20 +5,27 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 import outsize
 from outsize.api import Model
 from outsize.bench import speculate
 from outsize.checkpoint import adapters
 from outsize.draft.auto import AutoDraft, Habits
+from outsize.draft.masks import Guess, MaskModel
 from outsize.draft.ngram import Index
+from outsize.draft.none import Draft
 from outsize.draft.pace import Pace
 from outsize.drafting import mask_model, parse
 from outsize.errors import AdapterError, OptionError
+from outsize.forward.span import Masks, Out
+from outsize.model.adapter import Adapter
 from tests.drafts import write_masks
 
 
@@ -108,6 +115,53 @@ def test_auto_drafts_where_reading_rules_and_not_where_guesses_fail() -> None:
         slow.pace.step(rows, False, 0.01 * rows, 0.0)
     never = AutoDraft(slow)
     assert not never.propose([5, 1, 7, 5], 8).tokens
+
+
+class Foreseen:
+    """A mask drafter that knows what it will say."""
+
+    k = 2
+
+    def __init__(self, *chances: float) -> None:
+        self._guesses = tuple(Guess(7, chance) for chance in chances)
+
+    def masks(self, anchors: tuple[int, ...], depth: int) -> Masks:
+        return Masks(anchors, torch.zeros(depth, 1), cast(Adapter, None))
+
+    def guess(self, states_KD: Tensor, last: int) -> tuple[Guess, ...]:
+        return self._guesses
+
+
+def after_a_step(pace: Pace, *chances: float) -> Draft:
+    """What is drafted where masks have just made guesses of these chances."""
+    habits = Habits(cast(MaskModel, Foreseen(*chances)))
+    habits.pace = pace
+    drafter = AutoDraft(habits)
+    drafter.observe(drafter.propose([1, 2, 3], 8), [4], Out(torch.zeros(1, 9), torch.zeros(2, 1)))
+    return drafter.propose([1, 2, 3, 4], 8)
+
+
+class Costs(Pace):
+    """Steps of a time by rows."""
+
+    def __init__(self, base: float, row: float) -> None:
+        super().__init__()
+        self._base, self._row = base, row
+
+    def seconds(self, rows: float, masked: bool = False) -> float:
+        return self._base + self._row * rows
+
+
+def test_masks_go_where_a_step_may_end() -> None:
+    """The surer a guess, the less its anchor is worth masks; rows that cost nothing go everywhere, rows that
+    cost much nowhere; and a guess that will hardly be right is not checked."""
+    free, dear = Costs(0.02, 0.0), Costs(0.001, 0.02)
+    some = Costs(0.02, 0.001)
+    assert after_a_step(free, 0.9, 0.4).masks.anchors == (0, 1, 2)  # type: ignore[union-attr]
+    assert after_a_step(some, 0.99, 0.99).masks.anchors == (2,)  # type: ignore[union-attr]
+    assert after_a_step(some, 0.99, 0.4).masks.anchors == (1, 2)  # type: ignore[union-attr]
+    assert after_a_step(dear, 0.9, 0.9) == Draft()
+    assert len(after_a_step(some, 0.99, 0.1).tokens) < len(after_a_step(some, 0.99, 0.99).tokens)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
 """Drafts as long as they pay: of all that could be drafted, what yields most tokens a second by the rates at
-which guesses of its kind were accepted and by the pace of steps.
+which guesses of its kind were right and by the pace of steps.
 
-Guesses come from the text (`ngram`) and, where the model has a mask drafter, from masks. Each kind's
-acceptance is followed by position (for the text, by how much of it agrees); what is not tried drifts back
-to where it began, so that it is tried again.
+Guesses come from the text (`ngram`) and, where the model has a mask drafter, from masks. How often they are
+right is followed by kind: of the text's by how many tokens agree, of the masks' by how sure they are. Masks
+go after those tokens of a step with which it may well end, so that few rows do nearly what masks after every
+token would. What is not tried drifts back to where it began, so that it is tried again.
 """
 
 from __future__ import annotations
@@ -11,17 +12,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from outsize.draft.masks import MaskModel, block_of
-from outsize.draft.ngram import Index, Match
+from outsize.draft.masks import Guess, MaskModel, block_of
+from outsize.draft.ngram import Index
 from outsize.draft.none import Draft
 from outsize.draft.pace import Pace
 from outsize.forward.span import Out
 
 LEARN, DRIFT, HAND_ON = 0.1, 0.004, 0.3
-MARGIN, MASKS_MARGIN = 1.03, 1.12  # drafts must promise so much more than none
-MASK_PRIOR = (0.7, 0.65, 0.6, 0.55)
+MARGIN = 1.01  # drafts must promise so much more than none
 TEXT_STEPS = (1, 2, 3, 5, 9, 17)  # tokens that agree, by which matches are told apart
 TEXT_PRIOR = (0.12, 0.25, 0.45, 0.65, 0.8, 0.92)
+SURE_STEPS = (
+    0.0,
+    0.3,
+    0.5,
+    0.7,
+    0.85,
+    0.95,
+)  # chances that masks give, by which guesses are told apart
+SURE_PRIOR = (0.2, 0.35, 0.55, 0.7, 0.85, 0.97)
+MASK_PRIOR = (0.65,)  # of masks' guesses, as long as none has been made
+AHEAD = 0.6  # what counts of the tokens that guesses may bring the next step: they take rows there
 PATIENCE, MOST_PATIENT = 24, 200  # steps until masks that did not pay are tried again
 MOST = 15  # guesses: with the last known token, as many as run through kernels of few rows
 
@@ -42,10 +53,9 @@ class Rates:
         self._now = [n + HAND_ON * (o - n) for n, o in pairs]
 
     def __getitem__(self, kind: int) -> float:
-        return self._now[min(kind, len(self._now) - 1)]
+        return self._now[kind]
 
     def saw(self, kind: int, good: bool) -> None:
-        kind = min(kind, len(self._now) - 1)
         self._now[kind] += LEARN * (good - self._now[kind])
 
     def drift(self) -> None:
@@ -53,26 +63,26 @@ class Rates:
         self._now = [n + DRIFT * (p - n) for n, p in zip(self._now, self._prior, strict=True)]
 
 
-def _kind(agreed: int) -> int:
-    """Which of the text's rates holds where so many tokens agree."""
-    return sum(agreed >= step for step in TEXT_STEPS) - 1
+def kind_of(value: float, steps: Sequence[float]) -> int:
+    """The last step that a value reaches."""
+    return sum(value >= step for step in steps) - 1
 
 
-class Shape(NamedTuple):
-    """Masks: how many a block; after every token of a step or the last alone; tokens a second."""
+class Plan(NamedTuple):
+    """What a step could run."""
 
-    depth: int
-    quadratic: bool
-    value: float
+    tokens: tuple[int, ...] = ()
+    kinds: tuple[int, ...] = ()  # of these guesses
+    anchors: tuple[int, ...] = ()
+    value: float = 0.0  # tokens a second, of all sequences that share the step
 
 
 class Habits:
     """What a model's sequences hand on: how fast steps are, and which guesses were right."""
 
     def __init__(self, masks: MaskModel | None = None) -> None:
-        self.pace, self.masks, self.text = Pace(), masks, Rates(TEXT_PRIOR)
-        count = masks.k if masks else 1
-        self.foresight = Rates([*MASK_PRIOR, *[MASK_PRIOR[-1]] * count][:count])
+        self.pace, self.masks = Pace(), masks
+        self.text, self.sure, self.masked = Rates(TEXT_PRIOR), Rates(SURE_PRIOR), Rates(MASK_PRIOR)
 
 
 class AutoDraft:
@@ -82,31 +92,36 @@ class AutoDraft:
         """`others`: sequences that share the steps."""
         self._habits, self._others = habits, others
         self._pace, self._masks = habits.pace, habits.masks
-        self._index, self._guesses = Index(), tuple[int, ...]()
-        self._text, self._foresight = habits.text.fresh(), habits.foresight.fresh()
+        self._index, self._guesses = Index(), tuple[Guess, ...]()
+        self._text, self._sure = habits.text.fresh(), habits.sure.fresh()
+        self._masked = habits.masked.fresh()  # of masks' guesses, however sure
         self._idle, self._patience = 0, PATIENCE  # steps without masks, and how many to let pass
-        self._agreed, self._own = 0, 1  # of the last draft: tokens that agree (0: by masks), rows
+        self._kinds, self._by_text, self._own = (
+            tuple[int, ...](),
+            False,
+            1,
+        )  # of the last draft; rows
 
     def propose(self, tokens: Sequence[int], most: int) -> Draft:
         self._index.extend(tokens)
-        most = min(most, MOST)
-        plain, shape = self._value(1.0, 1), self._shape()
-        match = self._index.match(most)
-        pays = shape.value > MASKS_MARGIN * plain
-        depth = shape.depth if pays else 0
-        count, by_text = self._length(match, depth)
-        if count and by_text > MARGIN * max(plain, shape.value if pays else 0.0):
-            anchors = tuple(dict.fromkeys((0, count)))
-            return self._drafted(match.tokens[:count], anchors, depth, match.length)
-        if shape.depth and (pays or self._probing()):
-            guesses = self._guesses[: min(shape.depth, most)]
-            anchors = tuple(range(len(guesses) + 1)) if shape.quadratic else (len(guesses),)
-            return self._drafted(guesses, anchors, shape.depth, 0)
-        return self._drafted((), (), 0, 0)
+        match, own = self._index.match(min(most, MOST)), self._guesses[:most]
+        agreed = range(match.length, match.length + len(match.tokens))
+        text_kinds = tuple(kind_of(n, TEXT_STEPS) for n in agreed)
+        own_tokens = tuple(guess.token for guess in own)
+        own_kinds = tuple(kind_of(guess.chance, SURE_STEPS) for guess in own)
+        depth, ahead = self._block()
+        by_text = self._plan(match.tokens, text_kinds, self._text, depth, ahead)
+        by_masks = self._plan(own_tokens, own_kinds, self._sure, depth, ahead)
+        best = max(by_text, by_masks, key=lambda plan: plan.value)
+        if best.value > MARGIN * (1 + self._others) / self._seconds(1, False):
+            return self._drafted(best, depth, best is by_text)
+        if self._masks and self._probing():
+            return self._drafted(Plan(own_tokens, own_kinds, (len(own),)), 1, False)
+        return self._drafted(Plan(), 0, False)
 
     def _probing(self) -> bool:
-        """Is it time to see whether masks would pay by now? Two steps: one makes guesses, the next uses
-        them; ever more rarely."""
+        """Is it time to see whether masks would pay by now? Two steps: one makes a guess, the next uses
+        it; ever more rarely."""
         self._idle += 1
         if self._idle <= self._patience:
             return False
@@ -114,60 +129,70 @@ class AutoDraft:
             self._idle, self._patience = 0, min(2 * self._patience, MOST_PATIENT)
         return True
 
-    def _drafted(
-        self, tokens: tuple[int, ...], anchors: tuple[int, ...], depth: int, agreed: int
-    ) -> Draft:
-        masks = self._masks.masks(anchors, depth) if self._masks and depth and anchors else None
-        self._agreed = agreed
-        self._own = 1 + len(tokens) + (len(anchors) * depth if masks else 0)
-        return Draft(tokens, masks)
-
-    def _value(self, tokens: float, rows: int, masked: bool = False) -> float:
-        """Tokens a second of the whole step, the other sequences' included."""
-        return (tokens + self._others) / self._seconds(rows, masked)
+    def _drafted(self, plan: Plan, depth: int, by_text: bool) -> Draft:
+        masks = self._masks.masks(plan.anchors, depth) if self._masks and plan.anchors else None
+        self._kinds, self._by_text = plan.kinds, by_text
+        self._own = 1 + len(plan.tokens) + len(plan.anchors) * depth
+        return Draft(plan.tokens, masks)
 
     def _seconds(self, rows: int, masked: bool) -> float:
+        """Of the whole step, the other sequences' rows included."""
         others = max(0, self._pace.rows - self._own) if self._others else 0
         return self._pace.seconds(rows + others, masked)
 
-    def _shape(self) -> Shape:
-        """How many masks pay most in the long run, after which tokens, and what they promise."""
-        best, expected, chance = Shape(0, True, 0.0), 1.0, 1.0
+    def _block(self) -> tuple[int, float]:
+        """How many masks a block should have, and what their guesses count in tokens of the next step."""
+        best, most, ahead = (0, 0.0), 0.0, 0.0
         for depth in range(1, (self._masks.k if self._masks else 0) + 1):
-            chance *= self._foresight[depth - 1]
-            expected += chance
-            value = self._value(expected, (depth + 1) ** 2, True)
-            best = max(best, Shape(depth, True, value), key=lambda s: s.value)
-            # One guess wrong, and the next step has none: a step of one token, with new masks.
-            failed = 1 - chance
-            tokens = expected + failed + self._others * (1 + failed)
-            seconds = self._seconds(1 + 2 * depth, True) + failed * self._seconds(1 + depth, True)
-            best = max(best, Shape(depth, False, tokens / seconds), key=lambda s: s.value)
+            ahead += AHEAD * self._masked[0] ** depth
+            value = (1 + ahead + self._others) / self._seconds(1 + depth, True)
+            if value > most:
+                best, most = (depth, ahead), value
         return best
 
-    def _length(self, match: Match, depth: int) -> tuple[int, float]:
-        """How much of a match to take, and what it promises."""
-        best, promise, expected, chance = 0, 0.0, 1.0, 1.0
-        for count in range(1, len(match.tokens) + 1):
-            chance *= self._text[_kind(match.length + count - 1)]
-            expected += chance
-            value = self._value(expected, 1 + count + 2 * depth, depth > 0)
-            if value > promise:
-                best, promise = count, value
-        return best, promise
+    def _plan(
+        self, tokens: Sequence[int], kinds: tuple[int, ...], rates: Rates, depth: int, ahead: float
+    ) -> Plan:
+        """As many of these guesses as pay."""
+        best, expected, reached, ends = Plan(), 0.0, 1.0, list[float]()
+        for count in range(len(tokens) + 1):
+            expected += reached
+            anchors, value = self._anchors([*ends, reached], expected, depth, ahead)
+            if value > best.value:
+                best = Plan(tuple(tokens[:count]), kinds[:count], anchors, value)
+            if count < len(tokens):
+                ends.append(reached * (1 - rates[kinds[count]]))
+                reached *= rates[kinds[count]]
+        return best
+
+    def _anchors(
+        self, ends: Sequence[float], expected: float, depth: int, ahead: float
+    ) -> tuple[tuple[int, ...], float]:
+        """Where to put masks in a step that yields so many tokens and ends with each of its own by these
+        chances; and the value of the step."""
+        tokens = expected + self._others
+        best, most = tuple[int, ...](), tokens / self._seconds(len(ends), False)
+        likeliest = sorted(range(len(ends)), key=lambda place: -ends[place]) if depth else []
+        for count, place in enumerate(likeliest, 1):
+            tokens += ends[place] * ahead
+            value = tokens / self._seconds(len(ends) + count * depth, True)
+            if value > most:
+                best, most = tuple(sorted(likeliest[:count])), value
+            elif best:
+                break
+        return best, most
 
     def observe(self, draft: Draft, kept: Sequence[int], out: Out) -> None:
         accepted = len(kept) - 1
-        tried = min(accepted + 1, len(draft.tokens))
-        for place in range(tried):
+        tried = self._kinds[: accepted + 1]
+        for place, kind in enumerate(tried):
             good = place < accepted
-            if self._agreed:
-                self._text.saw(_kind(self._agreed + place), good)
-            else:
-                self._foresight.saw(place, good)
+            (self._text if self._by_text else self._sure).saw(kind, good)
+            if not self._by_text:
+                self._masked.saw(0, good)
         if not tried:
-            self._text.drift()
-            self._foresight.drift()
+            for rates in (self._text, self._sure, self._masked):
+                rates.drift()
         states = block_of(draft, accepted, out)
         self._guesses = (
             () if states is None or self._masks is None else self._masks.guess(states, kept[-1])
@@ -175,4 +200,5 @@ class AutoDraft:
 
     def close(self) -> None:
         self._habits.text.learn(self._text)
-        self._habits.foresight.learn(self._foresight)
+        self._habits.sure.learn(self._sure)
+        self._habits.masked.learn(self._masked)

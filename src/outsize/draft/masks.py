@@ -9,6 +9,7 @@ Shapes: K masks a block, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,13 @@ Likely = Callable[[Tensor, int], Tensor]  # normed states (K, D) -> their C like
 Embed = Callable[[Sequence[int]], Tensor]
 Rows = Callable[[Tensor], Tensor]  # ids -> their rows of the head
 CANDIDATES = 32  # of a mask, which one pass of the head finds for all; among them is chosen exactly
+
+
+class Guess(NamedTuple):
+    """A token, and how likely the masks hold it to be, those before it being right."""
+
+    token: int
+    chance: float
 
 
 class MaskModel:
@@ -50,15 +58,17 @@ class MaskModel:
         return Masks(tuple(anchors), self.rows_KD[:depth], self.adapter)
 
     @torch.inference_mode()
-    def guess(self, states_KD: Tensor, last: int) -> tuple[int, ...]:
+    def guess(self, states_KD: Tensor, last: int) -> tuple[Guess, ...]:
         """What a block foresees after `last`, the token after its anchor."""
         out = []
         for state_D, ids_C in zip(states_KD, self._likely(states_KD, CANDIDATES), strict=True):
             mixed = state_D[None]
             if self._head:
                 mixed = sampler.mix(mixed, self._embed([last]), self._head)
-            last = int(ids_C[(self._rows(ids_C) @ mixed[0]).argmax()])
-            out.append(last)
+            shares_C = (self._rows(ids_C) @ mixed[0]).float().softmax(0)
+            place = int(shares_C.argmax())
+            last = int(ids_C[place])
+            out.append(Guess(last, float(shares_C[place])))
         return tuple(out)
 
 
@@ -76,10 +86,10 @@ class MaskDraft:
 
     def __init__(self, model: MaskModel, k: int, layout: str) -> None:
         self._model, self._k, self._layout = model, k, layout
-        self._guesses: tuple[int, ...] = ()
+        self._guesses: tuple[Guess, ...] = ()
 
     def propose(self, tokens: Sequence[int], most: int) -> Draft:
-        guesses = self._guesses[:most]
+        guesses = tuple(guess.token for guess in self._guesses[:most])
         anchors = range(len(guesses) + 1) if self._layout == "quadratic" else [len(guesses)]
         return Draft(guesses, self._model.masks(tuple(anchors), self._k))
 
