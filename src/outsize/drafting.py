@@ -40,7 +40,7 @@ CHECKS = ("pick", "rejection")  # how guesses are checked
 KEYS = {"ngram": ("k",), "model": ("k", "verify"), "masks": ("k", "layout")}
 SPARE = 64  # slots of keys and values for what is drafted and not kept
 ROW_BYTES = 6  # of a logit: as the head's product has it, and in fp32
-ADAPTER = 0.6  # of a mask drafter's file: its factors and its sampler head in eight bits, its masks as fp32
+ADAPTER = 0.52  # of a mask drafter's file: its factors and its sampler head in eight bits, its masks as fp32
 WORTH_MASKS, WORTH_TEXT = 1.4, 1.3  # times as much may be read a step, for what guesses bring
 SHIPPED = Path(__file__).with_name("adapters")
 
