@@ -9,6 +9,7 @@ token would. What is not tried drifts back to where it began, so that it is trie
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -65,7 +66,7 @@ class Rates:
 
 def kind_of(value: float, steps: Sequence[float]) -> int:
     """The last step that a value reaches."""
-    return sum(value >= step for step in steps) - 1
+    return bisect_right(steps, value) - 1
 
 
 class Plan(NamedTuple):
@@ -141,8 +142,9 @@ class AutoDraft:
         return self._pace.seconds(rows + others, masked)
 
     def _block(self) -> tuple[int, float]:
-        """How many masks a block should have, and what their guesses count in tokens of the next step."""
-        best, most, ahead = (0, 0.0), 0.0, 0.0
+        """How many masks a block should have, and what their guesses count in tokens of the next step. None
+        where they do not pay after a step of one token: after a better one they would pay less."""
+        best, most, ahead = (0, 0.0), (1 + self._others) / self._seconds(1, False), 0.0
         for depth in range(1, (self._masks.k if self._masks else 0) + 1):
             ahead += AHEAD * self._masked[0] ** depth
             value = (1 + ahead + self._others) / self._seconds(1 + depth, True)
