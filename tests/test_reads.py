@@ -1,0 +1,49 @@
+"""The reading threads of native/reads.c: how they ask to be scheduled."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import struct
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from outsize.native.kernels import kernels
+from outsize.native.reads import Reads
+
+GETATTR = {"x86_64": 315, "aarch64": 275}  # the numbers of sched_getattr
+SHORT = 100_000  # ns
+
+
+def slice_of(thread: int) -> int:
+    """Nanoseconds of a thread's turns; 0 where the kernel does not tell."""
+    room = ctypes.create_string_buffer(48)
+    number = GETATTR[platform.machine()]
+    ctypes.CDLL(None).syscall(ctypes.c_long(number), thread, room, 48, 0)
+    return int(struct.unpack_from("<IIQiIQ", room)[5])
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() not in GETATTR, reason="asks Linux's scheduler"
+)
+def test_readers_have_short_turns(home: Path) -> None:
+    """So that they are let in while others compute."""
+    if (made := kernels(home / "native")) is None:
+        pytest.skip("no compiler: the readers are Python's")
+    if not slice_of(0):
+        pytest.skip("Linux before 6.12 has no turns of a thread's own")
+    before, reads = set(os.listdir("/proc/self/task")), Reads(made.library, 3)
+    try:
+        new = [int(t) for t in set(os.listdir("/proc/self/task")) - before]
+        assert len(new) == 3
+        until = time.monotonic() + 5
+        while {slice_of(t) for t in new} != {SHORT} and time.monotonic() < until:
+            time.sleep(0.01)  # each asks when it begins
+        assert {slice_of(t) for t in new} == {SHORT}
+        assert slice_of(0) > SHORT
+    finally:
+        reads.close()
