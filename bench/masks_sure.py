@@ -1,0 +1,71 @@
+"""How right is a mask drafter, and does it know?
+`python bench/masks_sure.py MODEL --draft masks:FILE --prompts FILE.jsonl [--per-category 3]`.
+
+Greedy answers are walked over once more with masks after every token, whatever a step would have used. One
+JSON object: tokens a step if a step began everywhere, and for each of a block's guesses, those before it
+being right, how many are right by how likely they were held to be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from lossless import answers
+
+import outsize
+from outsize.bench.speculate import read
+from outsize.forward.full import full
+from outsize.forward.span import Span
+
+BINS = (0.0, 0.3, 0.5, 0.7, 0.85, 0.95, 0.99)
+AT_ONCE = 5  # tokens, with masks after each of them
+
+
+def guesses(model, prompt: list[int], answer: list[int]):  # type: ignore[no-untyped-def]
+    """(number of the answer's token after the anchor, what the block there guesses) for each token."""
+    t, masks, known = model.transformer, model.drafting.masks, prompt + answer
+    kv, first = model.new_kv(len(known) + AT_ONCE * masks.k), len(prompt) - 1
+    full(t, [Span(0, known[:first], 1)], [kv])
+    for start in range(0, len(answer), AT_ONCE):
+        fed = known[first + start : first + min(start + AT_ONCE, len(answer))]
+        blocks = masks.masks(tuple(range(len(fed))), masks.k)
+        out = full(t, [Span(first + start, fed, len(fed), blocks)], [kv])[0].masks_MD
+        for place in range(len(fed)):
+            states = out[place * masks.k : (place + 1) * masks.k]
+            yield start + place, masks.guess(states, answer[start + place])
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("model")
+    p.add_argument("--draft", default="auto", help="masks:FILE, or auto for the one that ships")
+    p.add_argument("--prompts", type=Path, required=True)
+    p.add_argument("--per-category", type=int, default=3)
+    p.add_argument("--longest", type=int, default=900, help="tokens of a prompt")
+    p.add_argument("--new", type=int, default=128)
+    a = p.parse_args()
+    with outsize.load(a.model, draft=a.draft, context=a.longest + a.new + 64, quiet=True) as model:
+        texts = [text for _, text in read(a.prompts, a.per_category)]
+        prompts = [x for x in model._encode(texts, outsize.Options()) if len(x) <= a.longest]
+        counts = [[[0, 0] for _ in BINS] for _ in range(model.drafting.masks.k)]
+        steps = tokens = 0
+        for prompt, (answer, _) in zip(prompts, answers(model, prompts, a.new)[0], strict=True):
+            for number, block in guesses(model, prompt, answer):
+                steps, tokens = steps + 1, tokens + 1
+                for place, guess in enumerate(block[: len(answer) - number - 1]):
+                    good = guess.token == answer[number + 1 + place]
+                    found = counts[place][sum(guess.chance >= b for b in BINS) - 1]
+                    found[0], found[1], tokens = found[0] + 1, found[1] + good, tokens + good
+                    if not good:
+                        break
+    right = [[(n, round(good / max(1, n), 3)) for n, good in row] for row in counts]
+    print(json.dumps({
+        "draft": Path(a.draft).name, "answers": len(prompts), "steps": steps,
+        "tokens_per_step": round(tokens / max(1, steps), 4), "from": BINS, "right": right,
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
