@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from outsize.adapt import checkpoints
 from outsize.checkpoint import adapters
 
 
@@ -37,12 +37,10 @@ def main() -> None:
     a = p.parse_args()
     file = adapters.load(a.file)
     tensors, lost = dict(file.tensors), []
-    for name in [n.removesuffix("A") for n in tensors if n.endswith(".A")]:
-        *pair, share = cut(tensors[name + "A"], tensors[name + "B"], a.rank)
-        tensors[name + "A"], tensors[name + "B"] = pair
+    for name, factors in file.factors().items():
+        tensors[f"{name}.A"], tensors[f"{name}.B"], share = cut(*factors, a.rank)
         lost.append(share)
-    about = dict(file.about) | {"cut_to_rank": a.rank}
-    save_file(tensors, a.out, {adapters.KEY: json.dumps(about)})
+    checkpoints.save(a.out, tensors, {**file.about, "cut_to_rank": a.rank})
     sizes = {"bytes": a.file.stat().st_size, "bytes_cut": a.out.stat().st_size}
     print(json.dumps(sizes | {"rank": a.rank, "lost": round(sum(lost) / len(lost), 4)}))
 

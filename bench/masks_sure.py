@@ -16,6 +16,9 @@ from lossless import answers
 
 import outsize
 from outsize.bench.speculate import read
+from outsize.draft.auto import kind_of
+from outsize.draft.masks import block_of
+from outsize.draft.none import Draft
 from outsize.forward.full import full
 from outsize.forward.span import Span
 
@@ -31,9 +34,9 @@ def guesses(model, prompt: list[int], answer: list[int]):  # type: ignore[no-unt
     for start in range(0, len(answer), AT_ONCE):
         fed = known[first + start : first + min(start + AT_ONCE, len(answer))]
         blocks = masks.masks(tuple(range(len(fed))), masks.k)
-        out = full(t, [Span(first + start, fed, len(fed), blocks)], [kv])[0].masks_MD
+        (out,) = full(t, [Span(first + start, fed, len(fed), blocks)], [kv])
         for place in range(len(fed)):
-            states = out[place * masks.k : (place + 1) * masks.k]
+            states = block_of(Draft(masks=blocks), place, out)
             yield start + place, masks.guess(states, answer[start + place])
 
 
@@ -56,7 +59,7 @@ def main() -> None:
                 steps, tokens = steps + 1, tokens + 1
                 for place, guess in enumerate(block[: len(answer) - number - 1]):
                     good = guess.token == answer[number + 1 + place]
-                    found = counts[place][sum(guess.chance >= b for b in BINS) - 1]
+                    found = counts[place][kind_of(guess.chance, BINS)]
                     found[0], found[1], tokens = found[0] + 1, found[1] + good, tokens + good
                     if not good:
                         break

@@ -23,14 +23,8 @@ LEARN, DRIFT, HAND_ON = 0.1, 0.004, 0.3
 MARGIN = 1.01  # drafts must promise so much more than none
 TEXT_STEPS = (1, 2, 3, 5, 9, 17)  # tokens that agree, by which matches are told apart
 TEXT_PRIOR = (0.12, 0.25, 0.45, 0.65, 0.8, 0.92)
-SURE_STEPS = (
-    0.0,
-    0.3,
-    0.5,
-    0.7,
-    0.85,
-    0.95,
-)  # chances that masks give, by which guesses are told apart
+# Chances that masks give, by which guesses are told apart.
+SURE_STEPS = (0.0, 0.3, 0.5, 0.7, 0.85, 0.95)
 SURE_PRIOR = (0.2, 0.35, 0.55, 0.7, 0.85, 0.97)
 MASK_PRIOR = (0.65,)  # of masks' guesses, as long as none has been made
 AHEAD = 0.6  # what counts of the tokens that guesses may bring the next step: they take rows there
@@ -97,11 +91,8 @@ class AutoDraft:
         self._text, self._sure = habits.text.fresh(), habits.sure.fresh()
         self._masked = habits.masked.fresh()  # of masks' guesses, however sure
         self._idle, self._patience = 0, PATIENCE  # steps without masks, and how many to let pass
-        self._kinds, self._by_text, self._own = (
-            tuple[int, ...](),
-            False,
-            1,
-        )  # of the last draft; rows
+        # Of the last draft: kinds of its guesses, whether the text's, rows.
+        self._kinds, self._by_text, self._own = tuple[int, ...](), False, 1
 
     def propose(self, tokens: Sequence[int], most: int) -> Draft:
         self._index.extend(tokens)
