@@ -71,7 +71,7 @@ def own(model: str, count: int, seed: int, device: torch.device) -> list[str]:
     twin = Twin(made, device, adapting.matmul_type(device), silent)
     opening = "<|im_start|>user\n"
     picked = [STARTS[i % len(STARTS)] for i in range(count)]
-    prompts = [tokens.encode(opening + start, start=False) for start in picked]
+    prompts = [tokens.encode(opening + start, special=True) for start in picked]
     out: list[str] = []
     generator = torch.Generator(device).manual_seed(seed)
     at_once = 512 if device.type == "cuda" else 8

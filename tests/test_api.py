@@ -27,7 +27,9 @@ def test_stream_is_generate(model: Model) -> None:
     pieces = list(streaming)
     (reply,) = model.generate("hello", max_tokens=12)
     assert "".join(pieces) == streaming.reply.text == reply.text == str(reply)
-    assert reply.prompt_tokens == len(model.tokens.encode("<s>user: hello\n<s>assistant: ", True))
+    assert reply.prompt_tokens == len(
+        model.tokens.encode("<s>user: hello\n<s>assistant: ", special=True)
+    )
     assert (reply.new_tokens, reply.finish) == (12, "length")
     assert reply.first_token_s > 0
     assert reply.tokens_per_s > 0
@@ -36,7 +38,8 @@ def test_stream_is_generate(model: Model) -> None:
 
 def test_chat_is_the_template(model: Model) -> None:
     messages = [{"role": "user", "content": "hello"}]
-    (raw,) = model.generate("<s>user: hello\n<s>assistant: ", raw=True, max_tokens=9)
+    prompt = "<s>user: hello\n<s>assistant: "
+    (raw,) = model.generate(prompt, raw=True, special=True, max_tokens=9)
     assert model.chat(messages, max_tokens=9).text == raw.text
     with_system = model.chat(messages, max_tokens=9, system="be kind")
     assert with_system.prompt_tokens > raw.prompt_tokens
@@ -129,7 +132,7 @@ def test_bad_requests(model: Model, folder_of: Callable[[str], object]) -> None:
         model.generate("x", temprature=1)  # type: ignore[call-arg]
     with pytest.raises(OptionError, match="the prompt is empty"):
         model.generate("", raw=True)
-    with pytest.raises(OptionError, match="needs 'role' and 'content'"):
+    with pytest.raises(OptionError, match="a message needs a 'role'"):
         model.chat([{"text": "x"}])
     with pytest.raises(OptionError, match="raw takes prompts that are strings"):
         model.chat([{"role": "user", "content": "x"}], raw=True)

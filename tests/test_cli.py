@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from outsize import api
+from outsize import streaming
 from outsize.errors import OptionError
 from outsize.loading import Wishes
 from outsize.options import Options
@@ -222,14 +222,14 @@ def test_an_interrupted_reply_is_shown_and_accounted(
     tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C after the first piece: what was said stays, the account is printed, status 130."""
-    pieces = api.Streaming.__iter__
+    parts = streaming.Streaming._go
 
-    def interrupted(self: api.Streaming) -> Iterator[str]:
-        for piece in pieces(self):
-            yield piece
+    def interrupted(self: streaming.Streaming) -> Iterator[tuple[str, str]]:
+        for part in parts(self):
+            yield part
             signal.raise_signal(signal.SIGINT) if not self.run.seq.finish else None
 
-    monkeypatch.setattr(api.Streaming, "__iter__", interrupted)
+    monkeypatch.setattr(streaming.Streaming, "_go", interrupted)
     how = How(Wishes(), None, False, False)
     with pytest.raises(SystemExit) as left:
         answer(tiny, "hello", Options(max_tokens=50), how)

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from outsize.decode.sample import Sampler, keep_min_p, keep_top_k, keep_top_p, penalize
 from outsize.decode.template import render
-from outsize.decode.text import Stream, Tokens
+from outsize.decode.text import Stream
+from outsize.decode.tokens import Tokens
 from outsize.errors import OptionError, TemplateError
 from outsize.options import Options, parse_size
 from tests.golden import tiny

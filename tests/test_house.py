@@ -21,6 +21,7 @@ TOP = {"errors", "options", "resolve", "bars", "__version__"}
 LAST = {
     "api",
     "reply",
+    "streaming",
     "loading",
     "planning",
     "tracing",

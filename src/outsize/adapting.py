@@ -17,9 +17,10 @@ from outsize.adapt.masks import Example, Recipe
 from outsize.adapt.twin import Twin
 from outsize.bars import bars, steps
 from outsize.decode.prompts import encode
-from outsize.decode.text import Tokens
+from outsize.decode.tokens import Tokens
 from outsize.errors import DataError, OptionError
 from outsize.library import say
+from outsize.options import Options
 from outsize.pack.format import Pack
 from outsize.plan.probe import instruction_sets
 
@@ -106,7 +107,7 @@ def matmul_type(device: torch.device) -> torch.dtype:
 def prepare(wish: Wish, recipe: Recipe, made: Pack, twin: Twin) -> list[Example]:
     """Examples in tokens, in a fixed order: the held-out ones first."""
     tokens, lines = loading.tokens(made), read(wish.data)
-    prompts = encode(made, tokens, [line.prompt for line in lines], None, False)
+    prompts = encode(made, tokens, [line.prompt for line in lines], Options())
     short = [i for i, p in enumerate(prompts) if len(p) + wish.max_tokens <= recipe.length]
     if not short:
         raise DataError(

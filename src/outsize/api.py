@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TypedDict
@@ -14,11 +14,13 @@ from typing_extensions import Unpack
 from outsize.cache.kv import KV
 from outsize.conversation import Conversation, Past
 from outsize.decode import flow
+from outsize.decode.channels import PLAIN, format_of
 from outsize.decode.engine import Flow, drive
 from outsize.decode.prompts import Prompt, encode
 from outsize.decode.sample import Sampler, seeded
 from outsize.decode.template import Messages
-from outsize.decode.text import Stream, Tokens
+from outsize.decode.text import Stream
+from outsize.decode.tokens import Tokens
 from outsize.drafting import SPARE, Drafting, read_adapter
 from outsize.errors import ClosedError, ContextError, OptionError
 from outsize.forward.full import hidden
@@ -30,6 +32,7 @@ from outsize.options import Options
 from outsize.pack.format import Pack
 from outsize.plan.placement import Placement
 from outsize.reply import Counts, Reply, Run, Score, account
+from outsize.streaming import Streaming
 from outsize.weights import budget
 from outsize.weights.traffic import Traffic
 
@@ -50,32 +53,8 @@ class Changes(TypedDict, total=False):
     system: str | None
     raw: bool
     adapter: str | Sequence[str | None] | None
-
-
-class Streaming:
-    """Pieces of a reply as they come; `reply` is its account, whole once the pieces have ended."""
-
-    def __init__(self, model: Model, run: Run, options: Options, started: float) -> None:
-        self._model, self.run = model, run
-        self._options, self._started, self._before = options, started, model.counts()
-        self._pieces = self._go()
-
-    def __iter__(self) -> Iterator[str]:
-        return self._pieces
-
-    def _go(self) -> Iterator[str]:
-        run = self.run
-        for _ in self._model._drive([run], self._options):
-            if piece := run.advance(time.perf_counter(), self._model.bytes_read):
-                yield piece
-
-    def cancel(self) -> None:
-        """End the reply after the present step."""
-        self.run.seq.finish = self.run.seq.finish or "cancelled"
-
-    @property
-    def reply(self) -> Reply:
-        return self._model._reply(self.run, self._options, self._started, self._before)
+    special: bool
+    template_args: Mapping[str, object] | None
 
 
 class Model:
@@ -94,6 +73,7 @@ class Model:
         self.adapters: dict[str, Adapter] = {}
         self.context = placement.context
         self.given_up = 0  # bytes of weights that were held at first, and had to go
+        self._format = format_of(tokens, pack.chat_template) if pack.chat_templates else PLAIN
         self._watch = budget.Watch(placement.budget)
         self._transformer: Transformer | None = transformer
 
@@ -173,9 +153,10 @@ class Model:
             pass
         return streaming.reply
 
-    def conversation(self, **changes: Unpack[Changes]) -> Conversation:
-        """A chat that remembers, and does not compute again what it knows."""
-        return Conversation(self, Options().with_changes(changes))
+    def conversation(self, overflow: str = "error", **changes: Unpack[Changes]) -> Conversation:
+        """A chat that remembers, and does not compute again what it knows. `overflow` says what happens when
+        it outgrows the context: "error", or "drop-oldest" turns."""
+        return Conversation(self, Options().with_changes(changes), overflow)
 
     def score(self, text: str) -> Score:
         """The log-probability of every token of a text after the first. No chat template."""
@@ -203,7 +184,11 @@ class Model:
         return Streaming(self, self.start(ids, options, past), options, started)
 
     def _encode(self, prompts: Sequence[Prompt], options: Options) -> list[list[int]]:
-        return encode(self.pack, self.tokens, prompts, options.system, options.raw)
+        return encode(self.pack, self.tokens, prompts, options)
+
+    def count(self, prompt: Prompt, options: Options | None = None) -> int:
+        """Tokens of a prompt, or of a chat's messages."""
+        return len(self._encode([prompt], options or Options())[0])
 
     def _check_room(self, tokens: Sequence[int]) -> None:
         if not tokens:
@@ -213,12 +198,21 @@ class Model:
                 f"the text has {len(tokens):,} tokens, the context holds {self.context:,}; shorten "
                 f"it, or raise --context (this model goes to {self.pack.description.context:,})"
             )
+        highest, rows = max(tokens), self.pack.description.vocab_size
+        if highest >= rows:
+            raise OptionError(
+                f"the prompt has the token {self.tokens.piece(highest)!r}, number {highest:,}, and the "
+                f"model's embedding has {rows:,} rows: this model cannot read it; leave it out"
+            )
 
     def start(self, ids: list[int], options: Options, past: Past | None = None) -> Run:
         self._check_room([*ids, 0] if ids else ids)
         limit = self._limit(ids, options)
-        seq = flow.Sequence(list(ids), len(ids), limit, frozenset(self.pack.eos))
-        stream, name = Stream(self.tokens, options.stop), options.for_prompt(0).adapter
+        stops = [self.tokens.control(stop) for stop in options.stop]
+        ends = frozenset([*self.pack.eos, *(i for i in stops if i is not None)])
+        seq = flow.Sequence(list(ids), len(ids), limit, ends)
+        form = PLAIN if options.raw else self._format.after(self.tokens, ids)
+        stream, name = Stream(self.tokens, options.stop, form), options.for_prompt(0).adapter
         assert name is None or isinstance(name, str)
         self._adapter(name)
         if past is None:

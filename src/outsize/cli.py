@@ -23,13 +23,17 @@ from outsize.flags import (
     MinP,
     ModelFlag,
     Native,
+    Overflow,
     Penalty,
     Quiet,
     Raw,
     Seed,
+    ShowThinking,
+    Special,
     Stop,
     System,
     Temperature,
+    TemplateArgs,
     Threads,
     TopK,
     TopP,
@@ -37,7 +41,7 @@ from outsize.flags import (
     Verify,
     option,
 )
-from outsize.options import DEFAULT_MODEL, Options
+from outsize.options import DEFAULT_MODEL, Options, parse_arguments
 
 app = typer.Typer(
     add_completion=False,
@@ -70,6 +74,10 @@ def run(
     stop: Stop = None,
     system: System = None,
     raw: Raw = False,
+    special: Special = False,
+    template_arg: TemplateArgs = None,
+    show_thinking: ShowThinking = None,
+    overflow: Overflow = "error",
     memory: Memory = "auto",
     experts: ExpertsFlag = None,
     draft: DraftFlag = "auto",
@@ -87,13 +95,15 @@ def run(
 
     options = Options(
         max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, seed, tuple(stop or ()),
-        system, raw, terminal.first_adapter(adapter),
+        system, raw, terminal.first_adapter(adapter), special, parse_arguments(template_arg or ()),
     )  # fmt: skip
     name, prompt = terminal.understand(arguments or [], model)
     if prompt is None and as_json:
         raise typer.BadParameter("--json needs a prompt")
     wishes = loading.Wishes(memory, context, encoding, verify, force, native, quiet, experts, draft)
-    how = terminal.How(wishes, threads, as_json, verbose, tuple(adapter or ()))
+    how = terminal.How(
+        wishes, threads, as_json, verbose, tuple(adapter or ()), show_thinking, overflow
+    )
     if prompt is None:
         talk.chat(name, options, how)
     else:
@@ -115,6 +125,9 @@ def chat(
     seed: Seed = None,
     stop: Stop = None,
     system: System = None,
+    template_arg: TemplateArgs = None,
+    show_thinking: ShowThinking = None,
+    overflow: Overflow = "error",
     memory: Memory = "auto",
     experts: ExpertsFlag = None,
     draft: DraftFlag = "auto",
@@ -131,10 +144,12 @@ def chat(
 
     options = Options(
         max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, seed, tuple(stop or ()),
-        system, False, terminal.first_adapter(adapter),
+        system, False, terminal.first_adapter(adapter), False, parse_arguments(template_arg or ()),
     )  # fmt: skip
     wishes = loading.Wishes(memory, context, encoding, verify, force, native, quiet, experts, draft)
-    how = terminal.How(wishes, threads, False, verbose, tuple(adapter or ()))
+    how = terminal.How(
+        wishes, threads, False, verbose, tuple(adapter or ()), show_thinking, overflow
+    )
     talk.chat(model or name or DEFAULT_MODEL, options, how)
 
 
@@ -193,13 +208,16 @@ def trace(
 def pack(
     model: Annotated[str, typer.Argument()] = DEFAULT_MODEL,
     encoding: Encoding = "auto",
+    refresh: Annotated[
+        bool, option("--refresh", text="Ask the hub for a newer revision of a model packed before.")
+    ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Fetch and convert a model, so that it starts at once."""
     from outsize import library, terminal
 
-    made = library.pack(model, encoding=encoding, quiet=quiet)
+    made = library.pack(model, encoding=encoding, quiet=quiet, refresh=refresh)
     terminal.show_packs([made], as_json)
 
 

@@ -7,11 +7,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from outsize.cache.kv import KV
+from outsize.decode.channels import TEXT, Piece
+from outsize.decode.template import Message
+from outsize.errors import ContextError, OptionError
 from outsize.options import Options
 from outsize.reply import Reply
 
 if TYPE_CHECKING:
-    from outsize.api import Model, Streaming
+    from outsize.api import Model
+    from outsize.streaming import Streaming
+
+OVERFLOWS = ("error", "drop-oldest")
+LEAST_ROOM = 4  # of the context, one part in so many is kept for the reply when turns are dropped
 
 
 @dataclass(slots=True)
@@ -37,9 +44,11 @@ class Past:
 class Conversation:
     """Messages so far, and the cache that goes with them."""
 
-    def __init__(self, model: Model, options: Options) -> None:
+    def __init__(self, model: Model, options: Options, overflow: str = "error") -> None:
         self._model, self.options = model, options
-        self.messages: list[dict[str, str]] = []
+        self.overflow = checked_overflow(overflow)
+        self.messages: list[Message] = []
+        self.dropped = 0  # messages that the last turn let go
         self._past = Past(model.new_kv(model.context))
         self._streaming: Streaming | None = None
 
@@ -62,14 +71,55 @@ class Conversation:
 
     def say(self, text: str) -> Iterator[str]:
         """One turn: pieces of the reply. What was said before is not computed again."""
-        messages = [*self.messages, {"role": "user", "content": text}]
+        return (piece for kind, piece in self.parts(text) if kind == TEXT)
+
+    def parts(self, text: str) -> Iterator[Piece]:
+        """One turn: pieces of the reply ("text") and of what the model thinks ("reasoning"). What it thought
+        is not part of the history."""
+        messages = self._fitting([*self.messages, {"role": "user", "content": text}])
         streaming = self._model.stream_from(messages, self.options, self._past)
         self._streaming = streaming
         try:
-            yield from streaming
+            yield from streaming.parts
         finally:
             run = streaming.run
             # The last token was chosen, but has not been run; nor, after an error, have others.
             self._past.tokens = run.seq.tokens[: min(len(run.seq.tokens) - 1, run.kv.length)]
             answer = {"role": "assistant", "content": streaming.reply.text}
             self.messages = [*messages, answer]
+
+    def _fitting(self, messages: list[Message]) -> list[Message]:
+        """The messages, without the oldest turns where that is wished for and needed. Raises ContextError."""
+        context, self.dropped = self._model.context, 0
+        room = min(self.options.max_tokens, context // LEAST_ROOM)
+        while (size := self._model.count(messages, self.options)) + room > context:
+            rest = _later_turns(messages)
+            if self.overflow == "error" or not rest:
+                break
+            self.dropped += len(messages) - len(rest)
+            messages = rest
+        if size < context:
+            return messages
+        way_out = (
+            "this message alone does not fit: shorten it"
+            if not _later_turns(messages)
+            else "/reset forgets what was said, --overflow drop-oldest (here: /overflow drop-oldest) lets "
+            "the oldest turns go"
+        )
+        raise ContextError(
+            f"the chat has {size:,} tokens, the context holds {context:,}; {way_out}, and --context makes it "
+            f"longer (this model goes to {self._model.pack.description.context:,})"
+        )
+
+
+def _later_turns(messages: list[Message]) -> list[Message]:
+    """Without the oldest turn: from the second message of a user on; nothing if there is none."""
+    starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    return messages[starts[1] :] if len(starts) > 1 else []
+
+
+def checked_overflow(overflow: str) -> str:
+    """Raises OptionError."""
+    if overflow not in OVERFLOWS:
+        raise OptionError(f"overflow is {overflow!r}; known are {', '.join(OVERFLOWS)}")
+    return overflow

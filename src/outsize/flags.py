@@ -27,6 +27,29 @@ Seed = Annotated[int | None, option("--seed", text="The same seed draws the same
 Stop = Annotated[list[str] | None, option("--stop", text="Stop before this text (repeatable).")]
 System = Annotated[str | None, option("--system", text="System prompt.")]
 Raw = Annotated[bool, option("--raw/--no-raw", text="The prompt as it is: no chat template.")]
+Special = Annotated[
+    bool,
+    option("--special/--no-special", text="In a raw prompt, read control tokens by their names."),
+]
+TemplateArgs = Annotated[
+    list[str] | None,
+    option(
+        "--template-arg",
+        text="A variable for the chat template, as enable_thinking=false (repeatable).",
+        metavar="KEY=VALUE",
+    ),
+]
+ShowThinking = Annotated[
+    bool | None,
+    option(
+        "--show-thinking/--hide-thinking",
+        text="Print what the model thinks before it answers (at a terminal: dim).",
+    ),
+]
+Overflow = Annotated[
+    str,
+    option("--overflow", text="A chat that outgrows its context: error, or drop-oldest turns."),
+]
 Native = Annotated[
     bool, option("--native/--no-native", text="Use the compiled row kernels, where they can be.")
 ]

@@ -34,9 +34,16 @@ def find(model: str = DEFAULT_MODEL, encoding: str = "auto") -> Pack | None:
     return store.find(store.home() / "packs", spec.text, encoding, spec.kind == "path")
 
 
-def pack(model: str = DEFAULT_MODEL, *, encoding: str = "auto", quiet: bool = False) -> Pack:
-    """Fetch and pack a model, or find the pack that is there. Raises OutsizeError."""
-    found = find(model, encoding)
+def pack(
+    model: str = DEFAULT_MODEL,
+    *,
+    encoding: str = "auto",
+    quiet: bool = False,
+    refresh: bool = False,
+) -> Pack:
+    """Fetch and pack a model, or find the pack that is there; `refresh` asks the hub whether there is a
+    newer revision. Raises OutsizeError."""
+    found = None if refresh and model.startswith("hf:") else find(model, encoding)
     if found is not None:
         return found
     spec, folder = source.parse(model), store.home() / "packs"

@@ -13,7 +13,7 @@ from outsize import drafting, library
 from outsize.api import Model
 from outsize.bars import bars
 from outsize.checkpoint.tokenizer import lean
-from outsize.decode.text import Tokens
+from outsize.decode.tokens import Tokens
 from outsize.draft.auto import Habits
 from outsize.errors import BudgetError, ContextError, OptionError
 from outsize.library import warn

@@ -4,9 +4,10 @@ end here."""
 from __future__ import annotations
 
 import difflib
+import json
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 from outsize.errors import OptionError
 
@@ -31,6 +32,8 @@ class Options:
     system: str | None = None
     raw: bool = False  # the prompt as it is, without the model's chat template
     adapter: str | tuple[str | None, ...] | None = None  # of all prompts, or of each
+    special: bool = False  # in a raw prompt, read the names of control tokens as control tokens
+    template_args: Mapping[str, object] | None = None  # variables for the chat template
 
     def __post_init__(self) -> None:
         _check("max_tokens", self.max_tokens, 1, 1 << 24)
@@ -44,11 +47,13 @@ class Options:
         object.__setattr__(self, "stop", _strings(self.stop))
         if isinstance(self.adapter, list):
             object.__setattr__(self, "adapter", tuple(self.adapter))
+        if not isinstance(self.template_args, Mapping | None):
+            raise OptionError(f"template_args is {self.template_args!r}; a dict is expected")
         if any(not s for s in self.stop):
             raise OptionError("stop: an empty string would stop at once; leave it out")
 
     def to_json(self) -> dict[str, object]:
-        return asdict(self)
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def for_prompt(self, number: int) -> Options:
         """The options of one prompt of several. Raises OptionError."""
@@ -85,6 +90,20 @@ def _strings(value: object) -> tuple[str, ...]:
     if not isinstance(items, list | tuple) or not all(isinstance(s, str) for s in items):
         raise OptionError(f"stop is {value!r}; a string or a list of strings is expected")
     return tuple(items)
+
+
+def parse_arguments(told: Sequence[str]) -> dict[str, object] | None:
+    """KEY=VALUE texts as template arguments; a value that is JSON is what it says. Raises OptionError."""
+    made: dict[str, object] = {}
+    for text in told:
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise OptionError(f"--template-arg is {text!r}; KEY=VALUE is expected")
+        try:
+            made[key] = json.loads(value)
+        except ValueError:
+            made[key] = value
+    return made or None
 
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}

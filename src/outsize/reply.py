@@ -41,6 +41,7 @@ class Reply:
     model: str
     finish: str  # "stop", "length" or "cancelled"
     options: Mapping[str, object]
+    reasoning: str = ""  # what the model thought before it answered, where it says that apart
 
     def __str__(self) -> str:
         return self.text
@@ -146,4 +147,5 @@ def account(
         model=model,
         finish=run.seq.finish or "cancelled",
         options=options,
+        reasoning=run.stream.reasoning,
     )

@@ -8,17 +8,22 @@ from contextlib import contextmanager, suppress
 
 from outsize import planning
 from outsize.api import Model
+from outsize.conversation import checked_overflow
 from outsize.errors import OutsizeError, TemplateError
 from outsize.options import Options
 from outsize.pack.store import home
 from outsize.reply import Reply
-from outsize.terminal import How, interrupts, note, open_model, show, summary
+from outsize.terminal import How, interrupts, note, note_unanswered, open_model, show, summary
 
-HELP = "/reset forgets, /system TEXT begins anew under it, /adapter NAME swaps it, /stats counts, /bye leaves"
+HELP = (
+    "/reset forgets, /system TEXT begins anew under it, /overflow drop-oldest lets old turns go, "
+    "/adapter NAME swaps it, /stats counts, /bye leaves"
+)
 
 
 def chat(name: str, options: Options, how: How) -> None:
     """Turns until /bye, Ctrl-D, or Ctrl-C at the prompt."""
+    checked_overflow(how.overflow)
     with open_model(name, how) as model:
         if model.pack.chat_template is None:
             raise TemplateError(
@@ -68,7 +73,7 @@ class Talk:
 
     def __init__(self, model: Model, options: Options, how: How) -> None:
         self._how = how
-        self._conversation = model.conversation(**options.to_json())  # type: ignore[arg-type]
+        self._conversation = model.conversation(how.overflow, **options.to_json())  # type: ignore[arg-type]
         self._replies: list[Reply] = []
 
     def turn(self, line: str) -> bool:
@@ -80,6 +85,8 @@ class Talk:
             self._conversation.reset()
         elif command == "/system":
             self._conversation.reset(rest or None)
+        elif command == "/overflow":
+            self._set_overflow(rest)
         elif command == "/adapter":
             self._conversation.options = self._conversation.options.with_changes(
                 {"adapter": rest or None}
@@ -94,16 +101,25 @@ class Talk:
 
     def _say(self, line: str) -> None:
         try:
-            pieces = self._conversation.say(line)
+            parts = self._conversation.parts(line)
             with interrupts(self._conversation.cancel):
-                show(pieces, shown=True)
+                show(parts, shown=True, thinking=self._how.thinking)
         except OutsizeError as e:
             note(f"error: {e}")
             return
         reply = self._conversation.reply
         self._replies.append(reply)
+        if self._conversation.dropped:
+            note(f"the context was full: {self._conversation.dropped} old messages were let go")
+        note_unanswered(reply)
         if self._how.verbose:
             note(summary(reply, planning.disk_rate()))
+
+    def _set_overflow(self, told: str) -> None:
+        try:
+            self._conversation.overflow = checked_overflow(told.strip())
+        except OutsizeError as e:
+            note(f"error: {e}")
 
     def _stats(self) -> None:
         for reply in self._replies[-1:]:

@@ -15,6 +15,7 @@ from types import FrameType
 from outsize import loading, planning
 from outsize.api import Model
 from outsize.checkpoint.source import names_model
+from outsize.decode.channels import REASONING, TEXT, Piece
 from outsize.errors import OptionError, PackError
 from outsize.loading import Wishes
 from outsize.options import DEFAULT_MODEL, Options
@@ -24,6 +25,7 @@ from outsize.pack.store import home
 from outsize.plan import report
 from outsize.plan.placement import Placement
 from outsize.reply import Reply
+from outsize.settings import no_color
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,8 @@ class How:
     as_json: bool
     verbose: bool
     adapters: tuple[str, ...] = ()
+    thinking: bool | None = None  # show what the model thinks; None: where a person looks on
+    overflow: str = "error"
 
 
 def understand(arguments: Sequence[str], model: str | None) -> tuple[str, str | None]:
@@ -107,23 +111,49 @@ def answer(name: str, prompt: str, options: Options, how: How) -> None:
     with open_model(name, how) as model:
         streaming = model.stream(prompt, **options.to_json())  # type: ignore[arg-type]
         with interrupts(streaming.cancel):
-            show(iter(streaming), shown=not how.as_json)
+            show(streaming.parts, shown=not how.as_json, thinking=how.thinking)
         reply = streaming.reply
     if how.as_json:
         print(json.dumps(reply.to_json(), ensure_ascii=False))
     elif not how.wishes.quiet:
         note(summary(reply, planning.disk_rate()))
+        note_unanswered(reply)
     if reply.finish == "cancelled":
         sys.exit(130)
 
 
-def show(pieces: Iterator[str], shown: bool) -> None:
-    for piece in pieces:
-        if shown:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+def show(parts: Iterator[Piece], shown: bool, thinking: bool | None = None) -> None:
+    """Print a reply as it comes. What the model thinks is dim at a terminal; elsewhere it is left out, unless
+    `thinking` says otherwise."""
+    styled = sys.stdout.isatty() and not no_color()
+    thinking = sys.stdout.isatty() if thinking is None else thinking
+    last = TEXT
+    for kind, piece in parts:
+        if not shown or (kind == REASONING and not thinking):
+            continue
+        if kind != last:
+            sys.stdout.write(_turn(kind, styled))
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+        last = kind
     if shown:
-        print(flush=True)
+        print(_turn(TEXT, styled).rstrip("\n") if last == REASONING else "", flush=True)
+
+
+def _turn(kind: str, styled: bool) -> str:
+    """What is written where thinking begins, or ends."""
+    if kind == REASONING:
+        return "\033[2m" if styled else "<think>\n"
+    return "\033[0m\n\n" if styled else "\n</think>\n\n"
+
+
+def note_unanswered(reply: Reply) -> None:
+    """Say so where a model thought, and did not answer."""
+    if reply.reasoning and not reply.text:
+        note(
+            f"the model thought ({len(reply.reasoning):,} characters) and gave no answer; "
+            "--show-thinking shows it, -n allows a longer reply"
+        )
 
 
 def summary(reply: Reply, disk_bytes_per_s: float | None = None) -> str:

@@ -36,8 +36,12 @@ class TokenizerSpec:
     json: str | None = None
     arrays: Mapping[str, object] = field(default_factory=dict)
     bos: int | None = None
-    eos: tuple[int, ...] = ()
+    eos: tuple[int, ...] = ()  # every id that ends a text
     add_bos: bool = False
+    names: Mapping[str, str] = field(
+        default_factory=dict
+    )  # "bos_token" and the like, for templates
+    templates: Mapping[str, str] = field(default_factory=dict)  # chat templates by name
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +53,8 @@ class Checkpoint:
     config: Config
     tensors: Mapping[str, Tensor]
     tokenizer: TokenizerSpec
-    files: tuple[Path, ...]
-    chat_template: str | None = None
+    files: tuple[Path, ...]  # that hold the weights
+    sidecars: tuple[Path, ...] = ()  # that decide an answer, too
     licence: str | None = None
 
 

@@ -17,8 +17,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from outsize.checkpoint.foreign import Checkpoint, Tensor, TokenizerSpec, file_size, pread
+from outsize.checkpoint.foreign import Checkpoint, Tensor, file_size, pread
 from outsize.checkpoint.ggml import TYPES
+from outsize.checkpoint.text import of_gguf
 from outsize.errors import CheckpointError, UnsupportedError
 
 MAX_ITEMS = 3_000_000  # strings and arrays in one header; the largest vocabularies have 0.8 million
@@ -263,29 +264,13 @@ def load(path: Path) -> Checkpoint:
     architecture = head.get("general.architecture")
     if not isinstance(architecture, str):
         raise CheckpointError(f"{path.name}: no 'general.architecture': is it a language model?")
-    template, licence = head.get("tokenizer.chat_template"), head.get("general.license")
+    licence = head.get("general.license")
     return Checkpoint(
         format="gguf",
         architecture=architecture,
         config=head,
         tensors=tensors,
-        tokenizer=_tokenizer(head),
+        tokenizer=of_gguf(head),
         files=tuple(p.path for p in parts),
-        chat_template=template if isinstance(template, str) else None,
         licence=licence if isinstance(licence, str) else None,
-    )
-
-
-def _tokenizer(head: dict[str, object]) -> TokenizerSpec:
-    prefix = "tokenizer.ggml."
-    arrays = {k.removeprefix(prefix): v for k, v in head.items() if k.startswith(prefix)}
-    ends = [arrays.get(k) for k in ("eos_token_id", "eot_token_id", "eom_token_id")]
-    bos = arrays.get("bos_token_id")
-    # SentencePiece files that do not say so expect a start token; byte-level BPE files do not.
-    default = arrays.get("model") == "llama"
-    return TokenizerSpec(
-        arrays=arrays,
-        bos=bos if isinstance(bos, int) else None,
-        eos=tuple(dict.fromkeys(e for e in ends if isinstance(e, int))),
-        add_bos=bool(arrays.get("add_bos_token", default)),
     )

@@ -7,42 +7,20 @@ https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-import json
 import math
 from itertools import pairwise
 from pathlib import Path
-from typing import cast
 
-from outsize.checkpoint.foreign import Checkpoint, Config, Tensor, TokenizerSpec, file_size, pread
+from outsize.checkpoint.foreign import Checkpoint, Tensor, file_size, pread
 from outsize.checkpoint.ggml import BY_NAME
+from outsize.checkpoint.read_json import fail as _fail
+from outsize.checkpoint.read_json import parse_json, read_json
+from outsize.checkpoint.text import of_folder, sidecars
 from outsize.errors import CheckpointError, UnsupportedError
 
 MAX_HEADER = 64 << 20
-MAX_JSON = 128 << 20
 DTYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16", "F64": "F64", "I8": "I8", "I32": "I32"}
 CODES, SCALES = "_blocks", "_scales"  # the two tensors of a matrix in MXFP4
-
-
-def _fail(path: Path, problem: str) -> CheckpointError:
-    return CheckpointError(f"{path.name}: {problem}; the file is damaged: fetch it again")
-
-
-def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, object]:
-    """A JSON object from a file of bounded size. Raises CheckpointError."""
-    size = file_size(path)
-    if size > limit:
-        raise _fail(path, f"{size:,} bytes of JSON, at most {limit:,} are allowed")
-    return parse_json(path, path.read_bytes())
-
-
-def parse_json(path: Path, raw: bytes | bytearray) -> dict[str, object]:
-    try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError) as e:
-        raise _fail(path, f"not JSON ({type(e).__name__})") from None
-    if not isinstance(value, dict):
-        raise _fail(path, f"the JSON is a {type(value).__name__}, not an object")
-    return cast("dict[str, object]", value)
 
 
 def parse(path: Path) -> dict[str, Tensor]:
@@ -134,9 +112,9 @@ def load(folder: Path) -> Checkpoint:
         architecture=architecture,
         config=config,
         tensors=tensors,
-        tokenizer=_tokenizer(folder, config),
+        tokenizer=of_folder(folder, config),
         files=tuple(paths),
-        chat_template=_template(folder),
+        sidecars=sidecars(folder),
     )
 
 
@@ -153,38 +131,3 @@ def _with_mxfp4(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             plain, BY_NAME["MXFP4"], shape, codes.path, codes.offset, codes.size, scales
         )
     return out
-
-
-def _optional_json(path: Path) -> dict[str, object]:
-    return read_json(path) if path.is_file() else {}
-
-
-def _tokenizer(folder: Path, config: Config) -> TokenizerSpec:
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder}: no tokenizer.json in this folder; save it with the tokenizer's "
-            "save_pretrained (fast tokenizer)"
-        )
-    raw = path.read_bytes() if file_size(path) <= MAX_JSON else b""
-    parse_json(path, raw)
-    generation = _optional_json(folder / "generation_config.json")
-    settings = _optional_json(folder / "tokenizer_config.json")
-    ends = generation.get("eos_token_id", config.get("eos_token_id"))
-    bos = config.get("bos_token_id")
-    add_bos = settings.get("add_bos_token", False)
-    listed = ends if isinstance(ends, list) else [ends]
-    return TokenizerSpec(
-        json=raw.decode("utf-8", "replace"),
-        bos=bos if isinstance(bos, int) else None,
-        eos=tuple(e for e in listed if isinstance(e, int)),
-        add_bos=add_bos is True,
-    )
-
-
-def _template(folder: Path) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file() and file_size(path) <= 1 << 20:
-        return path.read_text(encoding="utf-8", errors="replace")
-    template = _optional_json(folder / "tokenizer_config.json").get("chat_template")
-    return template if isinstance(template, str) else None

@@ -1,82 +1,175 @@
-"""Chat templates, rendered where they can do no harm: a process of its own with a memory and a time
-limit, in jinja2's immutable sandbox. A template is a program that came with a foreign file."""
+"""Chat templates, rendered where they can do no harm: in a process of its own (`template_child.py`).
+
+One such process serves all renders of this one; it is started with the first.
+"""
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import sysconfig
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 
-from outsize.errors import TemplateError
+from outsize.errors import OptionError, TemplateError
 
 MAX_TEMPLATE = 256 << 10
 MAX_TEXT = 16 << 20
 TIME_LIMIT_S = 10
-Messages = Sequence[Mapping[str, str]]
-
-# Runs in the child. Reads one JSON object, writes one.
-_CHILD = """
-import json, sys
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-except (ImportError, ValueError, OSError):
-    pass
-from datetime import datetime
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-def refuse(message):
-    raise TemplateError(message)
-job = json.load(sys.stdin)
-env = ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-env.filters["tojson"] = lambda v, indent=None: json.dumps(v, ensure_ascii=False, indent=indent)
-env.globals["raise_exception"] = refuse
-env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-try:
-    template = env.from_string(job["template"])
-    answer = {"texts": [template.render(messages=m, **job["names"]) for m in job["chats"]]}
-except MemoryError:
-    answer = {"error": "it used more than 1 GB of memory"}
-except Exception as e:
-    answer = {"error": f"{type(e).__name__}: {str(e)[:300]}"}
-sys.stdout.write(json.dumps(answer))
-""".replace("SECONDS", str(TIME_LIMIT_S))
+CHILD = Path(__file__).with_name("template_child.py")
+Message = Mapping[str, object]
+Messages = Sequence[Message]
 
 
 def render(
-    template: str, chats: Sequence[Messages], names: Mapping[str, str], answer: bool = True
+    template: str, chats: Sequence[Messages], names: Mapping[str, object], answer: bool = True
 ) -> list[str]:
-    """The prompt of each chat, ready for the model's reply. Raises TemplateError."""
+    """The prompt of each chat, ready for the model's reply unless `answer` is False. `names` are the
+    template's variables beside the messages. Raises TemplateError."""
     if len(template) > MAX_TEMPLATE:
         raise TemplateError(
             f"the chat template has {len(template):,} characters, at most {MAX_TEMPLATE:,} are "
             "rendered; use --raw to do without it"
         )
-    variables = {**names, "add_generation_prompt": answer}
-    job = {"template": template, "chats": [list(map(dict, c)) for c in chats], "names": variables}
-    reply = _ask(json.dumps(job))
+    variables = {"tools": None, "documents": None, **names, "add_generation_prompt": answer}
+    job = {
+        "template": template, "chats": [[dict(m) for m in c] for c in chats], "names": variables,
+        "seconds": TIME_LIMIT_S, "most": MAX_TEXT,
+    }  # fmt: skip
+    try:
+        line = json.dumps(job)
+    except (TypeError, ValueError) as e:
+        raise OptionError(f"messages and template arguments must be JSON: {e}") from None
+    reply = _worker.ask(line)
     if "error" in reply:
         raise TemplateError(
             f"the chat template failed: {reply['error']}; use --raw to do without it"
         )
     texts: list[str] = reply["texts"]
-    if sum(map(len, texts)) > MAX_TEXT:
-        raise TemplateError(f"the chat template made more than {MAX_TEXT:,} characters")
     return texts
 
 
-def _ask(job: str) -> dict[str, list[str]]:
+def pythons() -> Iterator[str]:
+    """Interpreters of this version: this one, or, inside another program, the one it was built from."""
+    version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    if sys.executable and Path(sys.executable).name.startswith(("python", "pypy")):
+        yield sys.executable
+    folders = [Path(sys.prefix, "bin"), Path(sys.base_prefix, "bin")]
+    folders += [Path(bindir)] if (bindir := sysconfig.get_config_var("BINDIR")) else []
+    yield from (str(f / version) for f in folders if (f / version).is_file())
+    yield from (str(p) for p in (Path(sys.base_prefix, "python.exe"),) if p.is_file())
+
+
+class Worker:
+    """The rendering process, started when it is needed and again when it has ended."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._owner = 0  # the process that started it: a fork must not share its pipes
+        self._lock = threading.Lock()
+
+    def ask(self, job: str) -> dict[str, list[str]]:
+        """One job, one reply. Raises TemplateError."""
+        with self._lock:
+            process = self._running()
+            line, is_late = _exchange(process, job)
+            if (
+                not line and not is_late and process.poll() == 0
+            ):  # it had just ended for want of work
+                self.close()
+                line, is_late = _exchange(process := self._running(), job)
+            if not line:
+                process.kill()
+                said = _last_words(process)
+                self.close()
+                raise TemplateError(
+                    f"the chat template ran longer than {TIME_LIMIT_S} s"
+                    if is_late
+                    else f"the chat template's process ended with status {process.wait()}{said}"
+                )
+        reply: dict[str, list[str]] = json.loads(line)
+        return reply
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._owner != os.getpid():
+            self._process = None
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        self.close()
+        self._process, self._owner = _start(), os.getpid()
+        return self._process
+
+    def close(self) -> None:
+        """End the process, if it runs."""
+        process, self._process = self._process, None
+        if process is None or self._owner != os.getpid():
+            return
+        process.kill()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe is not None:
+                with suppress(OSError):
+                    pipe.close()
+        process.wait()
+
+
+def _start() -> subprocess.Popen[str]:
+    """Isolated from this process's environment, but with its search path: what it can import, the other can,
+    however it was installed."""
+    path = json.dumps([p for p in sys.path if os.path.isabs(p)])
+    python = next(pythons(), None)
+    if python is None:
+        raise TemplateError(
+            "chat templates are rendered in a Python process of their own, and no Python "
+            f"{sys.version_info[0]}.{sys.version_info[1]} was found beside {sys.prefix}; use --raw"
+        )
+    pipe = subprocess.PIPE
     try:
-        done = subprocess.run(
-            [sys.executable, "-I", "-c", _CHILD],
-            input=job, capture_output=True, text=True, timeout=TIME_LIMIT_S, encoding="utf-8",
+        return subprocess.Popen(
+            [python, "-I", "-S", str(CHILD), path], stdin=pipe, stdout=pipe, stderr=pipe,
+            text=True, encoding="utf-8", env={},
         )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise TemplateError(f"the chat template ran longer than {TIME_LIMIT_S} s") from None
-    if done.returncode:
-        raise TemplateError(f"the chat template's process ended with status {done.returncode}")
-    reply: dict[str, list[str]] = json.loads(done.stdout)
-    return reply
+    except OSError as e:
+        raise TemplateError(
+            f"the chat template's process cannot start: {python}: {e.strerror}"
+        ) from None
+
+
+def _exchange(process: subprocess.Popen[str], job: str) -> tuple[str, bool]:
+    """The reply, or nothing; and whether time ran out."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
+        process.kill()
+
+    timer = threading.Timer(TIME_LIMIT_S, stop)
+    timer.start()
+    try:
+        process.stdin.write(job + "\n")
+        process.stdin.flush()
+        return process.stdout.readline(), late.is_set()
+    except OSError:
+        with suppress(OSError):  # it may have said why before it read
+            return process.stdout.readline(), late.is_set()
+        return "", late.is_set()
+    finally:
+        timer.cancel()
+
+
+def _last_words(process: subprocess.Popen[str]) -> str:
+    with suppress(OSError, ValueError):
+        process.wait(TIME_LIMIT_S)
+        lines = process.stderr.read().strip().splitlines() if process.stderr is not None else []
+        return f": {lines[-1][:300]}" if lines else ""
+    return ""
+
+
+_worker = Worker()
+atexit.register(_worker.close)

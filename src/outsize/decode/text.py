@@ -1,44 +1,20 @@
-"""Between text and tokens: encoding, streaming decoding, stop strings."""
+"""Tokens -> the text of a reply, as they come: whole characters, stop strings, reasoning apart."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tokenizers import Tokenizer
-
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-
-
-class Tokens:
-    """A pack's tokenizer with its start token."""
-
-    def __init__(self, tokenizer: Tokenizer, bos: int | None, add_bos: bool) -> None:
-        self._tokenizer = tokenizer
-        self.start = [bos] if add_bos and bos is not None else []
-
-    def encode(self, text: str, start: bool) -> list[int]:
-        """Token ids; `start` puts the model's own start token first, once, if it has one."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids if not start or ids[: len(self.start)] == self.start else self.start + ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
-        return text
-
-    def piece(self, token: int) -> str:
-        """A token's own name, special or not."""
-        return self._tokenizer.id_to_token(token) or ""
+from outsize.decode.channels import REASONING, TEXT, Format, Harmony, Piece, Tags, format_of
+from outsize.decode.tokens import UNFINISHED, Tokens
 
 
-class Stream:
-    """Decodes as tokens come; never emits half a character, nor a part of a stop string."""
+class Decoder:
+    """Decodes as tokens come; never emits half a character."""
 
-    def __init__(self, tokens: Tokens, stops: Sequence[str]) -> None:
-        self._tokens, self._stops = tokens, stops
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens = tokens
         self._ids: list[int] = []
         self._from = self._decoded = 0  # ids before `_from` are done; `_decoded` gives context
-        self._held = ""
-        self.stopped = False
 
     def push(self, token: int) -> str:
         """Text that is now certain. Token by token, so that it does not depend on how many came at once."""
@@ -48,15 +24,26 @@ class Stream:
         if now.endswith(UNFINISHED) and len(self._ids) - self._from < 16:
             return ""
         self._decoded, self._from = self._from, len(self._ids)
-        return self._cut(now[len(before) :], last=False)
+        return now[len(before) :]
 
     def finish(self) -> str:
-        """What was held back, at the end. A character that never became whole is dropped."""
+        """What was held back, at the end of a text. A character that never became whole is dropped."""
         before = self._tokens.decode(self._ids[self._decoded : self._from])
         rest = self._tokens.decode(self._ids[self._decoded :])[len(before) :]
-        return self._cut(rest.rstrip(UNFINISHED), last=True)
+        self._decoded = self._from = len(self._ids)
+        return rest.rstrip(UNFINISHED)
 
-    def _cut(self, text: str, last: bool) -> str:
+
+class Stops:
+    """Cuts a text before a stop string; never emits a part of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.stopped = False
+
+    def cut(self, text: str, last: bool) -> str:
+        """What is certain of a piece, with what was held before it."""
         if self.stopped:
             return ""
         self._held += text
@@ -75,3 +62,45 @@ class Stream:
             if any(stop.startswith(self._held[-size:]) for stop in self._stops):
                 return size
         return 0
+
+
+class Stream:
+    """A reply's text as its tokens come. `reasoning` is what the model has thought so far; stop strings
+    are looked for in the answer alone."""
+
+    def __init__(self, tokens: Tokens, stops: Sequence[str], form: Format | None = None) -> None:
+        self._form = format_of(tokens, None) if form is None else form
+        self._decoder, self._stops = Decoder(tokens), Stops(stops)
+        self._harmony = Harmony(tokens) if self._form.harmony else None
+        self._tags = Tags(self._form.tags, self._form.opened) if self._form.tags else None
+        self._tag_tokens = dict(self._form.tag_tokens)
+        self.reasoning = ""
+
+    @property
+    def stopped(self) -> bool:
+        """Has a stop string been seen?"""
+        return self._stops.stopped
+
+    def push(self, token: int) -> str:
+        """The answer's text that is now certain."""
+        if token in self._form.harmony and self._harmony is not None:
+            before = self._divided(self._decoder.finish())
+            return self._taken([*before, *self._harmony.text(self._harmony.marker(token))])
+        if token in self._tag_tokens:
+            return self._taken(self._divided(self._decoder.finish() + self._tag_tokens[token]))
+        return self._taken(self._divided(self._decoder.push(token)))
+
+    def finish(self) -> str:
+        """What was held back, at the end."""
+        rest = self._divided(self._decoder.finish())
+        if self._tags is not None:
+            rest += self._tags.finish()
+        return self._taken(rest, last=True)
+
+    def _divided(self, piece: str) -> list[Piece]:
+        divider = self._harmony or self._tags
+        return [(TEXT, piece)] if divider is None else list(divider.text(piece))
+
+    def _taken(self, pieces: Sequence[Piece], last: bool = False) -> str:
+        self.reasoning += "".join(text for kind, text in pieces if kind == REASONING)
+        return self._stops.cut("".join(text for kind, text in pieces if kind == TEXT), last)

@@ -25,8 +25,9 @@ from outsize.encoding.find import encoding
 from outsize.encoding.plain import FieldSpec
 from outsize.errors import PackError
 from outsize.family.description import Description, from_json
+from outsize.pack.source import Source
 
-VERSION = 1
+VERSION = 2
 PAGE = 4096
 ALIGN = 64
 HEADER = "pack.json"
@@ -82,17 +83,6 @@ class TableHeader:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Where a pack came from."""
-
-    spec: str
-    sha256: str
-    size: int
-    files: tuple[tuple[str, int, int], ...]  # path, bytes, mtime in ns
-    encoding: str  # what was asked for: "auto" or an encoding's name
-
-
-@dataclass(frozen=True, slots=True)
 class Pack:
     """A pack's header, checked."""
 
@@ -104,9 +94,16 @@ class Pack:
     eos: tuple[int, ...]
     add_bos: bool
     tokenizer_crc: int
-    chat_template: str | None
+    special_tokens: Mapping[str, str]  # "bos_token" and the like, as chat templates name them
+    chat_templates: Mapping[str, str]  # by name; "default" where there is one
     licence: str | None
     made_by: str
+
+    @property
+    def chat_template(self) -> str | None:
+        """The one to use where none is named."""
+        templates = dict(self.chat_templates)
+        return templates.get("default", next(iter(templates.values()), None))
 
     @property
     def size(self) -> int:
@@ -168,7 +165,8 @@ def damaged(folder: Path, problem: str) -> PackError:
 def _pack(folder: Path, body: dict[str, object]) -> Pack:
     known = {k: body[k] for k in Pack.__dataclass_fields__ if k in body}
     source = dict(body["source"])  # type: ignore[call-overload]
-    source["files"] = tuple((str(p), int(s), int(m)) for p, s, m in source["files"])
+    for key in ("files", "sidecars"):
+        source[key] = tuple((str(p), int(s), int(m)) for p, s, m in source[key])
     known |= {
         "path": folder,
         "source": Source(**source),

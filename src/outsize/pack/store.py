@@ -12,6 +12,7 @@ import platformdirs
 
 from outsize.errors import PackError, SourceError
 from outsize.pack.format import HEADER, Pack, read_header
+from outsize.pack.source import FileStat, Source
 
 
 def home() -> Path:
@@ -32,24 +33,33 @@ def packs(folder: Path) -> Iterator[Pack | PackError]:
 
 
 def find(folder: Path, spec: str, encoding: str, is_path: bool) -> Pack | None:
-    """The pack made from this source, if its files have not changed since."""
-    for pack in packs(folder):
-        if isinstance(pack, PackError) or pack.source.encoding != encoding:
+    """The pack made from this source, if its files have not changed since; of a model on the hub, if its
+    cache has no newer revision."""
+    for pack in _good(folder):
+        source = pack.source
+        if (source.spec, source.encoding) != (spec, encoding):
             continue
-        if pack.source.spec == spec and (not is_path or _unchanged(pack)):
+        if source.is_current() if is_path else not source.is_superseded():
             return pack
     return None
 
 
-def _unchanged(pack: Pack) -> bool:
-    for path, size, mtime in pack.source.files:
-        try:
-            stat = os.stat(path)
-        except OSError:
-            return False
-        if (stat.st_size, stat.st_mtime_ns) != (size, mtime):
-            return False
-    return True
+def same_records(folder: Path, source: Source) -> Pack | None:
+    """A pack that holds just the records that this source's would."""
+    wanted = (source.sha256, source.layout)
+    for pack in _good(folder):
+        if (pack.source.sha256, pack.source.layout) == wanted:
+            return pack
+    return None
+
+
+def known_hash(folder: Path, files: tuple[FileStat, ...]) -> str | None:
+    """The hash of weights that were packed before and have not changed since."""
+    return next((p.source.sha256 for p in _good(folder) if p.source.files == files), None)
+
+
+def _good(folder: Path) -> Iterator[Pack]:
+    yield from (p for p in packs(folder) if isinstance(p, Pack))
 
 
 def remove(folder: Path, name: str) -> int:

@@ -8,7 +8,6 @@ next one removes.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 import zlib
@@ -32,40 +31,22 @@ from outsize.encoding.group import Group
 from outsize.encoding.int4 import Int4
 from outsize.errors import DiskFullError, PackError
 from outsize.family.find import recipe as find_recipe
+from outsize.pack import store
 from outsize.pack.format import (
     HEADER,
     TOKENIZER,
     Matrix,
     Pack,
-    Source,
     TableHeader,
     read_header,
     write_header,
 )
+from outsize.pack.identity import Progress, hash_files, identity, layout
 from outsize.pack.parts import Part, Piece, Record, TablePlan
 from outsize.pack.plan import lossy_tensors, plan
+from outsize.pack.source import Source, file_stats
 
-Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
 SLACK = 64 << 20  # bytes that a file system wants for itself
-
-
-def file_stats(files: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
-    """(path, bytes, mtime) of each file: what tells a changed source from an unchanged one."""
-    stats = [(p.resolve(), p.stat()) for p in files]
-    return tuple((str(p), s.st_size, s.st_mtime_ns) for p, s in stats)
-
-
-def hash_files(files: Sequence[Path], progress: Progress) -> str:
-    """SHA-256 over the files' bytes, in order."""
-    total = sum(p.stat().st_size for p in files)
-    digest, done = hashlib.sha256(), 0
-    for path in files:
-        with open(path, "rb") as f:
-            while chunk := f.read(8 << 20):
-                digest.update(chunk)
-                done += len(chunk)
-                progress("checking", done, total)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +77,9 @@ def write(
             f"{len(lossy)} tensors (the first is {lossy[0]}) are Q2_K or Q3_K and are re-encoded "
             "as int4, which changes their numbers a little; a Q4_K_M file is kept exactly"
         )
-    digest = hash_files(checkpoint.files, progress)
+    source = _source(checkpoint, how, tables, home, progress)
     stem = checkpoint.files[0].stem if checkpoint.format == "gguf" else Path(how.spec).name
-    name = f"{_safe(stem)}-{digest[:12]}-{how.wanted}"
-    source = Source(
-        how.spec, digest, sum(p.stat().st_size for p in checkpoint.files),
-        file_stats(checkpoint.files), how.wanted,
-    )  # fmt: skip
+    name = f"{_safe(stem)}-{source.identity[:12]}-{how.wanted}"
     home.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(home / f".{name}.lock"):
         final = home / name
@@ -110,16 +87,31 @@ def write(
             with suppress(PackError):
                 return _again(read_header(final), source)
             shutil.rmtree(final)
+        text = checkpoint.tokenizer
         draft = Pack(
-            path=final, source=source, description=recipe.description, tables=(),
-            bos=checkpoint.tokenizer.bos, eos=checkpoint.tokenizer.eos,
-            add_bos=checkpoint.tokenizer.add_bos, tokenizer_crc=0,
-            chat_template=checkpoint.chat_template, licence=checkpoint.licence,
-            made_by=how.version,
+            path=final, source=source, description=recipe.description, tables=(), bos=text.bos,
+            eos=text.eos, add_bos=text.add_bos, tokenizer_crc=0, special_tokens=text.names,
+            chat_templates=text.templates, licence=checkpoint.licence, made_by=how.version,
         )  # fmt: skip
-        free, size = shutil.disk_usage(home).free, sum(t.header.size for t in tables)
-        say(f"packing {size / 1e6:,.0f} MB into {final} ({free / 1e9:,.1f} GB free)")
-        return _write_whole(draft, checkpoint, tables, progress)
+        twin = store.same_records(home, source)
+        if twin is None:
+            free, size = shutil.disk_usage(home).free, sum(t.header.size for t in tables)
+            say(f"packing {size / 1e6:,.0f} MB into {final} ({free / 1e9:,.1f} GB free)")
+        made = _write_whole(draft, checkpoint, tables, twin, progress)
+    if twin is not None and twin.source.spec == how.spec:  # the model as it was before
+        store.remove(home, twin.path.name)
+    return made
+
+
+def _source(
+    checkpoint: Checkpoint, how: How, tables: Sequence[TablePlan], home: Path, progress: Progress
+) -> Source:
+    stats, beside = file_stats(checkpoint.files), checkpoint.sidecars
+    digest = store.known_hash(home, stats) or hash_files(checkpoint.files, progress)
+    return Source(
+        how.spec, digest, sum(size for _, size, _ in stats), stats, how.wanted,
+        file_stats(beside), identity(digest, beside), layout(tables),
+    )  # fmt: skip
 
 
 def _again(pack: Pack, source: Source) -> Pack:
@@ -140,16 +132,25 @@ def _safe(name: str) -> str:
 
 
 def _write_whole(
-    draft: Pack, checkpoint: Checkpoint, tables: Sequence[TablePlan], progress: Progress
+    draft: Pack,
+    checkpoint: Checkpoint,
+    tables: Sequence[TablePlan],
+    twin: Pack | None,
+    progress: Progress,
 ) -> Pack:
+    """The pack, under its name; its records are those of `twin` if there is one."""
     home, name = draft.path.parent, draft.path.name
     for stale in home.glob(f".{name}.tmp-*"):
         shutil.rmtree(stale, ignore_errors=True)
-    _check_room(home, sum(t.header.size for t in tables))
+    if twin is None:
+        _check_room(home, sum(t.header.size for t in tables))
     folder = home / f".{name}.tmp-{os.getpid()}"
     folder.mkdir()
     try:
-        pack = _fill(draft, folder, checkpoint, tables, progress)
+        headers = (
+            _write_tables(folder, tables, progress) if twin is None else _link_tables(folder, twin)
+        )
+        pack = _write_text(replace(draft, tables=headers), folder, checkpoint)
         _sync(folder)
         os.rename(folder, draft.path)
     except OSError as e:
@@ -174,23 +175,34 @@ def _full(home: Path, size: int) -> DiskFullError:
     )
 
 
-def _fill(
-    draft: Pack,
-    folder: Path,
-    checkpoint: Checkpoint,
-    tables: Sequence[TablePlan],
-    progress: Progress,
-) -> Pack:
+def _write_text(draft: Pack, folder: Path, checkpoint: Checkpoint) -> Pack:
+    """Tokenizer and header."""
     text = tokenizers.build(checkpoint.tokenizer).to_str().encode()
     (folder / TOKENIZER).write_bytes(text)
+    pack = replace(draft, tokenizer_crc=zlib.crc32(text))
+    write_header(pack, folder)
+    return pack
+
+
+def _link_tables(folder: Path, twin: Pack) -> tuple[TableHeader, ...]:
+    """The records of another pack: the same bytes on disk where the file system can."""
+    for table in twin.tables:
+        try:
+            os.link(twin.path / table.file, folder / table.file)
+        except OSError:
+            shutil.copyfile(twin.path / table.file, folder / table.file)
+    return twin.tables
+
+
+def _write_tables(
+    folder: Path, tables: Sequence[TablePlan], progress: Progress
+) -> tuple[TableHeader, ...]:
     total, done, headers = sum(t.header.size for t in tables), 0, []
     for table in tables:
         tick = partial(_tick, progress, done, total)
         headers.append(_write_table(table, folder, tick))
         done += table.header.size
-    pack = replace(draft, tables=tuple(headers), tokenizer_crc=zlib.crc32(text))
-    write_header(pack, folder)
-    return pack
+    return tuple(headers)
 
 
 def _tick(progress: Progress, before: int, total: int, done: int) -> None:

@@ -1,0 +1,258 @@
+"""What a checkpoint's files say about text beside the tokenizer itself: where text begins and ends, what the
+special tokens are called in a chat template, and the templates.
+
+Every file that can name an end of text is asked, and all that they name end it: a fine-tune corrects one of
+them and forgets the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from outsize.checkpoint.foreign import TokenizerSpec, file_size
+from outsize.checkpoint.read_json import MAX_JSON, parse_json, read_json
+from outsize.errors import CheckpointError
+
+MAX_TEMPLATE = 1 << 20
+# Tokens that end a turn or a text whichever model has them. Files that name only the end of a document are
+# common; llama.cpp goes by the texts, too.
+ENDS = (
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "<|endoftext|>",
+    "<|end_of_text|>", "<|eom_id|>", "<|return|>", "<|call|>", "<|eot|>", "<|EOT|>", "<EOT>",
+    "<｜end▁of▁sentence｜>", "<end_of_utterance>", "<turn|>", "<|turn_end|>",
+)  # fmt: skip
+# Files beside the weights that decide an answer.
+SIDECARS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+MORE_TEMPLATES = "additional_chat_templates"
+STARTING = (
+    "llama-bpe",
+    "llama3",
+    "llama-v3",
+    "falcon3",
+    "falcon-h1",
+    "pixtral",
+    "midm-2.0",
+    "lfm2",
+    "tekken",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Token names and ids, and which of the ids stand for something other than a piece of text."""
+
+    ids: Mapping[str, int]
+    added: frozenset[int]
+
+    def ends(self, named: Iterable[object]) -> tuple[int, ...]:
+        """The ids among `named` (ids, names, lists of them), then those known by their text."""
+        known = [self.ids[text] for text in ENDS if text in self.ids]
+        if "<|return|>" in self.ids and "<|end|>" in self.ids:  # gpt-oss: ends a channel
+            known.remove(self.ids["<|end|>"])
+        return tuple(dict.fromkeys([*self._ids(named), *known]))
+
+    def _ids(self, values: Iterable[object]) -> Iterator[int]:
+        for value in values:
+            if isinstance(value, list | tuple):
+                yield from self._ids(value)
+            elif isinstance(value, np.ndarray):
+                yield from self._ids(value.ravel().tolist())
+            elif isinstance(value, str):
+                yield from [self.ids[value]] if value in self.ids else []
+            elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+                yield value
+
+    def first(self, named: Iterable[object]) -> int | None:
+        """The first of them that there is."""
+        return next(self._ids(named), None)
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+def of_folder(folder: Path, config: Mapping[str, object]) -> TokenizerSpec:
+    """The tokenizer of a folder as the hub has them. Raises CheckpointError."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder}: no tokenizer.json in this folder; save it with the tokenizer's "
+            "save_pretrained (fast tokenizer)"
+        )
+    if file_size(path) > MAX_JSON:
+        raise CheckpointError(f"{path}: {file_size(path):,} bytes, at most {MAX_JSON:,} are read")
+    raw = path.read_bytes()
+    tokenizer = parse_json(path, raw)
+    vocabulary = _vocabulary(tokenizer)
+    settings, generation = (
+        _optional(folder / f"{n}_config.json") for n in ("tokenizer", "generation")
+    )
+    inner = config.get("text_config")
+    sources = [generation, config, *([inner] if isinstance(inner, dict) else [])]
+    names = _names(folder, settings)
+    leading = _leading(tokenizer, vocabulary)
+    ids = [s.get("bos_token_id") for s in sources]
+    bos = leading if leading is not None else vocabulary.first([names.get("bos_token"), *ids])
+    every = vocabulary.ends([names.get("eos_token"), *(s.get("eos_token_id") for s in sources)])
+    # An ordinary piece of text is the default of a config's class, where others are named.
+    ends = tuple(i for i in every if i in vocabulary.added) or every
+    by_id = {i: text for text, i in vocabulary.ids.items()}
+    for key, token in (("bos_token", bos), ("eos_token", ends[0] if ends else None)):
+        if key not in settings and token is not None and token in by_id:
+            names.setdefault(key, by_id[token])
+    return TokenizerSpec(
+        json=raw.decode("utf-8", "replace"),
+        bos=bos,
+        eos=ends,
+        add_bos=leading is not None
+        or (settings.get("add_bos_token") is True and tokenizer.get("post_processor") is None),
+        names=names,
+        templates=_templates(folder, settings),
+    )
+
+
+def sidecars(folder: Path) -> tuple[Path, ...]:
+    """The files of a folder, beside its weights, that decide an answer."""
+    more = sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
+    return tuple(p for p in (*(folder / name for name in SIDECARS), *more) if p.is_file())
+
+
+def _optional(path: Path) -> dict[str, object]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _vocabulary(tokenizer: Mapping[str, object]) -> Vocabulary:
+    """Of a tokenizer.json, whatever its kind."""
+    model = tokenizer.get("model")
+    listed = model.get("vocab") if isinstance(model, dict) else None
+    ids: dict[str, int] = {}
+    if isinstance(listed, dict):
+        ids = {k: v for k, v in listed.items() if isinstance(v, int)}
+    elif isinstance(listed, list):  # Unigram: pairs of a piece and its score
+        pairs = (item[0] if isinstance(item, list) and item else item for item in listed)
+        ids = {text: i for i, text in enumerate(pairs) if isinstance(text, str)}
+    added = tokenizer.get("added_tokens")
+    tokens = [t for t in added if isinstance(t, dict)] if isinstance(added, list) else []
+    named = {str(t.get("content")): t["id"] for t in tokens if isinstance(t.get("id"), int)}
+    return Vocabulary(ids | named, frozenset(named.values()))
+
+
+def _leading(tokenizer: Mapping[str, object], vocabulary: Vocabulary) -> int | None:
+    """The token that the post-processor puts before every text."""
+    steps = [tokenizer.get("post_processor")]
+    while steps:
+        step = steps.pop(0)
+        if not isinstance(step, dict):
+            continue
+        if isinstance(step.get("processors"), list):
+            steps += step["processors"]
+        single = step.get("single")
+        first = single[0] if isinstance(single, list) and single else None
+        token = first.get("SpecialToken") if isinstance(first, dict) else None
+        if isinstance(token, dict):
+            table = step.get("special_tokens")
+            entry = table.get(token.get("id")) if isinstance(table, dict) else None
+            listed = entry.get("ids") if isinstance(entry, dict) else None
+            return vocabulary.first([listed, token.get("id")])
+    return None
+
+
+def _names(folder: Path, settings: Mapping[str, object]) -> dict[str, str]:
+    """bos_token, eos_token and the others, as the tokenizer's own files name them."""
+    older = (
+        {} if "added_tokens_decoder" in settings else _optional(folder / "special_tokens_map.json")
+    )
+    found = {}
+    for key, value in (dict(settings) | dict(older)).items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(text, str):
+            found[key] = text
+    return found
+
+
+def _read_template(path: Path) -> str:
+    if file_size(path) > MAX_TEMPLATE:
+        raise CheckpointError(
+            f"{path}: {file_size(path):,} bytes, a chat template has at most {MAX_TEMPLATE:,}; remove it"
+        )
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _templates(folder: Path, settings: Mapping[str, object]) -> dict[str, str]:
+    """Chat templates by name; files of their own come before what tokenizer_config.json says."""
+    path = folder / "chat_template.jinja"
+    files = {"default": path} if path.is_file() else {}
+    files |= {p.stem: p for p in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
+    if files:
+        return {name: _read_template(p) for name, p in files.items()}
+    stated = settings.get("chat_template") or _optional(folder / "chat_template.json").get(
+        "chat_template"
+    )
+    return named_templates(stated)
+
+
+def named_templates(value: object) -> dict[str, str]:
+    """One template, or a list of {"name", "template"}, by name."""
+    if isinstance(value, str):
+        return {"default": value}
+    items = [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
+    pairs = [(v.get("name"), v.get("template")) for v in items]
+    return {n: t for n, t in pairs if isinstance(n, str) and isinstance(t, str)}
+
+
+# --- GGUF -----------------------------------------------------------------------------------------
+
+
+def of_gguf(head: Mapping[str, object]) -> TokenizerSpec:
+    """The tokenizer of a GGUF's metadata."""
+    prefix = "tokenizer.ggml."
+    arrays = {k.removeprefix(prefix): v for k, v in head.items() if k.startswith(prefix)}
+    listed, types = arrays.get("tokens"), arrays.get("token_type")
+    tokens = cast("list[str]", listed) if isinstance(listed, list) else []
+    kinds = types.tolist() if isinstance(types, np.ndarray) else []
+    added = frozenset(i for i, kind in enumerate(kinds) if kind in (2, 3, 4))
+    ids = {text: i for i, text in reversed(list(enumerate(tokens)))}
+    vocabulary = Vocabulary(ids, added)
+    named = [arrays.get(f"{k}_token_id") for k in ("eos", "eot", "eom")] + [
+        arrays.get("eos_token_ids")
+    ]
+    ends = tuple(i for i in vocabulary.ends(named) if i < len(tokens))
+    bos = arrays.get("bos_token_id")
+    bos = bos if isinstance(bos, int) and 0 <= bos < len(tokens) else None
+    kinds_named = ("bos", "eos", "unknown", "padding", "separator", "cls", "mask")
+    names = {}
+    for kind in kinds_named:
+        i = arrays.get(f"{kind}_token_id")
+        if isinstance(i, int) and 0 <= i < len(tokens):
+            short = {"unknown": "unk", "padding": "pad", "separator": "sep"}.get(kind, kind)
+            names[f"{short}_token"] = tokens[i]
+    return TokenizerSpec(
+        arrays=arrays, bos=bos, eos=ends, add_bos=_gguf_starts(arrays), names=names,
+        templates=_gguf_templates(head),
+    )  # fmt: skip
+
+
+def _gguf_starts(arrays: Mapping[str, object]) -> bool:
+    """Does a text begin with the start token? Files that do not say so are read as llama.cpp reads them."""
+    stated = arrays.get("add_bos_token")
+    if isinstance(stated, bool):
+        return stated
+    return arrays.get("model") == "llama" or arrays.get("pre") in STARTING
+
+
+def _gguf_templates(head: Mapping[str, object]) -> dict[str, str]:
+    key = "tokenizer.chat_template"
+    found = {
+        k.removeprefix(key + "."): v
+        for k, v in head.items()
+        if k.startswith(key + ".") and isinstance(v, str)
+    }
+    default = head.get(key)
+    return found | ({"default": default} if isinstance(default, str) else {})

@@ -1,0 +1,143 @@
+"""What a model thinks apart from what it answers.
+
+Two formats. gpt-oss (harmony): control tokens open a header and a message, `<|start|>assistant<|channel|>
+analysis<|message|>...<|end|>`; the channel `final` is the answer, `analysis` is reasoning, and a `commentary`
+to a recipient is a call of a tool. Others: a block between two tags, `<think>...</think>`, which begins the
+reply, or was begun by the template already.
+https://developers.openai.com/cookbook/articles/openai-harmony
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from outsize.decode.tokens import Tokens
+
+TAGS = (
+    ("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"),
+    ("<thinking>", "</thinking>"), ("<reasoning>", "</reasoning>"),
+)  # fmt: skip
+HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
+TEXT, REASONING = "text", "reasoning"
+Piece = tuple[str, str]  # kind, text
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How a model's replies are divided."""
+
+    harmony: frozenset[int] = frozenset()  # the marker tokens
+    tags: tuple[str, str] | None = None
+    tag_tokens: tuple[
+        tuple[int, str], ...
+    ] = ()  # tags that are control tokens, which decoding drops
+    opened: bool = False  # the prompt ends within a block
+
+    def after(self, tokens: Tokens, prompt: Sequence[int]) -> Format:
+        """The format of a reply to this prompt."""
+        if self.tags is None:
+            return self
+        tail = "".join(dict(self.tag_tokens).get(i) or tokens.decode([i]) for i in prompt[-16:])
+        return Format(
+            self.harmony, self.tags, self.tag_tokens, tail.rstrip().endswith(self.tags[0])
+        )
+
+
+PLAIN = Format()
+
+
+def format_of(tokens: Tokens, template: str | None) -> Format:
+    """The format that a model's vocabulary and chat template speak of."""
+    markers = [tokens.control(name) for name in HARMONY]
+    found = frozenset(m for m in markers if m is not None)
+    if len(found) == len(HARMONY):
+        return Format(harmony=found)
+    for tags in TAGS:
+        if all(tokens.knows(tag) for tag in tags) or (template and tags[0] in template):
+            ids = [(tokens.control(tag), tag) for tag in tags]
+            return Format(tags=tags, tag_tokens=tuple((i, t) for i, t in ids if i is not None))
+    return PLAIN
+
+
+class Harmony:
+    """gpt-oss's channels, token by token."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        self._names = {tokens.control(name): name for name in HARMONY}
+        self._header: str | None = None  # the text of the header being read
+        self._kind = TEXT
+
+    def marker(self, token: int) -> str:
+        """Take a marker; the text that it stands for, which is none, or the name of a tool that is called."""
+        name = self._names[token]
+        if name == "<|message|>":
+            header, self._header = self._header or "", None
+            return self._open(header)
+        if name == "<|channel|>":
+            self._header = ""
+        elif name == "<|start|>":
+            self._header, self._kind = "", TEXT
+        return ""
+
+    def _open(self, header: str) -> str:
+        words = header.split()
+        recipient = next((w.removeprefix("to=") for w in words if w.startswith("to=")), None)
+        self._kind = REASONING if words[:1] == ["analysis"] and recipient is None else TEXT
+        return f"{recipient} " if recipient else ""
+
+    def text(self, piece: str) -> Iterator[Piece]:
+        """A piece of decoded text: of a header, or of a message."""
+        if self._header is not None:
+            self._header += piece
+        elif piece:
+            yield self._kind, piece
+
+
+class Tags:
+    """A block of reasoning between two tags, in text as it comes."""
+
+    def __init__(self, tags: tuple[str, str], opened: bool) -> None:
+        self._open, self._close = tags
+        self._state = "inside" if opened else "before"
+        self._held = ""
+
+    def text(self, piece: str) -> Iterator[Piece]:
+        """What is certain of a piece, with what was held before it."""
+        self._held += piece
+        if self._state == "before":
+            self._begin()
+        if self._state == "inside":
+            yield from self._inside()
+        if self._state == "after":
+            self._held = self._held.lstrip()
+            self._state = "after" if not self._held else "rest"
+        if self._state == "rest":
+            yield from self._give(TEXT, len(self._held))
+
+    def _begin(self) -> None:
+        """Decide, once there is enough, whether the reply begins with a block."""
+        body = self._held.lstrip()
+        if body.startswith(self._open):
+            self._held, self._state = body[len(self._open) :], "inside"
+        elif not self._open.startswith(body):
+            self._state = "rest"
+
+    def _inside(self) -> Iterator[Piece]:
+        at = self._held.find(self._close)
+        if at >= 0:
+            yield from self._give(REASONING, at)
+            self._held, self._state = self._held[len(self._close) :], "after"
+            return
+        sizes = range(min(len(self._close) - 1, len(self._held)), 0, -1)
+        keep = next((n for n in sizes if self._close.startswith(self._held[-n:])), 0)
+        yield from self._give(REASONING, len(self._held) - keep)
+
+    def _give(self, kind: str, size: int) -> Iterator[Piece]:
+        out, self._held = self._held[:size], self._held[size:]
+        if out:
+            yield kind, out
+
+    def finish(self) -> Iterator[Piece]:
+        """What was held, at the end."""
+        yield from self._give(REASONING if self._state == "inside" else TEXT, len(self._held))

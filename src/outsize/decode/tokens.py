@@ -1,0 +1,83 @@
+"""Between text and tokens: encoding, with or without control tokens, and decoding."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer, normalizers
+
+from outsize.decode.untrusted import BREAK, Marks
+from outsize.errors import OptionError
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
+
+class Tokens:
+    """A pack's tokenizer with its start token."""
+
+    def __init__(self, tokenizer: Tokenizer, bos: int | None, add_bos: bool) -> None:
+        self._tokenizer = tokenizer
+        self.start = [bos] if add_bos and bos is not None else []
+        added = tokenizer.get_added_tokens_decoder()
+        self._control = {i: token.content for i, token in added.items() if token.special}
+        self.marks = Marks(list(self._control.values()))
+        self._lock = threading.Lock()
+
+    def encode(self, text: str, start: bool = False, special: bool = False) -> list[int]:
+        """Token ids of a text; the names of control tokens in it are text, unless `special`. `start` puts the
+        model's own start token first, once, if it has one."""
+        with self._lock:
+            self._tokenizer.encode_special_tokens = not special
+            try:
+                ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+            finally:
+                self._tokenizer.encode_special_tokens = False
+        return ids if not start or ids[: len(self.start)] == self.start else self.start + ids
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Token ids of a text made by a chat template from strings that `marks` marked."""
+        text = self.marks.broken(text)
+        if BREAK not in text:
+            return self.encode(text, special=True)
+        with self._lock:
+            before = self._tokenizer.normalizer
+            steps = [normalizers.Replace(BREAK, "")] + ([] if before is None else [before])
+            try:
+                self._tokenizer.normalizer = normalizers.Sequence(
+                    steps
+                )  # runs after the search for names
+                ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+            finally:
+                self._tokenizer.normalizer = before
+        self._refuse_forged(text, ids)
+        return ids
+
+    def _refuse_forged(self, text: str, ids: Sequence[int]) -> None:
+        """A few tokenizers look for control tokens in normalized text, where no mark is left."""
+        allowed = [name for part in text.split(BREAK) for name in self.marks.names(part)]
+        made = sorted(self._control[i] for i in ids if i in self._control)
+        extra = [name for name in made if made.count(name) > allowed.count(name)]
+        if extra:
+            raise OptionError(
+                f"a message contains {extra[0]!r}, which this model's tokenizer cannot read as plain text; "
+                "leave it out"
+            )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without control tokens."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def piece(self, token: int) -> str:
+        """A token's own name, special or not."""
+        return self._tokenizer.id_to_token(token) or ""
+
+    def control(self, name: str) -> int | None:
+        """The id of a control token, or None if there is none of that name."""
+        token: int | None = self._tokenizer.token_to_id(name)
+        return token if token in self._control else None
+
+    def knows(self, name: str) -> bool:
+        """Is this one token of the vocabulary?"""
+        return self._tokenizer.token_to_id(name) is not None

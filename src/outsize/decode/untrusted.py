@@ -1,0 +1,84 @@
+"""Text that people type stays text: the names of control tokens in it never become control tokens.
+
+A chat template joins what the model's makers wrote and what users wrote into one string. So a control
+token's name in a user's string is put between two marks before the template runs; after it, each marked name
+is broken by a mark inside, which the tokenizer removes after it has looked for control tokens. What templates
+do with strings (trim, split, compare) goes on working on the names; what nobody marked is encoded as ever.
+The idea is that of `transformers`' sanitize_control_tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+OPEN, CLOSE = "\ufdd0", "\ufdd1"  # noncharacters: no text has them
+BREAK = OPEN
+_ESCAPED = {
+    f"\\u{ord(mark):04x}": mark for mark in (OPEN, CLOSE)
+}  # as a template's tojson may write them
+
+
+class Marks:
+    """The marking of one vocabulary's control tokens (those of one character cannot be marked)."""
+
+    def __init__(self, control: Sequence[str]) -> None:
+        self._control = control
+
+    @cached_property
+    def _sorted(self) -> list[str]:
+        return sorted((c for c in self._control if len(c) > 1), key=len, reverse=True)
+
+    @cached_property
+    def _either(self) -> str:
+        return "|".join(map(re.escape, self._sorted)) or "(?!)"
+
+    @cached_property
+    def _names(self) -> re.Pattern[str]:
+        return re.compile(self._either)
+
+    @cached_property
+    def _marked(self) -> re.Pattern[str]:
+        lone = f"{OPEN}({self._either})|({self._either}){CLOSE}"
+        return re.compile(f"{OPEN}([^{OPEN}{CLOSE}]+){CLOSE}|{lone}")
+
+    @cached_property
+    def _begun(self) -> frozenset[str]:
+        return frozenset(name[:n] for name in self._sorted for n in range(1, len(name)))
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(map(len, self._begun), default=0)
+
+    def mark(self, value: object) -> object:
+        """The same value with control tokens' names marked in its strings, but not in its keys."""
+        if isinstance(value, str):
+            text = value.replace(OPEN, "").replace(CLOSE, "")
+            return self._mark_end(self._names.sub(lambda m: OPEN + m[0] + CLOSE, text))
+        if isinstance(value, Mapping):
+            return {key: self.mark(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.mark(item) for item in value]
+        return value
+
+    def names(self, text: str) -> list[str]:
+        """The control tokens' names in a text."""
+        return self._names.findall(text)
+
+    def _mark_end(self, text: str) -> str:
+        """With a name marked that the text begins at its end, and what follows it could finish."""
+        body = text.rstrip()
+        for n in range(min(self._longest, len(body)), 0, -1):
+            if body[-n:] in self._begun:
+                return body[:-n] + OPEN + body[-n:] + CLOSE + text[len(body) :]
+        return text
+
+    def broken(self, text: str) -> str:
+        """A rendered text whose marked names are broken; a mark that lost its other half breaks it, too."""
+        for escaped, mark in _ESCAPED.items():
+            text = text.replace(escaped, mark)
+        if OPEN not in text and CLOSE not in text:
+            return text
+        text = self._marked.sub(lambda m: BREAK.join(m[1] or m[2] or m[3]) + BREAK, text)
+        return text.replace(CLOSE, BREAK)

@@ -1,0 +1,60 @@
+"""What a pack is made of: which parts another pack may share.
+
+A pack's identity is all that decides an answer: the weights, and beside them config, tokenizer, templates and
+generation settings. Its layout is what its records are made of, and how. Packs that differ in identity, but
+not in weights and layout, share their records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from outsize.pack.parts import Record, TablePlan
+
+Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
+
+
+def hash_files(files: Sequence[Path], progress: Progress) -> str:
+    """SHA-256 over the files' bytes, in order."""
+    total = sum(p.stat().st_size for p in files)
+    digest, done = hashlib.sha256(), 0
+    for path in files:
+        with open(path, "rb") as f:
+            while chunk := f.read(8 << 20):
+                digest.update(chunk)
+                done += len(chunk)
+                progress("checking", done, total)
+    return digest.hexdigest()
+
+
+def identity(weights: str, beside: Iterable[Path]) -> str:
+    """Of weights with this hash and the files beside them."""
+    digest, files = hashlib.sha256(weights.encode()), list(beside)
+    for path in files:
+        content = path.read_bytes()
+        digest.update(f"\n{path.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest() if files else weights
+
+
+def layout(tables: Sequence[TablePlan]) -> str:
+    """A hash of what goes into which record, in which encoding."""
+    digest = hashlib.sha256()
+    for table in tables:
+        header = table.header
+        digest.update(repr((header.name, header.kind, header.keys, header.stride)).encode())
+        for record in table.records:
+            digest.update(repr([*_contents(record)]).encode())
+    return digest.hexdigest()
+
+
+def _contents(record: Record) -> Iterable[object]:
+    for name, pieces in record.items():
+        for piece in pieces:
+            parts = [
+                (p.tensor.name, p.tensor.kind.name, p.tensor.shape, p.tensor.offset, p.head_dim, p.shift,
+                 p.transposed, p.first, p.step)
+                for p in piece.parts
+            ]  # fmt: skip
+            yield name, piece.encoding, parts

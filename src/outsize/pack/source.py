@@ -1,0 +1,55 @@
+"""Where a pack came from, and whether that is still what it was."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from outsize.checkpoint.text import sidecars
+
+FileStat = tuple[str, int, int]  # path, bytes, mtime in ns
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a pack came from."""
+
+    spec: str
+    sha256: str  # of the weights' files
+    size: int
+    files: tuple[FileStat, ...]  # that hold weights
+    encoding: str  # what was asked for: "auto" or an encoding's name
+    sidecars: tuple[FileStat, ...] = ()  # the files beside them that decide an answer
+    identity: str = ""  # SHA-256 of the weights' and the sidecars' bytes
+    layout: str = ""  # of what the records hold
+
+    def is_current(self) -> bool:
+        """Are the files still what they were, and are there no further ones?"""
+        try:
+            return self._is_current()
+        except OSError:
+            return False
+
+    def _is_current(self) -> bool:
+        weights = [Path(path) for path, _, _ in self.files]
+        beside = sidecars(weights[0].parent) if weights[0].suffix == ".safetensors" else ()
+        return (self.files, self.sidecars) == (file_stats(weights), file_stats(beside))
+
+    def is_superseded(self) -> bool:
+        """Has the hub's cache another revision than the one that was packed?"""
+        path = Path(self.files[0][0])
+        repo = next((p.parent for p in path.parents if p.name == "snapshots"), None)
+        if repo is None or not (repo / "refs" / "main").is_file():
+            return False
+        revision = path.relative_to(repo / "snapshots").parts[0]
+        newest = (repo / "refs" / "main").read_text(encoding="utf-8").strip()
+        inside = path.relative_to(repo / "snapshots" / revision)
+        return newest != revision and (repo / "snapshots" / newest / inside).is_file()
+
+
+def file_stats(files: Iterable[Path]) -> tuple[FileStat, ...]:
+    """What tells a changed file from an unchanged one. A link keeps its own name."""
+    stats = [(os.path.abspath(p), os.stat(p)) for p in files]
+    return tuple((p, s.st_size, s.st_mtime_ns) for p, s in stats)
