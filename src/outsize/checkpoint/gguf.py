@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from outsize.checkpoint.foreign import Checkpoint, Tensor, TokenizerSpec, file_size, pread
-from outsize.checkpoint.ggml import TYPES
+from outsize.checkpoint.ggml import TYPES, other_type
 from outsize.errors import CheckpointError, UnsupportedError
 
 MAX_ITEMS = 3_000_000  # strings and arrays in one header; the largest vocabularies have 0.8 million
@@ -206,7 +206,7 @@ def _tensor(
 ) -> Tensor:
     if kind not in TYPES:
         raise UnsupportedError(
-            f"{c.path.name}: tensor {name!r} has type number {kind}, which is not known here; "
+            f"{c.path.name}: tensor {name!r} has type {other_type(kind)}; outsize cannot read it: "
             "use a file quantized as Q4_0, Q4_K_M, Q8_0 or the like"
         )
     block, count = TYPES[kind], math.prod(shape)

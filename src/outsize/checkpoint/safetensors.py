@@ -15,11 +15,12 @@ from typing import cast
 
 from outsize.checkpoint.foreign import Checkpoint, Config, Tensor, TokenizerSpec, file_size, pread
 from outsize.checkpoint.ggml import BY_NAME
+from outsize.checkpoint.quantized import refuse_quantized
 from outsize.errors import CheckpointError, UnsupportedError
 
 MAX_HEADER = 64 << 20
 MAX_JSON = 128 << 20
-DTYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16", "F64": "F64", "I8": "I8", "I32": "I32"}
+DTYPES = ("F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64")
 CODES, SCALES = "_blocks", "_scales"  # the two tensors of a matrix in MXFP4
 
 
@@ -84,9 +85,9 @@ def _tensor(path: Path, name: str, info: object, data: int, size: int) -> Tensor
     if dtype not in DTYPES:
         raise UnsupportedError(
             f"{path.name}: tensor {name!r} has type {dtype}; outsize reads F32, F16 and BF16 "
-            "safetensors: use the original checkpoint, not a quantized one"
+            "safetensors: use the original checkpoint, not a quantized one, or a GGUF of it"
         )
-    kind, (begin, end) = BY_NAME[DTYPES[dtype]], span
+    kind, (begin, end) = BY_NAME[dtype], span
     if end < begin or end > size - data:
         raise _fail(path, f"tensor {name!r} claims bytes {begin:,} to {end:,} of {size - data:,}")
     if math.prod(shape) * kind.size != end - begin:
@@ -117,6 +118,7 @@ def load(folder: Path) -> Checkpoint:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json in this folder, so it is not a model")
     config = read_json(folder / "config.json")
+    refuse_quantized(config, folder)
     tensors: dict[str, Tensor] = {}
     paths = shard_paths(folder)
     for path in paths:
