@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 
-from outsize.checkpoint.source import open_checkpoint
+from outsize.checkpoint.opening import open_checkpoint
 from outsize.errors import UnsupportedError
 from tests.golden import tiny
 

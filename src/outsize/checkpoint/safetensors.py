@@ -16,6 +16,7 @@ from typing import cast
 from outsize.checkpoint.foreign import Checkpoint, Config, Tensor, TokenizerSpec, file_size, pread
 from outsize.checkpoint.ggml import BY_NAME
 from outsize.checkpoint.quantized import refuse_quantized
+from outsize.checkpoint.shards import weights
 from outsize.errors import CheckpointError, UnsupportedError
 
 MAX_HEADER = 64 << 20
@@ -95,32 +96,21 @@ def _tensor(path: Path, name: str, info: object, data: int, size: int) -> Tensor
     return Tensor(name, kind, shape, path, data + begin, end - begin)
 
 
-def shard_paths(folder: Path) -> list[Path]:
-    """The weight files of a folder."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        found = sorted(folder.glob("*.safetensors"))
-        if not found:
-            raise CheckpointError(f"{folder}: no .safetensors file in this folder")
-        return found
-    mapping = read_json(index).get("weight_map")
-    if not isinstance(mapping, dict) or not mapping:
-        raise _fail(index, "no 'weight_map'")
-    names = sorted({str(v) for v in mapping.values()})
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise _fail(index, f"shard {name!r} is not in the folder")
-    return [folder / name for name in names]
+def shard_paths(folder: Path, file: str = "") -> list[Path]:
+    """The weight files of a folder; `file` is one of them, or to be read alone."""
+    names = {p.name for p in folder.iterdir() if p.is_file()}
+    found = weights(names, lambda name: read_json(folder / name), file, str(folder))
+    return [folder / name for name in found]
 
 
-def load(folder: Path) -> Checkpoint:
-    """Parse a folder. Reads headers and JSON only."""
+def load(folder: Path, file: str = "") -> Checkpoint:
+    """Parse a folder, or of its weights one file. Reads headers and JSON only."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json in this folder, so it is not a model")
     config = read_json(folder / "config.json")
     refuse_quantized(config, folder)
     tensors: dict[str, Tensor] = {}
-    paths = shard_paths(folder)
+    paths = shard_paths(folder, file)
     for path in paths:
         part = parse(path)
         twice = tensors.keys() & part.keys()
