@@ -15,7 +15,7 @@ import pytest
 import outsize
 from outsize import library
 from outsize.checkpoint import source
-from outsize.errors import FetchError, HashError, SourceError, UserError
+from outsize.errors import FetchError, HashError, UserError
 from tests.golden import tiny
 from tests.golden.test_golden import write_gguf
 
@@ -103,13 +103,37 @@ def test_a_model_from_the_hubs_cache(tmp_path: Path) -> None:
     assert "HF_TOKEN" in missing.stderr
 
 
-def test_choosing_among_files(tmp_path: Path) -> None:
-    paths = [tmp_path / n for n in ("m.Q2_K.gguf", "m.Q4_K_M.gguf", "m.Q8_0.gguf")]
-    assert source._only(paths, "here").name == "m.Q4_K_M.gguf"
-    with pytest.raises(SourceError, match="holds 2 models; add one's name"):
-        source._only([tmp_path / "a.gguf", tmp_path / "b.gguf"], "here")
-    parts = [tmp_path / f"m-0000{i}-of-00002.gguf" for i in (1, 2)]
-    assert source._only(parts, "here") == parts[0]
+FIND = """
+import sys
+from pathlib import Path
+from outsize.checkpoint.headers import fetch_headers
+from outsize.checkpoint.hub import fetch_hub
+from outsize.checkpoint.spec import parse
+for text in sys.argv[1:]:
+    found = fetch_hub(parse(text), True)
+    assert found == fetch_headers(parse(text), Path("unused"))
+    print(found.relative_to(found.parents[[p.name for p in found.parents].index("abc123")]))
+"""
+
+
+def test_tags_and_folders_in_the_hubs_cache(tmp_path: Path) -> None:
+    """With the hub's own library: plan and run find links to blobs, without a network."""
+    repo = tmp_path / "hf" / "hub" / "models--org--tiny"
+    snapshot = repo / "snapshots" / "abc123"
+    (repo / "blobs").mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc123")
+    names = [f"Q4_0/m-Q4_0-0000{i}-of-00002.gguf" for i in (1, 2)] + ["m-Q8_0.gguf"]
+    for i, name in enumerate(names):
+        (repo / "blobs" / str(i)).touch()
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(repo / "blobs" / str(i))
+    wishes = ("", ":q4_0", ":Q4_0", ":" + names[1], ":Q8_0")
+    env = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    env.pop("HF_HUB_CACHE", None)
+    command = [sys.executable, "-c", FIND, *("hf:org/tiny" + w for w in wishes)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    assert done.stdout.split() == [names[0]] * 4 + [names[2]], done.stderr
 
 
 def test_names_that_are_models() -> None:

@@ -10,6 +10,7 @@ from outsize import __version__
 from outsize.bars import bars
 from outsize.checkpoint import source
 from outsize.checkpoint.headers import fetch_headers
+from outsize.checkpoint.hub import is_offline
 from outsize.errors import OptionError
 from outsize.native.kernels import kernels
 from outsize.options import DEFAULT_MODEL, DEFAULT_MODEL_SHA256
@@ -49,6 +50,10 @@ def pack(
     spec, folder = source.parse(model), store.home() / "packs"
     folder.mkdir(parents=True, exist_ok=True)
     with bars(quiet) as progress, tempfile.TemporaryDirectory(".fetch", ".", folder) as name:
+        if (
+            spec.kind == "hf" and not is_offline()
+        ):  # what cannot be run is refused before it is fetched
+            _outline_on_hub(spec, encoding)
         path = source.fetch(spec, Path(name), quiet, progress)
         if spec.text == DEFAULT_MODEL:
             source.check_hash(path, DEFAULT_MODEL_SHA256, progress)
@@ -64,12 +69,17 @@ def outline(model: str, encoding: str = "auto", quiet: bool = False) -> Outline:
     if found is not None:
         return of_pack(found)
     spec = source.parse(model)
+    if spec.kind == "hf":
+        return _outline_on_hub(spec, encoding)
     with bars(quiet) as progress, tempfile.TemporaryDirectory() as name:
-        if spec.kind == "hf":
-            path = fetch_headers(spec, Path(name))
-        else:
-            path = source.fetch(spec, Path(name), quiet, progress)
+        path = source.fetch(spec, Path(name), quiet, progress)
         return of_checkpoint(source.open_checkpoint(path), model, encoding, _grouped())
+
+
+def _outline_on_hub(spec: source.Spec, encoding: str) -> Outline:
+    with tempfile.TemporaryDirectory() as name:
+        checkpoint = source.open_checkpoint(fetch_headers(spec, Path(name)))
+        return of_checkpoint(checkpoint, spec.text, encoding, _grouped())
 
 
 def _grouped() -> bool:

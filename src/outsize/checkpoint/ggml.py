@@ -211,6 +211,31 @@ TYPES: dict[int, BlockType] = {
     35: BlockType("TQ2_0", 256, 66),
     39: BlockType("MXFP4", 32, 17, _mxfp4),
 }
+# Types that are named in a refusal and whose sizes are not needed: of newer or older versions of ggml, and
+# of ik_llama.cpp (from 97 on).
+OTHER_TYPES: dict[int, str] = {
+    4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "I2_S",
+    40: "NVFP4", 41: "Q1_0", 42: "Q2_0",
+    97: "Q8_0_X4", 98: "Q8_1_X4", 99: "Q8_2_X4", 133: "Q6_0", 134: "IQ1_BN", 135: "IQ2_BN", 136: "Q8_K64",
+    137: "IQ2_K", 138: "IQ3_K", 139: "IQ4_K", 140: "IQ5_K", 141: "IQ6_K", 144: "IQ4_KS", 145: "IQ2_KS",
+    146: "IQ4_KSS", 152: "IQ5_KS", 153: "IQ2_KT", 154: "IQ3_KT", 155: "IQ4_KT", 156: "IQ3_KS", 157: "IQ2_KL",
+    158: "IQ1_KT", 202: "Q4_0_R8", 206: "Q5_0_R4", 208: "Q8_0_R8", 210: "Q2_K_R4", 211: "Q3_K_R4",
+    212: "Q4_K_R4", 213: "Q5_K_R4", 214: "Q6_K_R4", 216: "IQ2_XXS_R4", 217: "IQ2_XS_R4", 218: "IQ3_XXS_R4",
+    219: "IQ1_S_R4", 220: "IQ4_NL_R4", 221: "IQ3_S_R4", 222: "IQ2_S_R4", 223: "IQ4_XS_R8", 229: "IQ1_M_R4",
+    230: "BF16_R16", 233: "Q6_0_R4", 335: "IQ2_BN_R4", 337: "IQ2_K_R4", 338: "IQ3_K_R4", 339: "IQ4_K_R4",
+    340: "IQ5_K_R4", 344: "IQ4_KS_R4", 352: "IQ5_KS_R4", 398: "Q8_KV_R8", 399: "Q8_K_R8",
+}  # fmt: skip
+IK = range(97, 400)  # type numbers of ik_llama.cpp
+
+
+def other_type(number: int) -> str:
+    """What a type number that is not in TYPES stands for, in words."""
+    name = OTHER_TYPES.get(number)
+    if number in IK:
+        return f"{name or f'number {number}'} of ik_llama.cpp"
+    return name or f"number {number}, which is not known here"
+
+
 BY_NAME = {kind.name: kind for kind in TYPES.values()}
 
 

@@ -13,119 +13,16 @@ import struct
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
-
-from outsize.checkpoint.foreign import Checkpoint, Tensor, file_size, pread
-from outsize.checkpoint.ggml import TYPES
+from outsize.checkpoint.cursor import Cursor
+from outsize.checkpoint.foreign import Checkpoint, Tensor, file_size
+from outsize.checkpoint.ggml import TYPES, other_type
+from outsize.checkpoint.names import PART, parts_of
 from outsize.checkpoint.text import of_gguf
 from outsize.errors import CheckpointError, UnsupportedError
 
-MAX_ITEMS = 3_000_000  # strings and arrays in one header; the largest vocabularies have 0.8 million
-MAX_DEPTH = 4
 MAX_RANK = 4
 MAX_NAME = 1 << 16
-WINDOW = 1 << 20
-
-SCALARS = {
-    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4",
-    7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
-}  # fmt: skip
-STRING, ARRAY = 8, 9
-
-
-class Cursor:
-    """A bounds-checked walk over the header of one file, through a window of it."""
-
-    def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
-        self.file, self.path, self.size = file, path, size
-        self.start, self.window, self.at = 0, b"", 0
-        self.items = 0
-
-    @property
-    def offset(self) -> int:
-        return self.start + self.at
-
-    def fail(self, problem: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path.name}: {problem} (byte {self.offset:,} of {self.size:,}); "
-            "the file is damaged or not a GGUF: fetch it again"
-        )
-
-    def need(self, count: int, what: str) -> None:
-        """Have `count` more bytes in the window."""
-        if count > self.size - self.offset:
-            raise self.fail(f"{what} needs {count:,} bytes, {self.size - self.offset:,} are left")
-        if self.at + count > len(self.window):
-            self.start, self.at = self.offset, 0
-            length = min(max(count, WINDOW), self.size - self.start)
-            self.window = bytes(pread(self.file, self.start, length, what))
-
-    def take(self, count: int, what: str) -> bytes:
-        self.need(count, what)
-        self.at += count
-        return self.window[self.at - count : self.at]
-
-    def number(self, kind: str, what: str) -> int:
-        return int(struct.unpack("<" + kind, self.take(struct.calcsize(kind), what))[0])
-
-    def count_item(self, number: int = 1) -> None:
-        self.items += number
-        if self.items > MAX_ITEMS:
-            raise self.fail(f"more than {MAX_ITEMS:,} strings and arrays in the header")
-
-    def string(self, what: str, limit: int | None = None) -> str:
-        length = self.number("Q", what)
-        if limit is not None and length > limit:
-            raise self.fail(f"{what} is {length:,} bytes long, at most {limit:,} are allowed")
-        return self.take(length, what).decode("utf-8", "replace")
-
-    def strings(self, count: int, what: str) -> list[str]:
-        """The hot loop of a header: up to half a million short strings."""
-        if count * 8 > self.size - self.offset:
-            raise self.fail(f"{what} claims {count:,} strings, which the file cannot hold")
-        self.count_item(count)
-        out, unpack = [], struct.Struct("<Q").unpack_from
-        for _ in range(count):
-            self.need(8, what)
-            (length,) = unpack(self.window, self.at)
-            self.at += 8
-            self.need(length, what)
-            out.append(self.window[self.at : self.at + length].decode("utf-8", "replace"))
-            self.at += length
-        return out
-
-    def array(self, what: str, depth: int) -> object:
-        kind, count = self.number("I", what), self.number("Q", what)
-        if kind == STRING:
-            return self.strings(count, what)
-        if kind == ARRAY:
-            return self.nested(count, what, depth + 1)
-        dtype = self.scalar(kind, what)
-        return np.frombuffer(self.take(count * dtype.itemsize, what), dtype)
-
-    def nested(self, count: int, what: str, depth: int) -> object:
-        if depth > MAX_DEPTH:
-            raise self.fail(f"{what} nests arrays deeper than {MAX_DEPTH}")
-        if count * 12 > self.size - self.offset:
-            raise self.fail(f"{what} claims {count:,} arrays, which the file cannot hold")
-        self.count_item(count)
-        return [self.array(what, depth) for _ in range(count)]
-
-    def scalar(self, kind: int, what: str) -> np.dtype[np.generic]:
-        if kind not in SCALARS:
-            raise self.fail(f"{what} has value type {kind}, which GGUF does not define")
-        return np.dtype(SCALARS[kind])
-
-    def value(self, what: str) -> object:
-        kind = self.number("I", what)
-        if kind == STRING:
-            return self.string(what)
-        if kind == ARRAY:
-            return self.array(what, 0)
-        dtype = self.scalar(kind, what)
-        return np.frombuffer(self.take(dtype.itemsize, what), dtype)[0].item()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +32,7 @@ class Part:
     path: Path
     metadata: dict[str, object]
     tensors: dict[str, Tensor]
+    end: int  # the byte after its last tensor
 
 
 def parse(path: Path) -> Part:
@@ -158,7 +56,12 @@ def _parse(c: Cursor) -> Part:
         raise c.fail(f"claims {num_tensors:,} tensors and {num_keys:,} keys, which cannot fit")
     metadata = _metadata(c, num_keys)
     infos = _infos(c, num_tensors)
-    return Part(c.path, metadata, _place(c, infos, metadata.get("general.alignment", 32)))
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or not 8 <= alignment <= 1 << 20 or alignment % 8:
+        raise c.fail(f"alignment {alignment!r}: it must be a multiple of 8 up to 1,048,576")
+    tensors = _place(c, infos, alignment)
+    end = max([c.offset, *(t.offset + t.size for t in tensors.values())])
+    return Part(c.path, metadata, tensors, -(-end // alignment) * alignment)
 
 
 def _metadata(c: Cursor, count: int) -> dict[str, object]:
@@ -189,9 +92,7 @@ def _infos(c: Cursor, count: int) -> list[Info]:
     return out
 
 
-def _place(c: Cursor, infos: list[Info], alignment: object) -> dict[str, Tensor]:
-    if not isinstance(alignment, int) or not 8 <= alignment <= 1 << 20 or alignment % 8:
-        raise c.fail(f"alignment {alignment!r}: it must be a multiple of 8 up to 1,048,576")
+def _place(c: Cursor, infos: list[Info], alignment: int) -> dict[str, Tensor]:
     data = -(-c.offset // alignment) * alignment
     out: dict[str, Tensor] = {}
     for name, kind, shape, offset in infos:
@@ -207,7 +108,7 @@ def _tensor(
 ) -> Tensor:
     if kind not in TYPES:
         raise UnsupportedError(
-            f"{c.path.name}: tensor {name!r} has type number {kind}, which is not known here; "
+            f"{c.path.name}: tensor {name!r} has type {other_type(kind)}; outsize cannot read it: "
             "use a file quantized as Q4_0, Q4_K_M, Q8_0 or the like"
         )
     block, count = TYPES[kind], math.prod(shape)
@@ -230,16 +131,34 @@ def _refuse_overlap(c: Cursor, tensors: list[Tensor]) -> None:
             raise c.fail(f"tensors {one.name!r} and {two.name!r} overlap")
 
 
+def general_type(path: Path) -> str:
+    """What a file says that it is: model, adapter, mmproj, imatrix, or "" where the general keys at its head
+    do not say. Reads no further than those."""
+    try:
+        with open(path, "rb") as f:
+            c = Cursor(f, path, file_size(path))
+            c.take(16, "the head")
+            for _ in range(c.number("Q", "key count")):
+                key = c.string("a metadata key", MAX_NAME)
+                if not key.startswith("general."):
+                    break
+                value = c.value(key)
+                if key == "general.type":
+                    return str(value)
+    except (CheckpointError, OSError):
+        return ""  # what is wrong with it, `parse` says
+    return ""
+
+
 def split_paths(path: Path) -> list[Path]:
-    """All parts of a split model, in order; just `path` for a single file."""
-    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", path.name)
-    if not match:
-        return [path]
-    stem, _, count, suffix = match.groups()
-    if not 1 <= int(count) <= 1024:
-        raise CheckpointError(f"{path.name}: a model of {int(count)} parts; 1 to 1024 are allowed")
-    parts = [path.with_name(f"{stem}-{i + 1:05}-of-{count}{suffix}") for i in range(int(count))]
+    """All parts of a split model, in order; just `path` for a single file. The parts of a link lie beside
+    it, or beside its target."""
+    real = path.resolve()
+    beside = real if PART.fullmatch(real.name) and not PART.fullmatch(path.name) else path
+    parts = [beside.with_name(name) for name in parts_of(beside.name)]
     missing = [p.name for p in parts if not p.is_file()]
+    if missing and beside != real and PART.fullmatch(real.name):
+        return split_paths(real)
     if missing:
         raise CheckpointError(
             f"{path.name}: {len(missing)} of {len(parts)} parts are missing, the first is "
@@ -248,9 +167,57 @@ def split_paths(path: Path) -> list[Path]:
     return parts
 
 
+def _refuse_misnamed(parts: list[Part]) -> None:
+    """Raises CheckpointError for a part of a split model under another name, or joined with others."""
+    for i, part in enumerate(parts):
+        count, number = (part.metadata.get(f"split.{k}", d) for k, d in (("count", 1), ("no", i)))
+        if not isinstance(count, int) or not isinstance(number, int) or count <= 1:
+            continue
+        if (count, number) == (len(parts), i):
+            continue
+        name = part.path.name
+        if len(parts) == 1 and _another_follows(part):
+            raise CheckpointError(
+                f"{name}: {count} parts of a split model, joined with cat, which makes no model of them; "
+                "use the parts as they were, or join those with llama-gguf-split --merge"
+            )
+        match = PART.fullmatch(name)
+        stem = match[1] if match else re.sub(r"\s*\(\d+\)$", "", part.path.stem) or "model"
+        raise CheckpointError(
+            f"{name}: this is part {number + 1} of {count} of a split model, which its name does not say; "
+            f"name it {stem}-{number + 1:05}-of-{count:05}.gguf and put the other parts beside it"
+        )
+
+
+def _another_follows(part: Part) -> bool:
+    """Does another GGUF begin where the tensors of this one end?"""
+    with open(part.path, "rb") as f:
+        f.seek(part.end)
+        return f.read(4) == b"GGUF"
+
+
+NO_MODELS = {
+    "adapter": "a LoRA adapter, not a model; --adapter takes one in PEFT's form (safetensors)",
+    "mmproj": "a projector for images or sound (mmproj), not a language model",
+    "imatrix": "an importance matrix for quantizing, not a model",
+}
+
+
+def _refuse_no_model(path: Path, head: dict[str, object], tensors: dict[str, Tensor]) -> None:
+    kind = head.get("general.type")
+    what = NO_MODELS.get(kind) if isinstance(kind, str) else None
+    if head.get("general.architecture") == "clip":
+        what = NO_MODELS["mmproj"]
+    if not tensors:
+        what = what or "a vocabulary without weights (no tensor), not a model"
+    if what:
+        raise UnsupportedError(f"{path.name} is {what}; give the .gguf of the model")
+
+
 def load(path: Path) -> Checkpoint:
     """Parse a single or split GGUF. Reads headers only."""
     parts = [parse(p) for p in split_paths(path)]
+    _refuse_misnamed(parts)
     head = parts[0].metadata
     tensors: dict[str, Tensor] = {}
     for part in parts:
@@ -258,6 +225,7 @@ def load(path: Path) -> Checkpoint:
         if twice:
             raise CheckpointError(f"{part.path.name}: tensor {min(twice)!r} is in two parts")
         tensors |= part.tensors
+    _refuse_no_model(path, head, tensors)
     claimed = head.get("split.tensors.count", len(tensors))
     if claimed != len(tensors):
         raise CheckpointError(f"{path.name}: {claimed} tensors promised, {len(tensors)} found")

@@ -3,14 +3,17 @@ the beginnings are fetched, so that the usual readers read them."""
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from outsize.checkpoint import gguf
-from outsize.checkpoint.source import Spec, hub_error, hub_patterns
+from outsize.checkpoint.choose import choose
+from outsize.checkpoint.hub import DEPTH, HINT, from_cache, hub_choice
+from outsize.checkpoint.opening import local_place
+from outsize.checkpoint.read_json import MAX_JSON, parse_json
+from outsize.checkpoint.spec import Spec
 from outsize.errors import CheckpointError, UserError
 
 FIRST, MOST = 4 << 20, 256 << 20  # bytes of a GGUF to try; doubled until its header is whole
@@ -23,12 +26,13 @@ class Remote:
     repo: str
     name: str
     size: int
+    commit: str = ""  # of the repository; the newest if empty
 
     def read(self, start: int, stop: int) -> bytes:
         """Bytes start..stop. Raises whatever the network raises."""
         from huggingface_hub import hf_hub_url, utils
 
-        url = hf_hub_url(self.repo, self.name)
+        url = hf_hub_url(self.repo, self.name, revision=self.commit or None)
         headers = utils.build_hf_headers()  # type: ignore[attr-defined]
         headers |= {"Range": f"bytes={start}-{stop - 1}"}
         session = utils.get_session()  # type: ignore[attr-defined]
@@ -40,7 +44,8 @@ class Remote:
 
 
 def fetch_headers(spec: Spec, folder: Path) -> Path:
-    """A file or folder below `folder` for `open_checkpoint`. Raises FetchError, SourceError."""
+    """A file or folder below `folder` for `open_checkpoint`: what `fetch` would bring, without its weights;
+    the one in the hub's cache where there is no network. Raises FetchError, UserError."""
     try:
         files = _wanted(spec)
         for file in files:
@@ -48,23 +53,40 @@ def fetch_headers(spec: Spec, folder: Path) -> Path:
     except UserError:
         raise
     except Exception as e:  # the hub's own errors, and those of the HTTP library it happens to use
-        raise hub_error(spec, e) from None
-    single = [file.name for file in files if file.name.endswith(".gguf")]
-    return folder / (spec.file or min(single, default=""))
+        return from_cache(spec, e)
+    place = local_place(folder, f"hf:{spec.name}", HINT, DEPTH)
+    return folder / choose(place, spec.file).at
 
 
 def _wanted(spec: Spec) -> list[Remote]:
+    """The files of the model. Raises UserError, before any is fetched, where they are in doubt."""
     from huggingface_hub import HfApi
 
     info = HfApi().model_info(spec.name, files_metadata=True)
-    files = [Remote(spec.name, s.rfilename, s.size or 0) for s in info.siblings or ()]
-    patterns = hub_patterns(spec, [f.name for f in files])
-    return [f for f in files if any(fnmatch.fnmatch(f.name, p) for p in patterns)]
+    files = {
+        s.rfilename: Remote(spec.name, s.rfilename, s.size or 0, info.sha or "")
+        for s in info.siblings or ()
+    }
+    choice = hub_choice(spec, list(files), lambda name: _json(files[name]))
+    return [files[name] for name in choice.files]
+
+
+def _json(file: Remote) -> dict[str, object]:
+    if file.size > MAX_JSON:
+        raise CheckpointError(
+            f"{file.name}: {file.size:,} bytes of JSON, at most {MAX_JSON:,} are allowed"
+        )
+    return parse_json(Path(file.name), file.read(0, max(1, file.size)))
 
 
 def _fetch(file: Remote, local: Path) -> None:
+    from huggingface_hub import try_to_load_from_cache
+
     local.parent.mkdir(parents=True, exist_ok=True)
-    if local.suffix == ".gguf":
+    cached = try_to_load_from_cache(file.repo, file.name, revision=file.commit or None)
+    if isinstance(cached, str):  # it was fetched before
+        local.symlink_to(cached)
+    elif local.suffix == ".gguf":
         _fetch_gguf(file, local)
     elif local.suffix == ".safetensors":
         length = struct.unpack("<Q", file.read(0, 8))[0]

@@ -13,13 +13,15 @@ from pathlib import Path
 
 from outsize.checkpoint.foreign import Checkpoint, Tensor, file_size, pread
 from outsize.checkpoint.ggml import BY_NAME
+from outsize.checkpoint.quantized import refuse_quantized
 from outsize.checkpoint.read_json import fail as _fail
 from outsize.checkpoint.read_json import parse_json, read_json
+from outsize.checkpoint.shards import weights
 from outsize.checkpoint.text import of_folder, sidecars
 from outsize.errors import CheckpointError, UnsupportedError
 
 MAX_HEADER = 64 << 20
-DTYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16", "F64": "F64", "I8": "I8", "I32": "I32"}
+DTYPES = ("F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64")
 CODES, SCALES = "_blocks", "_scales"  # the two tensors of a matrix in MXFP4
 
 
@@ -62,9 +64,9 @@ def _tensor(path: Path, name: str, info: object, data: int, size: int) -> Tensor
     if dtype not in DTYPES:
         raise UnsupportedError(
             f"{path.name}: tensor {name!r} has type {dtype}; outsize reads F32, F16 and BF16 "
-            "safetensors: use the original checkpoint, not a quantized one"
+            "safetensors: use the original checkpoint, not a quantized one, or a GGUF of it"
         )
-    kind, (begin, end) = BY_NAME[DTYPES[dtype]], span
+    kind, (begin, end) = BY_NAME[dtype], span
     if end < begin or end > size - data:
         raise _fail(path, f"tensor {name!r} claims bytes {begin:,} to {end:,} of {size - data:,}")
     if math.prod(shape) * kind.size != end - begin:
@@ -72,31 +74,21 @@ def _tensor(path: Path, name: str, info: object, data: int, size: int) -> Tensor
     return Tensor(name, kind, shape, path, data + begin, end - begin)
 
 
-def shard_paths(folder: Path) -> list[Path]:
-    """The weight files of a folder."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        found = sorted(folder.glob("*.safetensors"))
-        if not found:
-            raise CheckpointError(f"{folder}: no .safetensors file in this folder")
-        return found
-    mapping = read_json(index).get("weight_map")
-    if not isinstance(mapping, dict) or not mapping:
-        raise _fail(index, "no 'weight_map'")
-    names = sorted({str(v) for v in mapping.values()})
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise _fail(index, f"shard {name!r} is not in the folder")
-    return [folder / name for name in names]
+def shard_paths(folder: Path, file: str = "") -> list[Path]:
+    """The weight files of a folder; `file` is one of them, or to be read alone."""
+    names = {p.name for p in folder.iterdir() if p.is_file()}
+    found = weights(names, lambda name: read_json(folder / name), file, str(folder))
+    return [folder / name for name in found]
 
 
-def load(folder: Path) -> Checkpoint:
-    """Parse a folder. Reads headers and JSON only."""
+def load(folder: Path, file: str = "") -> Checkpoint:
+    """Parse a folder, or of its weights one file. Reads headers and JSON only."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json in this folder, so it is not a model")
     config = read_json(folder / "config.json")
+    refuse_quantized(config, folder)
     tensors: dict[str, Tensor] = {}
-    paths = shard_paths(folder)
+    paths = shard_paths(folder, file)
     for path in paths:
         part = parse(path)
         twice = tensors.keys() & part.keys()
