@@ -10,7 +10,7 @@ https://developers.openai.com/cookbook/articles/openai-harmony
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from outsize.decode.tokens import Tokens
 
@@ -32,16 +32,17 @@ class Format:
     tag_tokens: tuple[
         tuple[int, str], ...
     ] = ()  # tags that are control tokens, which decoding drops
-    opened: bool = False  # the prompt ends within a block
+    opened: bool = False  # the prompt ends within a block, or within a header
 
     def after(self, tokens: Tokens, prompt: Sequence[int]) -> Format:
         """The format of a reply to this prompt."""
+        if self.harmony:
+            last = next((i for i in reversed(prompt) if i in self.harmony), None)
+            return replace(self, opened=last == tokens.control("<|start|>"))
         if self.tags is None:
             return self
         tail = "".join(dict(self.tag_tokens).get(i) or tokens.decode([i]) for i in prompt[-16:])
-        return Format(
-            self.harmony, self.tags, self.tag_tokens, tail.rstrip().endswith(self.tags[0])
-        )
+        return replace(self, opened=tail.rstrip().endswith(self.tags[0]))
 
 
 PLAIN = Format()
@@ -63,28 +64,30 @@ def format_of(tokens: Tokens, template: str | None) -> Format:
 class Harmony:
     """gpt-oss's channels, token by token."""
 
-    def __init__(self, tokens: Tokens) -> None:
+    def __init__(self, tokens: Tokens, opened: bool) -> None:
         self._names = {tokens.control(name): name for name in HARMONY}
-        self._header: str | None = None  # the text of the header being read
+        self._header: str | None = "" if opened else None  # the text of the header being read
+        self._role = ""  # what came before the channel's name
         self._kind = TEXT
 
     def marker(self, token: int) -> str:
         """Take a marker; the text that it stands for, which is none, or the name of a tool that is called."""
         name = self._names[token]
         if name == "<|message|>":
-            header, self._header = self._header or "", None
-            return self._open(header)
+            return self._open()
         if name == "<|channel|>":
-            self._header = ""
+            self._role, self._header = self._header or "", ""
         elif name == "<|start|>":
-            self._header, self._kind = "", TEXT
+            self._role, self._header = "", ""
         return ""
 
-    def _open(self, header: str) -> str:
-        words = header.split()
-        recipient = next((w.removeprefix("to=") for w in words if w.startswith("to=")), None)
-        self._kind = REASONING if words[:1] == ["analysis"] and recipient is None else TEXT
-        return f"{recipient} " if recipient else ""
+    def _open(self) -> str:
+        """The header is whole: what kind of text follows."""
+        words = (self._header or "").split()
+        called = [w for w in [*self._role.split(), *words] if w.startswith("to=")]
+        self._kind = REASONING if words[:1] == ["analysis"] and not called else TEXT
+        self._role, self._header = "", None
+        return f"{called[0].removeprefix('to=')} " if called else ""
 
     def text(self, piece: str) -> Iterator[Piece]:
         """A piece of decoded text: of a header, or of a message."""

@@ -71,7 +71,7 @@ class Stream:
     def __init__(self, tokens: Tokens, stops: Sequence[str], form: Format | None = None) -> None:
         self._form = format_of(tokens, None) if form is None else form
         self._decoder, self._stops = Decoder(tokens), Stops(stops)
-        self._harmony = Harmony(tokens) if self._form.harmony else None
+        self._harmony = Harmony(tokens, self._form.opened) if self._form.harmony else None
         self._tags = Tags(self._form.tags, self._form.opened) if self._form.tags else None
         self._tag_tokens = dict(self._form.tag_tokens)
         self.reasoning = ""
