@@ -1,0 +1,197 @@
+"""A pack stands for all that decides an answer: a corrected file is seen at the next run, and weights are
+encoded again only where they have to be."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import outsize
+from outsize import library
+from outsize.pack import store, write
+from outsize.pack.format import Pack
+from tests.golden import tiny
+from tests.golden.test_golden import write_gguf
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "packs"
+
+
+@pytest.fixture
+def encodings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The name of each table that is written."""
+    done: list[str] = []
+    real = write._write_table
+
+    def counted(table, folder, tick):  # type: ignore[no-untyped-def]
+        done.append(table.header.name)
+        return real(table, folder, tick)
+
+    monkeypatch.setattr(write, "_write_table", counted)
+    return done
+
+
+def change_json(path: Path, **changes: object) -> None:
+    old = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(old | changes))
+
+
+def changed_tokenizer(folder: Path) -> None:
+    made = tiny.tokenizer()
+    made.add_special_tokens(["<more>"])
+    made.save(str(folder / "tokenizer.json"))
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], Callable[[Pack], object], object]] = {
+    "chat_template.jinja": (
+        lambda f: (f / "chat_template.jinja").write_text("new"), lambda p: p.chat_template, "new"
+    ),
+    "its removal": (
+        lambda f: (f / "chat_template.jinja").unlink(), lambda p: p.chat_template, None
+    ),
+    "generation_config.json, which there was not": (
+        lambda f: change_json(f / "generation_config.json", eos_token_id=[258]), lambda p: p.eos, (258, 257)
+    ),
+    "tokenizer_config.json": (
+        lambda f: change_json(f / "tokenizer_config.json", eos_token="<s>"),
+        lambda p: p.special_tokens["eos_token"], "<s>",
+    ),
+    "config.json: an end": (
+        lambda f: change_json(f / "config.json", eos_token_id=259), lambda p: p.eos, (259,)
+    ),
+    "config.json: arithmetic": (
+        lambda f: change_json(f / "config.json", rms_norm_eps=1e-3), lambda p: p.description.norm_eps, 1e-3
+    ),
+    "a template of another name": (
+        lambda f: ((f / "additional_chat_templates").mkdir(),
+                   (f / "additional_chat_templates" / "rag.jinja").write_text("r")),
+        lambda p: p.chat_templates["rag"], "r",
+    ),
+    "tokenizer.json": (changed_tokenizer, lambda p: p.tokenizer_crc, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_changed_file_is_seen_without_encoding_anything(
+    what: str, home: Path, encodings: list[str], tmp_path: Path
+) -> None:
+    change, read, wanted = CHANGES[what]
+    folder = tiny.write_folder(tmp_path / "m", "llama")
+    first = library.pack(str(folder), quiet=True)
+    assert library.pack(str(folder), quiet=True).path == first.path
+    encodings.clear()
+    change(folder)
+    second = library.pack(str(folder), quiet=True)
+    if what == "tokenizer.json":
+        assert second.tokenizer_crc != first.tokenizer_crc
+    else:
+        assert read(second) == wanted
+    assert encodings == []
+    assert [p.name for p in home.glob("[!.]*")] == [second.path.name]  # the old one is gone
+    with outsize.load(str(folder), quiet=True, verify="always") as model:
+        assert model.generate("a", raw=True, max_tokens=2)[0].new_tokens == 2
+
+
+def test_changed_weights_are_encoded_again(
+    home: Path, encodings: list[str], tmp_path: Path
+) -> None:
+    folder = tiny.write_folder(tmp_path / "m", "llama")
+    first = library.pack(str(folder), quiet=True)
+    encodings.clear()
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-3] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    assert library.pack(str(folder), quiet=True).path != first.path
+    assert encodings
+
+
+def test_a_config_that_changes_what_records_hold(
+    home: Path, encodings: list[str], tmp_path: Path
+) -> None:
+    """Tied or not: other tables of the same weights."""
+    folder = tiny.write_folder(tmp_path / "m", "llama")
+    first = library.pack(str(folder), quiet=True)
+    encodings.clear()
+    change_json(folder / "config.json", tie_word_embeddings=True)
+    second = library.pack(str(folder), quiet=True)
+    assert (first.description.tied, second.description.tied) == (False, True)
+    assert encodings
+
+
+def test_a_copy_with_another_template_is_another_model(
+    home: Path, encodings: list[str], tmp_path: Path
+) -> None:
+    one = tiny.write_folder(tmp_path / "m", "llama")
+    two = tmp_path / "elsewhere"
+    shutil.copytree(one, two)
+    (two / "chat_template.jinja").write_text("other")
+    first = library.pack(str(one), quiet=True)
+    encodings.clear()
+    second = library.pack(str(two), quiet=True)
+    assert encodings == []
+    assert (first.chat_template, second.chat_template) == (tiny.TEMPLATE, "other")
+    assert library.pack(str(one), quiet=True).chat_template == tiny.TEMPLATE  # both stay
+    assert os.path.samefile(first.path / "embed.records", second.path / "embed.records")
+    store.remove(home, first.path.name)
+    with outsize.load(str(two), quiet=True, verify="always") as model:
+        assert model.generate("a", raw=True, max_tokens=2)[0].new_tokens == 2
+
+
+def test_records_are_copied_where_they_cannot_be_linked(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*args: object) -> None:
+        raise OSError("no links here")
+
+    folder = tiny.write_folder(tmp_path / "m", "llama")
+    library.pack(str(folder), quiet=True)
+    monkeypatch.setattr(os, "link", no_links)
+    (folder / "chat_template.jinja").write_text("new")
+    with outsize.load(str(folder), quiet=True, verify="always") as model:
+        assert model.pack.chat_template == "new"
+
+
+def test_a_gguf_is_told_by_its_bytes(home: Path, encodings: list[str], tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", "llama")
+    first = library.pack(str(path), quiet=True)
+    encodings.clear()
+    os.utime(path, (1, 1))
+    assert library.pack(str(path), quiet=True).path == first.path
+    (tmp_path / "config.json").write_text("{}")  # beside a GGUF it decides nothing
+    assert library.pack(str(path), quiet=True).path == first.path
+    assert encodings == []
+
+
+def test_a_newer_revision_in_the_hubs_cache(
+    home: Path, encodings: list[str], tmp_path: Path
+) -> None:
+    """What `hf download` brought is seen by the next run, though it asks nobody."""
+    repo = tmp_path / "hub" / "models--org--tiny"
+    old, new = repo / "snapshots" / "aaa", repo / "snapshots" / "bbb"
+    tiny.write_folder(old, "llama")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("aaa")
+    pack = library.pack(str(old), quiet=True)
+    assert not pack.source.is_superseded()
+    (repo / "refs" / "main").write_text("bbb")
+    assert not pack.source.is_superseded()  # it is not whole yet
+    shutil.copytree(old, new)
+    assert pack.source.is_superseded()
+    assert not library.pack(str(new), quiet=True).source.is_superseded()
+
+
+def test_packs_of_an_earlier_version_are_made_anew(home: Path, tmp_path: Path) -> None:
+    folder = tiny.write_folder(tmp_path / "m", "llama")
+    pack = library.pack(str(folder), quiet=True)
+    header = json.loads((pack.path / "pack.json").read_text())
+    header["pack"]["version"] = 1
+    (pack.path / "pack.json").write_text(json.dumps(header))
+    assert library.pack(str(folder), quiet=True).path == pack.path
