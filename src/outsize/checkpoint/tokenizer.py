@@ -12,52 +12,13 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
+from outsize.checkpoint import pretokenizers
 from outsize.checkpoint.foreign import TokenizerSpec
 from outsize.errors import CheckpointError, UnsupportedError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_CASED = (  # o200k: words break where capitals begin
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    + _SUFFIX
-    + r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    + _SUFFIX
-    + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def _byte_level(use_regex: bool) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
-
-
-def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
-    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False)
-    return pre_tokenizers.Sequence([split, _byte_level(False)])
-
-
-def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
-    if name in ("gpt-2", "gpt2", "default", "olmo"):
-        return _byte_level(True)
-    if name == "smollm":
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        return pre_tokenizers.Sequence([digits, _byte_level(True)])
-    if name == "gpt-4o":
-        return _split(_CASED)
-    if name in ("llama-bpe", "llama3", "llama-v3", "dbrx"):
-        return _split(_WORDS + r"\p{N}{1,3}" + _REST)
-    if name == "qwen2":
-        return _split(_WORDS + r"\p{N}" + _REST)
-    raise UnsupportedError(
-        f"pre-tokenizer {name!r} is not known; known are dbrx, gpt-2, gpt-4o, llama-bpe, olmo, qwen2 and "
-        "smollm"
-    )
 
 
 def build(spec: TokenizerSpec) -> Tokenizer:
@@ -112,7 +73,7 @@ def _vocab(tokens: Sequence[str]) -> dict[str, int]:
 
 
 def _byte_bpe(arrays: Mapping[str, object], tokens: list[str]) -> Tokenizer:
-    name = arrays.get("pre", "gpt-2")
+    pre = pretokenizers.find(arrays.get("pre", "default"))
     vocab = _vocab(tokens)
     merges = []
     for merge in _strings(arrays, "merges"):
@@ -120,11 +81,10 @@ def _byte_bpe(arrays: Mapping[str, object], tokens: list[str]) -> Tokenizer:
         if left not in vocab or right not in vocab or left + right not in vocab:
             raise CheckpointError(f"tokenizer merge {merge!r} joins pieces not in the vocabulary")
         merges.append((left, right))
-    ignore = name in ("llama-bpe", "llama3", "llama-v3")
-    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=ignore))
-    tokenizer.pre_tokenizer = _pre_tokenizer(str(name))
-    if name == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre.ignore_merges))
+    tokenizer.pre_tokenizer = pre.build()
+    if pre.normalizer is not None:
+        tokenizer.normalizer = pre.normalizer
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
