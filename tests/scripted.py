@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def write(
     assert len(set(ids)) == len(ids)
     vocab = rows or tokenizer.get_vocab_size()
     width = -(-vocab // 64) * 64
-    follows = dict.fromkeys(range(vocab), ids[0]) | dict(zip(ids, ids[1:], strict=False))
+    follows = dict.fromkeys(range(vocab), ids[0]) | dict(pairwise(ids))
     head, embed = np.zeros((vocab, width), np.float32), np.eye(vocab, width, dtype=np.float32)
     for token, after in follows.items():
         head[after, token] = 1.0

@@ -167,6 +167,7 @@ class Model:
     @torch.inference_mode()
     def score_tokens(self, tokens: Sequence[int]) -> tuple[list[float], list[bool]]:
         """Of every token after the first: its log-probability, and whether it was the likeliest."""
+        self._check_rows(tokens)
         model, logprobs, likeliest = self.transformer, [], []
         (h_TD,) = hidden(model, [(Span(0, tokens), model.new_kv(len(tokens)))])
         step = max(1, min(SCORE_ROWS, SCORE_BYTES // (4 * self.pack.description.vocab_size)))
@@ -198,6 +199,10 @@ class Model:
                 f"the text has {len(tokens):,} tokens, the context holds {self.context:,}; shorten "
                 f"it, or raise --context (this model goes to {self.pack.description.context:,})"
             )
+        self._check_rows(tokens)
+
+    def _check_rows(self, tokens: Sequence[int]) -> None:
+        """Raises OptionError for a token that the embedding has no row for."""
         highest, rows = max(tokens), self.pack.description.vocab_size
         if highest >= rows:
             raise OptionError(

@@ -31,9 +31,11 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerSpec:
-    """A tokenizer as its checkpoint states it: a finished JSON, or the arrays of a GGUF."""
+    """A tokenizer as its checkpoint states it: a finished JSON, or the arrays of a GGUF. `added_tokens`:
+    `added_tokens_decoder` of tokenizer_config.json, by id, which overrides flags and adds tokens."""
 
     json: str | None = None
+    added_tokens: Mapping[str, object] = field(default_factory=dict)
     arrays: Mapping[str, object] = field(default_factory=dict)
     bos: int | None = None
     eos: tuple[int, ...] = ()  # every id that ends a text

@@ -15,6 +15,7 @@ from typing import cast
 import numpy as np
 
 from outsize.checkpoint.foreign import TokenizerSpec, file_size
+from outsize.checkpoint.pretokenizers import default_add_bos
 from outsize.checkpoint.read_json import MAX_JSON, parse_json, read_json
 from outsize.errors import CheckpointError
 
@@ -32,17 +33,6 @@ SIDECARS = (
     "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 MORE_TEMPLATES = "additional_chat_templates"
-STARTING = (
-    "llama-bpe",
-    "llama3",
-    "llama-v3",
-    "falcon3",
-    "falcon-h1",
-    "pixtral",
-    "midm-2.0",
-    "lfm2",
-    "tekken",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +80,12 @@ def of_folder(folder: Path, config: Mapping[str, object]) -> TokenizerSpec:
         raise CheckpointError(f"{path}: {file_size(path):,} bytes, at most {MAX_JSON:,} are read")
     raw = path.read_bytes()
     tokenizer = parse_json(path, raw)
-    vocabulary = _vocabulary(tokenizer)
     settings, generation = (
         _optional(folder / f"{n}_config.json") for n in ("tokenizer", "generation")
     )
+    more = settings.get("added_tokens_decoder")
+    more = more if isinstance(more, dict) else {}
+    vocabulary = _vocabulary(tokenizer, more)
     inner = config.get("text_config")
     sources = [generation, config, *([inner] if isinstance(inner, dict) else [])]
     names = _names(folder, settings)
@@ -115,6 +107,7 @@ def of_folder(folder: Path, config: Mapping[str, object]) -> TokenizerSpec:
         or (settings.get("add_bos_token") is True and tokenizer.get("post_processor") is None),
         names=names,
         templates=_templates(folder, settings),
+        added_tokens=more,
     )
 
 
@@ -128,8 +121,8 @@ def _optional(path: Path) -> dict[str, object]:
     return read_json(path) if path.is_file() else {}
 
 
-def _vocabulary(tokenizer: Mapping[str, object]) -> Vocabulary:
-    """Of a tokenizer.json, whatever its kind."""
+def _vocabulary(tokenizer: Mapping[str, object], more: Mapping[str, object]) -> Vocabulary:
+    """Of a tokenizer.json, whatever its kind; `more` is the added_tokens_decoder beside it."""
     model = tokenizer.get("model")
     listed = model.get("vocab") if isinstance(model, dict) else None
     ids: dict[str, int] = {}
@@ -141,6 +134,9 @@ def _vocabulary(tokenizer: Mapping[str, object]) -> Vocabulary:
     added = tokenizer.get("added_tokens")
     tokens = [t for t in added if isinstance(t, dict)] if isinstance(added, list) else []
     named = {str(t.get("content")): t["id"] for t in tokens if isinstance(t.get("id"), int)}
+    for i, token in more.items():
+        if i.isdigit() and isinstance(token, dict):
+            named.setdefault(str(token.get("content")), int(i))
     return Vocabulary(ids | named, frozenset(named.values()))
 
 
@@ -244,7 +240,7 @@ def _gguf_starts(arrays: Mapping[str, object]) -> bool:
     stated = arrays.get("add_bos_token")
     if isinstance(stated, bool):
         return stated
-    return arrays.get("model") == "llama" or arrays.get("pre") in STARTING
+    return arrays.get("model") == "llama" or default_add_bos(str(arrays.get("pre", "default")))
 
 
 def _gguf_templates(head: Mapping[str, object]) -> dict[str, str]:

@@ -12,82 +12,78 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
+from outsize.checkpoint import pretokenizers, tokenizer_json
 from outsize.checkpoint.foreign import TokenizerSpec
+from outsize.checkpoint.pretokenizers import PreTokenizer
 from outsize.errors import CheckpointError, UnsupportedError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_CASED = (  # o200k: words break where capitals begin
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    + _SUFFIX
-    + r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    + _SUFFIX
-    + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def _byte_level(use_regex: bool) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
-
-
-def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
-    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False)
-    return pre_tokenizers.Sequence([split, _byte_level(False)])
-
-
-def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
-    if name in ("gpt-2", "gpt2", "default", "olmo"):
-        return _byte_level(True)
-    if name == "smollm":
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        return pre_tokenizers.Sequence([digits, _byte_level(True)])
-    if name == "gpt-4o":
-        return _split(_CASED)
-    if name in ("llama-bpe", "llama3", "llama-v3", "dbrx"):
-        return _split(_WORDS + r"\p{N}{1,3}" + _REST)
-    if name == "qwen2":
-        return _split(_WORDS + r"\p{N}" + _REST)
-    raise UnsupportedError(
-        f"pre-tokenizer {name!r} is not known; known are dbrx, gpt-2, gpt-4o, llama-bpe, olmo, qwen2 and "
-        "smollm"
-    )
+JOINED = (NORMAL, USER_DEFINED)  # pieces that merges make and join
+MAX_JOINS = (
+    1 << 28
+)  # characters to look at while pieces are cut in two: about 10 s; Gemma's need 11e6
 
 
 def build(spec: TokenizerSpec) -> Tokenizer:
     """The tokenizer of a checkpoint. Raises CheckpointError or UnsupportedError."""
     if spec.json is not None:
-        return from_json(spec.json)
-    arrays = spec.arrays
-    kind = arrays.get("model")
-    tokens = _strings(arrays, "tokens")
-    types = _ints(arrays, "token_type", len(tokens))
-    if kind == "gpt2":
-        tokenizer = _byte_bpe(arrays, tokens)
-    elif kind == "llama":
-        tokenizer = _sentencepiece(arrays, tokens, types)
+        return from_json(spec.json, spec.added_tokens)
+    tokens, types = _pieces(spec.arrays)
+    if spec.arrays["model"] == "gpt2":
+        tokenizer = _byte_bpe(spec.arrays, tokens)
     else:
+        tokenizer = _sentencepiece(spec.arrays, tokens, types)
+    _add_special(tokenizer, tokens, types)
+    return tokenizer
+
+
+def check(spec: TokenizerSpec) -> None:
+    """Refuses what `build` would refuse, without the time and memory of building. Raises
+    CheckpointError or UnsupportedError."""
+    if spec.json is not None:
+        tokenizer_json.check(spec.json, spec.added_tokens)
+        return
+    tokens, types = _pieces(spec.arrays)
+    if spec.arrays["model"] == "gpt2":
+        _pre(spec.arrays)
+        _merges(spec.arrays, _vocab(tokens))
+    else:
+        _scores(spec.arrays, tokens, types)
+
+
+def from_json(text: str, config: Mapping[str, object] | None = None) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, which neither cuts nor pads; `config` is the
+    `added_tokens_decoder` beside it. Raises CheckpointError, as where an added token would get another
+    id than stated."""
+    stated = tokenizer_json.added(tokenizer_json.parse(text))
+    more = tokenizer_json.overrides(config or {}, stated)
+    tokenizer = tokenizer_json.made(text)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.add_tokens([a.token for a in more])
+    tokenizer_json.compare([*stated, *more], tokenizer.token_to_id)
+    return tokenizer
+
+
+def _pieces(arrays: Mapping[str, object]) -> tuple[list[str], list[int]]:
+    """The vocabulary with the kind of each piece. An empty piece gets a name, as in llama.cpp."""
+    kind = arrays.get("model")
+    if kind not in ("gpt2", "llama"):
         raise UnsupportedError(
             f"tokenizer model {kind!r} is not known; known are 'gpt2' (byte-level BPE) and "
             "'llama' (SentencePiece-style)"
         )
-    _add_special(tokenizer, tokens, types, normalized=kind == "llama")
-    return tokenizer
-
-
-def from_json(text: str) -> Tokenizer:
-    try:
-        return Tokenizer.from_str(text)
-    except Exception as e:  # the library raises bare Exception
-        raise CheckpointError(
-            f"tokenizer.json is not usable: {str(e)[:200]}; fetch it again"
-        ) from None
+    tokens = [t or f"[EMPTY_{i}]" for i, t in enumerate(_strings(arrays, "tokens"))]
+    seen: dict[str, int] = {}
+    for i, token in enumerate(tokens):
+        if (first := seen.setdefault(token, i)) != i:
+            raise CheckpointError(
+                f"'tokenizer.ggml.tokens' has {token[:80]!r} twice, as {first} and {i}: one of the two could "
+                "not be told from the other; convert the model again"
+            )
+    return tokens, _numbers(arrays, "token_type", len(tokens))
 
 
 def _strings(arrays: Mapping[str, object], key: str) -> list[str]:
@@ -97,7 +93,7 @@ def _strings(arrays: Mapping[str, object], key: str) -> list[str]:
     return cast("list[str]", value)
 
 
-def _ints(arrays: Mapping[str, object], key: str, length: int) -> list[int]:
+def _numbers(arrays: Mapping[str, object], key: str, length: int) -> list[int]:
     value = arrays.get(key, np.full(length, NORMAL))
     if not isinstance(value, np.ndarray) or value.shape != (length,):
         raise CheckpointError(f"'tokenizer.ggml.{key}' is not a list of {length:,} numbers")
@@ -105,32 +101,48 @@ def _ints(arrays: Mapping[str, object], key: str, length: int) -> list[int]:
 
 
 def _vocab(tokens: Sequence[str]) -> dict[str, int]:
-    vocab: dict[str, int] = {}
-    for i, token in enumerate(tokens):
-        vocab.setdefault(token, i)
-    return vocab
+    return {token: i for i, token in enumerate(tokens)}
 
 
-def _byte_bpe(arrays: Mapping[str, object], tokens: list[str]) -> Tokenizer:
-    name = arrays.get("pre", "gpt-2")
-    vocab = _vocab(tokens)
-    merges = []
+def _pre(arrays: Mapping[str, object]) -> PreTokenizer:
+    return pretokenizers.find(arrays.get("pre", "default"))
+
+
+def _merges(arrays: Mapping[str, object], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    merges: dict[tuple[str, str], None] = {}  # of two alike the first counts
     for merge in _strings(arrays, "merges"):
         left, _, right = merge.partition(" ")
         if left not in vocab or right not in vocab or left + right not in vocab:
-            raise CheckpointError(f"tokenizer merge {merge!r} joins pieces not in the vocabulary")
-        merges.append((left, right))
-    ignore = name in ("llama-bpe", "llama3", "llama-v3")
-    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=ignore))
-    tokenizer.pre_tokenizer = _pre_tokenizer(str(name))
-    if name == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
+            raise CheckpointError(
+                f"tokenizer merge {merge[:80]!r} joins pieces not in the vocabulary"
+            )
+        merges[left, right] = None
+    return list(merges)
+
+
+def _byte_bpe(arrays: Mapping[str, object], tokens: list[str]) -> Tokenizer:
+    pre, vocab = _pre(arrays), _vocab(tokens)
+    merges = _merges(arrays, vocab)
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre.ignore_merges))
+    tokenizer.pre_tokenizer = pre.build()
+    if pre.normalizer is not None:
+        tokenizer.normalizer = pre.normalizer
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
+def _scores(arrays: Mapping[str, object], tokens: list[str], types: list[int]) -> list[int]:
+    work = sum(len(t) ** 2 for t, kind in zip(tokens, types, strict=True) if kind in JOINED)
+    if work > MAX_JOINS:
+        raise CheckpointError(
+            f"'tokenizer.ggml.tokens' has pieces of up to {max(map(len, tokens)):,} characters, which "
+            f"makes {work:,} ways to look at them, over the limit of {MAX_JOINS:,}; is the file sound?"
+        )
+    return _numbers(arrays, "scores", len(tokens))
+
+
 def _sentencepiece(arrays: Mapping[str, object], tokens: list[str], types: list[int]) -> Tokenizer:
-    scores = _ints(arrays, "scores", len(tokens))
+    scores = _scores(arrays, tokens, types)
     vocab = _vocab(tokens)
     merges = score_merges(tokens, types, scores, vocab)
     unknown = arrays.get("unknown_token_id")
@@ -152,7 +164,7 @@ def score_merges(
     tokens: Sequence[str], types: Sequence[int], scores: Sequence[float], vocab: Mapping[str, int]
 ) -> list[tuple[str, str]]:
     """Every way to join two pieces into a third, best joined piece first."""
-    pieces = {t for t, kind in zip(tokens, types, strict=True) if kind in (NORMAL, USER_DEFINED)}
+    pieces = {t for t, kind in zip(tokens, types, strict=True) if kind in JOINED}
     order = np.argsort(-np.asarray(scores), kind="stable").tolist()
     merges: list[tuple[str, str]] = []
     for i in order:
@@ -170,16 +182,15 @@ def score_merges(
     return merges
 
 
-def _add_special(
-    tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int], normalized: bool
-) -> None:
-    pairs = list(zip(tokens, types, strict=True))
-    special = [AddedToken(t, special=True, normalized=False) for t, k in pairs if k == CONTROL]
-    plain = [AddedToken(t, normalized=normalized) for t, k in pairs if k == USER_DEFINED]
-    tokenizer.add_special_tokens(special)
-    tokenizer.add_tokens(plain)
-    if tokenizer.get_vocab_size() != len(set(tokens)):
-        raise CheckpointError("tokenizer: special tokens are not in the vocabulary")
+def _add_special(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
+    """Marks the pieces that are found in a text as it stands, before it is cut into words or its spaces
+    become ▁."""
+    marked = [
+        AddedToken(token, special=kind != USER_DEFINED, normalized=False)
+        for token, kind in zip(tokens, types, strict=True)
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+    ]
+    tokenizer.add_tokens(marked)
 
 
 _BPE_OPTIONS = (
@@ -195,12 +206,15 @@ _BPE_OPTIONS = (
 
 def lean(text: str) -> Tokenizer:
     """from_json for a text of our own making, in half of the memory: the library's reader keeps a tree
-    of the whole text beside what it builds. The pieces are handed over apart."""
+    of the whole text beside what it builds. The pieces are handed over apart, and then the added
+    tokens, which count on from them. Raises CheckpointError if one gets another id than it had."""
     whole = json.loads(text)
     model = whole["model"]
     if model.get("type") != "BPE":
-        return Tokenizer.from_str(text)
+        return from_json(text)
     del text
+    stated = tokenizer_json.added(whole)
+    whole["added_tokens"] = []
     vocab, merges = model["vocab"], model["merges"]
     model["vocab"], model["merges"] = {}, []
     same = {piece: piece for piece in vocab}  # a merge's halves are pieces: one string each
@@ -213,4 +227,6 @@ def lean(text: str) -> Tokenizer:
     del vocab, merges
     tokenizer = Tokenizer.from_str(json.dumps(whole))
     tokenizer.model = made
+    tokenizer.add_tokens([a.token for a in sorted(stated, key=lambda a: a.id)])
+    tokenizer_json.compare(stated, tokenizer.token_to_id)
     return tokenizer

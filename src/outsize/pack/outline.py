@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from outsize.checkpoint import tokenizer
 from outsize.checkpoint.foreign import Checkpoint
 from outsize.family.description import Description
 from outsize.family.find import recipe
@@ -48,6 +49,7 @@ def of_pack(pack: Pack) -> Outline:
 
 def of_checkpoint(checkpoint: Checkpoint, name: str, wanted: str, grouped: bool) -> Outline:
     """Raises CheckpointError, UnsupportedError."""
+    tokenizer.check(checkpoint.tokenizer)
     found = recipe(checkpoint)
     tables = tuple(t.header for t in plan(checkpoint, found, wanted, grouped))
     return Outline(name, found.description, tables, _tokenizer_bytes(checkpoint), False)

@@ -69,6 +69,7 @@ def write(
     say: Callable[[str], None],
 ) -> Pack:
     """Pack a checkpoint into `home`, or find that another process did. Raises OutsizeError."""
+    tokenizers.check(checkpoint.tokenizer)  # before anything is encoded
     recipe = find_recipe(checkpoint)
     tables = plan(checkpoint, recipe, how.wanted, how.grouped)
     lossy = lossy_tensors(tables)
