@@ -402,7 +402,7 @@ def synthetic_outline(family: str, size: str) -> Outline:
         f"{architecture}.{synthetic.GGUF_KEYS[k]}": v
         for k, v in synthetic.values(synthetic.SIZES[size]).items()
     }
-    spec = TokenizerSpec(json="x" * 1000)
+    spec = TokenizerSpec(json=tiny.tokenizer().to_str())
     checkpoint = Checkpoint("gguf", architecture, keys, tensors, spec, ())
     return of_checkpoint(checkpoint, f"{family}-{size}", "auto", True)
 
