@@ -99,7 +99,7 @@ def write_gguf(path: Path, family: str, quantized: str = "", **split: int) -> Pa
         else:
             writer.add_tensor(name, w)
     if family == "llama":
-        from outsize.family.description import rope_divisors
+        from outsize.family.rope import rope_divisors
 
         divisors = rope_divisors(tiny.LLAMA3, 10000.0, tiny.HEAD_DIM)
         writer.add_tensor("rope_freqs.weight", np.array(divisors, np.float32))
