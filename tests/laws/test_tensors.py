@@ -1,4 +1,4 @@
-"""Every tensor of a checkpoint is used or on the list of known spares, or the model is refused by its name."""
+"""Every tensor of a checkpoint is used or a known spare, or the model is refused by its name."""
 
 from __future__ import annotations
 

@@ -33,14 +33,15 @@ WORDS = {
     "rotary", "yarn", "alibi", "window", "sliding", "act", "activation", "gating", "sink", "sinks",
     "expert", "experts",
 }  # fmt: skip
-# Of how a model was trained, kept, split over devices or is sampled from; or said again elsewhere.
+# Of how a model was trained, kept, split over devices or is sampled from; or said again elsewhere; or of
+# parts that a family does not have.
 NEUTRAL = {
     "transformers_version", "architectures", "output_hidden_states", "return_dict", "dtype", "torch_dtype",
     "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "initializer_range", "use_cache",
     "pad_token_id", "bos_token_id", "eos_token_id", "pretraining_tp", "attention_dropout", "_name_or_path",
     "model_type", "output_attentions", "output_router_logits", "router_aux_loss_coef",
     "router_jitter_noise", "_sliding_window_pattern", "neftune_noise_alpha", "experts_per_token",
-    "_attn_implementation", "attn_implementation", "max_window_layers",
+    "_attn_implementation", "attn_implementation", "max_window_layers", "intermediate_size",
 }  # fmt: skip
 # Known in these values only, by all families.
 FIXED: dict[str, tuple[object, ...]] = {

@@ -13,7 +13,6 @@ DEFAULTS: dict[str, object] = {
     **HEEDED,
     **WINDOWS,
     "hidden_size": 2048,
-    "intermediate_size": 6144,
     "num_hidden_layers": 24,
     "num_attention_heads": 32,
     "num_key_value_heads": 4,
