@@ -284,6 +284,22 @@ def test_every_gguf_key_that_is_read_matters(architecture: str, tiny_gguf: Check
         assert recipe(made).description != base, key
 
 
+def test_yarn_of_a_gguf_is_yarn(tiny_gguf: Checkpoint, folder_of: Folders) -> None:
+    """The same numbers in either format make the same positions."""
+    table = {
+        "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 16.0, "beta_slow": 2.0,
+    }  # fmt: skip
+    stated = {
+        **YARN_KEYS, "rope.scaling.original_context_length": 64, "rope.scaling.yarn_beta_fast": 16.0,
+        "rope.scaling.yarn_beta_slow": 2.0, "context_length": 128,
+    }  # fmt: skip
+    config = tiny.config("qwen2") | {"max_position_embeddings": 128}
+    theirs = described(open_checkpoint(folder_of("qwen2")), config | {"rope_scaling": YARN | table})
+    ours = recipe(of_architecture(tiny_gguf, "qwen2", stated)).description
+    assert ours.layers == theirs.layers
+    assert ours.context == theirs.context == 256
+
+
 def test_windows_of_a_gguf(tiny_gguf: Checkpoint) -> None:
     def windows(architecture: str, more: dict[str, object]) -> list[int | None]:
         made = of_architecture(tiny_gguf, architecture, more)

@@ -184,11 +184,11 @@ def _vocab_size(config: Config) -> int:
 def activation(config: Config, key: str) -> str:
     """Our name of it. GGUF files do not say."""
     said = "silu" if config.format == "gguf" else config.get(key)
-    if said not in ACTIVATIONS:
+    if not isinstance(said, str) or said not in ACTIVATIONS:
         raise UnsupportedError(
             f"config: {key} {said!r} is not known; known are {', '.join(ACTIVATIONS)}"
         )
-    return ACTIVATIONS[str(said)]
+    return ACTIVATIONS[said]
 
 
 def mixture(config: Config, renorm: bool, width: str = "intermediate_size") -> Mixture:
@@ -226,7 +226,8 @@ def sliding(config: Config, count: int, period: int) -> list[bool]:
     if kinds is None:
         period = config.integer("sliding_window_pattern", period)
         return [(i + 1) % period != 0 for i in range(count)]
-    if not isinstance(kinds, list) or len(kinds) != count or set(kinds) - rope.LAYER_TYPES:
+    known = isinstance(kinds, list) and all(kind in tuple(rope.LAYER_TYPES) for kind in kinds)
+    if not isinstance(kinds, list) or not known or len(kinds) != count:
         raise UnsupportedError(
             f"config: layer_types must list sliding_attention or full_attention for each of {count} layers"
         )

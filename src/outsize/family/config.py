@@ -27,6 +27,14 @@ GGUF_KEYS = {
     "moe_intermediate_size": "expert_feed_forward_length",
 }
 LIMITS = {"num_hidden_layers": 4096, "num_attention_heads": 4096, "num_key_value_heads": 4096}
+MOST_HEAD = 4096
+
+
+def plain(value: object) -> object:
+    """A GGUF's arrays as lists."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return [plain(v) for v in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +53,10 @@ class Config:
         return f"{self.architecture}.{GGUF_KEYS.get(key, key)}" if self.format == "gguf" else key
 
     def get(self, key: str) -> object:
-        value = self.values.get(self.key(key))
-        if isinstance(value, np.ndarray):
-            value = value.tolist()
-        if self.format == "gguf" and isinstance(value, list) and not isinstance(value, str):
-            return value[0] if value and value.count(value[0]) == len(value) else value
+        """A GGUF's list of one number for every layer is that number."""
+        value = plain(self.values.get(self.key(key)))
+        if self.format == "gguf" and isinstance(value, list) and value:
+            return value[0] if value.count(value[0]) == len(value) else value
         return value
 
     def integer(self, key: str, default: int | None = None) -> int:
@@ -96,7 +103,12 @@ class Config:
     @property
     def head_dim(self) -> int:
         width, num_heads = self.integer("hidden_size"), self.integer("num_attention_heads")
-        return self.integer("head_dim", max(1, width // num_heads))
+        size = self.integer("head_dim", max(1, width // num_heads))
+        if size > MOST_HEAD:
+            raise CheckpointError(
+                f"config: heads of {size:,} numbers, up to {MOST_HEAD:,} are known"
+            )
+        return size
 
     def has(self, part: str) -> bool:
         """Does any tensor's name end so?"""

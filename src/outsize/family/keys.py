@@ -12,10 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from outsize.errors import UnsupportedError
-from outsize.family.config import GGUF_KEYS, Config
+from outsize.family.config import GGUF_KEYS, Config, plain
 
 Fixed = Mapping[str, tuple[object, ...]]
 NOTHING: tuple[object, ...] = (
@@ -97,7 +95,7 @@ def check_gguf(config: Config) -> None:
         key = full.removeprefix(prefix)
         if key == full or key in READ or key in GGUF_NEUTRAL or key.startswith("vision."):
             continue
-        value = value.tolist() if isinstance(value, np.ndarray) else value
+        value = plain(value)
         allowed = fixed.get(key, (0,))
         if value not in allowed and (not isinstance(value, list) or any(value)):
             raise _refusal(config.architecture, full, value, allowed)

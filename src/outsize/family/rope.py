@@ -183,6 +183,8 @@ def _gguf(config: Config) -> Rope:
         return _gguf_yarn(config, base, scale)
     factor, half = 1.0 if kind == "none" else _gguf_factor(config), config.head_dim // 2
     divisors = config.divisors or ((1.0,) * half if factor != 1.0 else ())
+    if len(divisors) not in (0, half):
+        raise CheckpointError(f"rope_freqs.weight has {len(divisors):,} numbers, {half} are due")
     return Rope(base, tuple(factor * divisor for divisor in divisors), scale)
 
 
