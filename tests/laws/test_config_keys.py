@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gguf as writer
+import numpy as np
 import pytest
 
 from outsize import resolve
@@ -326,3 +328,37 @@ def test_sizes_of_a_gguf_that_differ(tiny_gguf: Checkpoint) -> None:
     for kind in ("longrope", "proportional"):
         with pytest.raises(UnsupportedError, match=f"llama.rope.scaling.type '{kind}'"):
             recipe(of_architecture(tiny_gguf, "llama", {"rope.scaling.type": kind}))
+
+
+ODD = (
+    None,
+    True,
+    -1,
+    0,
+    3,
+    1e30,
+    "x",
+    [],
+    [[1], 2],
+    {},
+    {"rope_type": [1]},
+    {"full_attention": [1]},
+)
+
+
+@pytest.mark.parametrize("family", families())
+def test_odd_values_are_refused_with_our_errors(family: str, folder_of: Folders) -> None:
+    checkpoint, config = open_checkpoint(folder_of(family)), tiny.config(family)
+    known = family_of(family)
+    for key in (*known.DEFAULTS, *known.FIXED, *keys.FIXED, "num_experts", "text_config"):
+        for value in ODD:
+            outcome(checkpoint, config | {key: value})  # anything but our errors goes up
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_odd_values_of_a_gguf(architecture: str, tiny_gguf: Checkpoint) -> None:
+    nested = [np.array([1, 2]), np.array([1, 2])]
+    for key in {*GGUF_KEYS, *keys.READ}:
+        for value in (*ODD, nested, np.array([1.5, 2.0]), float("nan"), float("inf")):
+            with suppress(OutsizeError):
+                recipe(of_architecture(tiny_gguf, architecture, {key: value}))
