@@ -118,9 +118,10 @@ def test_a_walk_counts_steps_as_decoding_takes_them() -> None:
     assert leading(example, guesses) == [2, 1, 1, 0]
 
 
-def test_own_answers_are_the_engines(open_tiny: Callable[..., Model]) -> None:
+@pytest.mark.parametrize("family", ["llama", "llama+biases"])
+def test_own_answers_are_the_engines(family: str, open_tiny: Callable[..., Model]) -> None:
     """Prompts of unlike length together, padded, give what each gives alone in fp32."""
-    model = open_tiny("llama", "fp32")
+    model = open_tiny(family, "fp32")
     prompts = [tiny.TOKENS[:5], tiny.TOKENS[3:14], tiny.TOKENS[7:9]]
     made = answer(twin_of(model), prompts, 12, frozenset())
     for prompt, tokens in zip(prompts, made, strict=True):

@@ -35,7 +35,7 @@ def logits(model: Model, adapter: Adapter | None, lengths: tuple[int, ...]) -> t
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "llama+biases"])
 @pytest.mark.parametrize("lengths", [(30,), (1,) * 6, (18, 3, 1)])
 def test_an_adapter_is_the_merged_model(
     family: str, lengths: tuple[int, ...], open_tiny: Callable[..., Model],

@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 import outsize
 from outsize.api import Model
@@ -50,8 +51,8 @@ def test_golden(family: str, lengths: list[int], open_tiny: Callable[..., Model]
 
 
 def permuted(w: np.ndarray, heads: int) -> np.ndarray:
-    """Halves -> adjacent pairs: how a llama GGUF stores query and key rows."""
-    return w.reshape(heads, 2, -1, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+    """Halves -> adjacent pairs: how a llama GGUF stores query and key rows, and their biases."""
+    return w.reshape(heads, 2, w.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(w.shape)
 
 
 GGUF_NAMES = {
@@ -67,12 +68,22 @@ GGUF_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "block_sparse_moe.gate": "ffn_gate_inp",
     "model.layers.": "blk.",
 }
 
 
-def write_gguf(path: Path, family: str, quantized: str = "", **split: int) -> Path:
-    writer = gguf.GGUFWriter(path, family, **split)
+def write_gguf(
+    path: Path,
+    family: str,
+    quantized: str = "",
+    weights: dict[str, np.ndarray] | None = None,
+    **split: int,
+) -> Path:
+    """`weights`: other ones than the tiny model's, under names of either kind."""
+    settings = tiny.config(family)
+    architecture = {"mixtral": "llama"}.get(family, settings["model_type"])
+    writer = gguf.GGUFWriter(path, architecture, **split)
     writer.add_block_count(tiny.LAYERS)
     writer.add_context_length(512)
     writer.add_embedding_length(tiny.WIDTH)
@@ -81,25 +92,28 @@ def write_gguf(path: Path, family: str, quantized: str = "", **split: int) -> Pa
     writer.add_head_count_kv(tiny.KV_HEADS)
     writer.add_key_length(tiny.HEAD_DIM)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(tiny.CONFIGS[family]["rope_theta"])
+    writer.add_rope_freq_base(settings["rope_theta"])
+    if family == "mixtral":
+        writer.add_expert_count(tiny.EXPERTS)
+        writer.add_expert_used_count(settings["num_experts_per_tok"])
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     vocab = sorted(tiny.tokenizer().get_vocab().items(), key=lambda item: item[1])
     writer.add_token_list([name for name, _ in vocab[:-1]] + ["Ġa"])
     writer.add_token_types([1] * 256 + [3] * (tiny.VOCAB - 257) + [1])
     writer.add_token_merges(["Ġ a"])
-    for name, w in tiny.weights(family).items():
+    for name, w in (tiny.weights(family) if weights is None else weights).items():
         for foreign, theirs in GGUF_NAMES.items():
             name = name.replace(foreign, theirs)
-        if family == "llama" and ("attn_q" in name or "attn_k" in name):
+        if architecture == "llama" and ("attn_q" in name or "attn_k" in name):
             w = permuted(w, tiny.HEADS if "attn_q" in name else tiny.KV_HEADS)
         if quantized and w.ndim == 2:
             kind = gguf.GGMLQuantizationType[quantized]
             writer.add_tensor(name, gguf.quants.quantize(w, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, w)
-    if family == "llama":
-        from outsize.family.description import rope_divisors
+    if "rope_scaling" in settings:
+        from outsize.family.rope import rope_divisors
 
         divisors = rope_divisors(tiny.LLAMA3, 10000.0, tiny.HEAD_DIM)
         writer.add_tensor("rope_freqs.weight", np.array(divisors, np.float32))
@@ -116,6 +130,64 @@ def test_gguf_equals_golden(family: str, tmp_path: Path) -> None:
     with outsize.load(str(path), encoding="fp32", quiet=True) as model:
         ours = logits(model, [40])
     np.testing.assert_allclose(ours, reference(family), atol=TOLERANCE, rtol=0)
+
+
+def test_a_gguf_with_biases(tmp_path: Path, open_tiny: Callable[..., Model]) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", "llama+biases")
+    with outsize.load(str(path), encoding="fp32", quiet=True) as model:
+        assert model.pack.description.mlp_bias
+        ours = logits(model, [40])
+    theirs = logits(open_tiny("llama+biases", "fp32"), [40])
+    np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=0)
+
+
+def experts_as(layout: str) -> dict[str, np.ndarray]:
+    """The tiny Mixtral's weights with experts as GGUF files have them now, had them in 2023, and have
+    them since 2026."""
+    out, each = {}, {"gate": "w1", "up": "w3", "down": "w2"}
+    whole = tiny.weights("mixtral")
+    for i in range(tiny.LAYERS):
+        block, prefix = f"blk.{i}.ffn_", f"model.layers.{i}.block_sparse_moe.experts."
+        found = {
+            k: [whole.pop(f"{prefix}{e}.{w}.weight") for e in range(tiny.EXPERTS)]
+            for k, w in each.items()
+        }
+        stacked = {k: np.stack(v) for k, v in found.items()}
+        if layout == "single":
+            out |= {
+                f"{block}{k}.{e}.weight": w for k, ws in found.items() for e, w in enumerate(ws)
+            }
+            continue
+        if layout == "fused":
+            both = np.concatenate([stacked.pop("gate"), stacked.pop("up")], axis=1)
+            out[f"{block}gate_up_exps.weight"] = both
+        out |= {f"{block}{k}_exps.weight": w for k, w in stacked.items()}
+    return whole | out
+
+
+@pytest.mark.parametrize("layout", ["stacked", "single", "fused"])
+def test_layouts_of_experts(layout: str, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", "mixtral", weights=experts_as(layout))
+    with outsize.load(str(path), encoding="fp32", quiet=True) as model:
+        ours = logits(model, [40])
+    np.testing.assert_allclose(ours, reference("mixtral"), atol=TOLERANCE, rtol=0)
+
+
+def test_experts_as_transformers_5_holds_them(tmp_path: Path) -> None:
+    """`save_pretrained(save_original_format=False)` writes gate and up of all experts as one tensor."""
+    folder, whole = tiny.write_folder(tmp_path / "m", "qwen3_moe"), tiny.weights("qwen3_moe")
+    for i in range(tiny.LAYERS):
+        prefix = f"model.layers.{i}.mlp.experts."
+        gate, up, down = (
+            np.stack([whole.pop(f"{prefix}{e}.{k}_proj.weight") for e in range(tiny.EXPERTS)])
+            for k in ("gate", "up", "down")
+        )
+        whole[f"{prefix}gate_up_proj"] = np.concatenate([gate, up], axis=1)
+        whole[f"{prefix}down_proj"] = down
+    save_file(whole, folder / "model.safetensors")
+    with outsize.load(str(folder), encoding="fp32", quiet=True) as model:
+        ours = logits(model, [40])
+    np.testing.assert_allclose(ours, reference("qwen3_moe"), atol=TOLERANCE, rtol=0)
 
 
 def test_split_gguf(tmp_path: Path) -> None:

@@ -103,8 +103,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
 REFERENCE = {"gemma3": "gemma3_text", "afm": "qwen3"}
 
 
+# Families with what few of their checkpoints have; no vectors are kept of these.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama+biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+}
+
+
 def config(family: str) -> dict[str, Any]:
-    return COMMON | CONFIGS[family] | {"model_type": family}
+    base, more = VARIANTS.get(family, (family, {}))
+    return COMMON | CONFIGS[base] | more | {"model_type": base}
 
 
 def expert_shapes(family: str, layer: str) -> dict[str, tuple[int, ...]]:
@@ -167,8 +174,12 @@ def shapes(family: str) -> dict[str, tuple[int, ...]]:
             names = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
             out |= {f"{p}{n}.weight": (WIDTH,) for n in names}
     out["model.norm.weight"] = (WIDTH,)
-    if not CONFIGS[family]["tie_word_embeddings"]:
+    if not config(family)["tie_word_embeddings"]:
         out["lm_head.weight"] = (VOCAB, WIDTH)
+    if family == "llama+biases":
+        parts = [f"{n}_proj.weight" for n in ("q", "k", "v", "o", "gate", "up", "down")]
+        maps = {n: s for n, s in out.items() if n.endswith(tuple(parts))}
+        out |= {f"{n.removesuffix('weight')}bias": s[:1] for n, s in maps.items()}
     return out
 
 

@@ -31,7 +31,7 @@ def alone(model: Model, i: int) -> list[torch.Tensor]:
     return rows
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2", "llama+biases"])
 @pytest.mark.parametrize("encoding", ["int4", "int8"])
 @pytest.mark.parametrize("native", [True, False])
 def test_rows_do_not_see_their_company(

@@ -25,7 +25,7 @@ TOLERANCE = 0.03
 
 
 @pytest.mark.skipif(build.compiler() is None, reason="no C compiler on this machine")
-@pytest.mark.parametrize("family", tiny.CONFIGS)
+@pytest.mark.parametrize("family", [*tiny.CONFIGS, *tiny.VARIANTS])
 @pytest.mark.parametrize("lengths", [[1] * 20, [16, 3, 16], [30, 1, 1, 4]])
 def test_native_is_plain(family: str, lengths: list[int], open_tiny: Callable[..., Model]) -> None:
     native, plain = open_tiny(family, "bf16", True), open_tiny(family, "bf16", False)

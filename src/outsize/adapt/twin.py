@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 
 from outsize.bars import Progress
 from outsize.errors import UnsupportedError
 from outsize.family.description import Description, Rope
+from outsize.model.ffn.dense import ACTIVATIONS
 from outsize.model.halves import vector
 from outsize.model.layers import turns
 from outsize.pack.format import Pack
@@ -186,14 +187,17 @@ class Twin:
         keys, values = (t.repeat_interleave(group, dim=1) for t in (keys, values))
         out = scaled_dot_product_attention(q, keys, values, mask, scale=d.attn_scale)
         out = out.transpose(1, 2).flatten(2)
-        return self._linear(out, i, "o", ("o",), deltas), (k, v)
+        out = self._linear(out, i, "o", ("o",), deltas)
+        return out + weights["o_bias"] if d.o_bias else out, (k, v)
 
     def _dense(self, x: Tensor, i: int, deltas: Deltas | None) -> Tensor:
-        gate, up = self._linear(x, i, "gate_up", ("gate", "up"), deltas).chunk(2, dim=-1)
-        act = (
-            silu(gate) if self.description.activation == "silu" else gelu(gate, approximate="tanh")
-        )
-        return self._linear(act * up, i, "down", ("down",), deltas)
+        d, weights = self.description, self._layers[i]
+        both = self._linear(x, i, "gate_up", ("gate", "up"), deltas)
+        if d.mlp_bias:
+            both = (both + weights["gate_up_bias"]).to(self.dtype)
+        gate, up = both.chunk(2, dim=-1)
+        down = self._linear(ACTIVATIONS[d.activation](gate) * up, i, "down", ("down",), deltas)
+        return down + weights["down_bias"] if d.mlp_bias else down
 
 
 def _joined(past: Stored, new: Stored) -> Stored:

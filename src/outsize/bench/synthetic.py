@@ -18,7 +18,8 @@ import numpy as np
 
 from outsize import library, resolve
 from outsize.errors import OptionError
-from outsize.family.description import GGUF_KEYS, Config, Description, Recipe
+from outsize.family.config import GGUF_KEYS, Config
+from outsize.family.description import Description, Recipe
 from outsize.family.find import families
 
 BLOCK = 32
@@ -69,7 +70,7 @@ def values(size: Size) -> dict[str, object]:
     mixed: dict[str, object] = {}
     if size.experts:
         mixed = {
-            "num_experts": size.experts,
+            "num_local_experts": size.experts,
             "num_experts_per_tok": size.used,
             "moe_intermediate_size": size.ffn,
         }
@@ -91,7 +92,7 @@ def recipe(family: str, size: Size, format: str = "gguf") -> Recipe:
     import outsize.family as package
 
     made = resolve.module(package, family, "architecture", families())
-    keys, architecture = values(size), family
+    keys, architecture = {**made.DEFAULTS, **values(size), "vocab_size": size.vocab}, family
     if format == "gguf":
         architecture = ARCHITECTURES.get(family, family)
         keys = {f"{architecture}.{GGUF_KEYS[k]}": v for k, v in values(size).items()}

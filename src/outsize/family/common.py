@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from outsize.errors import CheckpointError
-from outsize.family.description import Config, Description, Layer, Mixture
+from outsize.errors import CheckpointError, UnsupportedError
+from outsize.family import rope
+from outsize.family.config import Config
+from outsize.family.description import Description, Layer, Mixture
 
 GGUF_NAMES: Mapping[str, str] = {
     "embed": "token_embd.weight",
@@ -26,6 +28,9 @@ GGUF_NAMES: Mapping[str, str] = {
     "gate": "blk.{i}.ffn_gate.weight",
     "up": "blk.{i}.ffn_up.weight",
     "down": "blk.{i}.ffn_down.weight",
+    "gate_bias": "blk.{i}.ffn_gate.bias",
+    "up_bias": "blk.{i}.ffn_up.bias",
+    "down_bias": "blk.{i}.ffn_down.bias",
     "ffn_post_norm": "blk.{i}.post_ffw_norm.weight",
     "router": "blk.{i}.ffn_gate_inp.weight",
     "expert_gate": "blk.{i}.ffn_gate_exps.weight",
@@ -38,12 +43,15 @@ GGUF_NAMES: Mapping[str, str] = {
     "o_bias": "blk.{i}.attn_output.bias",
     "sinks": "blk.{i}.attn_sinks.weight",
 }
+GGUF_FUSED = "blk.{i}.ffn_gate_up_exps.weight"  # of each expert gate's rows, then up's
+GGUF_SINGLE = {f"expert_{k}": f"blk.{{i}}.ffn_{k}.{{e}}.weight" for k in ("gate", "up", "down")}
 EXPERTS = {
     "router": "mlp.gate.weight",
     "expert_gate": "mlp.experts.{e}.gate_proj.weight",
     "expert_up": "mlp.experts.{e}.up_proj.weight",
     "expert_down": "mlp.experts.{e}.down_proj.weight",
 }
+FUSED = "mlp.experts.gate_up_proj"
 _LAYER = {
     "attn_norm": "input_layernorm.weight",
     "q": "self_attn.q_proj.weight",
@@ -60,21 +68,61 @@ _LAYER = {
     "gate": "mlp.gate_proj.weight",
     "up": "mlp.up_proj.weight",
     "down": "mlp.down_proj.weight",
+    "gate_bias": "mlp.gate_proj.bias",
+    "up_bias": "mlp.up_proj.bias",
+    "down_bias": "mlp.down_proj.bias",
+}
+# What the usual configs heed. A family's DEFAULTS say what transformers' class takes for a key that is
+# left out (tests/laws/test_config_keys.py); the sizes of a published model come with it.
+HEEDED: Mapping[str, object] = {
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "rope_scaling": None,
+    "rope_parameters": None,
+    "original_max_position_embeddings": None,
+    "tie_word_embeddings": False,
+    "vocab_size": None,
+}
+WINDOWS: Mapping[str, object] = {"use_sliding_window": False, "sliding_window": 4096}
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
 }
 
 
 def names(config: Config, layer: Mapping[str, str] = _LAYER) -> Mapping[str, str]:
     """Our tensor names -> the checkpoint's."""
     if config.format == "gguf":
-        return GGUF_NAMES
+        return _gguf_names(config)
+    if "expert_gate_up" not in layer and config.has(FUSED):
+        layer = {
+            **layer,
+            **EXPERTS,
+            "expert_gate_up": FUSED,
+            "expert_down": "mlp.experts.down_proj",
+        }
     prefixes = ("model.", "model.language_model.", "language_model.model.")
     found = [p for p in prefixes if f"{p}embed_tokens.weight" in config.names]
     prefix = found[0] if found else "model."
     top = {"embed": f"{prefix}embed_tokens.weight", "final_norm": f"{prefix}norm.weight"}
-    head = (
-        "lm_head.weight" if prefix != "language_model.model." else "language_model.lm_head.weight"
-    )
+    head = "lm_head.weight"
+    if prefix == "language_model.model." and head not in config.names:
+        head = "language_model.lm_head.weight"
     return top | {"head": head} | {k: f"{prefix}layers.{{i}}.{v}" for k, v in layer.items()}
+
+
+def _gguf_names(config: Config) -> Mapping[str, str]:
+    """Experts are stacked by matrix; since 2026 also with gate and up as one; in 2023 each lay apart."""
+    if GGUF_FUSED.replace("{i}", "0") in config.names:
+        return {**GGUF_NAMES, "expert_gate_up": GGUF_FUSED}
+    if GGUF_SINGLE["expert_gate"].replace("{i}", "0").replace("{e}", "0") in config.names:
+        return {**GGUF_NAMES, **GGUF_SINGLE}
+    return GGUF_NAMES
 
 
 def with_names(changes: Mapping[str, str]) -> Mapping[str, str]:
@@ -82,17 +130,18 @@ def with_names(changes: Mapping[str, str]) -> Mapping[str, str]:
     return _LAYER | dict(changes)
 
 
-def describe(config: Config, context: int = 4096) -> Description:
-    """A plain llama-like decoder from the usual keys; a family replaces what it does otherwise."""
+def describe(config: Config, kind: str = "") -> Description:
+    """A plain llama-like decoder from the usual keys; a family replaces what it does otherwise. `kind`:
+    the layers whose rope it is, where the config tells them apart."""
     width, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    num_kv_heads = config.integer("num_key_value_heads", num_heads)
-    head_dim = config.integer("head_dim", max(1, width // num_heads))
+    num_kv_heads, head_dim = config.integer("num_key_value_heads", num_heads), config.head_dim
     if num_heads % num_kv_heads or head_dim % 2:
         raise CheckpointError(
             f"config: {num_heads} heads over {num_kv_heads} key heads of {head_dim} numbers; "
             "heads must divide evenly and have an even size"
         )
-    layer = Layer(config.rope())
+    layer = Layer(rope.rope(config, kind))
+    qkv_bias, o_bias, mlp_bias = _biases(config)
     return Description(
         family=config.architecture,
         width=width,
@@ -100,33 +149,65 @@ def describe(config: Config, context: int = 4096) -> Description:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         ffn_width=config.integer("intermediate_size", config.integer("moe_intermediate_size", 1)),
-        vocab_size=config.vocab_size,
-        context=config.integer("max_position_embeddings", context),
-        norm_eps=config.number("rms_norm_eps", 1e-6),
+        vocab_size=_vocab_size(config),
+        context=rope.context(config, kind),
+        norm_eps=config.number("rms_norm_eps"),
         attn_scale=head_dim**-0.5,
         layers=(layer,) * config.integer("num_hidden_layers"),
+        activation=activation(config, "hidden_act"),
         tied=is_tied(config),
+        qkv_bias=qkv_bias,
+        o_bias=o_bias,
+        mlp_bias=mlp_bias,
     )
 
 
-def mixture(config: Config, count: str, width: str, renorm: bool) -> Mixture:
-    """The experts, under the names that this family gives their number and their width."""
+def _biases(config: Config) -> tuple[bool, bool, bool]:
+    """Of query, key and value; of the output map; of a dense feed-forward. A GGUF's tensors tell."""
     if config.format == "gguf":
-        count = "num_experts"
-        width = (
-            "moe_intermediate_size" if config.get("moe_intermediate_size") else "intermediate_size"
+        qkv = any(config.has(f".attn_{k}.bias") for k in "qkv")
+        mlp = any(config.has(f".ffn_{k}.bias") for k in ("gate", "up", "down"))
+        return qkv, config.has(".attn_output.bias"), mlp
+    attention = config.flag("attention_bias")
+    return attention, attention, config.flag("mlp_bias")
+
+
+def _vocab_size(config: Config) -> int:
+    stated = config.get("vocab_size") if config.format != "gguf" else None
+    if stated not in (None, config.vocab_size):
+        raise CheckpointError(
+            f"config: vocab_size is {stated!r}, the embedding has {config.vocab_size:,} rows"
         )
-    made = Mixture(
-        config.integer(count), config.integer("num_experts_per_tok"), config.integer(width), renorm
-    )
+    return config.vocab_size
+
+
+def activation(config: Config, key: str) -> str:
+    """Our name of it. GGUF files do not say."""
+    said = "silu" if config.format == "gguf" else config.get(key)
+    if not isinstance(said, str) or said not in ACTIVATIONS:
+        raise UnsupportedError(
+            f"config: {key} {said!r} is not known; known are {', '.join(ACTIVATIONS)}"
+        )
+    return ACTIVATIONS[said]
+
+
+def mixture(config: Config, renorm: bool, width: str = "intermediate_size") -> Mixture:
+    """The experts; `width` is the key of one's, where a GGUF has none for it."""
+    if config.format == "gguf" and config.get("moe_intermediate_size"):
+        width = "moe_intermediate_size"
+    count, used = config.integer("num_local_experts"), config.integer("num_experts_per_tok")
+    made = Mixture(count, used, config.integer(width), renorm)
     if made.used > made.count:
         raise CheckpointError(f"config: {made.used} experts a token of {made.count} there are")
     return made
 
 
 def is_tied(config: Config) -> bool:
-    """A checkpoint without a head of its own uses its embedding."""
-    return names(config)["head"] not in config.names or config.get("tie_word_embeddings") is True
+    """Does the head share the embedding? A head of its own in the file is used whatever the config says,
+    as transformers does; without one, a GGUF is tied, and a Hugging Face config must say so."""
+    if names(config)["head"] in config.names:
+        return False
+    return config.format == "gguf" or config.flag("tie_word_embeddings")
 
 
 def window(config: Config) -> int | None:
@@ -134,3 +215,20 @@ def window(config: Config) -> int | None:
     if config.get("sliding_window") is None or config.get("use_sliding_window") is False:
         return None
     return config.integer("sliding_window")
+
+
+def sliding(config: Config, count: int, period: int) -> list[bool]:
+    """Which layers have a sliding window: by their stated types, or all but each `period`th."""
+    kinds, pattern = config.get("layer_types"), config.get("sliding_window_pattern")
+    if config.format == "gguf" and isinstance(pattern, list | bool):
+        each = [pattern] * count if isinstance(pattern, bool) else pattern
+        kinds = ["sliding_attention" if p else "full_attention" for p in each]
+    if kinds is None:
+        period = config.integer("sliding_window_pattern", period)
+        return [(i + 1) % period != 0 for i in range(count)]
+    known = isinstance(kinds, list) and all(kind in tuple(rope.LAYER_TYPES) for kind in kinds)
+    if not isinstance(kinds, list) or not known or len(kinds) != count:
+        raise UnsupportedError(
+            f"config: layer_types must list sliding_attention or full_attention for each of {count} layers"
+        )
+    return [kind == "sliding_attention" for kind in kinds]

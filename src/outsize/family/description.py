@@ -6,11 +6,10 @@ to pack, never to run. The file name is the registry.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
-from outsize.errors import CheckpointError, PackError
+from outsize.errors import PackError
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +56,11 @@ class Description:
     norm_eps: float
     attn_scale: float
     layers: tuple[Layer, ...]
-    activation: str = "silu"  # or "gelu_tanh", "clamped_swiglu"
+    activation: str = "silu"  # or "gelu", "gelu_tanh", "clamped_swiglu"
     embed_scale: float = 1.0
     qkv_bias: bool = False
     o_bias: bool = False
+    mlp_bias: bool = False  # of a dense feed-forward's gate, up and down
     sinks: bool = False  # each head may attend to nothing, with a learned score
     qk_norm: bool = False
     qk_norm_whole: bool = False  # all query heads normed as one vector, and all key heads
@@ -114,144 +114,4 @@ class Recipe:
     interleaved: bool  # foreign query/key rows already rotate in adjacent pairs
     norm_shift: float = 0.0  # added to norm weights (families that store w - 1)
     paired: bool = False  # experts as one stack, transposed, rows of gate and up in turn
-
-
-GGUF_KEYS = {
-    "num_hidden_layers": "block_count",
-    "hidden_size": "embedding_length",
-    "intermediate_size": "feed_forward_length",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "rope_theta": "rope.freq_base",
-    "max_position_embeddings": "context_length",
-    "sliding_window": "attention.sliding_window",
-    "num_experts": "expert_count",
-    "num_experts_per_tok": "expert_used_count",
-    "moe_intermediate_size": "expert_feed_forward_length",
-}
-LIMITS = {"num_hidden_layers": 4096, "num_attention_heads": 4096, "num_key_value_heads": 4096}
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """A checkpoint's config under one set of names, whichever format it came from."""
-
-    format: str
-    architecture: str
-    values: Mapping[str, object]
-    names: frozenset[str]  # foreign tensor names
-    vocab_size: int
-    divisors: tuple[float, ...] = field(default=())  # rope divisors stored as a tensor (GGUF)
-
-    def get(self, key: str) -> object:
-        if self.format == "gguf":
-            return self.values.get(f"{self.architecture}.{GGUF_KEYS.get(key, key)}")
-        return self.values.get(key)
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.get(key)
-        if value is None and default is not None:
-            return default
-        limit = LIMITS.get(key, 1 << 24)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
-            raise CheckpointError(
-                f"config: {key} is {value!r}, a whole number from 1 to {limit:,} is expected; "
-                "the checkpoint is damaged or of a kind outsize does not know"
-            )
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.get(key)
-        if value is None and default is not None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
-            raise CheckpointError(f"config: {key} is {value!r}, a positive number is expected")
-        return float(value)
-
-    def rope(self, kind: str = "") -> Rope:
-        """The rope of full attention; `kind` names a sub-table of newer configs."""
-        head = self.integer("head_dim", 0) or self.integer("hidden_size") // self.integer(
-            "num_attention_heads"
-        )
-        table = self.get("rope_parameters") or self.get("rope_scaling") or {}
-        if not isinstance(table, dict):
-            raise CheckpointError(f"config: rope scaling is {table!r}, an object is expected")
-        inner = table.get(kind)
-        table = inner if isinstance(inner, dict) else table
-        base = table.get("rope_theta") or self.number("rope_theta", 10000.0)
-        if self.format == "gguf":
-            return Rope(base, self.divisors or self._gguf_divisors(head))
-        if table.get("rope_type", table.get("type")) == "yarn":
-            return yarn(table, float(base), head)
-        return Rope(float(base), rope_divisors(table, float(base), head))
-
-    def _gguf_divisors(self, head: int) -> tuple[float, ...]:
-        kind = self.get("rope.scaling.type")
-        if kind not in (None, "none", "linear"):
-            raise CheckpointError(f"rope scaling {kind!r} is not known; known are linear, llama3")
-        factor = self.number("rope.scaling.factor", 1.0)
-        return (factor,) * (head // 2) if factor != 1.0 else ()
-
-
-def rope_divisors(table: Mapping[str, object], base: float, head_dim: int) -> tuple[float, ...]:
-    """Divisors of a Hugging Face rope scaling table. Raises CheckpointError for an unknown kind."""
-    kind = table.get("rope_type", table.get("type", "default"))
-    if kind in ("default", None):
-        return ()
-    factor = _positive(table, "factor")
-    if kind == "linear":
-        return (factor,) * (head_dim // 2)
-    if kind == "llama3":
-        return _llama3_divisors(table, factor, base, head_dim)
-    raise CheckpointError(f"rope scaling {kind!r} is not known; known are default, linear, llama3")
-
-
-def yarn(table: Mapping[str, object], base: float, head_dim: int) -> Rope:
-    """YaRN (arXiv 2309.00071): fast pairs are kept, slow ones slowed by `factor`, those between blended;
-    all made longer by a tenth of the factor's logarithm."""
-    factor, original = (
-        _positive(table, "factor"),
-        _positive(table, "original_max_position_embeddings"),
-    )
-    stated = {"beta_fast": 32.0, "beta_slow": 1.0} | dict(table)
-
-    def pair(turns: float) -> float:
-        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
-
-    low, high = pair(_positive(stated, "beta_fast")), pair(_positive(stated, "beta_slow"))
-    if table.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    divisors = []
-    for i in range(head_dim // 2):
-        slowed = min(1.0, max(0.0, (i - low) / max(high - low, 1e-3)))
-        divisors.append(1 / (slowed / factor + 1 - slowed))
-    scale = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
-    if table.get("attention_factor") is not None:
-        scale = _positive(table, "attention_factor")
-    return Rope(base, tuple(divisors), scale)
-
-
-def _positive(table: Mapping[str, object], key: str) -> float:
-    value = table.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise CheckpointError(f"config: rope scaling {key} is {value!r}, a positive number is due")
-    return float(value)
-
-
-def _llama3_divisors(
-    table: Mapping[str, object], factor: float, base: float, head_dim: int
-) -> tuple[float, ...]:
-    """Llama 3: slow pairs are slowed by `factor`, fast ones kept, those between blended."""
-    low, high = _positive(table, "low_freq_factor"), _positive(table, "high_freq_factor")
-    original = _positive(table, "original_max_position_embeddings")
-    if high <= low:
-        raise CheckpointError(f"config: rope high_freq_factor {high} is not above low {low}")
-    out = []
-    for i in range(head_dim // 2):
-        turns = original * base ** (-2 * i / head_dim) / (2 * math.pi)  # over the old context
-        blend = min(1.0, max(0.0, (turns - low) / (high - low)))
-        out.append(1 / ((1 - blend) / factor + blend))
-    return tuple(out)
+    spares: tuple[str, ...] = ()  # patterns of foreign tensors that a text model needs not

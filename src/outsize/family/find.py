@@ -8,10 +8,12 @@ import outsize.family as package
 from outsize import resolve
 from outsize.checkpoint.foreign import Checkpoint, read_floats
 from outsize.errors import CheckpointError
-from outsize.family.description import Config, Recipe
+from outsize.family.config import Config
+from outsize.family.description import Recipe
+from outsize.family.keys import check, check_gguf
 
 ALIASES = {"gemma3_text": "gemma3", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss"}
-NOT_FAMILIES = ("common", "description", "find")
+NOT_FAMILIES = ("common", "config", "description", "find", "keys", "rope")
 EMBEDDINGS = (
     "token_embd.weight",
     "model.embed_tokens.weight",
@@ -29,20 +31,43 @@ def recipe(checkpoint: Checkpoint) -> Recipe:
     """What the checkpoint is and where it keeps it. Raises UnsupportedError, CheckpointError."""
     name = ALIASES.get(checkpoint.architecture, checkpoint.architecture)
     family = resolve.module(package, name, "architecture", families())
-    made: Recipe = family.recipe(_config(checkpoint, name))
+    config = _config(checkpoint, name, family.DEFAULTS)
+    if checkpoint.format == "gguf":
+        check_gguf(config)
+    else:
+        check(name, _stated(checkpoint.config), family.DEFAULTS, family.FIXED)
+    made: Recipe = family.recipe(config)
     return made
 
 
-def _config(checkpoint: Checkpoint, name: str) -> Config:
-    values: Mapping[str, object] = checkpoint.config
+def _stated(values: Mapping[str, object]) -> Mapping[str, object]:
+    """The text model's part of a config, each key under one name."""
     inner = values.get("text_config")
+    out = dict(values)
+    if isinstance(inner, dict):  # whether the head is tied, the whole model's part says
+        out = inner | {"tie_word_embeddings": values.get("tie_word_embeddings", True)}
+    if out.get("num_experts") is not None:
+        count = out.pop("num_experts")
+        if out.setdefault("num_local_experts", count) != count:
+            raise CheckpointError(
+                f"config: num_experts is {count!r}, num_local_experts {out['num_local_experts']!r}; "
+                "they are two names of one number"
+            )
+    return out
+
+
+def _config(checkpoint: Checkpoint, name: str, defaults: Mapping[str, object]) -> Config:
+    is_gguf = checkpoint.format == "gguf"
     embedding = [checkpoint.tensors[n] for n in EMBEDDINGS if n in checkpoint.tensors]
     if not embedding or len(embedding[0].shape) != 2:
-        raise CheckpointError(f"no token embedding among {len(checkpoint.tensors)} tensors")
+        raise CheckpointError(
+            f"no token embedding ({EMBEDDINGS[not is_gguf]}) among {len(checkpoint.tensors)} tensors; "
+            "the checkpoint is not one of a language model, or not complete"
+        )
     return Config(
         format=checkpoint.format,
-        architecture=checkpoint.architecture if checkpoint.format == "gguf" else name,
-        values=inner if isinstance(inner, dict) else values,
+        architecture=checkpoint.architecture if is_gguf else name,
+        values=checkpoint.config if is_gguf else {**defaults, **_stated(checkpoint.config)},
         names=frozenset(checkpoint.tensors),
         vocab_size=embedding[0].shape[0],
         divisors=_divisors(checkpoint),

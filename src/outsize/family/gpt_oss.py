@@ -9,10 +9,37 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from outsize.errors import CheckpointError, UnsupportedError
-from outsize.family.common import GGUF_NAMES, describe, mixture, names, window, with_names
-from outsize.family.description import Config, Layer, Recipe, Rope, yarn
+from outsize.family.common import HEEDED, describe, mixture, names, sliding, window, with_names
+from outsize.family.config import Config
+from outsize.family.description import Layer, Recipe, Rope
+from outsize.family.rope import yarn
 
+ORIGINAL = 4096
+YARN: dict[str, object] = {
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": ORIGINAL,
+}  # fmt: skip
+DEFAULTS: dict[str, object] = {
+    **HEEDED,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150_000.0,
+    "rope_parameters": YARN,
+    "attention_bias": True,
+    "sliding_window": 128,
+    "layer_types": None,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 4,
+}
+FIXED: dict[str, tuple[object, ...]] = {
+    "hidden_act": ("silu",), "swiglu_alpha": (1.702,), "swiglu_limit": (None, 7.0),
+}  # fmt: skip
 HF_LAYER = with_names(
     {
         "sinks": "self_attn.sinks",
@@ -24,40 +51,29 @@ HF_LAYER = with_names(
         "expert_down_bias": "mlp.experts.down_proj_bias",
     }
 )
-LIMIT, ORIGINAL = 7.0, 4096
 
 
 def recipe(config: Config) -> Recipe:
-    if config.get("swiglu_limit") not in (None, LIMIT):
-        raise UnsupportedError(f"swiglu_limit {config.get('swiglu_limit')!r} is not known; 7.0 is")
-    base = describe(config)
-    mixed = replace(mixture(config, "num_local_experts", "intermediate_size", True), bias=True)
+    base, is_gguf = describe(config), config.format == "gguf"
+    mixed = replace(mixture(config, renorm=True), bias=True)
+    reach, has = window(config), sliding(config, base.num_layers, 2)
+    rope = _gguf_rope(config) if is_gguf else base.layers[0].rope
     made = replace(
-        base, layers=_layers(config, base.num_layers), mixture=mixed, ffn_width=mixed.width,
-        activation="clamped_swiglu", qkv_bias=True, o_bias=True, sinks=True,
+        base, layers=tuple(Layer(rope, reach if h else None) for h in has), mixture=mixed,
+        ffn_width=mixed.width, activation="clamped_swiglu", sinks=True,
+        qkv_bias=base.qkv_bias or is_gguf, o_bias=base.o_bias or is_gguf,
     )  # fmt: skip
-    if config.format == "gguf":
-        own = dict(GGUF_NAMES) | {"ffn_norm": "blk.{i}.post_attention_norm.weight"}
+    if is_gguf:
+        own = {**names(config), "ffn_norm": "blk.{i}.post_attention_norm.weight"}
         return Recipe(made, own, interleaved=False)
     return Recipe(made, names(config, HF_LAYER), interleaved=False, paired=True)
 
 
-def _layers(config: Config, count: int) -> tuple[Layer, ...]:
-    rope = _gguf_rope(config) if config.format == "gguf" else config.rope()
-    kinds = config.get("layer_types")
-    if kinds is None:
-        kinds = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(count)]
-    if not isinstance(kinds, list) or len(kinds) != count:
-        raise CheckpointError(f"config: layer_types does not list {count} layers")
-    return tuple(Layer(rope, window(config) if k == "sliding_attention" else None) for k in kinds)
-
-
 def _gguf_rope(config: Config) -> Rope:
-    table = {
+    table = YARN | {
         "factor": config.number("rope.scaling.factor", 32.0),
         "original_max_position_embeddings": config.integer(
             "rope.scaling.original_context_length", ORIGINAL
         ),
-        "truncate": False,
     }
     return yarn(table, config.number("rope_theta", 150_000.0), config.integer("head_dim", 64))

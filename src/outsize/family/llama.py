@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from outsize.family import mixtral
-from outsize.family.common import describe, names
-from outsize.family.description import Config, Recipe
+from outsize.family.common import HEEDED, describe, names
+from outsize.family.config import Config
+from outsize.family.description import Recipe
+
+DEFAULTS: dict[str, object] = {
+    **HEEDED,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "max_position_embeddings": 2048,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+FIXED: dict[str, tuple[object, ...]] = {}
 
 
 def recipe(config: Config) -> Recipe:
-    if config.format == "gguf" and config.get("num_experts"):
+    if config.format == "gguf" and config.get("num_local_experts"):
         return mixtral.recipe(config)
     # GGUF keeps llama's query/key rows in adjacent pairs; Hugging Face splits heads in halves.
     return Recipe(describe(config), names(config), interleaved=config.format == "gguf")

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from outsize.family.common import describe, names, window
-from outsize.family.description import Config, Layer, Recipe
+from outsize.family.common import HEEDED, describe, names, window
+from outsize.family.config import Config
+from outsize.family.description import Layer, Recipe
+
+DEFAULTS: dict[str, object] = {
+    **HEEDED,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131_072,
+    "sliding_window": 4096,
+}
+FIXED: dict[str, tuple[object, ...]] = {}
 
 
 def recipe(config: Config) -> Recipe:
     base = describe(config)
-    layers = tuple(Layer(layer.rope, window(config)) for layer in base.layers)
+    # llama.cpp, whose files say "llama", knows no window for them.
+    reach = None if config.architecture == "llama" else window(config)
+    layers = tuple(Layer(layer.rope, reach) for layer in base.layers)
     made = replace(base, layers=layers)
     return Recipe(made, names(config), interleaved=config.format == "gguf")

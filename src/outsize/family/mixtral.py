@@ -6,8 +6,18 @@ from dataclasses import replace
 
 from outsize.family import mistral
 from outsize.family.common import mixture, names, with_names
-from outsize.family.description import Config, Recipe
+from outsize.family.config import Config
+from outsize.family.description import Recipe
 
+DEFAULTS: dict[str, object] = {
+    **mistral.DEFAULTS,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1_000_000.0,
+    "sliding_window": None,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+FIXED: dict[str, tuple[object, ...]] = {}
 HF_LAYER = with_names(
     {
         "router": "block_sparse_moe.gate.weight",
@@ -20,6 +30,6 @@ HF_LAYER = with_names(
 
 def recipe(config: Config) -> Recipe:
     base = mistral.recipe(config)
-    mixed = mixture(config, "num_local_experts", "intermediate_size", renorm=True)
+    mixed = mixture(config, renorm=True)
     made = replace(base.description, mixture=mixed, ffn_width=mixed.width)
     return replace(base, description=made, names=names(config, HF_LAYER))

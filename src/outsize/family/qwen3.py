@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from outsize.family import qwen2
 from outsize.family.common import describe, names
-from outsize.family.description import Config, Recipe
+from outsize.family.config import Config
+from outsize.family.description import Recipe
+
+DEFAULTS: dict[str, object] = {**qwen2.DEFAULTS, "head_dim": 128, "attention_bias": False}
+FIXED: dict[str, tuple[object, ...]] = {}
 
 
 def recipe(config: Config) -> Recipe:
-    return Recipe(replace(describe(config), qk_norm=True), names(config), interleaved=False)
+    base = describe(config)
+    made = replace(base, qk_norm=True, layers=qwen2.layers(config, base.layers))
+    return Recipe(made, names(config), interleaved=False)

@@ -142,7 +142,8 @@ def attention_half(d: Description, index: int, w: Weights) -> Half:
 
 def ffn_half(d: Description, index: int, w: Weights) -> Half:
     norm = RMSNorm(vector(w["ffn_norm"]), d.norm_eps, activation_type(w["gate_up"]))
-    dense = Dense(Linear(w["gate_up"]), Linear(w["down"]), d.activation, index)
+    biases = (vector(w["gate_up_bias"]), vector(w["down_bias"])) if d.mlp_bias else None
+    dense = Dense(Linear(w["gate_up"]), Linear(w["down"]), d.activation, index, biases)
     return Half(norm, dense, _post(d, w, "ffn_post_norm"))
 
 

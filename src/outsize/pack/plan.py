@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from outsize.checkpoint.foreign import Checkpoint, Tensor
@@ -10,6 +9,7 @@ from outsize.errors import CheckpointError, UnsupportedError
 from outsize.family.description import Description, Recipe
 from outsize.pack.format import PAGE, Matrix, TableHeader, aligned
 from outsize.pack.parts import LOSSY, Part, Piece, Record, TablePlan, encoding_for
+from outsize.pack.strangers import missing, refuse_strangers
 
 ROW_RECORD = 2 << 20  # bytes of a record of an embedding or head
 
@@ -21,6 +21,7 @@ class Planner:
         self.tensors, self.recipe = checkpoint.tensors, recipe
         self.wanted, self.grouped = wanted, grouped
         self.description = recipe.description
+        self.used: set[str] = set()  # names of tensors
 
     def tensor(
         self, name: str, layer: int, shape: tuple[int, ...], expert: int | None = None
@@ -35,7 +36,8 @@ class Planner:
             return _unstack(stack, expert)
         found = self.tensors.get(foreign)
         if found is None:
-            raise CheckpointError(f"tensor {foreign!r} is missing; the checkpoint is not complete")
+            raise missing(foreign, self.tensors, self.recipe)
+        self.used.add(foreign)
         if found.shape != shape:
             raise CheckpointError(f"tensor {foreign!r} has shape {found.shape}, not {shape}")
         return found
@@ -114,6 +116,10 @@ class Planner:
             "gate_up": self.matrix(i, ("gate", d.ffn_width, d.width), ("up", d.ffn_width, d.width)),
             "down": self.matrix(i, ("down", d.width, d.ffn_width)),
         }
+        if d.mlp_bias:
+            ups = ("gate_bias", d.ffn_width), ("up_bias", d.ffn_width)
+            record["gate_up_bias"] = self.vector(i, *ups)
+            record["down_bias"] = self.vector(i, ("down_bias", d.width))
         if d.post_norm:
             record["ffn_post_norm"] = self.vector(i, ("ffn_post_norm", d.width))
         return record
@@ -123,7 +129,10 @@ class Planner:
         width, inner = self.description.width, self.description.ffn_width
         if self.recipe.paired:
             return self._paired(i, e)
+        up: tuple[tuple[str, int, int], ...]
         up = ("expert_gate", inner, width), ("expert_up", inner, width)
+        if "expert_gate_up" in self.recipe.names:
+            up = (("expert_gate_up", 2 * inner, width),)
         record = {
             "gate_up": self.matrix(i, *up, expert=e),
             "down": self.matrix(i, ("expert_down", width, inner), expert=e),
@@ -234,7 +243,6 @@ def _shape(record: Record) -> tuple[object, ...]:
 def plan(checkpoint: Checkpoint, recipe: Recipe, wanted: str, grouped: bool) -> list[TablePlan]:
     """Every table of the pack. Reads nothing. Raises CheckpointError, UnsupportedError."""
     p, d = Planner(checkpoint, recipe, wanted, grouped), recipe.description
-    check_size(checkpoint, d)
     tables = [p.rows("embed")] + ([] if d.tied else [p.rows("head")])
     tables += _layer_tables("attn", [p.attention(i) for i in range(d.num_layers)])
     tables += _layer_tables("ffn", [p.feed_forward(i) for i in range(d.num_layers)])
@@ -242,16 +250,9 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, wanted: str, grouped: bool) -> 
         count = d.mixture.count
         experts = [p.expert(i, e) for i in range(d.num_layers) for e in range(count)]
         tables += _layer_tables("experts", experts, "experts", count)
-    return tables + _layer_tables("final", [{"final_norm": p.vector(0, ("final_norm", d.width))}])
-
-
-def check_size(checkpoint: Checkpoint, d: Description) -> None:
-    """A config may not promise more weights than the checkpoint has."""
-    stored = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
-    copies = 1 if d.mixture is None else d.mixture.count
-    promised = d.num_layers * d.width * (d.qkv_rows + 3 * d.ffn_width * copies)
-    if promised > stored:
-        raise CheckpointError(f"the config promises {promised:,} weights, {stored:,} are there")
+    tables += _layer_tables("final", [{"final_norm": p.vector(0, ("final_norm", d.width))}])
+    refuse_strangers(checkpoint.tensors, p.used, recipe)
+    return tables
 
 
 def lossy_tensors(tables: Sequence[TablePlan]) -> list[str]:

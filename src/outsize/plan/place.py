@@ -49,7 +49,7 @@ def scratch_bytes(o: Outline, context: int) -> int:
     queries = d.num_heads * d.head_dim
     rows = d.width * a + d.qkv_rows * (a + 4 * d.qkv_bias) + 4 * heads * (1 + d.qk_norm)
     attention = c * (rows + 3 * a * queries) + score_bytes(d, context, a)
-    ffn = c * (d.width * (2 * a + 4) + 3 * d.ffn_width * a)
+    ffn = c * (d.width * (2 * a + 4) + 3 * d.ffn_width * a + 8 * d.ffn_width * d.mlp_bias)
     ffn += 0 if d.mixture is None else 4 * c * (d.width + d.mixture.count)
     block = min(WIDE_BYTES, 2 * d.ffn_width * d.width * a)
     decoded = 2 * block + c * block // d.width  # once more as the matmul packs it; and its product

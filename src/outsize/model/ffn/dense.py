@@ -10,16 +10,17 @@ from torch.nn.functional import gelu, silu
 from outsize.model.layers import Linear
 from outsize.model.step import Step
 
-# In the order of the kinds that native/rows.c knows.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": silu,
     "gelu_tanh": lambda x: gelu(x, approximate="tanh"),
+    "gelu": gelu,
 }
+NATIVE = ("silu", "gelu_tanh")  # in the order of the kinds that native/rows.c knows
 
 
 def kind_of(activation: str) -> int:
     """The number by which native/rows.c knows it; -1 if it does not."""
-    return list(ACTIVATIONS).index(activation) if activation in ACTIVATIONS else -1
+    return NATIVE.index(activation) if activation in NATIVE else -1
 
 
 SLOPE, LIMIT = 1.702, 7.0  # of gpt-oss's activation
@@ -39,18 +40,28 @@ class Biased:
 
 
 class Dense:
-    """The usual one."""
+    """The usual one; few families have biases, of gate and up together and of down."""
 
-    def __init__(self, gate_up: Linear, down: Linear, activation: str, index: int = 0) -> None:
+    def __init__(
+        self,
+        gate_up: Linear,
+        down: Linear,
+        activation: str,
+        index: int = 0,
+        biases: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         self.gate_up, self.down, self.activation = gate_up, down, activation
-        self._layer = index
+        self._layer, self._biases = index, biases
         self._act, self._kind = ACTIVATIONS[activation], kind_of(activation)
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
         gate_up = step.add(self._layer, "gate_up", x_TD, self.gate_up(x_TD, step.wide))
-        if step.kernels is not None:
+        if self._biases is not None:
+            gate_up = (gate_up + self._biases[0]).to(gate_up.dtype)
+        if step.kernels is not None and self._kind >= 0:
             inner = step.kernels.gate(gate_up, self._kind)
         else:
             gate, up = gate_up.chunk(2, dim=1)
             inner = self._act(gate).mul_(up)
-        return step.add(self._layer, "down", inner, self.down(inner, step.wide))
+        out = step.add(self._layer, "down", inner, self.down(inner, step.wide))
+        return out if self._biases is None else (out + self._biases[1]).to(out.dtype)

@@ -130,7 +130,8 @@ class Mixture:
         found = self._built.get(id(w))
         if found is None:
             made = Dense(Linear(w["gate_up"]), Linear(w["down"]), self._activation)
-            found = self._built[id(w)] = Built(w, made, native_experts(w))
+            native = native_experts(w) if kind_of(self._activation) >= 0 else None
+            found = self._built[id(w)] = Built(w, made, native)
         return found
 
     def _early(self, chunks: Chunks) -> Scored:
