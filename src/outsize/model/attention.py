@@ -11,10 +11,11 @@ Shapes: T new tokens, S stored, H query heads, J key heads, C = 2J, G = H / J, E
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from outsize.family.description import Description
 
@@ -23,6 +24,7 @@ SCORE_BYTES = 48 << 20  # of a block's scores, in all forms; fewer queries where
 SCORE_FORMS = 12  # bytes a score takes: bf16, masked and softmaxed in fp32, bf16 again
 WIDE_HEAD = 128
 CHUNK = 512  # tokens of a long span that attend at once
+FILLED = 64  # queries and keys at once are multiples of it, where their kernels are kept
 MASK_BYTES = 6  # of one cell of a mask, in the forms that torch makes of it
 
 
@@ -71,8 +73,12 @@ def attend_span(
         return _blocked(q_THE * scale, kv_CSE, positions_S, window, sinks_H)
     plain = size == num_new and (window is None or size <= window)
     mask = None if plain else _mask(positions_S, size - num_new, size, 0, size, window)
+    q_HTE = q_THE.transpose(0, 1)
+    if q_THE.dtype == torch.bfloat16 and keeps_kernels():
+        q_HTE, kv_CSE = _filled(q_HTE, 1), _filled(kv_CSE, 1)
+        mask = None if mask is None else _filled(_filled(mask, 0), 1)
     out_HTE = scaled_dot_product_attention(
-        q_THE.transpose(0, 1)[None],
+        q_HTE[None],
         kv_CSE[None, :num_kv],
         kv_CSE[None, num_kv:],
         mask,
@@ -80,7 +86,20 @@ def attend_span(
         scale=scale,
         enable_gqa=True,
     )
-    return out_HTE[0].transpose(0, 1).flatten(1)
+    return out_HTE[0, :, :num_new].transpose(0, 1).flatten(1)
+
+
+@cache
+def keeps_kernels() -> bool:
+    """Does torch's fused attention keep a kernel for each size, for ever? With AMX it does: prompts of 170
+    lengths took 84 MB that no plan knows; filled up to multiples of FILLED, 5 MB."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def _filled(x: Tensor, axis: int) -> Tensor:
+    """With zeros up to a multiple of FILLED along an axis: rows that are not used, keys that are not seen."""
+    short = -x.shape[axis] % FILLED
+    return pad(x, [*[0, 0] * (x.ndim - 1 - axis), 0, short]) if short else x
 
 
 def _mask(
