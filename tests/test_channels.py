@@ -54,7 +54,12 @@ HARMONY = [
     (
         "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>analysis<|message|>b<|end|>"
         "<|start|>assistant<|channel|>commentary<|message|>I will look.<|end|>",
-        ("I will look.", "ab"),
+        ("I will look.", "a\nb"),
+    ),
+    ("<|channel|>analysis<|message|>a<|end|>b", ("b", "a")),
+    (
+        '<|channel|>commentary to=functions.add<|constrain|>json<|message|>{"a": 1}<|call|>',
+        ('functions.add {"a": 1}', ""),
     ),
     (
         '<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"a": 1}<|call|>',
@@ -84,6 +89,8 @@ def test_a_header_that_the_prompt_begins() -> None:
     form = format_of(t, None).after(t, t.encode("<|start|>assistant", special=True))
     said = ' to=functions.add<|channel|>commentary json<|message|>{"a": 1}<|call|>'
     assert say(t, said, form) == ('functions.add {"a": 1}', "")
+    for said in ("I'm sorry, but I can't help.", "to", " today", "t"):  # without any header
+        assert say(t, said, form) == (said, "")
     whole = format_of(t, None).after(t, t.encode("<|start|>assistant<|message|>", special=True))
     assert say(t, "hi", whole) == ("hi", "")
 
@@ -129,6 +136,12 @@ def test_a_block_that_the_prompt_begins() -> None:
     assert say(t, "4", closed) == ("4", "")
     special = tokens(["<think>", "</think>"])
     assert format_of(special, None).after(special, special.encode("<think>\n", special=True)).opened
+
+
+def test_tags_that_only_the_template_names() -> None:
+    t = tokens()
+    form = format_of(t, "{{ content.split('</think>')[-1] }}")
+    assert say(t, "<think>a</think>b", form) == ("b", "a")
 
 
 def test_models_without_either_say_everything() -> None:

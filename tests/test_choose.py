@@ -282,3 +282,14 @@ def test_shards_joined_or_renamed_or_cut(tmp_path: Path) -> None:
         CheckpointError, match=r"m-00002.*: this is part 3 of 3 .* name it m-00003-of-00003"
     ):
         open_checkpoint(shards[0])
+
+
+def test_shadows_of_files_and_links_to_themselves(tmp_path: Path) -> None:
+    """What macOS leaves beside files on other disks, and what cannot be looked at."""
+    write_gguf(tmp_path / "m.gguf", "llama")
+    (tmp_path / "._m.gguf").write_bytes(b"\0\5\26\7Mac OS X")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert open_checkpoint(tmp_path).files == (tmp_path / "m.gguf",)
+    folder = tiny.write_folder(tmp_path / "f", "llama")
+    (folder / "._model.safetensors").write_bytes(b"\0\5\26\7Mac OS X")
+    assert open_checkpoint(folder).files == (folder / "model.safetensors",)

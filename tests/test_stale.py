@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 import outsize
 from outsize import library
 from outsize.pack import store, write
-from outsize.pack.format import Pack
+from outsize.pack.format import Pack, write_header
 from tests.golden import tiny
 from tests.golden.test_golden import write_gguf
 
@@ -116,13 +117,13 @@ def test_changed_weights_are_encoded_again(
 def test_a_config_that_changes_what_records_hold(
     home: Path, encodings: list[str], tmp_path: Path
 ) -> None:
-    """Tied or not: other tables of the same weights."""
+    """Heads of another size: the same tensors, with rows in another order."""
     folder = tiny.write_folder(tmp_path / "m", "llama")
     first = library.pack(str(folder), quiet=True)
     encodings.clear()
-    change_json(folder / "config.json", tie_word_embeddings=True)
+    change_json(folder / "config.json", num_attention_heads=2, num_key_value_heads=1, head_dim=64)
     second = library.pack(str(folder), quiet=True)
-    assert (first.description.tied, second.description.tied) == (False, True)
+    assert (first.description.head_dim, second.description.head_dim) == (32, 64)
     assert encodings
 
 
@@ -168,6 +169,41 @@ def test_a_gguf_is_told_by_its_bytes(home: Path, encodings: list[str], tmp_path:
     (tmp_path / "config.json").write_text("{}")  # beside a GGUF it decides nothing
     assert library.pack(str(path), quiet=True).path == first.path
     assert encodings == []
+
+
+def test_files_of_one_size_and_time(home: Path, tmp_path: Path) -> None:
+    """As in images of file systems, where every file was last changed in 1970."""
+    folder = tiny.write_folder(tmp_path / "m", "llama")
+    for path in folder.iterdir():
+        os.utime(path, (1, 1))
+    library.pack(str(folder), quiet=True)
+    template = folder / "chat_template.jinja"
+    template.write_text("x" * len(tiny.TEMPLATE))
+    os.utime(template, (1, 1))
+    assert library.pack(str(folder), quiet=True).chat_template == "x" * len(tiny.TEMPLATE)
+
+
+def test_the_newest_pack_of_a_model_whose_newest_revision_is_not_whole(
+    home: Path, tmp_path: Path
+) -> None:
+    repo, packs = tmp_path / "hub" / "models--org--tiny", {}
+    (repo / "refs").mkdir(parents=True)
+    for revision in ("bbb", "aaa"):
+        folder = tiny.write_folder(repo / "snapshots" / revision, "llama")
+        (folder / "chat_template.jinja").write_text(revision)
+        packs[revision] = library.pack(str(folder), quiet=True)
+        header = replace(
+            packs[revision], source=replace(packs[revision].source, spec="hf:org/tiny")
+        )
+        write_header(header, packs[revision].path)
+    (repo / "refs" / "main").write_text("ccc")  # of which only a template was fetched
+    found = store.find(home, "hf:org/tiny", "auto", is_path=False)
+    assert found is not None
+    assert found.chat_template == "aaa"
+    (repo / "refs" / "main").write_text("bbb")
+    found = store.find(home, "hf:org/tiny", "auto", is_path=False)
+    assert found is not None
+    assert found.chat_template == "bbb"
 
 
 def test_a_newer_revision_in_the_hubs_cache(

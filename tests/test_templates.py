@@ -242,9 +242,19 @@ def test_named_templates() -> None:
 
 
 def test_arguments_are_json_where_they_can_be() -> None:
-    told = ["enable_thinking=false", "reasoning_effort=high", "n=3", "text=a=b", "empty="]
+    told = [
+        "enable_thinking=false",
+        "reasoning_effort=high",
+        "n=3",
+        "text=a=b",
+        "empty=",
+        "no=False",
+        "t=True",
+        "z=None",
+    ]
     assert parse_arguments(told) == {
-        "enable_thinking": False, "reasoning_effort": "high", "n": 3, "text": "a=b", "empty": ""
+        "enable_thinking": False, "reasoning_effort": "high", "n": 3, "text": "a=b", "empty": "",
+        "no": False, "t": True, "z": None,
     }  # fmt: skip
     assert parse_arguments([]) is None
     for bad in ("novalue", "=x", "a b=1"):
@@ -252,6 +262,35 @@ def test_arguments_are_json_where_they_can_be() -> None:
             parse_arguments([bad])
 
 
+def test_a_refusal_is_said_in_the_templates_own_words() -> None:
+    words = "{{ raise_exception('System role\n not supported') }}"
+    with pytest.raises(TemplateError, match=r"refuses these messages: System role not supported$"):
+        render(words, [[USER]], {})
+
+
+def test_the_time_zone_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    hours = set()
+    for zone in ("UTC-3", "UTC-9"):
+        monkeypatch.setenv("TZ", zone)
+        worker = Worker()
+        job = {
+            "template": "{{ strftime_now('%H') }}",
+            "chats": [[USER]],
+            "names": {},
+            "seconds": 5,
+            "most": 9,
+        }
+        hours.add(worker.ask(json.dumps(job))["texts"][0])
+        worker.close()
+    assert len(hours) == 2
+
+
 def test_messages_that_are_not_json() -> None:
+    deep: list[object] = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(OptionError, match="must be JSON"):
+        render("x", [[USER]], {"deep": deep})
+    assert parse_arguments(["x=" + "[" * 5000]) == {"x": "[" * 5000}
     with pytest.raises(OptionError, match="must be JSON"):
         render("x", [[{"role": "user", "content": "a", "time": object()}]], {})

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, processors
 
 from outsize.checkpoint.foreign import TokenizerSpec
 from outsize.checkpoint.text import MAX_TEMPLATE, of_folder, of_gguf, sidecars
+from outsize.checkpoint.tokenizer import build
 from outsize.errors import CheckpointError
 
 SPECIAL = ["<s>", "</s>", "<|im_end|>", "<|eot_id|>", "<|end|>"]
@@ -89,6 +90,26 @@ def test_names_for_templates(tmp_path: Path) -> None:
     assert bare.names == {"bos_token": "<s>", "eos_token": "</s>"}
     older = folder(tmp_path / "old", special_tokens_map={"bos_token": "<s>"}, tokenizer_config={})
     assert read(older).names["bos_token"] == "<s>"
+
+
+def test_special_tokens_that_only_their_names_make_special(tmp_path: Path) -> None:
+    path = folder(
+        tmp_path, ["<s>"],
+        tokenizer_config={"eos_token": "a", "extra_special_tokens": ["b"], "additional_special_tokens": 5},
+    )  # fmt: skip
+    spec = read(path, eos_token_id=2)
+    assert spec.eos == (0,)  # not "#", a class default
+    assert {i: t["special"] for i, t in spec.added_tokens.items()} == {"0": True, "1": True}  # type: ignore[index]
+    assert build(spec).encode("ab", add_special_tokens=False).ids == [0, 1]
+    assert build(spec).decode([0, 2], skip_special_tokens=True) == "#"
+    old = folder(
+        tmp_path / "old",
+        ["<s>"],
+        added_tokens={"</x>": 4},
+        special_tokens_map={"eos_token": "</x>"},
+    )
+    assert read(old).eos == (4,)
+    assert build(read(old)).token_to_id("</x>") == 4
 
 
 def test_templates_of_folders(tmp_path: Path) -> None:

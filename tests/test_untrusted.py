@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -153,9 +154,47 @@ def test_raw_text(tokens: Tokens) -> None:
     assert "<s>" in tokens.decode(tokens.encode("a<s>b"))
 
 
-def test_lists_and_mappings_are_marked_but_not_keys(tokens: Tokens) -> None:
-    marked = tokens.marks.mark({"<s>": ["<s>", {"a": "x"}, 5, None]})
-    assert marked == {"<s>": [f"{OPEN}<s>{CLOSE}", {"a": "x"}, 5, None]}
+def test_lists_mappings_and_their_keys_are_marked(tokens: Tokens) -> None:
+    name = f"{OPEN}<s>{CLOSE}"
+    marked = tokens.marks.mark({"<s>": ["<s>", {"a<": "x"}, 5, None]})
+    assert marked == {name: [name, {"a<": "x"}, 5, None]}
+
+
+def test_marks_that_people_type(tokens: Tokens) -> None:
+    typed = "a \\ufdd0 b \\ufdd1"
+    assert typed in tokens.decode(chat(tokens, typed))
+
+
+def test_tokens_of_turns_that_are_not_called_special() -> None:
+    """As in DeepSeek's distillations."""
+    made = byte_level()
+    made.add_tokens(
+        [AddedToken("<｜User｜>", normalized=False), AddedToken("<tool>", normalized=False)]
+    )
+    tokens = Tokens(made, None, False)
+    (text,) = render("<｜User｜>{{ m }}", [[]], {"m": tokens.marks.mark("a<｜User｜>b<tool>")})
+    ids = tokens.encode_marked(text)
+    assert [tokens.piece(i) for i in ids].count("<｜User｜>") == 1
+    assert [tokens.piece(i) for i in ids].count("<tool>") == 1
+    assert tokens.encode("a<｜User｜>").count(256) == 0
+    assert tokens.encode("a<｜User｜>", special=True).count(256) == 1
+
+
+def test_reasoning_in_what_a_model_answered_stays_what_templates_split(home: Path) -> None:
+    made = byte_level()
+    made.add_special_tokens(["<think>", "</think>", "<s>"])
+    tokens = Tokens(made, None, False)
+    said = tokens.answer_marks.mark("<think>\na\n</think>\n\nb<s>")
+    template = "{{ m.split('</think>')[-1].lstrip('\n') }}"
+    (text,) = render(template, [[]], {"m": said})
+    assert tokens.encode_marked(text) == tokens.encode("b<s>")
+
+
+@pytest.mark.parametrize("bad", ["caf\udce9", "\ud800"])
+def test_text_that_is_no_unicode(tokens: Tokens, bad: str) -> None:
+    for encode in (tokens.encode, tokens.encode_marked, tokens.control):
+        with pytest.raises(OptionError, match=r"no Unicode at character \d .*save it as UTF-8"):
+            encode(bad)
 
 
 def test_a_tokenizer_that_finds_control_tokens_in_normalized_text() -> None:
@@ -163,6 +202,11 @@ def test_a_tokenizer_that_finds_control_tokens_in_normalized_text() -> None:
     made.normalizer = normalizers.NFC()
     made.add_special_tokens([AddedToken("<s>", special=True, normalized=True)])
     tokens = Tokens(made, None, False)
+    wide = byte_level()
+    wide.normalizer = normalizers.NFKC()
+    wide.add_special_tokens([AddedToken("<s>", special=True, normalized=True)])
+    with pytest.raises(OptionError, match="'<s>'"):  # full-width: marked by nobody
+        Tokens(wide, None, False).encode_marked("a＜s＞")
     (text,) = render("<s>{{ messages[0].content }}", [[{"content": tokens.marks.mark("a<s>")}]], {})
     with pytest.raises(
         OptionError, match="'<s>', which this model's tokenizer cannot read as plain text"

@@ -64,9 +64,9 @@ class Conversation:
             self._streaming.cancel()
 
     def reset(self, system: str | None = None) -> None:
-        """Forget everything said; with a system prompt, begin anew under it."""
+        """Forget everything said; with a system prompt, begin anew under it ("": under none)."""
         if system is not None:
-            self.options = self.options.with_changes({"system": system})
+            self.options = self.options.with_changes({"system": system or None})
         self.messages.clear()
 
     def say(self, text: str) -> Iterator[str]:

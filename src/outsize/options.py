@@ -92,16 +92,20 @@ def _strings(value: object) -> tuple[str, ...]:
     return tuple(items)
 
 
+WORDS = {"True": "true", "False": "false", "None": "null"}  # as Python has them
+
+
 def parse_arguments(told: Sequence[str]) -> dict[str, object] | None:
-    """KEY=VALUE texts as template arguments; a value that is JSON is what it says. Raises OptionError."""
+    """KEY=VALUE texts as template arguments; a value that is JSON, or
+    True, False or None, is what it says. Raises OptionError."""
     made: dict[str, object] = {}
     for text in told:
         key, equals, value = text.partition("=")
         if not equals or not key.isidentifier():
             raise OptionError(f"--template-arg is {text!r}; KEY=VALUE is expected")
         try:
-            made[key] = json.loads(value)
-        except ValueError:
+            made[key] = json.loads(WORDS.get(value, value))
+        except (ValueError, RecursionError):
             made[key] = value
     return made or None
 

@@ -16,7 +16,8 @@ from outsize.reply import Reply
 from outsize.terminal import How, interrupts, note, note_unanswered, open_model, show, summary
 
 HELP = (
-    "/reset forgets, /system TEXT begins anew under it, /overflow drop-oldest lets old turns go, "
+    "/reset forgets, /system TEXT begins anew under it (without TEXT, under none), "
+    "/overflow drop-oldest lets old turns go, "
     "/adapter NAME swaps it, /stats counts, /bye leaves"
 )
 
@@ -84,7 +85,7 @@ class Talk:
         if command == "/reset":
             self._conversation.reset()
         elif command == "/system":
-            self._conversation.reset(rest or None)
+            self._conversation.reset(rest)
         elif command == "/overflow":
             self._set_overflow(rest)
         elif command == "/adapter":

@@ -86,8 +86,15 @@ class Choice:
 
 def choose(place: Place, wish: str = "") -> Choice:
     """The model of a place; `wish` names a file, a folder or a quantization. Raises UserError."""
-    place = replace(place, names=tuple(sorted(n for n in place.names if is_inside(n))))
+    place = replace(
+        place, names=tuple(sorted(n for n in place.names if is_inside(n) and not _is_shadow(n)))
+    )
     return _named(place, wish) if wish else _default(place)
+
+
+def _is_shadow(name: str) -> bool:
+    """A file that macOS keeps beside another on disks that are not its own."""
+    return name.rsplit("/", 1)[-1].startswith("._")
 
 
 def _default(place: Place) -> Choice:
@@ -195,7 +202,7 @@ def _file(place: Place, name: str) -> Choice:
 
 
 def _absent(place: Place, wish: str, models: list[str]) -> SourceError:
-    near = difflib.get_close_matches(wish, [*place.names, *models], 4, 0.5)
+    near = difflib.get_close_matches(wish, {*place.names, *models}, 4, 0.5)
     there = _listed(near or models or place.names) or "nothing"
     what = "there are, for example," if near else "there are"
     return SourceError(f"{place.text}: no file, folder or quantization {wish!r}; {what} {there}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from outsize.checkpoint import gguf, safetensors
@@ -27,11 +28,14 @@ def _names(folder: Path, depth: int) -> list[str]:
     out: list[str] = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_file():
-                out.append(entry.name)
-            elif depth and not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
-                below = _names(Path(entry.path), depth - 1)
-                out += [f"{entry.name}/{name}" for name in below]
+            with suppress(OSError):  # a link that leads to itself, a folder that may not be read
+                if entry.is_file():
+                    out.append(entry.name)
+                elif (
+                    depth and not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False)
+                ):
+                    below = _names(Path(entry.path), depth - 1)
+                    out += [f"{entry.name}/{name}" for name in below]
     return out
 
 

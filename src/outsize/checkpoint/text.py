@@ -30,7 +30,7 @@ ENDS = (
 # Files beside the weights that decide an answer.
 SIDECARS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 MORE_TEMPLATES = "additional_chat_templates"
 
@@ -83,8 +83,7 @@ def of_folder(folder: Path, config: Mapping[str, object]) -> TokenizerSpec:
     settings, generation = (
         _optional(folder / f"{n}_config.json") for n in ("tokenizer", "generation")
     )
-    more = settings.get("added_tokens_decoder")
-    more = more if isinstance(more, dict) else {}
+    more = _further(folder, settings, _vocabulary(tokenizer, {}))
     vocabulary = _vocabulary(tokenizer, more)
     inner = config.get("text_config")
     sources = [generation, config, *([inner] if isinstance(inner, dict) else [])]
@@ -138,6 +137,39 @@ def _vocabulary(tokenizer: Mapping[str, object], more: Mapping[str, object]) -> 
         if i.isdigit() and isinstance(token, dict):
             named.setdefault(str(token.get("content")), int(i))
     return Vocabulary(ids | named, frozenset(named.values()))
+
+
+def _further(
+    folder: Path, settings: Mapping[str, object], vocabulary: Vocabulary
+) -> dict[str, object]:
+    """Added tokens that tokenizer.json does not state, by id: of added_tokens_decoder, of an older
+    added_tokens.json, and pieces of the vocabulary that only the names of special tokens make special."""
+    stated = settings.get("added_tokens_decoder")
+    more = dict(stated) if isinstance(stated, dict) else {}
+    listed = {v.get("content") for v in more.values() if isinstance(v, dict)}
+    named = {name for name in _special_names(folder, settings) if name not in listed}
+    older = {} if "added_tokens_decoder" in settings else _optional(folder / "added_tokens.json")
+    tokens = {name: vocabulary.ids[name] for name in named if name in vocabulary.ids} | older
+    for name, id in tokens.items():
+        if isinstance(id, int) and id not in vocabulary.added and name not in listed:
+            special = name in named
+            more[str(id)] = {"content": name, "special": special, "normalized": not special}
+    return more
+
+
+def _special_names(folder: Path, settings: Mapping[str, object]) -> set[str]:
+    """Everything that the tokenizer's own files call a special token."""
+    older = (
+        {} if "added_tokens_decoder" in settings else _optional(folder / "special_tokens_map.json")
+    )
+    found: list[object] = list(_names(folder, settings).values())
+    for source in (settings, older):
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            value = source.get(key)
+            found += value.values() if isinstance(value, dict) else []
+            found += value if isinstance(value, list) else []
+    texts = (v.get("content") if isinstance(v, dict) else v for v in found)
+    return {text for text in texts if isinstance(text, str) and text}
 
 
 def _leading(tokenizer: Mapping[str, object], vocabulary: Vocabulary) -> int | None:

@@ -12,12 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from outsize.decode.tokens import Tokens
+from outsize.decode.tokens import TAGS, Tokens
 
-TAGS = (
-    ("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"),
-    ("<thinking>", "</thinking>"), ("<reasoning>", "</reasoning>"),
-)  # fmt: skip
 HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
 TEXT, REASONING = "text", "reasoning"
 Piece = tuple[str, str]  # kind, text
@@ -55,7 +51,9 @@ def format_of(tokens: Tokens, template: str | None) -> Format:
     if len(found) == len(HARMONY):
         return Format(harmony=found)
     for tags in TAGS:
-        if all(tokens.knows(tag) for tag in tags) or (template and tags[0] in template):
+        if all(tokens.knows(tag) for tag in tags) or (
+            template and any(tag in template for tag in tags)
+        ):
             ids = [(tokens.control(tag), tag) for tag in tags]
             return Format(tags=tags, tag_tokens=tuple((i, t) for i, t in ids if i is not None))
     return PLAIN
@@ -68,33 +66,46 @@ class Harmony:
         self._names = {tokens.control(name): name for name in HARMONY}
         self._header: str | None = "" if opened else None  # the text of the header being read
         self._role = ""  # what came before the channel's name
-        self._kind = TEXT
+        self._kind, self._said = TEXT, {TEXT: False, REASONING: False}
+        self._bare = opened  # no marker has come: without one, this is no header but the answer
 
-    def marker(self, token: int) -> str:
+    def marker(self, token: int) -> Iterator[Piece]:
         """Take a marker; the text that it stands for, which is none, or the name of a tool that is called."""
-        name = self._names[token]
+        name, self._bare = self._names[token], False
         if name == "<|message|>":
-            return self._open()
-        if name == "<|channel|>":
+            yield from self._open()
+        elif name == "<|channel|>":
             self._role, self._header = self._header or "", ""
         elif name == "<|start|>":
             self._role, self._header = "", ""
-        return ""
+        else:
+            self._header, self._kind = None, TEXT
 
-    def _open(self) -> str:
+    def _open(self) -> Iterator[Piece]:
         """The header is whole: what kind of text follows."""
         words = (self._header or "").split()
         called = [w for w in [*self._role.split(), *words] if w.startswith("to=")]
         self._kind = REASONING if words[:1] == ["analysis"] and not called else TEXT
         self._role, self._header = "", None
-        return f"{called[0].removeprefix('to=')} " if called else ""
+        if self._said[self._kind]:
+            yield self._kind, "\n"
+        if called:
+            yield self._kind, f"{called[0].removeprefix('to=')} "
 
     def text(self, piece: str) -> Iterator[Piece]:
         """A piece of decoded text: of a header, or of a message."""
         if self._header is not None:
             self._header += piece
-        elif piece:
+            if self._bare and not "to=".startswith(self._header.lstrip()[:3]):
+                piece, self._header, self._bare = self._header, None, False
+        if self._header is None and piece:
+            self._said[self._kind] = True
             yield self._kind, piece
+
+    def finish(self) -> Iterator[Piece]:
+        """A reply that ended before its first marker."""
+        if self._bare and self._header:
+            yield TEXT, self._header
 
 
 class Tags:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 from outsize.decode.template import Message, Messages, render
 from outsize.decode.tokens import Tokens
@@ -32,12 +33,20 @@ def encode(
             f"{pack.path.name} has no chat template: it is a base model, which continues a text; "
             "give it a string to continue, as in `outsize run`"
         )
-    marks, arguments = tokens.marks, dict(options.template_args or {})
-    chats = [marks.mark(_messages(p, options.system)) for p in prompts]
+    arguments = dict(options.template_args or {})
     template = choose(pack, arguments)
-    names = {**pack.special_tokens, **marks.mark(arguments)}  # type: ignore[dict-item]
-    texts = render(template, chats, names)  # type: ignore[arg-type]
+    chats = [[_marked(m, tokens) for m in _messages(p, options.system)] for p in prompts]
+    texts = render(template, chats, {**pack.special_tokens, **_marked(arguments, tokens)})
     return [tokens.encode_marked(text) for text in texts]
+
+
+def _marked(value: Message, tokens: Tokens) -> Message:
+    """A message, or template arguments, with what people typed marked."""
+    marks = tokens.answer_marks if value.get("role") == "assistant" else tokens.marks
+    try:
+        return cast("Message", marks.mark(value))
+    except RecursionError:
+        raise OptionError("messages and template arguments are nested too deeply") from None
 
 
 def _continued(

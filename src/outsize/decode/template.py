@@ -43,9 +43,12 @@ def render(
     }  # fmt: skip
     try:
         line = json.dumps(job)
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, RecursionError) as e:
         raise OptionError(f"messages and template arguments must be JSON: {e}") from None
     reply = _worker.ask(line)
+    if "refusal" in reply:
+        said = " ".join(str(reply["refusal"]).split())
+        raise TemplateError(f"the model's chat template refuses these messages: {said}")
     if "error" in reply:
         raise TemplateError(
             f"the chat template failed: {reply['error']}; use --raw to do without it"
@@ -131,7 +134,7 @@ def _start() -> subprocess.Popen[str]:
     try:
         return subprocess.Popen(
             [python, "-I", "-S", str(CHILD), path], stdin=pipe, stdout=pipe, stderr=pipe,
-            text=True, encoding="utf-8", env={},
+            text=True, encoding="utf-8", env={k: v for k, v in os.environ.items() if k == "TZ"},
         )  # fmt: skip
     except OSError as e:
         raise TemplateError(

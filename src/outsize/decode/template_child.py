@@ -60,8 +60,11 @@ def environment() -> Any:
         def _say(self, caller: Callable[[], str]) -> str:
             return caller()
 
+    class Refusal(TemplateError):
+        """What a template says by raise_exception."""
+
     def refuse(message: str) -> None:
-        raise TemplateError(message)
+        raise Refusal(message)
 
     env = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
@@ -142,6 +145,8 @@ def answer(env: Any, job: Job) -> Job:
     except MemoryError:
         return {"error": "it used more than 1 GB of memory"}
     except Exception as e:
+        if type(e).__name__ == "Refusal":
+            return {"refusal": str(e)[:300]}
         return {"error": f"{type(e).__name__}: {str(e)[:300]}"}
 
 

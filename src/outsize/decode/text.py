@@ -74,6 +74,7 @@ class Stream:
         self._harmony = Harmony(tokens, self._form.opened) if self._form.harmony else None
         self._tags = Tags(self._form.tags, self._form.opened) if self._form.tags else None
         self._tag_tokens = dict(self._form.tag_tokens)
+        self._constrain = tokens.control("<|constrain|>")
         self.reasoning = ""
 
     @property
@@ -85,7 +86,9 @@ class Stream:
         """The answer's text that is now certain."""
         if token in self._form.harmony and self._harmony is not None:
             before = self._divided(self._decoder.finish())
-            return self._taken([*before, *self._harmony.text(self._harmony.marker(token))])
+            return self._taken([*before, *self._harmony.marker(token)])
+        if self._harmony is not None and token == self._constrain:  # parts the words of a header
+            return self._taken(self._divided(self._decoder.finish() + " "))
         if token in self._tag_tokens:
             return self._taken(self._divided(self._decoder.finish() + self._tag_tokens[token]))
         return self._taken(self._divided(self._decoder.push(token)))
@@ -93,8 +96,9 @@ class Stream:
     def finish(self) -> str:
         """What was held back, at the end."""
         rest = self._divided(self._decoder.finish())
-        if self._tags is not None:
-            rest += self._tags.finish()
+        divider = self._harmony or self._tags
+        if divider is not None:
+            rest += divider.finish()
         return self._taken(rest, last=True)
 
     def _divided(self, piece: str) -> list[Piece]:

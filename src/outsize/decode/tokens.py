@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Sequence
 
@@ -10,6 +11,12 @@ from tokenizers import Tokenizer, normalizers
 from outsize.decode.untrusted import BREAK, Marks
 from outsize.errors import OptionError
 
+TAGS = (
+    ("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"),
+    ("<thinking>", "</thinking>"), ("<reasoning>", "</reasoning>"),
+)  # fmt: skip
+# Tokens of turns that some tokenizers do not call special (DeepSeek's distillations: <｜User｜>).
+LOOKS = re.compile(r"<\|[^|]*\|>|<｜[^｜]*｜>")
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -20,26 +27,45 @@ class Tokens:
         self._tokenizer = tokenizer
         self.start = [bos] if add_bos and bos is not None else []
         added = tokenizer.get_added_tokens_decoder()
-        self._control = {i: token.content for i, token in added.items() if token.special}
+        self._special = frozenset(i for i, token in added.items() if token.special)
+        self._control = {
+            i: t.content for i, t in added.items() if t.special or LOOKS.fullmatch(t.content)
+        }
+        self._late = any(added[i].normalized for i in self._control)  # found in normalized text
         self.marks = Marks(list(self._control.values()))
+        # What a model answered is split by templates at the tags of its reasoning.
+        tags = {tag for pair in TAGS for tag in pair}
+        self.answer_marks = Marks([c for c in self._control.values() if c not in tags])
         self._lock = threading.Lock()
 
     def encode(self, text: str, start: bool = False, special: bool = False) -> list[int]:
         """Token ids of a text; the names of control tokens in it are text, unless `special`. `start` puts the
         model's own start token first, once, if it has one."""
+        check_unicode(text)
+        ids = self._encoded(text) if special else self._encoded_apart(text)
+        return ids if not start or ids[: len(self.start)] == self.start else self.start + ids
+
+    def _encoded(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _encoded_apart(self, text: str) -> list[int]:
+        """Without control tokens: those that the library calls special it leaves out, others are marked."""
+        if not {self.control(name) for name in self.marks.names(text)} <= self._special:
+            return self.encode_marked(str(self.marks.mark(text)))
         with self._lock:
-            self._tokenizer.encode_special_tokens = not special
+            self._tokenizer.encode_special_tokens = True
             try:
-                ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+                return self._encoded(text)
             finally:
                 self._tokenizer.encode_special_tokens = False
-        return ids if not start or ids[: len(self.start)] == self.start else self.start + ids
 
     def encode_marked(self, text: str) -> list[int]:
         """Token ids of a text made by a chat template from strings that `marks` marked."""
+        check_unicode(text)
         text = self.marks.broken(text)
-        if BREAK not in text:
-            return self.encode(text, special=True)
+        if BREAK not in text and not self._late:
+            return self._encoded(text)
         with self._lock:
             before = self._tokenizer.normalizer
             steps = [normalizers.Replace(BREAK, "")] + ([] if before is None else [before])
@@ -75,9 +101,20 @@ class Tokens:
 
     def control(self, name: str) -> int | None:
         """The id of a control token, or None if there is none of that name."""
+        check_unicode(name)
         token: int | None = self._tokenizer.token_to_id(name)
         return token if token in self._control else None
 
     def knows(self, name: str) -> bool:
         """Is this one token of the vocabulary?"""
         return self._tokenizer.token_to_id(name) is not None
+
+
+def check_unicode(text: str) -> None:
+    """Raises OptionError for text that is none, as bytes of another encoding become."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise OptionError(
+            f"the text is no Unicode at character {e.start:,} ({text[e.start]!r}); save it as UTF-8"
+        ) from None

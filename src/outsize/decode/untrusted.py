@@ -2,8 +2,9 @@
 
 A chat template joins what the model's makers wrote and what users wrote into one string. So a control
 token's name in a user's string is put between two marks before the template runs; after it, each marked name
-is broken by a mark inside, which the tokenizer removes after it has looked for control tokens. What templates
-do with strings (trim, split, compare) goes on working on the names; what nobody marked is encoded as ever.
+is broken by a mark inside, which the tokenizer removes after it has looked for control tokens. A template
+that splits at a name still finds it; one that asks whether a text begins with a name does not. What nobody
+marked is encoded as ever.
 The idea is that of `transformers`' sanitize_control_tokens.
 """
 
@@ -52,15 +53,20 @@ class Marks:
         return max(map(len, self._begun), default=0)
 
     def mark(self, value: object) -> object:
-        """The same value with control tokens' names marked in its strings, but not in its keys."""
+        """The same value with control tokens' names marked in its strings; in keys, but for their ends."""
         if isinstance(value, str):
-            text = value.replace(OPEN, "").replace(CLOSE, "")
-            return self._mark_end(self._names.sub(lambda m: OPEN + m[0] + CLOSE, text))
+            return self._mark_end(self._mark_names(value))
         if isinstance(value, Mapping):
-            return {key: self.mark(item) for key, item in value.items()}
+            return {self._mark_names(str(key)): self.mark(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self.mark(item) for item in value]
         return value
+
+    def _mark_names(self, text: str) -> str:
+        text = text.replace(OPEN, "").replace(CLOSE, "")
+        for escaped in _ESCAPED:  # typed, not written by a template's tojson
+            text = text.replace(escaped, escaped[:3] + BREAK + escaped[3:])
+        return self._names.sub(lambda m: OPEN + m[0] + CLOSE, text)
 
     def names(self, text: str) -> list[str]:
         """The control tokens' names in a text."""

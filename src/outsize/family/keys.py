@@ -44,6 +44,7 @@ NEUTRAL = {
 # Known in these values only, by all families.
 FIXED: dict[str, tuple[object, ...]] = {
     "is_encoder_decoder": (False,),
+    "is_causal": (None, True),
     "add_cross_attention": (False,),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
@@ -104,5 +105,5 @@ def check_gguf(config: Config) -> None:
 def _refusal(family: str, key: str, value: object, allowed: tuple[object, ...]) -> UnsupportedError:
     known = ", ".join(map(repr, allowed))
     return UnsupportedError(
-        f"config: {key} is {str(value)[:80]!r}, which outsize does not know for {family}; known are {known}"
+        f"config: {key} is {repr(value)[:80]}, which outsize does not know for {family}; known are {known}"
     )

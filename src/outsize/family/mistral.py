@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from outsize.family.common import HEEDED, describe, names, window
+from outsize.family.common import HEEDED, describe, names, sliding, window
 from outsize.family.config import Config
 from outsize.family.description import Layer, Recipe
 
@@ -17,6 +17,7 @@ DEFAULTS: dict[str, object] = {
     "num_key_value_heads": 8,
     "max_position_embeddings": 131_072,
     "sliding_window": 4096,
+    "layer_types": None,
 }
 FIXED: dict[str, tuple[object, ...]] = {}
 
@@ -25,6 +26,9 @@ def recipe(config: Config) -> Recipe:
     base = describe(config)
     # llama.cpp, whose files say "llama", knows no window for them.
     reach = None if config.architecture == "llama" else window(config)
-    layers = tuple(Layer(layer.rope, reach) for layer in base.layers)
+    stated = config.get("layer_types") is not None  # Ministral: of some layers
+    has = sliding(config, base.num_layers, 1) if stated else [True] * base.num_layers
+    pairs = zip(base.layers, has, strict=True)
+    layers = tuple(Layer(layer.rope, reach if h else None) for layer, h in pairs)
     made = replace(base, layers=layers)
     return Recipe(made, names(config), interleaved=config.format == "gguf")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from outsize.checkpoint.text import sidecars
 
-FileStat = tuple[str, int, int]  # path, bytes, mtime in ns
+FileStat = tuple[str, int, int]  # path, bytes, time of the last change in ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,4 +52,4 @@ class Source:
 def file_stats(files: Iterable[Path]) -> tuple[FileStat, ...]:
     """What tells a changed file from an unchanged one. A link keeps its own name."""
     stats = [(os.path.abspath(p), os.stat(p)) for p in files]
-    return tuple((p, s.st_size, s.st_mtime_ns) for p, s in stats)
+    return tuple((p, s.st_size, max(s.st_mtime_ns, s.st_ctime_ns)) for p, s in stats)

@@ -33,15 +33,13 @@ def packs(folder: Path) -> Iterator[Pack | PackError]:
 
 
 def find(folder: Path, spec: str, encoding: str, is_path: bool) -> Pack | None:
-    """The pack made from this source, if its files have not changed since; of a model on the hub, if its
-    cache has no newer revision."""
-    for pack in _good(folder):
-        source = pack.source
-        if (source.spec, source.encoding) != (spec, encoding):
-            continue
-        if source.is_current() if is_path else not source.is_superseded():
-            return pack
-    return None
+    """The pack made from this source, if its files have not changed since; of a model on the hub, the
+    newest, if its cache has no other revision."""
+    found = [p for p in _good(folder) if (p.source.spec, p.source.encoding) == (spec, encoding)]
+    if is_path:
+        return next((p for p in found if p.source.is_current()), None)
+    current = [p for p in found if not p.source.is_superseded()]
+    return max(current, key=lambda p: (p.path / HEADER).stat().st_mtime_ns, default=None)
 
 
 def same_records(folder: Path, source: Source) -> Pack | None:
