@@ -293,3 +293,10 @@ def test_shadows_of_files_and_links_to_themselves(tmp_path: Path) -> None:
     folder = tiny.write_folder(tmp_path / "f", "llama")
     (folder / "._model.safetensors").write_bytes(b"\0\5\26\7Mac OS X")
     assert open_checkpoint(folder).files == (folder / "model.safetensors",)
+
+
+def test_an_odd_name_beside_a_model() -> None:
+    assert (
+        chosen("m-Q4_K_M.gguf", "x-00001-of-09999.gguf", "y-00001-of-00000.gguf").at
+        == "m-Q4_K_M.gguf"
+    )

@@ -122,7 +122,6 @@ def test_template() -> None:
         ("{{ raise_exception('no system role') }}", "no system role"),
         ("{% if %}", "TemplateSyntaxError"),
         ("{{ messages.append(1) }}", "SecurityError"),
-        ("x" * 300_000, "at most 262,144"),
     ],
 )
 def test_hostile_templates(template: str, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,11 @@ import pytest
 
 import outsize
 from outsize import library
+from outsize.checkpoint.read_json import MAX_JSON
+from outsize.errors import CheckpointError, OptionError, SourceError
 from outsize.pack import store, write
 from outsize.pack.format import Pack, write_header
+from outsize.pack.source import Source
 from tests.golden import tiny
 from tests.golden.test_golden import write_gguf
 
@@ -144,6 +147,48 @@ def test_a_copy_with_another_template_is_another_model(
     store.remove(home, first.path.name)
     with outsize.load(str(two), quiet=True, verify="always") as model:
         assert model.generate("a", raw=True, max_tokens=2)[0].new_tokens == 2
+
+
+def test_two_encodings_of_a_model_stay(home: Path, tmp_path: Path) -> None:
+    folder = tiny.write_folder(tmp_path / "m", "llama")
+    made = [library.pack(str(folder), encoding=e, quiet=True) for e in ("auto", "bf16", "fp32")]
+    assert {p.name for p in home.glob("[!.]*")} == {p.path.name for p in made}
+    assert library.pack(str(folder), quiet=True) == made[0]
+
+
+def test_a_pack_that_another_process_removes_meanwhile(
+    home: Path, encodings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny.write_folder(tmp_path / "m", "llama")
+    first = library.pack(str(folder), quiet=True)
+    encodings.clear()
+    real = store.same_records
+
+    def then_gone(home: Path, source: Source) -> Pack | None:
+        found = real(home, source)
+        shutil.rmtree(first.path)
+        return found
+
+    monkeypatch.setattr(store, "same_records", then_gone)
+    (folder / "chat_template.jinja").write_text("new")
+    assert library.pack(str(folder), quiet=True).chat_template == "new"
+    assert encodings
+    with pytest.raises(SourceError, match="no pack named"):
+        store.remove(home, first.path.name)
+
+
+def test_files_beside_the_weights_are_bounded(home: Path, tmp_path: Path) -> None:
+    folder = tiny.write_folder(tmp_path / "m", "llama")
+    with open(folder / "added_tokens.json", "wb") as f:
+        f.truncate(MAX_JSON + 1)
+    with pytest.raises(CheckpointError, match=r"added_tokens\.json: 134,217,729 bytes"):
+        library.pack(str(folder), quiet=True)
+
+
+def test_only_models_of_the_hub_are_refreshed(tmp_path: Path) -> None:
+    folder = tiny.write_folder(tmp_path / "m", "llama")
+    with pytest.raises(OptionError, match="only models of the hub"):
+        library.pack(str(folder), quiet=True, refresh=True)
 
 
 def test_records_are_copied_where_they_cannot_be_linked(

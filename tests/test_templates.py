@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -115,10 +115,7 @@ def test_constructs_render_as_transformers_renders_them(
         {},
         {"tools": [SCHEMA], "enable_thinking": False, "reasoning_effort": "high"},
     ):
-        try:
-            wanted = theirs(template, chat, **dict(variables))
-        except Exception:  # a construct that takes no turns without content
-            continue
+        wanted = theirs(template, chat, **dict(variables))
         ours = [_with_reasoning(message) for message in chat]
         assert render(template, [ours], {**NAMES, **variables}) == [wanted]
 
@@ -135,6 +132,8 @@ def test_parts_and_nothing_in_templates_that_know_neither() -> None:
     printing = EACH + "<{{ m.role }}>{{ m['content'] }}" + END
     assert render(printing, [chat], {}) == ["<user>a\nb<assistant><assistant>"]
     assert render(CONSTRUCTS["parts"], [chat[:1]], {}) == ["[a][b]"]
+    telling = "None is said. " + EACH + "{% if m.content is none %}<call>{% endif %}" + END
+    assert render(telling, [chat[1:2]], {}) == ["None is said. <call>"]
 
 
 def test_one_process_serves_all() -> None:
@@ -158,13 +157,54 @@ def test_one_process_serves_all() -> None:
 def test_a_worker_that_ended_for_want_of_work_is_started_again() -> None:
     worker = Worker()
     job = {"template": "x", "chats": [[USER]], "names": {}, "seconds": 5, "most": 100}
-    assert worker.ask(json.dumps(job)) == {"texts": ["x"]}
+    assert worker.ask(job) == {"texts": ["x"]}
     assert worker._process is not None
     assert worker._process.stdin is not None
-    worker._process.stdin.close()  # as if it had seen the end of its input
-    worker._process.wait()
-    assert worker.ask(json.dumps(job)) == {"texts": ["x"]}
+    worker._process.stdin.write("")
+    os.close(
+        os.dup2(os.open(os.devnull, os.O_WRONLY), worker._process.stdin.fileno())
+    )  # as its end
+    for _ in range(3):
+        assert worker.ask(job) == {"texts": ["x"]}
     worker.close()
+
+
+def test_no_reply_is_another_chats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupted render's reply comes late: to nobody."""
+    slow = "{% for i in range(9000) %}{% for j in range(999) %}{% endfor %}{% endfor %}SECRET"
+    before = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            render(slow, [[USER]], {})
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    for text in ("B", "C"):
+        assert render(text, [[USER]], {}) == [text]
+
+
+def test_an_interrupt_at_the_terminal_leaves_the_process() -> None:
+    """Ctrl-C goes to every process of the terminal; this one says what becomes of it."""
+    render("x", [[USER]], {})
+    process = templates._worker._process
+    assert process is not None
+    process.send_signal(signal.SIGINT)
+    assert render("y", [[USER]], {}) == ["y"]
+    assert templates._worker._process is process
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_renders_by_itself() -> None:
+    render("x", [[USER]], {})
+    with templates._worker._lock:  # as another thread may hold it
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            os._exit(0 if render("z", [[USER]], {}) == ["z"] else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert render("y", [[USER]], {}) == ["y"]
 
 
 def test_what_the_process_says_at_its_end_reaches_the_user(
@@ -175,10 +215,10 @@ def test_what_the_process_says_at_its_end_reaches_the_user(
     monkeypatch.setattr(templates, "CHILD", broken)
     worker = Worker()
     with pytest.raises(TemplateError, match=r"status 1: the moon is in the way"):
-        worker.ask("{}")
+        worker.ask({})
     monkeypatch.undo()
     monkeypatch.setattr(sys, "path", [])
-    assert "No module named 'jinja2'; install jinja2" in worker.ask("{}")["error"]
+    assert "No module named 'jinja2'; install jinja2" in worker.ask({})["error"]
     worker.close()
 
 
@@ -212,7 +252,7 @@ def test_a_python_is_found_where_sys_names_none(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(
         TemplateError, match=r"no Python 3\.\d+ was found beside /nowhere; use --raw"
     ):
-        Worker().ask("{}")
+        Worker().ask({})
 
 
 def pack_with(**named: str) -> Pack:
@@ -280,7 +320,7 @@ def test_the_time_zone_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
             "seconds": 5,
             "most": 9,
         }
-        hours.add(worker.ask(json.dumps(job))["texts"][0])
+        hours.add(worker.ask(job)["texts"][0])
         worker.close()
     assert len(hours) == 2
 

@@ -132,8 +132,26 @@ def test_templates_of_folders(tmp_path: Path) -> None:
     assert names == {"tokenizer.json", "tokenizer_config.json", "chat_template.json", "chat_template.jinja",
                      "rag.jinja"}  # fmt: skip
     (path / "chat_template.jinja").write_text("x" * (MAX_TEMPLATE + 1))
-    with pytest.raises(CheckpointError, match=r"chat_template\.jinja: 1,048,577 bytes"):
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja: 262,145 bytes"):
         read(path)
+
+
+def test_settings_of_another_kind(tmp_path: Path) -> None:
+    path = folder(
+        tmp_path, ["<s>", "</s>"], generation_config={"eos_token_id": "b", "bos_token_id": 2**40},
+        tokenizer_config={"added_tokens_decoder": {"²": {"content": "x"}}, "bos_token": ["x"]},
+    )  # fmt: skip
+    spec = read(path, eos_token_id=[True, -1, None, {"a": 1}, E, 10**30])
+    assert (spec.bos, spec.eos) == (None, (E,))
+    for bad in (5, {"default": "x"}, ["x"]):
+        folder(tmp_path, tokenizer_config={"chat_template": bad})
+        with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: 'chat_template' is"):
+            read(path)
+    odd = json.loads((path / "tokenizer.json").read_text())
+    odd["post_processor"] = {"single": [{"SpecialToken": {"id": ["x"]}}], "special_tokens": []}
+    (path / "tokenizer.json").write_text(json.dumps(odd))
+    folder_spec = of_gguf({"tokenizer.ggml.tokens": [["a"]], "tokenizer.ggml.eos_token_id": 0})
+    assert folder_spec.eos == ()
 
 
 TOKENS = ["a", "b", "#", *SPECIAL]

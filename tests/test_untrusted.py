@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from outsize.decode.template import render
 from outsize.decode.tokens import Tokens
-from outsize.decode.untrusted import BREAK, CLOSE, OPEN
+from outsize.decode.untrusted import BREAK, CLOSE, OPEN, Marks
 from outsize.errors import OptionError
 
 CONTROL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|im_", "a><b", "[INST]"]
@@ -216,9 +217,20 @@ def test_a_tokenizer_that_finds_control_tokens_in_normalized_text() -> None:
 
 
 def test_marking_long_texts_is_quick() -> None:
-    made = byte_level()
-    made.add_special_tokens([f"<unused{i}>" for i in range(6000)])
-    tokens = Tokens(made, None, False)
-    text = tokens.marks.mark("x < y <unu and so on " * 20_000)
-    assert isinstance(text, str)
-    assert tokens.marks.broken(text) == text
+    """Gemma has six thousand control tokens: one alternative each took seconds."""
+    marks = Marks([f"<unused{i}>" for i in range(6000)] + ["x" * 300, "<unused1", "<unused12>>"])
+    marks.mark("<")
+    started = time.perf_counter()
+    for typed in ("x < y <unu and so on " * 20_000, "<unused" * 50_000, "<unused7>" * 5_000):
+        text = marks.mark(typed)
+        assert isinstance(text, str)
+        assert marks.broken(text).replace(BREAK, "") == typed
+    assert time.perf_counter() - started < 2.0  # .1 s here
+    longest = "<unused12>> <unused12> <unused1 " + "x" * 300
+    assert marks.names(longest) == ["<unused12>>", "<unused12>", "<unused1", "x" * 300]
+
+
+def test_a_text_that_the_tokenizer_has_no_token_for() -> None:
+    made = Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]"))
+    with pytest.raises(OptionError, match="tokenizer cannot encode this text"):
+        Tokens(made, None, False).encode("b")

@@ -51,6 +51,7 @@ class Conversation:
         self.dropped = 0  # messages that the last turn let go
         self._past = Past(model.new_kv(model.context))
         self._streaming: Streaming | None = None
+        self._cancelled = False
 
     @property
     def reply(self) -> Reply:
@@ -60,6 +61,7 @@ class Conversation:
 
     def cancel(self) -> None:
         """End the present reply."""
+        self._cancelled = True
         if self._streaming is not None:
             self._streaming.cancel()
 
@@ -76,9 +78,15 @@ class Conversation:
     def parts(self, text: str) -> Iterator[Piece]:
         """One turn: pieces of the reply ("text") and of what the model thinks ("reasoning"). What it thought
         is not part of the history."""
+        self._streaming, self._cancelled = None, False
+        return self._turn(text)
+
+    def _turn(self, text: str) -> Iterator[Piece]:
         messages = self._fitting([*self.messages, {"role": "user", "content": text}])
         streaming = self._model.stream_from(messages, self.options, self._past)
         self._streaming = streaming
+        if self._cancelled:
+            streaming.cancel()
         try:
             yield from streaming.parts
         finally:
@@ -103,8 +111,8 @@ class Conversation:
         way_out = (
             "this message alone does not fit: shorten it"
             if not _later_turns(messages)
-            else "/reset forgets what was said, --overflow drop-oldest (here: /overflow drop-oldest) lets "
-            "the oldest turns go"
+            else "/reset forgets what was said, --overflow drop-oldest (here: /overflow drop-oldest; in "
+            "Python: overflow=) lets the oldest turns go"
         )
         raise ContextError(
             f"the chat has {size:,} tokens, the context holds {context:,}; {way_out}, and --context makes it "

@@ -44,7 +44,11 @@ def pack(
 ) -> Pack:
     """Fetch and pack a model, or find the pack that is there; `refresh` asks the hub whether there is a
     newer revision. Raises OutsizeError."""
-    found = None if refresh and model.startswith("hf:") else find(model, encoding)
+    if refresh and not model.startswith("hf:"):
+        raise OptionError(
+            f"{model}: only models of the hub (hf:...) can be refreshed; files are seen to"
+        )
+    found = None if refresh else find(model, encoding)
     if found is not None:
         return found
     spec, folder = source.parse(model), store.home() / "packs"

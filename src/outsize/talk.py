@@ -24,7 +24,6 @@ HELP = (
 
 def chat(name: str, options: Options, how: How) -> None:
     """Turns until /bye, Ctrl-D, or Ctrl-C at the prompt."""
-    checked_overflow(how.overflow)
     with open_model(name, how) as model:
         if model.pack.chat_template is None:
             raise TemplateError(

@@ -15,6 +15,7 @@ from types import FrameType
 from outsize import loading, planning
 from outsize.api import Model
 from outsize.checkpoint.source import names_model
+from outsize.conversation import checked_overflow
 from outsize.decode.channels import REASONING, TEXT, Piece
 from outsize.errors import OptionError, PackError
 from outsize.loading import Wishes
@@ -58,6 +59,7 @@ def understand(arguments: Sequence[str], model: str | None) -> tuple[str, str | 
 
 
 def open_model(name: str, how: How) -> Model:
+    checked_overflow(how.overflow)
     started, w = time.perf_counter(), how.wishes
     model = loading.load(
         name,
@@ -128,16 +130,18 @@ def show(parts: Iterator[Piece], shown: bool, thinking: bool | None = None) -> N
     styled = sys.stdout.isatty() and not no_color()
     thinking = sys.stdout.isatty() if thinking is None else thinking
     last = TEXT
-    for kind, piece in parts:
-        if not shown or (kind == REASONING and not thinking):
-            continue
-        if kind != last:
-            sys.stdout.write(_turn(kind, styled))
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-        last = kind
-    if shown:
-        print(_turn(TEXT, styled).rstrip("\n") if last == REASONING else "", flush=True)
+    try:
+        for kind, piece in parts:
+            if not shown or (kind == REASONING and not thinking):
+                continue
+            if kind != last:
+                sys.stdout.write(_turn(kind, styled))
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+            last = kind
+    finally:
+        if shown:
+            print(_turn(TEXT, styled).rstrip("\n") if last == REASONING else "", flush=True)
 
 
 def _turn(kind: str, styled: bool) -> str:

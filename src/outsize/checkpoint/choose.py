@@ -122,12 +122,20 @@ def _folder(place: Place, file: str = "") -> Choice:
 
 def _models(place: Place) -> list[str]:
     """The GGUFs that may be the model: of a split one its first part."""
-    found = [n for n in place.names if n.lower().endswith(".gguf") and n == parts_of(n)[0]]
+    found = [n for n in place.names if n.lower().endswith(".gguf") and _is_first(n)]
     found = [n for n in found if not is_never_a_model(n)]
     found = [n for n in found if not is_rarely_a_model(n)] or found
     if len(found) > 1:
         found = [n for n in found if place.type_of(n) in ("", "model")] or found
     return found
+
+
+def _is_first(name: str) -> bool:
+    """Of its parts; a number of parts that cannot be is no model's."""
+    try:
+        return name == parts_of(name)[0]
+    except CheckpointError:
+        return False
 
 
 def _only(place: Place, names: list[str]) -> str:

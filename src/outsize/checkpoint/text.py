@@ -19,7 +19,8 @@ from outsize.checkpoint.pretokenizers import default_add_bos
 from outsize.checkpoint.read_json import MAX_JSON, parse_json, read_json
 from outsize.errors import CheckpointError
 
-MAX_TEMPLATE = 1 << 20
+MAX_ID = 1 << 31
+MAX_TEMPLATE = 256 << 10  # bytes or characters; the longest published one has 30,000
 # Tokens that end a turn or a text whichever model has them. Files that name only the end of a document are
 # common; llama.cpp goes by the texts, too.
 ENDS = (
@@ -43,7 +44,7 @@ class Vocabulary:
     added: frozenset[int]
 
     def ends(self, named: Iterable[object]) -> tuple[int, ...]:
-        """The ids among `named` (ids, names, lists of them), then those known by their text."""
+        """The ids among `named` (ids, lists of them, None), then those known by their text."""
         known = [self.ids[text] for text in ENDS if text in self.ids]
         if "<|return|>" in self.ids and "<|end|>" in self.ids:  # gpt-oss: ends a channel
             known.remove(self.ids["<|end|>"])
@@ -55,10 +56,12 @@ class Vocabulary:
                 yield from self._ids(value)
             elif isinstance(value, np.ndarray):
                 yield from self._ids(value.ravel().tolist())
-            elif isinstance(value, str):
-                yield from [self.ids[value]] if value in self.ids else []
-            elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            elif isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_ID:
                 yield value
+
+    def named(self, name: object) -> int | None:
+        """The id of a token's name."""
+        return self.ids.get(name) if isinstance(name, str) else None
 
     def first(self, named: Iterable[object]) -> int | None:
         """The first of them that there is."""
@@ -90,8 +93,14 @@ def of_folder(folder: Path, config: Mapping[str, object]) -> TokenizerSpec:
     names = _names(folder, settings)
     leading = _leading(tokenizer, vocabulary)
     ids = [s.get("bos_token_id") for s in sources]
-    bos = leading if leading is not None else vocabulary.first([names.get("bos_token"), *ids])
-    every = vocabulary.ends([names.get("eos_token"), *(s.get("eos_token_id") for s in sources)])
+    bos = (
+        leading
+        if leading is not None
+        else vocabulary.first([vocabulary.named(names.get("bos_token")), *ids])
+    )
+    every = vocabulary.ends(
+        [vocabulary.named(names.get("eos_token")), *(s.get("eos_token_id") for s in sources)]
+    )
     # An ordinary piece of text is the default of a config's class, where others are named.
     ends = tuple(i for i in every if i in vocabulary.added) or every
     by_id = {i: text for text, i in vocabulary.ids.items()}
@@ -134,7 +143,7 @@ def _vocabulary(tokenizer: Mapping[str, object], more: Mapping[str, object]) -> 
     tokens = [t for t in added if isinstance(t, dict)] if isinstance(added, list) else []
     named = {str(t.get("content")): t["id"] for t in tokens if isinstance(t.get("id"), int)}
     for i, token in more.items():
-        if i.isdigit() and isinstance(token, dict):
+        if i.isdecimal() and len(i) <= 9 and isinstance(token, dict):
             named.setdefault(str(token.get("content")), int(i))
     return Vocabulary(ids | named, frozenset(named.values()))
 
@@ -185,10 +194,10 @@ def _leading(tokenizer: Mapping[str, object], vocabulary: Vocabulary) -> int | N
         first = single[0] if isinstance(single, list) and single else None
         token = first.get("SpecialToken") if isinstance(first, dict) else None
         if isinstance(token, dict):
-            table = step.get("special_tokens")
-            entry = table.get(token.get("id")) if isinstance(table, dict) else None
+            table, name = step.get("special_tokens"), str(token.get("id"))
+            entry = table.get(name) if isinstance(table, dict) else None
             listed = entry.get("ids") if isinstance(entry, dict) else None
-            return vocabulary.first([listed, token.get("id")])
+            return vocabulary.first([listed, vocabulary.named(name)])
     return None
 
 
@@ -220,19 +229,37 @@ def _templates(folder: Path, settings: Mapping[str, object]) -> dict[str, str]:
     files |= {p.stem: p for p in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
     if files:
         return {name: _read_template(p) for name, p in files.items()}
-    stated = settings.get("chat_template") or _optional(folder / "chat_template.json").get(
-        "chat_template"
-    )
-    return named_templates(stated)
+    stated, where = settings.get("chat_template"), "tokenizer_config.json"
+    if stated is None:
+        stated, where = (
+            _optional(folder / "chat_template.json").get("chat_template"),
+            "chat_template.json",
+        )
+    return named_templates(stated, where)
 
 
-def named_templates(value: object) -> dict[str, str]:
-    """One template, or a list of {"name", "template"}, by name."""
-    if isinstance(value, str):
-        return {"default": value}
-    items = [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
+def named_templates(value: object, where: str) -> dict[str, str]:
+    """One template, or a list of {"name", "template"}, by name. Raises CheckpointError."""
+    if value is None:
+        return {}
+    items = [{"name": "default", "template": value}] if isinstance(value, str) else value
+    if not isinstance(items, list) or not all(isinstance(v, dict) for v in items):
+        raise CheckpointError(
+            f"{where}: 'chat_template' is {str(value)[:80]!r}; a text, or a list of names with templates, "
+            "is expected"
+        )
     pairs = [(v.get("name"), v.get("template")) for v in items]
-    return {n: t for n, t in pairs if isinstance(n, str) and isinstance(t, str)}
+    return _bounded({n: t for n, t in pairs if isinstance(n, str) and isinstance(t, str)}, where)
+
+
+def _bounded(templates: dict[str, str], where: str) -> dict[str, str]:
+    for name, text in templates.items():
+        if len(text) > MAX_TEMPLATE:
+            raise CheckpointError(
+                f"{where}: chat template {name[:80]!r} has {len(text):,} characters, at most "
+                f"{MAX_TEMPLATE:,} are rendered; shorten or remove it"
+            )
+    return templates
 
 
 # --- GGUF -----------------------------------------------------------------------------------------
@@ -243,7 +270,8 @@ def of_gguf(head: Mapping[str, object]) -> TokenizerSpec:
     prefix = "tokenizer.ggml."
     arrays = {k.removeprefix(prefix): v for k, v in head.items() if k.startswith(prefix)}
     listed, types = arrays.get("tokens"), arrays.get("token_type")
-    tokens = cast("list[str]", listed) if isinstance(listed, list) else []
+    sound = isinstance(listed, list) and all(isinstance(t, str) for t in listed)
+    tokens = cast("list[str]", listed) if sound else []  # what it is not, `tokenizer.check` says
     kinds = types.tolist() if isinstance(types, np.ndarray) else []
     added = frozenset(i for i, kind in enumerate(kinds) if kind in (2, 3, 4))
     ids = {text: i for i, text in reversed(list(enumerate(tokens)))}
@@ -283,4 +311,5 @@ def _gguf_templates(head: Mapping[str, object]) -> dict[str, str]:
         if k.startswith(key + ".") and isinstance(v, str)
     }
     default = head.get(key)
-    return found | ({"default": default} if isinstance(default, str) else {})
+    found |= {"default": default} if isinstance(default, str) else {}
+    return _bounded(found, "tokenizer.chat_template")

@@ -40,7 +40,9 @@ def made(text: str) -> Tokenizer:
     """The library's tokenizer. Raises CheckpointError."""
     try:
         return Tokenizer.from_str(text)
-    except Exception as e:  # the library raises bare Exception
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as e:  # the library raises bare Exception, and panics
         raise _bad(str(e)[:200]) from None
 
 

@@ -68,12 +68,14 @@ def choose(pack: Pack, arguments: dict[str, object]) -> str:
         if name in arguments:
             raise OptionError(f"template argument {name!r} is set by outsize; leave it out")
     known, asked = pack.chat_templates, arguments.pop(NAME, None)
+    if asked is not None and not isinstance(asked, str):
+        raise OptionError(f"template argument {NAME} is {asked!r}; a template's name is expected")
     wanted = [asked] if asked is not None else []
     if asked is None:
         wanted += ["tool_use"] if arguments.get("tools") else []
         wanted += ["rag"] if arguments.get("documents") else []
         wanted += ["default", *(known if len(known) == 1 else ())]
-    found = next((known[str(name)] for name in wanted if name in known), None)
+    found = next((known[name] for name in wanted if name in known), None)
     if found is None:
         what = "no default chat template" if asked is None else f"no chat template {asked!r}"
         raise OptionError(

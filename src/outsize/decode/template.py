@@ -15,10 +15,10 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from outsize.errors import OptionError, TemplateError
 
-MAX_TEMPLATE = 256 << 10
 MAX_TEXT = 16 << 20
 TIME_LIMIT_S = 10
 CHILD = Path(__file__).with_name("template_child.py")
@@ -31,21 +31,16 @@ def render(
 ) -> list[str]:
     """The prompt of each chat, ready for the model's reply unless `answer` is False. `names` are the
     template's variables beside the messages. Raises TemplateError."""
-    if len(template) > MAX_TEMPLATE:
-        raise TemplateError(
-            f"the chat template has {len(template):,} characters, at most {MAX_TEMPLATE:,} are "
-            "rendered; use --raw to do without it"
-        )
     variables = {"tools": None, "documents": None, **names, "add_generation_prompt": answer}
     job = {
         "template": template, "chats": [[dict(m) for m in c] for c in chats], "names": variables,
         "seconds": TIME_LIMIT_S, "most": MAX_TEXT,
     }  # fmt: skip
     try:
-        line = json.dumps(job)
+        json.dumps(job["chats"]), json.dumps(variables)
     except (TypeError, ValueError, RecursionError) as e:
         raise OptionError(f"messages and template arguments must be JSON: {e}") from None
-    reply = _worker.ask(line)
+    reply = _worker.ask(job)
     if "refusal" in reply:
         said = " ".join(str(reply["refusal"]).split())
         raise TemplateError(f"the model's chat template refuses these messages: {said}")
@@ -73,44 +68,52 @@ class Worker:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
-        self._owner = 0  # the process that started it: a fork must not share its pipes
         self._lock = threading.Lock()
 
-    def ask(self, job: str) -> dict[str, list[str]]:
+    def ask(self, job: Mapping[str, object]) -> dict[str, Any]:
         """One job, one reply. Raises TemplateError."""
         with self._lock:
-            process = self._running()
-            line, is_late = _exchange(process, job)
-            if (
-                not line and not is_late and process.poll() == 0
-            ):  # it had just ended for want of work
+            try:
+                line = self._exchanged(job)
+            except BaseException:  # interrupted: its reply must not become another's
                 self.close()
-                line, is_late = _exchange(process := self._running(), job)
-            if not line:
-                process.kill()
-                said = _last_words(process)
-                self.close()
-                raise TemplateError(
-                    f"the chat template ran longer than {TIME_LIMIT_S} s"
-                    if is_late
-                    else f"the chat template's process ended with status {process.wait()}{said}"
-                )
-        reply: dict[str, list[str]] = json.loads(line)
+                raise
+        reply: dict[str, Any] = json.loads(line)
         return reply
 
+    def _exchanged(self, job: Mapping[str, object]) -> str:
+        """The reply's line; asked once more if the process had just ended for want of work."""
+        text = json.dumps(job)
+        for is_last in (False, True):
+            process = self._running()
+            line, is_late = _exchange(process, text)
+            if line.endswith("\n"):
+                return line
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(1)
+            if is_late or is_last or process.returncode != 0:
+                break
+            self.close()
+        process.kill()
+        said, status = _last_words(process), process.wait()
+        self.close()
+        raise TemplateError(
+            f"the chat template ran longer than {TIME_LIMIT_S} s"
+            if is_late
+            else f"the chat template's process ended with status {status}{said}"
+        )
+
     def _running(self) -> subprocess.Popen[str]:
-        if self._owner != os.getpid():
-            self._process = None
         if self._process is not None and self._process.poll() is None:
             return self._process
         self.close()
-        self._process, self._owner = _start(), os.getpid()
+        self._process = _start()
         return self._process
 
     def close(self) -> None:
         """End the process, if it runs."""
         process, self._process = self._process, None
-        if process is None or self._owner != os.getpid():
+        if process is None:
             return
         process.kill()
         for pipe in (process.stdin, process.stdout, process.stderr):
@@ -174,5 +177,14 @@ def _last_words(process: subprocess.Popen[str]) -> str:
     return ""
 
 
-_worker = Worker()
-atexit.register(_worker.close)
+def _after_fork() -> None:
+    """A fork has no part in its parent's process, nor in a lock that another thread held."""
+    global _worker
+    _inherited.append(_worker)  # kept, so that nothing ends the parent's
+    _worker = Worker()
+
+
+_worker, _inherited = Worker(), list[Worker]()
+atexit.register(lambda: _worker.close())
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_after_fork)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import select
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -125,11 +126,13 @@ class Chat:
         }[kind]
         try:
             text: str = self.template.render(messages=tried, **self.names)
+            if kind == "parts":
+                return PROBE in text and "'type'" not in text
+            tried[-1] = said | {"content": ""}
+            plain: str = self.template.render(messages=tried, **self.names)
         except Exception:  # whatever a template does wrong
             return False
-        if kind == "parts":
-            return PROBE in text and "'type'" not in text
-        return "None" not in text
+        return text.count("None") <= plain.count("None")
 
 
 def answer(env: Any, job: Job) -> Job:
@@ -153,6 +156,7 @@ def answer(env: Any, job: Job) -> Job:
 def main() -> None:
     """Serve jobs until there are no more."""
     sys.path[:] = json.loads(sys.argv[1])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: the parent decides
     try:
         env = environment()
     except ImportError as e:

@@ -31,7 +31,12 @@ class Tokens:
         self._control = {
             i: t.content for i, t in added.items() if t.special or LOOKS.fullmatch(t.content)
         }
-        self._late = any(added[i].normalized for i in self._control)  # found in normalized text
+        # Those that the library looks for in normalized text; the unknown token it puts there by itself.
+        unknown = getattr(tokenizer.model, "unk_token", None)
+        self._normalized = frozenset(
+            i for i, n in self._control.items() if added[i].normalized and n != unknown
+        )
+        self._late = bool(self._normalized)
         self.marks = Marks(list(self._control.values()))
         # What a model answered is split by templates at the tags of its reasoning.
         tags = {tag for pair in TAGS for tag in pair}
@@ -46,7 +51,12 @@ class Tokens:
         return ids if not start or ids[: len(self.start)] == self.start else self.start + ids
 
     def _encoded(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except (
+            Exception
+        ) as e:  # the library raises bare Exception, as for a word that it has no token for
+            raise OptionError(f"the model's tokenizer cannot encode this text: {e}") from None
         return ids
 
     def _encoded_apart(self, text: str) -> list[int]:
@@ -73,7 +83,7 @@ class Tokens:
                 self._tokenizer.normalizer = normalizers.Sequence(
                     steps
                 )  # runs after the search for names
-                ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+                ids = self._encoded(text)
             finally:
                 self._tokenizer.normalizer = before
         self._refuse_forged(text, ids)
@@ -81,8 +91,10 @@ class Tokens:
 
     def _refuse_forged(self, text: str, ids: Sequence[int]) -> None:
         """A few tokenizers look for control tokens in normalized text, where no mark is left."""
+        if not self._late:
+            return
         allowed = [name for part in text.split(BREAK) for name in self.marks.names(part)]
-        made = sorted(self._control[i] for i in ids if i in self._control)
+        made = [self._control[i] for i in ids if i in self._normalized]
         extra = [name for name in made if made.count(name) > allowed.count(name)]
         if extra:
             raise OptionError(

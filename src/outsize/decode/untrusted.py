@@ -13,9 +13,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # noncharacters: no text has them
 BREAK = OPEN
+LONGEST = 200  # characters of a name that shares its beginning with others
 _ESCAPED = {
     f"\\u{ord(mark):04x}": mark for mark in (OPEN, CLOSE)
 }  # as a template's tojson may write them
@@ -33,7 +35,7 @@ class Marks:
 
     @cached_property
     def _either(self) -> str:
-        return "|".join(map(re.escape, self._sorted)) or "(?!)"
+        return _any_of(self._sorted)
 
     @cached_property
     def _names(self) -> re.Pattern[str]:
@@ -88,3 +90,23 @@ class Marks:
             return text
         text = self._marked.sub(lambda m: BREAK.join(m[1] or m[2] or m[3]) + BREAK, text)
         return text.replace(CLOSE, BREAK)
+
+
+def _any_of(names: Sequence[str]) -> str:
+    """A pattern of the longest of these names, by their common beginnings: one after the other, thousands of
+    them would be tried at each place."""
+    tree: dict[str, Any] = {}
+    for name in names:
+        node = tree
+        for c in name if len(name) <= LONGEST else "":
+            node = node.setdefault(c, {})
+        if node is not tree:
+            node[""] = {}
+    long = [re.escape(name) for name in names if len(name) > LONGEST]
+    return "|".join([*long, *([_pattern(tree)] if tree else [])]) or "(?!)"
+
+
+def _pattern(node: dict[str, Any]) -> str:
+    rest = [re.escape(c) + _pattern(below) for c, below in node.items() if c]
+    body = rest[0] if len(rest) == 1 else f"(?:{'|'.join(rest)})" if rest else ""
+    return f"(?:{body})?" if body and "" in node else body

@@ -16,21 +16,14 @@ from outsize.errors import UnsupportedError
 from outsize.family.config import GGUF_KEYS, Config, plain
 
 Fixed = Mapping[str, tuple[object, ...]]
-NOTHING: tuple[object, ...] = (
-    None,
-    False,
-    0,
-    1,
-    "",
-    [],
-    {},
-)  # no bias, a multiplier of 1, ...
+NOTHING: tuple[object, ...] = (None, False, 0, "", [], {})  # no bias, no window, ...
 WORDS = {
     "scale", "scales", "scaled", "scaling", "scalar", "multiplier", "mscale", "alpha", "bias", "cap",
     "capping", "softcap", "softcapping", "clip", "clamp", "norm", "layernorm", "rmsnorm", "rope",
     "rotary", "yarn", "alibi", "window", "sliding", "act", "activation", "gating", "sink", "sinks",
     "expert", "experts",
 }  # fmt: skip
+MULTIPLIERS = {"scale", "scales", "scaling", "scalar", "multiplier", "mscale", "factor"}
 # Of how a model was trained, kept, split over devices or is sampled from; or said again elsewhere; or of
 # parts that a family does not have.
 NEUTRAL = {
@@ -45,6 +38,15 @@ NEUTRAL = {
 FIXED: dict[str, tuple[object, ...]] = {
     "is_encoder_decoder": (False,),
     "is_causal": (None, True),
+    "causal": (None, True),
+    "parallel_residual": (None, False),
+    "use_parallel_residual": (None, False),
+    "position_embedding_type": (None, "rope", "rotary"),
+    "normalize_embedding": (None, False),
+    "attn_temperature_tuning": (None, False),
+    "attention_chunk_size": (None,),
+    "first_k_dense_replace": (None, 0),
+    "attn_type": (None, "full"),
     "add_cross_attention": (False,),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
@@ -82,8 +84,8 @@ def check(
         elif key in NEUTRAL or not WORDS & set(key.split("_")):
             continue
         else:
-            allowed = NOTHING
-        if value not in allowed or (allowed is NOTHING and value is True):
+            allowed = (*NOTHING, 1) if MULTIPLIERS & set(key.split("_")) else NOTHING
+        if not any(value is a or (value == a and value is not True) for a in allowed):
             raise _refusal(family, key, value, allowed)
 
 

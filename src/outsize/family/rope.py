@@ -32,6 +32,8 @@ def rope(config: Config, kind: str = "") -> Rope:
         return _gguf(config)
     table = _table(config, kind)
     base = _positive(table, "rope_theta")
+    if base <= 1:
+        raise CheckpointError(f"config: rope_theta is {base}, more than 1 is expected")
     how = _kind(table)
     if how == "default":
         return Rope(base)

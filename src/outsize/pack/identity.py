@@ -8,9 +8,12 @@ not in weights and layout, share their records.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from outsize.checkpoint.read_json import MAX_JSON
+from outsize.errors import CheckpointError
 from outsize.pack.parts import Record, TablePlan
 
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
@@ -33,8 +36,13 @@ def identity(weights: str, beside: Iterable[Path]) -> str:
     """Of weights with this hash and the files beside them."""
     digest, files = hashlib.sha256(weights.encode()), list(beside)
     for path in files:
+        size = path.stat().st_size
+        if size > MAX_JSON:
+            raise CheckpointError(
+                f"{path}: {size:,} bytes, at most {MAX_JSON:,} are read; remove it"
+            )
         content = path.read_bytes()
-        digest.update(f"\n{path.name} {len(content)}\n".encode() + content)
+        digest.update(b"\n%b %d\n" % (os.fsencode(path.name), len(content)) + content)
     return digest.hexdigest() if files else weights
 
 

@@ -66,7 +66,10 @@ def remove(folder: Path, name: str) -> int:
     if Path(name).name != name or name.startswith(".") or not path.is_dir():
         known = ", ".join(p.name for p in folder.glob("[!.]*")) if folder.is_dir() else ""
         raise SourceError(f"no pack named {name!r}; there are: {known or 'none'}")
-    size = sum(p.stat().st_size for p in path.iterdir())
     with filelock.FileLock(folder / f".{name}.lock"):
-        shutil.rmtree(path)
+        try:
+            size = sum(p.stat().st_size for p in path.iterdir())
+            shutil.rmtree(path)
+        except FileNotFoundError:
+            raise SourceError(f"no pack named {name!r}: another process removed it") from None
     return size

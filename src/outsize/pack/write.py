@@ -29,7 +29,7 @@ from outsize.checkpoint.ggml import Floats
 from outsize.encoding.find import encoding
 from outsize.encoding.group import Group
 from outsize.encoding.int4 import Int4
-from outsize.errors import DiskFullError, PackError
+from outsize.errors import DiskFullError, PackError, SourceError
 from outsize.family.find import recipe as find_recipe
 from outsize.pack import store
 from outsize.pack.format import (
@@ -99,9 +99,15 @@ def write(
             free, size = shutil.disk_usage(home).free, sum(t.header.size for t in tables)
             say(f"packing {size / 1e6:,.0f} MB into {final} ({free / 1e9:,.1f} GB free)")
         made = _write_whole(draft, checkpoint, tables, twin, progress)
-    if twin is not None and twin.source.spec == how.spec:  # the model as it was before
-        store.remove(home, twin.path.name)
+    if twin is not None and _succeeds(source, twin.source):
+        with suppress(SourceError):  # another process was first
+            store.remove(home, twin.path.name)
     return made
+
+
+def _succeeds(new: Source, old: Source) -> bool:
+    """Is that the same model, packed the same way, as it was before?"""
+    return (new.spec, new.encoding) == (old.spec, old.encoding)
 
 
 def _source(
@@ -148,9 +154,8 @@ def _write_whole(
     folder = home / f".{name}.tmp-{os.getpid()}"
     folder.mkdir()
     try:
-        headers = (
-            _write_tables(folder, tables, progress) if twin is None else _link_tables(folder, twin)
-        )
+        headers = None if twin is None else _link_tables(folder, twin)
+        headers = headers or _write_tables(folder, tables, progress)
         pack = _write_text(replace(draft, tables=headers), folder, checkpoint)
         _sync(folder)
         os.rename(folder, draft.path)
@@ -185,13 +190,17 @@ def _write_text(draft: Pack, folder: Path, checkpoint: Checkpoint) -> Pack:
     return pack
 
 
-def _link_tables(folder: Path, twin: Pack) -> tuple[TableHeader, ...]:
-    """The records of another pack: the same bytes on disk where the file system can."""
-    for table in twin.tables:
-        try:
-            os.link(twin.path / table.file, folder / table.file)
-        except OSError:
-            shutil.copyfile(twin.path / table.file, folder / table.file)
+def _link_tables(folder: Path, twin: Pack) -> tuple[TableHeader, ...] | None:
+    """The records of another pack: the same bytes on disk where the file system can. None if that pack is
+    gone."""
+    try:
+        for table in twin.tables:
+            try:
+                os.link(twin.path / table.file, folder / table.file)
+            except OSError:
+                shutil.copyfile(twin.path / table.file, folder / table.file)
+    except FileNotFoundError:
+        return None
     return twin.tables
 
 
