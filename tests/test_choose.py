@@ -293,6 +293,8 @@ def test_shadows_of_files_and_links_to_themselves(tmp_path: Path) -> None:
     folder = tiny.write_folder(tmp_path / "f", "llama")
     (folder / "._model.safetensors").write_bytes(b"\0\5\26\7Mac OS X")
     assert open_checkpoint(folder).files == (folder / "model.safetensors",)
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    assert open_checkpoint(folder).files == (folder / "weights.safetensors",)
 
 
 def test_an_odd_name_beside_a_model() -> None:

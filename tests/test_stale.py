@@ -222,6 +222,14 @@ def test_files_of_one_size_and_time(home: Path, tmp_path: Path) -> None:
     for path in folder.iterdir():
         os.utime(path, (1, 1))
     library.pack(str(folder), quiet=True)
+    other = tmp_path / "other.safetensors"
+    shutil.copy(folder / "model.safetensors", other)
+    for path in (other, folder / "model.safetensors"):
+        os.utime(path, (1, 1))
+    before = library.pack(str(folder), quiet=True).source.files
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(other)
+    assert library.pack(str(folder), quiet=True).source.files != before
     template = folder / "chat_template.jinja"
     template.write_text("x" * len(tiny.TEMPLATE))
     os.utime(template, (1, 1))

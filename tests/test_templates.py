@@ -297,6 +297,10 @@ def test_arguments_are_json_where_they_can_be() -> None:
         "no": False, "t": True, "z": None,
     }  # fmt: skip
     assert parse_arguments([]) is None
+    with pytest.raises(
+        OptionError, match="enable_thinking is true or false"
+    ):  # a word would be true
+        parse_arguments(["enable_thinking=off"])
     for bad in ("novalue", "=x", "a b=1"):
         with pytest.raises(OptionError, match="KEY=VALUE is expected"):
             parse_arguments([bad])

@@ -11,7 +11,8 @@ import pytest
 from tokenizers import Tokenizer, models, processors
 
 from outsize.checkpoint.foreign import TokenizerSpec
-from outsize.checkpoint.text import MAX_TEMPLATE, of_folder, of_gguf, sidecars
+from outsize.checkpoint.templates import MAX_TEMPLATE
+from outsize.checkpoint.text import of_folder, of_gguf, sidecars
 from outsize.checkpoint.tokenizer import build
 from outsize.errors import CheckpointError
 

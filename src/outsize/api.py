@@ -73,7 +73,8 @@ class Model:
         self.adapters: dict[str, Adapter] = {}
         self.context = placement.context
         self.given_up = 0  # bytes of weights that were held at first, and had to go
-        self._format = format_of(tokens, pack.chat_template) if pack.chat_templates else PLAIN
+        templates = "\n".join(pack.chat_templates.values())
+        self._format = format_of(tokens, templates) if templates else PLAIN
         self._watch = budget.Watch(placement.budget)
         self._transformer: Transformer | None = transformer
 

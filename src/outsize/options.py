@@ -92,7 +92,7 @@ def _strings(value: object) -> tuple[str, ...]:
     return tuple(items)
 
 
-WORDS = {"True": "true", "False": "false", "None": "null"}  # as Python has them
+WORDS = {"True": "true", "TRUE": "true", "False": "false", "FALSE": "false", "None": "null"}
 
 
 def parse_arguments(told: Sequence[str]) -> dict[str, object] | None:
@@ -107,6 +107,8 @@ def parse_arguments(told: Sequence[str]) -> dict[str, object] | None:
             made[key] = json.loads(WORDS.get(value, value))
         except (ValueError, RecursionError):
             made[key] = value
+        if key.startswith("enable_") and not isinstance(made[key], bool):
+            raise OptionError(f"--template-arg is {text!r}; {key} is true or false")
     return made or None
 
 

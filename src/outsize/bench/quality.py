@@ -118,7 +118,7 @@ def show(name: str, text: Path, num: int, encoding: str, native: bool, quiet: bo
         tokens = model.tokens.encode(text.read_text(encoding="utf-8"), start=True)[:num]
         if len(tokens) < 32:
             raise OptionError(f"{text} has {len(tokens)} tokens; at least 32 are needed")
-        files = [path for path, _, _ in model.pack.source.files]
+        files = [stat[0] for stat in model.pack.source.files]
         reference = reference_logits(files, tokens)
         q = evaluate(model, tokens, reference, min(256, len(tokens) // 2))
     print(f"{q.model}: {q.tokens} tokens of {text.name}, against transformers in fp32")

@@ -21,6 +21,7 @@ from outsize.checkpoint.names import (
     folder_and_file,
     is_never_a_model,
     is_rarely_a_model,
+    is_shadow,
     join_command,
     parts_of,
     quantization,
@@ -87,14 +88,9 @@ class Choice:
 def choose(place: Place, wish: str = "") -> Choice:
     """The model of a place; `wish` names a file, a folder or a quantization. Raises UserError."""
     place = replace(
-        place, names=tuple(sorted(n for n in place.names if is_inside(n) and not _is_shadow(n)))
+        place, names=tuple(sorted(n for n in place.names if is_inside(n) and not is_shadow(n)))
     )
     return _named(place, wish) if wish else _default(place)
-
-
-def _is_shadow(name: str) -> bool:
-    """A file that macOS keeps beside another on disks that are not its own."""
-    return name.rsplit("/", 1)[-1].startswith("._")
 
 
 def _default(place: Place) -> Choice:

@@ -78,6 +78,11 @@ def parts_of(name: str) -> list[str]:
     return [f"{stem}-{i + 1:05}-of-{count}{suffix}" for i in range(int(count))]
 
 
+def is_shadow(name: str) -> bool:
+    """A file that macOS keeps beside another on disks that are not its own."""
+    return name.rsplit("/", 1)[-1].startswith("._")
+
+
 def is_never_a_model(name: str) -> bool:
     """A vision projector, a vocabulary, or an importance matrix (whose name states no quantization)."""
     matrix = "imatrix" in name.lower() and not QUANTIZATION.search(name)

@@ -32,3 +32,8 @@ def parse_json(path: Path, raw: bytes | bytearray) -> dict[str, object]:
     if not isinstance(value, dict):
         raise fail(path, f"the JSON is a {type(value).__name__}, not an object")
     return cast("dict[str, object]", value)
+
+
+def optional_json(path: Path) -> dict[str, object]:
+    """What `read_json` gives; nothing where there is no such file."""
+    return read_json(path) if path.is_file() else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping
 
-from outsize.checkpoint.names import parts_of
+from outsize.checkpoint.names import is_shadow, parts_of
 from outsize.errors import CheckpointError, SourceError, UnsupportedError
 
 INDEX = "model.safetensors.index.json"
@@ -22,7 +22,7 @@ def weights(
     """Those that the index names; else model.safetensors; else the only file, or the only complete set of
     shards. If `file` is none of these, that file alone. Raises CheckpointError, SourceError,
     UnsupportedError."""
-    top = sorted(n for n in names if "/" not in n and n.endswith(".safetensors"))
+    top = sorted(n for n in names if n.endswith(".safetensors") and not ("/" in n or is_shadow(n)))
     if file.startswith("consolidated"):
         raise UnsupportedError(
             f"{where}: {file} is in Mistral's own layout, which outsize does not read; use "

@@ -14,13 +14,13 @@ from typing import cast
 
 import numpy as np
 
+from outsize.checkpoint import templates
 from outsize.checkpoint.foreign import TokenizerSpec, file_size
 from outsize.checkpoint.pretokenizers import default_add_bos
-from outsize.checkpoint.read_json import MAX_JSON, parse_json, read_json
+from outsize.checkpoint.read_json import MAX_JSON, optional_json, parse_json
 from outsize.errors import CheckpointError
 
 MAX_ID = 1 << 31
-MAX_TEMPLATE = 256 << 10  # bytes or characters; the longest published one has 30,000
 # Tokens that end a turn or a text whichever model has them. Files that name only the end of a document are
 # common; llama.cpp goes by the texts, too.
 ENDS = (
@@ -33,7 +33,6 @@ SIDECARS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-MORE_TEMPLATES = "additional_chat_templates"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +83,7 @@ def of_folder(folder: Path, config: Mapping[str, object]) -> TokenizerSpec:
     raw = path.read_bytes()
     tokenizer = parse_json(path, raw)
     settings, generation = (
-        _optional(folder / f"{n}_config.json") for n in ("tokenizer", "generation")
+        optional_json(folder / f"{n}_config.json") for n in ("tokenizer", "generation")
     )
     more = _further(folder, settings, _vocabulary(tokenizer, {}))
     vocabulary = _vocabulary(tokenizer, more)
@@ -114,19 +113,15 @@ def of_folder(folder: Path, config: Mapping[str, object]) -> TokenizerSpec:
         add_bos=leading is not None
         or (settings.get("add_bos_token") is True and tokenizer.get("post_processor") is None),
         names=names,
-        templates=_templates(folder, settings),
+        templates=templates.of_folder(folder, settings),
         added_tokens=more,
     )
 
 
 def sidecars(folder: Path) -> tuple[Path, ...]:
     """The files of a folder, beside its weights, that decide an answer."""
-    more = sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
+    more = sorted((folder / templates.MORE_TEMPLATES).glob("*.jinja"))
     return tuple(p for p in (*(folder / name for name in SIDECARS), *more) if p.is_file())
-
-
-def _optional(path: Path) -> dict[str, object]:
-    return read_json(path) if path.is_file() else {}
 
 
 def _vocabulary(tokenizer: Mapping[str, object], more: Mapping[str, object]) -> Vocabulary:
@@ -157,7 +152,9 @@ def _further(
     more = dict(stated) if isinstance(stated, dict) else {}
     listed = {v.get("content") for v in more.values() if isinstance(v, dict)}
     named = {name for name in _special_names(folder, settings) if name not in listed}
-    older = {} if "added_tokens_decoder" in settings else _optional(folder / "added_tokens.json")
+    older = (
+        {} if "added_tokens_decoder" in settings else optional_json(folder / "added_tokens.json")
+    )
     tokens = {name: vocabulary.ids[name] for name in named if name in vocabulary.ids} | older
     for name, id in tokens.items():
         if isinstance(id, int) and id not in vocabulary.added and name not in listed:
@@ -169,7 +166,9 @@ def _further(
 def _special_names(folder: Path, settings: Mapping[str, object]) -> set[str]:
     """Everything that the tokenizer's own files call a special token."""
     older = (
-        {} if "added_tokens_decoder" in settings else _optional(folder / "special_tokens_map.json")
+        {}
+        if "added_tokens_decoder" in settings
+        else optional_json(folder / "special_tokens_map.json")
     )
     found: list[object] = list(_names(folder, settings).values())
     for source in (settings, older):
@@ -204,7 +203,9 @@ def _leading(tokenizer: Mapping[str, object], vocabulary: Vocabulary) -> int | N
 def _names(folder: Path, settings: Mapping[str, object]) -> dict[str, str]:
     """bos_token, eos_token and the others, as the tokenizer's own files name them."""
     older = (
-        {} if "added_tokens_decoder" in settings else _optional(folder / "special_tokens_map.json")
+        {}
+        if "added_tokens_decoder" in settings
+        else optional_json(folder / "special_tokens_map.json")
     )
     found = {}
     for key, value in (dict(settings) | dict(older)).items():
@@ -212,54 +213,6 @@ def _names(folder: Path, settings: Mapping[str, object]) -> dict[str, str]:
         if key.endswith("_token") and isinstance(text, str):
             found[key] = text
     return found
-
-
-def _read_template(path: Path) -> str:
-    if file_size(path) > MAX_TEMPLATE:
-        raise CheckpointError(
-            f"{path}: {file_size(path):,} bytes, a chat template has at most {MAX_TEMPLATE:,}; remove it"
-        )
-    return path.read_text(encoding="utf-8", errors="replace")
-
-
-def _templates(folder: Path, settings: Mapping[str, object]) -> dict[str, str]:
-    """Chat templates by name; files of their own come before what tokenizer_config.json says."""
-    path = folder / "chat_template.jinja"
-    files = {"default": path} if path.is_file() else {}
-    files |= {p.stem: p for p in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
-    if files:
-        return {name: _read_template(p) for name, p in files.items()}
-    stated, where = settings.get("chat_template"), "tokenizer_config.json"
-    if stated is None:
-        stated, where = (
-            _optional(folder / "chat_template.json").get("chat_template"),
-            "chat_template.json",
-        )
-    return named_templates(stated, where)
-
-
-def named_templates(value: object, where: str) -> dict[str, str]:
-    """One template, or a list of {"name", "template"}, by name. Raises CheckpointError."""
-    if value is None:
-        return {}
-    items = [{"name": "default", "template": value}] if isinstance(value, str) else value
-    if not isinstance(items, list) or not all(isinstance(v, dict) for v in items):
-        raise CheckpointError(
-            f"{where}: 'chat_template' is {str(value)[:80]!r}; a text, or a list of names with templates, "
-            "is expected"
-        )
-    pairs = [(v.get("name"), v.get("template")) for v in items]
-    return _bounded({n: t for n, t in pairs if isinstance(n, str) and isinstance(t, str)}, where)
-
-
-def _bounded(templates: dict[str, str], where: str) -> dict[str, str]:
-    for name, text in templates.items():
-        if len(text) > MAX_TEMPLATE:
-            raise CheckpointError(
-                f"{where}: chat template {name[:80]!r} has {len(text):,} characters, at most "
-                f"{MAX_TEMPLATE:,} are rendered; shorten or remove it"
-            )
-    return templates
 
 
 # --- GGUF -----------------------------------------------------------------------------------------
@@ -291,7 +244,7 @@ def of_gguf(head: Mapping[str, object]) -> TokenizerSpec:
             names[f"{short}_token"] = tokens[i]
     return TokenizerSpec(
         arrays=arrays, bos=bos, eos=ends, add_bos=_gguf_starts(arrays), names=names,
-        templates=_gguf_templates(head),
+        templates=templates.of_gguf(head),
     )  # fmt: skip
 
 
@@ -301,15 +254,3 @@ def _gguf_starts(arrays: Mapping[str, object]) -> bool:
     if isinstance(stated, bool):
         return stated
     return arrays.get("model") == "llama" or default_add_bos(str(arrays.get("pre", "default")))
-
-
-def _gguf_templates(head: Mapping[str, object]) -> dict[str, str]:
-    key = "tokenizer.chat_template"
-    found = {
-        k.removeprefix(key + "."): v
-        for k, v in head.items()
-        if k.startswith(key + ".") and isinstance(v, str)
-    }
-    default = head.get(key)
-    found |= {"default": default} if isinstance(default, str) else {}
-    return _bounded(found, "tokenizer.chat_template")

@@ -4,7 +4,8 @@ A chat template joins what the model's makers wrote and what users wrote into on
 token's name in a user's string is put between two marks before the template runs; after it, each marked name
 is broken by a mark inside, which the tokenizer removes after it has looked for control tokens. A template
 that splits at a name still finds it; one that asks whether a text begins with a name does not. What nobody
-marked is encoded as ever.
+marked is encoded as ever. A template that takes letters out of a text, or changes them, can still make a name
+of what was none.
 The idea is that of `transformers`' sanitize_control_tokens.
 """
 

@@ -166,7 +166,7 @@ def _pack(folder: Path, body: dict[str, object]) -> Pack:
     known = {k: body[k] for k in Pack.__dataclass_fields__ if k in body}
     source = dict(body["source"])  # type: ignore[call-overload]
     for key in ("files", "sidecars"):
-        source[key] = tuple((str(p), int(s), int(m)) for p, s, m in source[key])
+        source[key] = tuple((str(p), int(s), int(t), int(i)) for p, s, t, i in source[key])
     known |= {
         "path": folder,
         "source": Source(**source),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from outsize.checkpoint.text import sidecars
 
-FileStat = tuple[str, int, int]  # path, bytes, time of the last change in ns
+FileStat = tuple[str, int, int, int]  # path, bytes, time of the last change in ns, inode
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Source:
             return False
 
     def _is_current(self) -> bool:
-        weights = [Path(path) for path, _, _ in self.files]
+        weights = [Path(stat[0]) for stat in self.files]
         beside = sidecars(weights[0].parent) if weights[0].suffix == ".safetensors" else ()
         return (self.files, self.sidecars) == (file_stats(weights), file_stats(beside))
 
@@ -52,4 +52,4 @@ class Source:
 def file_stats(files: Iterable[Path]) -> tuple[FileStat, ...]:
     """What tells a changed file from an unchanged one. A link keeps its own name."""
     stats = [(os.path.abspath(p), os.stat(p)) for p in files]
-    return tuple((p, s.st_size, max(s.st_mtime_ns, s.st_ctime_ns)) for p, s in stats)
+    return tuple((p, s.st_size, max(s.st_mtime_ns, s.st_ctime_ns), s.st_ino) for p, s in stats)

@@ -11,7 +11,7 @@ import filelock
 import platformdirs
 
 from outsize.errors import PackError, SourceError
-from outsize.pack.format import HEADER, Pack, read_header
+from outsize.pack.format import HEADER, Pack, TableHeader, read_header
 from outsize.pack.source import FileStat, Source
 
 
@@ -73,3 +73,17 @@ def remove(folder: Path, name: str) -> int:
         except FileNotFoundError:
             raise SourceError(f"no pack named {name!r}: another process removed it") from None
     return size
+
+
+def link_tables(folder: Path, twin: Pack) -> tuple[TableHeader, ...] | None:
+    """The records of another pack: the same bytes on disk where the file system can. None if that pack is
+    gone."""
+    try:
+        for table in twin.tables:
+            try:
+                os.link(twin.path / table.file, folder / table.file)
+            except OSError:
+                shutil.copyfile(twin.path / table.file, folder / table.file)
+    except FileNotFoundError:
+        return None
+    return twin.tables

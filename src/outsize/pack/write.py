@@ -116,7 +116,7 @@ def _source(
     stats, beside = file_stats(checkpoint.files), checkpoint.sidecars
     digest = store.known_hash(home, stats) or hash_files(checkpoint.files, progress)
     return Source(
-        how.spec, digest, sum(size for _, size, _ in stats), stats, how.wanted,
+        how.spec, digest, sum(size for _, size, _, _ in stats), stats, how.wanted,
         file_stats(beside), identity(digest, beside), layout(tables),
     )  # fmt: skip
 
@@ -154,7 +154,7 @@ def _write_whole(
     folder = home / f".{name}.tmp-{os.getpid()}"
     folder.mkdir()
     try:
-        headers = None if twin is None else _link_tables(folder, twin)
+        headers = None if twin is None else store.link_tables(folder, twin)
         headers = headers or _write_tables(folder, tables, progress)
         pack = _write_text(replace(draft, tables=headers), folder, checkpoint)
         _sync(folder)
@@ -188,20 +188,6 @@ def _write_text(draft: Pack, folder: Path, checkpoint: Checkpoint) -> Pack:
     pack = replace(draft, tokenizer_crc=zlib.crc32(text))
     write_header(pack, folder)
     return pack
-
-
-def _link_tables(folder: Path, twin: Pack) -> tuple[TableHeader, ...] | None:
-    """The records of another pack: the same bytes on disk where the file system can. None if that pack is
-    gone."""
-    try:
-        for table in twin.tables:
-            try:
-                os.link(twin.path / table.file, folder / table.file)
-            except OSError:
-                shutil.copyfile(twin.path / table.file, folder / table.file)
-    except FileNotFoundError:
-        return None
-    return twin.tables
 
 
 def _write_tables(
