@@ -1,20 +1,23 @@
 """Prompt lookup: what followed the last time that the text ended like this (arXiv 2311.08252 and 2304.04487
 draw drafts from a text likewise).
 
-Every run of three tokens, and of two and one, is remembered with the last places where it ended. Among those
-of the longest known run, the place whose past agrees furthest with ours is continued: the longest match
-first, the latest of equals. Memory is bounded by the number of places kept.
+Every run of three tokens, and of two and one, is chained to the place before where it ended, as compressors
+chain theirs (LZ77). Of the longest known run's places the latest LOOKS are compared, and the one whose past
+agrees furthest with ours is continued: the longest match first, the latest of equals. The runs of at most
+MOST_TOKENS tokens are remembered.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from outsize.draft.none import Draft
 from outsize.forward.span import Out
 
-RUN, PLACES, FURTHEST = 3, 4, 32
+RUN, FURTHEST = 3, 32
+LOOKS = 512  # places that are compared, a tenth of a millisecond
 MOST_TOKENS = 1 << 16  # remembered; a longer text forgets its past
 
 
@@ -31,31 +34,31 @@ class Index:
 
     def __init__(self) -> None:
         self._tokens: list[int] = []
-        self._places: dict[tuple[int, ...], list[int]] = {}
+        self._latest: list[dict[tuple[int, ...], int]] = [
+            {} for _ in range(RUN)
+        ]  # by size, less one
+        self._before = [
+            array("q") for _ in range(RUN)
+        ]  # of each place: where its run ended before; 0: nowhere
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Take the text as it is now; it has only grown."""
         for end in range(len(self._tokens), len(tokens)):
             if end % MOST_TOKENS == 0:
-                self._places.clear()
+                for latest in self._latest:
+                    latest.clear()
             self._tokens.append(tokens[end])
-            for size in range(1, min(RUN, end + 1) + 1):
-                key = tuple(self._tokens[end + 1 - size :])
-                places = self._places.setdefault(key, [])
-                places.append(end + 1)
-                if len(places) > PLACES + 1:
-                    del places[0]
+            for size in range(1, RUN + 1):
+                latest, key = self._latest[size - 1], tuple(self._tokens[end + 1 - size :])
+                known = size <= end + 1
+                self._before[size - 1].append(latest.get(key, 0) if known else 0)
+                if known:
+                    latest[key] = end + 1
 
     def match(self, most: int) -> Match:
         """The continuation of the place that agrees furthest with the text's end."""
         text = self._tokens
-        best, furthest = 0, 0
-        for size in range(min(RUN, len(text)), 0, -1):
-            for place in reversed(self._places.get(tuple(text[-size:]), ())):
-                if place < len(text) and (length := self._agreement(place)) > furthest:
-                    best, furthest = place, length
-            if furthest:
-                break
+        best, furthest = self._furthest()
         if not furthest:
             return Match()
         guesses = text[best : best + most]
@@ -63,6 +66,24 @@ class Index:
         while len(guesses) < most:  # the text runs into itself: it repeats
             guesses.append(guesses[len(guesses) - period])
         return Match(tuple(guesses), furthest)
+
+    def _furthest(self) -> tuple[int, int]:
+        """The place, and how many tokens agree; 0: none does."""
+        text = self._tokens
+        for size in range(min(RUN, len(text)), 0, -1):
+            before, best, furthest = self._before[size - 1], 0, 0
+            place = before[-1]
+            for _ in range(LOOKS):
+                if not place or furthest == FURTHEST:
+                    break
+                if place > furthest and text[place - 1 - furthest] == text[-1 - furthest]:
+                    length = self._agreement(place)
+                    if length > furthest:
+                        best, furthest = place, length
+                place = before[place - 1]
+            if furthest:
+                return best, furthest
+        return 0, 0
 
     def _agreement(self, place: int) -> int:
         """Tokens before `place` that are also the text's last."""
