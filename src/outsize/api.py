@@ -273,7 +273,8 @@ class Model:
     def counts(self) -> Counts:
         """What has been read and waited for so far."""
         loaded = self.transformer.loaded
-        return Counts(loaded.traffic + loaded.expert_traffic, loaded.expert_traffic + Traffic())
+        traffic = loaded.traffic + loaded.expert_traffic, loaded.expert_traffic + Traffic()
+        return Counts(*traffic, *self.transformer.steps)
 
     @property
     def bytes_read(self) -> int:

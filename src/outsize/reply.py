@@ -40,6 +40,9 @@ class Reply:
     )  # what became of each request for an expert; None: a dense model
     model: str
     finish: str  # "stop", "length" or "cancelled"
+    threads: (
+        float  # that a step computed with, on average: fewer than there are where others were busy
+    )
     options: Mapping[str, object]
     reasoning: str = ""  # what the model thought before it answered, where it says that apart
 
@@ -105,6 +108,8 @@ class Counts(NamedTuple):
 
     total: Traffic
     experts: Traffic
+    steps: int = 0
+    threads: int = 0  # over all steps
 
 
 def account(
@@ -146,6 +151,7 @@ def account(
         experts=experts.to_json() if experts.hits + experts.misses else None,
         model=model,
         finish=run.seq.finish or "cancelled",
+        threads=round((after.threads - before.threads) / max(1, after.steps - before.steps), 2),
         options=options,
         reasoning=run.stream.reasoning,
     )

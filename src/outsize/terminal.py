@@ -172,6 +172,11 @@ def summary(reply: Reply, disk_bytes_per_s: float | None = None) -> str:
         parts.append(
             f"{reply.accepted} of {reply.drafted} guesses right, {reply.tokens_per_step:.2f} tokens a step"
         )
+    most = float(str(reply.options["threads"]))
+    if 0 < reply.threads < 0.95 * most:
+        parts.append(
+            f"{reply.threads:.1f} of {most:.0f} threads: other programs kept the processor busy"
+        )
     if reply.experts is not None:
         parts.append(_experts(reply.experts))
     if reply.hit_rate < 1:

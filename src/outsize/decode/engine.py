@@ -24,14 +24,17 @@ def drive(
     ]
     while waiting:
         started, spans = time.perf_counter(), [span for _, _, span in waiting]
-        waited = model.waited_s
-        outs = full(model, spans, [kv for _, kv, _ in waiting])
-        answered = zip(waiting, outs, strict=True)
-        waiting = [(flow, kv, s) for (flow, kv, _), out in answered for s in _next(flow, out)]
-        if pace is not None and all(is_narrow(span) for span in spans):
+        waited, asked = model.waited_s, model.asked
+        narrow = all(is_narrow(span) for span in spans)
+        with model.threads.narrow(narrow):
+            outs = full(model, spans, [kv for _, kv, _ in waiting])
+            answered = zip(waiting, outs, strict=True)
+            waiting = [(flow, kv, s) for (flow, kv, _), out in answered for s in _next(flow, out)]
+        if pace is not None and narrow:
             rows, masked = sum(s.num_rows for s in spans), any(s.masks is not None for s in spans)
             seconds = time.perf_counter() - started
-            pace.step(rows, masked, seconds, min(seconds, model.waited_s - waited))
+            waited_s = min(seconds, model.waited_s - waited)
+            pace.step(rows, masked, seconds, waited_s, model.asked - asked)
         yield
 
 

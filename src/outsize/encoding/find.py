@@ -14,6 +14,9 @@ from outsize.native.kernels import Kernels
 ENCODINGS: dict[str, Encoding] = {
     e.name: e for e in (*plain.ENCODINGS, *int8.ENCODINGS, *int4.ENCODINGS, *group.ENCODINGS)
 }
+NATIVE = frozenset(
+    n for n, e in ENCODINGS.items() if isinstance(e, Group | Int4)
+)  # kernels compute them
 
 
 def encoding(name: str, kernels: Kernels | None = None) -> Encoding:

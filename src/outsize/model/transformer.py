@@ -22,6 +22,7 @@ from outsize.model.halves import Runs, attention_half, ffn_half, mixture_half, v
 from outsize.model.layers import RMSNorm, turns
 from outsize.model.step import Segment, Step
 from outsize.native.kernels import Kernels
+from outsize.native.threads import Threads
 from outsize.weights import budget
 from outsize.weights.load import Loaded, Source
 from outsize.weights.table import Weights
@@ -88,8 +89,10 @@ class Transformer:
         loaded: Loaded,
         kernels: Kernels | None = None,
         ceiling: int | None = None,
+        threads: Threads | None = None,
     ) -> None:
-        """`ceiling`: bytes that the process should not exceed, if returning free memory helps."""
+        """`ceiling`: bytes that the process should not exceed, if returning free memory helps. `threads`:
+        how many the kernels use; None: as many as OpenMP has."""
         self.description, self.loaded, self._ceiling = description, loaded, ceiling
         self._embed, self._head = loaded.embed, loaded.head
         self.dtype = loaded.activation_type
@@ -108,6 +111,7 @@ class Transformer:
         self._norm = RMSNorm(norm, description.norm_eps, torch.float32)
         self._ropes = description.ropes
         self.kernels = kernels if self.dtype == torch.bfloat16 else None
+        self._native, self.threads = kernels, threads or Threads(torch.get_num_threads())
         self._num_held = self._count_held()
         self._lends, self._is_lent = any(cache.lends for cache in loaded.caches), False
 
@@ -134,6 +138,8 @@ class Transformer:
 
     def begin(self, is_large: bool) -> None:
         """A step begins: a long span, or a batch, needs the scratch, which is else lent to slots."""
+        if self._native is not None:
+            self._native.set_threads(self.threads.now())
         if is_large:
             self._give_back()
             self._is_lent = False
@@ -157,6 +163,16 @@ class Transformer:
     def waited_s(self) -> float:
         """Seconds that computing has stood still for reads so far."""
         return self.loaded.traffic.waited_s + self.loaded.expert_traffic.waited_s
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Steps so far, and the threads they had, added up."""
+        return self.threads.steps, self.threads.sum
+
+    @property
+    def asked(self) -> int:
+        """Experts that steps have asked for so far, each once a step and layer."""
+        return self.loaded.expert_traffic.hits + self.loaded.expert_traffic.misses
 
     def new_kv(self, room: int = 0) -> KV:
         """An empty cache for one sequence; with `room` for so many tokens it never moves."""

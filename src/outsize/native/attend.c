@@ -327,7 +327,9 @@ void attend_rows(const Attention *a, const bf16 *qkv, const float *turns, const 
     long count = plan(row, rows, J, 0);
     Task *task = malloc(count * sizeof *task);
     plan(row, rows, J, task);
-#pragma omp parallel
+    long seen = 0;
+    for (long t = 0; t < rows; t++) seen += row[t].seen - row[t].first + 1;
+#pragma omp parallel num_threads(threads_for(2 * seen * H * E))
     {
 #pragma omp for schedule(static)
         for (long t = 0; t < rows; t++)

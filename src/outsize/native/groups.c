@@ -308,7 +308,7 @@ static void numbers_sized(const Matrix *m, long n, const bf16 *x, long count, co
 static void numbers_linear(const Matrix *m, const bf16 *x, bf16 *y, long count) {
     long K = m->width, N = m->rows;
     const __m512i table = table_of(m->bits);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) num_threads(threads_for(count * K * N))
     for (long n = 0; n < N; n++)
         for (long first = 0; first < count; first += MAX_ROWS) {
             long some = count - first < MAX_ROWS ? count - first : MAX_ROWS;
@@ -323,7 +323,7 @@ static void numbers_linear(const Matrix *m, const bf16 *x, bf16 *y, long count) 
 static void
 taken_linear(const Matrix *m, const void *x, void *y, long from, long count, int wide, char *scratch) {
     long K = m->width, N = m->rows;
-#pragma omp parallel
+#pragma omp parallel num_threads(threads_for(count * K * N))
     {
 #pragma omp for schedule(static)
         for (long t = 0; t < count; t++) {
@@ -399,7 +399,7 @@ decode_row(const Matrix *m, long bits, long n, bf16 *out) {
 
 /* out (rows, width) bf16: every weight as a number. */
 void group_decode(const Matrix *m, bf16 *out) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) num_threads(threads_for(m->rows * m->width))
     for (long n = 0; n < m->rows; n++) {
         bf16 *row = out + n * m->width;
         if (m->bits == 4) decode_row(m, 4, n, row);
@@ -435,7 +435,7 @@ static inline void tile_input(const uint8_t *p, const float *step, const float *
  * out is (width, count) bf16: rows first to first + count, multiples of 64. */
 void tile_decode(const uint8_t *packed, const bf16 *scales, bf16 *out, long rows, long width, long first,
                  long count) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) num_threads(threads_for(count * width))
     for (long block = 0; block < count / BLOCK; block++) {
         const uint8_t *p = packed + (first / BLOCK + block) * width * GROUP;
         for (long g = 0; g < width / GROUP; g++) {

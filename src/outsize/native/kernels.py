@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,6 +86,8 @@ class Kernels:
     def __init__(self, lib: ctypes.CDLL) -> None:
         self.library = lib
         self._kept = torch.empty(0, dtype=torch.bfloat16)
+        lib.set_threads.argtypes, lib.set_threads.restype = [ctypes.c_int], None
+        self.set_threads: Callable[[int], None] = lib.set_threads  # for the process
         self._norm, self._residual = lib.norm_rows, lib.residual_rows
         self._gate, self._attend = lib.gate_rows, lib.attend_rows
         self._norm.argtypes = [_P, _P, _F, _P, _L, _L]

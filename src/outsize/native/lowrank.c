@@ -105,7 +105,7 @@ static const bf16 *rows_at(const LowRank *m, long first, long some, bf16 *room) 
 void lowrank_rows(const LowRank *m, const bf16 *x, bf16 *y, long count, bf16 *scratch) {
     long inner = m->parts * m->rank, steps = (inner + AT_ONCE - 1) / AT_ONCE;
     bf16 *room = scratch + count * inner;
-#pragma omp parallel
+#pragma omp parallel num_threads(threads_for(count * inner * m->width))
     {
 #pragma omp for schedule(static)
         for (long step = 0; step < steps; step++) {

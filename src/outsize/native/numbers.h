@@ -5,9 +5,24 @@
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 typedef uint16_t bf16;
 enum { PASS = 48 }; /* rows of x that tiles.c and groups.c take at a time: their scratch is for so many */
+
+extern int most_threads; /* of a kernel; 0: as many as OpenMP has (rows.c) */
+
+/* Threads for so many multiplications: where they take few microseconds, waking others takes longer. */
+static inline int threads_for(long work) {
+#ifdef _OPENMP
+    return work < 1 << 16 ? 1 : most_threads ? most_threads : omp_get_max_threads();
+#else
+    (void)work;
+    return 1;
+#endif
+}
 
 typedef struct {
     long bits;            /* groups of 4, 5 or 8 bits (groups.c); 0: int4 tiles (tiles.c) */

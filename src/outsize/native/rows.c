@@ -6,6 +6,11 @@
  */
 #include "numbers.h"
 
+int most_threads = 0;
+
+/* How many threads every kernel here uses from now on, if it has work for them. */
+void set_threads(int count) { most_threads = count; }
+
 /* out = rms_norm(h) * weight */
 void norm_rows(const float *h, const float *weight, float eps, bf16 *out, long rows, long width) {
     for (long t = 0; t < rows; t++) {
@@ -35,7 +40,7 @@ void residual_rows(float *h, const bf16 *y, const float *weight, float eps, long
 
 /* out = act(gate) * up; each row of gate_up is gate, then up. kind 0: silu, 1: gelu (tanh). */
 void gate_rows(const bf16 *gate_up, bf16 *out, long rows, long width, int kind) {
-#pragma omp parallel for schedule(static) if (rows * width > 32768)
+#pragma omp parallel for schedule(static) num_threads(threads_for(2 * rows * width))
     for (long t = 0; t < rows; t++) {
         const bf16 *g = gate_up + 2 * t * width, *u = g + width;
         bf16 *o = out + t * width;

@@ -189,7 +189,7 @@ void tile_linear(const uint8_t *packed, const bf16 *scales, const bf16 *x, bf16 
         for (long g = 0; g < some * groups; g++) scratch[g] = sum_of(x + g * GROUP);
         /* Passes are of even sizes, and shared among threads like blocks, which may be as few as nine. */
         const long passes = (some + MAX_ROWS - 1) / MAX_ROWS;
-#pragma omp parallel for collapse(2) schedule(static)
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads_for(some * rows * width))
         for (long b = 0; b < rows / BLOCK; b++)
             for (long i = 0; i < passes; i++) {
                 long first = some * i / passes, few = some * (i + 1) / passes - first;
@@ -201,7 +201,7 @@ void tile_linear(const uint8_t *packed, const bf16 *scales, const bf16 *x, bf16 
         float *scale = scratch + some * groups;
         int16_t *integers = (int16_t *)(scale + some * groups);
         Inputs in = {some, width, integers, scale, scratch};
-#pragma omp parallel
+#pragma omp parallel num_threads(threads_for(some * rows * width))
         {
 #pragma omp for schedule(static)
             for (long g = 0; g < some * groups; g++) {

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -113,6 +113,16 @@ class Pack:
     def encodings(self) -> tuple[str, ...]:
         found = {m.encoding for t in self.tables for ms in t.tensors.values() for m in ms}
         return tuple(sorted(found))
+
+    def share_of(self, encodings: Collection[str]) -> float:
+        """Of the bytes of one record of each table, times its records, how many are in these encodings."""
+        named = found = 0
+        for table in self.tables:
+            for matrix in (m for ms in table.tensors.values() for m in ms):
+                size = matrix.size * len(table.keys)
+                named += size
+                found += size if matrix.encoding in encodings else 0
+        return found / max(1, named)
 
     def table_of(self, name: str) -> TableHeader:
         return next(t for t in self.tables if t.name == name)
