@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -19,9 +20,10 @@ from outsize.bench import speculate
 from outsize.checkpoint import adapters
 from outsize.draft.auto import AutoDraft, Habits
 from outsize.draft.masks import Guess, MaskModel
-from outsize.draft.ngram import Index
+from outsize.draft.ngram import FURTHEST, MOST_TOKENS, Index, Match
 from outsize.draft.none import Draft
 from outsize.draft.pace import Pace
+from outsize.draft.union import Union
 from outsize.drafting import mask_model, parse
 from outsize.errors import AdapterError, OptionError
 from outsize.forward.span import Masks, Out
@@ -35,6 +37,7 @@ def test_a_match_is_what_followed_the_longest_agreement(text: list[int], most: i
     for end in range(1, len(text) + 1):
         index.extend(text[:end])
     match = index.match(most)
+    assert match.length == furthest(text)
     if match.length:
         place = next(
             p for p in range(len(text) - 1, 0, -1)
@@ -42,7 +45,6 @@ def test_a_match_is_what_followed_the_longest_agreement(text: list[int], most: i
             and text[p] == match.tokens[0]
         )  # fmt: skip
         assert len(match.tokens) == most
-        assert match.length >= min(3, furthest(text))
         assert place < len(text)
     else:
         assert text[-1] not in text[:-1]
@@ -53,7 +55,7 @@ def furthest(text: list[int]) -> int:
     best = 0
     for place in range(1, len(text)):
         count = 0
-        while count < place and text[place - 1 - count] == text[-1 - count]:
+        while count < min(place, FURTHEST) and text[place - 1 - count] == text[-1 - count]:
             count += 1
         best = max(best, count)
     return best
@@ -65,10 +67,74 @@ def test_a_text_that_repeats_is_continued_beyond_its_end() -> None:
     assert index.match(7).tokens == (1, 2, 3, 1, 2, 3, 1)
 
 
-def test_the_index_keeps_a_bounded_number_of_places() -> None:
+def test_a_long_match_is_found_behind_many_short_ones() -> None:
+    """23 tokens that agree, then three of them again and again: the long match is continued."""
+    passage = list(range(100, 123))
+    short = [token for i in range(40) for token in (*passage[-3:], 900 + i)]
+    index = Index()
+    index.extend([*passage, 555, *short, *passage])
+    match = index.match(1)
+    assert (match.tokens, match.length) == ((555,), 23)
+
+
+def test_a_match_takes_bounded_time_and_memory() -> None:
+    """However often a run comes again: the same token, or a run that is nowhere longer."""
     index = Index()
     index.extend([7] * 5000)
-    assert max(len(p) for p in index._places.values()) <= 5
+    assert index.match(2) == Match((7, 7), FURTHEST)
+    common = Index()
+    common.extend([token for i in range(20_000) for token in (1, 2, 3, 10 + i)] + [1, 2, 3])
+    started = time.perf_counter()
+    for _ in range(10):
+        assert common.match(1).length == 3
+    assert (time.perf_counter() - started) / 10 < 0.02
+    assert sum(len(latest) for latest in common._latest) <= 3 * MOST_TOKENS
+
+
+def test_what_bad_guesses_lose_is_bounded() -> None:
+    """Guesses that are always wrong, each of which costs a whole step though the pace does not see it
+    coming: a reply loses 3 % of its time, and a step or two to find out."""
+    habits = Habits()
+    habits.pace = Costs(0.01, 0.0)  # promises that rows cost nothing
+    drafter, text, seconds = AutoDraft(habits), [1, 2, 3, 1, 2, 3], 0.0
+    for i in range(400):
+        draft = drafter.propose(text, 8)
+        took = 0.02 if draft.tokens else 0.01
+        seconds += took
+        habits.pace.last_s = took
+        new = text[-3] if not draft.tokens else 1000 + i % 7
+        drafter.observe(draft, [new], Out(torch.zeros(1, 9), None))
+        text.append(new)
+    assert seconds / (400 * 0.01) < 1.035 + 0.01
+
+
+def test_good_guesses_are_never_bounded() -> None:
+    habits = Habits()
+    habits.pace = Costs(0.01, 0.001)
+    drafter, text, drafted = AutoDraft(habits), [1, 2, 3, 1, 2, 3], 0
+    for _ in range(50):
+        draft = drafter.propose(text, 3)
+        habits.pace.last_s = 0.01 + 0.001 * len(draft.tokens)
+        kept = [text[-3], text[-2], text[-1], text[-3]][: len(draft.tokens) + 1]
+        drafted += bool(draft.tokens)
+        drafter.observe(draft, kept, Out(torch.zeros(4, 9), None))
+        text.extend(kept)
+    assert drafted > 45
+
+
+def test_a_step_of_experts_costs_what_its_rows_choose_together() -> None:
+    """64 experts, 8 chosen: rows that choose alike cost nothing more, rows that choose for themselves
+    nearly a step each."""
+    alike, apart = Pace(Union(64, 8)), Pace(Union(64, 8))
+    for i in range(200):
+        rows = 1 + i % 4
+        alike.step(rows, False, 0.01, 0.008, 80)
+        asked = round(80 * 8 * (1 - (7 / 8) ** rows))
+        seconds = 0.01 * asked / 80
+        apart.step(rows, False, seconds, 0.8 * seconds, asked)
+    assert alike.seconds(4) / alike.seconds(1) == pytest.approx(1.0, abs=0.1)
+    assert apart.seconds(4) / apart.seconds(1) == pytest.approx(3.3, rel=0.1)
+    assert apart.seconds(9) / apart.seconds(1) == pytest.approx(5.6, rel=0.15)
 
 
 def test_pace_learns_what_rows_cost_and_what_reading_hides() -> None:

@@ -15,10 +15,13 @@ from outsize.bars import bars
 from outsize.checkpoint.tokenizer import lean
 from outsize.decode.tokens import Tokens
 from outsize.draft.auto import Habits
+from outsize.draft.union import Union
+from outsize.encoding.find import NATIVE
 from outsize.errors import BudgetError, ContextError, OptionError
 from outsize.library import warn
 from outsize.model.transformer import Transformer
 from outsize.native.kernels import Kernels, kernels
+from outsize.native.threads import Threads, look
 from outsize.options import DEFAULT_MODEL
 from outsize.pack import store
 from outsize.pack.format import TOKENIZER, Pack, damaged
@@ -33,6 +36,7 @@ from outsize.weights.knobs import Experts, parse
 from outsize.weights.table import VERIFY
 from outsize.weights.traffic import Traffic
 
+MOSTLY = 0.9  # of a pack's bytes: then what kernels do not compute is small
 LEAST_SHARE = 0.25  # of a tokenizer's estimated memory, that it takes in any case
 
 
@@ -51,6 +55,13 @@ class Wishes:
         None  # None: what `outsize bench cache --write-config` chose, or the default
     )
     draft: str = "auto"
+    threads: int | None = None
+
+    def kernel_threads(self, made: Pack, native: Kernels | None) -> Threads:
+        """As many as the user says, or as the machine has free."""
+        looks = look if self.threads is None else (lambda: None)
+        alone = native is not None and made.share_of(NATIVE) > MOSTLY
+        return Threads(torch.get_num_threads(), looks, alone=alone)
 
     def check(self) -> None:
         parse(self.experts or "")
@@ -107,13 +118,16 @@ def load(
 ) -> Model:
     """Open a model: a path, hf:org/repo[:file], or package:name==version[:file]; packed first if need
     be. `memory` caps the whole process: bytes, "4GB", "75%", or "auto" (what is free, less a tenth).
-    `threads` sets torch's threads for the process; `experts` says how experts are cached
+    `threads` sets torch's threads for the process; without it there are as many as cores, and fewer compute
+    single tokens while other programs keep cores busy. `experts` says how experts are cached
     (docs/experts.md), `draft` what guesses ahead (docs/drafting.md); `adapters` are LoRA adapters, by the
     names that requests use. `recorder` is told what each layer chooses, `before` the plan before weights are
     read.
     Raises OutsizeError; BudgetError before anything is read."""
     set_threads(threads)
-    wishes = Wishes(memory, context, encoding, verify, force, native, quiet, experts, draft)
+    wishes = Wishes(
+        memory, context, encoding, verify, force, native, quiet, experts, draft, threads
+    )
     wishes.check()
     size, smaller = budget.parse(memory), _draft_model(wishes)
     found = library.find(model, encoding)
@@ -180,7 +194,9 @@ def _open(
         loaded = weights.load(
             made, native, Traffic(), progress, placement.shares, wishes.verify, knobs, copies
         )
-    transformer = Transformer(made.description, loaded, native, placement.ceiling)
+    transformer = Transformer(
+        made.description, loaded, native, placement.ceiling, wishes.kernel_threads(made, native)
+    )
     return Model(
         made,
         transformer,
@@ -195,7 +211,9 @@ def _draft_model(wishes: Wishes) -> Model | None:
     spec = drafting.parse(wishes.draft)
     if spec.kind != "model":
         return None
-    return load(spec.source, draft="none", native=wishes.native, quiet=wishes.quiet)
+    return load(
+        spec.source, draft="none", threads=wishes.threads, native=wishes.native, quiet=wishes.quiet
+    )
 
 
 def _drafting(
@@ -215,7 +233,9 @@ def _drafting(
     masks = None if file is None else drafting.mask_model(file, spec.k, made, transformer)
     if masks is not None:
         budget.trim()  # what making it took for a moment
-    return drafting.Drafting(spec if kind == "none" else asked, Habits(masks), smaller)
+    mixture = made.description.mixture
+    union = None if mixture is None else Union(mixture.count, mixture.used)
+    return drafting.Drafting(spec if kind == "none" else asked, Habits(masks, union), smaller)
 
 
 def _warn_slow(made: Pack, native: Kernels | None) -> None:

@@ -13,10 +13,12 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from outsize.draft.loss import Loss
 from outsize.draft.masks import Guess, MaskModel, block_of
 from outsize.draft.ngram import Index
 from outsize.draft.none import Draft
 from outsize.draft.pace import Pace
+from outsize.draft.union import Union
 from outsize.forward.span import Out
 
 LEARN, DRIFT, HAND_ON = 0.1, 0.004, 0.3
@@ -75,8 +77,9 @@ class Plan(NamedTuple):
 class Habits:
     """What a model's sequences hand on: how fast steps are, and which guesses were right."""
 
-    def __init__(self, masks: MaskModel | None = None) -> None:
-        self.pace, self.masks = Pace(), masks
+    def __init__(self, masks: MaskModel | None = None, union: Union | None = None) -> None:
+        """`union`: of a model with experts."""
+        self.pace, self.masks = Pace(union), masks
         self.text, self.sure, self.masked = Rates(TEXT_PRIOR), Rates(SURE_PRIOR), Rates(MASK_PRIOR)
 
 
@@ -93,9 +96,16 @@ class AutoDraft:
         self._idle, self._patience = 0, PATIENCE  # steps without masks, and how many to let pass
         # Of the last draft: kinds of its guesses, whether the text's, rows.
         self._kinds, self._by_text, self._own = tuple[int, ...](), False, 1
+        self._loss, self._right = (
+            Loss(),
+            -1,
+        )  # guesses of the last step that were right; -1: it is accounted
 
     def propose(self, tokens: Sequence[int], most: int) -> Draft:
         self._index.extend(tokens)
+        self._account()
+        if not self._loss.allows(self._seconds(1, False)):
+            return self._drafted(Plan(), 0, False)
         match, own = self._index.match(min(most, MOST)), self._guesses[:most]
         agreed = range(match.length, match.length + len(match.tokens))
         text_kinds = tuple(kind_of(n, TEXT_STEPS) for n in agreed)
@@ -110,6 +120,14 @@ class AutoDraft:
         if self._masks and self._probing():
             return self._drafted(Plan(own_tokens, own_kinds, (len(own),)), 1, False)
         return self._drafted(Plan(), 0, False)
+
+    def _account(self) -> None:
+        """Of the last step, whose time is known by now."""
+        if self._right >= 0 and self._pace.last_s:
+            plain = self._seconds(1, False)
+            worth = self._right * plain / (1 + self._others)
+            self._loss.step(self._pace.last_s if self._own > 1 else plain, plain, worth)
+        self._right = -1
 
     def _probing(self) -> bool:
         """Is it time to see whether masks would pay by now? Two steps: one makes a guess, the next uses
@@ -176,7 +194,7 @@ class AutoDraft:
         return best, most
 
     def observe(self, draft: Draft, kept: Sequence[int], out: Out) -> None:
-        accepted = len(kept) - 1
+        accepted = self._right = len(kept) - 1
         tried = self._kinds[: accepted + 1]
         for place, kind in enumerate(tried):
             good = place < accepted

@@ -1,5 +1,5 @@
 """How long a step takes: reading, which does not depend on its rows, or computing, which does, whichever is
-longer.
+longer. Where rows choose experts, both follow the union of what they choose.
 
 Computing is a plane over rows and whether masks are among them, fitted as steps go by and slowly
 forgetting; what a step waited for the disk tells the two apart. One pace serves all sequences of a model,
@@ -11,11 +11,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from outsize.draft.union import Union
+
 FORGET, LEARN = 0.98, 0.2
 ROW, MASKED = 0.1, 0.7  # what another row, and any masks, cost, in steps, before any was seen
 FAR = 16  # rows
 TRUST = 0.3  # weight of that prior
 SLOWER = 1.02  # what one row's time, the least seen, grows by a step, so that it is seen anew
+DISTURBED = 1.5  # times what a step should take, at most, is believed
 UNHIDDEN = 0.1  # of computing, that reading does not hide where it takes longer
 WAITING = 0.1  # from this share of a step on it is said to wait for the disk
 Vector = NDArray[np.float64]
@@ -27,20 +30,26 @@ TERMS = ((0, 1, 2), (0, 1), (0, 2), (0,))  # of the plane, as many as come out p
 class Pace:
     """Least squares over (1, rows, masked) -> seconds of computing, the latest steps counting most."""
 
-    def __init__(self) -> None:
+    def __init__(self, union: Union | None = None) -> None:
+        """`union`: of a model with experts."""
+        self._union = union
         self._squares, self._products = np.zeros((3, 3)), np.zeros(3)
         self._plane = tuple(START.tolist())  # in steps, as long as none was seen
         self._one = 0.0
         self._reading = 0.0
         self._masks_seen = False
         self.rows = 1  # of the last step
+        self.last_s = 0.0  # what it took; one that was disturbed counts as a slow one, no more
 
-    def step(self, rows: int, masked: bool, seconds: float, waited: float) -> None:
-        """A step took so long, of which it waited for the disk. One that was disturbed counts as a slow
-        one, no more; the first with masks pays for what is then warm."""
+    def step(self, rows: int, masked: bool, seconds: float, waited: float, asked: int = 0) -> None:
+        """A step took so long, of which it waited for the disk, and asked for so many experts. One that was
+        disturbed counts as a slow one, no more; the first with masks pays for what is then warm."""
+        if self._union is not None:
+            self._union.saw(rows, asked)
         self.rows = rows
+        self.last_s = min(seconds, DISTURBED * self.seconds(rows, masked)) if self._one else seconds
         computing = seconds - waited  # reads take some of it, too, whatever the rows
-        reading = seconds - UNHIDDEN * computing
+        reading = (seconds - UNHIDDEN * computing) / self._readings(rows)
         if waited > WAITING * seconds:
             self._reading += (LEARN if self._reading else 1.0) * (reading - self._reading)
         else:  # at most
@@ -50,11 +59,11 @@ class Pace:
         if masked and not self._masks_seen:
             self._masks_seen = True
             return
-        self._fit(np.array([1.0, rows, masked]), computing)
+        self._fit(np.array([1.0, self._rows(rows), masked]), computing)
 
     def _fit(self, x: Vector, computing: float) -> None:
         if self._one:
-            computing = min(computing, 1.5 * float(x @ self._plane))
+            computing = min(computing, DISTURBED * float(x @ self._plane))
         ratio = computing / float(x @ START)
         self._one = min(SLOWER * self._one, ratio) if self._one else ratio
         self._squares = FORGET * self._squares + np.outer(x, x)
@@ -66,8 +75,16 @@ class Pace:
     def seconds(self, rows: float, masked: bool = False) -> float:
         """Of a step; before any step, in units of one row's. Another row never makes it shorter."""
         base, row, masks = self._plane
-        computing: float = base + row * rows + (masks if masked else 0.0)
-        return max(computing, self._reading + UNHIDDEN * computing)
+        computing: float = base + row * self._rows(rows) + (masks if masked else 0.0)
+        return max(computing, self._reading * self._readings(rows) + UNHIDDEN * computing)
+
+    def _rows(self, rows: float) -> float:
+        """What computing follows."""
+        return rows if self._union is None else self._union.units(rows)
+
+    def _readings(self, rows: float) -> float:
+        """What is read, in units of what one row reads."""
+        return 1.0 if self._union is None else self._union.units(rows)
 
 
 def _positive(squares: Vector, products: Vector) -> tuple[float, ...]:
