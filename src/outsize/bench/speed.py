@@ -67,9 +67,10 @@ def measure(model: Model, prompt_tokens: int, new_tokens: int, batch: int) -> tu
     outs = full(transformer, spans, kvs)
     prefill_s = time.perf_counter() - started
     started = time.perf_counter()
-    for i in range(new_tokens):
-        picked = [int(out.logits_KV[-1].argmax()) for out in outs]
-        outs = full(transformer, [Span(prompt_tokens + i, [t]) for t in picked], kvs)
+    with transformer.threads.narrow(True):
+        for i in range(new_tokens):
+            picked = [int(out.logits_KV[-1].argmax()) for out in outs]
+            outs = full(transformer, [Span(prompt_tokens + i, [t]) for t in picked], kvs)
     decode_s = time.perf_counter() - started
     return batch * prompt_tokens / prefill_s, batch * new_tokens / decode_s
 
