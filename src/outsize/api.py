@@ -77,6 +77,7 @@ class Model:
         self._format = format_of(tokens, templates) if templates else PLAIN
         self._watch = budget.Watch(placement.budget)
         self._transformer: Transformer | None = transformer
+        self._end = transformer.loaded.close_with(self)
 
     @property
     def name(self) -> str:
@@ -103,7 +104,7 @@ class Model:
     def close(self) -> None:
         """Release the weights, threads and files."""
         if self._transformer is not None:
-            self._transformer.loaded.close()
+            self._end()
             self.drafting.close()
         self._transformer = None
 

@@ -1,0 +1,56 @@
+"""Notebooks, containers, network mounts: what other programs' users reported, tried here (docs/reports.md)."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import outsize
+from outsize.api import Model
+from outsize.errors import AdapterError
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def system_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts in /proc")
+def test_a_model_that_is_dropped_leaves_nothing_behind(open_paged: Callable[..., Model]) -> None:
+    """As in a notebook, where a cell is run again: nobody closed it, whether it was asked or not, was in the
+    middle of a reply, or had a chat. Or a load failed late."""
+    first = open_paged("llama")
+    source, memory = str(first.pack.path), first.placement.budget
+
+    def opened(**more: Any) -> Model:
+        return outsize.load(source, memory=memory, context=256, quiet=True, **more)
+
+    def asked() -> None:
+        opened().generate("hi", max_tokens=2)
+
+    def in_a_reply() -> None:
+        next(iter(opened().stream("hi", max_tokens=9)))
+
+    def in_a_chat() -> None:
+        next(opened().conversation(max_tokens=9).say("hi"))
+
+    def failed() -> None:
+        with pytest.raises(AdapterError):
+            opened(adapters={"a": "/nowhere"})
+
+    for use in (opened, asked, in_a_reply, in_a_chat, failed):
+        use()
+        gc.collect()
+        before = open_files(), system_threads()
+        for _ in range(3):
+            use()
+        gc.collect()
+        assert (open_files(), system_threads()) == before, use.__name__
