@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import outsize
 from outsize.api import Model
@@ -54,3 +57,17 @@ def test_a_model_that_is_dropped_leaves_nothing_behind(open_paged: Callable[...,
             use()
         gc.collect()
         assert (open_files(), system_threads()) == before, use.__name__
+
+
+def test_the_callers_random_numbers_stay(open_tiny: Callable[..., Model]) -> None:
+    """Without a seed, one is drawn: it was drawn by seeding the caller's generator anew."""
+    model = open_tiny()
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index,union-attr]
+    seeds = {model.generate("hi", max_tokens=1)[0].options["seed"] for _ in range(3)}
+    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index,union-attr]
+    assert torch.equal(before[0], after[0])
+    assert before[1:] == after[1:]
+    assert len(seeds) == 3
