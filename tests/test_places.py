@@ -7,6 +7,7 @@ import os
 import random
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 
 import outsize
 from outsize.api import Model
+from outsize.decode import template
 from outsize.errors import AdapterError
 
 
@@ -71,3 +73,26 @@ def test_the_callers_random_numbers_stay(open_tiny: Callable[..., Model]) -> Non
     assert torch.equal(before[0], after[0])
     assert before[1:] == after[1:]
     assert len(seeds) == 3
+
+
+INTERPRETER = """#!/bin/sh
+[ "$LD_LIBRARY_PATH" = /where/libpython/is ] || {{ echo "libpython3.so: cannot open" >&2; exit 127; }}
+unset LD_LIBRARY_PATH
+exec {python} "$@"
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script as interpreter")
+def test_an_interpreter_that_needs_the_loaders_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pythons of clusters and build services find their own library by LD_LIBRARY_PATH."""
+    script = tmp_path / "python3"
+    script.write_text(INTERPRETER.format(python=sys.executable))
+    script.chmod(0o755)
+    monkeypatch.setattr(template, "pythons", lambda: iter([str(script)]))
+    monkeypatch.setattr(template, "_worker", template.Worker())
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/where/libpython/is")
+    monkeypatch.setenv("SECRET", "kept here")
+    assert template.render("{{ messages[0].content }}", [[{"content": "hi"}]], {}) == ["hi"]
+    template._worker.close()
