@@ -1,11 +1,13 @@
-"""Notebooks, containers, network mounts: what other programs' users reported, tried here (docs/reports.md)."""
+"""Notebooks, containers, network mounts: what users of other programs reported (docs/reports.md)."""
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import random
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,12 @@ import pytest
 import torch
 
 import outsize
+from outsize import library
 from outsize.api import Model
 from outsize.decode import template
 from outsize.errors import AdapterError
+from outsize.pack import store, write
+from tests.golden import tiny
 
 
 def open_files() -> int:
@@ -96,3 +101,62 @@ def test_an_interpreter_that_needs_the_loaders_path(
     monkeypatch.setenv("SECRET", "kept here")
     assert template.render("{{ messages[0].content }}", [[{"content": "hi"}]], {}) == ["hi"]
     template._worker.close()
+
+
+def pack_slowly(
+    source: str, monkeypatch: pytest.MonkeyPatch, first: Callable[[], object]
+) -> list[Path]:
+    """Two packings at once: the second, which does `first`, begins and ends in the middle of the other."""
+    begun, go = threading.Event(), threading.Event()
+    record, made = write._write_record, list[Path]()
+
+    def slow(*args: Any) -> int:
+        if threading.current_thread() is other:
+            begun.set()
+            assert go.wait(20)
+        return record(*args)
+
+    monkeypatch.setattr(write, "_write_record", slow)
+    other = threading.Thread(target=lambda: made.append(library.pack(source, quiet=True).path))
+    other.start()
+    try:
+        assert begun.wait(20)
+        first()
+        made.append(library.pack(source, quiet=True).path)
+    finally:
+        go.set()
+        other.join(20)
+    return made
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no flock")
+def test_locks_that_everyone_is_granted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lustre, GPFS and NFS without lockd: the second process deleted the first one's work."""
+    import fcntl
+
+    monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    source = str(tiny.write_folder(tmp_path / "m", "llama"))
+    made = pack_slowly(source, monkeypatch, lambda: None)
+    assert len(made) == 2
+    assert len(set(made)) == 1
+    hidden = [p for p in made[0].parent.iterdir() if ".tmp-" in p.name]
+    assert not hidden
+    with outsize.load(source, quiet=True) as model:
+        assert model.pack.path == made[0]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no flock")
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK])
+def test_locks_that_are_refused(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    made = library.pack(str(tiny.write_folder(tmp_path / "m", "llama")), quiet=True)
+    assert store.remove(made.path.parent, made.path.name) > 0

@@ -7,11 +7,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import filelock
 import platformdirs
 
 from outsize.errors import PackError, SourceError
 from outsize.pack.format import HEADER, Pack, TableHeader, read_header
+from outsize.pack.lock import locked
 from outsize.pack.source import FileStat, Source
 
 
@@ -66,7 +66,7 @@ def remove(folder: Path, name: str) -> int:
     if Path(name).name != name or name.startswith(".") or not path.is_dir():
         known = ", ".join(p.name for p in folder.glob("[!.]*")) if folder.is_dir() else ""
         raise SourceError(f"no pack named {name!r}; there are: {known or 'none'}")
-    with filelock.FileLock(folder / f".{name}.lock"):
+    with locked(folder / f".{name}.lock"):
         try:
             size = sum(p.stat().st_size for p in path.iterdir())
             shutil.rmtree(path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 import zlib
 from collections.abc import Callable, Sequence
@@ -18,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-import filelock
 import numpy as np
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from outsize.encoding.int4 import Int4
 from outsize.errors import DiskFullError, PackError, SourceError
 from outsize.family.find import recipe as find_recipe
 from outsize.pack import store
+from outsize.pack.folders import rename, safe, sync
 from outsize.pack.format import (
     HEADER,
     TOKENIZER,
@@ -42,6 +43,7 @@ from outsize.pack.format import (
     write_header,
 )
 from outsize.pack.identity import Progress, hash_files, identity, layout
+from outsize.pack.lock import locked
 from outsize.pack.parts import Part, Piece, Record, TablePlan
 from outsize.pack.plan import lossy_tensors, plan
 from outsize.pack.source import Source, file_stats
@@ -80,9 +82,9 @@ def write(
         )
     source = _source(checkpoint, how, tables, home, progress)
     stem = checkpoint.files[0].stem if checkpoint.format == "gguf" else Path(how.spec).name
-    name = f"{_safe(stem)}-{source.identity[:12]}-{how.wanted}"
+    name = f"{safe(stem)}-{source.identity[:12]}-{how.wanted}"
     home.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(home / f".{name}.lock"):
+    with locked(home / f".{name}.lock") as is_alone:
         final = home / name
         if final.exists():
             with suppress(PackError):
@@ -98,7 +100,7 @@ def write(
         if twin is None:
             free, size = shutil.disk_usage(home).free, sum(t.header.size for t in tables)
             say(f"packing {size / 1e6:,.0f} MB into {final} ({free / 1e9:,.1f} GB free)")
-        made = _write_whole(draft, checkpoint, tables, twin, progress)
+        made = _write_whole(draft, checkpoint, tables, twin, progress, is_alone)
     if twin is not None and _succeeds(source, twin.source):
         with suppress(SourceError):  # another process was first
             store.remove(home, twin.path.name)
@@ -134,31 +136,30 @@ def _again(pack: Pack, source: Source) -> Pack:
     return pack
 
 
-def _safe(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-._" else "-" for c in name).lstrip(".-") or "model"
-
-
 def _write_whole(
     draft: Pack,
     checkpoint: Checkpoint,
     tables: Sequence[TablePlan],
     twin: Pack | None,
     progress: Progress,
+    is_alone: bool,
 ) -> Pack:
-    """The pack, under its name; its records are those of `twin` if there is one."""
+    """The pack, under its name; its records are those of `twin` if there is one. Where locks keep nobody out,
+    others may be writing the same: they are left alone, and the first to end wins."""
     home, name = draft.path.parent, draft.path.name
-    for stale in home.glob(f".{name}.tmp-*"):
+    for stale in home.glob(f".{name}.tmp-*") if is_alone else ():
         shutil.rmtree(stale, ignore_errors=True)
     if twin is None:
         _check_room(home, sum(t.header.size for t in tables))
-    folder = home / f".{name}.tmp-{os.getpid()}"
+    folder = home / f".{name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
     folder.mkdir()
     try:
         headers = None if twin is None else store.link_tables(folder, twin)
         headers = headers or _write_tables(folder, tables, progress)
         pack = _write_text(replace(draft, tables=headers), folder, checkpoint)
-        _sync(folder)
-        os.rename(folder, draft.path)
+        sync(folder)
+        if not rename(folder, draft.path):
+            return read_header(draft.path)
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _full(home, sum(t.header.size for t in tables)) from None
@@ -278,13 +279,3 @@ def _interleave(rows: np.ndarray, head_dim: int) -> np.ndarray:  # type: ignore[
     )
     mixed = heads.swapaxes(1, 2).reshape(-1, heads.shape[-1])
     return np.ascontiguousarray(mixed.T if vector else mixed)
-
-
-def _sync(folder: Path) -> None:
-    """Everything on disk before the rename can be."""
-    for path in (*folder.iterdir(), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
