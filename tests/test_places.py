@@ -7,6 +7,7 @@ import gc
 import os
 import random
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ import outsize
 from outsize import library
 from outsize.api import Model
 from outsize.decode import template
-from outsize.errors import AdapterError
+from outsize.errors import AdapterError, OptionError
 from outsize.pack import store, write
 from tests.golden import tiny
 
@@ -160,3 +161,26 @@ def test_locks_that_are_refused(
     monkeypatch.setattr(fcntl, "flock", refuse)
     made = library.pack(str(tiny.write_folder(tmp_path / "m", "llama")), quiet=True)
     assert store.remove(made.path.parent, made.path.name) > 0
+
+
+@pytest.mark.parametrize("name", ["x" * 240, "\u6a21\u578b" * 40])
+def test_long_names_of_models(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pack's name is longer than the model's, and is counted in bytes."""
+    monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path / "home"))
+    made = library.pack(str(tiny.write_folder(tmp_path / name, "llama")), quiet=True)
+    assert made.path.name.startswith(name[:20])
+    assert len(os.fsencode(made.path.name)) < 110
+
+
+def test_no_folder_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container whose root is read-only: a model that is here needs none, others say what to do."""
+
+    def none(*_: object, **__: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    source = str(tiny.write_folder(tmp_path / "m", "llama"))
+    monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    assert library.outline(source, quiet=True).description.family == "llama"
+    with pytest.raises(OptionError, match=r"No usable temporary.*; set TMPDIR to one"):
+        library.outline("package:nothing==1", quiet=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from outsize import __version__
@@ -75,15 +77,32 @@ def outline(model: str, encoding: str = "auto", quiet: bool = False) -> Outline:
     spec = source.parse(model)
     if spec.kind == "hf":
         return _outline_on_hub(spec, encoding)
-    with bars(quiet) as progress, tempfile.TemporaryDirectory() as name:
-        path = source.fetch(spec, Path(name), quiet, progress)
+    with bars(quiet) as progress, _temporary(spec) as scratch:
+        path = source.fetch(spec, scratch, quiet, progress)
         return of_checkpoint(source.open_checkpoint(path), model, encoding, _grouped())
 
 
 def _outline_on_hub(spec: source.Spec, encoding: str) -> Outline:
-    with tempfile.TemporaryDirectory() as name:
-        checkpoint = source.open_checkpoint(fetch_headers(spec, Path(name)))
+    with _temporary(spec) as scratch:
+        checkpoint = source.open_checkpoint(fetch_headers(spec, scratch))
         return of_checkpoint(checkpoint, spec.text, encoding, _grouped())
+
+
+@contextmanager
+def _temporary(spec: source.Spec) -> Iterator[Path]:
+    """A folder for what is fetched; files that are here need none. Raises OptionError."""
+    if spec.kind == "path":
+        yield Path()
+        return
+    try:
+        made = tempfile.TemporaryDirectory()
+    except OSError as e:
+        raise OptionError(
+            f"{spec.text}: its headers need a folder for a moment ({e.strerror or e}); set TMPDIR to one "
+            "that can be written"
+        ) from None
+    with made as name:
+        yield Path(name)
 
 
 def _grouped() -> bool:
