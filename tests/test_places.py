@@ -18,8 +18,9 @@ import pytest
 import torch
 
 import outsize
-from outsize import library
+from outsize import library, settings
 from outsize.api import Model
+from outsize.cli import app
 from outsize.decode import template
 from outsize.errors import AdapterError, OptionError
 from outsize.pack import store, write
@@ -184,3 +185,11 @@ def test_no_folder_for_temporary_files(tmp_path: Path, monkeypatch: pytest.Monke
     assert library.outline(source, quiet=True).description.family == "llama"
     with pytest.raises(OptionError, match=r"No usable temporary.*; set TMPDIR to one"):
         library.outline("package:nothing==1", quiet=True)
+
+
+def test_a_config_file_with_a_byte_order_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.toml").write_bytes(b"\xef\xbb\xbfmax_tokens = 3\r\n")
+    monkeypatch.setenv("OUTSIZE_CONFIG", str(tmp_path / "config.toml"))
+    assert settings.default_map(app)["run"]["max_tokens"] == 3

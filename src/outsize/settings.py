@@ -35,7 +35,7 @@ def default_map(app: typer.Typer) -> dict[str, Any]:
     import tomllib
 
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors put a mark before it
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise OptionError(f"{path} is not TOML: {e}") from None
     values = {key.replace("-", "_"): value for key, value in values.items()}
