@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import gc
 import os
@@ -193,3 +194,10 @@ def test_a_config_file_with_a_byte_order_mark(
     (tmp_path / "config.toml").write_bytes(b"\xef\xbb\xbfmax_tokens = 3\r\n")
     monkeypatch.setenv("OUTSIZE_CONFIG", str(tmp_path / "config.toml"))
     assert settings.default_map(app)["run"]["max_tokens"] == 3
+
+
+def test_a_model_is_not_copied(open_tiny: Callable[..., Model]) -> None:
+    """As caches of web frameworks and pools of processes would."""
+    for make in (copy.copy, copy.deepcopy, lambda m: m.__reduce_ex__(4)):
+        with pytest.raises(OptionError, match=r"cannot be pickled or copied.*load it there"):
+            make(open_tiny())

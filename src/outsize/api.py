@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TypedDict
+from typing import NoReturn, TypedDict
 
 import torch
 from typing_extensions import Unpack
@@ -93,13 +92,14 @@ class Model:
     def __enter__(self) -> Model:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise OptionError(
+            f"the model {self.name} cannot be pickled or copied: it is threads, open files and the memory of "
+            "this process; pass its name, and load it there"
+        )
 
     def close(self) -> None:
         """Release the weights, threads and files."""
