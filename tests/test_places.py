@@ -7,6 +7,7 @@ import errno
 import gc
 import os
 import random
+import subprocess
 import sys
 import tempfile
 import threading
@@ -201,3 +202,26 @@ def test_a_model_is_not_copied(open_tiny: Callable[..., Model]) -> None:
     for make in (copy.copy, copy.deepcopy, lambda m: m.__reduce_ex__(4)):
         with pytest.raises(OptionError, match=r"cannot be pickled or copied.*load it there"):
             make(open_tiny())
+
+
+ENDING = """
+import sys, threading, outsize
+model, begun = outsize.load(sys.argv[1], quiet=True), threading.Event()
+def serve():
+    while True:
+        for _ in model.stream([{"role": "user", "content": "hi"}], max_tokens=40):
+            begun.set()
+threading.Thread(target=serve, daemon=True).start()
+assert begun.wait(20)
+"""
+
+
+def test_the_end_of_the_interpreter_while_a_thread_answers(
+    folder_of: Callable[[str], Path],
+) -> None:
+    """Servers compute in daemon threads: the process was ended by SIGABRT, or the thread said that the
+    template's process had been killed."""
+    command = [sys.executable, "-c", ENDING, str(folder_of("llama"))]
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")

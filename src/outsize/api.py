@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from outsize.cache.kv import KV
 from outsize.conversation import Conversation, Past
-from outsize.decode import flow
+from outsize.decode import exits, flow
 from outsize.decode.channels import PLAIN, format_of
 from outsize.decode.engine import Flow, drive
 from outsize.decode.prompts import Prompt, encode
@@ -166,6 +166,7 @@ class Model:
         self._check_room(tokens)
         return Score(tokens, self.score_tokens(tokens)[0])
 
+    @exits.work()
     @torch.inference_mode()
     def score_tokens(self, tokens: Sequence[int]) -> tuple[list[float], list[bool]]:
         """Of every token after the first: its log-probability, and whether it was the likeliest."""
@@ -187,7 +188,8 @@ class Model:
         return Streaming(self, self.start(ids, options, past), options, started)
 
     def _encode(self, prompts: Sequence[Prompt], options: Options) -> list[list[int]]:
-        return encode(self.pack, self.tokens, prompts, options)
+        with exits.work():
+            return encode(self.pack, self.tokens, prompts, options)
 
     def count(self, prompt: Prompt, options: Options | None = None) -> int:
         """Tokens of a prompt, or of a chat's messages."""
