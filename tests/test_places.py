@@ -225,3 +225,28 @@ def test_the_end_of_the_interpreter_while_a_thread_answers(
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+class Log:
+    """What some programs put in the place of stderr."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+@pytest.mark.parametrize("place", [None, Log()])
+def test_no_console(
+    place: Log | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A windowed program or a service has no stderr; a log has no isatty. What is for people stays off
+    stdout."""
+    monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path / "home"))
+    source = str(tiny.write_folder(tmp_path / "m", "llama"))
+    monkeypatch.setattr(sys, "stderr", place)
+    with outsize.load(source) as model:
+        assert model.generate("hi", max_tokens=1)[0].new_tokens == 1
+    library.warn("unseen")
+    assert capsys.readouterr().out == ""

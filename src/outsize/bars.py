@@ -13,10 +13,16 @@ def silent(what: str, done: int, total: int) -> None:
     """No bar."""
 
 
+def is_watched() -> bool:
+    """Does a person look at stderr? There is none without a console, and a log in its place need not know."""
+    ask = getattr(sys.stderr, "isatty", None)
+    return ask is not None and bool(ask())
+
+
 @contextmanager
 def bars(quiet: bool = False) -> Iterator[Progress]:
     """A function that draws: one bar for each kind of work, with rate and time left."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or not is_watched():
         yield silent
         return
     from rich.console import Console
@@ -52,7 +58,7 @@ def bars(quiet: bool = False) -> Iterator[Progress]:
 @contextmanager
 def steps(quiet: bool = False) -> Iterator[Progress]:
     """Likewise for work that is counted: how many of how many, and the time left."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or not is_watched():
         yield silent
         return
     from rich.console import Console

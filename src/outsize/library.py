@@ -110,7 +110,8 @@ def _grouped() -> bool:
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr)
+    if sys.stderr is not None:  # print would take stdout in its place
+        print(text, file=sys.stderr)
 
 
 def silent(text: str) -> None:
@@ -118,4 +119,4 @@ def silent(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
+    say(f"warning: {text}")

@@ -4,10 +4,10 @@ cache where there is no network."""
 from __future__ import annotations
 
 import glob
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from outsize.bars import is_watched
 from outsize.checkpoint.choose import Choice, Place, choose
 from outsize.checkpoint.opening import local_place
 from outsize.checkpoint.read_json import read_json
@@ -47,7 +47,7 @@ def fetch_hub(spec: Spec, quiet: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    if quiet or not sys.stderr.isatty():
+    if quiet or not is_watched():
         disable_progress_bars()
     try:
         names = HfApi().list_repo_files(spec.name)

