@@ -16,9 +16,10 @@ is for the row whose first cell that is. Files are named once in a document, und
 Expressions are Python's, of few kinds: a .jsonl is the list of its objects; `f(run="a", n=1)` are those with
 these values, one if there is one; `.key` and `[index]` go on, over each of a list; + joins lists;
 median, mean, least, most, spread, count, total, last; `some(x)` is left out where x is 0, `range(xs)` where
-there is one; `within(a, b, .2)` counts; `x := ...` names something for the entries after it; c0, c1, ... are
-a row's cells. A number before % is 100 times its value. Numbers in code and links, and
-those in names (`Zen 4`, `AVX-512`), are no figures.
+there is one; `within(a, b, .2)` counts; `told(x, "at least ")` is a number in a message; `x := ...` names
+something for the entries after it; c0, c1, ... are a row's cells. A number before % is 100 times its value.
+Numbers in code and links, and those in names (`Zen 4`, `AVX-512`), are no figures. Of the README, what has
+entries is checked.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 RAW, DOCUMENTS = ROOT / "bench" / "results", ROOT / "docs" / "results"
 NAMES = re.compile(
     r"`[^`]*`|\]\([^)]*\)|<[^>]*>|\b\d{4}-\d\d-\d\d\b|\b[0-9a-f]{7}\b"
@@ -65,6 +67,7 @@ FUNCTIONS: dict[str, Callable[[list[Any]], Any]] = {
     "some": lambda of: of[0] or None, "range": lambda of: max(of) - min(of) if of[1:] else None,
     "prompts": lambda of: sum(x["prompts"] for x in of) if "prompts" in of[0] else None,
     "within": _within, "ceiling": _ceiling,
+    "told": lambda of: float(re.findall(re.escape(of[1]) + r"([\d.]+)", of[0])[0]),
 }  # fmt: skip
 OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b,
@@ -128,7 +131,10 @@ def read(path: Path) -> object:
 def value_of(text: str, names: dict[str, object]) -> object:
     """What an expression says. Raises FigureError."""
     try:
-        return _value(ast.parse(text.strip(), mode="eval").body, names)
+        node = ast.parse(text.strip(), mode="eval").body
+        if not any(isinstance(n, ast.Name) and n.id in names for n in ast.walk(node)):
+            raise ValueError("it reads no raw file")
+        return _value(node, names)
     except (SyntaxError, LookupError, TypeError, ValueError, ArithmeticError) as e:
         raise FigureError(f"{text.strip()!r}: {type(e).__name__} {e}") from None
 
@@ -252,10 +258,13 @@ def checked(block: Block) -> list[str]:
     return [entry for entry, _ in pairs]
 
 
-def problems(text: str) -> tuple[list[str], int, int]:
-    """What is wrong, how many figures are backed, how many have no raw file."""
+def problems(text: str, whole: bool = True) -> tuple[list[str], int, int]:
+    """What is wrong, how many figures are backed, how many have no raw file. Not `whole`: of blocks with
+    entries."""
     wrong, kinds = [], []
     for block in blocks(text):
+        if not whole and not block.entries:
+            continue
         try:
             kinds += checked(block)
         except FigureError as e:
@@ -265,12 +274,14 @@ def problems(text: str) -> tuple[list[str], int, int]:
 
 def main() -> int:
     status = 0
-    for path in map(Path, sys.argv[1:] or sorted(DOCUMENTS.glob("*.md"))):
-        wrong, backed, unkept = problems(path.read_text(encoding="utf-8"))
+    for path in map(Path, sys.argv[1:] or [*sorted(DOCUMENTS.glob("*.md")), README]):
+        whole = path.name != README.name
+        wrong, backed, unkept = problems(path.read_text(encoding="utf-8"), whole)
         print(
             f"{path.name}: {backed} figures backed, {unkept} without a raw file, {len(wrong)} wrong"
         )
-        print(*(f"  {line}" for line in wrong), sep="\n")
+        for line in wrong:
+            print(f"  {line}")
         status |= bool(wrong)
     return status
 

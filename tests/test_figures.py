@@ -14,8 +14,15 @@ problems, blocks, checked, figures, FigureError = (
     SCRIPT[name] for name in ("problems", "blocks", "checked", "figures", "FigureError")
 )
 # Measured, and no raw file was kept: so many of each document, and never more. Lower it when one is kept.
-UNKEPT = {"drafting.md": 34, "engine.md": 42, "memory.md": 10, "specmd.md": 32}
+UNKEPT = {"drafting.md": 34, "engine.md": 42, "memory.md": 12, "specmd.md": 32}
 DOCUMENTS = sorted(SCRIPT["DOCUMENTS"].glob("*.md"))
+
+
+def test_the_tables_of_the_readme() -> None:
+    wrong, backed, unkept = problems(SCRIPT["README"].read_text(encoding="utf-8"), whole=False)
+    assert not wrong
+    assert backed > 40
+    assert unkept == 4
 
 
 def test_every_document_is_counted() -> None:
@@ -75,7 +82,9 @@ def test_entries() -> None:
         ("130 | 7", "130 |", r"line 8: 1 numbers \(130\) and 2 entries"),
         ("runs.", "runs, 9.", r"line 3: 6 numbers"),
         ("r.ratio;", "r.ration;", "r.ration"),
-        ("r.ratio;", "__import__('os');", "__import__"),
+        ("r.ratio;", "2.59;", "it reads no raw file"),
+        ("r.ratio;", "__import__('os');", "it reads no raw file"),
+        ("r.ratio;", "r.__class__;", "KeyError"),
         ('model="smol"', 'model="none"', "nothing has"),
         ("31 %", "31", "31 is written"),
         ("each: s[n]", "Gemma: s[n]", "line 9: 2 numbers .* and 0 entries"),
