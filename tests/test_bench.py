@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -57,12 +62,37 @@ def test_quality_needs_its_inputs(folder_of: Callable[[str], Path], tmp_path: Pa
         quality._need("no_such_module_here")
 
 
-def test_the_harness_answers_as_the_model_does(open_tiny: Callable[..., Model]) -> None:
-    pytest.importorskip("lm_eval", reason="pip install 'outsize[bench]' to include this")
-    from outsize.bench.harness import Harness
+class LM(ABC):
+    """What lm-eval 0.4's `lm_eval.api.model.LM` asks of a model, where lm-eval is not installed: it brings
+    forty packages."""
 
+    @abstractmethod
+    def loglikelihood(self, requests: list[object]) -> list[tuple[float, bool]]: ...
+
+    @abstractmethod
+    def loglikelihood_rolling(self, requests: list[object]) -> list[float]: ...
+
+    @abstractmethod
+    def generate_until(self, requests: list[object]) -> list[str]: ...
+
+
+@pytest.fixture
+def harness_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Model], Any]]:
+    if find_spec("lm_eval") is None:
+        made = ModuleType("lm_eval.api.model")
+        made.LM = LM  # type: ignore[attr-defined]
+        for name in ("lm_eval", "lm_eval.api"):
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        monkeypatch.setitem(sys.modules, made.__name__, made)
+    yield import_module("outsize.bench.harness").Harness
+    sys.modules.pop("outsize.bench.harness")
+
+
+def test_the_harness_answers_as_the_model_does(
+    open_tiny: Callable[..., Model], harness_of: Callable[[Model], Any]
+) -> None:
     model = open_tiny("llama", "fp32")
-    harness = Harness(model)
+    harness = harness_of(model)
     ask = [SimpleNamespace(args=("the sea", " is wide")), SimpleNamespace(args=("", "night"))]
     (first, _), (second, _) = harness.loglikelihood(ask)
     tokens = model.tokens.encode("the sea is wide", start=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -150,12 +151,24 @@ def test_the_public_names() -> None:
 def test_every_error_is_drawn_and_raised_or_a_parent() -> None:
     from outsize import errors
 
-    text = errors.__doc__ or ""
-    used = " ".join(p.read_text() for p in FILES)
-    for name, value in vars(errors).items():
-        if isinstance(value, type) and issubclass(value, Exception):
-            assert name in text
-            assert used.count(name) > 2, f"{name} is never raised"
+    drawn, above = {}, ["Exception"]
+    for line in (errors.__doc__ or "").splitlines():
+        if (found := re.match(r"([|+\- ]*)(\w+Error)\b", line)) is not None:
+            depth = 1 + len(found[1]) // 4
+            drawn[found[2]] = above[depth - 1]
+            above[depth:] = [found[2]]
+    kinds = {
+        n: v for n, v in vars(errors).items() if isinstance(v, type) and issubclass(v, Exception)
+    }
+    assert drawn == {name: kind.__mro__[1].__name__ for name, kind in kinds.items()}
+    made = {
+        node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name)
+    }
+    for name, kind in kinds.items():
+        assert name in made or kind.__subclasses__(), f"{name} is never raised"
 
 
 def test_readme_commands_are_the_ci_commands() -> None:

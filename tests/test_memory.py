@@ -509,13 +509,24 @@ def test_free_memory_is_returned_after_long_spans_only(
     transformer = open_tiny("llama").transformer
     trims: list[int] = []
     monkeypatch.setattr(budget, "trim", lambda: trims.append(1))
-    monkeypatch.setattr(budget, "resident", lambda: 1 << 40)
+    has = [1 << 40]
+    monkeypatch.setattr(budget, "resident", lambda: has[0])
+    monkeypatch.setattr(transformer, "_ceiling", 1 << 41)
+    kv, short, long = transformer.new_kv(), Span(0, [1, 2, 3]), Span(0, list(range(20)))
+
+    def trimmed(span: Span) -> int:
+        before = len(trims)
+        full(transformer, [span], [kv])
+        return len(trims) - before
+
+    assert (trimmed(short), trimmed(long)) == (0, 0), "under the ceiling"
     monkeypatch.setattr(transformer, "_ceiling", 1)
-    kv = transformer.new_kv()
-    full(transformer, [Span(0, [1, 2, 3])], [kv])
-    assert not trims
-    full(transformer, [Span(0, list(range(20)))], [kv])
-    assert len(trims) == 1  # what cannot be returned is not tried for again
+    assert (trimmed(short), trimmed(long)) == (0, 1)
+    assert (trimmed(short), trimmed(long)) == (0, 0), (
+        "what cannot be returned is not tried for again"
+    )
+    has[0] += 8 << 20
+    assert (trimmed(short), trimmed(long)) == (0, 1), "but what has come since is"
 
 
 def test_the_first_lines_tell_of_experts(
