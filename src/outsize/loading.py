@@ -231,4 +231,9 @@ def tokens(made: Pack) -> Tokens:
     raw = (made.path / TOKENIZER).read_bytes()
     if zlib.crc32(raw) != made.tokenizer_crc:
         raise damaged(made.path, "its tokenizer does not match its checksum")
-    return Tokens(lean(raw.decode()), made.bos, made.add_bos)
+    try:
+        return Tokens(lean(raw.decode()), made.bos, made.add_bos)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as e:  # the library raises bare Exception, and panics
+        raise damaged(made.path, f"its tokenizer cannot be read ({str(e)[:200]})") from None
