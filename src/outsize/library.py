@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 from outsize import __version__
@@ -11,7 +12,7 @@ from outsize.bars import bars
 from outsize.checkpoint import source
 from outsize.checkpoint.headers import fetch_headers
 from outsize.checkpoint.hub import is_offline
-from outsize.errors import OptionError
+from outsize.errors import OptionError, PackError
 from outsize.native.kernels import kernels
 from outsize.options import DEFAULT_MODEL, DEFAULT_MODEL_SHA256
 from outsize.pack import store, write
@@ -52,8 +53,7 @@ def pack(
     if found is not None:
         return found
     spec, folder = source.parse(model), store.home() / "packs"
-    folder.mkdir(parents=True, exist_ok=True)
-    with bars(quiet) as progress, tempfile.TemporaryDirectory(".fetch", ".", folder) as name:
+    with bars(quiet) as progress, _scratch(folder) as name:
         if (
             spec.kind == "hf" and not is_offline()
         ):  # what cannot be run is refused before it is fetched
@@ -64,6 +64,18 @@ def pack(
         checkpoint = source.open_checkpoint(path)
         how = write.How(spec.text, encoding, _grouped(), __version__)
         return write.write(checkpoint, how, folder, progress, warn, silent if quiet else say)
+
+
+def _scratch(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    """For what is fetched, on the disk where the pack will be. Raises PackError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(".fetch", ".", folder)
+    except OSError as e:
+        raise PackError(
+            f"no pack can be made in {folder}: {e.strerror}; set OUTSIZE_HOME to a folder of yours, or name "
+            "the folder of a pack"
+        ) from None
 
 
 def outline(model: str, encoding: str = "auto", quiet: bool = False) -> Outline:
@@ -96,6 +108,12 @@ def say(text: str) -> None:
 
 def silent(text: str) -> None:
     """Quiet."""
+
+
+@cache
+def warn_once(text: str) -> None:
+    """In this process."""
+    warn(text)
 
 
 def warn(text: str) -> None:

@@ -146,8 +146,9 @@ def foresee(model: str, wishes: Wishes, size: int, runtime: int) -> tuple[Outlin
 
 
 def compiled(wishes: Wishes) -> Kernels | None:
-    """The compiled kernels, if they are wished for and can be had."""
-    return kernels(store.home() / "native") if wishes.native else None
+    """The compiled kernels, if they are wished for and can be had; what is wrong with them is said once."""
+    tell = library.silent if wishes.quiet else library.warn_once
+    return kernels(store.home() / "native", tell) if wishes.native else None
 
 
 def _open(

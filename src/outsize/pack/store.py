@@ -23,13 +23,21 @@ def home() -> Path:
 
 def packs(folder: Path) -> Iterator[Pack | PackError]:
     """Every pack in a folder; those that cannot be read as the error that says why."""
-    for path in sorted(folder.glob("*")) if folder.is_dir() else []:
+    for path in _entries(folder):
         if path.name.startswith(".") or not (path / HEADER).is_file():
             continue
         try:
             yield read_header(path)
         except PackError as e:
             yield e
+
+
+def _entries(folder: Path) -> list[Path]:
+    """None of a folder that is not there, or not for this user to read."""
+    try:
+        return [folder / name for name in sorted(os.listdir(folder))]
+    except OSError:
+        return []
 
 
 def find(folder: Path, spec: str, encoding: str, is_path: bool) -> Pack | None:
