@@ -40,10 +40,11 @@ def _entries(folder: Path) -> list[Path]:
         return []
 
 
-def find(folder: Path, spec: str, encoding: str, is_path: bool) -> Pack | None:
+def find(folder: Path, spec: str, encoding: str, is_path: bool, sha256: str = "") -> Pack | None:
     """The pack made from this source, if its files have not changed since; of a model on the hub, the
-    newest, if its cache has no other revision."""
+    newest, if its cache has no other revision. `sha256`: of the weights, where only one will do."""
     found = [p for p in _good(folder) if (p.source.spec, p.source.encoding) == (spec, encoding)]
+    found = [p for p in found if sha256 in ("", p.source.sha256)]
     if is_path:
         return next((p for p in found if p.source.is_current()), None)
     current = [p for p in found if not p.source.is_superseded()]

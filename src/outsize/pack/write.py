@@ -84,7 +84,8 @@ def write(
         final = home / name
         if final.exists():
             with suppress(PackError):
-                return _again(read_header(final), source)
+                if _is_of(found := read_header(final), source):
+                    return _again(found, source)
             shutil.rmtree(final)
         text, d = checkpoint.tokenizer, recipe.description
         draft = Pack(
@@ -135,6 +136,14 @@ def _source(
     return Source(
         how.spec, digest, sum(size for _, size, _, _ in stats), stats, how.wanted,
         file_stats(beside), identity(digest, beside), layout(tables),
+    )  # fmt: skip
+
+
+def _is_of(pack: Pack, source: Source) -> bool:
+    """Has it all that decides an answer? A name has a part of the identity only."""
+    made = pack.source
+    return (made.sha256, made.identity, made.layout, made.encoding) == (
+        source.sha256, source.identity, source.layout, source.encoding,
     )  # fmt: skip
 
 
