@@ -204,12 +204,14 @@ class Model:
 
     def _check_rows(self, tokens: Sequence[int]) -> None:
         """Raises OptionError for a token that the embedding has no row for."""
-        highest, rows = max(tokens), self.pack.description.vocab_size
-        if highest >= rows:
-            raise OptionError(
-                f"the prompt has the token {self.tokens.piece(highest)!r}, number {highest:,}, and the "
-                f"model's embedding has {rows:,} rows: this model cannot read it; leave it out"
-            )
+        rows = self.pack.description.vocab_size
+        for id in (min(tokens), max(tokens)):
+            if not 0 <= id < rows:
+                name = self.tokens.piece(id) if 0 <= id < 1 << 31 else ""
+                raise OptionError(
+                    f"the prompt has the token {name!r}, number {id:,}, and the model's embedding has "
+                    f"{rows:,} rows: this model cannot read it; leave it out"
+                )
 
     def start(self, ids: list[int], options: Options, past: Past | None = None) -> Run:
         self._check_room([*ids, 0] if ids else ids)

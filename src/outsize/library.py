@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 from outsize import __version__
@@ -11,7 +12,7 @@ from outsize.bars import bars
 from outsize.checkpoint import source
 from outsize.checkpoint.headers import fetch_headers
 from outsize.checkpoint.hub import is_offline
-from outsize.errors import OptionError
+from outsize.errors import OptionError, PackError
 from outsize.native.kernels import kernels
 from outsize.options import DEFAULT_MODEL, DEFAULT_MODEL_SHA256
 from outsize.pack import store, write
@@ -30,9 +31,23 @@ def find(model: str = DEFAULT_MODEL, encoding: str = "auto") -> Pack | None:
     """The pack of a model, if it was made before. Raises SourceError, PackError."""
     check_encoding(encoding)
     spec = source.parse(model)
-    if (Path(spec.name) / "pack.json").is_file():
+    if spec.kind == "path" and (Path(spec.name) / "pack.json").is_file():
         return read_header(Path(spec.name))
-    return store.find(store.home() / "packs", spec.text, encoding, spec.kind == "path")
+    due = _expected(spec)
+    return store.find(store.home() / "packs", spec.text, encoding, spec.kind == "path", due)
+
+
+def _expected(spec: source.Spec) -> str:
+    """The SHA-256 that the model's file must have, where one was asked for; of the default model we do."""
+    return spec.sha256.lower() or (DEFAULT_MODEL_SHA256 if spec.text == DEFAULT_MODEL else "")
+
+
+def _fetched(spec: source.Spec, scratch: Path, quiet: bool, progress: source.Progress) -> Path:
+    """The model on this machine, its file the one asked for. Raises HashError and what fetching raises."""
+    path = source.fetch(spec, scratch, quiet, progress)
+    if not spec.sha256 and (due := _expected(spec)):
+        source.check_hash(path, due, progress)
+    return path
 
 
 def pack(
@@ -52,18 +67,27 @@ def pack(
     if found is not None:
         return found
     spec, folder = source.parse(model), store.home() / "packs"
-    folder.mkdir(parents=True, exist_ok=True)
-    with bars(quiet) as progress, tempfile.TemporaryDirectory(".fetch", ".", folder) as name:
+    with bars(quiet) as progress, _scratch(folder) as name:
         if (
             spec.kind == "hf" and not is_offline()
         ):  # what cannot be run is refused before it is fetched
             _outline_on_hub(spec, encoding)
-        path = source.fetch(spec, Path(name), quiet, progress)
-        if spec.text == DEFAULT_MODEL:
-            source.check_hash(path, DEFAULT_MODEL_SHA256, progress)
+        path = _fetched(spec, Path(name), quiet, progress)
         checkpoint = source.open_checkpoint(path)
         how = write.How(spec.text, encoding, _grouped(), __version__)
         return write.write(checkpoint, how, folder, progress, warn, silent if quiet else say)
+
+
+def _scratch(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    """For what is fetched, on the disk where the pack will be. Raises PackError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(".fetch", ".", folder)
+    except OSError as e:
+        raise PackError(
+            f"no pack can be made in {folder}: {e.strerror}; set OUTSIZE_HOME to a folder of yours, or name "
+            "the folder of a pack"
+        ) from None
 
 
 def outline(model: str, encoding: str = "auto", quiet: bool = False) -> Outline:
@@ -76,7 +100,7 @@ def outline(model: str, encoding: str = "auto", quiet: bool = False) -> Outline:
     if spec.kind == "hf":
         return _outline_on_hub(spec, encoding)
     with bars(quiet) as progress, tempfile.TemporaryDirectory() as name:
-        path = source.fetch(spec, Path(name), quiet, progress)
+        path = _fetched(spec, Path(name), quiet, progress)
         return of_checkpoint(source.open_checkpoint(path), model, encoding, _grouped())
 
 
@@ -96,6 +120,12 @@ def say(text: str) -> None:
 
 def silent(text: str) -> None:
     """Quiet."""
+
+
+@cache
+def warn_once(text: str) -> None:
+    """In this process."""
+    warn(text)
 
 
 def warn(text: str) -> None:

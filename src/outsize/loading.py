@@ -160,8 +160,9 @@ def foresee(model: str, wishes: Wishes, size: int, runtime: int) -> tuple[Outlin
 
 
 def compiled(wishes: Wishes) -> Kernels | None:
-    """The compiled kernels, if they are wished for and can be had."""
-    return kernels(store.home() / "native") if wishes.native else None
+    """The compiled kernels, if they are wished for and can be had; what is wrong with them is said once."""
+    tell = library.silent if wishes.quiet else library.warn_once
+    return kernels(store.home() / "native", tell) if wishes.native else None
 
 
 def _open(
@@ -251,4 +252,9 @@ def tokens(made: Pack) -> Tokens:
     raw = (made.path / TOKENIZER).read_bytes()
     if zlib.crc32(raw) != made.tokenizer_crc:
         raise damaged(made.path, "its tokenizer does not match its checksum")
-    return Tokens(lean(raw.decode()), made.bos, made.add_bos)
+    try:
+        return Tokens(lean(raw.decode()), made.bos, made.add_bos)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as e:  # the library raises bare Exception, and panics
+        raise damaged(made.path, f"its tokenizer cannot be read ({str(e)[:200]})") from None

@@ -13,7 +13,9 @@ from outsize.checkpoint.package import fetch_package
 from outsize.checkpoint.spec import Spec, names_model, parse
 from outsize.errors import HashError, SourceError
 
-__all__ = ["Spec", "check_hash", "fetch", "hub_patterns", "names_model", "open_checkpoint", "parse"]
+__all__ = [
+    "Progress", "Spec", "check_hash", "fetch", "hub_patterns", "names_model", "open_checkpoint", "parse",
+]  # fmt: skip
 
 Progress = Callable[[str, int, int], None]
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from outsize.native.build import library
+from outsize.native.build import built
 from outsize.native.matrices import ExpertMatrices, GroupMatrix, LowRankMatrix, Place
 
 CHUNK = 256
@@ -227,7 +227,10 @@ class Kernels:
         )  # fmt: skip
 
 
-def kernels(folder: Path) -> Kernels | None:
-    """The kernels, compiled into `folder` at the first call on a machine; None without a compiler."""
-    lib = library(folder)
-    return None if lib is None else Kernels(lib)
+def kernels(folder: Path, tell: Callable[[str], None] | None = None) -> Kernels | None:
+    """The kernels, compiled into `folder` at the first call on a machine; None without a compiler. `tell` is
+    told why there are none, or why they could not be kept."""
+    found = built(folder)
+    if found.note and tell is not None:
+        tell(found.note)
+    return None if found.library is None else Kernels(found.library)

@@ -23,7 +23,7 @@ def home() -> Path:
 
 def packs(folder: Path) -> Iterator[Pack | PackError]:
     """Every pack in a folder; those that cannot be read as the error that says why."""
-    for path in sorted(folder.glob("*")) if folder.is_dir() else []:
+    for path in _entries(folder):
         if path.name.startswith(".") or not (path / HEADER).is_file():
             continue
         try:
@@ -32,10 +32,19 @@ def packs(folder: Path) -> Iterator[Pack | PackError]:
             yield e
 
 
-def find(folder: Path, spec: str, encoding: str, is_path: bool) -> Pack | None:
+def _entries(folder: Path) -> list[Path]:
+    """None of a folder that is not there, or not for this user to read."""
+    try:
+        return [folder / name for name in sorted(os.listdir(folder))]
+    except OSError:
+        return []
+
+
+def find(folder: Path, spec: str, encoding: str, is_path: bool, sha256: str = "") -> Pack | None:
     """The pack made from this source, if its files have not changed since; of a model on the hub, the
-    newest, if its cache has no other revision."""
+    newest, if its cache has no other revision. `sha256`: of the weights, where only one will do."""
     found = [p for p in _good(folder) if (p.source.spec, p.source.encoding) == (spec, encoding)]
+    found = [p for p in found if sha256 in ("", p.source.sha256)]
     if is_path:
         return next((p for p in found if p.source.is_current()), None)
     current = [p for p in found if not p.source.is_superseded()]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -68,9 +70,17 @@ def measure(home: Path) -> Machine:
         memory_bytes_per_s=round(probe.memory_bandwidth()),
         bf16_flops=round(probe.matmul_speed()),
         fp32_flops=round(probe.matmul_speed(torch.float32)),
-        disk=probe.disk_curve(home, SIZES, COUNTS),
+        disk=_disk(home),
         models={},
     )
+
+
+def _disk(home: Path) -> list[tuple[int, int, float]]:
+    """Of the home's disk; of the temporary folder's where the home cannot be written."""
+    try:
+        return probe.disk_curve(home, SIZES, COUNTS)
+    except OSError:
+        return probe.disk_curve(Path(tempfile.gettempdir()), SIZES, COUNTS)
 
 
 def kept(home: Path) -> Machine | None:
@@ -87,10 +97,12 @@ def kept(home: Path) -> Machine | None:
 
 
 def keep(machine: Machine, home: Path) -> None:
-    home.mkdir(parents=True, exist_ok=True)
-    temporary = home / f".{FILE}.{os.getpid()}"
-    temporary.write_text(json.dumps(asdict(machine)), encoding="utf-8")
-    os.replace(temporary, home / FILE)
+    """Where the home can be written."""
+    with suppress(OSError):
+        home.mkdir(parents=True, exist_ok=True)
+        temporary = home / f".{FILE}.{os.getpid()}"
+        temporary.write_text(json.dumps(asdict(machine)), encoding="utf-8")
+        os.replace(temporary, home / FILE)
 
 
 def known(home: Path, say: Callable[[str], None]) -> Machine:
