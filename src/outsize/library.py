@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from outsize.checkpoint.hub import is_offline
 from outsize.errors import OptionError, PackError
 from outsize.native.kernels import kernels
 from outsize.options import DEFAULT_MODEL, DEFAULT_MODEL_SHA256
-from outsize.pack import store, write
+from outsize.pack import leftovers, store, write
 from outsize.pack.format import Pack, read_header
 from outsize.pack.outline import Outline, of_checkpoint, of_pack
 
@@ -67,27 +69,32 @@ def pack(
     if found is not None:
         return found
     spec, folder = source.parse(model), store.home() / "packs"
-    with bars(quiet) as progress, _scratch(folder) as name:
+    with bars(quiet) as progress, _scratch(folder) as scratch:
         if (
             spec.kind == "hf" and not is_offline()
         ):  # what cannot be run is refused before it is fetched
             _outline_on_hub(spec, encoding)
-        path = _fetched(spec, Path(name), quiet, progress)
+        path = _fetched(spec, scratch, quiet, progress)
         checkpoint = source.open_checkpoint(path)
         how = write.How(spec.text, encoding, _grouped(), __version__)
         return write.write(checkpoint, how, folder, progress, warn, silent if quiet else say)
 
 
-def _scratch(folder: Path) -> tempfile.TemporaryDirectory[str]:
-    """For what is fetched, on the disk where the pack will be. Raises PackError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(".fetch", ".", folder)
-    except OSError as e:
-        raise PackError(
-            f"no pack can be made in {folder}: {e.strerror}; set OUTSIZE_HOME to a folder of yours, or name "
-            "the folder of a pack"
-        ) from None
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """For what is fetched, on the disk where the pack will be; what ended downloads left is deleted first.
+    Raises PackError."""
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            leftovers.clean(folder)
+            made = stack.enter_context(leftovers.scratch(folder))
+        except OSError as e:
+            raise PackError(
+                f"no pack can be made in {folder}: {e.strerror}; set OUTSIZE_HOME to a folder of yours, or "
+                "name the folder of a pack"
+            ) from None
+        yield made
 
 
 def outline(model: str, encoding: str = "auto", quiet: bool = False) -> Outline:

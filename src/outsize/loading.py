@@ -253,7 +253,7 @@ def tokens(made: Pack) -> Tokens:
     if zlib.crc32(raw) != made.tokenizer_crc:
         raise damaged(made.path, "its tokenizer does not match its checksum")
     try:
-        return Tokens(lean(raw.decode()), made.bos, made.add_bos)
+        return Tokens(lean(raw.decode()), made.bos, made.add_bos, made.description.vocab_size)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as e:  # the library raises bare Exception, and panics
