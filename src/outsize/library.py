@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from os import PathLike
 from pathlib import Path
 
 from outsize import __version__
+from outsize.arguments import place
 from outsize.bars import bars
 from outsize.checkpoint import source
 from outsize.checkpoint.headers import fetch_headers
@@ -26,17 +28,22 @@ def check_encoding(encoding: str) -> None:
         raise OptionError(f"encoding {encoding!r} is not known; known are {', '.join(ENCODINGS)}")
 
 
-def find(model: str = DEFAULT_MODEL, encoding: str = "auto") -> Pack | None:
+def named(model: str | PathLike[str]) -> str:
+    """A model as it is named. Raises OptionError."""
+    return place("model", model, "a model's name or path")
+
+
+def find(model: str | PathLike[str] = DEFAULT_MODEL, encoding: str = "auto") -> Pack | None:
     """The pack of a model, if it was made before. Raises SourceError, PackError."""
     check_encoding(encoding)
-    spec = source.parse(model)
-    if (Path(spec.name) / "pack.json").is_file():
+    spec = source.parse(named(model))
+    if spec.kind == "path" and (Path(spec.name) / "pack.json").is_file():
         return read_header(Path(spec.name))
     return store.find(store.home() / "packs", spec.text, encoding, spec.kind == "path")
 
 
 def pack(
-    model: str = DEFAULT_MODEL,
+    model: str | PathLike[str] = DEFAULT_MODEL,
     *,
     encoding: str = "auto",
     quiet: bool = False,
@@ -44,6 +51,7 @@ def pack(
 ) -> Pack:
     """Fetch and pack a model, or find the pack that is there; `refresh` asks the hub whether there is a
     newer revision. Raises OutsizeError."""
+    model = named(model)
     if refresh and not model.startswith("hf:"):
         raise OptionError(
             f"{model}: only models of the hub (hf:...) can be refreshed; files are seen to"
@@ -66,12 +74,13 @@ def pack(
         return write.write(checkpoint, how, folder, progress, warn, silent if quiet else say)
 
 
-def outline(model: str, encoding: str = "auto", quiet: bool = False) -> Outline:
+def outline(model: str | PathLike[str], encoding: str = "auto", quiet: bool = False) -> Outline:
     """What the pack of a model holds, or would hold: from headers alone, before any download (a Python
     package, which cannot be read in part, is fetched). Raises OutsizeError."""
     found = find(model, encoding)
     if found is not None:
         return of_pack(found)
+    model = named(model)
     spec = source.parse(model)
     if spec.kind == "hf":
         return _outline_on_hub(spec, encoding)

@@ -8,6 +8,8 @@ from pathlib import Path, PurePosixPath
 
 from outsize.errors import SourceError
 
+SHOWN = 80  # characters of a name that a message quotes
+
 
 @dataclass(frozen=True, slots=True)
 class Spec:
@@ -43,7 +45,13 @@ def parse(text: str) -> Spec:
         name, version, file = match.groups()
         return Spec("package", body, name, version, file or "", sha256)
     path = Path(text).expanduser()
-    if not path.exists():
+    try:
+        is_there = path.exists()
+    except (OSError, ValueError) as e:  # a name that is too long, or holds what no name may
+        shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+        why = e.strerror if isinstance(e, OSError) else e
+        raise SourceError(f"no such model: {shown!r} cannot be looked up ({why})") from None
+    if not is_there:
         raise SourceError(
             f"no such model: {text!r} is neither a file nor a folder; a model is a .gguf file, a "
             "safetensors folder, hf:organisation/repository or package:name==version"
