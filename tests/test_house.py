@@ -20,10 +20,12 @@ ORDER = [
     "checkpoint", "family", "native", "encoding", "pack", "weights", "cache", "model", "forward",
     "draft", "decode", "adapt", "plot", "plan", "bench",
 ]  # fmt: skip
-TOP = {"errors", "options", "resolve", "bars", "__version__"}
+TOP = {"arguments", "errors", "options", "resolve", "bars", "__version__"}
 LAST = {
     "api",
     "reply",
+    "scoring",
+    "turns",
     "streaming",
     "loading",
     "planning",

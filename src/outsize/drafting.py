@@ -145,9 +145,15 @@ class Drafting:
         drafter = ModelDraft(t, t.new_kv(context), context, k, sampler)
         return drafter, rejecting(sampler, lambda: drafter.drawn_from)
 
+    def restore(self) -> None:
+        """After a step that an exception broke off."""
+        if self.model is not None:
+            self.model.transformer.restore()
+
     def close(self) -> None:
         if self.model is not None:
             self.model.close()
+        self.habits = Habits()  # a mask drafter's memory goes with it
 
 
 def mask_file(spec: Spec, outline: Outline) -> Path | None:

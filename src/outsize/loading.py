@@ -6,10 +6,12 @@ import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
 
 import torch
 
-from outsize import drafting, library
+from outsize import arguments, drafting, library
 from outsize.api import Model
 from outsize.bars import bars
 from outsize.checkpoint.tokenizer import lean
@@ -29,6 +31,7 @@ from outsize.pack.outline import Outline, of_pack
 from outsize.plan.place import copy_bytes, place, tokenizer_bytes
 from outsize.plan.placement import Placement
 from outsize.plan.wake import runtime_bytes
+from outsize.turns import check_fork
 from outsize.weights import budget
 from outsize.weights import load as weights
 from outsize.weights.experts import Recorder
@@ -64,12 +67,29 @@ class Wishes:
         return Threads(torch.get_num_threads(), looks, alone=alone)
 
     def check(self) -> None:
+        self._check_kinds()
         parse(self.experts or "")
         drafting.parse(self.draft)
         if self.verify not in VERIFY:
             raise OptionError(f"verify is {self.verify!r}; known are {', '.join(VERIFY)}")
         if self.context is not None and self.context < 2:
             raise ContextError(f"context is {self.context:,}; at least 2 tokens are expected")
+
+    def _check_kinds(self) -> None:
+        """Raises OptionError."""
+        if not isinstance(self.memory, str):
+            arguments.whole("memory", self.memory, 1, 1 << 62)
+        if self.context is not None:
+            arguments.whole("context", self.context, 0, 1 << 32)
+        for name in (
+            "encoding",
+            "verify",
+            "draft",
+            *(("experts",) if self.experts is not None else ()),
+        ):
+            arguments.word(name, getattr(self, name))
+        for name in ("force", "native", "quiet"):
+            arguments.flag(name, getattr(self, name))
 
     def place(self, outline: Outline, size: int, runtime: int, tokenizer: int) -> Placement:
         """The plan for a budget of `size` bytes. Raises BudgetError, ContextError."""
@@ -100,7 +120,7 @@ def _pays(spec: drafting.Spec, made: Placement, without: Placement, worth: float
 
 
 def load(
-    model: str = DEFAULT_MODEL,
+    model: str | PathLike[str] = DEFAULT_MODEL,
     *,
     memory: str | int = "auto",
     context: int | None = None,
@@ -112,7 +132,7 @@ def load(
     quiet: bool = False,
     experts: str | None = None,
     draft: str = "auto",
-    adapters: Mapping[str, str] | None = None,
+    adapters: Mapping[str, str | PathLike[str]] | None = None,
     recorder: Recorder | None = None,
     before: Callable[[Outline, Placement], None] | None = None,
 ) -> Model:
@@ -124,30 +144,40 @@ def load(
     names that requests use. `recorder` is told what each layer chooses, `before` the plan before weights are
     read.
     Raises OutsizeError; BudgetError before anything is read."""
+    source = library.named(model)
+    check_fork(source)
     set_threads(threads)
     wishes = Wishes(
         memory, context, encoding, verify, force, native, quiet, experts, draft, threads
     )
     wishes.check()
+    files = _adapter_files(adapters)
+    for name, told in (("recorder", recorder), ("before", before)):
+        arguments.function(name, told)
     size, smaller = budget.parse(memory), _draft_model(wishes)
-    found = library.find(model, encoding)
+    found = library.find(source, encoding)
     if found is None and memory != "auto":
-        foresee(model, wishes, size, runtime_bytes(compiled(wishes)))
-    made = found or library.pack(model, encoding=encoding, quiet=quiet)
+        foresee(source, wishes, size, runtime_bytes(compiled(wishes)))
+    made = found or library.pack(source, encoding=encoding, quiet=quiet)
     knobs = replace(parse(experts or ""), recorder=recorder)
-    copies = library.pack(model, encoding=knobs.copies, quiet=quiet) if knobs.copies else None
+    copies = library.pack(source, encoding=knobs.copies, quiet=quiet) if knobs.copies else None
     model_opened = _open(made, wishes, size, knobs, before, smaller, copies)
-    for name, path in (adapters or {}).items():
+    for name, path in files.items():
         model_opened.load_adapter(name, path)
     return model_opened
+
+
+def _adapter_files(told: object) -> dict[str, Path]:
+    """Raises OptionError."""
+    told = {} if told is None else told
+    pairs = arguments.mapping("adapters", told, "a dict of names and paths")
+    return {name: arguments.path(f"adapters[{name!r}]", value) for name, value in pairs.items()}
 
 
 def set_threads(threads: int | None) -> None:
     """For the process."""
     if threads is not None:
-        if not 1 <= threads <= 1024:
-            raise OptionError(f"threads is {threads}; a whole number from 1 to 1,024 is expected")
-        torch.set_num_threads(threads)
+        torch.set_num_threads(arguments.whole("threads", threads, 1, 1024))
 
 
 def foresee(model: str, wishes: Wishes, size: int, runtime: int) -> tuple[Outline, Placement]:

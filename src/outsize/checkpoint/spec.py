@@ -9,6 +9,8 @@ from pathlib import Path, PurePosixPath
 
 from outsize.errors import SourceError
 
+SHOWN = 80  # characters of a name that a message quotes
+
 
 @dataclass(frozen=True, slots=True)
 class Spec:
@@ -44,11 +46,17 @@ def parse(text: str) -> Spec:
         name, version, file = match.groups()
         return Spec("package", body, name, version, file or "", sha256)
     path = Path(text).expanduser()
-    if path.is_symlink() and not path.exists():
+    try:
+        is_there, is_link = path.exists(), path.is_symlink()
+    except (OSError, ValueError) as e:  # a name that is too long, or holds what no name may
+        shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+        why = e.strerror if isinstance(e, OSError) else e
+        raise SourceError(f"no such model: {shown!r} cannot be looked up ({why})") from None
+    if is_link and not is_there:
         raise SourceError(
             f"{text!r} is a link to {os.readlink(path)}, which is not there; fetch the model again"
         )
-    if not path.exists():
+    if not is_there:
         raise SourceError(
             f"no such model: {text!r} is neither a file nor a folder; a model is a .gguf file, a "
             "safetensors folder, hf:organisation/repository or package:name==version"

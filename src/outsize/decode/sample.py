@@ -81,3 +81,12 @@ def seeded(options: Options) -> Options:
     if options.seed is not None:
         return options
     return options.with_changes({"seed": int(torch.seed() & 0x7FFFFFFF)})
+
+
+def of_each(options: Options, count: int) -> list[Options]:
+    """Of the prompts of one call. The seed that was asked for is that of all, so that each gets the text it
+    would get alone; where none was, each has another. Raises OptionError."""
+    known = seeded(options)
+    first, step = known.seed or 0, 0 if options.seed is not None else 1
+    made = [known.for_prompt(i) for i in range(count)]
+    return [one.with_changes({"seed": first + i * step}) for i, one in enumerate(made)]

@@ -75,13 +75,17 @@ class Worker:
     def ask(self, job: Mapping[str, object]) -> dict[str, Any]:
         """One job, one reply. Raises TemplateError."""
         with self._lock:
-            try:
-                line = self._exchanged(job)
-            except BaseException:  # interrupted: its reply must not become another's
-                self.close()
-                raise
+            line = self._alone(job)
         reply: dict[str, Any] = json.loads(line)
         return reply
+
+    def _alone(self, job: Mapping[str, object]) -> str:
+        """With the lock held."""
+        try:
+            return self._exchanged(job)
+        except BaseException:  # interrupted: its reply must not become another's
+            self.close()
+            raise
 
     def _exchanged(self, job: Mapping[str, object]) -> str:
         """The reply's line; asked once more if the process had just ended for want of work."""

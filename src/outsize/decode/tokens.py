@@ -45,7 +45,10 @@ class Tokens:
         # What a model answered is split by templates at the tags of its reasoning.
         tags = {tag for pair in TAGS for tag in pair}
         self.answer_marks = Marks([c for c in self._control.values() if c not in tags])
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # what the library is told before it encodes is told for all
+        self._normalizer, self._was_broken = tokenizer.normalizer, False
+        steps = [] if self._normalizer is None else [self._normalizer]
+        self._unmarking = normalizers.Sequence([normalizers.Replace(BREAK, ""), *steps])
 
     def encode(self, text: str, start: bool = False, special: bool = False) -> list[int]:
         """Token ids of a text; the names of control tokens in it are text, unless `special`. `start` puts the
@@ -54,8 +57,15 @@ class Tokens:
         ids = self._encoded(text) if special else self._encoded_apart(text)
         return ids if not start or ids[: len(self.start)] == self.start else self.start + ids
 
-    def _encoded(self, text: str) -> list[int]:
-        with refusing_panics(_cannot_encode):  # as for a word that it has no token for
+    def _encoded(self, text: str, special: bool = True, broken: bool = False) -> list[int]:
+        """`special`: the names of control tokens are control tokens; `broken`: marks in the text are left out
+        after the search for those. Both are said anew each time, whatever the last call left."""
+        with refusing_panics(_cannot_encode), self._lock:  # as for a word that it has no token for
+            self._tokenizer.encode_special_tokens = not special
+            if broken or self._was_broken:
+                self._was_broken = True
+                self._tokenizer.normalizer = self._unmarking if broken else self._normalizer
+                self._was_broken = broken
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         if ids and self._rows is not None and (largest := max(ids)) >= self._rows:
             raise OptionError(
@@ -68,12 +78,7 @@ class Tokens:
         """Without control tokens: those that the library calls special it leaves out, others are marked."""
         if not {self.control(name) for name in self.marks.names(text)} <= self._special:
             return self.encode_marked(str(self.marks.mark(text)))
-        with self._lock:
-            self._tokenizer.encode_special_tokens = True
-            try:
-                return self._encoded(text)
-            finally:
-                self._tokenizer.encode_special_tokens = False
+        return self._encoded(text, special=False)
 
     def encode_marked(self, text: str) -> list[int]:
         """Token ids of a text made by a chat template from strings that `marks` marked."""
@@ -81,16 +86,7 @@ class Tokens:
         text = self.marks.broken(text)
         if BREAK not in text and not self._late:
             return self._encoded(text)
-        with self._lock:
-            before = self._tokenizer.normalizer
-            steps = [normalizers.Replace(BREAK, "")] + ([] if before is None else [before])
-            try:
-                self._tokenizer.normalizer = normalizers.Sequence(
-                    steps
-                )  # runs after the search for names
-                ids = self._encoded(text)
-            finally:
-                self._tokenizer.normalizer = before
+        ids = self._encoded(text, broken=True)
         self._refuse_forged(text, ids)
         return ids
 
@@ -109,7 +105,7 @@ class Tokens:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without control tokens."""
-        with refusing_panics(_cannot_decode):
+        with refusing_panics(_cannot_decode), self._lock:
             text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 

@@ -136,6 +136,11 @@ class Transformer:
         self._num_held = self._count_held()
         return freed
 
+    def restore(self) -> None:
+        """After a step that an exception broke off, wherever that was."""
+        self.loaded.restore()
+        self._is_lent, self._num_held = False, self._count_held()
+
     def begin(self, is_large: bool) -> None:
         """A step begins: a long span, or a batch, needs the scratch, which is else lent to slots."""
         if self._native is not None:

@@ -15,7 +15,8 @@ import torch
 
 from outsize import __version__
 from outsize.plan import probe
-from outsize.weights.reader import PIECE, THREADS
+from outsize.weights.reader import THREADS
+from outsize.weights.tickets import PIECE
 
 FILE = "machine.json"
 SIZES = (128 << 10, 512 << 10, 1 << 20, 4 << 20)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import numbers
 import sys
 import time
 from collections.abc import Iterator
@@ -108,8 +109,8 @@ def shortage() -> int:
 def parse(text: str | int) -> int:
     """Bytes from '4GB', '900MB', '75%' (of the machine or the control group) or 'auto' (what is free,
     less a tenth, at most 1 GiB). Raises OptionError."""
-    if isinstance(text, int) and not isinstance(text, bool):
-        return _positive(text, text)
+    if isinstance(text, numbers.Integral) and not isinstance(text, bool):
+        return _positive(int(text), text)
     text = str(text).strip().lower()
     if text == "auto":
         now = free()

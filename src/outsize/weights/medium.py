@@ -50,7 +50,9 @@ class File:
         return stat.st_size, stat.st_mtime_ns
 
     def close(self) -> None:
-        os.close(self._handle)
+        handle, self._handle = self._handle, -1
+        if handle >= 0:
+            os.close(handle)
 
 
 def _open(path: Path) -> tuple[int, bool]:

@@ -18,8 +18,9 @@ from outsize.weights.arena import Arena
 from outsize.weights.ledger import Ledger, Load
 from outsize.weights.policies.pin_and_ring import PinAndRing
 from outsize.weights.policy import Policy
-from outsize.weights.reader import Reader, Ticket
+from outsize.weights.reader import Reader
 from outsize.weights.table import Table, Weights, views
+from outsize.weights.tickets import Ticket
 from outsize.weights.traffic import Traffic
 
 Tick = Callable[[int], None]
@@ -82,10 +83,11 @@ class Cached:
         scan: Sequence[int] = (),
         depth: int | None = None,
         lent: int = 0,
+        anew: Callable[[], Policy] | None = None,
     ) -> None:
         """`scan`: the ids that are fetched in this order, over and over; the next `depth` (None: as
         many as there are slots) are read ahead. `lent`: more slots, for the times between `borrow` and
-        `give_back`."""
+        `give_back`. `anew` makes a policy as this one was, for `restore`."""
         self.table, self.traffic, self._reader = table, table.traffic, reader
         self.ledger = Ledger(policy, table.traffic, table.header.stride)
         self._kernels, self._scan, self._depth = (
@@ -93,6 +95,7 @@ class Cached:
             sorted(scan),
             capacity if depth is None else depth,
         )
+        self._ring_size = self._depth
         self._first = capacity - self._depth  # of the slots that are written over and over
         self._arena = Arena(self._first, table.header.stride)
         self._ring = Arena(self._depth, table.header.stride)
@@ -101,6 +104,8 @@ class Cached:
         self._extra = range(capacity, capacity + lent)
         self._views: list[Weights | None] = [None] * (capacity + lent)
         self._tickets: dict[int, Ticket] = {}  # by slot, until settled
+        self._anew, self._unpinned = anew, list[int]()
+        self._whole: dict[int, int] = {}  # slot -> id, of records that are surely there
 
     def load(self, ids: Sequence[int], tick: Tick) -> dict[int, Weights]:
         """Fill slots at the beginning: many records in flight, none counted as a miss."""
@@ -170,6 +175,8 @@ class Cached:
     def unpin(self, id: int) -> int:
         """Let a pinned record pass like the others, from the next step on; the bytes this frees."""
         assert isinstance(self.ledger.policy, PinAndRing)
+        self._whole.pop(self.ledger.slot_of[id], None)
+        self._unpinned.append(id)
         slot = self.ledger.policy.unpin(id)
         self.ledger.forget(id)
         self._scan = sorted([*self._scan, id])
@@ -205,13 +212,27 @@ class Cached:
             if (ticket := self._tickets.pop(slot, None)) is not None and not ticket.cancel():
                 ticket.wait_quietly()
             self._lent.drop(i)
+            self._whole.pop(slot, None)
         self._depth -= len(slots)
         return len(slots) * self.table.header.stride
 
-    def drain(self) -> None:
-        """Wait for what is still being read, so that the buffers may go."""
-        for ticket in self._tickets.values():
-            ticket.wait_quietly()
+    def restore(self) -> None:
+        """After a call that an exception broke off, wherever that was, and once nothing is being read any
+        more: only what is surely there is known, and nothing is lent. Broken off itself, it may be called
+        again."""
+        assert self._anew is not None
+        policy, capacity = self._anew(), self._extra.start
+        if isinstance(policy, PinAndRing):
+            for id in self._unpinned:
+                policy.unpin(id)
+        self._whole = {slot: id for slot, id in self._whole.items() if slot < capacity}
+        self.ledger = Ledger(policy, self.traffic, self.table.header.stride)
+        self.ledger.adopt({id: slot for slot, id in self._whole.items()})
+        self._tickets, self._borrowed = {}, range(0)
+        for i in range(len(self._extra)):
+            self._lent.drop(i)
+        self._scan = sorted({*self._scan, *self._unpinned})
+        self._depth = self._ring_size or len(self._unpinned[:1])
 
     def _ask(self, ids: Sequence[int]) -> dict[int, int]:
         placed = self.ledger.demand(ids, self._is_there)
@@ -224,6 +245,7 @@ class Cached:
     def _read(self, loads: Sequence[Load], urgent: bool) -> None:
         """Start reading. Whatever was on its way to a slot is over first."""
         for id, slot in loads:
+            self._whole.pop(slot, None)
             if (ticket := self._tickets.pop(slot, None)) is not None:
                 ticket.wait_quietly()
             self._tickets[slot] = self._submit(id, slot, urgent)
@@ -252,6 +274,7 @@ class Cached:
             ticket.wait_quietly()
             self.traffic.waited_s += time.perf_counter() - started
         ticket.wait()
+        self._whole[slot] = self.ledger.id_in[slot]
         del self._tickets[slot]
 
     def _view(self, slot: int) -> Weights:

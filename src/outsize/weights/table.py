@@ -80,8 +80,8 @@ class Table:
             return True
         stamp = self._medium.stamp()
         if stamp != self._stamp:
+            self._seen = set()  # first: broken off here, it is looked at again
             self._stamp = stamp
-            self._seen = set()
         return index in self._seen and self._verify == "first"
 
     def read(self, index: int, out: memoryview) -> None:

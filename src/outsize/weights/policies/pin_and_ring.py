@@ -5,7 +5,7 @@ A scan of n records through c slots hits c - ring of n; least recently used woul
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from outsize.weights.policy import Hints, Placed, Policy, too_many
 
@@ -23,6 +23,12 @@ class PinAndRing:
     @property
     def room(self) -> int:
         return len(self._ring) or self._capacity
+
+    def adopt(self, slots: Mapping[int, int]) -> None:
+        self._loaded.update(i for i in slots if i in self._home)
+        for id, slot in slots.items():
+            if slot in self._ring:
+                self._ring[slot], self._slot_of[id] = id, slot
 
     def begin_pass(self) -> None:
         """A scan needs no telling."""
