@@ -60,6 +60,7 @@ class Model:
         self._watch = budget.Watch(placement.budget)
         self._transformer: Transformer | None = transformer
         self._turns = Turns(self.name, partial(_restore, transformer, drafting))
+        self._end = transformer.loaded.close_with(self)
 
     @property
     def name(self) -> str:
@@ -86,7 +87,7 @@ class Model:
     def close(self) -> None:
         """Release the weights, threads, files and memory, once a step that another thread is in has ended."""
         if self._transformer is not None:
-            self._turns.close(self._transformer.loaded.close)
+            self._turns.close(self._end)
             self.drafting.close()
         self._transformer, self.adapters = None, {}
         budget.trim()

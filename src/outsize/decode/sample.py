@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 
 import numpy as np
@@ -77,10 +78,11 @@ class Sampler:
 
 
 def seeded(options: Options) -> Options:
-    """With the seed that will be used, so that a result states it."""
+    """With the seed that will be used, so that a result states it. It is drawn from the system: the caller's
+    generators stay as they are."""
     if options.seed is not None:
         return options
-    return options.with_changes({"seed": int(torch.seed() & 0x7FFFFFFF)})
+    return options.with_changes({"seed": secrets.randbits(31)})
 
 
 def of_each(options: Options, count: int) -> list[Options]:

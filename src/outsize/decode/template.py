@@ -23,6 +23,9 @@ MAX_TEXT = 8 << 20  # characters of all rendered chats
 MAX_LINE = 6 * MAX_TEXT  # of a reply, in which a character is written as up to six
 MAX_SAID = 1 << 20  # characters of what the process says at its end
 TIME_LIMIT_S = 10
+# What the process gets of the environment: the time zone, and where an interpreter's own libraries are
+# (modules of clusters, toolchains of build services).
+PASSED = ("TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 CHILD = Path(__file__).with_name("template_child.py")
 Message = Mapping[str, object]
 Messages = Sequence[Message]
@@ -146,7 +149,7 @@ def _start() -> subprocess.Popen[str]:
     try:
         return subprocess.Popen(
             [python, "-I", "-S", str(CHILD), path], stdin=pipe, stdout=pipe, stderr=pipe,
-            text=True, encoding="utf-8", env={k: v for k, v in os.environ.items() if k == "TZ"},
+            text=True, encoding="utf-8", env={k: v for k, v in os.environ.items() if k in PASSED},
         )  # fmt: skip
     except OSError as e:
         raise TemplateError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -97,6 +99,18 @@ class Loaded:
         self.reader.close()
         for table in self.tables:
             table.close()
+
+    def close_with(self, owner: object) -> Callable[[], None]:
+        """Close when nothing refers to `owner` any more, or when what this returns is called. Not at the exit,
+        where other threads may still compute, and not in a fork, which has none of the threads to end."""
+        end = weakref.finalize(owner, _close_in, os.getpid(), self.close)
+        end.atexit = False
+        return end
+
+
+def _close_in(process: int, close: Callable[[], None]) -> None:
+    if os.getpid() == process:
+        close()
 
 
 @dataclass(slots=True)
