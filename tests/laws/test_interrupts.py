@@ -254,3 +254,12 @@ def test_entries_that_were_not_filled_are_not_known(
     monkeypatch.setattr(KV, "append", real)
     messages = [*talk.messages, {"role": "user", "content": "and?"}]
     assert "".join(talk.say("and?")) == model.chat(messages, max_tokens=STEPS).text
+
+
+def test_an_interrupt_of_a_draft_model(
+    open_paged: Callable[..., Model], folder_of: Callable[[str], Path]
+) -> None:
+    """The smaller model's weights are put right, too."""
+    model = open_paged("qwen3", f"model:{folder_of('qwen3')}:k=2")
+    assert model.generate(PROMPT, raw=True, max_tokens=STEPS)[0].drafted
+    sweep(model, QUICK)
