@@ -20,7 +20,7 @@ from outsize.decode.prompts import encode
 from outsize.decode.tokens import Tokens
 from outsize.errors import DataError, OptionError
 from outsize.library import say
-from outsize.options import Options
+from outsize.options import Options, check_number
 from outsize.pack.format import Pack
 from outsize.plan.probe import instruction_sets
 
@@ -41,6 +41,10 @@ class Wish:
     resume: bool = False
     device: str = "auto"
     quiet: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "at_once", "every"):
+            check_number(name, getattr(self, name), 1, 1 << 24)
 
     @property
     def checkpoint(self) -> Path:

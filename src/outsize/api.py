@@ -116,7 +116,7 @@ class Model:
         alone. A single string is a batch of one."""
         started, options = time.perf_counter(), seeded(Options().with_changes(changes))
         batch = [prompts] if isinstance(prompts, str) else list(prompts)
-        options.for_prompt(len(batch) - 1)
+        options.check_adapters(len(batch))
         replies: list[Reply] = []
         for wave in self._waves(self._encode(batch, options), options):
             replies += self._together(wave, options, started, len(replies))
@@ -182,6 +182,7 @@ class Model:
 
     def stream_from(self, prompt: Prompt, options: Options, past: Past | None = None) -> Streaming:
         started, options = time.perf_counter(), seeded(options)
+        options.check_adapters(1)
         (ids,) = self._encode([prompt], options)
         return Streaming(self, self.start(ids, options, past), options, started)
 

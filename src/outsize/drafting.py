@@ -13,6 +13,7 @@ from torch import Tensor
 
 from outsize.checkpoint import adapters
 from outsize.checkpoint.adapters import AdapterFile
+from outsize.checkpoint.bases import are_other
 from outsize.draft import sampler
 from outsize.draft.auto import MOST, AutoDraft, Habits
 from outsize.draft.masks import LAYOUTS, MaskDraft, MaskModel
@@ -25,6 +26,7 @@ from outsize.encoding.find import encoding
 from outsize.encoding.group import BLOCK
 from outsize.errors import AdapterError, OptionError, UnsupportedError
 from outsize.family.description import Description
+from outsize.library import warn
 from outsize.model.adapter import Adapter
 from outsize.model.transformer import Transformer
 from outsize.native.kernels import Kernels
@@ -175,9 +177,20 @@ def with_drafting(spec: Spec, outline: Outline) -> Outline:
 def read_adapter(pack: Pack, name: str, path: Path) -> Adapter:
     """A LoRA adapter for a model. Raises AdapterError."""
     file = adapters.load(path)
+    if file.about.get("kind") == "masks":
+        raise AdapterError(
+            f"{path} is a mask drafter, which guesses and does not change answers; use it with "
+            f"--draft masks:{path}"
+        )
     if pack.description.mixture is not None:
         raise UnsupportedError(
             f"{path}: adapters are for dense models; {pack.path.name} has experts"
+        )
+    base, ours = file.about.get("base_name"), (pack.source.spec, pack.source.files[0][0])
+    if isinstance(base, str) and are_other(base, ours):
+        warn(
+            f"{path} says that it was trained on {base}, and this model is {pack.source.spec}: its "
+            "shapes fit, but over another base an adapter may do anything; use its own"
         )
     return _additions(name, file, pack)
 
@@ -188,7 +201,10 @@ def mask_model(path: Path, k: int, pack: Pack, transformer: Transformer) -> Mask
     if d.mixture is not None:
         raise UnsupportedError(f"{path}: mask drafters are for dense models; use --draft ngram")
     if file.about.get("kind") != "masks":
-        raise AdapterError(f"{path} is no mask drafter; `outsize adapt masks` trains one")
+        raise AdapterError(
+            f"{path} is no mask drafter: a LoRA adapter is loaded with --adapter NAME={path}, and "
+            "`outsize adapt masks` trains a drafter"
+        )
     adapter, masks = _additions(str(path), file, pack, True), file.tensors.get("masks")
     if masks is None or masks.dim() != 2 or masks.shape[1] != d.width:
         raise AdapterError(f"{path} has no masks {d.width:,} numbers wide; it is for another model")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -16,6 +16,7 @@ from outsize.checkpoint.tokenizer import lean
 from outsize.decode.tokens import Tokens
 from outsize.draft.auto import Habits
 from outsize.errors import BudgetError, ContextError, OptionError
+from outsize.family.description import Description
 from outsize.library import warn
 from outsize.model.transformer import Transformer
 from outsize.native.kernels import Kernels, kernels
@@ -51,6 +52,8 @@ class Wishes:
         None  # None: what `outsize bench cache --write-config` chose, or the default
     )
     draft: str = "auto"
+    # Names of these that are defaults (of the environment or config.toml): left out where they do not apply.
+    defaults: Collection[str] = ()
 
     def check(self) -> None:
         parse(self.experts or "")
@@ -59,6 +62,22 @@ class Wishes:
             raise OptionError(f"verify is {self.verify!r}; known are {', '.join(VERIFY)}")
         if self.context is not None and self.context < 2:
             raise ContextError(f"context is {self.context:,}; at least 2 tokens are expected")
+
+    def of(self, model: str) -> Wishes:
+        """What a model's name leaves of these. Raises SourceError."""
+        if self.encoding != "auto" and "encoding" in self.defaults and library.is_pack(model):
+            return replace(self, encoding="auto")
+        return self
+
+    def for_kind(self, name: str, d: Description) -> Wishes:
+        """What a kind of model leaves of these. Raises OptionError."""
+        if d.mixture is not None or self.experts is None:
+            return self
+        if "experts" in self.defaults:
+            return replace(self, experts=None)
+        raise OptionError(
+            f"experts is {self.experts!r}, and {name} is a dense model, which has none; leave it out"
+        )
 
     def place(self, outline: Outline, size: int, runtime: int, tokenizer: int) -> Placement:
         """The plan for a budget of `size` bytes. Raises BudgetError, ContextError."""
@@ -102,6 +121,7 @@ def load(
     experts: str | None = None,
     draft: str = "auto",
     adapters: Mapping[str, str] | None = None,
+    defaults: Collection[str] = (),
     recorder: Recorder | None = None,
     before: Callable[[Outline, Placement], None] | None = None,
 ) -> Model:
@@ -109,18 +129,23 @@ def load(
     be. `memory` caps the whole process: bytes, "4GB", "75%", or "auto" (what is free, less a tenth).
     `threads` sets torch's threads for the process; `experts` says how experts are cached
     (docs/experts.md), `draft` what guesses ahead (docs/drafting.md); `adapters` are LoRA adapters, by the
-    names that requests use. `recorder` is told what each layer chooses, `before` the plan before weights are
-    read.
+    names that requests use; `defaults` are names of these that are left out, not refused, where they do not
+    apply (encoding, experts). `recorder` is told what each layer chooses, `before` the plan before weights
+    are read.
     Raises OutsizeError; BudgetError before anything is read."""
     set_threads(threads)
-    wishes = Wishes(memory, context, encoding, verify, force, native, quiet, experts, draft)
+    wishes = Wishes(
+        memory, context, encoding, verify, force, native, quiet, experts, draft, defaults
+    )
     wishes.check()
+    wishes = wishes.of(model)
     size, smaller = budget.parse(memory), _draft_model(wishes)
-    found = library.find(model, encoding)
-    if found is None and memory != "auto":
+    found = library.find(model, wishes.encoding)
+    if found is None and (memory != "auto" or experts):
         foresee(model, wishes, size, runtime_bytes(compiled(wishes)))
-    made = found or library.pack(model, encoding=encoding, quiet=quiet)
-    knobs = replace(parse(experts or ""), recorder=recorder)
+    made = found or library.pack(model, encoding=wishes.encoding, quiet=quiet)
+    wishes = wishes.for_kind(made.path.name, made.description)
+    knobs = replace(parse(wishes.experts or ""), recorder=recorder)
     copies = library.pack(model, encoding=knobs.copies, quiet=quiet) if knobs.copies else None
     model_opened = _open(made, wishes, size, knobs, before, smaller, copies)
     for name, path in (adapters or {}).items():
@@ -138,7 +163,9 @@ def set_threads(threads: int | None) -> None:
 
 def foresee(model: str, wishes: Wishes, size: int, runtime: int) -> tuple[Outline, Placement]:
     """The plan from headers alone. Raises BudgetError."""
+    wishes = wishes.of(model)
     outline = library.outline(model, wishes.encoding, wishes.quiet)
+    wishes = wishes.for_kind(outline.name, outline.description)
     if encoding := parse(wishes.experts or "").copies:
         copy = library.outline(model, encoding, wishes.quiet)
         outline = replace(outline, copies=copy_bytes(outline, copy))

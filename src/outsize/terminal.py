@@ -6,11 +6,12 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from outsize import loading, planning
 from outsize.api import Model
@@ -58,6 +59,30 @@ def understand(arguments: Sequence[str], model: str | None) -> tuple[str, str | 
     return model or DEFAULT_MODEL, prompt
 
 
+CHAT_ONLY, PROMPT_ONLY = ("overflow",), ("raw", "special", "as_json")
+
+
+def check_use(told: Collection[str], how: How, prompt: bool) -> None:
+    """Is each flag that was given of use for a prompt, or for a chat? Raises OptionError."""
+    for name in CHAT_ONLY if prompt else PROMPT_ONLY:
+        if name in told:
+            flag, other = name.removeprefix("as_"), "a chat" if prompt else "a prompt"
+            raise OptionError(f"--{flag} is for {other}; leave it out, or give {other}")
+    if "adapter" in told and prompt and len(how.adapters) > 1:
+        raise OptionError(
+            f"--adapter is given {len(how.adapters)} times, and one prompt is answered with one; give one"
+        )
+    if "show_thinking" in told and how.as_json and how.thinking is False:
+        raise OptionError(
+            "--json tells what the model thought, under `reasoning`; leave --hide-thinking out"
+        )
+
+
+def wishes_of(told: Collection[str], *wishes: Any) -> Wishes:
+    """Wishes, of which those that are not on the command line itself are defaults."""
+    return replace(Wishes(*wishes), defaults=frozenset({"encoding", "experts"} - set(told)))
+
+
 def open_model(name: str, how: How) -> Model:
     checked_overflow(how.overflow)
     started, w = time.perf_counter(), how.wishes
@@ -74,6 +99,7 @@ def open_model(name: str, how: How) -> Model:
         force=w.force,
         native=w.native,
         quiet=w.quiet,
+        defaults=w.defaults,
         before=None if w.quiet or how.as_json else _announce,
     )
     if how.verbose:
@@ -96,6 +122,9 @@ def named_adapters(told: Sequence[str]) -> list[tuple[str, str]]:
     for text, (name, path) in zip(told, pairs, strict=True):
         if not name or not path:
             raise OptionError(f"--adapter is {text!r}; NAME=PATH is expected")
+    names = [name for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise OptionError(f"--adapter names {twice!r} twice; give each a name of its own")
     return pairs
 
 
@@ -111,7 +140,7 @@ def note(text: str) -> None:
 def answer(name: str, prompt: str, options: Options, how: How) -> None:
     """One prompt, one reply."""
     with open_model(name, how) as model:
-        streaming = model.stream(prompt, **options.to_json())  # type: ignore[arg-type]
+        streaming = model.stream_from(prompt, options)
         with interrupts(streaming.cancel):
             show(streaming.parts, shown=not how.as_json, thinking=how.thinking)
         reply = streaming.reply

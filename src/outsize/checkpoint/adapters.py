@@ -97,7 +97,8 @@ def _peft(path: Path, tensors: Mapping[str, Tensor]) -> AdapterFile:
         out[f"{layer}.{part}.{factor}"] = tensor
     if not out:
         raise AdapterError(f"{path} holds no tensors; it is not an adapter")
-    return AdapterFile(path, out, {"scale": _scale(path, config), "rows": "halves"})
+    about = {"scale": _scale(path, config), "rows": "halves"}
+    return AdapterFile(path, out, about | {"base_name": config.get("base_model_name_or_path")})
 
 
 def _config(path: Path) -> dict[str, object]:
