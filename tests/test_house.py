@@ -35,6 +35,7 @@ LAST = {
     "library",
     "terminal",
     "settings",
+    "console",
     "flags",
     "benches",
     "cli",

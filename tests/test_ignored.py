@@ -189,7 +189,7 @@ def test_an_adapter_of_another_base_is_told_apart(
         (("plan", "{m}", "-c", "64", "--prompt-tokens", "65", "-q"), "prompt_tokens is 65"),
         (("plan", "{m}", "--prompt-tokens", "0", "-q"), "prompt_tokens is 0"),
         (("bench", "speed", "{m}", "--repeats", "0"), "repeats is 0"),
-        (("bench", "quality", "{m}", "--tasks", "a", "--text", "b"), "give one of --text"),
+        (("bench", "quality", "{m}", "--tasks", "a", "--text", "b"), "give one of the two: --text"),
         (("bench", "quality", "{m}", "--tasks", "a", "--tokens", "50"), "--tokens is for --text"),
         (("bench", "quality", "{m}", "--text", "a", "--limit", "5"), "--limit is for --tasks"),
         (("adapt", "masks", "{m}", "--data", "a", "-o", "b", "--given-answers", "-n", "5"),

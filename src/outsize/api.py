@@ -12,6 +12,7 @@ import torch
 from typing_extensions import Unpack
 
 from outsize.cache.kv import KV
+from outsize.checkpoint.spec import expanded
 from outsize.conversation import Conversation, Past
 from outsize.decode import flow
 from outsize.decode.channels import PLAIN, format_of
@@ -236,7 +237,7 @@ class Model:
     def load_adapter(self, name: str, path: str | Path) -> None:
         """Make a LoRA adapter (PEFT's safetensors) known under a name, for requests to use. Raises
         AdapterError."""
-        self.adapters[name] = read_adapter(self.pack, name, Path(path).expanduser())
+        self.adapters[name] = read_adapter(self.pack, name, expanded(path))
 
     def _adapter(self, name: str | None) -> Adapter | None:
         if name is not None and name not in self.adapters:
@@ -293,4 +294,6 @@ class Model:
             "threads": torch.get_num_threads(),
             "memory": self.placement.budget,
         }
-        return account(run, self.name, shown, started, before, self.counts())
+        tables = self.transformer.loaded.tables
+        cached = not all(table.is_direct for table in tables)
+        return account(run, self.name, shown, started, before, self.counts(), cached)

@@ -58,7 +58,7 @@ def quality(
     from outsize.terminal import wishes_of
 
     if (tasks is None) == (text is None):
-        raise OptionError("give one of --text FILE and --tasks NAMES")
+        raise OptionError("give one of the two: --text FILE or --tasks NAMES")
     for name in ("tokens",) if text is None else ("limit", "include"):
         if name in told(ctx):
             raise OptionError(

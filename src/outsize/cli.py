@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from outsize import __version__, adapts, benches, settings
+from outsize import __version__, adapts, benches, console, settings
 from outsize.errors import OptionError, OutsizeError
 from outsize.flags import (
     AdapterFlag,
@@ -45,6 +45,7 @@ from outsize.flags import (
 from outsize.options import DEFAULT_MODEL, Options, parse_arguments
 
 app = typer.Typer(
+    cls=console.Commands,
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -100,7 +101,7 @@ def run(
         system, raw, terminal.first_adapter(adapter), special, parse_arguments(template_arg or ()),
     )  # fmt: skip
     given = told(ctx)
-    options.check_told(given)
+    options = terminal.readable(options, given)
     wishes = terminal.wishes_of(
         given, memory, context, encoding, verify, force, native, quiet, experts, draft
     )
@@ -154,7 +155,7 @@ def chat(
         max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, seed, tuple(stop or ()),
         system, False, terminal.first_adapter(adapter), False, parse_arguments(template_arg or ()),
     )  # fmt: skip
-    options.check_told(told(ctx))
+    options = terminal.readable(options, told(ctx))
     wishes = terminal.wishes_of(
         told(ctx), memory, context, encoding, verify, force, native, quiet, experts, draft
     )
@@ -273,6 +274,8 @@ def version() -> None:
 def main() -> None:
     """Run a command; print an error as one sentence."""
     try:
+        console.prepare()
+        settings.check_environment(app)
         app(default_map=settings.default_map(app))
     except OutsizeError as e:
         plain = not sys.stderr.isatty() or settings.no_color()
@@ -280,10 +283,7 @@ def main() -> None:
         print(f"{label} {e}", file=sys.stderr)
         sys.exit(e.exit_status)
     except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(141)
+        sys.exit(console.INTERRUPTED)
 
 
 if __name__ == "__main__":

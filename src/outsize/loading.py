@@ -166,6 +166,7 @@ def foresee(model: str, wishes: Wishes, size: int, runtime: int) -> tuple[Outlin
     wishes = wishes.of(model)
     outline = library.outline(model, wishes.encoding, wishes.quiet)
     wishes = wishes.for_kind(outline.name, outline.description)
+    drafting.check(drafting.parse(wishes.draft), outline)
     if encoding := parse(wishes.experts or "").copies:
         copy = library.outline(model, encoding, wishes.quiet)
         outline = replace(outline, copies=copy_bytes(outline, copy))

@@ -41,6 +41,9 @@ class Reply:
     model: str
     finish: str  # "stop", "length" or "cancelled"
     options: Mapping[str, object]
+    cached_reads: bool = (
+        False  # through the page cache: the disk's file system refuses direct reads
+    )
     reasoning: str = ""  # what the model thought before it answered, where it says that apart
 
     def __str__(self) -> str:
@@ -114,6 +117,7 @@ def account(
     started: float,
     before: Counts,
     after: Counts,
+    cached_reads: bool = False,
 ) -> Reply:
     """The reply of a run that has ended, or was interrupted."""
     new, first = len(run.seq.new_tokens), (run.first_s or started) - started
@@ -147,5 +151,6 @@ def account(
         model=model,
         finish=run.seq.finish or "cancelled",
         options=options,
+        cached_reads=cached_reads,
         reasoning=run.stream.reasoning,
     )

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from outsize import planning
+from outsize import console, planning
 from outsize.api import Model
 from outsize.conversation import Conversation, checked_overflow
 from outsize.errors import OutsizeError, TemplateError
@@ -41,7 +41,8 @@ def chat(name: str, options: Options, how: How) -> None:
 
 def _ask() -> str | None:
     try:
-        return input("> " if sys.stdin.isatty() else "")
+        said = input("> " if sys.stdin.isatty() else "")
+        return console.text_of(said, sys.stdin.encoding)
     except (EOFError, KeyboardInterrupt):
         if sys.stdin.isatty():
             note("")

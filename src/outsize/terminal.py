@@ -13,9 +13,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from outsize import loading, planning
+from outsize import console, loading, planning
 from outsize.api import Model
 from outsize.checkpoint.source import names_model
+from outsize.checkpoint.spec import holds_model
 from outsize.conversation import checked_overflow
 from outsize.decode.channels import REASONING, TEXT, Piece
 from outsize.errors import OptionError, PackError
@@ -47,6 +48,10 @@ def understand(arguments: Sequence[str], model: str | None) -> tuple[str, str | 
     """[MODEL] [PROMPT] -> a model and a prompt; no prompt means a chat."""
     words = list(arguments)
     if model is None and words and (len(words) == 2 or names_model(words[0])):
+        if len(words) == 1 and not holds_model(words[0]):
+            raise OptionError(
+                f"{words[0]!r} is there, and no model; if it is a prompt, name a model before it or after -m"
+            )
         model = words.pop(0)
     if len(words) > 1:
         raise OptionError(
@@ -55,8 +60,19 @@ def understand(arguments: Sequence[str], model: str | None) -> tuple[str, str | 
         )
     prompt = words[0] if words else None
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
-        prompt = sys.stdin.read()
-    return model or DEFAULT_MODEL, prompt
+        prompt = console.text_of(sys.stdin.read(), sys.stdin.encoding)
+        if not prompt.strip():
+            raise OptionError(
+                "standard input holds no prompt; give one, in quotes or through a pipe"
+            )
+    return model or DEFAULT_MODEL, None if prompt is None else console.text_of(prompt)
+
+
+def readable(options: Options, told: Collection[str]) -> Options:
+    """Options whose texts are text, and are used. Raises OptionError."""
+    options.check_told(told)
+    system = None if options.system is None else console.text_of(options.system)
+    return replace(options, system=system, stop=tuple(map(console.text_of, options.stop)))
 
 
 CHAT_ONLY, PROMPT_ONLY = ("overflow",), ("raw", "special", "as_json")
@@ -145,7 +161,7 @@ def answer(name: str, prompt: str, options: Options, how: How) -> None:
             show(streaming.parts, shown=not how.as_json, thinking=how.thinking)
         reply = streaming.reply
     if how.as_json:
-        print(json.dumps(reply.to_json(), ensure_ascii=False))
+        print(json.dumps(reply.to_json(), ensure_ascii=not console.is_unicode(sys.stdout)))
     elif not how.wishes.quiet:
         note(summary(reply, planning.disk_rate()))
         note_unanswered(reply)
@@ -213,6 +229,8 @@ def summary(reply: Reply, disk_bytes_per_s: float | None = None) -> str:
             f"{reply.bytes_per_token / 1e6:,.1f} MB a token from disk at {rate}, "
             f"hit rate {reply.hit_rate:.0%}, waited {reply.waited_s:.2f} s"
         )
+    if reply.cached_reads:
+        parts.append("read through the page cache: the pack's file system refuses direct reads")
     return f"[{'; '.join(parts)}]"
 
 

@@ -68,11 +68,9 @@ def load(path: Path) -> AdapterFile:
 
 def raw(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     """Tensors, and what our metadata says. Raises AdapterError."""
+    if (size := file_bytes(path)) > LIMIT:
+        raise AdapterError(f"{path} has {size:,} bytes; no adapter is that large")
     try:
-        if path.stat().st_size > LIMIT:
-            raise AdapterError(
-                f"{path} has {path.stat().st_size:,} bytes; no adapter is that large"
-            )
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get(KEY, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
