@@ -212,7 +212,9 @@ def test_two_processes_train_one_drafter(open_tiny: Callable[..., Model], tmp_pa
     rows = [json.loads(line) for line in wish.answers.read_text().splitlines()[1:]]
     assert sorted(i for i, _ in rows) == list(range(9))
     alone = replace(wish, output=tmp_path / "alone.safetensors", at_once=1)
-    adapting.prepare(alone, RECIPE, model.pack, twin_of(model))
+    kind = adapting.matmul_type(torch.device("cpu"))
+    twin = Twin(model.pack, torch.device("cpu"), kind, silent)
+    adapting.prepare(alone, RECIPE, model.pack, twin)
     lines = alone.answers.read_text().splitlines()[1:]
     assert dict(map(json.loads, lines)) == dict(rows)
     assert raw(wish.output)[1]["step"] == 6
