@@ -38,6 +38,7 @@ LAST = {
     "library",
     "terminal",
     "settings",
+    "console",
     "flags",
     "benches",
     "cli",

@@ -1,4 +1,4 @@
-"""Notebooks, containers, network mounts: what other programs' users reported, tried here (docs/reports.md)."""
+"""Notebooks, containers, network mounts: what users of others reported, tried here (docs/reports.md)."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ class Model:
         if not isinstance(prompts, str | list | tuple):
             raise arguments.wrong("prompts", prompts, "a string, or a list of prompts")
         batch = [prompts] if isinstance(prompts, str) else list(prompts)
-        options.for_prompt(len(batch) - 1)
+        options.check_adapters(len(batch))
         each, replies = of_each(options, len(batch)), list[Reply]()
         for wave in self._waves(self._encode(batch, options), options):
             replies += self._together(wave, each[len(replies) :], started)
@@ -165,6 +165,7 @@ class Model:
 
     def stream_from(self, prompt: Prompt, options: Options, past: Past | None = None) -> Streaming:
         started, options = time.perf_counter(), seeded(options)
+        options.check_adapters(1)
         (ids,) = self._encode([prompt], options)
         return Streaming(self, self.start(ids, options, past), options, started)
 
@@ -291,7 +292,9 @@ class Model:
             "threads": torch.get_num_threads(),
             "memory": self.placement.budget,
         }
-        return account(run, self.name, shown, started, before, self.counts())
+        tables = self.transformer.loaded.tables
+        cached = not all(table.is_direct for table in tables)
+        return account(run, self.name, shown, started, before, self.counts(), cached)
 
 
 def _restore(transformer: Transformer, drafting: Drafting) -> None:

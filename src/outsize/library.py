@@ -36,12 +36,32 @@ def named(model: str | PathLike[str]) -> str:
     return place("model", model, "a model's name or path")
 
 
+def is_pack(model: str | PathLike[str]) -> bool:
+    """Is a model's name the folder of a pack?"""
+    spec = source.parse(named(model))
+    return spec.kind == "path" and (Path(spec.name) / "pack.json").is_file()
+
+
+def check_packed(pack: Pack, encoding: str) -> Pack:
+    """A pack that was named by its folder, unless it would have to be another one. Raises OptionError."""
+    others = {*pack.encodings} - {"fp32", encoding}  # norms are kept in fp32
+    if encoding not in ("auto", pack.source.encoding) and (
+        others or encoding not in pack.encodings
+    ):
+        raise OptionError(
+            f"{pack.path} is a pack, and holds {', '.join(pack.encodings)}: encoding {encoding} is decided "
+            f"when a model is packed; give the model that it was made from ({pack.source.spec}), or leave "
+            "it out"
+        )
+    return pack
+
+
 def find(model: str | PathLike[str] = DEFAULT_MODEL, encoding: str = "auto") -> Pack | None:
     """The pack of a model, if it was made before. Raises SourceError, PackError."""
     check_encoding(encoding)
+    if is_pack(model):
+        return check_packed(read_header(Path(source.parse(named(model)).name)), encoding)
     spec = source.parse(named(model))
-    if spec.kind == "path" and (Path(spec.name) / "pack.json").is_file():
-        return read_header(Path(spec.name))
     due = _expected(spec)
     return store.find(store.home() / "packs", spec.text, encoding, spec.kind == "path", due)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -20,6 +20,7 @@ from outsize.draft.auto import Habits
 from outsize.draft.union import Union
 from outsize.encoding.find import NATIVE
 from outsize.errors import BudgetError, ContextError, OptionError
+from outsize.family.description import Description
 from outsize.library import warn
 from outsize.model.transformer import Transformer
 from outsize.native.kernels import Kernels, kernels
@@ -66,6 +67,9 @@ class Wishes:
         alone = native is not None and made.share_of(NATIVE) > MOSTLY
         return Threads(torch.get_num_threads(), looks, alone=alone)
 
+    # Names of these that are defaults (of the environment or config.toml): left out where they do not apply.
+    defaults: Collection[str] = ()
+
     def check(self) -> None:
         self._check_kinds()
         parse(self.experts or "")
@@ -90,6 +94,22 @@ class Wishes:
             arguments.word(name, getattr(self, name))
         for name in ("force", "native", "quiet"):
             arguments.flag(name, getattr(self, name))
+
+    def of(self, model: str) -> Wishes:
+        """What a model's name leaves of these. Raises SourceError."""
+        if self.encoding != "auto" and "encoding" in self.defaults and library.is_pack(model):
+            return replace(self, encoding="auto")
+        return self
+
+    def for_kind(self, name: str, d: Description) -> Wishes:
+        """What a kind of model leaves of these. Raises OptionError."""
+        if d.mixture is not None or self.experts is None:
+            return self
+        if "experts" in self.defaults:
+            return replace(self, experts=None)
+        raise OptionError(
+            f"experts is {self.experts!r}, and {name} is a dense model, which has none; leave it out"
+        )
 
     def place(self, outline: Outline, size: int, runtime: int, tokenizer: int) -> Placement:
         """The plan for a budget of `size` bytes. Raises BudgetError, ContextError."""
@@ -133,6 +153,7 @@ def load(
     experts: str | None = None,
     draft: str = "auto",
     adapters: Mapping[str, str | PathLike[str]] | None = None,
+    defaults: Collection[str] = (),
     recorder: Recorder | None = None,
     before: Callable[[Outline, Placement], None] | None = None,
 ) -> Model:
@@ -141,25 +162,27 @@ def load(
     `threads` sets torch's threads for the process; without it there are as many as cores, and fewer compute
     single tokens while other programs keep cores busy. `experts` says how experts are cached
     (docs/experts.md), `draft` what guesses ahead (docs/drafting.md); `adapters` are LoRA adapters, by the
-    names that requests use. `recorder` is told what each layer chooses, `before` the plan before weights are
-    read.
+    names that requests use; `defaults` are names of these that are left out, not refused, where they do not
+    apply (encoding, experts). `recorder` is told what each layer chooses, `before` the plan before weights
+    are read.
     Raises OutsizeError; BudgetError before anything is read."""
     source = library.named(model)
     check_fork(source)
     set_threads(threads)
     wishes = Wishes(
-        memory, context, encoding, verify, force, native, quiet, experts, draft, threads
+        memory, context, encoding, verify, force, native, quiet, experts, draft, threads, defaults
     )
     wishes.check()
-    files = _adapter_files(adapters)
+    wishes, files = wishes.of(source), _adapter_files(adapters)
     for name, told in (("recorder", recorder), ("before", before)):
         arguments.function(name, told)
     size, smaller = budget.parse(memory), _draft_model(wishes)
-    found = library.find(source, encoding)
-    if found is None and memory != "auto":
+    found = library.find(source, wishes.encoding)
+    if found is None and (memory != "auto" or experts):
         foresee(source, wishes, size, runtime_bytes(compiled(wishes)))
-    made = found or library.pack(source, encoding=encoding, quiet=quiet)
-    knobs = replace(parse(experts or ""), recorder=recorder)
+    made = found or library.pack(source, encoding=wishes.encoding, quiet=quiet)
+    wishes = wishes.for_kind(made.path.name, made.description)
+    knobs = replace(parse(wishes.experts or ""), recorder=recorder)
     copies = library.pack(source, encoding=knobs.copies, quiet=quiet) if knobs.copies else None
     model_opened = _open(made, wishes, size, knobs, before, smaller, copies)
     for name, path in files.items():
@@ -182,7 +205,10 @@ def set_threads(threads: int | None) -> None:
 
 def foresee(model: str, wishes: Wishes, size: int, runtime: int) -> tuple[Outline, Placement]:
     """The plan from headers alone. Raises BudgetError."""
+    wishes = wishes.of(model)
     outline = library.outline(model, wishes.encoding, wishes.quiet)
+    wishes = wishes.for_kind(outline.name, outline.description)
+    drafting.check(drafting.parse(wishes.draft), outline)
     if encoding := parse(wishes.experts or "").copies:
         copy = library.outline(model, encoding, wishes.quiet)
         outline = replace(outline, copies=copy_bytes(outline, copy))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TypedDict
@@ -22,6 +22,8 @@ RANGES = {
 }  # fmt: skip
 CAPACITIES = "1%,2%,5%,10%,20%,40%"  # of `outsize bench cache`
 EVICTIONS = "lru,fifo,lfu,lfru,static,least_stale,stale_cyclic,echo,belady"
+# What chooses among tokens that are drawn, and the values that mean the likeliest alone, or all.
+DRAWING: Mapping[str, tuple[float, ...]] = {"top_k": (0, 1), "top_p": (1.0,), "min_p": (0.0,)}
 
 
 class Changes(TypedDict, total=False):
@@ -91,6 +93,25 @@ class Options:
             )
         return replace(self, adapter=self.adapter[number])
 
+    def check_adapters(self, prompts: int) -> None:
+        """Raises OptionError unless there is one adapter for all prompts, or one for each."""
+        if isinstance(self.adapter, tuple) and len(self.adapter) != prompts:
+            few = "more" if len(self.adapter) < prompts else "fewer"
+            raise OptionError(
+                f"adapter names {len(self.adapter)} adapters for {few} prompts ({prompts}); give one "
+                "for each, or one"
+            )
+
+    def check_told(self, told: Collection[str]) -> None:
+        """Of the options that a caller gave, is each one used? Raises OptionError."""
+        for name, neutral in DRAWING.items():
+            value = getattr(self, name)
+            if name in told and self.temperature == 0 and value not in neutral:
+                raise OptionError(
+                    f"{name} is {value}, but at temperature 0 no token is drawn: the likeliest is taken; "
+                    f"give a temperature above 0, or leave {name} out"
+                )
+
     def with_changes(self, changes: Mapping[str, object]) -> Options:
         """These options with some replaced. Raises OptionError for an unknown name or bad value."""
         known = [f.name for f in fields(self)]
@@ -101,7 +122,9 @@ class Options:
                 raise OptionError(
                     f"option {name!r} is not known; known are {', '.join(known)}{hint}"
                 )
-        return replace(self, **changes)  # type: ignore[arg-type]
+        made = replace(self, **changes)  # type: ignore[arg-type]
+        made.check_told(changes)
+        return made
 
 
 def _strings(value: object) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from outsize import library, loading
+from outsize.arguments import whole
 from outsize.errors import BudgetError
 from outsize.loading import Wishes
 from outsize.native.kernels import Kernels
@@ -25,6 +26,7 @@ from outsize.weights.knobs import parse
 from outsize.weights.trace import read
 
 POINTS = 24
+PROMPT = 512  # tokens, or as many as the context holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class Plan:
         }
 
 
-def make(model: str, wishes: Wishes, prompt: int, trace: Path | None = None) -> Plan:
+def make(model: str, wishes: Wishes, prompt: int | None, trace: Path | None = None) -> Plan:
     """Plan a run from headers alone; experts by what a recorded `trace` tells of them, if there is one.
     Raises BudgetError, TraceError and what finding a model raises."""
     wishes.check()
@@ -59,7 +61,7 @@ def make(model: str, wishes: Wishes, prompt: int, trace: Path | None = None) -> 
     home = store.home()
     here = machine.known(home, library.silent if wishes.quiet else library.say)
     here, compute = _compute(outline, here, native, anew=True)
-    prompt = min(prompt, placed.context)
+    prompt = _prompt(prompt, placed.context)
     rates = PRIOR
     if trace is not None:
         eviction = parse(wishes.experts or "").eviction
@@ -76,6 +78,14 @@ def make(model: str, wishes: Wishes, prompt: int, trace: Path | None = None) -> 
     return Plan(outline, placed, predicted, here, curve)
 
 
+def _prompt(told: int | None, context: int) -> int:
+    """Tokens to predict the first one after. Raises OptionError."""
+    if told is None:
+        return min(PROMPT, context)
+    whole("prompt_tokens", told, 1, context)
+    return told
+
+
 def _compute(
     outline: Outline, here: Machine, native: Kernels | None, anew: bool = False
 ) -> tuple[Machine, Compute]:
@@ -89,7 +99,7 @@ def _compute(
 
 
 def cost_if_known(
-    outline: Outline, placement: Placement, prompt: int = 512, disk_rate: float | None = None
+    outline: Outline, placement: Placement, prompt: int = PROMPT, disk_rate: float | None = None
 ) -> Cost | None:
     """A prediction for a run's first lines. It is measured for, if need be, only where weights will be
     read from disk. `disk_rate` replaces the rate that is kept."""
@@ -114,7 +124,7 @@ def disk_rate() -> float | None:
 def show(
     model: str,
     wishes: Wishes,
-    prompt: int,
+    prompt: int | None,
     as_json: bool,
     html: Path | None,
     trace: Path | None = None,

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from outsize import planning
+from outsize import console, planning
 from outsize.api import Model
-from outsize.conversation import checked_overflow
+from outsize.conversation import Conversation, checked_overflow
 from outsize.errors import OutsizeError, TemplateError
 from outsize.options import Options
 from outsize.pack.store import home
@@ -41,7 +41,8 @@ def chat(name: str, options: Options, how: How) -> None:
 
 def _ask() -> str | None:
     try:
-        return input("> " if sys.stdin.isatty() else "")
+        said = input("> " if sys.stdin.isatty() else "")
+        return console.text_of(said, sys.stdin.encoding)
     except (EOFError, KeyboardInterrupt):
         if sys.stdin.isatty():
             note("")
@@ -73,7 +74,7 @@ class Talk:
 
     def __init__(self, model: Model, options: Options, how: How) -> None:
         self._how = how
-        self._conversation = model.conversation(how.overflow, **options.to_json())  # type: ignore[arg-type]
+        self._conversation = Conversation(model, options, how.overflow)
         self._replies: list[Reply] = []
 
     def turn(self, line: str) -> bool:

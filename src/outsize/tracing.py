@@ -68,7 +68,8 @@ def record(
         recorder = Recorder(out)
         with loading.load(
             name, memory=wishes.memory, context=wishes.context, threads=threads, quiet=wishes.quiet,
-            experts=wishes.experts, recorder=recorder, draft="none",  # a guess is not what was said
+            experts=wishes.experts, defaults=wishes.defaults, recorder=recorder,
+            draft="none",  # a guess is not what was said
         ) as model, bars(wishes.quiet) as progress:  # fmt: skip
             out.write(_header(model.pack))
             out.write(",".join(COLUMNS) + "\n")

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from outsize.adapt.head_loss import head_loss
 from outsize.adapt.twin import Deltas, Rows, Stored, Twin
+from outsize.arguments import real, whole
 from outsize.draft import sampler
+from outsize.draft.auto import MOST
 from outsize.family.description import Description
 from outsize.model.adapter import widths
 
@@ -48,6 +50,14 @@ class Recipe:
     sampler: bool = True
     consistency: float = 1.0  # weight of that loss
     gated: bool = True
+
+    def __post_init__(self) -> None:
+        for name, most in (
+            ("k", MOST), ("rank", 1 << 14), ("steps", 1 << 30), ("batch", 1 << 16),
+            ("anchors", 1 << 16), ("length", 1 << 24),
+        ):  # fmt: skip
+            whole(name, getattr(self, name), 1, most)
+        real("rate", self.rate, 0.0, 1.0)
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)

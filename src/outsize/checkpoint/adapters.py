@@ -75,9 +75,9 @@ def load(path: Path) -> AdapterFile:
 
 def raw(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     """Tensors, and what our metadata says. Raises AdapterError."""
+    if (size := regular_size(path, AdapterError)) > LIMIT:
+        raise AdapterError(f"{path} has {size:,} bytes; no adapter is that large")
     try:
-        if (size := regular_size(path, AdapterError)) > LIMIT:
-            raise AdapterError(f"{path} has {size:,} bytes; no adapter is that large")
         header(path, MAX_HEADER)  # bounded before the library reads it
         with safe_open(path, "pt") as file:
             about = loads((file.metadata() or {}).get(KEY, "{}"))
@@ -105,7 +105,8 @@ def _peft(path: Path, tensors: Mapping[str, Tensor]) -> AdapterFile:
         out[f"{layer}.{part}.{factor}"] = tensor
     if not out:
         raise AdapterError(f"{path} holds no tensors; it is not an adapter")
-    return AdapterFile(path, out, {"scale": _scale(path, config), "rows": "halves"})
+    about = {"scale": _scale(path, config), "rows": "halves"}
+    return AdapterFile(path, out, about | {"base_name": config.get("base_model_name_or_path")})
 
 
 def _config(path: Path) -> dict[str, object]:

@@ -101,8 +101,8 @@ class Loaded:
             table.close()
 
     def close_with(self, owner: object) -> Callable[[], None]:
-        """Close when nothing refers to `owner` any more, or when what this returns is called. Not at the exit,
-        where other threads may still compute, and not in a fork, which has none of the threads to end."""
+        """Close when nothing refers to `owner` any more, or when what this returns is called. Not at the
+        exit, where other threads may still compute, and not in a fork, which has none of the threads to end."""
         end = weakref.finalize(owner, _close_in, os.getpid(), self.close)
         end.atexit = False
         return end

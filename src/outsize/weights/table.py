@@ -66,6 +66,11 @@ class Table:
     def close(self) -> None:
         self._medium.close()
 
+    @property
+    def is_direct(self) -> bool:
+        """As a medium's."""
+        return self._medium.is_direct
+
     def handle(self) -> int | None:
         """As a medium's."""
         return self._medium.handle()
