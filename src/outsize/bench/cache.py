@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from outsize.arguments import real, whole
 from outsize.bars import bars
 from outsize.bench.cache_page import page
 from outsize.errors import OptionError
-from outsize.arguments import real, whole
 from outsize.options import CAPACITIES, EVICTIONS, parse_size
 from outsize.weights import grid
 from outsize.weights.grid import Row, Setting
