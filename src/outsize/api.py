@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TypedDict
 
 import torch
 from typing_extensions import Unpack
@@ -28,8 +27,11 @@ from outsize.forward.span import Span
 from outsize.library import warn
 from outsize.model.adapter import Adapter
 from outsize.model.transformer import Transformer
-from outsize.options import Options
+from outsize.options import Changes, Options
 from outsize.pack.format import Pack
+from outsize.pack.outline import of_pack
+from outsize.plan import beside
+from outsize.plan.fixed import token_bytes
 from outsize.plan.placement import Placement
 from outsize.reply import Counts, Reply, Run, Score, account
 from outsize.streaming import Streaming
@@ -37,24 +39,6 @@ from outsize.weights import budget
 from outsize.weights.traffic import Traffic
 
 SCORE_ROWS, SCORE_BYTES = 64, 8 << 20  # logits computed at once while scoring
-
-
-class Changes(TypedDict, total=False):
-    """The fields of Options, as keywords."""
-
-    max_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repeat_penalty: float
-    seed: int | None
-    stop: str | Sequence[str]
-    system: str | None
-    raw: bool
-    adapter: str | Sequence[str | None] | None
-    special: bool
-    template_args: Mapping[str, object] | None
 
 
 class Model:
@@ -75,8 +59,10 @@ class Model:
         self.given_up = 0  # bytes of weights that were held at first, and had to go
         templates = "\n".join(pack.chat_templates.values())
         self._format = format_of(tokens, templates) if templates else PLAIN
+        self._token_bytes = token_bytes(of_pack(pack))
         self._watch = budget.Watch(placement.budget)
         self._transformer: Transformer | None = transformer
+        budget.promise(self, placement.later)
 
     @property
     def name(self) -> str:
@@ -106,6 +92,7 @@ class Model:
             self._transformer.loaded.close()
             self.drafting.close()
         self._transformer = None
+        budget.promise(self, 0)
 
     def stream(self, prompt: Prompt, **changes: Unpack[Changes]) -> Streaming:
         """Iterate over the pieces of a reply to a prompt, or to a chat's messages."""
@@ -233,9 +220,24 @@ class Model:
         return self.transformer.new_kv(tokens + spare)
 
     def load_adapter(self, name: str, path: str | Path) -> None:
-        """Make a LoRA adapter (PEFT's safetensors) known under a name, for requests to use. Raises
-        AdapterError."""
-        self.adapters[name] = read_adapter(self.pack, name, Path(path).expanduser())
+        """Make a LoRA adapter (PEFT's safetensors) known under a name, for requests to use. Weights make room
+        for it where need be. Raises AdapterError, and BudgetError before anything is read."""
+        file, d = Path(path).expanduser(), self.pack.description
+        size, _ = beside.adapter_bytes(name, file, d, self.pack.path.name)
+        self._make_room(name, size)
+        self.adapters[name] = read_adapter(self.pack, name, file)
+        budget.trim()  # what making it took for a moment
+
+    def _make_room(self, name: str, size: int) -> None:
+        """For an adapter beside those that there are."""
+        transformer, sizes = self.transformer, {n: a.nbytes for n, a in self.adapters.items()}
+        self.placement = beside.with_sizes(self.placement, sizes, self._token_bytes)
+        short = beside.missing(self.placement, size, self.given_up)
+        if short > transformer.giveable:
+            raise beside.refusal(name, self.placement, size, short, transformer.giveable)
+        if short:
+            self._give_up(short, f"adapter {name} takes {size / 1e6:,.0f} MB")
+        self.placement = beside.with_sizes(self.placement, sizes | {name: size}, self._token_bytes)
 
     def _adapter(self, name: str | None) -> Adapter | None:
         if name is not None and name not in self.adapters:
@@ -262,12 +264,14 @@ class Model:
 
     def _keep_promise(self) -> None:
         """Give up held weights if others need the memory, or we have more than was promised."""
-        excess = self._watch.excess()
-        if excess and (freed := self.transformer.shrink(excess)):
+        if excess := self._watch.excess():
+            self._give_up(excess, f"memory is short by {excess / 1e6:,.0f} MB")
+
+    def _give_up(self, size: int, why: str) -> None:
+        if freed := self.transformer.shrink(size):
             self.given_up += freed
             warn(
-                f"memory is short by {excess / 1e6:,.0f} MB: {freed / 1e6:,.0f} MB of weights are "
-                "read from disk from now on, which is slower"
+                f"{why}: {freed / 1e6:,.0f} MB of weights are read from disk from now on, which is slower"
             )
 
     def counts(self) -> Counts:

@@ -159,6 +159,7 @@ def plan(
     memory: Memory = "auto",
     experts: ExpertsFlag = None,
     draft: DraftFlag = "auto",
+    adapter: AdapterFlag = None,
     context: Context = None,
     prompt_tokens: Annotated[
         int, option("--prompt-tokens", text="Predict the first token after so many.")
@@ -175,11 +176,12 @@ def plan(
     quiet: Quiet = False,
 ) -> None:
     """What will be where and how fast it will be, from headers alone: before any download."""
-    from outsize import loading, planning
+    from outsize import loading, planning, terminal
 
     loading.set_threads(threads)
+    adapters = dict(terminal.named_adapters(adapter or ()))
     wishes = loading.Wishes(
-        memory, context, encoding, "first", force, native, quiet, experts, draft
+        memory, context, encoding, "first", force, native, quiet, experts, draft, adapters
     )
     planning.show(model, wishes, prompt_tokens, as_json, html, trace)
 

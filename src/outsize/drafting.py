@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from outsize.checkpoint import adapters
-from outsize.checkpoint.adapters import AdapterFile
+from outsize.checkpoint.adapters import AdapterFile, Factors
 from outsize.draft import sampler
 from outsize.draft.auto import MOST, AutoDraft, Habits
 from outsize.draft.masks import LAYOUTS, MaskDraft, MaskModel
@@ -25,7 +25,7 @@ from outsize.encoding.find import encoding
 from outsize.encoding.group import BLOCK
 from outsize.errors import AdapterError, OptionError, UnsupportedError
 from outsize.family.description import Description
-from outsize.model.adapter import Adapter
+from outsize.model.adapter import Adapter, check
 from outsize.model.transformer import Transformer
 from outsize.native.kernels import Kernels
 from outsize.pack import store
@@ -196,7 +196,7 @@ def mask_model(path: Path, k: int, pack: Pack, transformer: Transformer) -> Mask
         raise AdapterError(f"k is {k}, but {path} has {len(masks)} masks; ask for at most that")
     t = transformer
     head = sampler.stages(_head(file, d), partial(_product, t.kernels))
-    return MaskModel(masks.clone(), adapter, head, t.likely, t.embed, t.head_rows)
+    return MaskModel(masks, adapter, head, t.likely, t.embed, t.head_rows)
 
 
 def _product(kernels: Kernels | None, weight: Tensor) -> sampler.Product:
@@ -212,17 +212,18 @@ def _additions(name: str, file: AdapterFile, pack: Pack, coarse: bool = False) -
     """A file's low-rank factors, if they are this model's and numbers. Raises AdapterError."""
     d = pack.description
     adapters.same_base(file, pack.source.sha256, pack.path.name)
+    factors = Factors(file, d.head_dim)
+    check(name, d, factors.shapes)
     adapters.finite(file)
-    factors = adapters.in_our_order(file, d.head_dim)
     return Adapter(name, d, factors, file.scale, coarse)
 
 
-def same_vocabulary(pack: Pack, smaller: Model) -> None:
+def same_vocabulary(pack: Pack, smaller: Pack) -> None:
     """Raises AdapterError unless both models read the same tokens."""
-    if smaller.pack.tokenizer_crc != pack.tokenizer_crc:
+    if smaller.tokenizer_crc != pack.tokenizer_crc:
         raise AdapterError(
-            f"{smaller.name} does not read text as {pack.path.name} does; a draft model needs the same "
-            "tokenizer"
+            f"{smaller.path.name} does not read text as {pack.path.name} does; a draft model needs the "
+            "same tokenizer"
         )
 
 
@@ -231,4 +232,4 @@ def _head(file: AdapterFile, d: Description) -> dict[str, Tensor]:
     want = sampler.shapes(d.width)
     if found and {k: tuple(t.shape) for k, t in found.items()} != want:
         raise AdapterError(f"{file.path}: its sampler head does not fit a width of {d.width:,}")
-    return {k: t.clone() for k, t in found.items()}  # a view would keep all of the file mapped
+    return found

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -23,6 +25,7 @@ from outsize.options import DEFAULT_MODEL
 from outsize.pack import store
 from outsize.pack.format import TOKENIZER, Pack, damaged
 from outsize.pack.outline import Outline, of_pack
+from outsize.plan import beside
 from outsize.plan.place import copy_bytes, place, tokenizer_bytes
 from outsize.plan.placement import Placement
 from outsize.plan.wake import runtime_bytes
@@ -51,6 +54,7 @@ class Wishes:
         None  # None: what `outsize bench cache --write-config` chose, or the default
     )
     draft: str = "auto"
+    adapters: Mapping[str, str] = field(default_factory=dict)  # paths by name
 
     def check(self) -> None:
         parse(self.experts or "")
@@ -59,6 +63,20 @@ class Wishes:
             raise OptionError(f"verify is {self.verify!r}; known are {', '.join(VERIFY)}")
         if self.context is not None and self.context < 2:
             raise ContextError(f"context is {self.context:,}; at least 2 tokens are expected")
+
+    def smaller(self) -> Pack | None:
+        """The pack of the model that drafts, if one is to."""
+        spec = drafting.parse(self.draft)
+        return library.pack(spec.source, quiet=self.quiet) if spec.kind == "model" else None
+
+    def with_all(self, outline: Outline, smaller: Outline | None, copy: Outline | None) -> Outline:
+        """A model with everything that is loaded beside it. Raises AdapterError, OptionError."""
+        if copy is not None:
+            outline = replace(outline, copies=copy_bytes(outline, copy))
+        if smaller is not None:
+            beside.same_vocabulary(smaller, outline)
+        paths = {name: Path(path).expanduser() for name, path in self.adapters.items()}
+        return beside.with_adapters(replace(outline, smaller=smaller), paths)
 
     def place(self, outline: Outline, size: int, runtime: int, tokenizer: int) -> Placement:
         """The plan for a budget of `size` bytes. Raises BudgetError, ContextError."""
@@ -113,19 +131,16 @@ def load(
     read.
     Raises OutsizeError; BudgetError before anything is read."""
     set_threads(threads)
-    wishes = Wishes(memory, context, encoding, verify, force, native, quiet, experts, draft)
+    paths = {name: str(path) for name, path in (adapters or {}).items()}
+    wishes = Wishes(memory, context, encoding, verify, force, native, quiet, experts, draft, paths)
     wishes.check()
-    size, smaller = budget.parse(memory), _draft_model(wishes)
-    found = library.find(model, encoding)
-    if found is None and memory != "auto":
+    size = budget.parse(memory)
+    if library.find(model, encoding) is None and memory != "auto":
         foresee(model, wishes, size, runtime_bytes(compiled(wishes)))
-    made = found or library.pack(model, encoding=encoding, quiet=quiet)
+    made = library.pack(model, encoding=encoding, quiet=quiet)
     knobs = replace(parse(experts or ""), recorder=recorder)
     copies = library.pack(model, encoding=knobs.copies, quiet=quiet) if knobs.copies else None
-    model_opened = _open(made, wishes, size, knobs, before, smaller, copies)
-    for name, path in (adapters or {}).items():
-        model_opened.load_adapter(name, path)
-    return model_opened
+    return _open(Packs(made, wishes.smaller(), copies), wishes, size, knobs, before)
 
 
 def set_threads(threads: int | None) -> None:
@@ -139,9 +154,10 @@ def set_threads(threads: int | None) -> None:
 def foresee(model: str, wishes: Wishes, size: int, runtime: int) -> tuple[Outline, Placement]:
     """The plan from headers alone. Raises BudgetError."""
     outline = library.outline(model, wishes.encoding, wishes.quiet)
-    if encoding := parse(wishes.experts or "").copies:
-        copy = library.outline(model, encoding, wishes.quiet)
-        outline = replace(outline, copies=copy_bytes(outline, copy))
+    draft, encoding = drafting.parse(wishes.draft), parse(wishes.experts or "").copies
+    smaller = library.outline(draft.source, "auto", wishes.quiet) if draft.kind == "model" else None
+    copy = library.outline(model, encoding, wishes.quiet) if encoding else None
+    outline = wishes.with_all(outline, smaller, copy)
     return outline, wishes.place(outline, size, runtime, tokenizer_bytes(outline))
 
 
@@ -150,19 +166,31 @@ def compiled(wishes: Wishes) -> Kernels | None:
     return kernels(store.home() / "native") if wishes.native else None
 
 
+class Packs(NamedTuple):
+    """Of a model, of the smaller one that drafts for it, and of its experts at fewer bits."""
+
+    model: Pack
+    smaller: Pack | None = None
+    copies: Pack | None = None
+
+    def outline(self, wishes: Wishes) -> Outline:
+        smaller, copies = (None if p is None else of_pack(p) for p in (self.smaller, self.copies))
+        return wishes.with_all(of_pack(self.model), smaller, copies)
+
+
 def _open(
-    made: Pack,
+    packs: Packs,
     wishes: Wishes,
     size: int,
     knobs: Experts,
     tell: Callable[[Outline, Placement], None] | None,
-    smaller: Model | None = None,
-    copies: Pack | None = None,
 ) -> Model:
-    native = compiled(wishes)
-    outline, before = of_pack(made), runtime_bytes(native)
-    if copies is not None:
-        outline = replace(outline, copies=copy_bytes(outline, of_pack(copies)))
+    """Plan, and refuse; then read: the tokenizer, adapters, the model that drafts, and at last the weights,
+    so that what reading takes for a moment is there."""
+    made, native = packs.model, compiled(wishes)
+    if packs.smaller is not None:
+        drafting.same_vocabulary(made, packs.smaller)
+    outline, before = packs.outline(wishes), runtime_bytes(native)
     sure = int(LEAST_SHARE * tokenizer_bytes(outline))
     wishes.place(outline, size, before, sure)  # refuses before anything is read
     if not wishes.quiet:
@@ -176,26 +204,44 @@ def _open(
         warn(f"{knobs.lossy} changes the model's answers; leave it out for the exact ones")
     if tell is not None:
         tell(outline, placement)
+    known = {
+        n: drafting.read_adapter(made, n, Path(p).expanduser()) for n, p in wishes.adapters.items()
+    }
+    budget.trim()
+    with ExitStack() as opened:
+        smaller = None
+        if packs.smaller is not None:
+            smaller = opened.enter_context(_draft_model(packs.smaller, wishes, placement, found))
+        with bars(wishes.quiet) as progress:
+            loaded = weights.load(
+                made,
+                native,
+                Traffic(),
+                progress,
+                placement.shares,
+                wishes.verify,
+                knobs,
+                packs.copies,
+            )
+        opened.callback(loaded.close)
+        transformer = Transformer(made.description, loaded, native, placement.ceiling)
+        drafts = _drafting(made, wishes, placement, transformer, smaller)
+        opened.pop_all()
+    model = Model(made, transformer, found, placement, drafts)
+    model.adapters |= known
+    return model
+
+
+def _draft_model(pack: Pack, wishes: Wishes, placement: Placement, found: Tokens) -> Model:
+    """The smaller model, held whole: the plan has a row for it. It drafts in tokens alone, and needs no
+    tokenizer of its own."""
+    native, outline = compiled(wishes), of_pack(pack)
+    context = min(placement.context, outline.description.context)
+    own = place(outline, 1 << 62, 0, 0, context)
     with bars(wishes.quiet) as progress:
-        loaded = weights.load(
-            made, native, Traffic(), progress, placement.shares, wishes.verify, knobs, copies
-        )
-    transformer = Transformer(made.description, loaded, native, placement.ceiling)
-    return Model(
-        made,
-        transformer,
-        found,
-        placement,
-        _drafting(made, wishes, placement, transformer, smaller),
-    )
-
-
-def _draft_model(wishes: Wishes) -> Model | None:
-    """The smaller model that drafts, opened first: what it takes is then part of this process."""
-    spec = drafting.parse(wishes.draft)
-    if spec.kind != "model":
-        return None
-    return load(spec.source, draft="none", native=wishes.native, quiet=wishes.quiet)
+        loaded = weights.load(pack, native, Traffic(), progress, own.shares, wishes.verify)
+    transformer = Transformer(pack.description, loaded, native)
+    return Model(pack, transformer, found, own, drafting.Drafting(drafting.Spec("none")))
 
 
 def _drafting(
@@ -207,8 +253,6 @@ def _drafting(
 ) -> drafting.Drafting:
     """What guesses ahead. Raises AdapterError, OptionError."""
     asked, outline = drafting.parse(wishes.draft), of_pack(made)
-    if smaller is not None:
-        drafting.same_vocabulary(made, smaller)
     kind = placement.drafts
     spec = asked if asked.kind == kind else drafting.Spec(kind)
     file = drafting.mask_file(spec, outline)

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TypedDict
 
 from outsize.errors import OptionError
 
@@ -76,6 +77,24 @@ class Options:
                     f"option {name!r} is not known; known are {', '.join(known)}{hint}"
                 )
         return replace(self, **changes)  # type: ignore[arg-type]
+
+
+class Changes(TypedDict, total=False):
+    """The fields of Options, as keywords."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repeat_penalty: float
+    seed: int | None
+    stop: str | Sequence[str]
+    system: str | None
+    raw: bool
+    adapter: str | Sequence[str | None] | None
+    special: bool
+    template_args: Mapping[str, object] | None
 
 
 def _check(name: str, value: object, low: float, high: float) -> None:

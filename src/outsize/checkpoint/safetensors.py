@@ -21,12 +21,13 @@ from outsize.checkpoint.text import of_folder, sidecars
 from outsize.errors import CheckpointError, UnsupportedError
 
 MAX_HEADER = 64 << 20
+METADATA = "__metadata__"
 DTYPES = ("F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64")
 CODES, SCALES = "_blocks", "_scales"  # the two tensors of a matrix in MXFP4
 
 
-def parse(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file, bounds-checked; no tensor is read."""
+def header(path: Path) -> tuple[dict[str, object], int, int]:
+    """The header of one file, where its data begin, and the file's bytes."""
     size = file_size(path)
     if size < 8:
         raise _fail(path, f"{size} bytes, too short for a header")
@@ -34,10 +35,14 @@ def parse(path: Path) -> dict[str, Tensor]:
         length = int.from_bytes(pread(f, 0, 8, "the header length"), "little")
         if length > min(size - 8, MAX_HEADER):
             raise _fail(path, f"a header of {length:,} bytes in a file of {size:,}")
-        header = parse_json(path, pread(f, 8, length, "the header"))
-    header.pop("__metadata__", None)
-    data = 8 + length
-    tensors = {name: _tensor(path, name, info, data, size) for name, info in header.items()}
+        return parse_json(path, pread(f, 8, length, "the header")), 8 + length, size
+
+
+def parse(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, bounds-checked; no tensor is read."""
+    said, data, size = header(path)
+    said.pop(METADATA, None)
+    tensors = {name: _tensor(path, name, info, data, size) for name, info in said.items()}
     ordered = sorted(tensors.values(), key=lambda t: t.offset)
     for one, two in pairwise(ordered):
         if one.offset + one.size > two.offset:

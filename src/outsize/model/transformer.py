@@ -23,7 +23,8 @@ from outsize.model.layers import RMSNorm, turns
 from outsize.model.step import Segment, Step
 from outsize.native.kernels import Kernels
 from outsize.weights import budget
-from outsize.weights.load import Loaded, Source
+from outsize.weights.load import Loaded, Source, least_slots
+from outsize.weights.residency import Cached
 from outsize.weights.table import Weights
 
 REFINED = 64
@@ -121,16 +122,70 @@ class Transformer:
             cache.ledger.begin_pass()
 
     def shrink(self, size: int) -> int:
-        """Give up what was lent, then held layers, the last ones first, until `size` bytes are free; the
-        bytes of held ones."""
+        """Give up what was lent, and then held weights, until `size` bytes are free; the bytes of held ones.
+        The order is that in which they are least missed: an embedding of its own, slots for experts, layers
+        from the last one on, the head."""
         lent, self._lends = self._give_back(), False
         size, freed = size - lent, 0
+        for give_up in (
+            self._shrink_embed,
+            self._shrink_experts,
+            self._shrink_parts,
+            self._shrink_head,
+        ):
+            if freed < size:
+                freed += give_up(size - freed)
+        self._num_held = self._count_held()
+        if freed:
+            budget.trim()
+        return freed
+
+    def _shrink_embed(self, size: int) -> int:
+        return 0 if self._embed is self._head else self._embed.give_up(False)[0]
+
+    def _shrink_experts(self, size: int) -> int:
+        freed = 0
+        for cache, least in self._expert_caches().items():
+            freed += cache.narrow(size - freed, least)
+        for bank in self.loaded.banks:
+            bank.capacity = bank.cache.slots
+        return freed
+
+    def _shrink_parts(self, size: int) -> int:
+        freed = 0
         for part in reversed(self.parts):
             if freed >= size:
                 break
             freed += part.unpin() if part.is_held else 0
-        self._num_held = self._count_held()
         return freed
+
+    def _shrink_head(self, size: int) -> int:
+        freed, made = self._head.give_up(True)
+        self.loaded.caches += [] if made is None else [made]
+        return freed
+
+    def _expert_caches(self) -> dict[Cached, int]:
+        """The caches of experts, each with the fewest slots that it can do with."""
+        mixture = self.description.mixture
+        used = 0 if mixture is None else mixture.used
+        return {
+            bank.cache: least_slots(bank.cache.table.header, used) for bank in self.loaded.banks
+        }
+
+    @property
+    def giveable(self) -> int:
+        """Bytes that shrinking could free."""
+        held = [part.source for part in self.parts if part.is_held]
+        out = sum(s.residency.table.header.stride for s in held)
+        whole = {
+            s.residency for s in held if not s.residency.streams
+        }  # keep a slot to stream through
+        out -= sum(cache.table.header.stride for cache in whole)
+        for cache, least in self._expert_caches().items():
+            out += max(0, cache.slots - least) * cache.table.header.stride
+        if self._embed is not self._head:
+            out += self._embed.held_bytes
+        return out + max(0, self._head.held_bytes - self._head.ring_bytes)
 
     def begin(self, is_large: bool) -> None:
         """A step begins: a long span, or a batch, needs the scratch, which is else lent to slots."""

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import psutil
 
@@ -44,6 +45,19 @@ def peak() -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+_later: WeakKeyDictionary[object, int] = WeakKeyDictionary()
+
+
+def promise(owner: object, size: int) -> None:
+    """An open model will take `size` bytes more while it answers: others leave them to it. 0 ends that."""
+    _later[owner] = size
+
+
+def promised() -> int:
+    """Bytes that open models have not taken yet."""
+    return sum(_later.values())
 
 
 def _groups() -> Iterator[tuple[Path, tuple[str, str, tuple[str, str]]]]:

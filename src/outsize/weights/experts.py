@@ -47,7 +47,7 @@ class Bank:
 
     cache: Cached
     activation_type: torch.dtype
-    capacity: int
+    capacity: int  # slots, of all layers together
     layer: int
     number: int
     count: int

@@ -93,6 +93,7 @@ class Cached:
             sorted(scan),
             capacity if depth is None else depth,
         )
+        self._num_slots = capacity
         self._first = capacity - self._depth  # of the slots that are written over and over
         self._arena = Arena(self._first, table.header.stride)
         self._ring = Arena(self._depth, table.header.stride)
@@ -176,9 +177,43 @@ class Cached:
         if slot is None:
             self._depth = 1
             return 0
-        self._views[slot] = None
-        self._arena.drop(slot)
+        self._drop(slot)
         return self.table.header.stride
+
+    @property
+    def slots(self) -> int:
+        """That there are now, without lent ones."""
+        return self._num_slots
+
+    @property
+    def streams(self) -> bool:
+        """Are there records that pass through its slots?"""
+        return bool(self._scan)
+
+    def narrow(self, size: int, least: int) -> int:
+        """Give up slots until `size` bytes are free, or `least` slots are left; the bytes this frees."""
+        freed = 0
+        while freed < size and (found := self.ledger.policy.give_up(least)) is not None:
+            slot, id = found
+            if id is not None:
+                self.ledger.forget(id)
+            if (ticket := self._tickets.pop(slot, None)) is not None and not ticket.cancel():
+                ticket.wait_quietly()
+            self._drop(slot)
+            freed += self.table.header.stride
+        return freed
+
+    def _drop(self, slot: int) -> None:
+        self._views[slot] = None
+        self._num_slots -= 1
+        if slot < self._first:
+            self._arena.drop(slot)
+        else:
+            self._ring.drop(slot - self._first)
+
+    def scan(self, ids: Sequence[int]) -> None:
+        """From now on these are fetched in order, over and over."""
+        self._scan = sorted(ids)
 
     @property
     def lends(self) -> bool:
