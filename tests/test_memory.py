@@ -29,7 +29,7 @@ from outsize.forward.full import full
 from outsize.forward.span import Span
 from outsize.loading import Wishes
 from outsize.pack.outline import Outline, of_checkpoint, of_pack
-from outsize.plan import machine, place, report
+from outsize.plan import place, report
 from outsize.plan.page import page
 from outsize.plan.placement import MEMORY, Placement
 from outsize.plan.wake import runtime_bytes
@@ -485,14 +485,6 @@ def test_a_plan_of_a_model_on_the_hub(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["placement"]
     assert sum(size for name, size in served if name == weights.name) < 0.2 * weights.stat().st_size
-
-
-def test_the_machine_is_measured_once(tmp_path: Path) -> None:
-    here = machine.Machine(1.0, "p", 1, 1e10, 1e11, 1e10, [(1 << 20, 4, 1e9)], {})
-    machine.keep(here, tmp_path)
-    assert machine.kept(tmp_path) is None, "another machine's"
-    (tmp_path / machine.FILE).write_text("{broken")
-    assert machine.kept(tmp_path) is None
 
 
 def test_reports(folder_of: Callable[[str], Path]) -> None:

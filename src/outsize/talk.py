@@ -72,7 +72,7 @@ class Talk:
     """A chat at the terminal."""
 
     def __init__(self, model: Model, options: Options, how: How) -> None:
-        self._how = how
+        self._how, self._model = how, model
         self._conversation = model.conversation(how.overflow, **options.to_json())  # type: ignore[arg-type]
         self._replies: list[Reply] = []
 
@@ -109,6 +109,7 @@ class Talk:
             return
         reply = self._conversation.reply
         self._replies.append(reply)
+        planning.learn(self._model, reply)
         if self._conversation.dropped:
             note(f"the context was full: {self._conversation.dropped} old messages were let go")
         note_unanswered(reply)

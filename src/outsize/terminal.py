@@ -115,6 +115,7 @@ def answer(name: str, prompt: str, options: Options, how: How) -> None:
         with interrupts(streaming.cancel):
             show(streaming.parts, shown=not how.as_json, thinking=how.thinking)
         reply = streaming.reply
+        planning.learn(model, reply)
     if how.as_json:
         print(json.dumps(reply.to_json(), ensure_ascii=False))
     elif not how.wishes.quiet:
