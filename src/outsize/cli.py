@@ -42,6 +42,7 @@ from outsize.flags import (
     option,
 )
 from outsize.options import DEFAULT_MODEL, Options, parse_arguments
+from outsize.weights import addresses
 
 app = typer.Typer(
     add_completion=False,
@@ -258,6 +259,8 @@ def version() -> None:
 
 def main() -> None:
     """Run a command; print an error as one sentence."""
+    if said := addresses.refusal(sys.argv):
+        sys.exit(f"error: {said}")
     try:
         app(default_map=settings.default_map(app))
     except OutsizeError as e:
@@ -270,6 +273,10 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
+    except (ImportError, OSError, MemoryError, RuntimeError) as e:
+        if not (said := addresses.refusal(sys.argv, e)):
+            raise
+        sys.exit(f"error: {said}")
 
 
 if __name__ == "__main__":

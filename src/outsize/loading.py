@@ -25,7 +25,7 @@ from outsize.options import DEFAULT_MODEL
 from outsize.pack import store
 from outsize.pack.format import TOKENIZER, Pack, damaged
 from outsize.pack.outline import Outline, of_pack
-from outsize.plan import beside
+from outsize.plan import beside, probe
 from outsize.plan.place import copy_bytes, place, tokenizer_bytes
 from outsize.plan.placement import Placement
 from outsize.plan.wake import runtime_bytes
@@ -144,8 +144,10 @@ def load(
 
 
 def set_threads(threads: int | None) -> None:
-    """For the process."""
-    if threads is not None:
+    """For the process; by default as many as it may use."""
+    if threads is None:
+        probe.follow_quota()
+    else:
         if not 1 <= threads <= 1024:
             raise OptionError(f"threads is {threads}; a whole number from 1 to 1,024 is expected")
         torch.set_num_threads(threads)

@@ -21,6 +21,7 @@ def examine() -> dict[str, object]:
     home = store.home()
     home.mkdir(parents=True, exist_ok=True)
     memory = psutil.virtual_memory()
+    probe.follow_quota()
     here = machine.measured(home)
     return {
         "processor": probe.processor(),

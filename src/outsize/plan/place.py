@@ -15,6 +15,7 @@ from outsize.pack.outline import Outline
 from outsize.plan.fixed import FRAGMENTS, all_bytes, experts, fixed_costs, token_bytes
 from outsize.plan.lend import lend, lent_bytes
 from outsize.plan.placement import BY_ID, BY_ROUTER, DISK, MEMORY, Placement
+from outsize.weights.addresses import bounds
 from outsize.weights.arena import HUGE, SMALL, huge_bytes
 from outsize.weights.load import Share, all_of, least_slots
 
@@ -241,4 +242,5 @@ def _too_little(o: Outline, fixed: Mapping[str, int], least: int, budget: int, c
     return (
         f"{o.name} needs at least {-(-least // MB):,} MB for {context:,} tokens of context "
         f"({table} MB); got {budget / MB:,.0f} MB: give more --memory, a shorter --context, or --force"
+        f"{bounds()}"
     )

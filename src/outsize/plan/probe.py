@@ -17,6 +17,7 @@ import torch
 
 from outsize.plan.load import Watch
 from outsize.weights.arena import Arena
+from outsize.weights.groups import quota
 from outsize.weights.medium import File
 
 DISK_BYTES = 256 << 20
@@ -49,11 +50,24 @@ def instruction_sets() -> list[str]:
     return [name for name in wanted if name in flags]
 
 
+def allowed() -> int:
+    """Processors that this process may use: by its affinity, and by the quota of its control groups, to the
+    nearest. More threads than that would stand still together until the next period begins."""
+    count = getattr(os, "sched_getaffinity", None)
+    by_mask = len(count(0)) if count is not None else os.cpu_count() or 1
+    share = quota()
+    return by_mask if share is None else max(1, min(by_mask, round(share)))
+
+
 def cores() -> int:
     """Processor cores this process may use."""
-    count = getattr(os, "sched_getaffinity", None)
-    allowed = len(count(0)) if count is not None else os.cpu_count() or 1
-    return min(allowed, psutil.cpu_count(logical=False) or allowed)
+    return min(allowed(), psutil.cpu_count(logical=False) or allowed())
+
+
+def follow_quota() -> None:
+    """No more threads than that, unless the environment names a number."""
+    if not os.environ.get("OMP_NUM_THREADS") and torch.get_num_threads() > allowed():
+        torch.set_num_threads(allowed())
 
 
 def median_s(work: Callable[[], object], repeats: int = 7) -> float:
