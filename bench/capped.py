@@ -1,4 +1,4 @@
-"""Does a budget hold, with all that is loaded? `python bench/capped.py MODEL... [--wrapper CMD] -o FILE`.
+"""Does a budget hold, with all that is loaded? `python bench/capped.py MODEL... [--wrapper CMD] [--scenario NAME] -o FILE`.
 
 Each run is a process of its own that opens a model with adapters, a draft model, or several times, chats with
 it, and tells the most memory it had. Budgets go from the least that its plan names to one that holds all.
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 import outsize
 from outsize import library, loading
-from outsize.errors import OutsizeError
+from outsize.errors import BudgetError, OutsizeError
 from outsize.model.adapter import widths
 from outsize.pack.format import Pack
 from outsize.plan import probe
@@ -79,11 +79,16 @@ def least(model: str, how: dict[str, object]) -> int:
 def child(model: str, memory: int, how: dict[str, object]) -> dict[str, object]:
     """One run: what it had."""
     wishes, tokens = wishes_of(how), 0
+    told: dict[str, object] = {}
     for _ in range(int(str(how.get("opens", 1)))):
-        with outsize.load(
-            model, memory=memory, context=CONTEXT, quiet=True, draft=wishes.draft,
-            adapters=wishes.adapters,
-        ) as m:  # fmt: skip
+        try:
+            opened = outsize.load(
+                model, memory=memory, context=CONTEXT, quiet=True, draft=wishes.draft,
+                adapters=wishes.adapters,
+            )  # fmt: skip
+        except BudgetError as e:  # what earlier models left may be too much for the least budget
+            return told | {"peak_bytes": peak(), "refused": str(e)}
+        with opened as m:
             refused = ""
             for name, path in dict(how.get("later", {})).items():  # type: ignore[call-overload]
                 try:
@@ -107,13 +112,16 @@ def asked(arguments: list[str]) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def runs_of(model: str, folder: Path, wrapper: list[str]) -> list[dict[str, object]]:
-    """All scenarios of a model, each in three budgets."""
+def runs_of(
+    model: str, folder: Path, wrapper: list[str], only: list[str]
+) -> list[dict[str, object]]:
+    """Scenarios of a model, each in three budgets."""
     pack, out = library.pack(model, quiet=True), list[dict[str, object]]()
     lora = folder / pack.path.name
     write_adapter(pack, lora)
     me = [sys.executable, __file__, "--child"]
-    for name, how in scenarios(model, lora).items():
+    chosen = {n: how for n, how in scenarios(model, lora).items() if not only or n in only}
+    for name, how in chosen.items():
         told = json.dumps(how)
         status, text, error = asked([*me, model, "0", told])
         assert status == 0, error
@@ -136,6 +144,7 @@ def main() -> None:
     p = argparse.ArgumentParser()
     p.add_argument("models", nargs="*")
     p.add_argument("--wrapper", default="")
+    p.add_argument("--scenario", action="append", default=[], help="all if none is named")
     p.add_argument("-o", "--output", type=Path)
     p.add_argument("--child", nargs=3)
     a = p.parse_args()
@@ -146,7 +155,7 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as name:
         for model in a.models:
-            rows += runs_of(model, Path(name), shlex.split(a.wrapper))
+            rows += runs_of(model, Path(name), shlex.split(a.wrapper), a.scenario)
     result = {
         "command": f"python bench/capped.py {' '.join(Path(m).name for m in a.models)} --wrapper ...",
         "processor": probe.processor(), "torch": torch.__version__, "runs": len(rows),

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+import outsize
 from outsize import library
 from outsize.bench import synthetic
 from outsize.pack.format import Pack
+from outsize.pack.outline import of_pack
+from outsize.plan import place
+from outsize.weights import budget
 from tests.drafts import write_lora
 
 pytest.importorskip("gguf")
@@ -112,3 +119,25 @@ def test_several_opens_in_one_process_keep_the_budget(pack_of: Callable[..., Pac
     """Of the same budget; two are open at once in between."""
     found = ran(pack_of(MAIN), 300 * MB, opens=3)
     assert found["peak"] <= found["budget"]
+
+
+def test_a_closed_model_keeps_no_weights(pack_of: Callable[..., Pack]) -> None:
+    """A mask drafter held on to the network: each opening found less room than the one before."""
+    with outsize.load(str(pack_of(SMALL).path), quiet=True, draft="ngram") as model:
+        parts = weakref.ref(model.transformer)
+        model.drafting.habits.masks = cast("Any", SimpleNamespace(embed=model.transformer.embed))
+    gc.collect()
+    assert parts() is None
+
+
+def test_what_a_mixture_gives_up_returns_to_the_system(pack_of: Callable[..., Pack]) -> None:
+    pack = pack_of(MIXED, "qwen3_moe")
+    with outsize.load(str(pack.path), context=64, quiet=True, draft="none") as model:
+        (wanted,) = model.generate("a b a b", raw=True, max_tokens=6)
+        giveable = place.giveable(of_pack(pack), model.placement)
+        budget.trim()
+        before = budget.resident()
+        freed = model.transformer.shrink(1 << 40)
+        assert freed >= 0.9 * giveable > 20 * MB
+        assert before - budget.resident() >= 0.9 * freed
+        assert model.generate("a b a b", raw=True, max_tokens=6)[0].text == wanted.text

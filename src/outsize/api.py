@@ -29,9 +29,7 @@ from outsize.model.adapter import Adapter
 from outsize.model.transformer import Transformer
 from outsize.options import Changes, Options
 from outsize.pack.format import Pack
-from outsize.pack.outline import of_pack
 from outsize.plan import beside
-from outsize.plan.fixed import token_bytes
 from outsize.plan.placement import Placement
 from outsize.reply import Counts, Reply, Run, Score, account
 from outsize.streaming import Streaming
@@ -59,7 +57,6 @@ class Model:
         self.given_up = 0  # bytes of weights that were held at first, and had to go
         templates = "\n".join(pack.chat_templates.values())
         self._format = format_of(tokens, templates) if templates else PLAIN
-        self._token_bytes = token_bytes(of_pack(pack))
         self._watch = budget.Watch(placement.budget)
         self._transformer: Transformer | None = transformer
         budget.promise(self, placement.later)
@@ -91,8 +88,10 @@ class Model:
         if self._transformer is not None:
             self._transformer.loaded.close()
             self.drafting.close()
+            self.adapters.clear()
         self._transformer = None
         budget.promise(self, 0)
+        budget.trim()
 
     def stream(self, prompt: Prompt, **changes: Unpack[Changes]) -> Streaming:
         """Iterate over the pieces of a reply to a prompt, or to a chat's messages."""
@@ -231,13 +230,13 @@ class Model:
     def _make_room(self, name: str, size: int) -> None:
         """For an adapter beside those that there are."""
         transformer, sizes = self.transformer, {n: a.nbytes for n, a in self.adapters.items()}
-        self.placement = beside.with_sizes(self.placement, sizes, self._token_bytes)
+        self.placement = beside.with_sizes(self.placement, sizes, self.pack)
         short = beside.missing(self.placement, size, self.given_up)
         if short > transformer.giveable:
             raise beside.refusal(name, self.placement, size, short, transformer.giveable)
         if short:
             self._give_up(short, f"adapter {name} takes {size / 1e6:,.0f} MB")
-        self.placement = beside.with_sizes(self.placement, sizes | {name: size}, self._token_bytes)
+        self.placement = beside.with_sizes(self.placement, sizes | {name: size}, self.pack)
 
     def _adapter(self, name: str | None) -> Adapter | None:
         if name is not None and name not in self.adapters:

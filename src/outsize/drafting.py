@@ -146,8 +146,10 @@ class Drafting:
         return drafter, rejecting(sampler, lambda: drafter.drawn_from)
 
     def close(self) -> None:
+        """A mask drafter reaches into the network it drafts for: a closed model keeps none of it."""
         if self.model is not None:
             self.model.close()
+        self.model, self.habits = None, Habits()
 
 
 def mask_file(spec: Spec, outline: Outline) -> Path | None:

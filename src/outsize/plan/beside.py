@@ -11,7 +11,9 @@ from outsize.checkpoint import adapters
 from outsize.errors import AdapterError, BudgetError, UnsupportedError
 from outsize.family.description import Description
 from outsize.model.adapter import MAKING, check, stack_bytes
-from outsize.pack.outline import Outline
+from outsize.pack.format import Pack
+from outsize.pack.outline import Outline, of_pack
+from outsize.plan.fixed import token_bytes
 from outsize.plan.placement import ADAPTER, Placement
 
 ROUNDING = 8 << 10  # bytes that an allocator loses for a stack's tensors
@@ -61,12 +63,12 @@ def refusal(name: str, p: Placement, size: int, short: int, giveable: int) -> Bu
     )
 
 
-def with_sizes(p: Placement, sizes: Mapping[str, int], token_bytes: int) -> Placement:
+def with_sizes(p: Placement, sizes: Mapping[str, int], pack: Pack) -> Placement:
     """The plan with these adapters, and no others; what they take is missing for keys and values of
     batches."""
     before = sum(size for name, size in p.fixed.items() if name.startswith(ADAPTER))
     fixed = {name: size for name, size in p.fixed.items() if not name.startswith(ADAPTER)}
     fixed |= {ADAPTER + name: size for name, size in sizes.items()}
     more = sum(sizes.values()) - before
-    tokens = min(p.kv_tokens, max(p.context, p.kv_tokens - more // token_bytes))
+    tokens = min(p.kv_tokens, max(p.context, p.kv_tokens - more // token_bytes(of_pack(pack))))
     return replace(p, fixed=fixed, kv_tokens=tokens)
