@@ -24,13 +24,13 @@ from outsize.errors import PackError, ReadError
 from outsize.native.kernels import Kernels, kernels
 from outsize.native.reads import checksum
 from outsize.options import Options
-from outsize.terminal import summary
+from outsize.summary import summary
 from outsize.weights import medium
 from outsize.weights import table as tables
 from outsize.weights.arena import buffer
+from outsize.weights.cached import Cached
 from outsize.weights.policies.pin_and_ring import PinAndRing
 from outsize.weights.reader import Reader
-from outsize.weights.residency import Cached
 from outsize.weights.table import Table
 from tests.records import STRIDE, Faulty, open_table, write_table
 

@@ -29,8 +29,10 @@ from outsize.model.adapter import Adapter
 from outsize.model.transformer import Transformer
 from outsize.options import Changes, Options
 from outsize.pack.format import Pack
+from outsize.plan import beside
 from outsize.plan.placement import Placement
 from outsize.reply import Counts, Reply, Run, Score, account
+from outsize.room import make_room
 from outsize.scoring import scored
 from outsize.streaming import Streaming
 from outsize.turns import Turns
@@ -61,6 +63,7 @@ class Model:
         self._transformer: Transformer | None = transformer
         self._turns = Turns(self.name, partial(_restore, transformer, drafting))
         self._end = transformer.loaded.close_with(self)
+        budget.promise(self, placement.later)
 
     @property
     def name(self) -> str:
@@ -89,7 +92,9 @@ class Model:
         if self._transformer is not None:
             self._turns.close(self._end)
             self.drafting.close()
-        self._transformer, self.adapters = None, {}
+            self.adapters.clear()
+        self._transformer = None
+        budget.promise(self, 0)
         budget.trim()
 
     def stream(self, prompt: Prompt, **changes: Unpack[Changes]) -> Streaming:
@@ -160,7 +165,7 @@ class Model:
         """Of every token after the first: its log-probability, and whether it was the likeliest."""
         for token in tokens:
             arguments.whole("a token", token, 0, 1 << 32)
-        self._check_rows(tokens)
+        self.tokens.check(tokens)
         return self._turns.take(partial(scored, self.transformer, tokens))
 
     def stream_from(self, prompt: Prompt, options: Options, past: Past | None = None) -> Streaming:
@@ -183,20 +188,7 @@ class Model:
                 f"the text has {len(tokens):,} tokens, the context holds {self.context:,}; shorten "
                 f"it, or raise --context (this model goes to {self.pack.description.context:,})"
             )
-        self._check_rows(tokens)
-
-    def _check_rows(self, tokens: Sequence[int]) -> None:
-        """Raises OptionError for a token that the embedding has no row for."""
-        if not tokens:
-            raise OptionError("the prompt is empty; give at least one character")
-        rows = self.pack.description.vocab_size
-        for id in (min(tokens), max(tokens)):
-            if not 0 <= id < rows:
-                name = self.tokens.piece(id) if 0 <= id < 1 << 31 else ""
-                raise OptionError(
-                    f"the prompt has the token {name!r}, number {id:,}, and the model's embedding has "
-                    f"{rows:,} rows: this model cannot read it; leave it out"
-                )
+        self.tokens.check(tokens)
 
     def start(self, ids: list[int], options: Options, past: Past | None = None) -> Run:
         self._check_room([*ids, 0] if ids else ids)
@@ -219,10 +211,13 @@ class Model:
         return self.transformer.new_kv(tokens + spare)
 
     def load_adapter(self, name: str, path: str | PathLike[str]) -> None:
-        """Make a LoRA adapter (PEFT's safetensors) known under a name, for requests to use. Raises
-        AdapterError."""
+        """Make a LoRA adapter (PEFT's safetensors) known under a name, for requests to use. Weights make room
+        for it where need be. Raises AdapterError, and BudgetError before anything is read."""
         name, file = arguments.text("name", name), arguments.path("path", path)
+        size, _ = beside.adapter_bytes(name, file, self.pack.description, self.pack.path.name)
+        self._turns.take(partial(make_room, self, name, size))
         self.adapters[name] = read_adapter(self.pack, name, file)
+        budget.trim()  # what making it took for a moment
 
     def _adapter(self, name: str | None) -> Adapter | None:
         if name is not None and name not in self.adapters:
@@ -261,12 +256,15 @@ class Model:
 
     def _keep_promise(self) -> None:
         """Give up held weights if others need the memory, or we have more than was promised."""
-        excess = self._watch.excess()
-        if excess and (freed := self.transformer.shrink(excess)):
+        if excess := self._watch.excess():
+            self.give_up(excess, f"memory is short by {excess / 1e6:,.0f} MB")
+
+    def give_up(self, size: int, why: str) -> None:
+        """Held weights, between two steps."""
+        if freed := self.transformer.shrink(size):
             self.given_up += freed
             warn(
-                f"memory is short by {excess / 1e6:,.0f} MB: {freed / 1e6:,.0f} MB of weights are "
-                "read from disk from now on, which is slower"
+                f"{why}: {freed / 1e6:,.0f} MB of weights are read from disk from now on, which is slower"
             )
 
     def counts(self) -> Counts:
@@ -287,11 +285,8 @@ class Model:
         return self.counts().total
 
     def _reply(self, run: Run, options: Options, started: float, before: Counts) -> Reply:
-        shown = options.to_json() | {
-            "context": self.context,
-            "threads": torch.get_num_threads(),
-            "memory": self.placement.budget,
-        }
+        size, threads = self.placement.budget, torch.get_num_threads()
+        shown = {**options.to_json(), "context": self.context, "threads": threads, "memory": size}
         tables = self.transformer.loaded.tables
         cached = not all(table.is_direct for table in tables)
         return account(run, self.name, shown, started, before, self.counts(), cached)

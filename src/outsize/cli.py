@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from outsize import __version__, adapts, benches, console, settings
-from outsize.errors import OptionError, OutsizeError
+from outsize.errors import OptionError
 from outsize.flags import (
     AdapterFlag,
     AsJson,
@@ -172,6 +171,7 @@ def plan(
     memory: Memory = "auto",
     experts: ExpertsFlag = None,
     draft: DraftFlag = "auto",
+    adapter: AdapterFlag = None,
     context: Context = None,
     prompt_tokens: Annotated[
         int | None, option("--prompt-tokens", text="Predict the first token after so many (512).")
@@ -191,8 +191,19 @@ def plan(
     from outsize import loading, planning, terminal
 
     loading.set_threads(threads)
+    adapters = dict(terminal.named_adapters(adapter or ()))
     wishes = terminal.wishes_of(
-        told(ctx), memory, context, encoding, "first", force, native, quiet, experts, draft
+        told(ctx),
+        memory,
+        context,
+        encoding,
+        "first",
+        force,
+        native,
+        quiet,
+        experts,
+        draft,
+        adapters,
     )
     planning.show(model, wishes, prompt_tokens, as_json, html, trace)
 
@@ -276,17 +287,12 @@ def version() -> None:
 def main() -> None:
     """Run a command; print an error as one sentence."""
     settings.end_by_exception()
-    try:
-        console.prepare()
-        settings.check_environment(app)
-        app(default_map=settings.default_map(app))
-    except OutsizeError as e:
-        plain = not sys.stderr.isatty() or settings.no_color()
-        label = "error:" if plain else "\033[31merror:\033[0m"
-        print(f"{label} {e}", file=sys.stderr)
-        sys.exit(e.exit_status)
-    except KeyboardInterrupt:
-        sys.exit(console.INTERRUPTED)
+    console.run(_run, settings.no_color)
+
+
+def _run() -> None:
+    settings.check_environment(app)
+    app(default_map=settings.default_map(app))
 
 
 if __name__ == "__main__":

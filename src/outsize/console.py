@@ -7,12 +7,13 @@ import io
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer.core
 
 from outsize.errors import DiskFullError, OptionError, OutsizeError
+from outsize.weights import addresses
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # exit statuses, as shells give them for SIGINT and SIGPIPE
 
@@ -33,6 +34,27 @@ def prepare() -> None:
         raise OptionError(
             "the working folder is gone (removed, or on a disk that is); `cd` to one that is there"
         ) from None
+
+
+def run(command: Callable[[], None], is_plain: Callable[[], bool]) -> None:
+    """A command, to its end: an error is one sentence, and the exit status says of what kind; `is_plain`:
+    without colour."""
+    if said := addresses.refusal(sys.argv):
+        sys.exit(f"error: {said}")
+    try:
+        prepare()
+        command()
+    except OutsizeError as e:
+        plain = not sys.stderr.isatty() or is_plain()
+        label = "error:" if plain else "\033[31merror:\033[0m"
+        print(f"{label} {e}", file=sys.stderr)
+        sys.exit(e.exit_status)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except (ImportError, OSError, MemoryError, RuntimeError) as e:
+        if not (said := addresses.refusal(sys.argv, e)):
+            raise
+        sys.exit(f"error: {said}")
 
 
 def text_of(said: str, encoding: str | None = None) -> str:

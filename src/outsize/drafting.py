@@ -13,7 +13,7 @@ from torch import Tensor
 
 from outsize import library
 from outsize.checkpoint import adapters
-from outsize.checkpoint.adapters import AdapterFile
+from outsize.checkpoint.adapters import AdapterFile, Factors
 from outsize.checkpoint.bases import are_other
 from outsize.checkpoint.spec import expanded
 from outsize.draft import sampler
@@ -29,7 +29,7 @@ from outsize.encoding.group import BLOCK
 from outsize.errors import AdapterError, OptionError, UnsupportedError
 from outsize.family.description import Description
 from outsize.library import warn
-from outsize.model.adapter import Adapter
+from outsize.model.adapter import Adapter, check_shapes
 from outsize.model.transformer import Transformer
 from outsize.native.kernels import Kernels
 from outsize.pack import store
@@ -155,9 +155,10 @@ class Drafting:
             self.model.transformer.restore()
 
     def close(self) -> None:
+        """A mask drafter reaches into the network it drafts for: a closed model keeps none of it."""
         if self.model is not None:
             self.model.close()
-        self.habits = Habits()  # a mask drafter's memory goes with it
+        self.model, self.habits = None, Habits()
 
 
 def mask_file(spec: Spec, outline: Outline) -> Path | None:
@@ -238,7 +239,7 @@ def mask_model(path: Path, k: int, pack: Pack, transformer: Transformer) -> Mask
     t, d = transformer, pack.description
     file, adapter, masks = _checked_masks(path, k, d, pack.source.sha256, pack.path.name)
     head = sampler.stages(_head(file, d), partial(_product, t.kernels))
-    return MaskModel(masks.clone(), adapter, head, t.likely, t.embed, t.head_rows)
+    return MaskModel(masks, adapter, head, t.likely, t.embed, t.head_rows)
 
 
 def _product(kernels: Kernels | None, weight: Tensor) -> sampler.Product:
@@ -257,17 +258,18 @@ def _additions(
     not known yet. Raises AdapterError."""
     if base:
         adapters.same_base(file, base, model)
+    factors = Factors(file, d.head_dim)
+    check_shapes(name, d, factors.shapes)
     adapters.finite(file)
-    factors = adapters.in_our_order(file, d.head_dim)
     return Adapter(name, d, factors, file.scale, coarse)
 
 
-def same_vocabulary(pack: Pack, smaller: Model) -> None:
+def same_vocabulary(pack: Pack, smaller: Pack) -> None:
     """Raises AdapterError unless both models read the same tokens."""
-    if smaller.pack.tokenizer_crc != pack.tokenizer_crc:
+    if smaller.tokenizer_crc != pack.tokenizer_crc:
         raise AdapterError(
-            f"{smaller.name} does not read text as {pack.path.name} does; a draft model needs the same "
-            "tokenizer"
+            f"{smaller.path.name} does not read text as {pack.path.name} does; a draft model needs the "
+            "same tokenizer"
         )
 
 
@@ -276,4 +278,4 @@ def _head(file: AdapterFile, d: Description) -> dict[str, Tensor]:
     want = sampler.shapes(d.width)
     if found and {k: tuple(t.shape) for k, t in found.items()} != want:
         raise AdapterError(f"{file.path}: its sampler head does not fit a width of {d.width:,}")
-    return {k: t.clone() for k, t in found.items()}  # a view would keep all of the file mapped
+    return found

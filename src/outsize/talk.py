@@ -13,7 +13,8 @@ from outsize.errors import OutsizeError, TemplateError
 from outsize.options import Options
 from outsize.pack.store import home
 from outsize.reply import Reply
-from outsize.terminal import How, interrupts, note, note_unanswered, open_model, show, summary
+from outsize.summary import summary
+from outsize.terminal import How, interrupts, note, note_unanswered, open_model, show
 
 HELP = (
     "/reset forgets, /system TEXT begins anew under it (without TEXT, under none), "
@@ -73,7 +74,7 @@ class Talk:
     """A chat at the terminal."""
 
     def __init__(self, model: Model, options: Options, how: How) -> None:
-        self._how = how
+        self._how, self._model = how, model
         self._conversation = Conversation(model, options, how.overflow)
         self._replies: list[Reply] = []
 
@@ -110,6 +111,7 @@ class Talk:
             return
         reply = self._conversation.reply
         self._replies.append(reply)
+        planning.learn(self._model, reply)
         if self._conversation.dropped:
             note(f"the context was full: {self._conversation.dropped} old messages were let go")
         note_unanswered(reply)

@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,6 @@ from outsize.checkpoint.spec import holds_model
 from outsize.conversation import checked_overflow
 from outsize.decode.channels import REASONING, TEXT, Piece
 from outsize.errors import OptionError, PackError
-from outsize.loading import Wishes
 from outsize.options import DEFAULT_MODEL, Options
 from outsize.pack.format import Pack
 from outsize.pack.leftovers import Leftover
@@ -30,6 +29,8 @@ from outsize.plan import report
 from outsize.plan.placement import Placement
 from outsize.reply import Reply
 from outsize.settings import no_color
+from outsize.summary import summary
+from outsize.wishes import Wishes
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +162,7 @@ def answer(name: str, prompt: str, options: Options, how: How) -> None:
         with interrupts(streaming.cancel):
             show(streaming.parts, shown=not how.as_json, thinking=how.thinking)
         reply = streaming.reply
+        planning.learn(model, reply)
     if how.as_json:
         print(json.dumps(reply.to_json(), ensure_ascii=not console.is_unicode(sys.stdout)))
     elif not how.wishes.quiet:
@@ -204,51 +206,6 @@ def note_unanswered(reply: Reply) -> None:
             f"the model thought ({len(reply.reasoning):,} characters) and gave no answer; "
             "--show-thinking shows it, -n allows a longer reply"
         )
-
-
-def summary(reply: Reply, disk_bytes_per_s: float | None = None) -> str:
-    """The closing line."""
-    parts = [
-        f"{reply.prompt_tokens} prompt tokens, first token after {reply.first_token_s:.2f} s",
-        f"{reply.new_tokens} tokens at {reply.tokens_per_s:.1f}/s",
-        f"peak memory {reply.peak_memory_bytes / 1e6:,.0f} of {reply.budget_bytes / 1e6:,.0f} MB, "
-        f"read {reply.bytes_read / 1e6:,.0f} MB",
-    ]
-    if reply.drafted:
-        parts.append(
-            f"{reply.accepted} of {reply.drafted} guesses right, {reply.tokens_per_step:.2f} tokens a step"
-        )
-    most = float(str(reply.options["threads"]))
-    if 0 < reply.threads < 0.95 * most:
-        parts.append(
-            f"{reply.threads:.1f} of {most:.0f} threads: other programs kept the processor busy"
-        )
-    if reply.experts is not None:
-        parts.append(_experts(reply.experts))
-    if reply.hit_rate < 1:
-        rate = f"{reply.disk_bytes_per_s / 1e9:.2f} GB/s"
-        if disk_bytes_per_s:
-            rate += (
-                f" ({reply.disk_bytes_per_s / disk_bytes_per_s:.0%} of the disk's measured rate)"
-            )
-        parts.append(
-            f"{reply.bytes_per_token / 1e6:,.1f} MB a token from disk at {rate}, "
-            f"hit rate {reply.hit_rate:.0%}, waited {reply.waited_s:.2f} s"
-        )
-    if reply.cached_reads:
-        parts.append("read through the page cache: the pack's file system refuses direct reads")
-    return f"[{'; '.join(parts)}]"
-
-
-def _experts(counts: Mapping[str, float]) -> str:
-    """What became of the requests for experts."""
-    kinds = ("ready", "late", "cold", "capacity", "collision", "dropped", "substituted", "copied")
-    said = ", ".join(f"{counts[k]:,.0f} {k}" for k in kinds if counts[k])
-    asked = counts["hits"] + counts["misses"]
-    share = counts["hits"] / asked if asked else 1.0
-    return f"experts: {asked:,.0f} asked for, {share:.0%} in memory" + (
-        f" ({said})" if said else ""
-    )
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from outsize.checkpoint.bounded import text_lines
 from outsize.checkpoint.read_json import loads
 from outsize.errors import OptionError, UnsupportedError
 from outsize.library import say
-from outsize.loading import Wishes
 from outsize.pack.format import Pack
 from outsize.weights.trace import Scored
+from outsize.wishes import Wishes
 
 COLUMNS = ("turn", "phase", "step", "layer", "slot", "expert", "weight", "early", "early_weight")
 

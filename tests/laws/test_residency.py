@@ -17,10 +17,11 @@ from outsize.errors import CapacityError
 from outsize.native.kernels import Kernels
 from outsize.weights import policies
 from outsize.weights.arena import buffer
+from outsize.weights.cached import Cached
 from outsize.weights.policies.pin_and_ring import PinAndRing
 from outsize.weights.policy import Hints, make
 from outsize.weights.reader import Reader
-from outsize.weights.residency import Cached, Resident
+from outsize.weights.residency import Resident
 from outsize.weights.rows import RowTable, join
 from outsize.weights.table import Table
 from tests.records import ROWS, STRIDE, open_table, write_table

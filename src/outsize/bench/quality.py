@@ -21,7 +21,7 @@ from outsize.api import Model
 from outsize.errors import OptionError, SourceError
 from outsize.forward.full import full, hidden
 from outsize.forward.span import Span
-from outsize.loading import Wishes
+from outsize.wishes import Wishes
 
 ROWS = 64  # positions compared at once: logits of a large vocabulary are big
 

@@ -22,9 +22,9 @@ from outsize.bars import steps
 from outsize.checkpoint.bounded import text_lines
 from outsize.checkpoint.read_json import loads
 from outsize.errors import OptionError
-from outsize.loading import Wishes
 from outsize.plan.wake import runtime_bytes
 from outsize.weights import budget
+from outsize.wishes import Wishes
 
 LEAST_TOKENS = 8  # of an answer whose speed is compared
 STEP, NEAR = 200_000, 0.01  # bytes to which a budget is planned; how near a share may be

@@ -103,6 +103,18 @@ class Tokens:
                 "leave it out"
             )
 
+    def check(self, ids: Sequence[int]) -> None:
+        """Raises OptionError for no tokens, or one that the model's embedding has no row for."""
+        if not ids:
+            raise OptionError("the prompt is empty; give at least one character")
+        for id in (min(ids), max(ids)):
+            if id < 0 or (self._rows is not None and id >= self._rows):
+                name = self.piece(id) if 0 <= id < 1 << 31 else ""
+                raise OptionError(
+                    f"the prompt has the token {name!r}, number {id:,}, and the model's embedding has "
+                    f"{self._rows or 0:,} rows: this model cannot read it; leave it out"
+                )
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without control tokens."""
         with refusing_panics(_cannot_decode), self._lock:

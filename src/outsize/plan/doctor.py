@@ -22,8 +22,8 @@ def examine() -> dict[str, object]:
     notes: list[str] = []
     there = next(p for p in (home, *home.parents) if p.is_dir())
     memory = psutil.virtual_memory()
-    here = machine.measure(home)
-    machine.keep(here, home)
+    probe.follow_quota()
+    here = machine.measured(home)
     return {
         "processor": probe.processor(),
         "cores": probe.cores(),
@@ -31,6 +31,8 @@ def examine() -> dict[str, object]:
         "instruction_sets": probe.instruction_sets(),
         "memory_bytes": memory.total,
         "memory_free_bytes": memory.available,
+        "busy": here.busy,
+        "sittings": len(here.sittings),
         "memory_bytes_per_s": here.memory_bytes_per_s,
         "bf16_flops": here.bf16_flops,
         "fp32_flops": here.fp32_flops,
@@ -51,6 +53,11 @@ def examine() -> dict[str, object]:
 def complaints(seen: dict[str, object]) -> list[str]:
     """What would run slowly here, why, and what helps."""
     out = []
+    if seen["busy"]:
+        out.append(
+            f"the machine was busy while it was measured ({seen['busy']}): the figures are the best of "
+            f"{seen['sittings']} sittings, and may be too low; run `outsize doctor` again when it is idle"
+        )
     if not seen["int4_kernel"] and not seen["native_kernels"]:
         out.append(
             f"torch's int4 kernel here ({seen['torch_kernels']}) reads another layout than AVX-512's: "

@@ -12,12 +12,12 @@ import torch
 
 from outsize.native.kernels import Kernels
 from outsize.pack.format import Matrix, Pack, TableHeader
+from outsize.weights.cached import Cached, Tick
 from outsize.weights.experts import Bank, Copies
 from outsize.weights.knobs import Experts
 from outsize.weights.policies.pin_and_ring import PinAndRing
 from outsize.weights.policy import Hints, make
 from outsize.weights.reader import Reader
-from outsize.weights.residency import Cached, Tick
 from outsize.weights.rows import RowTable, join
 from outsize.weights.table import Table, Weight, Weights
 from outsize.weights.traffic import Traffic
@@ -101,8 +101,8 @@ class Loaded:
             table.close()
 
     def close_with(self, owner: object) -> Callable[[], None]:
-        """Close when nothing refers to `owner` any more, or when what this returns is called. Not at the
-        exit, where other threads may still compute, and not in a fork, which has none of the threads to end."""
+        """Close when nothing refers to `owner` any more, or when what this returns is called. Not at
+        the exit, where other threads may still compute, nor in a fork, which has no threads to end."""
         end = weakref.finalize(owner, _close_in, os.getpid(), self.close)
         end.atexit = False
         return end

@@ -52,6 +52,11 @@ class Policy(Protocol):
         """A new policy takes over: these ids are in these slots."""
         ...
 
+    def give_up(self, least: int) -> tuple[int, int | None] | None:
+        """Use a slot no longer, and which: one that is empty, or else of the least worth; with the id that
+        was in it. None where no more than `least` are left."""
+        ...
+
     def begin_pass(self) -> None:
         """The layers are visited from the first one on again."""
         ...
@@ -84,6 +89,15 @@ class Slots(ABC):
         for id, slot in slots.items():
             self.slot_of[id] = slot
             self.used(id, False)
+
+    def give_up(self, least: int) -> tuple[int, int | None] | None:
+        if self._capacity <= least:
+            return None
+        self._capacity -= 1
+        if self._free:
+            return self._free.pop(), None
+        id = self.victim(())
+        return self.slot_of.pop(id), id
 
     def begin_pass(self) -> None:  # noqa: B027  most do not care
         """A new pass over the layers."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,12 +18,14 @@ from outsize.encoding.plain import Plain
 from outsize.native.kernels import Kernels
 from outsize.pack.format import PAGE, Matrix, aligned, field_bytes
 from outsize.weights.arena import Arena, buffer
+from outsize.weights.cached import Cached, Tick
+from outsize.weights.policies.pin_and_ring import PinAndRing
 from outsize.weights.reader import Reader
-from outsize.weights.residency import Cached, Tick
 from outsize.weights.table import Table, Weight, view
 
 FEW = 8  # rows of one record: up to here they are read one by one
 IN_FLIGHT = 4
+RING = 2  # records of a head that nothing is held of: one in use, the next on its way
 
 
 class RowTable:
@@ -47,6 +50,37 @@ class RowTable:
     @property
     def is_resident(self) -> bool:
         return self._num_joined >= self._table.header.num_rows
+
+    @property
+    def held_bytes(self) -> int:
+        """Of what is joined in memory."""
+        return 0 if self._joined is None else sum(f.nbytes for f in self._joined.fields.values())
+
+    @property
+    def ring_bytes(self) -> int:
+        """What blocks need to pass through, if nothing is held."""
+        if self._cached is not None:
+            return 0
+        return min(RING, len(self._table)) * self._table.header.stride
+
+    def give_up(self, is_head: bool) -> tuple[int, Cached | None]:
+        """Read all rows from disk from now on; a head's in blocks. The bytes this frees, and slots that were
+        made for it."""
+        freed, made = self.held_bytes - (self.ring_bytes if is_head else 0), None
+        if freed <= 0:
+            return 0, None
+        self._joined, self._num_joined = None, 0
+        everything = range(len(self._table))
+        if self._cached is not None:
+            self._cached.scan(everything)
+        elif is_head:
+            ring = min(RING, len(self._table))
+            anew = partial(PinAndRing, ring, ())
+            made = Cached(
+                self._table, self._reader, self._kernels, ring, anew(), everything, anew=anew
+            )
+            self._cached = made
+        return freed, made
 
     def blocks(self) -> Iterator[Weight]:
         """All rows, in order; each block is valid until the next is asked for."""

@@ -60,6 +60,17 @@ class PinAndRing:
         self._ring[slot] = -1
         return None
 
+    def give_up(self, least: int) -> tuple[int, int | None] | None:
+        if self._home and self._ring:
+            id, slot = self._home.popitem()
+            was_there = id in self._loaded
+            self._loaded.discard(id)
+            return slot, id if was_there else None
+        if len(self._ring) <= least:
+            return None
+        slot = next(iter(self._ring))
+        return slot, next(iter(self.shorten([slot])), None)
+
     def lengthen(self, slots: Sequence[int]) -> None:
         """More slots to pass through: the next to be used."""
         self._ring = dict.fromkeys(slots, -1) | self._ring
