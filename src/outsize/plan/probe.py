@@ -66,13 +66,13 @@ def median_s(work: Callable[[], object], repeats: int = 7) -> float:
 
 def memory_bandwidth() -> float:
     """Bytes a second that all threads together read."""
-    data = torch.ones(32 << 20, dtype=torch.int64)
+    data = torch.ones(32 << 20, dtype=torch.int64, device="cpu")
     return data.nbytes / median_s(data.sum)
 
 
 def matmul_speed(dtype: torch.dtype = torch.bfloat16, rows: int = 512) -> float:
     """Operations a second of a large matrix product."""
-    x, w = torch.randn(rows, 4096).to(dtype), torch.randn(4096, 4096).to(dtype)
+    x, w = (torch.randn(n, 4096, dtype=torch.float32, device="cpu").to(dtype) for n in (rows, 4096))
     return 2 * rows * 4096 * 4096 / median_s(lambda: torch.nn.functional.linear(x, w), 3)
 
 
