@@ -150,7 +150,7 @@ class Kernels:
         return out
 
     def tile_linear(self, packed: Tensor, scales: Tensor, x_TK: Tensor) -> Tensor:
-        """(T, N) bf16."""
+        """(T, N) bf16. The matrix's fields are views of a record, of the types that its encoding states."""
         groups, rows, _ = scales.shape
         count, x_TK = len(x_TK), x_TK.contiguous()
         out = _empty(count, rows)
@@ -158,8 +158,8 @@ class Kernels:
             min(count, PASS) * groups * (1 if self.multiplies_bf16 else 18), dtype=FP32
         )
         self._tiles(
-            address(packed, torch.uint8), address(scales, BF16), address(x_TK, BF16), out.data_ptr(), rows,
-            groups * 32, count, scratch.data_ptr(),
+            packed.data_ptr(), scales.data_ptr(), address(x_TK, BF16), out.data_ptr(), rows, groups * 32,
+            count, scratch.data_ptr(),
         )  # fmt: skip
         return out
 
