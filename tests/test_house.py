@@ -121,6 +121,25 @@ def test_habits(path: Path) -> None:
     assert "utils" not in path.stem
 
 
+FACTORIES = {
+    "arange", "as_tensor", "asarray", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn",
+    "randperm", "scalar_tensor", "tensor", "zeros",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if folder_of(p) not in ("adapt", "bench")], ids=lambda p: p.stem
+)
+def test_tensors_state_type_and_device(path: Path) -> None:
+    """torch's defaults are the user's to set, and C takes a tensor for what it should be."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call) or not ast.unparse(node.func).startswith("torch."):
+            continue
+        if ast.unparse(node.func).removeprefix("torch.") in FACTORIES:
+            stated = {word.arg for word in node.keywords}
+            assert stated >= {"dtype", "device"}, f"line {node.lineno}: {ast.unparse(node)}"
+
+
 def test_imports_are_inert() -> None:
     """Importing everything changes no environment, starts no thread, prints nothing."""
     modules = [

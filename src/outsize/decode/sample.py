@@ -24,7 +24,7 @@ def greedy(logits_V: Tensor, tokens: Sequence[int]) -> int:
 
 def penalize(logits_V: Tensor, tokens: Sequence[int], penalty: float) -> Tensor:
     """Make recently seen tokens less likely (CTRL, arXiv 1909.05858)."""
-    ids = torch.tensor(sorted(set(tokens[-PENALTY_REACH:])), dtype=torch.long)
+    ids = torch.tensor(sorted(set(tokens[-PENALTY_REACH:])), dtype=torch.int64, device="cpu")
     seen = logits_V[ids]
     return logits_V.index_copy(0, ids, torch.where(seen > 0, seen / penalty, seen * penalty))
 

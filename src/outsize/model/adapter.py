@@ -149,8 +149,8 @@ def _stack(
     known = widths(d)
     sizes = [known[p] for p in parts]
     kind = torch.float32 if coarse else torch.bfloat16
-    a_PRK = torch.zeros(len(parts), rank, sizes[0][1], dtype=kind)
-    split = [torch.zeros(rows, rank, dtype=kind) for rows, _ in sizes]
+    a_PRK = torch.zeros(len(parts), rank, sizes[0][1], dtype=kind, device="cpu")
+    split = [torch.zeros(rows, rank, dtype=kind, device="cpu") for rows, _ in sizes]
     for i, part in enumerate(parts):
         if part in found:
             a, b = found[part]

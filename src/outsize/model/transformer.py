@@ -191,7 +191,7 @@ class Transformer:
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """(T, D) fp32."""
-        rows = self._embed.rows(torch.tensor(tokens))
+        rows = self._embed.rows(torch.tensor(tokens, dtype=torch.int64, device="cpu"))
         scale = self.description.embed_scale
         return rows if scale == 1.0 else rows.mul_(scale)
 
@@ -234,7 +234,7 @@ class Transformer:
     def _project(self, x_KD: Tensor, dtype: torch.dtype) -> Tensor:
         """(K, V), block by block into one place."""
         size, at = self.description.vocab_size, 0
-        out_KV = torch.empty(len(x_KD), size, dtype=dtype)
+        out_KV = torch.empty(len(x_KD), size, dtype=dtype, device="cpu")
         for w in self._head.blocks():
             count = min(w.num_rows, size - at)
             out_KV[:, at : at + count] = w.encoding.linear(x_KD, w.fields, False)[:, :count]
@@ -244,7 +244,7 @@ class Transformer:
 
 def rotations(ropes: Sequence[Rope], head_dim: int, positions: Sequence[int]) -> dict[Rope, Tensor]:
     """How far each position turns, for each kind of rope."""
-    positions_T = torch.tensor(positions)
+    positions_T = torch.tensor(positions, dtype=torch.int64, device="cpu")
     return {rope: turns(rope, head_dim, positions_T) for rope in ropes}
 
 

@@ -199,7 +199,7 @@ def _half_times(
     half = (attention_half if "qkv" in made else ffn_half)(d, t.keys[0], made)
     plain = None if dtype == torch.float32 else kernels
     kv = KV(t.keys[0] + 1, d.num_kv_heads, d.head_dim, dtype)
-    h_TD = torch.randn(tokens, d.width)
+    h_TD = torch.randn(tokens, d.width, dtype=torch.float32, device="cpu")
 
     def step(positions: range, wide: bool) -> Step:
         turns = rotations(d.ropes, d.head_dim, positions)
@@ -229,10 +229,11 @@ def _expert_times(
     assert mixture is not None
     if "router" in made:
         router = Router(
-            RMSNorm(torch.ones(d.width), d.norm_eps, torch.float32),
-            torch.randn(mixture.count, d.width), mixture.used, mixture.renorm,
+            RMSNorm(torch.ones(d.width, dtype=torch.float32, device="cpu"), d.norm_eps, torch.float32),
+            torch.randn(mixture.count, d.width, dtype=torch.float32, device="cpu"),
+            mixture.used, mixture.renorm,
         )  # fmt: skip
-        x_TD = torch.randn(tokens, d.width)
+        x_TD = torch.randn(tokens, d.width, dtype=torch.float32, device="cpu")
         return (
             median_s(lambda: router(x_TD[:1], False), STEPS),
             median_s(lambda: router(x_TD, True), CHUNKS),
@@ -240,7 +241,7 @@ def _expert_times(
     ffn = Dense(Linear(made["gate_up"]), Linear(made["down"]), d.activation)
     dtype = activation_type(made["gate_up"])
     rows = max(1, tokens * mixture.used // mixture.count)
-    x_TD = torch.randn(rows, d.width).to(dtype)
+    x_TD = torch.randn(rows, d.width, dtype=torch.float32, device="cpu").to(dtype)
     native = None if dtype == torch.float32 else kernels
     one, many = Step([], {}, False, native), Step([], {}, True, None)
     return median_s(lambda: ffn(x_TD[:1], one), STEPS), median_s(lambda: ffn(x_TD, many), CHUNKS)
@@ -252,7 +253,7 @@ def _first_matrix(t: TableHeader) -> tuple[Matrix, ...]:
 
 def _head_time(o: Outline, t: TableHeader, kernels: Kernels | None) -> float:
     (weight,) = next(iter(_random(t, kernels).values()))
-    x_KD: Tensor = torch.randn(1, o.description.width)
+    x_KD: Tensor = torch.randn(1, o.description.width, dtype=torch.float32, device="cpu")
     x_KD = (
         x_KD
         if o.activation_bytes == 4 or weight.encoding.name.startswith("group")

@@ -97,7 +97,7 @@ def best_s(work: Callable[[], object], watch: Watch | None = None) -> float:
 
 def memory_bandwidth(watch: Watch | None = None) -> float:
     """Bytes a second that all threads together read, from memory and not from caches."""
-    pieces = torch.ones(8, 4 << 20, dtype=torch.int64)
+    pieces = torch.ones(8, 4 << 20, dtype=torch.int64, device="cpu")
     at = itertools.cycle(pieces)
     return pieces[0].nbytes / best_s(lambda: next(at).sum(), watch)
 
@@ -106,7 +106,8 @@ def matmul_speed(
     dtype: torch.dtype, watch: Watch | None = None, rows: int = 512, width: int = 2048
 ) -> float:
     """Operations a second of a large matrix product."""
-    x, w = torch.randn(rows, width).to(dtype), torch.randn(width, width).to(dtype)
+    made = (torch.randn(n, width, dtype=torch.float32, device="cpu") for n in (rows, width))
+    x, w = (m.to(dtype) for m in made)
     return 2 * rows * width * width / best_s(lambda: torch.nn.functional.linear(x, w), watch)
 
 

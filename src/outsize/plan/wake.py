@@ -47,7 +47,7 @@ def wake(kernels: Kernels | None) -> None:
         weights = _weights(d, name, kernels)
         plain = name == "fp32"
         kv = KV(1, d.num_kv_heads, d.head_dim, torch.float32 if plain else torch.bfloat16)
-        h_TD = torch.ones(TOKENS, WIDTH)
+        h_TD = torch.ones(TOKENS, WIDTH, dtype=torch.float32, device="cpu")
         for half in (attention_half(d, 0, weights), ffn_half(d, 0, weights)):
             _run(d, half, kv, h_TD, None if plain else kernels)
 
@@ -68,11 +68,12 @@ def _weights(d: Description, name: str, kernels: Kernels | None) -> Weights:
         "qkv": (d.qkv_rows, d.width), "o": (d.width, heads),
         "gate_up": (2 * d.ffn_width, d.width), "down": (d.width, d.ffn_width),
     }  # fmt: skip
-    made: Weights = {k: (_weight(name, torch.ones(shape), kernels),) for k, shape in shapes.items()}
-    norm = (_weight("fp32", torch.ones(1, d.width), None),)
+    made: Weights = {k: (_weight(name, shape, kernels),) for k, shape in shapes.items()}
+    norm = (_weight("fp32", (1, d.width), None),)
     return made | {"attn_norm": norm, "ffn_norm": norm}
 
 
-def _weight(name: str, w_NK: Tensor, kernels: Kernels | None) -> Weight:
+def _weight(name: str, shape: tuple[int, int], kernels: Kernels | None) -> Weight:
+    w_NK = torch.ones(shape, dtype=torch.float32, device="cpu")
     e = encoding(name, kernels)
     return Weight(e, e.encode(w_NK), len(w_NK))

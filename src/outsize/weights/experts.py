@@ -103,7 +103,8 @@ class Bank:
         if not self.handling.favour:
             return None
         base, there = self.number * self.count, self.cache.ledger.slot_of
-        return torch.tensor([self.handling.favour * (base + e in there) for e in range(self.count)])
+        favours = [self.handling.favour * (base + e in there) for e in range(self.count)]
+        return torch.tensor(favours, dtype=torch.float32, device="cpu")
 
     def handled(
         self, rows: list[list[int]], weights: list[list[float]]

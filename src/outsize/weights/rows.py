@@ -106,7 +106,7 @@ class RowTable:
         """(T, K) fp32."""
         if self._joined is not None and (self.is_resident or int(ids_T.max()) < self._num_joined):
             return self.encoding.rows(self._joined.fields, ids_T)
-        out_TK = torch.empty(len(ids_T), self._matrix.width)
+        out_TK = torch.empty(len(ids_T), self._matrix.width, dtype=torch.float32, device="cpu")
         held_T = ids_T < self._num_joined
         if self._joined is not None and bool(held_T.any()):
             out_TK[held_T] = self.encoding.rows(self._joined.fields, ids_T[held_T])
@@ -164,7 +164,9 @@ class RowTable:
             ticket.wait()
         self._table.traffic.bytes_demanded += at
         fields = _gather(self._matrix, raw, places, local_T.tolist())
-        return self.encoding.rows(fields, torch.arange(len(local_T)))
+        return self.encoding.rows(
+            fields, torch.arange(len(local_T), dtype=torch.int64, device="cpu")
+        )
 
 
 def by_row(matrix: Matrix) -> bool:
@@ -218,7 +220,7 @@ def join(
     header = table.header
     (matrix,) = next(iter(header.tensors.values()))
     whole = Matrix(matrix.encoding, matrix.num_rows * count, matrix.width, 0)
-    fields = {k: torch.empty(s.shape, dtype=s.dtype) for k, s in whole.specs.items()}
+    fields = {k: torch.empty(s.shape, dtype=s.dtype, device="cpu") for k, s in whole.specs.items()}
     arena = Arena(IN_FLIGHT, header.stride)
     raws = [arena[i] for i in range(min(IN_FLIGHT, count))]
     tickets = [reader.submit(table, i, out) for i, (_, out) in enumerate(raws)]
