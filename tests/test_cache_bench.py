@@ -66,7 +66,7 @@ def test_reading(tmp_path: Path) -> None:
         (lambda t: t + "0,1,99,0,0,one,0.5\n", "7 numbers are expected"),
         (lambda t: t + "0,2,99,0,0,1,0.5\n", "phase 2"),
         (lambda t: t.split("turn")[0], "holds no rows"),
-        (lambda t: "\x1f\x8b not gzip", "cannot read"),
+        (lambda t: "\x1f\x8b not gzip", "cannot be read"),
     ],
 )
 def test_bad_traces_are_refused_with_the_line(

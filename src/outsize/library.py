@@ -14,7 +14,7 @@ from outsize.checkpoint.hub import is_offline
 from outsize.errors import OptionError
 from outsize.native.kernels import kernels
 from outsize.options import DEFAULT_MODEL, DEFAULT_MODEL_SHA256
-from outsize.pack import store, write
+from outsize.pack import leftovers, store, write
 from outsize.pack.format import Pack, read_header
 from outsize.pack.outline import Outline, of_checkpoint, of_pack
 
@@ -32,7 +32,10 @@ def find(model: str = DEFAULT_MODEL, encoding: str = "auto") -> Pack | None:
     spec = source.parse(model)
     if (Path(spec.name) / "pack.json").is_file():
         return read_header(Path(spec.name))
-    return store.find(store.home() / "packs", spec.text, encoding, spec.kind == "path")
+    found = store.find(store.home() / "packs", spec.text, encoding, spec.kind == "path")
+    if found is not None and spec.sha256:
+        source.same_hash(spec, found.source.sha256, len(found.source.files))
+    return found
 
 
 def pack(
@@ -53,12 +56,13 @@ def pack(
         return found
     spec, folder = source.parse(model), store.home() / "packs"
     folder.mkdir(parents=True, exist_ok=True)
-    with bars(quiet) as progress, tempfile.TemporaryDirectory(".fetch", ".", folder) as name:
+    leftovers.clean(folder)
+    with bars(quiet) as progress, leftovers.scratch(folder) as scratch:
         if (
             spec.kind == "hf" and not is_offline()
         ):  # what cannot be run is refused before it is fetched
             _outline_on_hub(spec, encoding)
-        path = source.fetch(spec, Path(name), quiet, progress)
+        path = source.fetch(spec, scratch, quiet, progress)
         if spec.text == DEFAULT_MODEL:
             source.check_hash(path, DEFAULT_MODEL_SHA256, progress)
         checkpoint = source.open_checkpoint(path)

@@ -231,4 +231,4 @@ def tokens(made: Pack) -> Tokens:
     raw = (made.path / TOKENIZER).read_bytes()
     if zlib.crc32(raw) != made.tokenizer_crc:
         raise damaged(made.path, "its tokenizer does not match its checksum")
-    return Tokens(lean(raw.decode()), made.bos, made.add_bos)
+    return Tokens(lean(raw.decode()), made.bos, made.add_bos, made.description.vocab_size)

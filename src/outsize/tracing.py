@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO, cast
 
 from outsize import loading
 from outsize.bars import bars
+from outsize.checkpoint.bounded import text_lines
+from outsize.checkpoint.read_json import loads
 from outsize.errors import OptionError, UnsupportedError
 from outsize.library import say
 from outsize.loading import Wishes
@@ -95,10 +96,7 @@ def _header(pack: Pack) -> str:
 
 def _prompts(path: Path) -> list[str]:
     """One a line: text, or JSON with a `prompt`, or the first of its `turns`."""
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise OptionError(f"cannot read the prompts {path}: {e}") from None
+    lines = [line for line in text_lines(path, OptionError) if line.strip()]
     if not lines:
         raise OptionError(f"{path} holds no prompts; one a line is expected")
     return [_prompt(path, number, line) for number, line in enumerate(lines, 1)]
@@ -108,7 +106,7 @@ def _prompt(path: Path, number: int, line: str) -> str:
     if not line.lstrip().startswith("{"):
         return line
     try:
-        item = json.loads(line)
+        item = cast("dict[str, Any]", loads(line))
         text = item["prompt"] if "prompt" in item else item["turns"][0]
     except (ValueError, KeyError, IndexError, TypeError):
         text = None

@@ -7,21 +7,27 @@ in halves; ours in adjacent pairs.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from outsize.errors import AdapterError
+from outsize.checkpoint.bounded import read_regular, regular_size
+from outsize.checkpoint.read_json import loads
+from outsize.checkpoint.safetensors import header
+from outsize.errors import AdapterError, CheckpointError
 
 KEY = "outsize"  # of our files' metadata: JSON
 LIMIT = 1 << 32  # bytes of a file
+MAX_HEADER, MAX_CONFIG = 8 << 20, 1 << 20  # bytes; a large adapter's header has 300,000
+MOST_ALPHA = 1 << 32
+MOST_SCALE = 1 << 16  # of alpha / rank; files of the hub have .1 to 64
 PEFT_NAME = re.compile(
     r"base_model\.model\.(?:model\.)?layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)_proj\.lora_(A|B)\.weight"
 )
@@ -54,7 +60,8 @@ class AdapterFile:
 
     @property
     def scale(self) -> float:
-        return float(str(self.about.get("scale", 1.0)))
+        """What the factors' product is multiplied by. Raises AdapterError."""
+        return _sound_scale(self.path, self.about.get("scale", 1.0))
 
 
 def load(path: Path) -> AdapterFile:
@@ -69,18 +76,19 @@ def load(path: Path) -> AdapterFile:
 def raw(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     """Tensors, and what our metadata says. Raises AdapterError."""
     try:
-        if path.stat().st_size > LIMIT:
-            raise AdapterError(
-                f"{path} has {path.stat().st_size:,} bytes; no adapter is that large"
-            )
+        if (size := regular_size(path, AdapterError)) > LIMIT:
+            raise AdapterError(f"{path} has {size:,} bytes; no adapter is that large")
+        header(path, MAX_HEADER)  # bounded before the library reads it
         with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get(KEY, "{}"))
+            about = loads((file.metadata() or {}).get(KEY, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as e:
+    except AdapterError:
+        raise
+    except (CheckpointError, OSError, SafetensorError, ValueError) as e:
         raise AdapterError(f"{path} is not a readable safetensors file ({e})") from None
     if not isinstance(about, dict):
         raise AdapterError(f"{path} says nothing readable about itself; train it again")
-    return tensors, about
+    return tensors, cast("dict[str, object]", about)
 
 
 def _peft(path: Path, tensors: Mapping[str, Tensor]) -> AdapterFile:
@@ -101,9 +109,10 @@ def _peft(path: Path, tensors: Mapping[str, Tensor]) -> AdapterFile:
 
 
 def _config(path: Path) -> dict[str, object]:
+    raw = read_regular(path, MAX_CONFIG, AdapterError)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        config = loads(raw)
+    except ValueError as e:
         raise AdapterError(f"{path} cannot be read ({e}); PEFT's adapters have one") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise AdapterError(f"{path} does not describe a LoRA adapter; other kinds are not known")
@@ -117,11 +126,28 @@ def _config(path: Path) -> dict[str, object]:
 
 def _scale(path: Path, config: Mapping[str, object]) -> float:
     alpha, rank = config.get("lora_alpha"), config.get("r")
-    if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank <= 0:
+    sound = isinstance(alpha, int | float) and isinstance(rank, int)
+    if (
+        not sound
+        or not 0 < cast(int, rank) <= MOST_SCALE
+        or not abs(cast(float, alpha)) <= MOST_ALPHA
+    ):
         raise AdapterError(
-            f"{path}: its config has lora_alpha {alpha!r} and r {rank!r}; numbers are due"
+            f"{path}: its config has lora_alpha {str(alpha)[:40]} and r {str(rank)[:40]}; numbers are due, r "
+            f"from 1 to {MOST_SCALE:,}"
         )
-    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+    by = cast(int, rank) ** 0.5 if config.get("use_rslora") else cast(int, rank)
+    return _sound_scale(path, cast(float, alpha) / by)
+
+
+def _sound_scale(path: Path, value: object) -> float:
+    """Raises AdapterError for what is no number, or makes numbers that are none."""
+    if not isinstance(value, int | float) or not abs(value) <= MOST_SCALE:
+        raise AdapterError(
+            f"{path}: its factors are to be multiplied by {str(value)[:40]}; a number up to "
+            f"{MOST_SCALE:,} is expected"
+        )
+    return float(value)
 
 
 def adjacent(b_NR: Tensor, head_dim: int) -> Tensor:
@@ -157,10 +183,7 @@ def same_base(file: AdapterFile, base: str, name: str) -> None:
 
 def file_bytes(path: Path) -> int:
     """Its size. Raises AdapterError."""
-    try:
-        return path.stat().st_size
-    except OSError as e:
-        raise AdapterError(f"{path} cannot be read ({e.strerror})") from None
+    return regular_size(path, AdapterError)
 
 
 def finite(file: AdapterFile) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -43,6 +44,10 @@ def parse(text: str) -> Spec:
         name, version, file = match.groups()
         return Spec("package", body, name, version, file or "", sha256)
     path = Path(text).expanduser()
+    if path.is_symlink() and not path.exists():
+        raise SourceError(
+            f"{text!r} is a link to {os.readlink(path)}, which is not there; fetch the model again"
+        )
     if not path.exists():
         raise SourceError(
             f"no such model: {text!r} is neither a file nor a folder; a model is a .gguf file, a "

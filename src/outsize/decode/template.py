@@ -19,7 +19,9 @@ from typing import Any
 
 from outsize.errors import OptionError, TemplateError
 
-MAX_TEXT = 16 << 20
+MAX_TEXT = 8 << 20  # characters of all rendered chats
+MAX_LINE = 6 * MAX_TEXT  # of a reply, in which a character is written as up to six
+MAX_SAID = 1 << 20  # characters of what the process says at its end
 TIME_LIMIT_S = 10
 CHILD = Path(__file__).with_name("template_child.py")
 Message = Mapping[str, object]
@@ -87,6 +89,9 @@ class Worker:
         for is_last in (False, True):
             process = self._running()
             line, is_late = _exchange(process, text)
+            if len(line) > MAX_LINE:
+                self.close()
+                raise TemplateError(f"the chat template made more than {MAX_TEXT:,} characters")
             if line.endswith("\n"):
                 return line
             with suppress(subprocess.TimeoutExpired):
@@ -160,10 +165,10 @@ def _exchange(process: subprocess.Popen[str], job: str) -> tuple[str, bool]:
     try:
         process.stdin.write(job + "\n")
         process.stdin.flush()
-        return process.stdout.readline(), late.is_set()
+        return process.stdout.readline(MAX_LINE + 1), late.is_set()
     except OSError:
         with suppress(OSError):  # it may have said why before it read
-            return process.stdout.readline(), late.is_set()
+            return process.stdout.readline(MAX_LINE + 1), late.is_set()
         return "", late.is_set()
     finally:
         timer.cancel()
@@ -172,7 +177,8 @@ def _exchange(process: subprocess.Popen[str], job: str) -> tuple[str, bool]:
 def _last_words(process: subprocess.Popen[str]) -> str:
     with suppress(OSError, ValueError):
         process.wait(TIME_LIMIT_S)
-        lines = process.stderr.read().strip().splitlines() if process.stderr is not None else []
+        said = process.stderr.read(MAX_SAID) if process.stderr is not None else ""
+        lines = said.strip().splitlines()
         return f": {lines[-1][:300]}" if lines else ""
     return ""
 

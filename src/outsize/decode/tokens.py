@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer, normalizers
 
+from outsize.checkpoint.tokenizer_json import refusing_panics
 from outsize.decode.untrusted import BREAK, Marks
-from outsize.errors import OptionError
+from outsize.errors import CheckpointError, OptionError
 
 TAGS = (
     ("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"),
@@ -23,8 +24,11 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 class Tokens:
     """A pack's tokenizer with its start token."""
 
-    def __init__(self, tokenizer: Tokenizer, bos: int | None, add_bos: bool) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: Tokenizer, bos: int | None, add_bos: bool, rows: int | None = None
+    ) -> None:
+        """`rows`: of the model's embedding; some tokenizers have tokens beyond it."""
+        self._tokenizer, self._rows = tokenizer, rows
         self.start = [bos] if add_bos and bos is not None else []
         added = tokenizer.get_added_tokens_decoder()
         self._special = frozenset(i for i, token in added.items() if token.special)
@@ -51,12 +55,13 @@ class Tokens:
         return ids if not start or ids[: len(self.start)] == self.start else self.start + ids
 
     def _encoded(self, text: str) -> list[int]:
-        try:
+        with refusing_panics(_cannot_encode):  # as for a word that it has no token for
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        except (
-            Exception
-        ) as e:  # the library raises bare Exception, as for a word that it has no token for
-            raise OptionError(f"the model's tokenizer cannot encode this text: {e}") from None
+        if ids and self._rows is not None and (largest := max(ids)) >= self._rows:
+            raise OptionError(
+                f"the text holds {self.piece(largest)[:80]!r}, token {largest:,} of the tokenizer, and the "
+                f"model's embedding has {self._rows:,} rows; leave it out"
+            )
         return ids
 
     def _encoded_apart(self, text: str) -> list[int]:
@@ -104,7 +109,8 @@ class Tokens:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without control tokens."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        with refusing_panics(_cannot_decode):
+            text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
     def piece(self, token: int) -> str:
@@ -120,6 +126,16 @@ class Tokens:
     def knows(self, name: str) -> bool:
         """Is this one token of the vocabulary?"""
         return self._tokenizer.token_to_id(name) is not None
+
+
+def _cannot_encode(problem: str) -> OptionError:
+    return OptionError(f"the model's tokenizer cannot encode this text: {problem}")
+
+
+def _cannot_decode(problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"the model's tokenizer cannot make text of its tokens: {problem}; fetch the model again, or another"
+    )
 
 
 def check_unicode(text: str) -> None:
