@@ -225,9 +225,11 @@ def pack(
 def list_packs(as_json: AsJson = False) -> None:
     """The packs on this machine."""
     from outsize import terminal
-    from outsize.pack import store
+    from outsize.pack import leftovers, store
 
-    terminal.show_packs(list(store.packs(store.home() / "packs")), as_json)
+    folder = store.home() / "packs"
+    terminal.show_packs(list(store.packs(folder)), as_json)
+    terminal.note_leftovers(leftovers.leftovers(folder))
 
 
 @app.command()
@@ -256,6 +258,7 @@ def version() -> None:
 
 def main() -> None:
     """Run a command; print an error as one sentence."""
+    settings.end_by_exception()
     try:
         app(default_map=settings.default_map(app))
     except OutsizeError as e:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,15 @@ from outsize.errors import OptionError
 def no_color() -> bool:
     """https://no-color.org"""
     return bool(os.environ.get("NO_COLOR"))
+
+
+def end_by_exception() -> None:
+    """TERM and HUP end the process as Ctrl-C does: what it began is cleaned up. Where they are ignored, as
+    under nohup, they stay so."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no HUP
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
 
 def config_path() -> Path:

@@ -21,6 +21,7 @@ from outsize.errors import OptionError, PackError
 from outsize.loading import Wishes
 from outsize.options import DEFAULT_MODEL, Options
 from outsize.pack.format import Pack
+from outsize.pack.leftovers import Leftover
 from outsize.pack.outline import Outline
 from outsize.pack.store import home
 from outsize.plan import report
@@ -231,6 +232,14 @@ def show_packs(packs: Sequence[Pack | PackError], as_json: bool) -> None:
         else:
             d = _describe(pack)
             print(f"{d['name']}  {pack.size / 1e6:,.0f} MB  {d['family']}  {d['encodings']}")
+
+
+def note_leftovers(found: Sequence[Leftover]) -> None:
+    for one in found:
+        note(
+            f"{one.path.name}: {one.size / 1e6:,.0f} MB, left by a run that was ended; the next download "
+            f"removes it, or `outsize rm {one.path.name}`"
+        )
 
 
 def _describe(pack: Pack) -> dict[str, object]:

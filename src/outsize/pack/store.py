@@ -11,6 +11,7 @@ import filelock
 import platformdirs
 
 from outsize.errors import PackError, SourceError
+from outsize.pack import leftovers
 from outsize.pack.format import HEADER, Pack, TableHeader, read_header
 from outsize.pack.source import FileStat, Source
 
@@ -61,7 +62,9 @@ def _good(folder: Path) -> Iterator[Pack]:
 
 
 def remove(folder: Path, name: str) -> int:
-    """Delete a pack by its folder's name; its bytes. Raises SourceError."""
+    """Delete a pack, or what an ended run left, by its folder's name; its bytes. Raises SourceError."""
+    if name.startswith(".") and Path(name).name == name and (folder / name).is_dir():
+        return leftovers.remove(folder, name)
     path = folder / name
     if Path(name).name != name or name.startswith(".") or not path.is_dir():
         known = ", ".join(p.name for p in folder.glob("[!.]*")) if folder.is_dir() else ""
