@@ -8,6 +8,7 @@ in halves; ours in adjacent pairs.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -109,6 +110,8 @@ def _peft(path: Path, tensors: Mapping[str, Tensor]) -> AdapterFile:
 
 
 def _config(path: Path) -> dict[str, object]:
+    if not os.path.lexists(path):
+        raise AdapterError(f"{path} is not there; PEFT's adapters have one")
     raw = read_regular(path, MAX_CONFIG, AdapterError)
     try:
         config = loads(raw)
