@@ -98,7 +98,7 @@ def test_options(name: str, value: object, model: Model) -> None:
 def test_load(name: str, value: Any, folder_of: Callable[[str], Path]) -> None:
     with pytest.raises(UserError) as e:
         outsize.load(folder_of("llama"), **({"quiet": True} | {name: value}))
-    assert str(e.value).startswith((name, "size 'lots'", "context is -5"))
+    assert str(e.value).startswith(name)
 
 
 @pytest.mark.parametrize("number", range(len(CALLS)))

@@ -168,11 +168,11 @@ def parse_arguments(told: Sequence[str]) -> dict[str, object] | None:
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, name: str = "size") -> int:
     """Bytes from '900MB', '4GB', '1.5GiB' or a plain number. Raises OptionError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
     if not match:
-        raise OptionError(f"size {text!r} is not understood; write it like 900MB or 4GB")
+        raise OptionError(f"{name} is {text!r}, which is no size; write it like 900MB or 4GB")
     number, unit, binary = match.groups()
     factor = 1024 ** " kmgt".index(unit) if binary and unit else _UNITS[unit]
     return int(float(number) * factor)

@@ -59,15 +59,13 @@ class Wishes:
         drafting.parse(self.draft)
         if self.verify not in VERIFY:
             raise OptionError(f"verify is {self.verify!r}; known are {', '.join(VERIFY)}")
-        if self.context is not None and self.context < 2:
-            raise ContextError(f"context is {self.context:,}; at least 2 tokens are expected")
 
     def _check_kinds(self) -> None:
         """Raises OptionError."""
         if not isinstance(self.memory, str):
             arguments.whole("memory", self.memory, 1, 1 << 62)
         if self.context is not None:
-            arguments.whole("context", self.context, 0, 1 << 32)
+            arguments.whole("context", self.context, 2, 1 << 32)
         for name in (
             "encoding",
             "verify",

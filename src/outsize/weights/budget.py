@@ -124,7 +124,7 @@ def _parse(text: str | int) -> int:
         if not 0 < share <= 100:
             raise OptionError(f"memory is {text!r}; a percentage from 1% to 100% is expected")
         return int(total() * share / 100)
-    return _positive(parse_size(text), text)
+    return _positive(parse_size(text, "memory"), text)
 
 
 def _positive(size: int, text: object) -> int:
