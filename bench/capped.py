@@ -1,5 +1,4 @@
-"""Does a budget hold, with all that is loaded?
-`python bench/capped.py MODEL... [--wrapper CMD] [--scenario NAME] -o FILE`.
+"""Does a budget hold, with all that is loaded? `python bench/capped.py MODEL... [--wrapper CMD] -o FILE`.
 
 Each run is a process of its own that opens a model with adapters, a draft model, or several times, chats with
 it, and tells the most memory it had. Budgets go from the least that its plan names to one that holds all.

@@ -8,15 +8,18 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from typer.testing import CliRunner
 
 import outsize
-from outsize import library
+from outsize import cli, library
 from outsize.bench import synthetic
+from outsize.errors import AdapterError, BudgetError
 from outsize.pack.format import Pack
 from outsize.pack.outline import of_pack
 from outsize.plan import place
@@ -141,3 +144,42 @@ def test_what_a_mixture_gives_up_returns_to_the_system(pack_of: Callable[..., Pa
         assert freed >= 0.9 * giveable > 20 * MB
         assert before - budget.resident() >= 0.9 * freed
         assert model.generate("a b a b", raw=True, max_tokens=6)[0].text == wanted.text
+
+
+def test_plan_and_run_agree_on_what_is_loaded(
+    pack_of: Callable[..., Pack], loras: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of the plan, and a refusal before anything is read."""
+    model, draft = str(pack_of(MAIN).path), f"model:{pack_of(SMALL).path}"
+    made = CliRunner().invoke(
+        cli.app,
+        ["plan", model, "-c", "64", "--draft", draft, "--json", "-q", "--memory", "2GB",
+         *(word for name, path in loras.items() for word in ("--adapter", f"{name}={path}"))],
+    )  # fmt: skip
+    planned = json.loads(made.stdout)
+    how: dict[str, Any] = {"context": 64, "draft": draft, "adapters": loras, "quiet": True}
+    with outsize.load(model, memory="2GB", **how) as opened:
+        fixed = opened.placement.fixed
+        for name in ("adapter a", "adapter b", "draft model"):
+            assert planned["fixed"][name] == fixed[name]
+        assert 0 <= fixed["adapter a"] - opened.adapters["a"].nbytes < MB
+    monkeypatch.setattr("outsize.loading.weights.load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("outsize.loading.tokens", lambda *_: pytest.fail("a tokenizer was read"))
+    with pytest.raises(BudgetError, match=r"adapter a \d+, adapter b \d+, draft model \d+.*got"):
+        outsize.load(model, memory="60MB", **how)
+    with pytest.raises(AdapterError, match=r"cannot be read|not a readable"):
+        outsize.load(model, memory="2GB", adapters={"x": "/nowhere"}, quiet=True)
+
+
+def test_a_template_has_a_process_and_a_row(folder_of: Callable[[str], Path]) -> None:
+    outline = of_pack(library.pack(str(folder_of("llama")), quiet=True))
+    with_it, without = (
+        place.place(replace(outline, has_template=told), 1 << 31, 0, 0, 64)
+        for told in (True, False)
+    )
+    assert with_it.fixed["template process"] > 10 * MB
+    assert with_it.process == without.process
+    assert (
+        with_it.planned
+        == with_it.process + with_it.fixed["reserve"] + with_it.fixed["template process"]
+    )
