@@ -25,7 +25,7 @@ from outsize.adapt.acceptance import Walk, leading, walk
 from outsize.adapt.answered import Kept
 from outsize.adapt.answers import answer
 from outsize.adapt.data import read
-from outsize.adapt.masks import Example, Recipe, draw, losses, ordinary
+from outsize.adapt.masks import Example, Recipe, deltas, draw, losses, ordinary
 from outsize.adapt.twin import Twin
 from outsize.api import Model
 from outsize.bars import silent
@@ -86,6 +86,43 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(
     assert after.sampled < 0.8 * before.sampled
     found = walk(twin, state.parameters, recipe.scale, EXAMPLES, 2)
     assert found.by_quadratic >= found.by_linear >= 1
+
+
+def test_ordinary_lora_has_the_ordinary_loss(open_tiny: Callable[..., Model]) -> None:
+    """The term is the plain cross-entropy of the tokens after the anchors; it has a gradient, and training
+    with it keeps that loss where training without it does not."""
+    twin = twin_of(open_tiny("llama", "int8"))
+    recipe = Recipe(k=2, rank=4, steps=40, batch=4, anchors=8, length=80, rate=5e-3, gated=False)
+    spoken = replace(recipe, next_token=1.0)
+    state = training.start(twin, spoken, "base")
+    with torch.no_grad():  # additions that add nothing have a gradient in one factor only
+        for name, value in state.parameters.items():
+            if name.endswith(".B"):
+                value.normal_(0, 0.02, generator=torch.Generator().manual_seed(1))
+    batch = draw(EXAMPLES, recipe, 0, 0, 1)
+    found = losses(twin, state.parameters, spoken, batch)
+    x, _ = ordinary(twin, batch, deltas(state.parameters, spoken.scale))
+    plain = torch.stack([
+        cross_entropy(twin.logits(x[b, at]), batch.tokens_BS[b, at + 1])
+        for b in range(len(x)) for at in batch.anchor_BA[b].tolist() if at >= 0
+    ]).mean()  # fmt: skip
+    torch.testing.assert_close(found.ordinary, plain)
+    found.ordinary.backward()  # type: ignore[no-untyped-call]
+    grads = {n: float(p.grad.norm()) for n, p in state.parameters.items() if p.grad is not None}
+    assert grads["0.q.A"] > 0
+    assert grads["1.down.B"] > 0
+    assert not {"masks", "sampler.first.weight"} & grads.keys()
+    assert float(losses(twin, state.parameters, recipe, batch).ordinary) == 0
+    ends = []
+    for arm in (recipe, spoken):
+        trained = training.start(twin, arm, "base")
+        for _ in range(40):
+            trained.run_step(EXAMPLES)
+        with torch.no_grad():
+            ends.append(float(losses(twin, trained.parameters, spoken, batch).ordinary))
+    assert ends[1] < 0.9 * ends[0]
+    with pytest.raises(OptionError, match="never reach ordinary tokens"):
+        replace(spoken, gated=True)
 
 
 @pytest.mark.parametrize("chunk", [1, 4 * 50 * 3, 1 << 20])
