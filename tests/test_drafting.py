@@ -277,7 +277,7 @@ def test_mask_drafters_that_do_not_fit(open_tiny: Callable[..., Model], tmp_path
     for path, k, words in (
         (foreign, 0, "trained for another model"), (lora, 0, "is no mask drafter"),
         (broken, 0, "not a readable safetensors"), (good, 9, "has 3 masks"),
-        (tmp_path / "none", 0, "not a readable"),
+        (tmp_path / "none", 0, "cannot be read"),
     ):  # fmt: skip
         with pytest.raises(AdapterError, match=words):
             mask_model(path, k, model.pack, model.transformer)

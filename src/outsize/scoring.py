@@ -20,7 +20,7 @@ def scored(model: Transformer, tokens: Sequence[int]) -> tuple[list[float], list
     (h_TD,) = hidden(model, [(Span(0, tokens), model.new_kv(len(tokens)))])
     step = max(1, min(ROWS, BYTES // (4 * model.description.vocab_size)))
     for start in range(0, len(tokens) - 1, step):
-        target = torch.tensor(tokens[start + 1 : start + 1 + step])
+        target = torch.tensor(tokens[start + 1 : start + 1 + step], dtype=torch.int64, device="cpu")
         logits = model.logits(h_TD[start : start + len(target)])
         rows = torch.log_softmax(logits, dim=1).gather(1, target[:, None])[:, 0]
         logprobs += rows.tolist()

@@ -56,7 +56,11 @@ class Stored(Mapping[str, Tensor]):
         except (OSError, CheckpointError) as e:
             raise AdapterError(f"{t.path} cannot be read ({e})") from None
         kind = TYPES[t.kind.name]
-        return torch.frombuffer(data, dtype=kind).view(t.shape) if data else torch.zeros(t.shape)
+        return (
+            torch.frombuffer(data, dtype=kind).view(t.shape)
+            if data
+            else torch.zeros(t.shape, dtype=kind, device="cpu")
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
