@@ -78,34 +78,43 @@ def least(model: str, how: dict[str, object]) -> int:
 
 
 def child(model: str, memory: int, how: dict[str, object]) -> dict[str, object]:
-    """One run: what it had."""
-    wishes, tokens = wishes_of(how), 0
+    """One run: what it had. What earlier models left may be too much for the least budget: a later one is
+    then refused."""
     told: dict[str, object] = {}
     for _ in range(int(str(how.get("opens", 1)))):
         try:
-            opened = outsize.load(
-                model, memory=memory, context=CONTEXT, quiet=True, draft=wishes.draft,
-                adapters=wishes.adapters,
-            )  # fmt: skip
-        except BudgetError as e:  # what earlier models left may be too much for the least budget
-            return told | {"peak_bytes": peak(), "refused": str(e)}
-        with opened as m:
-            refused = ""
-            for name, path in dict(how.get("later", {})).items():  # type: ignore[call-overload]
-                try:
-                    m.load_adapter(name, path)
-                except OutsizeError as e:
-                    refused = str(e)
-            for name in [*list(m.adapters)[-1:], None]:
-                prompt = [{"role": "user", "content": TEXT}] if m.pack.chat_templates else TEXT
-                (reply,) = m.generate([prompt], max_tokens=NEW, adapter=name)
-                tokens += reply.new_tokens
-            told = {
-                "peak_bytes": peak(), "new_tokens": tokens, "given_up_bytes": m.given_up,
-                "streamed_bytes": m.placement.streamed, "planned_bytes": m.placement.planned,
-                "refused": refused,
-            }  # fmt: skip
+            told = once(model, memory, how)
+        except BudgetError as e:
+            told |= {"refused": str(e)}
+            if "new_tokens" not in told:
+                raise
     return told | {"peak_bytes": peak()}
+
+
+def once(model: str, memory: int, how: dict[str, object]) -> dict[str, object]:
+    """Open, chat, close."""
+    wishes, tokens, refused = wishes_of(how), 0, ""
+    with outsize.load(
+        model,
+        memory=memory,
+        context=CONTEXT,
+        quiet=True,
+        draft=wishes.draft,
+        adapters=wishes.adapters,
+    ) as m:
+        for name, path in dict(how.get("later", {})).items():  # type: ignore[call-overload]
+            try:
+                m.load_adapter(name, path)
+            except OutsizeError as e:
+                refused = str(e)
+        for name in [*list(m.adapters)[-1:], None]:
+            prompt = [{"role": "user", "content": TEXT}] if m.pack.chat_templates else TEXT
+            (reply,) = m.generate([prompt], max_tokens=NEW, adapter=name)
+            tokens += reply.new_tokens
+        return {
+            "new_tokens": tokens, "given_up_bytes": m.given_up, "refused": refused,
+            "streamed_bytes": m.placement.streamed, "planned_bytes": m.placement.planned,
+        }  # fmt: skip
 
 
 def asked(arguments: list[str]) -> tuple[int, str, str]:

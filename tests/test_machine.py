@@ -15,9 +15,12 @@ import pytest
 import outsize
 from outsize import planning
 from outsize.pack import store
-from outsize.plan import doctor, load, machine, probe
+from outsize.pack.outline import of_pack
+from outsize.plan import cost, doctor, load, machine, probe
 from outsize.plan.machine import Compute, Machine, Sitting
-from outsize.weights.reader import PIECE, THREADS
+from outsize.weights.reader import THREADS
+from outsize.weights.tickets import PIECE
+from outsize.wishes import Wishes
 
 DISK = [(128 << 10, 1, 5e8), (PIECE, THREADS, 2e9)]
 QUIET = Sitting(1.0, "", 40e9, 800e9, 100e9, DISK)
@@ -164,10 +167,10 @@ def test_runs_correct_the_plan(
     """What a run reached can be reached: bandwidth, a token's time, the disk's rate."""
     with outsize.load(str(folder_of("llama")), quiet=True, draft="none") as model:
         (reply,) = model.generate("abc", raw=True, max_tokens=8)
-        planning.make(str(folder_of("llama")), planning.Wishes(memory="2GB", quiet=True), 8)
+        planning.make(str(folder_of("llama")), Wishes(memory="2GB", quiet=True), 8)
         known = machine.kept(store.home())
         assert known is not None
-        (key,) = known.models
+        (key,) = {k for k in known.models if k.startswith(cost.key(of_pack(model.pack)))}
         wrong = replace(QUIET, memory_bytes_per_s=1.0, disk=[(PIECE, THREADS, 1.0)])
         late = {
             key: replace(known.models[key], step_s=dict.fromkeys(known.models[key].step_s, 99.0))

@@ -19,7 +19,7 @@ from outsize.model.halves import Half, attention_half, ffn_half
 from outsize.model.step import Segment, Step
 from outsize.model.transformer import rotations
 from outsize.native.kernels import Kernels
-from outsize.weights.budget import promised, resident
+from outsize.weights.budget import promised, resident, settle
 from outsize.weights.table import Weight, Weights
 
 TOKENS, WIDTH, HEAD = 64, 256, 64
@@ -33,6 +33,7 @@ def runtime_bytes(kernels: Kernels | None = None) -> int:
     """What this process takes, measured after everything that computes has run once; with what models that
     are open in it have yet to take."""
     wake(kernels)
+    settle()
     return resident() + promised()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import numbers
 import sys
 import time
@@ -60,6 +61,13 @@ _later: WeakKeyDictionary[object, int] = WeakKeyDictionary()
 def promise(owner: object, size: int) -> None:
     """An open model will take `size` bytes more while it answers: others leave them to it. 0 ends that."""
     _later[owner] = size
+
+
+def settle() -> None:
+    """Return what models that were closed have left: objects that only a collection finds, and holes."""
+    if _later:
+        gc.collect()
+    trim()
 
 
 def promised() -> int:
