@@ -149,9 +149,10 @@ def replayed(
     }
 
 
-def run(wrap: str, cap: int, command: Sequence[str]) -> dict[str, object]:
+def run(wrap: str, cap: int, command: Sequence[str], python: str = "") -> dict[str, object]:
     prefix = shlex.split(wrap.format(bytes=cap)) if wrap else []
-    done = subprocess.run([*prefix, sys.executable, *command], capture_output=True, text=True)
+    whole = [*prefix, python or sys.executable, *command]
+    done = subprocess.run(whole, capture_output=True, text=True)
     last = (done.stdout.strip().splitlines() or [""])[-1]
     found = json.loads(last) if last.startswith("{") else {"error": done.stderr[-600:]}
     return {"cap": cap, "status": done.returncode} | found

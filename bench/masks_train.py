@@ -6,6 +6,11 @@
 One JSON line a recipe: tokens a step at k = 1..4, linear and quadratic, on held-out questions and on held-out
 prompts of the mix; the loss of the base model's own tokens before and after (it moves only where not gated);
 tokens trained on a second, and the share of the machine's matmul peak that is.
+
+What gating is worth, each arm as it would be trained (`next_token`: the ordinary tokens' own loss, without
+which additions that are not gated are free to spoil them):
+
+    --recipes '{}' '{"gated": false}' '{"gated": false, "next_token": 1.0}'
 """
 
 from __future__ import annotations
@@ -76,6 +81,8 @@ def step_flops(twin: Twin, recipe: Recipe, tokens: float, masks: float) -> float
     body, head = 2 * layer * d.num_layers, 2 * d.width * d.vocab_size
     heads = 2 if recipe.sampler else 1
     ordinary_part = tokens * body * (1 if recipe.gated else 2)
+    if recipe.next_token:
+        ordinary_part += 2 * recipe.batch * recipe.anchors * head
     return ordinary_part + 2 * masks * (body + heads * head)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import outsize
-from outsize import library, loading
+from outsize import drafting, library, loading
 from outsize.api import Model
 from outsize.native.kernels import Kernels, kernels
 from outsize.pack.outline import of_pack
@@ -70,10 +70,21 @@ def open_paged(
     monkeypatch.setattr(place, "TOKENIZER_FACTOR", 0)
     opened: list[Model] = []
 
-    def make(family: str) -> Model:
+    def make(family: str, draft: str = "auto", native: bool = True) -> Model:
         outline = of_pack(library.pack(str(folder_of(family)), quiet=True))
+        spec = drafting.parse(draft)
+        outline = outline if spec.kind == "auto" else drafting.with_drafting(spec, outline)
         least = place.least_bytes(outline, 0, 0, 256)
-        opened.append(outsize.load(str(folder_of(family)), memory=least, context=256, quiet=True))
+        opened.append(
+            outsize.load(
+                str(folder_of(family)),
+                memory=least,
+                context=256,
+                draft=draft,
+                native=native,
+                quiet=True,
+            )
+        )
         return opened[-1]
 
     yield make

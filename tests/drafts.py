@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from outsize.adapt import checkpoints
 from outsize.adapt.masks import Recipe, new_parameters
 from outsize.api import Model
+from outsize.family.description import Description
 from outsize.model.adapter import widths
 
 PEFT = {
@@ -42,8 +43,14 @@ def write_peft(
     model: Model, folder: Path, seed: int, rank: int = 4, parts: tuple[str, ...] = tuple(PEFT)
 ) -> Path:
     """A LoRA adapter as PEFT saves it."""
+    return write_lora(model.pack.description, folder, seed, rank, parts)
+
+
+def write_lora(
+    d: Description, folder: Path, seed: int, rank: int, parts: tuple[str, ...] = tuple(PEFT)
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    generator, tensors, d = torch.Generator().manual_seed(seed), {}, model.pack.description
+    generator, tensors = torch.Generator().manual_seed(seed), {}
     for layer in range(d.num_layers):
         for part in parts:
             rows, width = widths(d)[part]

@@ -6,10 +6,12 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ from outsize.adapt.acceptance import Walk, leading, walk
 from outsize.adapt.answered import Kept
 from outsize.adapt.answers import answer
 from outsize.adapt.data import read
-from outsize.adapt.masks import Example, Recipe, draw, losses, ordinary
+from outsize.adapt.masks import Example, Recipe, deltas, draw, losses, ordinary
 from outsize.adapt.twin import Twin
 from outsize.api import Model
 from outsize.bars import silent
@@ -86,6 +88,43 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(
     assert found.by_quadratic >= found.by_linear >= 1
 
 
+def test_ordinary_lora_has_the_ordinary_loss(open_tiny: Callable[..., Model]) -> None:
+    """The term is the plain cross-entropy of the tokens after the anchors; it has a gradient, and training
+    with it keeps that loss where training without it does not."""
+    twin = twin_of(open_tiny("llama", "int8"))
+    recipe = Recipe(k=2, rank=4, steps=40, batch=4, anchors=8, length=80, rate=5e-3, gated=False)
+    spoken = replace(recipe, next_token=1.0)
+    state = training.start(twin, spoken, "base")
+    with torch.no_grad():  # additions that add nothing have a gradient in one factor only
+        for name, value in state.parameters.items():
+            if name.endswith(".B"):
+                value.normal_(0, 0.02, generator=torch.Generator().manual_seed(1))
+    batch = draw(EXAMPLES, recipe, 0, 0, 1)
+    found = losses(twin, state.parameters, spoken, batch)
+    x, _ = ordinary(twin, batch, deltas(state.parameters, spoken.scale))
+    plain = torch.stack([
+        cross_entropy(twin.logits(x[b, at]), batch.tokens_BS[b, at + 1])
+        for b in range(len(x)) for at in batch.anchor_BA[b].tolist() if at >= 0
+    ]).mean()  # fmt: skip
+    torch.testing.assert_close(found.ordinary, plain)
+    found.ordinary.backward()  # type: ignore[no-untyped-call]
+    grads = {n: float(p.grad.norm()) for n, p in state.parameters.items() if p.grad is not None}
+    assert grads["0.q.A"] > 0
+    assert grads["1.down.B"] > 0
+    assert not {"masks", "sampler.first.weight"} & grads.keys()
+    assert float(losses(twin, state.parameters, recipe, batch).ordinary) == 0
+    ends = []
+    for arm in (recipe, spoken):
+        trained = training.start(twin, arm, "base")
+        for _ in range(40):
+            trained.run_step(EXAMPLES)
+        with torch.no_grad():
+            ends.append(float(losses(twin, trained.parameters, spoken, batch).ordinary))
+    assert ends[1] < 0.9 * ends[0]
+    with pytest.raises(OptionError, match="never reach ordinary tokens"):
+        replace(spoken, gated=True)
+
+
 @pytest.mark.parametrize("chunk", [1, 4 * 50 * 3, 1 << 20])
 def test_a_loss_in_chunks_is_the_plain_loss(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Value and gradient, in fp64, however many rows a chunk has; and the head is left alone."""
@@ -140,6 +179,82 @@ def test_kept_answers_survive_a_line_cut_short(tmp_path: Path) -> None:
         file.write("[2, [4, 5")
     assert Kept(path, {"base": "x"}).answers == {0: [1, 2], 1: [3]}
     assert Kept(path, {"base": "y"}).answers == {}
+
+    kept = Kept(path, {"base": "x"})  # begun anew, and cut short again
+    kept.add([0], [[7]])
+    with path.open("a") as file:
+        file.write("[1, [4")
+    Kept(path, {"base": "x"}).add([1], [[8]])
+    assert Kept(path, {"base": "x"}).answers == {0: [7], 1: [8]}
+    path.write_text(path.read_text() + "[2\n")
+    with pytest.raises(DataError, match=r"answers.jsonl is damaged"):
+        Kept(path, {"base": "x"})
+
+
+def test_other_prompts_have_other_answers(open_tiny: Callable[..., Model], tmp_path: Path) -> None:
+    """As many, and of the same model: the answers of the first ones were taken."""
+    model = open_tiny("llama", "int8")
+    wish = wish_of(model, tmp_path)
+    twin = twin_of(model)
+    first = adapting.prepare(wish, RECIPE, model.pack, twin)
+    (wish.data[0]).write_text("\n".join(f"tell me {i}" for i in range(9)))
+    second = adapting.prepare(wish, RECIPE, model.pack, twin)
+    fresh = adapting.prepare(
+        replace(wish, output=tmp_path / "fresh.safetensors"), RECIPE, model.pack, twin
+    )
+    assert second == fresh != first
+    longer = adapting.prepare(replace(wish, max_tokens=14), RECIPE, model.pack, twin)
+    assert longer != second
+
+
+def test_a_resumed_training_has_the_same_data(
+    open_tiny: Callable[..., Model], tmp_path: Path
+) -> None:
+    twin, path = twin_of(open_tiny("llama", "int8")), tmp_path / "c"
+    training.start(twin, RECIPE, "base", "data").save(path)
+    with pytest.raises(AdapterError, match="the prompts or answers differ"):
+        training.resume(twin, RECIPE, "base", path, "other")
+    with pytest.raises(AdapterError, match="rank was 2, is 4"):
+        training.resume(twin, replace(RECIPE, rank=4), "base", path, "data")
+
+
+def free_port() -> int:
+    """Of the loopback; skips where there is none."""
+    try:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            return int(s.getsockname()[1])
+    except OSError as e:
+        pytest.skip(f"no loopback here: {e}")
+
+
+def test_two_processes_train_one_drafter(open_tiny: Callable[..., Model], tmp_path: Path) -> None:
+    """As torchrun starts them: prompts are shared out, each is answered once, one file is written."""
+    model = open_tiny("llama", "int8")
+    wish, port = wish_of(model, tmp_path), free_port()
+    command = [
+        sys.executable, "-m", "outsize.cli", "adapt", "masks", wish.model, "--data", str(wish.data[0]),
+        "-o", str(wish.output), "--steps", "6", "--k", "2", "--rank", "2", "--batch", "3", "--anchors",
+        "4", "-n", "12", "--at-once", "1", "-t", "1", "--device", "cpu",
+    ]  # fmt: skip
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    both = [
+        subprocess.Popen(command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)},
+                         stderr=subprocess.PIPE, text=True)
+        for r in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert ["wrote" in text for text in said] == [True, False]
+    rows = [json.loads(line) for line in wish.answers.read_text().splitlines()[1:]]
+    assert sorted(i for i, _ in rows) == list(range(9))
+    alone = replace(wish, output=tmp_path / "alone.safetensors", at_once=1)
+    kind = adapting.matmul_type(torch.device("cpu"))
+    twin = Twin(model.pack, torch.device("cpu"), kind, silent)
+    adapting.prepare(alone, RECIPE, model.pack, twin)
+    lines = alone.answers.read_text().splitlines()[1:]
+    assert dict(map(json.loads, lines)) == dict(rows)
+    assert raw(wish.output)[1]["step"] == 6
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +22,7 @@ from outsize.bench import quality, synthetic
 from outsize.errors import OptionError, SourceError
 from outsize.forward.full import full
 from outsize.forward.span import Span
+from outsize.loading import Wishes
 from tests.golden import tiny
 
 TEXT = "The sea is wide and the night is long; déjà vu. " * 6
@@ -37,7 +43,7 @@ def test_quality_against_transformers(
     pytest.importorskip("transformers")
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
-    quality.show(str(folder_of("qwen3")), text, 120, encoding, True, True)
+    quality.show(str(folder_of("qwen3")), text, 120, Wishes(encoding=encoding, quiet=True))
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["tokens"] == 120
     assert 0 <= result["kl_mean"] < kl
@@ -50,19 +56,44 @@ def test_quality_against_transformers(
 def test_quality_needs_its_inputs(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("hi")
     with pytest.raises(OptionError, match="at least 32 are needed"):
-        quality.show(str(folder_of("qwen3")), tmp_path / "short.txt", 99, "fp32", True, True)
+        quality.show(str(folder_of("qwen3")), tmp_path / "short.txt", 99, Wishes(quiet=True))
     with pytest.raises(SourceError, match="is gone"):
         quality.reference_logits([str(tmp_path / "m.gguf")], [1, 2])
     with pytest.raises(OptionError, match=r"pip install 'outsize\[bench\]'"):
         quality._need("no_such_module_here")
 
 
-def test_the_harness_answers_as_the_model_does(open_tiny: Callable[..., Model]) -> None:
-    pytest.importorskip("lm_eval", reason="pip install 'outsize[bench]' to include this")
-    from outsize.bench.harness import Harness
+class LM(ABC):
+    """What lm-eval 0.4's `lm_eval.api.model.LM` asks of a model, where lm-eval is not installed: it brings
+    forty packages."""
 
+    @abstractmethod
+    def loglikelihood(self, requests: list[object]) -> list[tuple[float, bool]]: ...
+
+    @abstractmethod
+    def loglikelihood_rolling(self, requests: list[object]) -> list[float]: ...
+
+    @abstractmethod
+    def generate_until(self, requests: list[object]) -> list[str]: ...
+
+
+@pytest.fixture
+def harness_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Model], Any]]:
+    if find_spec("lm_eval") is None:
+        made = ModuleType("lm_eval.api.model")
+        made.LM = LM  # type: ignore[attr-defined]
+        for name in ("lm_eval", "lm_eval.api"):
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        monkeypatch.setitem(sys.modules, made.__name__, made)
+    yield import_module("outsize.bench.harness").Harness
+    sys.modules.pop("outsize.bench.harness")
+
+
+def test_the_harness_answers_as_the_model_does(
+    open_tiny: Callable[..., Model], harness_of: Callable[[Model], Any]
+) -> None:
     model = open_tiny("llama", "fp32")
-    harness = Harness(model)
+    harness = harness_of(model)
     ask = [SimpleNamespace(args=("the sea", " is wide")), SimpleNamespace(args=("", "night"))]
     (first, _), (second, _) = harness.loglikelihood(ask)
     tokens = model.tokens.encode("the sea is wide", start=True)

@@ -66,7 +66,7 @@ def test_reading(tmp_path: Path) -> None:
         (lambda t: t + "0,1,99,0,0,one,0.5\n", "7 numbers are expected"),
         (lambda t: t + "0,2,99,0,0,1,0.5\n", "phase 2"),
         (lambda t: t.split("turn")[0], "holds no rows"),
-        (lambda t: "\x1f\x8b not gzip", "cannot read"),
+        (lambda t: "\x1f\x8b not gzip", "cannot be read"),
     ],
 )
 def test_bad_traces_are_refused_with_the_line(
@@ -88,15 +88,18 @@ def counts(trace: Trace, name: str, slots: int, prefetch: str = "none") -> tuple
     return t.hits, t.cold, t.capacity, t.collision, t.ready
 
 
-@pytest.mark.parametrize("slots", [8, 10, 14, 20])
+@pytest.mark.parametrize("slots", [2, 4, 8, 10, 14, 20])
 def test_truths_of_the_paper_note(tmp_path: Path, slots: int) -> None:
     trace = read(write(tmp_path / "a.csv", made(80)))
     lru = counts(trace, "lru", slots)
     assert counts(trace, "least_stale", slots) == lru, "demand-only, least-stale is LRU"
     best = counts(trace, "belady", slots)[0]
-    passes = 80
+    passes = 80  # of decoding, which alone is counted
+    asked = sum(len(set(e.ids)) for e in trace.events if e.phase == 1)
+    assert (asked > passes * slots) == (slots <= 4), "with few slots, not all can be hits"
     for name in ("lru", "fifo", "lfu", "lfru", "stale_layer", "stale_cyclic", "echo"):
-        hits = counts(trace, name, slots)[0]
+        hits, cold, capacity, collision, _ = counts(trace, name, slots)
+        assert hits + cold + capacity + collision == asked
         assert hits <= best
         assert hits <= passes * slots, "a pass cannot hit more than there are slots"
 

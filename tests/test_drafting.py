@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import outsize
+from outsize import loading
 from outsize.api import Model
 from outsize.bench import speculate
 from outsize.checkpoint import adapters
@@ -275,7 +277,7 @@ def test_mask_drafters_that_do_not_fit(open_tiny: Callable[..., Model], tmp_path
     for path, k, words in (
         (foreign, 0, "trained for another model"), (lora, 0, "is no mask drafter"),
         (broken, 0, "not a readable safetensors"), (good, 9, "has 3 masks"),
-        (tmp_path / "none", 0, "not a readable"),
+        (tmp_path / "none", 0, "cannot be read"),
     ):  # fmt: skip
         with pytest.raises(AdapterError, match=words):
             mask_model(path, k, model.pack, model.transformer)
@@ -285,19 +287,14 @@ def test_mask_drafters_that_do_not_fit(open_tiny: Callable[..., Model], tmp_path
 
 
 def test_a_draft_model_with_another_tokenizer_is_refused(
-    open_tiny: Callable[..., Model], tmp_path: Path, folder_of: Callable[[str], Path]
+    open_tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = open_tiny("llama", "int8")
-    crc = model.pack.tokenizer_crc
-    with (
-        outsize.load(str(model.pack.path), draft=f"model:{model.pack.path}", quiet=True) as same,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        assert same.drafting.model is not None
-        object.__setattr__(same.drafting.model.pack, "tokenizer_crc", crc + 1)
-        patch.setattr("outsize.loading._draft_model", lambda wishes: same.drafting.model)
-        with pytest.raises(AdapterError, match="same tokenizer"):
-            outsize.load(str(model.pack.path), draft=f"model:{model.pack.path}", quiet=True)
+    other = replace(model.pack, tokenizer_crc=model.pack.tokenizer_crc + 1)
+    monkeypatch.setattr(loading.Wishes, "smaller", lambda _: other)
+    monkeypatch.setattr("outsize.weights.load.load", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(AdapterError, match="same tokenizer"):
+        outsize.load(str(model.pack.path), draft=f"model:{model.pack.path}", quiet=True)
 
 
 def test_a_reply_accounts_for_its_drafts(open_tiny: Callable[..., Model]) -> None:

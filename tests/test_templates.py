@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,9 @@ CONSTRUCTS: dict[str, str] = {
 NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
+RENAMES = int(version("transformers").split(".")[0]) >= 5  # says reasoning under all of its names
+
+
 def theirs(template: str, chat: Sequence[Mapping[str, object]], **variables: object) -> str:
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -111,6 +115,8 @@ def test_constructs_render_as_transformers_renders_them(
     construct: str, chat: list[Mapping[str, object]]
 ) -> None:
     template = CONSTRUCTS[construct]
+    if "messages | tojson" in template and not RENAMES:
+        pytest.skip("transformers 5 gives templates more names for reasoning than earlier ones")
     for variables in (
         {},
         {"tools": [SCHEMA], "enable_thinking": False, "reasoning_effort": "high"},

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, processors
 
+import outsize
 from outsize.checkpoint.foreign import TokenizerSpec
 from outsize.checkpoint.templates import MAX_TEMPLATE
 from outsize.checkpoint.text import of_folder, of_gguf, sidecars
 from outsize.checkpoint.tokenizer import build
 from outsize.errors import CheckpointError
+from tests.golden import tiny
 
 SPECIAL = ["<s>", "</s>", "<|im_end|>", "<|eot_id|>", "<|end|>"]
 S, E, IM_END, EOT, END = range(3, 8)
@@ -197,3 +199,20 @@ def test_names_and_templates_of_ggufs() -> None:
     assert spec.names == {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
     assert spec.templates == {"default": "d", "tool_use": "t"}
     assert gguf(**{"tokenizer.chat_template.rag": "r"}).templates == {"rag": "r"}
+
+
+def test_the_post_processors_start_token_begins_raw_texts_and_scores(
+    home: Path, tmp_path: Path
+) -> None:
+    """As Llama 3's, whose files say so nowhere else."""
+    path = tiny.write_folder(tmp_path / "m", "llama")
+    made = Tokenizer.from_file(str(path / "tokenizer.json"))
+    pairs = [("<s>", made.token_to_id("<s>"))]
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=pairs)
+    made.save(str(path / "tokenizer.json"))
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (path / name).unlink(missing_ok=True)
+    with outsize.load(str(path), quiet=True) as model:
+        assert model.score("ab").tokens[0] == made.token_to_id("<s>")
+        (reply,) = model.generate("ab", raw=True, max_tokens=1)
+        assert reply.prompt_tokens == len(model.tokens.encode("ab")) + 1

@@ -27,6 +27,12 @@ def mapped_only() -> None:
     llama_cpp.llama_cpp.llama_model_default_params = changed
 
 
+def last_logits(model: llama_cpp.Llama) -> list[float]:
+    """A few of the last token's."""
+    found = llama_cpp.llama_get_logits_ith(model._ctx.ctx, -1)
+    return [round(found[i], 4) for i in range(64)]
+
+
 def main() -> None:
     p = argparse.ArgumentParser()
     p.add_argument("model")
@@ -35,6 +41,7 @@ def main() -> None:
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--cold", action="store_true", help="no warm-up: the first prefill is timed")
     p.add_argument("--no-repack", action="store_true", help="weights stay in the mapped file")
+    p.add_argument("--first-id", type=int, help="feed this id, the next, ...; and tell last logits")
     a = p.parse_args()
     if a.no_repack:
         mapped_only()
@@ -43,6 +50,9 @@ def main() -> None:
         n_threads_batch=a.threads, n_batch=512, verbose=False,
     )  # fmt: skip
     ids = model.tokenize(TEXT * 200)[: a.prompt_tokens]
+    fed = iter(range((a.first_id or 0) + a.prompt_tokens, 1 << 30))
+    if a.first_id is not None:
+        ids = list(range(a.first_id, a.first_id + a.prompt_tokens))
     if not a.cold:
         model.eval(ids)
         model.reset()
@@ -51,13 +61,15 @@ def main() -> None:
     prefill_s = time.perf_counter() - started
     started = time.perf_counter()
     for _ in range(a.new_tokens):
-        model.eval([model.sample(temp=0.0)])
+        model.eval([model.sample(temp=0.0) if a.first_id is None else next(fed)])
     decode_s = time.perf_counter() - started
+    told = {} if a.first_id is None else {"logits": last_logits(model)}
     print(
         json.dumps({
             "engine": f"llama-cpp-python {llama_cpp.__version__}",
             "prefill_tokens_per_s": round(len(ids) / prefill_s, 2),
             "decode_tokens_per_s": round(a.new_tokens / decode_s, 3),
+            **told,
         })
     )  # fmt: skip
 

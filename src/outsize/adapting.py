@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from outsize import library, loading
 from outsize.adapt import training
-from outsize.adapt.answered import Kept, examples, own_answers
+from outsize.adapt.answered import Kept, examples, fingerprint, own_answers
 from outsize.adapt.data import Line, read
 from outsize.adapt.masks import Example, Recipe
+from outsize.adapt.processes import leave, processes
 from outsize.adapt.twin import Twin
+from outsize.arguments import whole
 from outsize.bars import bars, steps
 from outsize.decode.prompts import encode
 from outsize.decode.tokens import Tokens
@@ -42,6 +44,10 @@ class Wish:
     device: str = "auto"
     quiet: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "at_once", "every"):
+            whole(name, getattr(self, name), 1, 1 << 24)
+
     @property
     def checkpoint(self) -> Path:
         return self.output.with_suffix(".checkpoint")
@@ -56,17 +62,24 @@ def masks(wish: Wish, recipe: Recipe) -> None:
     if wish.resume and not wish.checkpoint.is_file():
         raise OptionError(f"there is no checkpoint {wish.checkpoint} to resume; leave out --resume")
     device = join(wish.device)
+    try:
+        _masks(wish if processes()[0] == 0 else replace(wish, quiet=True), recipe, device)
+    finally:
+        leave()
+
+
+def _masks(wish: Wish, recipe: Recipe, device: torch.device) -> None:
     made = library.find(wish.model) or library.pack(wish.model, quiet=wish.quiet)
     with bars(wish.quiet) as progress:
         twin = Twin(made, device, matmul_type(device), progress)
     found = prepare(wish, recipe, made, twin)
     count = min(HELD_OUT, len(found) // HELD_OUT_SHARE)
     held_out, rest = found[:count], found[count:]
-    base = made.source.sha256
+    base, data = made.source.sha256, fingerprint(found)
     run = (
-        training.resume(twin, recipe, base, wish.checkpoint)
+        training.resume(twin, recipe, base, wish.checkpoint, data)
         if wish.resume
-        else training.start(twin, recipe, base)
+        else training.start(twin, recipe, base, data)
     )
     with steps(wish.quiet) as draw:
 
@@ -76,7 +89,8 @@ def masks(wish: Wish, recipe: Recipe) -> None:
 
         training.train(run, rest, held_out, wish.checkpoint, wish.every, tell)
     run.write(wish.output)
-    wish.checkpoint.unlink(missing_ok=True)
+    if processes()[0] == 0:
+        wish.checkpoint.unlink(missing_ok=True)
     if not wish.quiet:
         say(
             f"wrote {wish.output} ({wish.output.stat().st_size / 1e6:.1f} MB): {run.tokens_per_step:.2f} "
@@ -108,17 +122,18 @@ def prepare(wish: Wish, recipe: Recipe, made: Pack, twin: Twin) -> list[Example]
     """Examples in tokens, in a fixed order: the held-out ones first."""
     tokens, lines = loading.tokens(made), read(wish.data)
     prompts = encode(made, tokens, [line.prompt for line in lines], Options())
-    short = [i for i, p in enumerate(prompts) if len(p) + wish.max_tokens <= recipe.length]
+    room = recipe.length - (wish.max_tokens if wish.own_answers else 0)
+    short = [i for i, p in enumerate(prompts) if len(p) <= room]
     if not short:
-        raise DataError(
-            f"every prompt is longer than {recipe.length - wish.max_tokens} tokens; "
-            "give a larger --length"
-        )
+        raise DataError(f"every prompt is longer than {room} tokens; give a larger --length")
     prompts, lines = [prompts[i] for i in short], [lines[i] for i in short]
     if not wish.own_answers:
         return examples(prompts, given(lines, made, tokens), recipe.length)
-    about = {"base": made.source.sha256, "max_tokens": wish.max_tokens, "prompts": len(prompts)}
-    kept = Kept(wish.answers, about)
+    about = {
+        "base": made.source.sha256, "encoding": made.source.layout, "max_tokens": wish.max_tokens,
+        "ends": sorted(made.eos), "numbers": str(twin.dtype), "prompts": fingerprint(prompts),
+    }  # fmt: skip
+    kept = Kept(wish.answers, about, processes()[0] == 0)
     with steps(wish.quiet) as draw:
         answers = own_answers(
             twin, prompts, kept, wish.max_tokens, frozenset(made.eos), wish.at_once,

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from outsize.flags import Quiet, Threads, option
+from outsize.errors import OptionError
+from outsize.flags import Quiet, Threads, option, told
 from outsize.options import DEFAULT_MODEL
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ def recipes() -> None:
 
 @app.command()
 def masks(
+    ctx: typer.Context,
     data: Annotated[list[Path], option("--data", text="Prompts: .txt or .jsonl (repeatable).")],
     output: Annotated[Path, option("-o", "--output", text="The adapter, .safetensors.")],
     model: Annotated[str, typer.Argument()] = DEFAULT_MODEL,
@@ -49,6 +51,12 @@ def masks(
     from outsize import adapting, loading
     from outsize.adapt.masks import Recipe
 
+    for name in ("max_tokens", "at_once"):
+        if name in told(ctx) and not own_answers:
+            flag = name.replace("_", "-")
+            raise OptionError(
+                f"--{flag} is of own answers; leave it out, or leave --given-answers out"
+            )
     loading.set_threads(threads)
     recipe = Recipe(
         k=k, rank=rank, steps=num_steps, batch=batch, anchors=anchors, rate=rate, length=length,

@@ -3,61 +3,46 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import NoReturn, TypedDict
+from collections.abc import Iterator, Sequence
+from functools import partial
+from os import PathLike
+from typing import NoReturn
 
 import torch
 from typing_extensions import Unpack
 
+from outsize import arguments
 from outsize.cache.kv import KV
 from outsize.conversation import Conversation, Past
 from outsize.decode import exits, flow
 from outsize.decode.channels import PLAIN, format_of
 from outsize.decode.engine import Flow, drive
 from outsize.decode.prompts import Prompt, encode
-from outsize.decode.sample import Sampler, seeded
+from outsize.decode.sample import Sampler, of_each, seeded
 from outsize.decode.template import Messages
 from outsize.decode.text import Stream
 from outsize.decode.tokens import Tokens
 from outsize.drafting import SPARE, Drafting, read_adapter
-from outsize.errors import ClosedError, ContextError, OptionError
-from outsize.forward.full import hidden
-from outsize.forward.span import Span
+from outsize.errors import ContextError, OptionError
 from outsize.library import warn
 from outsize.model.adapter import Adapter
 from outsize.model.transformer import Transformer
-from outsize.options import Options
+from outsize.options import Changes, Options
 from outsize.pack.format import Pack
+from outsize.plan import beside
 from outsize.plan.placement import Placement
 from outsize.reply import Counts, Reply, Run, Score, account
+from outsize.room import make_room
+from outsize.scoring import scored
 from outsize.streaming import Streaming
+from outsize.turns import Turns
 from outsize.weights import budget
 from outsize.weights.traffic import Traffic
 
-SCORE_ROWS, SCORE_BYTES = 64, 8 << 20  # logits computed at once while scoring
-
-
-class Changes(TypedDict, total=False):
-    """The fields of Options, as keywords."""
-
-    max_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repeat_penalty: float
-    seed: int | None
-    stop: str | Sequence[str]
-    system: str | None
-    raw: bool
-    adapter: str | Sequence[str | None] | None
-    special: bool
-    template_args: Mapping[str, object] | None
-
 
 class Model:
-    """A pack, opened. Not for two threads at once; close it, or use it in a `with`."""
+    """A pack, opened; close it, or use it in a `with`. For any number of threads, which take turns step by
+    step; after an exception in the middle of one, the next answer is right."""
 
     def __init__(
         self,
@@ -76,7 +61,9 @@ class Model:
         self._format = format_of(tokens, templates) if templates else PLAIN
         self._watch = budget.Watch(placement.budget)
         self._transformer: Transformer | None = transformer
+        self._turns = Turns(self.name, partial(_restore, transformer, drafting))
         self._end = transformer.loaded.close_with(self)
+        budget.promise(self, placement.later)
 
     @property
     def name(self) -> str:
@@ -84,9 +71,9 @@ class Model:
 
     @property
     def transformer(self) -> Transformer:
-        """The network itself, for benchmarks and research. Raises ClosedError."""
-        if self._transformer is None:
-            raise ClosedError(f"the model {self.name} is closed; load it again")
+        """The network itself, for benchmarks and research. Raises ClosedError, ForkError."""
+        self._turns.check()
+        assert self._transformer is not None
         return self._transformer
 
     def __enter__(self) -> Model:
@@ -102,11 +89,14 @@ class Model:
         )
 
     def close(self) -> None:
-        """Release the weights, threads and files."""
+        """Release the weights, threads, files and memory, once a step that another thread is in has ended."""
         if self._transformer is not None:
-            self._end()
+            self._turns.close(self._end)
             self.drafting.close()
+            self.adapters.clear()
         self._transformer = None
+        budget.promise(self, 0)
+        budget.trim()
 
     def stream(self, prompt: Prompt, **changes: Unpack[Changes]) -> Streaming:
         """Iterate over the pieces of a reply to a prompt, or to a chat's messages."""
@@ -114,13 +104,16 @@ class Model:
 
     def generate(self, prompts: str | Sequence[Prompt], **changes: Unpack[Changes]) -> list[Reply]:
         """Reply to several prompts at once, as one ragged batch: each gets the text it would get
-        alone. A single string is a batch of one."""
-        started, options = time.perf_counter(), seeded(Options().with_changes(changes))
+        alone. A single string is a batch of one. Without `seed`, each draws with its own, which its
+        reply's options tell."""
+        started, options = time.perf_counter(), Options().with_changes(changes)
+        if not isinstance(prompts, str | list | tuple):
+            raise arguments.wrong("prompts", prompts, "a string, or a list of prompts")
         batch = [prompts] if isinstance(prompts, str) else list(prompts)
-        options.for_prompt(len(batch) - 1)
-        replies: list[Reply] = []
+        options.check_adapters(len(batch))
+        each, replies = of_each(options, len(batch)), list[Reply]()
         for wave in self._waves(self._encode(batch, options), options):
-            replies += self._together(wave, options, started, len(replies))
+            replies += self._together(wave, each[len(replies) :], started)
         return replies
 
     def _waves(self, batch: list[list[int]], options: Options) -> Iterator[list[list[int]]]:
@@ -134,19 +127,21 @@ class Model:
                 wave, used = [], 0
             wave.append(ids)
             used += size
-        yield wave
+        if wave:
+            yield wave
 
     def _together(
-        self, wave: list[list[int]], options: Options, started: float, first: int
+        self, wave: list[list[int]], each: Sequence[Options], started: float
     ) -> Iterator[Reply]:
-        """Prompts number `first` and on."""
+        """Some prompts, with the options of each."""
         before = self.counts()
-        runs = [self.start(ids, options.for_prompt(first + i)) for i, ids in enumerate(wave)]
-        for _ in self._drive(runs, options):
+        runs = [self.start(ids, options) for ids, options in zip(wave, each, strict=False)]
+        for _ in self._drive(runs, each[0]):
             now = time.perf_counter()
             for run in runs:
                 run.advance(now, self.bytes_read)
-        yield from (self._reply(run, options, started, before) for run in runs)
+        for run, options in zip(runs, each, strict=False):
+            yield self._reply(run, options, started, before)
 
     def chat(self, messages: Messages, **changes: Unpack[Changes]) -> Reply:
         """Reply to messages ({"role": ..., "content": ...})."""
@@ -162,32 +157,26 @@ class Model:
 
     def score(self, text: str) -> Score:
         """The log-probability of every token of a text after the first. No chat template."""
-        tokens = self.tokens.encode(text, start=True)
+        self._turns.check()
+        tokens = self.tokens.encode(arguments.text("text", text), start=True)
         self._check_room(tokens)
         return Score(tokens, self.score_tokens(tokens)[0])
 
-    @exits.work()
-    @torch.inference_mode()
     def score_tokens(self, tokens: Sequence[int]) -> tuple[list[float], list[bool]]:
         """Of every token after the first: its log-probability, and whether it was the likeliest."""
-        self._check_rows(tokens)
-        model, logprobs, likeliest = self.transformer, [], []
-        (h_TD,) = hidden(model, [(Span(0, tokens), model.new_kv(len(tokens)))])
-        step = max(1, min(SCORE_ROWS, SCORE_BYTES // (4 * self.pack.description.vocab_size)))
-        for start in range(0, len(tokens) - 1, step):
-            target = torch.tensor(tokens[start + 1 : start + 1 + step])
-            logits = model.logits(h_TD[start : start + len(target)])
-            rows = torch.log_softmax(logits, dim=1).gather(1, target[:, None])[:, 0]
-            logprobs += rows.tolist()
-            likeliest += (logits.argmax(1) == target).tolist()
-        return logprobs, likeliest
+        for token in tokens:
+            arguments.whole("a token", token, 0, 1 << 32)
+        self.tokens.check(tokens)
+        return self._turns.take(partial(scored, self.transformer, tokens))
 
     def stream_from(self, prompt: Prompt, options: Options, past: Past | None = None) -> Streaming:
         started, options = time.perf_counter(), seeded(options)
+        options.check_adapters(1)
         (ids,) = self._encode([prompt], options)
         return Streaming(self, self.start(ids, options, past), options, started)
 
     def _encode(self, prompts: Sequence[Prompt], options: Options) -> list[list[int]]:
+        self._turns.check()
         with exits.work():
             return encode(self.pack, self.tokens, prompts, options)
 
@@ -196,23 +185,12 @@ class Model:
         return len(self._encode([prompt], options or Options())[0])
 
     def _check_room(self, tokens: Sequence[int]) -> None:
-        if not tokens:
-            raise OptionError("the prompt is empty; give at least one character")
         if len(tokens) > self.context:
             raise ContextError(
                 f"the text has {len(tokens):,} tokens, the context holds {self.context:,}; shorten "
                 f"it, or raise --context (this model goes to {self.pack.description.context:,})"
             )
-        self._check_rows(tokens)
-
-    def _check_rows(self, tokens: Sequence[int]) -> None:
-        """Raises OptionError for a token that the embedding has no row for."""
-        highest, rows = max(tokens), self.pack.description.vocab_size
-        if highest >= rows:
-            raise OptionError(
-                f"the prompt has the token {self.tokens.piece(highest)!r}, number {highest:,}, and the "
-                f"model's embedding has {rows:,} rows: this model cannot read it; leave it out"
-            )
+        self.tokens.check(tokens)
 
     def start(self, ids: list[int], options: Options, past: Past | None = None) -> Run:
         self._check_room([*ids, 0] if ids else ids)
@@ -224,21 +202,24 @@ class Model:
         stream, name = Stream(self.tokens, options.stop, form), options.for_prompt(0).adapter
         assert name is None or isinstance(name, str)
         self._adapter(name)
-        if past is None:
-            return Run(seq, self.new_kv(limit), stream, 0, adapter=name)
-        cached = past.shared(ids, name)
-        past.kv.truncate(cached)
-        return Run(seq, past.kv, stream, cached, adapter=name)
+        cached = 0 if past is None else past.shared(ids, name)
+        kv = self.new_kv(limit) if past is None else past.kv
+        kv.truncate(cached)
+        return Run(seq, kv, stream, cached, cached, adapter=name, seed=options.seed)
 
     def new_kv(self, tokens: int) -> KV:
         """An empty cache for so many tokens, and what is drafted behind them."""
         spare = SPARE if self.drafting.spec.kind != "none" else 0
         return self.transformer.new_kv(tokens + spare)
 
-    def load_adapter(self, name: str, path: str | Path) -> None:
-        """Make a LoRA adapter (PEFT's safetensors) known under a name, for requests to use. Raises
-        AdapterError."""
-        self.adapters[name] = read_adapter(self.pack, name, Path(path).expanduser())
+    def load_adapter(self, name: str, path: str | PathLike[str]) -> None:
+        """Make a LoRA adapter (PEFT's safetensors) known under a name, for requests to use. Weights make room
+        for it where need be. Raises AdapterError, and BudgetError before anything is read."""
+        name, file = arguments.text("name", name), arguments.path("path", path)
+        size, _ = beside.adapter_bytes(name, file, self.pack.description, self.pack.path.name)
+        self._turns.take(partial(make_room, self, name, size))
+        self.adapters[name] = read_adapter(self.pack, name, file)
+        budget.trim()  # what making it took for a moment
 
     def _adapter(self, name: str | None) -> Adapter | None:
         if name is not None and name not in self.adapters:
@@ -252,25 +233,40 @@ class Model:
         return min(len(ids) + options.max_tokens, self.context)
 
     def _drive(self, runs: Sequence[Run], options: Options) -> Iterator[None]:
-        assert options.seed is not None
-        flows = [self._flow(run, Sampler(options, options.seed), len(runs) - 1) for run in runs]
-        for _ in drive(self.transformer, flows, [run.kv for run in runs], self.drafting.pace):
+        """Step by step."""
+        flows = [self._flow(run, options, len(runs) - 1) for run in runs]
+        steps = drive(self.transformer, flows, [run.kv for run in runs], self.drafting.pace)
+        while self._turns.take(partial(self._step, steps, runs)):
             yield
-            self._keep_promise()
 
-    def _flow(self, run: Run, sampler: Sampler, others: int) -> Flow:
+    def _step(self, steps: Iterator[None], runs: Sequence[Run]) -> bool:
+        """False if there was none any more."""
+        if next(steps, steps) is steps:
+            return False
+        for run in runs:
+            run.known = min(len(run.seq.tokens) - 1, run.kv.length)
+        self._keep_promise()
+        return True
+
+    def _flow(self, run: Run, options: Options, others: int) -> Flow:
+        seed = options.seed if run.seed is None else run.seed
+        assert seed is not None
+        sampler = Sampler(options, seed)
         drafter, check = self.drafting.new(sampler, others)
         adapter = self._adapter(run.adapter)
         return flow.decode(run.seq, drafter, sampler, run.cached, run.drafts, adapter, check)
 
     def _keep_promise(self) -> None:
         """Give up held weights if others need the memory, or we have more than was promised."""
-        excess = self._watch.excess()
-        if excess and (freed := self.transformer.shrink(excess)):
+        if excess := self._watch.excess():
+            self.give_up(excess, f"memory is short by {excess / 1e6:,.0f} MB")
+
+    def give_up(self, size: int, why: str) -> None:
+        """Held weights, between two steps."""
+        if freed := self.transformer.shrink(size):
             self.given_up += freed
             warn(
-                f"memory is short by {excess / 1e6:,.0f} MB: {freed / 1e6:,.0f} MB of weights are "
-                "read from disk from now on, which is slower"
+                f"{why}: {freed / 1e6:,.0f} MB of weights are read from disk from now on, which is slower"
             )
 
     def counts(self) -> Counts:
@@ -291,9 +287,14 @@ class Model:
         return self.counts().total
 
     def _reply(self, run: Run, options: Options, started: float, before: Counts) -> Reply:
-        shown = options.to_json() | {
-            "context": self.context,
-            "threads": torch.get_num_threads(),
-            "memory": self.placement.budget,
-        }
-        return account(run, self.name, shown, started, before, self.counts())
+        size, threads = self.placement.budget, torch.get_num_threads()
+        shown = {**options.to_json(), "context": self.context, "threads": threads, "memory": size}
+        tables = self.transformer.loaded.tables
+        cached = not all(table.is_direct for table in tables)
+        return account(run, self.name, shown, started, before, self.counts(), cached)
+
+
+def _restore(transformer: Transformer, drafting: Drafting) -> None:
+    """After a step that an exception broke off."""
+    transformer.restore()
+    drafting.restore()

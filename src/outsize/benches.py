@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from outsize.flags import AsJson, DraftFlag, Encoding, Memory, Native, Quiet, Threads, option
+from outsize.arguments import whole
+from outsize.errors import OptionError
+from outsize.flags import AsJson, DraftFlag, Encoding, Memory, Native, Quiet, Threads, option, told
 from outsize.options import CAPACITIES, DEFAULT_MODEL, EVICTIONS
 
 app = typer.Typer(
@@ -31,11 +33,17 @@ def speed(
     """Ceilings first, then prefill and decode as tokens/s and as a share of the ceiling."""
     from outsize.bench import speed as measure
 
+    for name, value in (
+        ("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("repeats", repeats),
+        ("batch", batch),
+    ):  # fmt: skip
+        whole(name, value, 1, 1 << 20)
     measure.show(model, prompt_tokens, new_tokens, repeats, batch, threads, native, quiet)
 
 
 @app.command()
 def quality(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument()] = DEFAULT_MODEL,
     text: Annotated[Path | None, option("--text", text="A text file to measure on.")] = None,
     tokens: Annotated[int, option("--tokens", text="Leading tokens of it.")] = 1024,
@@ -48,13 +56,21 @@ def quality(
 ) -> None:
     """Perplexity, KL divergence and top-1 agreement against transformers in fp32; lm-eval tasks."""
     from outsize.bench import quality as measure
+    from outsize.terminal import wishes_of
 
-    if tasks is not None:
-        measure.show_tasks(model, tasks.split(","), limit, include, encoding, quiet)
-    elif text is not None:
-        measure.show(model, text, tokens, encoding, native, quiet)
+    if (tasks is None) == (text is None):
+        raise OptionError("give one of the two: --text FILE or --tasks NAMES")
+    for name in ("tokens",) if text is None else ("limit", "include"):
+        if name in told(ctx):
+            raise OptionError(
+                f"--{name} is for {'--text' if text is None else '--tasks'}; leave it out"
+            )
+    whole("tokens", tokens, 32, 1 << 24)
+    wishes = wishes_of(told(ctx), "auto", None, encoding, "first", False, native, quiet)
+    if text is not None:
+        measure.show(model, text, tokens, wishes)
     else:
-        raise typer.BadParameter("give --text FILE or --tasks NAMES")
+        measure.show_tasks(model, str(tasks).split(","), limit, include, wishes)
 
 
 @app.command()
@@ -81,7 +97,7 @@ def speculate(
     from outsize.bench import speculate as measure
 
     if prompts is None:
-        raise typer.BadParameter("give --prompts FILE")
+        raise OptionError("give --prompts FILE")
     wanted = measure.Wanted(prompts, draft, new_tokens, per_category, memory, held, each, context)
     measure.show(model, wanted, as_json, threads, quiet)
 

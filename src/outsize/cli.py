@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from outsize import __version__, adapts, benches, settings
-from outsize.errors import OutsizeError
+from outsize import __version__, adapts, benches, console, settings
+from outsize.errors import OptionError
 from outsize.flags import (
     AdapterFlag,
     AsJson,
@@ -40,10 +39,12 @@ from outsize.flags import (
     Verbose,
     Verify,
     option,
+    told,
 )
 from outsize.options import DEFAULT_MODEL, Options, parse_arguments
 
 app = typer.Typer(
+    cls=console.Commands,
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -58,6 +59,7 @@ DEFAULT = Options()
 
 @app.command()
 def run(
+    ctx: typer.Context,
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="[MODEL] [PROMPT]", help="- reads standard input.")
     ] = None,
@@ -91,19 +93,22 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Answer one prompt. One argument is the prompt, unless it names a model: that opens a chat."""
-    from outsize import loading, talk, terminal
+    from outsize import talk, terminal
 
     options = Options(
         max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, seed, tuple(stop or ()),
         system, raw, terminal.first_adapter(adapter), special, parse_arguments(template_arg or ()),
     )  # fmt: skip
-    name, prompt = terminal.understand(arguments or [], model)
-    if prompt is None and as_json:
-        raise typer.BadParameter("--json needs a prompt")
-    wishes = loading.Wishes(memory, context, encoding, verify, force, native, quiet, experts, draft)
+    given = told(ctx)
+    options = terminal.readable(options, given)
+    wishes = terminal.wishes_of(
+        given, memory, context, encoding, verify, force, native, quiet, experts, draft
+    )
     how = terminal.How(
         wishes, threads, as_json, verbose, tuple(adapter or ()), show_thinking, overflow
     )
+    name, prompt = terminal.understand(arguments or [], model)
+    terminal.check_use(given, how, prompt is not None)
     if prompt is None:
         talk.chat(name, options, how)
     else:
@@ -112,6 +117,7 @@ def run(
 
 @app.command()
 def chat(
+    ctx: typer.Context,
     name: Annotated[str | None, typer.Argument(metavar="[MODEL]")] = None,
     model: ModelFlag = None,
     max_tokens: MaxTokens = DEFAULT.max_tokens,
@@ -140,13 +146,18 @@ def chat(
     quiet: Quiet = False,
 ) -> None:
     """Talk. /reset forgets, /system TEXT begins anew under it, /stats counts, /bye leaves."""
-    from outsize import loading, talk, terminal
+    from outsize import talk, terminal
 
+    if model is not None and name is not None:
+        raise OptionError(f"two models are given, {name} and -m {model}; give one")
     options = Options(
         max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, seed, tuple(stop or ()),
         system, False, terminal.first_adapter(adapter), False, parse_arguments(template_arg or ()),
     )  # fmt: skip
-    wishes = loading.Wishes(memory, context, encoding, verify, force, native, quiet, experts, draft)
+    options = terminal.readable(options, told(ctx))
+    wishes = terminal.wishes_of(
+        told(ctx), memory, context, encoding, verify, force, native, quiet, experts, draft
+    )
     how = terminal.How(
         wishes, threads, False, verbose, tuple(adapter or ()), show_thinking, overflow
     )
@@ -155,14 +166,16 @@ def chat(
 
 @app.command()
 def plan(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument()] = DEFAULT_MODEL,
     memory: Memory = "auto",
     experts: ExpertsFlag = None,
     draft: DraftFlag = "auto",
+    adapter: AdapterFlag = None,
     context: Context = None,
     prompt_tokens: Annotated[
-        int, option("--prompt-tokens", text="Predict the first token after so many.")
-    ] = 512,
+        int | None, option("--prompt-tokens", text="Predict the first token after so many (512).")
+    ] = None,
     threads: Threads = None,
     force: Force = False,
     encoding: Encoding = "auto",
@@ -175,17 +188,29 @@ def plan(
     quiet: Quiet = False,
 ) -> None:
     """What will be where and how fast it will be, from headers alone: before any download."""
-    from outsize import loading, planning
+    from outsize import loading, planning, terminal
 
     loading.set_threads(threads)
-    wishes = loading.Wishes(
-        memory, context, encoding, "first", force, native, quiet, experts, draft
+    adapters = dict(terminal.named_adapters(adapter or ()))
+    wishes = terminal.wishes_of(
+        told(ctx),
+        memory,
+        context,
+        encoding,
+        "first",
+        force,
+        native,
+        quiet,
+        experts,
+        draft,
+        adapters,
     )
     planning.show(model, wishes, prompt_tokens, as_json, html, trace)
 
 
 @app.command()
 def trace(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument()],
     prompts: Annotated[Path, option("--prompts", text="A prompt a line (or JSON with `prompt`).")],
     output: Annotated[Path, option("-o", "--output", text="The trace, as CSV.")],
@@ -198,14 +223,16 @@ def trace(
     quiet: Quiet = False,
 ) -> None:
     """Record which experts a model uses on your own prompts, for `outsize bench cache`."""
-    from outsize import loading, tracing
+    from outsize import terminal, tracing
 
-    wishes = loading.Wishes(memory, context, quiet=quiet, experts=experts)
+    how = memory, context, "auto", "first", False, True, quiet, experts, "none"
+    wishes = terminal.wishes_of(told(ctx), *how)
     tracing.record(model, wishes, threads, prompts, output, max_tokens, raw)
 
 
 @app.command()
 def pack(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument()] = DEFAULT_MODEL,
     encoding: Encoding = "auto",
     refresh: Annotated[
@@ -217,7 +244,8 @@ def pack(
     """Fetch and convert a model, so that it starts at once."""
     from outsize import library, terminal
 
-    made = library.pack(model, encoding=encoding, quiet=quiet, refresh=refresh)
+    wishes = terminal.wishes_of(told(ctx), "auto", None, encoding).of(model)
+    made = library.pack(model, encoding=wishes.encoding, quiet=quiet, refresh=refresh)
     terminal.show_packs([made], as_json)
 
 
@@ -225,9 +253,11 @@ def pack(
 def list_packs(as_json: AsJson = False) -> None:
     """The packs on this machine."""
     from outsize import terminal
-    from outsize.pack import store
+    from outsize.pack import leftovers, store
 
-    terminal.show_packs(list(store.packs(store.home() / "packs")), as_json)
+    folder = store.home() / "packs"
+    terminal.show_packs(list(store.packs(folder)), as_json)
+    terminal.note_leftovers(leftovers.leftovers(folder))
 
 
 @app.command()
@@ -256,18 +286,13 @@ def version() -> None:
 
 def main() -> None:
     """Run a command; print an error as one sentence."""
-    try:
-        app(default_map=settings.default_map(app))
-    except OutsizeError as e:
-        plain = not sys.stderr.isatty() or settings.no_color()
-        label = "error:" if plain else "\033[31merror:\033[0m"
-        print(f"{label} {e}", file=sys.stderr)
-        sys.exit(e.exit_status)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(141)
+    settings.end_by_exception()
+    console.run(_run, settings.no_color)
+
+
+def _run() -> None:
+    settings.check_environment(app)
+    app(default_map=settings.default_map(app))
 
 
 if __name__ == "__main__":

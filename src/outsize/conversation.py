@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from outsize.arguments import text as checked_text
 from outsize.cache.kv import KV
 from outsize.decode.channels import TEXT, Piece
 from outsize.decode.template import Message
-from outsize.errors import ContextError, OptionError
+from outsize.errors import BusyError, ContextError, OptionError
 from outsize.options import Options
 from outsize.reply import Reply
 
@@ -38,6 +39,7 @@ class Past:
             if ours != theirs:
                 break
             count += 1
+        self.tokens = self.tokens[:count]  # the others' entries are about to be written over
         return count
 
 
@@ -52,6 +54,7 @@ class Conversation:
         self._past = Past(model.new_kv(model.context))
         self._streaming: Streaming | None = None
         self._cancelled = False
+        self._open = _nothing()
 
     @property
     def reply(self) -> Reply:
@@ -78,10 +81,23 @@ class Conversation:
     def parts(self, text: str) -> Iterator[Piece]:
         """One turn: pieces of the reply ("text") and of what the model thinks ("reasoning"). What it thought
         is not part of the history."""
+        checked_text("text", text)
         self._streaming, self._cancelled = None, False
-        return self._turn(text)
+        return self._next_turn(text)
 
-    def _turn(self, text: str) -> Iterator[Piece]:
+    def _next_turn(self, text: str) -> Iterator[Piece]:
+        """A turn that nobody has read to its end is over when the next begins. Raises BusyError."""
+        try:
+            self._open.close()
+        except ValueError:
+            raise BusyError(
+                "a turn of this conversation is still being answered; wait for its end, or begin another "
+                "conversation"
+            ) from None
+        self._open = self._turn(text)
+        yield from self._open
+
+    def _turn(self, text: str) -> Generator[Piece, None, None]:
         messages = self._fitting([*self.messages, {"role": "user", "content": text}])
         streaming = self._model.stream_from(messages, self.options, self._past)
         self._streaming = streaming
@@ -92,8 +108,8 @@ class Conversation:
         finally:
             run = streaming.run
             # The last token was chosen, but has not been run; nor, after an error, have others.
-            self._past.tokens = run.seq.tokens[: min(len(run.seq.tokens) - 1, run.kv.length)]
-            answer = {"role": "assistant", "content": streaming.reply.text}
+            self._past.tokens = run.seq.tokens[: min(len(run.seq.tokens) - 1, run.known)]
+            answer = {"role": "assistant", "content": run.text}
             self.messages = [*messages, answer]
 
     def _fitting(self, messages: list[Message]) -> list[Message]:
@@ -118,6 +134,11 @@ class Conversation:
             f"the chat has {size:,} tokens, the context holds {context:,}; {way_out}, and --context makes it "
             f"longer (this model goes to {self._model.pack.description.context:,})"
         )
+
+
+def _nothing() -> Generator[Piece, None, None]:
+    """A turn that is over."""
+    yield from ()
 
 
 def _later_turns(messages: list[Message]) -> list[Message]:

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from outsize import library
 from outsize.checkpoint import adapters
-from outsize.checkpoint.adapters import AdapterFile
+from outsize.checkpoint.adapters import AdapterFile, Factors
+from outsize.checkpoint.bases import are_other
+from outsize.checkpoint.spec import expanded
 from outsize.draft import sampler
 from outsize.draft.auto import MOST, AutoDraft, Habits
 from outsize.draft.masks import LAYOUTS, MaskDraft, MaskModel
@@ -25,7 +28,8 @@ from outsize.encoding.find import encoding
 from outsize.encoding.group import BLOCK
 from outsize.errors import AdapterError, OptionError, UnsupportedError
 from outsize.family.description import Description
-from outsize.model.adapter import Adapter
+from outsize.library import warn
+from outsize.model.adapter import Adapter, check_shapes
 from outsize.model.transformer import Transformer
 from outsize.native.kernels import Kernels
 from outsize.pack import store
@@ -145,9 +149,16 @@ class Drafting:
         drafter = ModelDraft(t, t.new_kv(context), context, k, sampler)
         return drafter, rejecting(sampler, lambda: drafter.drawn_from)
 
+    def restore(self) -> None:
+        """After a step that an exception broke off."""
+        if self.model is not None:
+            self.model.transformer.restore()
+
     def close(self) -> None:
+        """A mask drafter reaches into the network it drafts for: a closed model keeps none of it."""
         if self.model is not None:
             self.model.close()
+        self.model, self.habits = None, Habits()
 
 
 def mask_file(spec: Spec, outline: Outline) -> Path | None:
@@ -155,7 +166,7 @@ def mask_file(spec: Spec, outline: Outline) -> Path | None:
     if spec.kind != "masks":
         return None
     if spec.source:
-        return Path(spec.source).expanduser()
+        return expanded(spec.source)
     dense = outline.description.mixture is None
     return shipped(outline.sha256) if dense and outline.sha256 else None
 
@@ -175,28 +186,60 @@ def with_drafting(spec: Spec, outline: Outline) -> Outline:
 def read_adapter(pack: Pack, name: str, path: Path) -> Adapter:
     """A LoRA adapter for a model. Raises AdapterError."""
     file = adapters.load(path)
+    if file.about.get("kind") == "masks":
+        raise AdapterError(
+            f"{path} is a mask drafter, which guesses and does not change answers; use it with "
+            f"--draft masks:{path}"
+        )
     if pack.description.mixture is not None:
         raise UnsupportedError(
             f"{path}: adapters are for dense models; {pack.path.name} has experts"
         )
-    return _additions(name, file, pack)
+    base, ours = file.about.get("base_name"), (pack.source.spec, pack.source.files[0][0])
+    if isinstance(base, str) and are_other(base, ours):
+        warn(
+            f"{path} says that it was trained on {base}, and this model is {pack.source.spec}: its "
+            "shapes fit, but over another base an adapter may do anything; use its own"
+        )
+    return _additions(name, file, pack.description, pack.source.sha256, pack.path.name)
 
 
-def mask_model(path: Path, k: int, pack: Pack, transformer: Transformer) -> MaskModel:
-    """Read and check a mask drafter. Raises AdapterError."""
-    d, file = pack.description, adapters.load(path)
+def check(spec: Spec, outline: Outline) -> None:
+    """Raises what opening a named drafter would, from files alone."""
+    if spec.kind == "model":
+        library.outline(spec.source, quiet=True)
+    if spec.kind == "masks" and spec.source:
+        _checked_masks(
+            expanded(spec.source), spec.k, outline.description, outline.sha256, outline.name
+        )
+
+
+def _checked_masks(
+    path: Path, k: int, d: Description, base: str, name: str
+) -> tuple[AdapterFile, Adapter, Tensor]:
+    """A mask drafter's file, its additions and its masks. Raises AdapterError."""
+    file = adapters.load(path)
     if d.mixture is not None:
         raise UnsupportedError(f"{path}: mask drafters are for dense models; use --draft ngram")
     if file.about.get("kind") != "masks":
-        raise AdapterError(f"{path} is no mask drafter; `outsize adapt masks` trains one")
-    adapter, masks = _additions(str(path), file, pack, True), file.tensors.get("masks")
+        raise AdapterError(
+            f"{path} is no mask drafter: a LoRA adapter is loaded with --adapter NAME={path}, and "
+            "`outsize adapt masks` trains a drafter"
+        )
+    adapter, masks = _additions(str(path), file, d, base, name, True), file.tensors.get("masks")
     if masks is None or masks.dim() != 2 or masks.shape[1] != d.width:
         raise AdapterError(f"{path} has no masks {d.width:,} numbers wide; it is for another model")
     if k > len(masks):
         raise AdapterError(f"k is {k}, but {path} has {len(masks)} masks; ask for at most that")
-    t = transformer
+    return file, adapter, masks
+
+
+def mask_model(path: Path, k: int, pack: Pack, transformer: Transformer) -> MaskModel:
+    """Read and check a mask drafter. Raises AdapterError."""
+    t, d = transformer, pack.description
+    file, adapter, masks = _checked_masks(path, k, d, pack.source.sha256, pack.path.name)
     head = sampler.stages(_head(file, d), partial(_product, t.kernels))
-    return MaskModel(masks.clone(), adapter, head, t.likely, t.embed, t.head_rows)
+    return MaskModel(masks, adapter, head, t.likely, t.embed, t.head_rows)
 
 
 def _product(kernels: Kernels | None, weight: Tensor) -> sampler.Product:
@@ -208,21 +251,25 @@ def _product(kernels: Kernels | None, weight: Tensor) -> sampler.Product:
     return lambda x: coded.linear(x, fields, False)
 
 
-def _additions(name: str, file: AdapterFile, pack: Pack, coarse: bool = False) -> Adapter:
-    """A file's low-rank factors, if they are this model's and numbers. Raises AdapterError."""
-    d = pack.description
-    adapters.same_base(file, pack.source.sha256, pack.path.name)
+def _additions(
+    name: str, file: AdapterFile, d: Description, base: str, model: str, coarse: bool = False
+) -> Adapter:
+    """A file's low-rank factors, if they are this model's and numbers; `base`: its hash, or "" where it is
+    not known yet. Raises AdapterError."""
+    if base:
+        adapters.same_base(file, base, model)
+    factors = Factors(file, d.head_dim)
+    check_shapes(name, d, factors.shapes)
     adapters.finite(file)
-    factors = adapters.in_our_order(file, d.head_dim)
     return Adapter(name, d, factors, file.scale, coarse)
 
 
-def same_vocabulary(pack: Pack, smaller: Model) -> None:
+def same_vocabulary(pack: Pack, smaller: Pack) -> None:
     """Raises AdapterError unless both models read the same tokens."""
-    if smaller.pack.tokenizer_crc != pack.tokenizer_crc:
+    if smaller.tokenizer_crc != pack.tokenizer_crc:
         raise AdapterError(
-            f"{smaller.name} does not read text as {pack.path.name} does; a draft model needs the same "
-            "tokenizer"
+            f"{smaller.path.name} does not read text as {pack.path.name} does; a draft model needs the "
+            "same tokenizer"
         )
 
 
@@ -231,4 +278,4 @@ def _head(file: AdapterFile, d: Description) -> dict[str, Tensor]:
     want = sampler.shapes(d.width)
     if found and {k: tuple(t.shape) for k, t in found.items()} != want:
         raise AdapterError(f"{file.path}: its sampler head does not fit a width of {d.width:,}")
-    return {k: t.clone() for k, t in found.items()}  # a view would keep all of the file mapped
+    return found

@@ -18,7 +18,9 @@ OutsizeError                    exit status 1: it could not be done
 +-- DiskFullError               not enough room to write
 +-- FetchError                  the network, or an index, said no
 +-- HashError                   what came is not what was asked for
-+-- ClosedError                 a model used after it was closed
++-- ClosedError                 a model used after it was closed, or that must be opened again
++-- BusyError                   asked from within its own step, or a conversation by two at once
++-- ForkError                   a model used in a process that was forked after it was opened
 """
 
 from __future__ import annotations
@@ -101,4 +103,12 @@ class HashError(OutsizeError):
 
 
 class ClosedError(OutsizeError):
-    """A model was used after it was closed."""
+    """A model was used after it was closed, or must be opened again."""
+
+
+class BusyError(OutsizeError):
+    """A model was asked from within one of its own steps, or a conversation by two callers at once."""
+
+
+class ForkError(OutsizeError):
+    """A model was used in a process that was forked after it was opened: it has none of its threads."""

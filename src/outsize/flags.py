@@ -14,6 +14,15 @@ def option(*names: str, text: str, metavar: str | None = None) -> Any:
     return typer.Option(*names, help=text, envvar=env, metavar=metavar)
 
 
+def told(context: typer.Context) -> frozenset[str]:
+    """Names of what stands on the command line itself, not in the environment or config.toml: those are
+    defaults for many commands and models, used where they apply; a flag is used or refused."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return frozenset(
+        name for name, found in sources.items() if found and found.name == "COMMANDLINE"
+    )
+
+
 ModelFlag = Annotated[str | None, option("-m", "--model", text="Model, if not the first argument.")]
 MaxTokens = Annotated[int, option("-n", "--max-tokens", text="Most tokens to answer with.")]
 Context = Annotated[int | None, option("-c", "--context", text="Tokens of context.")]

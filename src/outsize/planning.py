@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from outsize import library, loading
+from outsize.arguments import whole
 from outsize.errors import BudgetError
-from outsize.loading import Wishes
 from outsize.native.kernels import Kernels
 from outsize.pack import store
-from outsize.pack.outline import Outline
+from outsize.pack.outline import Outline, of_pack
 from outsize.plan import cost, machine, report
 from outsize.plan.cost import Cost
+from outsize.plan.load import Watch
 from outsize.plan.machine import Compute, Machine
 from outsize.plan.page import page
 from outsize.plan.place import least_bytes, place, tokenizer_bytes
@@ -23,8 +26,14 @@ from outsize.plan.wake import runtime_bytes
 from outsize.weights import budget
 from outsize.weights.knobs import parse
 from outsize.weights.trace import read
+from outsize.wishes import Wishes
+
+if TYPE_CHECKING:
+    from outsize.api import Model
+    from outsize.reply import Reply
 
 POINTS = 24
+PROMPT = 512  # tokens, or as many as the context holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +58,7 @@ class Plan:
         }
 
 
-def make(model: str, wishes: Wishes, prompt: int, trace: Path | None = None) -> Plan:
+def make(model: str, wishes: Wishes, prompt: int | None, trace: Path | None = None) -> Plan:
     """Plan a run from headers alone; experts by what a recorded `trace` tells of them, if there is one.
     Raises BudgetError, TraceError and what finding a model raises."""
     wishes.check()
@@ -59,7 +68,7 @@ def make(model: str, wishes: Wishes, prompt: int, trace: Path | None = None) -> 
     home = store.home()
     here = machine.known(home, library.silent if wishes.quiet else library.say)
     here, compute = _compute(outline, here, native, anew=True)
-    prompt = min(prompt, placed.context)
+    prompt = _prompt(prompt, placed.context)
     rates = PRIOR
     if trace is not None:
         eviction = parse(wishes.experts or "").eviction
@@ -76,6 +85,14 @@ def make(model: str, wishes: Wishes, prompt: int, trace: Path | None = None) -> 
     return Plan(outline, placed, predicted, here, curve)
 
 
+def _prompt(told: int | None, context: int) -> int:
+    """Tokens to predict the first one after. Raises OptionError."""
+    if told is None:
+        return min(PROMPT, context)
+    whole("prompt_tokens", told, 1, context)
+    return told
+
+
 def _compute(
     outline: Outline, here: Machine, native: Kernels | None, anew: bool = False
 ) -> tuple[Machine, Compute]:
@@ -84,12 +101,37 @@ def _compute(
     home = store.home()
     key = cost.key(outline) + ("" if native else "-plain")
     if anew or key not in here.models:
-        here = machine.with_model(here, key, cost.measure(outline, native), home)
+        with Watch() as watch:
+            made = cost.measure(outline, native)
+        if watch.reason and key in here.models:  # beside others: nothing better is replaced
+            made = here.models[key].or_faster(made)
+        here = machine.with_model(here, key, made, home)
     return here, here.models[key]
 
 
+def learn(model: Model, reply: Reply) -> None:
+    """Let a reply correct what is kept of this machine: what a run reached can be reached."""
+    home = store.home()
+    here = machine.kept(home)
+    if here is None:
+        return
+    outline, new = of_pack(model.pack), here
+    key = cost.key(outline) + ("" if loading.compiled(Wishes()) else "-plain")
+    bandwidth, is_plain = 0.0, not model.placement.streamed and not model.given_up
+    if is_plain and not reply.drafted and reply.step_s > 0 and outline.description.mixture is None:
+        read = outline.size - (0 if outline.description.tied else outline.table("embed").size)
+        bandwidth = read / reply.step_s
+        if key in here.models:
+            faster = here.models[key].at_most(cost.step_s(outline, here.models[key]), reply.step_s)
+            new = replace(new, models=here.models | {key: faster})
+    new = new.achieved(reply.disk_bytes_per_s, bandwidth)
+    if new != here:
+        with suppress(OSError):
+            machine.keep(new, home)
+
+
 def cost_if_known(
-    outline: Outline, placement: Placement, prompt: int = 512, disk_rate: float | None = None
+    outline: Outline, placement: Placement, prompt: int = PROMPT, disk_rate: float | None = None
 ) -> Cost | None:
     """A prediction for a run's first lines. It is measured for, if need be, only where weights will be
     read from disk. `disk_rate` replaces the rate that is kept."""
@@ -114,7 +156,7 @@ def disk_rate() -> float | None:
 def show(
     model: str,
     wishes: Wishes,
-    prompt: int,
+    prompt: int | None,
     as_json: bool,
     html: Path | None,
     trace: Path | None = None,

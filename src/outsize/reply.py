@@ -44,6 +44,9 @@ class Reply:
         float  # that a step computed with, on average: fewer than there are where others were busy
     )
     options: Mapping[str, object]
+    cached_reads: bool = (
+        False  # through the page cache: the disk's file system refuses direct reads
+    )
     reasoning: str = ""  # what the model thought before it answered, where it says that apart
 
     def __str__(self) -> str:
@@ -69,7 +72,9 @@ class Run:
     kv: KV
     stream: Stream
     cached: int  # prompt tokens that were in the cache
+    known: int  # tokens whose keys and values are in the cache, as of the last step that ended
     adapter: str | None = None
+    seed: int | None = None
     drafts: flow.Account = field(default_factory=flow.Account)
     text: str = ""
     pushed: int = 0
@@ -119,6 +124,7 @@ def account(
     started: float,
     before: Counts,
     after: Counts,
+    cached_reads: bool = False,
 ) -> Reply:
     """The reply of a run that has ended, or was interrupted."""
     new, first = len(run.seq.new_tokens), (run.first_s or started) - started
@@ -153,5 +159,6 @@ def account(
         finish=run.seq.finish or "cancelled",
         threads=round((after.threads - before.threads) / max(1, after.steps - before.steps), 2),
         options=options,
+        cached_reads=cached_reads,
         reasoning=run.stream.reasoning,
     )

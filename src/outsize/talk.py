@@ -6,14 +6,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from outsize import planning
+from outsize import console, planning
 from outsize.api import Model
-from outsize.conversation import checked_overflow
+from outsize.conversation import Conversation, checked_overflow
 from outsize.errors import OutsizeError, TemplateError
 from outsize.options import Options
 from outsize.pack.store import home
 from outsize.reply import Reply
-from outsize.terminal import How, interrupts, note, note_unanswered, open_model, show, summary
+from outsize.summary import summary
+from outsize.terminal import How, interrupts, note, note_unanswered, open_model, show
 
 HELP = (
     "/reset forgets, /system TEXT begins anew under it (without TEXT, under none), "
@@ -41,7 +42,8 @@ def chat(name: str, options: Options, how: How) -> None:
 
 def _ask() -> str | None:
     try:
-        return input("> " if sys.stdin.isatty() else "")
+        said = input("> " if sys.stdin.isatty() else "")
+        return console.text_of(said, sys.stdin.encoding)
     except (EOFError, KeyboardInterrupt):
         if sys.stdin.isatty():
             note("")
@@ -72,8 +74,8 @@ class Talk:
     """A chat at the terminal."""
 
     def __init__(self, model: Model, options: Options, how: How) -> None:
-        self._how = how
-        self._conversation = model.conversation(how.overflow, **options.to_json())  # type: ignore[arg-type]
+        self._how, self._model = how, model
+        self._conversation = Conversation(model, options, how.overflow)
         self._replies: list[Reply] = []
 
     def turn(self, line: str) -> bool:
@@ -109,6 +111,7 @@ class Talk:
             return
         reply = self._conversation.reply
         self._replies.append(reply)
+        planning.learn(self._model, reply)
         if self._conversation.dropped:
             note(f"the context was full: {self._conversation.dropped} old messages were let go")
         note_unanswered(reply)

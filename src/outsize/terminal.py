@@ -6,27 +6,31 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from outsize import loading, planning
+from outsize import console, loading, planning
 from outsize.api import Model
 from outsize.checkpoint.source import names_model
+from outsize.checkpoint.spec import holds_model
 from outsize.conversation import checked_overflow
 from outsize.decode.channels import REASONING, TEXT, Piece
 from outsize.errors import OptionError, PackError
-from outsize.loading import Wishes
 from outsize.options import DEFAULT_MODEL, Options
 from outsize.pack.format import Pack
+from outsize.pack.leftovers import Leftover
 from outsize.pack.outline import Outline
 from outsize.pack.store import home
 from outsize.plan import report
 from outsize.plan.placement import Placement
 from outsize.reply import Reply
 from outsize.settings import no_color
+from outsize.summary import summary
+from outsize.wishes import Wishes
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,10 @@ def understand(arguments: Sequence[str], model: str | None) -> tuple[str, str | 
     """[MODEL] [PROMPT] -> a model and a prompt; no prompt means a chat."""
     words = list(arguments)
     if model is None and words and (len(words) == 2 or names_model(words[0])):
+        if len(words) == 1 and not holds_model(words[0]):
+            raise OptionError(
+                f"{words[0]!r} is there, and no model; if it is a prompt, name a model before it or after -m"
+            )
         model = words.pop(0)
     if len(words) > 1:
         raise OptionError(
@@ -54,8 +62,43 @@ def understand(arguments: Sequence[str], model: str | None) -> tuple[str, str | 
         )
     prompt = words[0] if words else None
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
-        prompt = sys.stdin.read()
-    return model or DEFAULT_MODEL, prompt
+        prompt = console.text_of(sys.stdin.read(), sys.stdin.encoding)
+        if not prompt.strip():
+            raise OptionError(
+                "standard input holds no prompt; give one, in quotes or through a pipe"
+            )
+    return model or DEFAULT_MODEL, None if prompt is None else console.text_of(prompt)
+
+
+def readable(options: Options, told: Collection[str]) -> Options:
+    """Options whose texts are text, and are used. Raises OptionError."""
+    options.check_told(told)
+    system = None if options.system is None else console.text_of(options.system)
+    return replace(options, system=system, stop=tuple(map(console.text_of, options.stop)))
+
+
+CHAT_ONLY, PROMPT_ONLY = ("overflow",), ("raw", "special", "as_json")
+
+
+def check_use(told: Collection[str], how: How, prompt: bool) -> None:
+    """Is each flag that was given of use for a prompt, or for a chat? Raises OptionError."""
+    for name in CHAT_ONLY if prompt else PROMPT_ONLY:
+        if name in told:
+            flag, other = name.removeprefix("as_"), "a chat" if prompt else "a prompt"
+            raise OptionError(f"--{flag} is for {other}; leave it out, or give {other}")
+    if "adapter" in told and prompt and len(how.adapters) > 1:
+        raise OptionError(
+            f"--adapter is given {len(how.adapters)} times, and one prompt is answered with one; give one"
+        )
+    if "show_thinking" in told and how.as_json and how.thinking is False:
+        raise OptionError(
+            "--json tells what the model thought, under `reasoning`; leave --hide-thinking out"
+        )
+
+
+def wishes_of(told: Collection[str], *wishes: Any) -> Wishes:
+    """Wishes, of which those that are not on the command line itself are defaults."""
+    return replace(Wishes(*wishes), defaults=frozenset({"encoding", "experts"} - set(told)))
 
 
 def open_model(name: str, how: How) -> Model:
@@ -74,6 +117,7 @@ def open_model(name: str, how: How) -> Model:
         force=w.force,
         native=w.native,
         quiet=w.quiet,
+        defaults=w.defaults,
         before=None if w.quiet or how.as_json else _announce,
     )
     if how.verbose:
@@ -96,6 +140,9 @@ def named_adapters(told: Sequence[str]) -> list[tuple[str, str]]:
     for text, (name, path) in zip(told, pairs, strict=True):
         if not name or not path:
             raise OptionError(f"--adapter is {text!r}; NAME=PATH is expected")
+    names = [name for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise OptionError(f"--adapter names {twice!r} twice; give each a name of its own")
     return pairs
 
 
@@ -111,12 +158,13 @@ def note(text: str) -> None:
 def answer(name: str, prompt: str, options: Options, how: How) -> None:
     """One prompt, one reply."""
     with open_model(name, how) as model:
-        streaming = model.stream(prompt, **options.to_json())  # type: ignore[arg-type]
+        streaming = model.stream_from(prompt, options)
         with interrupts(streaming.cancel):
             show(streaming.parts, shown=not how.as_json, thinking=how.thinking)
         reply = streaming.reply
+        planning.learn(model, reply)
     if how.as_json:
-        print(json.dumps(reply.to_json(), ensure_ascii=False))
+        print(json.dumps(reply.to_json(), ensure_ascii=not console.is_unicode(sys.stdout)))
     elif not how.wishes.quiet:
         note(summary(reply, planning.disk_rate()))
         note_unanswered(reply)
@@ -160,49 +208,6 @@ def note_unanswered(reply: Reply) -> None:
         )
 
 
-def summary(reply: Reply, disk_bytes_per_s: float | None = None) -> str:
-    """The closing line."""
-    parts = [
-        f"{reply.prompt_tokens} prompt tokens, first token after {reply.first_token_s:.2f} s",
-        f"{reply.new_tokens} tokens at {reply.tokens_per_s:.1f}/s",
-        f"peak memory {reply.peak_memory_bytes / 1e6:,.0f} of {reply.budget_bytes / 1e6:,.0f} MB, "
-        f"read {reply.bytes_read / 1e6:,.0f} MB",
-    ]
-    if reply.drafted:
-        parts.append(
-            f"{reply.accepted} of {reply.drafted} guesses right, {reply.tokens_per_step:.2f} tokens a step"
-        )
-    most = float(str(reply.options["threads"]))
-    if 0 < reply.threads < 0.95 * most:
-        parts.append(
-            f"{reply.threads:.1f} of {most:.0f} threads: other programs kept the processor busy"
-        )
-    if reply.experts is not None:
-        parts.append(_experts(reply.experts))
-    if reply.hit_rate < 1:
-        rate = f"{reply.disk_bytes_per_s / 1e9:.2f} GB/s"
-        if disk_bytes_per_s:
-            rate += (
-                f" ({reply.disk_bytes_per_s / disk_bytes_per_s:.0%} of the disk's measured rate)"
-            )
-        parts.append(
-            f"{reply.bytes_per_token / 1e6:,.1f} MB a token from disk at {rate}, "
-            f"hit rate {reply.hit_rate:.0%}, waited {reply.waited_s:.2f} s"
-        )
-    return f"[{'; '.join(parts)}]"
-
-
-def _experts(counts: Mapping[str, float]) -> str:
-    """What became of the requests for experts."""
-    kinds = ("ready", "late", "cold", "capacity", "collision", "dropped", "substituted", "copied")
-    said = ", ".join(f"{counts[k]:,.0f} {k}" for k in kinds if counts[k])
-    asked = counts["hits"] + counts["misses"]
-    share = counts["hits"] / asked if asked else 1.0
-    return f"experts: {asked:,.0f} asked for, {share:.0%} in memory" + (
-        f" ({said})" if said else ""
-    )
-
-
 @contextmanager
 def interrupts(stop: Callable[[], None]) -> Iterator[None]:
     """Ctrl-C stops the reply; a second one quits."""
@@ -236,6 +241,14 @@ def show_packs(packs: Sequence[Pack | PackError], as_json: bool) -> None:
         else:
             d = _describe(pack)
             print(f"{d['name']}  {pack.size / 1e6:,.0f} MB  {d['family']}  {d['encodings']}")
+
+
+def note_leftovers(found: Sequence[Leftover]) -> None:
+    for one in found:
+        note(
+            f"{one.path.name}: {one.size / 1e6:,.0f} MB, left by a run that was ended; the next download "
+            f"removes it, or `outsize rm {one.path.name}`"
+        )
 
 
 def _describe(pack: Pack) -> dict[str, object]:

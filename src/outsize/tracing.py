@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO, cast
 
 from outsize import loading
 from outsize.bars import bars
+from outsize.checkpoint.bounded import text_lines
+from outsize.checkpoint.read_json import loads
 from outsize.errors import OptionError, UnsupportedError
 from outsize.library import say
-from outsize.loading import Wishes
 from outsize.pack.format import Pack
 from outsize.weights.trace import Scored
+from outsize.wishes import Wishes
 
 COLUMNS = ("turn", "phase", "step", "layer", "slot", "expert", "weight", "early", "early_weight")
 
@@ -67,7 +68,8 @@ def record(
         recorder = Recorder(out)
         with loading.load(
             name, memory=wishes.memory, context=wishes.context, threads=threads, quiet=wishes.quiet,
-            experts=wishes.experts, recorder=recorder, draft="none",  # a guess is not what was said
+            experts=wishes.experts, defaults=wishes.defaults, recorder=recorder,
+            draft="none",  # a guess is not what was said
         ) as model, bars(wishes.quiet) as progress:  # fmt: skip
             out.write(_header(model.pack))
             out.write(",".join(COLUMNS) + "\n")
@@ -95,10 +97,7 @@ def _header(pack: Pack) -> str:
 
 def _prompts(path: Path) -> list[str]:
     """One a line: text, or JSON with a `prompt`, or the first of its `turns`."""
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise OptionError(f"cannot read the prompts {path}: {e}") from None
+    lines = [line for line in text_lines(path, OptionError) if line.strip()]
     if not lines:
         raise OptionError(f"{path} holds no prompts; one a line is expected")
     return [_prompt(path, number, line) for number, line in enumerate(lines, 1)]
@@ -108,7 +107,7 @@ def _prompt(path: Path, number: int, line: str) -> str:
     if not line.lstrip().startswith("{"):
         return line
     try:
-        item = json.loads(line)
+        item = cast("dict[str, Any]", loads(line))
         text = item["prompt"] if "prompt" in item else item["turns"][0]
     except (ValueError, KeyError, IndexError, TypeError):
         text = None

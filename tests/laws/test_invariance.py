@@ -70,7 +70,7 @@ def test_grouped_kernels_are_invariant(home: object) -> None:
     from outsize.pack.store import home as folder
 
     compiled = kernels(folder() / "native")
-    for bits in (5, 8):
+    for bits in (4, 5, 8):
         for kernel in (None, compiled):
             e = Group(bits, kernel)
             fields, x = e.encode(torch.randn(96, 192)), torch.randn(13, 192)

@@ -77,20 +77,24 @@ def test_capacity(name: str, trace: list[list[int]], ids: list[int]) -> None:
         policy.place(ids[:1])  # and nothing was broken
 
 
+places = st.sets(st.integers(0, CAPACITY - 1), max_size=2)
+
+
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=40, deadline=None)
-@given(trace=traces, ahead=st.integers(0, IDS - 1))
-def test_what_is_kept_stays(name: str, trace: list[list[int]], ahead: int) -> None:
-    policy = make(name, CAPACITY, hints([*trace, [ahead]]))
+@settings(max_examples=100, deadline=None)
+@given(
+    steps=st.lists(st.tuples(requests, places, st.integers(0, IDS - 1)), min_size=3, max_size=20)
+)
+def test_what_is_kept_stays(name: str, steps: list[tuple[list[int], set[int], int]]) -> None:
+    """Whichever of the residents must be kept, the next to be evicted or not, while one is read ahead."""
+    policy = make(name, CAPACITY, hints([ids for ids, _, _ in steps]))
     content: dict[int, int] = {}
-    for ids in trace:
+    for ids, slots, ahead in steps:
         content |= {slot: i for i, slot in policy.place(ids).loads}
-        kept = set(ids) if len(set(ids)) < CAPACITY - 2 else set()
-        evicted = {content.get(slot) for _, slot in policy.place([ahead], kept).loads}
-        assert not evicted & kept
-        content |= {slot: i for i, slot in policy.place([ahead], kept).loads}
-        policy = make(name, CAPACITY, hints([*trace, [ahead]]))
-        content = {}
+        kept = {content[slot] for slot in slots if slot in content}
+        loads = policy.place([ahead], kept, ahead=True).loads
+        assert not {content.get(slot) for _, slot in loads} & kept
+        content |= {slot: i for i, slot in loads}
 
 
 def reference(name: str, trace: list[int]) -> int:

@@ -17,10 +17,11 @@ from outsize.errors import CapacityError
 from outsize.native.kernels import Kernels
 from outsize.weights import policies
 from outsize.weights.arena import buffer
+from outsize.weights.cached import Cached
 from outsize.weights.policies.pin_and_ring import PinAndRing
 from outsize.weights.policy import Hints, make
 from outsize.weights.reader import Reader
-from outsize.weights.residency import Cached, Resident
+from outsize.weights.residency import Resident
 from outsize.weights.rows import RowTable, join
 from outsize.weights.table import Table
 from tests.records import ROWS, STRIDE, open_table, write_table
@@ -75,7 +76,6 @@ def test_fetch(
         assert all(same(found[i], resident.fetch([i])[0]) for i in ids)
         cached.release()
     assert table.traffic.hits + table.traffic.misses - before == asked
-    cached.drain()
 
 
 def test_a_request_that_cannot_fit(made: Fixture) -> None:
@@ -99,7 +99,6 @@ def test_a_scan_reads_ahead_and_wastes_nothing(tmp_path: Path, reading: Kernels 
             for i in scan:
                 cached.fetch([i])
                 cached.release()
-        cached.drain()
     t = table.traffic
     table.close()
     assert (t.hits, t.misses) == (0, turns * len(scan))
@@ -125,7 +124,6 @@ def test_a_lent_ring_is_right_whenever_it_goes(made: Fixture) -> None:
             assert cached.give_back() == 4 * table.header.stride
             assert cached.give_back() == 0
             assert set(cached.ledger.slot_of.values()) <= {0, 1, 2}
-    cached.drain()
 
 
 def test_unpinning_frees_and_stays_right(made: Fixture) -> None:
@@ -138,7 +136,6 @@ def test_unpinning_frees_and_stays_right(made: Fixture) -> None:
     for i in [6, 7, 8] * 3:
         assert same(cached.fetch([i])[0], resident.fetch([i])[0])
         cached.release()
-    cached.drain()
 
 
 @pytest.mark.parametrize("held", [0, 3, COUNT])
@@ -161,8 +158,6 @@ def test_rows(tmp_path: Path, held: int) -> None:
         for _ in range(2):
             blocks = torch.cat([w.fields["w"].clone() for w in rows.blocks()])
             assert torch.equal(blocks, expected)
-        if cached is not None:
-            cached.drain()
     table.close()
 
 

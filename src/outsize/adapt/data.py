@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
+from outsize.checkpoint.bounded import text_lines
+from outsize.checkpoint.read_json import loads
 from outsize.errors import DataError
 
 PROMPT_KEYS = ("prompt", "question", "instruction")
@@ -31,26 +31,16 @@ def read(paths: Sequence[Path]) -> list[Line]:
 
 
 def _file(path: Path) -> Iterator[Line]:
-    try:
-        with _open(path) as file:
-            for number, text in enumerate(file, 1):
-                if text.strip():
-                    yield _line(path, number, text.strip())
-    except (OSError, UnicodeDecodeError, EOFError) as e:
-        raise DataError(f"{path} cannot be read as text ({e})") from None
-
-
-def _open(path: Path) -> TextIO:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")  # type: ignore[return-value]
-    return path.open(encoding="utf-8")
+    for number, text in enumerate(text_lines(path, DataError), 1):
+        if text.strip():
+            yield _line(path, number, text.strip())
 
 
 def _line(path: Path, number: int, text: str) -> Line:
     if ".jsonl" not in path.suffixes:
         return Line(text, None)
     try:
-        item = json.loads(text)
+        item = loads(text)
     except ValueError as e:
         raise DataError(f"{path}, line {number}: not JSON ({e})") from None
     if not isinstance(item, dict):

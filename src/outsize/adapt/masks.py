@@ -7,7 +7,9 @@ additions act on masks alone, so that ordinary tokens compute what they always d
 first, without gradients, and masks afterwards over their stored keys and values.
 
 Ours, where the paper is silent: the masks' vectors learn too; the sampler is fed the true token before its
-label; the consistency loss is relative to the target's size; anchors are drawn at random.
+label; the consistency loss is relative to the target's size; anchors are drawn at random. The paper
+adds the ordinary tokens' own loss, which under gated additions has no gradient: `next_token` is for those
+that are not gated (docs/drafting.md).
 Shapes: B sequences, S tokens, A anchors a sequence, K masks an anchor, M = A * K, D width, N labels.
 """
 
@@ -23,7 +25,10 @@ from torch import Tensor
 
 from outsize.adapt.head_loss import head_loss
 from outsize.adapt.twin import Deltas, Rows, Stored, Twin
+from outsize.arguments import real, whole
 from outsize.draft import sampler
+from outsize.draft.auto import MOST
+from outsize.errors import OptionError
 from outsize.family.description import Description
 from outsize.model.adapter import widths
 
@@ -48,6 +53,23 @@ class Recipe:
     sampler: bool = True
     consistency: float = 1.0  # weight of that loss
     gated: bool = True
+    next_token: float = (
+        0.0  # weight of the ordinary tokens' own loss; only what is not gated moves it
+    )
+
+    def __post_init__(self) -> None:
+        for name, most in (
+            ("k", MOST), ("rank", 1 << 14), ("steps", 1 << 30), ("batch", 1 << 16),
+            ("anchors", 1 << 16), ("length", 1 << 24),
+        ):  # fmt: skip
+            whole(name, getattr(self, name), 1, most)
+        real("rate", self.rate, 0.0, 1.0)
+        real("next_token", self.next_token, 0.0, 1e3)
+        if self.gated and self.next_token:
+            raise OptionError(
+                f"next_token is {self.next_token}, but gated additions never reach ordinary tokens, so that "
+                "their loss has no gradient; leave it out, or train with gated false"
+            )
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -183,6 +205,9 @@ class Losses(NamedTuple):
     base: Tensor
     sampled: Tensor
     consistent: Tensor
+    ordinary: (
+        Tensor  # of the tokens after the anchors, by the ordinary tokens; nothing if not asked for
+    )
 
 
 def losses(twin: Twin, parameters: Parameters, recipe: Recipe, batch: Batch) -> Losses:
@@ -201,12 +226,22 @@ def losses(twin: Twin, parameters: Parameters, recipe: Recipe, batch: Batch) -> 
         head = sampler.stages(sampler.of(parameters), sampler.plainly)
         mixed = sampler.mix(z_ND, twin.embed(found.previous_N), head)
         sampled = head_loss(mixed, found.label_N, twin.head_VD)
+    spoken = next_token_loss(twin, x_BSD, batch) if recipe.next_token else nothing
     if not recipe.consistency:
-        return Losses(base, sampled, nothing)
+        return Losses(base, sampled, nothing, spoken)
     target = x_BSD.detach().flatten(0, 1)[found.state_N]
     consistent = ((target - z_ND).square().sum(1) / target.square().sum(1)).mean()
-    return Losses(base, sampled, consistent)
+    return Losses(base, sampled, consistent, spoken)
+
+
+def next_token_loss(twin: Twin, x_BSD: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy of the token after each anchor under the model's own head: what ordinary training lowers,
+    and additions that are not gated may raise."""
+    row_N, column_N = (batch.anchor_BA >= 0).nonzero(as_tuple=True)
+    at_N = batch.anchor_BA[row_N, column_N]
+    return head_loss(x_BSD[row_N, at_N], batch.tokens_BS[row_N, at_N + 1], twin.head_VD)
 
 
 def total(found: Losses, recipe: Recipe) -> Tensor:
-    return found.base + found.sampled + recipe.consistency * found.consistent
+    masked = found.base + found.sampled + recipe.consistency * found.consistent
+    return masked + recipe.next_token * found.ordinary

@@ -6,21 +6,20 @@ Several processes (started by torchrun) each take a part of every batch and aver
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from outsize.adapt import checkpoints
 from outsize.adapt.acceptance import walk
 from outsize.adapt.masks import Example, Parameters, Recipe, draw, losses, new_parameters, total
+from outsize.adapt.processes import average, processes
 from outsize.adapt.twin import Twin
 from outsize.checkpoint.adapters import raw
-from outsize.errors import AdapterError
+from outsize.errors import AdapterError, OptionError
 
 BETAS, CLIP, SMOOTH = (0.9, 0.95), 1.0, 0.95
 
@@ -47,14 +46,15 @@ class Training:
     base: str  # hash of what the pack was made from
     parameters: Parameters
     optimizer: torch.optim.AdamW
+    data: str = ""  # fingerprint of the examples
     step: int = 0
     loss: float = 0.0
     tokens_per_step: float = 0.0
-    world: tuple[int, int] = field(default_factory=lambda: _world())
+    world: tuple[int, int] = field(default_factory=processes)
 
     def about(self) -> dict[str, object]:
         return {
-            "kind": "masks", "base": self.base, "rows": "adjacent", "step": self.step,
+            "kind": "masks", "base": self.base, "data": self.data, "rows": "adjacent", "step": self.step,
             "k": self.recipe.k, "scale": self.recipe.scale, "recipe": self.recipe.to_json(),
             "loss": self.loss, "held_out_tokens_per_step": self.tokens_per_step,
         }  # fmt: skip
@@ -68,7 +68,7 @@ class Training:
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         if world > 1:
-            _average([p.grad for p in self.parameters.values() if p.grad is not None])
+            average([p.grad for p in self.parameters.values() if p.grad is not None])
         clip_grad_norm_(self.parameters.values(), CLIP)
         self.optimizer.step()
         self.step += 1
@@ -103,21 +103,35 @@ class Training:
             checkpoints.save(path, small, self.about())
 
 
-def start(twin: Twin, recipe: Recipe, base: str) -> Training:
+def start(twin: Twin, recipe: Recipe, base: str, data: str = "") -> Training:
+    """Raises OptionError if some process would have nothing of a step's batch."""
+    if recipe.batch < processes()[1]:
+        raise OptionError(
+            f"batch is {recipe.batch}, for {processes()[1]} processes; give at least one sequence each"
+        )
     made = new_parameters(twin.description, recipe, twin.embed_VD)
     parameters = {k: v.to(twin.device).requires_grad_() for k, v in made.items()}
-    return Training(twin, recipe, base, parameters, _optimizer(parameters, recipe))
+    return Training(twin, recipe, base, parameters, _optimizer(parameters, recipe), data)
 
 
-def resume(twin: Twin, recipe: Recipe, base: str, path: Path) -> Training:
-    """Go on from a checkpoint of the same recipe. Raises AdapterError."""
+def _differences(about: Mapping[str, object], recipe: Recipe, base: str, data: str) -> list[str]:
+    """What a checkpoint says of itself that is otherwise now."""
+    told = about.get("recipe")
+    known, now = told if isinstance(told, dict) else {}, recipe.to_json()
+    out = [f"{k} was {known.get(k)!r}, is {v!r}" for k, v in now.items() if known.get(k) != v]
+    out += [] if about.get("base") == base else ["the model's weights differ"]
+    return out + ([] if about.get("data") == data else ["the prompts or answers differ"])
+
+
+def resume(twin: Twin, recipe: Recipe, base: str, path: Path, data: str = "") -> Training:
+    """Go on from a checkpoint of the same recipe and data. Raises AdapterError."""
     tensors, about = raw(path)
-    if about.get("base") != base or about.get("recipe") != recipe.to_json():
+    if found := _differences(about, recipe, base, data):
         raise AdapterError(
-            f"{path} is a checkpoint of another model or recipe; give the flags it was started with, "
-            "or remove it to begin anew"
+            f"{path} is a checkpoint of another model or recipe, or of other data ({'; '.join(found)}); give "
+            "the flags and files it was started with, or remove it to begin anew"
         )
-    training = start(twin, recipe, base)
+    training = start(twin, recipe, base, data)
     try:
         with torch.no_grad():
             for name, p in training.parameters.items():
@@ -155,18 +169,3 @@ def train(
 
 def _optimizer(parameters: Parameters, recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters.values(), lr=recipe.rate, betas=BETAS, weight_decay=0.0)
-
-
-def _world() -> tuple[int, int]:
-    """(rank, processes) as torchrun says."""
-    ready = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if ready else (0, 1)
-
-
-def _average(grads: Sequence[Tensor]) -> None:
-    """Over all processes, as one message."""
-    flat = torch.cat([g.flatten() for g in grads])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-        grad.copy_(part.view_as(grad))

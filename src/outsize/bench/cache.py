@@ -8,16 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from outsize.arguments import real, whole
 from outsize.bars import bars
 from outsize.bench.cache_page import page
 from outsize.errors import OptionError
 from outsize.options import CAPACITIES, EVICTIONS, parse_size
 from outsize.weights import grid
 from outsize.weights.grid import Row, Setting
-from outsize.weights.knobs import REPLAYED
+from outsize.weights.knobs import PROFILED, REPLAYED
 from outsize.weights.trace import Trace, read
 
-NOT_CAUSAL = (*REPLAYED, "static")  # static is told the trace's own profile here
+NOT_CAUSAL = (*REPLAYED, PROFILED)  # the latter is told the trace's own profile here
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,13 @@ class Wanted:
     layer_ms: float = 0.0
     expert_ms: float = 0.0
     per_layer: bool = False
+
+    def check(self) -> None:
+        """Raises OptionError."""
+        if self.record_bytes is not None:
+            whole("record_bytes", self.record_bytes, 1, 1 << 40)
+        real("layer_ms", self.layer_ms, 0.0, 1e6)
+        real("expert_ms", self.expert_ms, 0.0, 1e6)
 
 
 def show(
@@ -62,6 +70,7 @@ def show(
 
 def replay(traces: tuple[Trace, ...], wanted: Wanted, quiet: bool) -> list[Row]:
     """All rows. Raises OptionError, UnsupportedError, TraceError."""
+    wanted.check()
     setting = Setting(traces, wanted.record_bytes, wanted.layer_ms / 1e3, wanted.expert_ms / 1e3)
     cells = grid.cells(
         len(traces), [_share(c) for c in _split(wanted.capacity)], _split(wanted.eviction),

@@ -21,6 +21,7 @@ from outsize.api import Model
 from outsize.errors import OptionError, SourceError
 from outsize.forward.full import full, hidden
 from outsize.forward.span import Span
+from outsize.wishes import Wishes
 
 ROWS = 64  # positions compared at once: logits of a large vocabulary are big
 
@@ -110,12 +111,28 @@ def _stepwise(
     return kl, agree
 
 
-def show(name: str, text: Path, num: int, encoding: str, native: bool, quiet: bool) -> None:
+def _open(name: str, wishes: Wishes) -> Model:
+    w = wishes
+    return loading.load(
+        name, encoding=w.encoding, native=w.native, quiet=w.quiet, defaults=w.defaults
+    )
+
+
+def _read(path: Path) -> str:
+    """Raises SourceError, OptionError."""
+    if not path.is_file():
+        raise SourceError(f"no such text file: {path}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise OptionError(f"cannot read the text {path}: {e}; UTF-8 is expected") from None
+
+
+def show(name: str, text: Path, num: int, wishes: Wishes) -> None:
     """Print a table and one JSON object."""
-    if not text.is_file():
-        raise SourceError(f"no such text file: {text}")
-    with loading.load(name, encoding=encoding, native=native, quiet=quiet) as model:
-        tokens = model.tokens.encode(text.read_text(encoding="utf-8"), start=True)[:num]
+    said = _read(text)
+    with _open(name, wishes) as model:
+        tokens = model.tokens.encode(said, start=True)[:num]
         if len(tokens) < 32:
             raise OptionError(f"{text} has {len(tokens)} tokens; at least 32 are needed")
         files = [stat[0] for stat in model.pack.source.files]
@@ -129,14 +146,14 @@ def show(name: str, text: Path, num: int, encoding: str, native: bool, quiet: bo
 
 
 def show_tasks(
-    name: str, tasks: list[str], limit: int | None, include: Path | None, encoding: str, quiet: bool
+    name: str, tasks: list[str], limit: int | None, include: Path | None, wishes: Wishes
 ) -> None:
     """Run lm-eval tasks on a pack; one JSON object last."""
     lm_eval, harness = _need("lm_eval"), _need("outsize.bench.harness")
     manager = _need("lm_eval.tasks").TaskManager(
         include_path=None if include is None else str(include)
     )
-    with loading.load(name, encoding=encoding, quiet=quiet) as model:
+    with _open(name, wishes) as model:
         result = lm_eval.simple_evaluate(
             model=harness.Harness(model), tasks=tasks, limit=limit, task_manager=manager
         )

@@ -15,14 +15,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from outsize import loading
 from outsize.bars import steps
+from outsize.checkpoint.bounded import text_lines
+from outsize.checkpoint.read_json import loads
 from outsize.errors import OptionError
-from outsize.loading import Wishes
 from outsize.plan.wake import runtime_bytes
 from outsize.weights import budget
+from outsize.wishes import Wishes
 
 LEAST_TOKENS = 8  # of an answer whose speed is compared
 STEP, NEAR = 200_000, 0.01  # bytes to which a budget is planned; how near a share may be
@@ -102,11 +104,7 @@ def read(path: Path, per_category: int) -> list[tuple[str, str]]:
     """(category, prompt) of each line. Raises OptionError with the line's number."""
     out: list[tuple[str, str]] = []
     counts: dict[str, int] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise OptionError(f"cannot read the prompts {path}: {e}") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text_lines(path, OptionError), 1):
         category, prompt = _item(path, number, line)
         counts[category] = counts.get(category, 0) + 1
         if not per_category or counts[category] <= per_category:
@@ -118,7 +116,7 @@ def read(path: Path, per_category: int) -> list[tuple[str, str]]:
 
 def _item(path: Path, number: int, line: str) -> tuple[str, str]:
     try:
-        item = json.loads(line)
+        item = cast("dict[str, Any]", loads(line))
         text = item["turns"][0] if "turns" in item else item["prompt"]
         return str(item.get("category", "all")), str(text)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):

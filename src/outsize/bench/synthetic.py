@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -181,8 +181,13 @@ def blocks(random: np.random.Generator, shape: tuple[int, ...], kind: str) -> np
     return out.reshape(*shape[:-1], -1)
 
 
-def write(path: Path, family: str, size: Size, seed: int) -> int:
-    """The GGUF; its bytes."""
+Change = Callable[[str, np.ndarray], np.ndarray]  # type: ignore[type-arg]
+
+
+def write(
+    path: Path, family: str, size: Size, seed: int, change: Change = lambda name, stored: stored
+) -> int:
+    """The GGUF; its bytes. `change`: a tensor's stored bytes, by its name in the file, as they shall be."""
     try:
         gguf: Any = import_module("gguf")
     except ImportError:
@@ -200,8 +205,8 @@ def write(path: Path, family: str, size: Size, seed: int) -> int:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     random = np.random.default_rng(seed)
-    for _, shape, kind in listed:
-        writer.write_tensor_data(blocks(random, shape, kind))
+    for name, shape, kind in listed:
+        writer.write_tensor_data(change(name, blocks(random, shape, kind)))
     writer.close()
     return path.stat().st_size
 

@@ -29,7 +29,7 @@ class KV:
         """`room`: entries that each layer is given at once, as addresses: memory is taken when an entry
         is stored, and none is ever copied. Beyond, and by default, storage doubles when full."""
         shape = 2 * num_heads, room, head_dim
-        self._stored = [torch.empty(shape, dtype=dtype) for _ in range(num_layers)]
+        self._stored = [torch.empty(shape, dtype=dtype, device="cpu") for _ in range(num_layers)]
         self.positions = [array("i") for _ in range(num_layers)]
 
     @property
@@ -65,7 +65,7 @@ class KV:
         capacity = max(FIRST, 2 * capacity)
         while capacity < size:
             capacity *= 2
-        grown = torch.empty(num_heads, capacity, head_dim, dtype=old.dtype)
+        grown = old.new_empty(num_heads, capacity, head_dim)
         grown[:, :used] = old[:, :used]
         self._stored[layer] = grown
         return grown
@@ -83,5 +83,7 @@ class KV:
     def keep(self, layer: int, indices: Sequence[int]) -> None:
         """Of one layer, keep only the entries at these rising indices."""
         kept, stored = self.positions[layer], self.view(layer)
-        stored[:, : len(indices)] = stored[:, torch.tensor(indices, dtype=torch.long)]
+        stored[:, : len(indices)] = stored[
+            :, torch.tensor(indices, dtype=torch.int64, device="cpu")
+        ]
         self.positions[layer] = array("i", [kept[i] for i in indices])

@@ -7,24 +7,74 @@ in halves; ours in adjacent pairs.
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from outsize.errors import AdapterError
+from outsize.checkpoint import foreign, safetensors
+from outsize.checkpoint.bounded import open_regular, read_regular, regular_size
+from outsize.checkpoint.read_json import loads
+from outsize.errors import AdapterError, CheckpointError
 
 KEY = "outsize"  # of our files' metadata: JSON
 LIMIT = 1 << 32  # bytes of a file
+MAX_HEADER, MAX_CONFIG = 8 << 20, 1 << 20  # bytes; a large adapter's header has 300,000
+MOST_ALPHA = 1 << 32
+MOST_SCALE = 1 << 16  # of alpha / rank; files of the hub have .1 to 64
 PEFT_NAME = re.compile(
     r"base_model\.model\.(?:model\.)?layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)_proj\.lora_(A|B)\.weight"
 )
+
+
+TYPES = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
+    "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+}  # fmt: skip
+Shape = tuple[int, ...]
+
+
+class Stored(Mapping[str, Tensor]):
+    """A file's tensors, each read when it is asked for and not kept: a file of any size takes the memory of
+    one tensor."""
+
+    def __init__(self, tensors: Mapping[str, foreign.Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Raises AdapterError."""
+        t = self._tensors[name]
+        try:
+            with open_regular(t.path) as file:
+                data = bytearray(foreign.pread(file, t.offset, t.size, name))
+        except (OSError, CheckpointError) as e:
+            raise AdapterError(f"{t.path} cannot be read ({e})") from None
+        kind = TYPES[t.kind.name]
+        return (
+            torch.frombuffer(data, dtype=kind).view(t.shape)
+            if data
+            else torch.zeros(t.shape, dtype=kind, device="cpu")
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def shapes(self) -> dict[str, Shape]:
+        """Of all tensors: none is read."""
+        return {name: t.shape for name, t in self._tensors.items()}
+
+    def renamed(self, names: Mapping[str, str]) -> Stored:
+        """The same under other names: from ours to the file's."""
+        return Stored({ours: self._tensors[theirs] for ours, theirs in names.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,29 +82,32 @@ class AdapterFile:
     """What a file holds: tensors by our names ("0.q.A"), and what it says of itself."""
 
     path: Path
-    tensors: Mapping[str, Tensor]
+    tensors: Stored
     about: Mapping[str, object]
 
-    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """A and B of each projection. Raises AdapterError if one lacks the other."""
-        names = sorted({n[:-2] for n in self.tensors if n.endswith((".A", ".B"))})
-        missing = [n for n in names if not {f"{n}.A", f"{n}.B"} <= self.tensors.keys()]
+    def factors(self) -> dict[str, tuple[Shape, Shape]]:
+        """The shapes of A and B of each projection. Raises AdapterError if one lacks the other, or they do
+        not multiply."""
+        shapes = self.tensors.shapes()
+        names = sorted({n[:-2] for n in shapes if n.endswith((".A", ".B"))})
+        missing = [n for n in names if not {f"{n}.A", f"{n}.B"} <= shapes.keys()]
         if missing:
             raise AdapterError(
                 f"{self.path}: {missing[0]} has one factor of two; the file is damaged"
             )
-        out = {n: (self.tensors[f"{n}.A"], self.tensors[f"{n}.B"]) for n in names}
+        out = {n: (shapes[f"{n}.A"], shapes[f"{n}.B"]) for n in names}
         for name, (a, b) in out.items():
-            if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or not a.numel():
+            if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0] * a[1] * b[0]:
                 raise AdapterError(
-                    f"{self.path}: {name} has factors {tuple(b.shape)} x {tuple(a.shape)}, which do "
-                    "not multiply; the file is damaged"
+                    f"{self.path}: {name} has factors {b} x {a}, which do not multiply; the file is "
+                    "damaged"
                 )
         return out
 
     @property
     def scale(self) -> float:
-        return float(str(self.about.get("scale", 1.0)))
+        """What the factors' product is multiplied by. Raises AdapterError."""
+        return _sound_scale(self.path, self.about.get("scale", 1.0))
 
 
 def load(path: Path) -> AdapterFile:
@@ -66,27 +119,28 @@ def load(path: Path) -> AdapterFile:
     return _peft(file, tensors)
 
 
-def raw(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Tensors, and what our metadata says. Raises AdapterError."""
+def raw(path: Path) -> tuple[Stored, dict[str, object]]:
+    """Tensors, and what our metadata says: of the file only the header is read. Raises AdapterError."""
+    if (size := regular_size(path, AdapterError)) > LIMIT:
+        raise AdapterError(f"{path} has {size:,} bytes; no adapter is that large")
     try:
-        if path.stat().st_size > LIMIT:
-            raise AdapterError(
-                f"{path} has {path.stat().st_size:,} bytes; no adapter is that large"
-            )
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get(KEY, "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as e:
+        said, _, _ = safetensors.header(path, MAX_HEADER)
+        told = said.get(safetensors.METADATA) or {}
+        about = loads(str(told.get(KEY, "{}"))) if isinstance(told, dict) else None
+        tensors = Stored(safetensors.parse(path))
+    except AdapterError:
+        raise
+    except (OSError, CheckpointError, ValueError, TypeError) as e:
         raise AdapterError(f"{path} is not a readable safetensors file ({e})") from None
     if not isinstance(about, dict):
         raise AdapterError(f"{path} says nothing readable about itself; train it again")
-    return tensors, about
+    return tensors, cast("dict[str, object]", about)
 
 
-def _peft(path: Path, tensors: Mapping[str, Tensor]) -> AdapterFile:
+def _peft(path: Path, tensors: Stored) -> AdapterFile:
     config = _config(path.with_name("adapter_config.json"))
-    out: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+    out: dict[str, str] = {}
+    for name in tensors:
         match = PEFT_NAME.fullmatch(name)
         if match is None:
             raise AdapterError(
@@ -94,16 +148,21 @@ def _peft(path: Path, tensors: Mapping[str, Tensor]) -> AdapterFile:
                 "feed-forward maps can be loaded"
             )
         layer, part, factor = match.groups()
-        out[f"{layer}.{part}.{factor}"] = tensor
+        out[f"{layer}.{part}.{factor}"] = name
     if not out:
         raise AdapterError(f"{path} holds no tensors; it is not an adapter")
-    return AdapterFile(path, out, {"scale": _scale(path, config), "rows": "halves"})
+    about = {"scale": _scale(path, config), "rows": "halves"}
+    about |= {"base_name": config.get("base_model_name_or_path")}
+    return AdapterFile(path, tensors.renamed(out), about)
 
 
 def _config(path: Path) -> dict[str, object]:
+    if not os.path.lexists(path):
+        raise AdapterError(f"{path} is not there; PEFT's adapters have one")
+    raw = read_regular(path, MAX_CONFIG, AdapterError)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        config = loads(raw)
+    except ValueError as e:
         raise AdapterError(f"{path} cannot be read ({e}); PEFT's adapters have one") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise AdapterError(f"{path} does not describe a LoRA adapter; other kinds are not known")
@@ -117,11 +176,28 @@ def _config(path: Path) -> dict[str, object]:
 
 def _scale(path: Path, config: Mapping[str, object]) -> float:
     alpha, rank = config.get("lora_alpha"), config.get("r")
-    if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank <= 0:
+    sound = isinstance(alpha, int | float) and isinstance(rank, int)
+    if (
+        not sound
+        or not 0 < cast(int, rank) <= MOST_SCALE
+        or not abs(cast(float, alpha)) <= MOST_ALPHA
+    ):
         raise AdapterError(
-            f"{path}: its config has lora_alpha {alpha!r} and r {rank!r}; numbers are due"
+            f"{path}: its config has lora_alpha {str(alpha)[:40]} and r {str(rank)[:40]}; numbers are due, r "
+            f"from 1 to {MOST_SCALE:,}"
         )
-    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+    by = cast(int, rank) ** 0.5 if config.get("use_rslora") else cast(int, rank)
+    return _sound_scale(path, cast(float, alpha) / by)
+
+
+def _sound_scale(path: Path, value: object) -> float:
+    """Raises AdapterError for what is no number, or makes numbers that are none."""
+    if not isinstance(value, int | float) or not abs(value) <= MOST_SCALE:
+        raise AdapterError(
+            f"{path}: its factors are to be multiplied by {str(value)[:40]}; a number up to "
+            f"{MOST_SCALE:,} is expected"
+        )
+    return float(value)
 
 
 def adjacent(b_NR: Tensor, head_dim: int) -> Tensor:
@@ -130,19 +206,31 @@ def adjacent(b_NR: Tensor, head_dim: int) -> Tensor:
     return heads.transpose(1, 2).reshape(b_NR.shape).contiguous()
 
 
-def in_our_order(file: AdapterFile, head_dim: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Factors with query and key rows as the engine rotates them. Raises AdapterError."""
-    out = file.factors()
-    if file.about.get("rows") != "halves":
-        return out
-    for name, (a, b) in out.items():
-        if name.endswith((".q", ".k")):
-            if b.shape[0] % head_dim:
-                raise AdapterError(
-                    f"{file.path}: {name} has {b.shape[0]} rows, which no heads have"
-                )
-            out[name] = a, adjacent(b, head_dim)
-    return out
+class Factors(Mapping[str, tuple[Tensor, Tensor]]):
+    """A and B of each projection ("0.q"), with query and key rows as the engine rotates them; each read when
+    it is asked for. Raises AdapterError."""
+
+    def __init__(self, file: AdapterFile, head_dim: int) -> None:
+        self.shapes = file.factors()  # of A and B
+        self._file = file
+        halves = file.about.get("rows") == "halves"
+        self._head_dim = head_dim if halves else 0
+        for name, (_, b) in self.shapes.items():
+            if self._is_turned(name) and b[0] % head_dim:
+                raise AdapterError(f"{file.path}: {name} has {b[0]} rows, which no heads have")
+
+    def _is_turned(self, name: str) -> bool:
+        return self._head_dim > 0 and name.endswith((".q", ".k"))
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        a, b = (self._file.tensors[f"{name}.{factor}"] for factor in "AB")
+        return a, adjacent(b, self._head_dim) if self._is_turned(name) else b
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
 
 
 def same_base(file: AdapterFile, base: str, name: str) -> None:
@@ -157,10 +245,7 @@ def same_base(file: AdapterFile, base: str, name: str) -> None:
 
 def file_bytes(path: Path) -> int:
     """Its size. Raises AdapterError."""
-    try:
-        return path.stat().st_size
-    except OSError as e:
-        raise AdapterError(f"{path} cannot be read ({e.strerror})") from None
+    return regular_size(path, AdapterError)
 
 
 def finite(file: AdapterFile) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,7 +12,12 @@ import numpy as np
 from outsize.checkpoint.foreign import pread
 from outsize.errors import CheckpointError
 
-MAX_ITEMS = 3_000_000  # strings and arrays in one header; the largest vocabularies have 0.8 million
+MAX_VALUE = 16 << 20  # bytes of one string or list of numbers
+MAX_MEMORY = (
+    128 << 20
+)  # bytes that a header's values may take; the largest vocabularies take 60 million
+ITEM = 88  # bytes that the shortest string takes, and its place in a list
+ARRAY_ITEM = 200  # and a list in a list
 MAX_DEPTH = 4
 WINDOW = 1 << 20
 
@@ -28,7 +34,7 @@ class Cursor:
     def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
         self.file, self.path, self.size = file, path, size
         self.start, self.window, self.at = 0, b"", 0
-        self.items = 0
+        self.kept = 0  # bytes of memory that the values so far take
 
     @property
     def offset(self) -> int:
@@ -44,6 +50,8 @@ class Cursor:
         """Have `count` more bytes in the window."""
         if count > self.size - self.offset:
             raise self.fail(f"{what} needs {count:,} bytes, {self.size - self.offset:,} are left")
+        if count > MAX_VALUE:
+            raise self.fail(f"{what} is {count:,} bytes long, at most {MAX_VALUE:,} are allowed")
         if self.at + count > len(self.window):
             self.start, self.at = self.offset, 0
             length = min(max(count, WINDOW), self.size - self.start)
@@ -57,23 +65,27 @@ class Cursor:
     def number(self, kind: str, what: str) -> int:
         return int(struct.unpack("<" + kind, self.take(struct.calcsize(kind), what))[0])
 
-    def count_item(self, number: int = 1) -> None:
-        self.items += number
-        if self.items > MAX_ITEMS:
-            raise self.fail(f"more than {MAX_ITEMS:,} strings and arrays in the header")
+    def keep(self, size: int) -> None:
+        """Count bytes of memory that values take, or are going to take."""
+        self.kept += size
+        if self.kept > MAX_MEMORY:
+            raise self.fail(f"a header whose values take more than {MAX_MEMORY:,} bytes of memory")
 
     def string(self, what: str, limit: int | None = None) -> str:
         length = self.number("Q", what)
         if limit is not None and length > limit:
             raise self.fail(f"{what} is {length:,} bytes long, at most {limit:,} are allowed")
-        return self.take(length, what).decode("utf-8", "replace")
+        text = self.take(length, what).decode("utf-8", "replace")
+        self.keep(sys.getsizeof(text))
+        return text
 
     def strings(self, count: int, what: str) -> list[str]:
         """The hot loop of a header: up to half a million short strings."""
         if count * 8 > self.size - self.offset:
             raise self.fail(f"{what} claims {count:,} strings, which the file cannot hold")
-        self.count_item(count)
+        self.keep(count * ITEM)
         out, unpack = [], struct.Struct("<Q").unpack_from
+        before = self.offset + 8 * count
         for _ in range(count):
             self.need(8, what)
             (length,) = unpack(self.window, self.at)
@@ -81,6 +93,9 @@ class Cursor:
             self.need(length, what)
             out.append(self.window[self.at : self.at + length].decode("utf-8", "replace"))
             self.at += length
+            if length > ITEM:
+                self.keep(sys.getsizeof(out[-1]))
+        self.keep(self.offset - before)
         return out
 
     def array(self, what: str, depth: int) -> object:
@@ -90,6 +105,7 @@ class Cursor:
         if kind == ARRAY:
             return self.nested(count, what, depth + 1)
         dtype = self.scalar(kind, what)
+        self.keep(count * dtype.itemsize)
         return np.frombuffer(self.take(count * dtype.itemsize, what), dtype)
 
     def nested(self, count: int, what: str, depth: int) -> object:
@@ -97,7 +113,7 @@ class Cursor:
             raise self.fail(f"{what} nests arrays deeper than {MAX_DEPTH}")
         if count * 12 > self.size - self.offset:
             raise self.fail(f"{what} claims {count:,} arrays, which the file cannot hold")
-        self.count_item(count)
+        self.keep(count * ARRAY_ITEM)
         return [self.array(what, depth) for _ in range(count)]
 
     def scalar(self, kind: int, what: str) -> np.dtype[np.generic]:

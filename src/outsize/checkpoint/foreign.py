@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from outsize.checkpoint.bounded import open_regular
 from outsize.checkpoint.ggml import BlockType, Bytes, Codes, Floats, codes, dequantize, joined_mxfp4
 from outsize.errors import CheckpointError, UnsupportedError
 
@@ -34,7 +34,7 @@ class TokenizerSpec:
     """A tokenizer as its checkpoint states it: a finished JSON, or the arrays of a GGUF. `added_tokens`:
     `added_tokens_decoder` of tokenizer_config.json, by id, which overrides flags and adds tokens."""
 
-    json: str | None = None
+    json: str | bytes | None = None
     added_tokens: Mapping[str, object] = field(default_factory=dict)
     arrays: Mapping[str, object] = field(default_factory=dict)
     bos: int | None = None
@@ -62,7 +62,7 @@ class Checkpoint:
 
 def read_raw(tensor: Tensor) -> Bytes:
     """The bytes of a tensor. Raises CheckpointError if the file has shrunk since it was parsed."""
-    with open(tensor.path, "rb") as f:
+    with open_regular(tensor.path) as f:
         raw = np.frombuffer(pread(f, tensor.offset, tensor.size, tensor.name), np.uint8)
     return raw if tensor.scales is None else joined_mxfp4(raw, read_raw(tensor.scales))
 
@@ -97,10 +97,3 @@ def read_codes(tensor: Tensor, encoding: str) -> Codes | None:
     """A matrix's own codes for this encoding, or None if its type has none."""
     rows, width = tensor.shape
     return codes(tensor.kind, read_raw(tensor), (rows, width), encoding)
-
-
-def file_size(path: Path) -> int:
-    """Bytes of a regular file. Raises CheckpointError for anything else."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: not a regular file; give the path of a .gguf or a folder")
-    return os.stat(path).st_size

@@ -8,14 +8,16 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import math
+import os
 import re
 import struct
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from outsize.checkpoint.bounded import open_regular
 from outsize.checkpoint.cursor import Cursor
-from outsize.checkpoint.foreign import Checkpoint, Tensor, file_size
+from outsize.checkpoint.foreign import Checkpoint, Tensor
 from outsize.checkpoint.ggml import TYPES, other_type
 from outsize.checkpoint.names import PART, parts_of
 from outsize.checkpoint.text import of_gguf
@@ -23,6 +25,7 @@ from outsize.errors import CheckpointError, UnsupportedError
 
 MAX_RANK = 4
 MAX_NAME = 1 << 16
+KEY_ITEM, TENSOR_ITEM = 200, 1000  # bytes of memory that a key, or a tensor's description, takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +40,8 @@ class Part:
 
 def parse(path: Path) -> Part:
     """The header of one file. Raises CheckpointError or UnsupportedError."""
-    with open(path, "rb") as f:
-        return _parse(Cursor(f, path, file_size(path)))
+    with open_regular(path) as f:
+        return _parse(Cursor(f, path, os.fstat(f.fileno()).st_size))
 
 
 def _parse(c: Cursor) -> Part:
@@ -66,7 +69,7 @@ def _parse(c: Cursor) -> Part:
 
 def _metadata(c: Cursor, count: int) -> dict[str, object]:
     out: dict[str, object] = {}
-    c.count_item(count)
+    c.keep(count * KEY_ITEM)
     for _ in range(count):
         key = c.string("a metadata key", MAX_NAME)
         if key in out:
@@ -79,7 +82,7 @@ Info = tuple[str, int, tuple[int, ...], int]  # name, type, shape, offset
 
 
 def _infos(c: Cursor, count: int) -> list[Info]:
-    c.count_item(count)
+    c.keep(count * TENSOR_ITEM)
     out: list[Info] = []
     for _ in range(count):
         name = c.string("a tensor name", MAX_NAME)
@@ -135,8 +138,8 @@ def general_type(path: Path) -> str:
     """What a file says that it is: model, adapter, mmproj, imatrix, or "" where the general keys at its head
     do not say. Reads no further than those."""
     try:
-        with open(path, "rb") as f:
-            c = Cursor(f, path, file_size(path))
+        with open_regular(path) as f:
+            c = Cursor(f, path, os.fstat(f.fileno()).st_size)
             c.take(16, "the head")
             for _ in range(c.number("Q", "key count")):
                 key = c.string("a metadata key", MAX_NAME)
@@ -191,7 +194,7 @@ def _refuse_misnamed(parts: list[Part]) -> None:
 
 def _another_follows(part: Part) -> bool:
     """Does another GGUF begin where the tensors of this one end?"""
-    with open(part.path, "rb") as f:
+    with open_regular(part.path) as f:
         f.seek(part.end)
         return f.read(4) == b"GGUF"
 

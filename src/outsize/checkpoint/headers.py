@@ -8,15 +8,15 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from outsize.checkpoint import gguf
+from outsize.checkpoint import gguf, safetensors
 from outsize.checkpoint.choose import choose
 from outsize.checkpoint.hub import DEPTH, HINT, from_cache, hub_choice
 from outsize.checkpoint.opening import local_place
 from outsize.checkpoint.read_json import MAX_JSON, parse_json
-from outsize.checkpoint.spec import Spec
+from outsize.checkpoint.spec import Spec, is_inside
 from outsize.errors import CheckpointError, UserError
 
-FIRST, MOST = 4 << 20, 256 << 20  # bytes of a GGUF to try; doubled until its header is whole
+FIRST, MOST = 4 << 20, 128 << 20  # bytes of a GGUF to try; doubled until its header is whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Remote:
         reply.raise_for_status()
         content: bytes = reply.content
         whole = reply.status_code == 200  # a server that knows no ranges sends everything
-        return content[start:stop] if whole else content
+        return content[start:stop] if whole else content[: stop - start]
 
 
 def fetch_headers(spec: Spec, folder: Path) -> Path:
@@ -49,13 +49,22 @@ def fetch_headers(spec: Spec, folder: Path) -> Path:
     try:
         files = _wanted(spec)
         for file in files:
-            _fetch(file, folder / file.name)
+            _fetch(file, local_name(folder, file.name))
     except UserError:
         raise
     except Exception as e:  # the hub's own errors, and those of the HTTP library it happens to use
         return from_cache(spec, e)
     place = local_place(folder, f"hf:{spec.name}", HINT, DEPTH)
     return folder / choose(place, spec.file).at
+
+
+def local_name(folder: Path, name: str) -> Path:
+    """Where a repository's file belongs. Raises CheckpointError for a name that leads out of the folder."""
+    if not is_inside(name):
+        raise CheckpointError(
+            f"{name!r}: this name of a file leads out of its repository; do not use it"
+        )
+    return folder / name
 
 
 def _wanted(spec: Spec) -> list[Remote]:
@@ -73,10 +82,14 @@ def _wanted(spec: Spec) -> list[Remote]:
 
 def _json(file: Remote) -> dict[str, object]:
     if file.size > MAX_JSON:
-        raise CheckpointError(
-            f"{file.name}: {file.size:,} bytes of JSON, at most {MAX_JSON:,} are allowed"
-        )
+        raise _too_long(file)
     return parse_json(Path(file.name), file.read(0, max(1, file.size)))
+
+
+def _too_long(file: Remote) -> CheckpointError:
+    return CheckpointError(
+        f"{file.name}: {file.size:,} bytes beside the weights, at most {MAX_JSON:,} are read"
+    )
 
 
 def _fetch(file: Remote, local: Path) -> None:
@@ -89,9 +102,11 @@ def _fetch(file: Remote, local: Path) -> None:
     elif local.suffix == ".gguf":
         _fetch_gguf(file, local)
     elif local.suffix == ".safetensors":
-        length = struct.unpack("<Q", file.read(0, 8))[0]
-        local.write_bytes(file.read(0, 8 + min(length, MOST)))
+        length = struct.unpack("<Q", file.read(0, 8).ljust(8, b"\0"))[0]
+        local.write_bytes(file.read(0, 8 + min(length, safetensors.MAX_HEADER)))
         os.truncate(local, file.size)
+    elif file.size > MAX_JSON:
+        raise _too_long(file)
     else:
         local.write_bytes(file.read(0, max(1, file.size)))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from outsize.bars import is_watched
 from outsize.checkpoint.choose import Choice, Place, choose
-from outsize.checkpoint.opening import local_place
+from outsize.checkpoint.opening import chosen_in, local_place
 from outsize.checkpoint.read_json import read_json
 from outsize.checkpoint.spec import Spec
 from outsize.errors import FetchError, OutsizeError
@@ -74,7 +74,7 @@ def from_cache(spec: Spec, error: Exception) -> Path:
     place = local_place(
         folder, f"hf:{spec.name}, of which only the hub's cache can be read,", HINT, DEPTH
     )
-    return folder / choose(place, spec.file).at
+    return folder / chosen_in(folder, place, spec.file).at
 
 
 def hub_error(spec: Spec, error: Exception) -> FetchError:

@@ -7,10 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from outsize.checkpoint import gguf, safetensors
-from outsize.checkpoint.choose import Place, choose, refuse_cut
+from outsize.checkpoint.bounded import open_regular, refuse_dangling
+from outsize.checkpoint.choose import Choice, Place, choose, refuse_cut
 from outsize.checkpoint.foreign import Checkpoint
 from outsize.checkpoint.read_json import read_json
-from outsize.errors import CheckpointError, SourceError
+from outsize.errors import CheckpointError, SourceError, UserError
 
 
 def local_place(folder: Path, text: str, hint: str, depth: int = 1) -> Place:
@@ -39,15 +40,24 @@ def _names(folder: Path, depth: int) -> list[str]:
     return out
 
 
+def chosen_in(folder: Path, place: Place, wish: str) -> Choice:
+    """The model of a folder. Raises UserError; where there is none, and a link leads nowhere, of that."""
+    try:
+        return choose(place, wish)
+    except UserError:
+        refuse_dangling(folder)
+        raise
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Parse what is at a path. Raises UserError if it is not a model that outsize can read."""
     if path.is_dir():
-        choice = choose(local_place(path, str(path), "give the path of one"))
+        choice = chosen_in(path, local_place(path, str(path), "give the path of one"), "")
         chosen = path / choice.at
         return safetensors.load(chosen) if chosen.is_dir() else gguf.load(chosen)
     if path.name.endswith(".safetensors"):
         return _open_safetensors(path)
-    with open(path, "rb") as f:
+    with open_regular(path, SourceError) as f:
         magic = f.read(4)
     if magic != b"GGUF":
         refuse_cut(str(path.parent), path.name, os.listdir(path.parent))

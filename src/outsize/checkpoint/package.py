@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,8 @@ def fetch_package(spec: Spec, scratch: Path, quiet: bool) -> Path:
         stdout=sys.stderr if show else subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        env=os.environ
+        | {"TMPDIR": str(scratch)},  # what it leaves if it is ended goes with the rest
     )
     if done.returncode:
         raise _pip_error(spec, scratch, done.stderr)

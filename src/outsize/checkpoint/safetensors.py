@@ -8,41 +8,48 @@ https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import math
+import os
 from itertools import pairwise
 from pathlib import Path
 
-from outsize.checkpoint.foreign import Checkpoint, Tensor, file_size, pread
+from outsize.checkpoint.bounded import open_regular, refuse_dangling
+from outsize.checkpoint.foreign import Checkpoint, Tensor, pread
 from outsize.checkpoint.ggml import BY_NAME
 from outsize.checkpoint.quantized import refuse_quantized
 from outsize.checkpoint.read_json import fail as _fail
 from outsize.checkpoint.read_json import parse_json, read_json
 from outsize.checkpoint.shards import weights
-from outsize.checkpoint.text import of_folder, sidecars
+from outsize.checkpoint.text import SIDECARS, of_folder, sidecars
 from outsize.errors import CheckpointError, UnsupportedError
 
 MAX_HEADER = 64 << 20
+METADATA = "__metadata__"
 DTYPES = ("F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64")
 CODES, SCALES = "_blocks", "_scales"  # the two tensors of a matrix in MXFP4
 
 
 def parse(path: Path) -> dict[str, Tensor]:
     """The tensors of one file, bounds-checked; no tensor is read."""
-    size = file_size(path)
-    if size < 8:
-        raise _fail(path, f"{size} bytes, too short for a header")
-    with open(path, "rb") as f:
-        length = int.from_bytes(pread(f, 0, 8, "the header length"), "little")
-        if length > min(size - 8, MAX_HEADER):
-            raise _fail(path, f"a header of {length:,} bytes in a file of {size:,}")
-        header = parse_json(path, pread(f, 8, length, "the header"))
-    header.pop("__metadata__", None)
-    data = 8 + length
-    tensors = {name: _tensor(path, name, info, data, size) for name, info in header.items()}
+    said, data, size = header(path)
+    said.pop(METADATA, None)
+    tensors = {name: _tensor(path, name, info, data, size) for name, info in said.items()}
     ordered = sorted(tensors.values(), key=lambda t: t.offset)
     for one, two in pairwise(ordered):
         if one.offset + one.size > two.offset:
             raise _fail(path, f"tensors {one.name!r} and {two.name!r} overlap")
     return tensors
+
+
+def header(path: Path, limit: int = MAX_HEADER) -> tuple[dict[str, object], int, int]:
+    """The header of one file, where its data begin, and the file's bytes."""
+    with open_regular(path) as f:
+        size = os.fstat(f.fileno()).st_size
+        if size < 8:
+            raise _fail(path, f"{size} bytes, too short for a header")
+        length = int.from_bytes(pread(f, 0, 8, "the header length"), "little")
+        if length > min(size - 8, limit):
+            raise _fail(path, f"a header of {length:,} bytes in a file of {size:,}")
+        return parse_json(path, pread(f, 8, length, "the header")), 8 + length, size
 
 
 def _naturals(value: object, limit: int) -> tuple[int, ...] | None:
@@ -85,6 +92,7 @@ def load(folder: Path, file: str = "") -> Checkpoint:
     """Parse a folder, or of its weights one file. Reads headers and JSON only."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json in this folder, so it is not a model")
+    refuse_dangling(folder, SIDECARS)
     config = read_json(folder / "config.json")
     refuse_quantized(config, folder)
     tensors: dict[str, Tensor] = {}

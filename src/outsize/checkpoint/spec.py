@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from outsize.errors import SourceError
+
+SHOWN = 80  # characters of a name that a message quotes
+WEIGHTS = (".gguf", ".safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +30,38 @@ def names_model(text: str) -> bool:
     if text.startswith(("hf:", "package:")):
         return True
     try:
-        return Path(text).expanduser().exists() and text.strip() != ""
+        return expanded(text).exists() and text.strip() != ""
     except (OSError, ValueError):
         return False
+
+
+def holds_model(text: str) -> bool:
+    """Is what a name names likely a model, and not a folder or file of another kind?"""
+    path = expanded(text)
+    if text.startswith(("hf:", "package:")) or not path.is_dir():
+        return path.suffix in (*WEIGHTS, ".json") or not path.is_file() or _is_gguf(path)
+    try:
+        found = [*path.glob("*"), *(p for w in WEIGHTS for p in path.glob(f"*/*{w}"))]
+    except OSError:
+        return False
+    return any(p.suffix in WEIGHTS or p.name in ("config.json", "pack.json") for p in found)
+
+
+def _is_gguf(path: Path) -> bool:
+    """By its first bytes: files of other programs' stores have no names of their own."""
+    try:
+        with open(path, "rb") as f:
+            return f.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
+def expanded(path: str | Path) -> Path:
+    """With ~ as the user's home; as it is where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def parse(text: str) -> Spec:
@@ -42,8 +75,18 @@ def parse(text: str) -> Spec:
             raise SourceError(f"{text!r}: write package:name==version or add :file.gguf")
         name, version, file = match.groups()
         return Spec("package", body, name, version, file or "", sha256)
-    path = Path(text).expanduser()
-    if not path.exists():
+    path = expanded(text)
+    try:
+        is_there, is_link = path.exists(), path.is_symlink()
+    except (OSError, ValueError) as e:  # a name that is too long, or holds what no name may
+        shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+        why = e.strerror if isinstance(e, OSError) else e
+        raise SourceError(f"no such model: {shown!r} cannot be looked up ({why})") from None
+    if is_link and not is_there:
+        raise SourceError(
+            f"{text!r} is a link to {os.readlink(path)}, which is not there; fetch the model again"
+        )
+    if not is_there:
         raise SourceError(
             f"no such model: {text!r} is neither a file nor a folder; a model is a .gguf file, a "
             "safetensors folder, hf:organisation/repository or package:name==version"

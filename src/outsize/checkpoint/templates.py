@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from outsize.checkpoint.foreign import file_size
+from outsize.checkpoint.bounded import read_regular
 from outsize.checkpoint.read_json import optional_json
 from outsize.errors import CheckpointError
 
@@ -30,11 +30,7 @@ def of_folder(folder: Path, settings: Mapping[str, object]) -> dict[str, str]:
 
 
 def _read_template(path: Path) -> str:
-    if file_size(path) > MAX_TEMPLATE:
-        raise CheckpointError(
-            f"{path}: {file_size(path):,} bytes, a chat template has at most {MAX_TEMPLATE:,}; remove it"
-        )
-    return path.read_text(encoding="utf-8", errors="replace")
+    return read_regular(path, MAX_TEMPLATE).decode("utf-8", "replace")
 
 
 def _named(value: object, where: str) -> dict[str, str]:

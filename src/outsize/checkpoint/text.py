@@ -14,8 +14,9 @@ from typing import cast
 
 import numpy as np
 
-from outsize.checkpoint import templates
-from outsize.checkpoint.foreign import TokenizerSpec, file_size
+from outsize.checkpoint import templates, tokenizer_json
+from outsize.checkpoint.bounded import read_regular
+from outsize.checkpoint.foreign import TokenizerSpec
 from outsize.checkpoint.pretokenizers import default_add_bos
 from outsize.checkpoint.read_json import MAX_JSON, optional_json, parse_json
 from outsize.errors import CheckpointError
@@ -78,10 +79,8 @@ def of_folder(folder: Path, config: Mapping[str, object]) -> TokenizerSpec:
             f"{folder}: no tokenizer.json in this folder; save it with the tokenizer's "
             "save_pretrained (fast tokenizer)"
         )
-    if file_size(path) > MAX_JSON:
-        raise CheckpointError(f"{path}: {file_size(path):,} bytes, at most {MAX_JSON:,} are read")
-    raw = path.read_bytes()
-    tokenizer = parse_json(path, raw)
+    raw = read_regular(path, MAX_JSON)
+    tokenizer = parse_json(path, tokenizer_json.without_merges(raw))
     settings, generation = (
         optional_json(folder / f"{n}_config.json") for n in ("tokenizer", "generation")
     )
@@ -107,7 +106,7 @@ def of_folder(folder: Path, config: Mapping[str, object]) -> TokenizerSpec:
         if key not in settings and token is not None and token in by_id:
             names.setdefault(key, by_id[token])
     return TokenizerSpec(
-        json=raw.decode("utf-8", "replace"),
+        json=raw,
         bos=bos,
         eos=ends,
         add_bos=leading is not None
@@ -223,7 +222,8 @@ def of_gguf(head: Mapping[str, object]) -> TokenizerSpec:
     prefix = "tokenizer.ggml."
     arrays = {k.removeprefix(prefix): v for k, v in head.items() if k.startswith(prefix)}
     listed, types = arrays.get("tokens"), arrays.get("token_type")
-    sound = isinstance(listed, list) and all(isinstance(t, str) for t in listed)
+    sound = isinstance(listed, list) and len(listed) <= tokenizer_json.MAX_TOKENS
+    sound = sound and all(isinstance(t, str) for t in cast("list[object]", listed))
     tokens = cast("list[str]", listed) if sound else []  # what it is not, `tokenizer.check` says
     kinds = types.tolist() if isinstance(types, np.ndarray) else []
     added = frozenset(i for i, kind in enumerate(kinds) if kind in (2, 3, 4))

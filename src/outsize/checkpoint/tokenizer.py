@@ -20,10 +20,10 @@ from outsize.checkpoint.pretokenizers import PreTokenizer
 from outsize.errors import CheckpointError, UnsupportedError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+MARKED = (UNKNOWN, CONTROL, USER_DEFINED)  # pieces that are found in a text as it stands
 JOINED = (NORMAL, USER_DEFINED)  # pieces that merges make and join
-MAX_JOINS = (
-    1 << 28
-)  # characters to look at while pieces are cut in two: about 10 s; Gemma's need 11e6
+# While pieces are cut in two, wherever they can be: characters looked at (Gemma's need 11 million), and cuts.
+MAX_JOINS, MAX_CUTS = 1 << 25, 1 << 21
 
 
 def build(spec: TokenizerSpec) -> Tokenizer:
@@ -53,16 +53,17 @@ def check(spec: TokenizerSpec) -> None:
         _scores(spec.arrays, tokens, types)
 
 
-def from_json(text: str, config: Mapping[str, object] | None = None) -> Tokenizer:
+def from_json(text: str | bytes, config: Mapping[str, object] | None = None) -> Tokenizer:
     """The tokenizer of a tokenizer.json, which neither cuts nor pads; `config` is the
     `added_tokens_decoder` beside it. Raises CheckpointError, as where an added token would get another
     id than stated."""
     stated = tokenizer_json.added(tokenizer_json.parse(text))
     more = tokenizer_json.overrides(config or {}, stated)
     tokenizer = tokenizer_json.made(text)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.add_tokens([a.token for a in more])
+    with tokenizer_json.refusing_panics(tokenizer_json.bad):
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.add_tokens([a.token for a in more])
     tokenizer_json.compare([*stated, *more], tokenizer.token_to_id)
     return tokenizer
 
@@ -76,6 +77,11 @@ def _pieces(arrays: Mapping[str, object]) -> tuple[list[str], list[int]]:
             "'llama' (SentencePiece-style)"
         )
     tokens = [t or f"[EMPTY_{i}]" for i, t in enumerate(_strings(arrays, "tokens"))]
+    if len(tokens) > tokenizer_json.MAX_TOKENS:
+        raise CheckpointError(
+            f"'tokenizer.ggml.tokens' has {len(tokens):,} pieces, at most {tokenizer_json.MAX_TOKENS:,} "
+            "are known; is the file sound?"
+        )
     seen: dict[str, int] = {}
     for i, token in enumerate(tokens):
         if (first := seen.setdefault(token, i)) != i:
@@ -83,7 +89,11 @@ def _pieces(arrays: Mapping[str, object]) -> tuple[list[str], list[int]]:
                 f"'tokenizer.ggml.tokens' has {token[:80]!r} twice, as {first} and {i}: one of the two could "
                 "not be told from the other; convert the model again"
             )
-    return tokens, _numbers(arrays, "token_type", len(tokens))
+    types = _numbers(arrays, "token_type", len(tokens))
+    tokenizer_json.refuse_long_names(
+        t for t, kind in zip(tokens, types, strict=True) if kind in MARKED
+    )
+    return tokens, types
 
 
 def _strings(arrays: Mapping[str, object], key: str) -> list[str]:
@@ -132,11 +142,13 @@ def _byte_bpe(arrays: Mapping[str, object], tokens: list[str]) -> Tokenizer:
 
 
 def _scores(arrays: Mapping[str, object], tokens: list[str], types: list[int]) -> list[int]:
-    work = sum(len(t) ** 2 for t, kind in zip(tokens, types, strict=True) if kind in JOINED)
-    if work > MAX_JOINS:
+    sizes = [len(t) for t, kind in zip(tokens, types, strict=True) if kind in JOINED]
+    work = sum(size * size for size in sizes)
+    if work > MAX_JOINS or sum(sizes) > MAX_CUTS:
         raise CheckpointError(
             f"'tokenizer.ggml.tokens' has pieces of up to {max(map(len, tokens)):,} characters, which "
-            f"makes {work:,} ways to look at them, over the limit of {MAX_JOINS:,}; is the file sound?"
+            f"makes {work:,} characters to look at for {sum(sizes):,} cuts, over the limits of "
+            f"{MAX_JOINS:,} and {MAX_CUTS:,}; is the file sound?"
         )
     return _numbers(arrays, "scores", len(tokens))
 
@@ -164,7 +176,7 @@ def score_merges(
     tokens: Sequence[str], types: Sequence[int], scores: Sequence[float], vocab: Mapping[str, int]
 ) -> list[tuple[str, str]]:
     """Every way to join two pieces into a third, best joined piece first."""
-    pieces = {t for t, kind in zip(tokens, types, strict=True) if kind in JOINED}
+    pieces = {t: t for t, kind in zip(tokens, types, strict=True) if kind in JOINED}
     order = np.argsort(-np.asarray(scores), kind="stable").tolist()
     merges: list[tuple[str, str]] = []
     for i in order:
@@ -174,7 +186,7 @@ def score_merges(
         found = [
             (left, right)
             for cut in range(1, len(token))
-            if (left := token[:cut]) in pieces and (right := token[cut:]) in pieces
+            if (left := pieces.get(token[:cut])) and (right := pieces.get(token[cut:]))
         ]
         if len(found) > 1:
             found.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
@@ -188,7 +200,7 @@ def _add_special(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[in
     marked = [
         AddedToken(token, special=kind != USER_DEFINED, normalized=False)
         for token, kind in zip(tokens, types, strict=True)
-        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+        if kind in MARKED
     ]
     tokenizer.add_tokens(marked)
 

@@ -7,15 +7,25 @@ states: where there are holes or disorder, an id would silently be another. Such
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
 
 from tokenizers import AddedToken, Tokenizer
 
-from outsize.errors import CheckpointError, UnsupportedError
+from outsize.checkpoint.read_json import loads
+from outsize.errors import CheckpointError, OutsizeError, UnsupportedError
 
 MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")
+MAX_TOKENS = 1 << 19  # of a vocabulary; the largest of the hub have 262,208
+MAX_NAMES = 1 << 18  # characters of all added tokens; Gemma's 6,415 have 77,000
+MAX_VALUES = 4_000_000  # commas in a file; the largest of the hub have 1.3 million
+_STRING = rb'"(?:[^"\\]++|\\.)*+"'
+_MERGE = rb"(?:%b|\[\s*+%b\s*+,\s*+%b\s*+\])" % (_STRING, _STRING, _STRING)
+_MERGES = re.compile(rb'"merges"\s*+:\s*+(\[(?:\s*+%b\s*+,?+)*+\s*+\])' % _MERGE, re.DOTALL)
+Text = str | bytes
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -32,29 +42,59 @@ class Added:
         return AddedToken(self.content, **self.flags)
 
 
-def _bad(problem: str) -> CheckpointError:
+def bad(problem: str) -> CheckpointError:
     return CheckpointError(f"tokenizer.json is not usable: {problem}; fetch it again")
 
 
-def made(text: str) -> Tokenizer:
+def made(text: Text) -> Tokenizer:
     """The library's tokenizer. Raises CheckpointError."""
+    with refusing_panics(bad):
+        return Tokenizer.from_buffer(as_bytes(text))
+
+
+def as_bytes(text: Text) -> bytes:
+    return text.encode() if isinstance(text, str) else text
+
+
+@contextmanager
+def refusing_panics(error: Callable[[str], OutsizeError]) -> Iterator[None]:
+    """What the library raises, bare Exceptions and panics, as the error that `error` makes of its words."""
     try:
-        return Tokenizer.from_str(text)
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, OutsizeError):
         raise
-    except BaseException as e:  # the library raises bare Exception, and panics
-        raise _bad(str(e)[:200]) from None
+    except BaseException as e:
+        raise error(str(e)[:200]) from None
 
 
-def parse(text: str) -> dict[str, object]:
-    """Raises CheckpointError, or UnsupportedError for a model that the library does not know."""
+def refuse_long_names(names: Iterable[str]) -> None:
+    """Added tokens are looked for in every text, by a pattern of all of them. Raises CheckpointError."""
+    if (total := sum(map(len, names))) > MAX_NAMES:
+        raise CheckpointError(
+            f"the tokenizer's special tokens have {total:,} characters together, at most {MAX_NAMES:,} are "
+            "known; is the file sound?"
+        )
+
+
+def without_merges(raw: bytes) -> bytes:
+    """A tokenizer.json with an empty list of merges, which are most of it, and only the library's matter."""
+    found = _MERGES.search(raw)
+    return raw[: found.start(1)] + b"[]" + raw[found.end(1) :] if found else raw
+
+
+def parse(text: Text) -> dict[str, object]:
+    """All of it but the merges. Raises CheckpointError, or UnsupportedError for a model that the library does
+    not know."""
+    raw = as_bytes(text)
+    if (values := raw.count(b",")) > MAX_VALUES:
+        raise bad(f"{values:,} values, at most {MAX_VALUES:,} are read")
     try:
-        whole = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise _bad(str(e)[:200]) from None
+        whole = loads(without_merges(raw))
+    except ValueError as e:
+        raise bad(str(e)[:200]) from None
     model = whole.get("model") if isinstance(whole, dict) else None
     if not isinstance(model, dict):
-        raise _bad("it has no 'model'")
+        raise bad("it has no 'model'")
     kind = model.get("type", MODELS[0])
     if kind not in MODELS:
         raise UnsupportedError(
@@ -67,7 +107,7 @@ def added(whole: dict[str, object]) -> list[Added]:
     """The added tokens in the order of the file. Raises CheckpointError."""
     listed = whole.get("added_tokens") or []
     if not isinstance(listed, list):
-        raise _bad("'added_tokens' is not a list")
+        raise bad("'added_tokens' is not a list")
     return [_added(entry) for entry in listed]
 
 
@@ -77,7 +117,7 @@ def _added(entry: object) -> Added:
     flags = {k: known.get(k, k == "normalized" and not known.get("special")) for k in _FLAGS}
     sound = isinstance(id, int) and isinstance(content, str) and content
     if not sound or not all(isinstance(v, bool) for v in flags.values()):
-        raise _bad(f"added token {str(entry)[:80]} has no id, no content or no true or false")
+        raise bad(f"added token {str(entry)[:80]} has no id, no content or no true or false")
     return Added(cast(int, id), cast(str, content), cast("dict[str, bool]", flags))
 
 
@@ -88,14 +128,13 @@ def overrides(config: Mapping[str, object], stated: Sequence[Added]) -> list[Add
     more = []
     for id, entry in config.items():
         if not id.isdecimal() or len(id) > 9 or not isinstance(entry, dict):
-            raise _bad(
-                f"added token {id[:80]!r} of tokenizer_config.json is not an id with a token"
-            )
+            raise bad(f"added token {id[:80]!r} of tokenizer_config.json is not an id with a token")
         token = _added(entry | {"id": int(id)})
         if before := known.get(token.content):
             token = replace(token, id=before.id)
         if token != before:
             more.append(token)
+    refuse_long_names(a.content for a in (*stated, *more))
     return sorted(more, key=lambda a: a.id)
 
 
@@ -110,7 +149,7 @@ def compare(stated: Sequence[Added], ids: Callable[[str], int | None]) -> None:
             )
 
 
-def check(text: str, config: Mapping[str, object]) -> None:
+def check(text: Text, config: Mapping[str, object]) -> None:
     """Refuses what building from the text would refuse, but for faults inside of the vocabulary and the
     merges. Raises CheckpointError or UnsupportedError."""
     whole = parse(text)
@@ -118,7 +157,7 @@ def check(text: str, config: Mapping[str, object]) -> None:
     stated += overrides(config, stated)
     compare(stated, counted(stated, _vocab(cast("dict[str, object]", whole["model"]))).get)
     bare = {"type": "BPE", "vocab": {}, "merges": []}
-    made(json.dumps(whole | {"model": bare}))
+    made(json.dumps(whole | {"model": bare}).encode())
 
 
 def _vocab(model: dict[str, object]) -> dict[str, int]:
@@ -126,7 +165,7 @@ def _vocab(model: dict[str, object]) -> dict[str, int]:
     if isinstance(pieces, list) and all(isinstance(p, list) and len(p) == 2 for p in pieces):
         return {str(p[0]): i for i, p in enumerate(pieces)}
     if not isinstance(pieces, dict) or not all(isinstance(v, int) for v in pieces.values()):
-        raise _bad("its 'vocab' is neither pieces with ids nor pieces with scores")
+        raise bad("its 'vocab' is neither pieces with ids nor pieces with scores")
     return pieces
 
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 
 from outsize.cache.kv import KV
-from outsize.decode import exits
 from outsize.draft.pace import Pace
 from outsize.forward.full import full, is_narrow
 from outsize.forward.span import Out, Span
@@ -27,7 +26,7 @@ def drive(
         started, spans = time.perf_counter(), [span for _, _, span in waiting]
         waited, asked = model.waited_s, model.asked
         narrow = all(is_narrow(span) for span in spans)
-        with exits.work(), model.threads.narrow(narrow):
+        with model.threads.narrow(narrow):
             outs = full(model, spans, [kv for _, kv, _ in waiting])
             answered = zip(waiting, outs, strict=True)
             waiting = [(flow, kv, s) for (flow, kv, _), out in answered for s in _next(flow, out)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+from outsize.arguments import wrong
 from outsize.decode.template import Message, Messages, render
 from outsize.decode.tokens import Tokens
 from outsize.errors import OptionError, TemplateError
@@ -23,6 +24,9 @@ def encode(
     """Token ids of each prompt; a string is a text to continue where `raw` or the model is a base model.
     The names of control tokens in messages are text; in a raw prompt, unless `special`. Raises OptionError,
     TemplateError."""
+    for prompt in prompts:
+        if not isinstance(prompt, str | list | tuple):
+            raise wrong("a prompt", prompt, "a string, or a list of messages")
     texts_only = all(isinstance(p, str) for p in prompts)
     if options.raw or (not pack.chat_templates and texts_only):
         return _continued(pack, tokens, prompts, options)

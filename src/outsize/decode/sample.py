@@ -24,7 +24,7 @@ def greedy(logits_V: Tensor, tokens: Sequence[int]) -> int:
 
 def penalize(logits_V: Tensor, tokens: Sequence[int], penalty: float) -> Tensor:
     """Make recently seen tokens less likely (CTRL, arXiv 1909.05858)."""
-    ids = torch.tensor(sorted(set(tokens[-PENALTY_REACH:])), dtype=torch.long)
+    ids = torch.tensor(sorted(set(tokens[-PENALTY_REACH:])), dtype=torch.int64, device="cpu")
     seen = logits_V[ids]
     return logits_V.index_copy(0, ids, torch.where(seen > 0, seen / penalty, seen * penalty))
 
@@ -83,3 +83,12 @@ def seeded(options: Options) -> Options:
     if options.seed is not None:
         return options
     return options.with_changes({"seed": secrets.randbits(31)})
+
+
+def of_each(options: Options, count: int) -> list[Options]:
+    """Of the prompts of one call. The seed that was asked for is that of all, so that each gets the text it
+    would get alone; where none was, each has another. Raises OptionError."""
+    known = seeded(options)
+    first, step = known.seed or 0, 0 if options.seed is not None else 1
+    made = [known.for_prompt(i) for i in range(count)]
+    return [one.with_changes({"seed": first + i * step}) for i, one in enumerate(made)]

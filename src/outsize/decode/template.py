@@ -19,7 +19,9 @@ from typing import Any
 
 from outsize.errors import OptionError, TemplateError
 
-MAX_TEXT = 16 << 20
+MAX_TEXT = 8 << 20  # characters of all rendered chats
+MAX_LINE = 6 * MAX_TEXT  # of a reply, in which a character is written as up to six
+MAX_SAID = 1 << 20  # characters of what the process says at its end
 TIME_LIMIT_S = 10
 # What the process gets of the environment: the time zone, and where an interpreter's own libraries are
 # (modules of clusters, toolchains of build services).
@@ -76,13 +78,17 @@ class Worker:
     def ask(self, job: Mapping[str, object]) -> dict[str, Any]:
         """One job, one reply. Raises TemplateError."""
         with self._lock:
-            try:
-                line = self._exchanged(job)
-            except BaseException:  # interrupted: its reply must not become another's
-                self.close()
-                raise
+            line = self._alone(job)
         reply: dict[str, Any] = json.loads(line)
         return reply
+
+    def _alone(self, job: Mapping[str, object]) -> str:
+        """With the lock held."""
+        try:
+            return self._exchanged(job)
+        except BaseException:  # interrupted: its reply must not become another's
+            self.close()
+            raise
 
     def _exchanged(self, job: Mapping[str, object]) -> str:
         """The reply's line; asked once more if the process had just ended for want of work."""
@@ -90,6 +96,9 @@ class Worker:
         for is_last in (False, True):
             process = self._running()
             line, is_late = _exchange(process, text)
+            if len(line) > MAX_LINE:
+                self.close()
+                raise TemplateError(f"the chat template made more than {MAX_TEXT:,} characters")
             if line.endswith("\n"):
                 return line
             with suppress(subprocess.TimeoutExpired):
@@ -163,10 +172,10 @@ def _exchange(process: subprocess.Popen[str], job: str) -> tuple[str, bool]:
     try:
         process.stdin.write(job + "\n")
         process.stdin.flush()
-        return process.stdout.readline(), late.is_set()
+        return process.stdout.readline(MAX_LINE + 1), late.is_set()
     except OSError:
         with suppress(OSError):  # it may have said why before it read
-            return process.stdout.readline(), late.is_set()
+            return process.stdout.readline(MAX_LINE + 1), late.is_set()
         return "", late.is_set()
     finally:
         timer.cancel()
@@ -175,7 +184,8 @@ def _exchange(process: subprocess.Popen[str], job: str) -> tuple[str, bool]:
 def _last_words(process: subprocess.Popen[str]) -> str:
     with suppress(OSError, ValueError):
         process.wait(TIME_LIMIT_S)
-        lines = process.stderr.read().strip().splitlines() if process.stderr is not None else []
+        said = process.stderr.read(MAX_SAID) if process.stderr is not None else ""
+        lines = said.strip().splitlines()
         return f": {lines[-1][:300]}" if lines else ""
     return ""
 

@@ -16,6 +16,7 @@ from datetime import datetime
 from typing import Any
 
 MEMORY, IDLE_S = 1 << 30, 60
+WIDEST = 6  # characters of JSON for one of a text
 PROBE = "outsize probe"
 CALL = {"type": "function", "id": "call00000", "function": {"name": "f", "arguments": {}}}
 Job = dict[str, Any]
@@ -169,7 +170,10 @@ def main() -> None:
             return
         job = json.loads(line)
         limit_time(job["seconds"])
-        sys.stdout.write(json.dumps(answer(env, job)) + "\n")
+        reply = json.dumps(answer(env, job))
+        if len(reply) >= WIDEST * job["most"]:
+            reply = json.dumps({"error": f"it made more than {job['most']:,} characters"})
+        sys.stdout.write(reply + "\n")
         sys.stdout.flush()
 
 

@@ -12,13 +12,16 @@ The idea is that of `transformers`' sanitize_control_tokens.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # noncharacters: no text has them
 BREAK = OPEN
-LONGEST = 200  # characters of a name that shares its beginning with others
+LONGEST = (
+    200  # characters of a name that shares its beginning with others, or that a text may begin
+)
 _ESCAPED = {
     f"\\u{ord(mark):04x}": mark for mark in (OPEN, CLOSE)
 }  # as a template's tojson may write them
@@ -48,12 +51,13 @@ class Marks:
         return re.compile(f"{OPEN}([^{OPEN}{CLOSE}]+){CLOSE}|{lone}")
 
     @cached_property
-    def _begun(self) -> frozenset[str]:
-        return frozenset(name[:n] for name in self._sorted for n in range(1, len(name)))
+    def _in_order(self) -> list[str]:
+        return sorted(self._sorted)
 
-    @cached_property
-    def _longest(self) -> int:
-        return max(map(len, self._begun), default=0)
+    def _begins_one(self, text: str) -> bool:
+        """Is that the beginning of a longer name?"""
+        at = bisect_left(self._in_order, text + "\0")  # the first after it
+        return at < len(self._in_order) and self._in_order[at].startswith(text)
 
     def mark(self, value: object) -> object:
         """The same value with control tokens' names marked in its strings; in keys, but for their ends."""
@@ -78,8 +82,9 @@ class Marks:
     def _mark_end(self, text: str) -> str:
         """With a name marked that the text begins at its end, and what follows it could finish."""
         body = text.rstrip()
-        for n in range(min(self._longest, len(body)), 0, -1):
-            if body[-n:] in self._begun:
+        longest = min(LONGEST, len(self._sorted[0])) if self._sorted else 0
+        for n in range(min(longest, len(body)), 0, -1):
+            if self._begins_one(body[-n:]):
                 return body[:-n] + OPEN + body[-n:] + CLOSE + text[len(body) :]
         return text
 

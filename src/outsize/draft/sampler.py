@@ -48,7 +48,10 @@ def of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def new(width: int, generator: torch.Generator) -> dict[str, Tensor]:
     """A head that changes nothing yet: its last norm is zero."""
-    out = {name: torch.zeros(shape) for name, shape in shapes(width).items()}
+    out = {
+        name: torch.zeros(shape, dtype=torch.float32, device="cpu")
+        for name, shape in shapes(width).items()
+    }
     for name in ("first.weight", "second.weight"):
         out[name].normal_(0.0, 1 / math.sqrt(out[name].shape[1]), generator=generator)
     out["first.norm"].fill_(1.0)

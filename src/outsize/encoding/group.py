@@ -75,7 +75,9 @@ class Group:
         nibbles = (a & 15) | ((b & 15) << 4)
         if self.bits == 4:
             return {"codes": nibbles.flatten(1), "scale": scale}
-        fifth = (code_NK >> 4).view(len(code_NK), -1, 8) << torch.arange(8, dtype=torch.uint8)
+        fifth = (code_NK >> 4).view(len(code_NK), -1, 8) << torch.arange(
+            8, dtype=torch.uint8, device="cpu"
+        )
         high = fifth.sum(dim=2, dtype=torch.uint8)
         return {"codes": nibbles.flatten(1), "high": high, "scale": scale}
 
@@ -85,7 +87,7 @@ class Group:
             blocks = codes.view(len(codes), -1, 1, GROUP)
             codes = torch.cat([blocks & 15, blocks >> 4], dim=2).flatten(1)
         if self.bits == 5:
-            shifts = torch.arange(8, dtype=torch.uint8)
+            shifts = torch.arange(8, dtype=torch.uint8, device="cpu")
             codes = codes | (((fields["high"][:, :, None] >> shifts) & 1) << 4).flatten(1)
         grouped = codes.float().view(len(codes), -1, GROUP) - self.offset
         return (grouped * fields["scale"].float()[:, :, None]).flatten(1)
@@ -112,6 +114,8 @@ class Group:
     def _matrix(self, fields: Fields, start: int = 0, stop: int | None = None) -> GroupMatrix:
         """Some rows, or all, as the kernels want them."""
         rows, high = slice(start, stop), fields.get("high")
+        if start == 0 and stop is None:
+            return GroupMatrix(self.bits, fields["codes"], high, fields["scale"])
         part = None if high is None else high[rows]
         return GroupMatrix(self.bits, fields["codes"][rows], part, fields["scale"][rows])
 

@@ -33,7 +33,7 @@ _INT4_MM = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 def supported() -> bool:
     """Does torch's kernel on this machine read our layout? Elsewhere it would misread every weight, and
     without our own only the plain twin is left."""
-    codes = torch.arange(BLOCK * GROUP, dtype=torch.int32).view(BLOCK, GROUP) * 7 % 16
+    codes = torch.arange(BLOCK * GROUP, dtype=torch.int32, device="cpu").view(BLOCK, GROUP) * 7 % 16
     theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     return torch.equal(theirs.flatten(), _tile(codes.to(torch.uint8)).flatten())
 
@@ -74,9 +74,9 @@ class Int4:
         num_rows, width = code_NK.shape
         specs = self.specs(num_rows, width)
         padded = specs["scales"].shape[1]
-        codes = torch.full((padded, width), 8, dtype=torch.uint8)
+        codes = torch.full((padded, width), 8, dtype=torch.uint8, device="cpu")
         codes[:num_rows] = code_NK
-        scales = torch.zeros(padded, width // GROUP, 2)
+        scales = torch.zeros(padded, width // GROUP, 2, dtype=torch.float32, device="cpu")
         scales[:num_rows, :, 0] = step_NG
         scales[:num_rows, :, 1] = low_NG + 8 * step_NG
         return {
@@ -142,7 +142,7 @@ def _decode_KN(fields: Fields, dtype: torch.dtype) -> Tensor:
     packed, scales = fields["packed"], fields["scales"]
     signed_KBb = (packed ^ 0x88).view(torch.int8).transpose(0, 1)
     num_inputs, num_blocks, half = signed_KBb.shape
-    codes = torch.empty(num_inputs, num_blocks, BLOCK, dtype=dtype)
+    codes = torch.empty(num_inputs, num_blocks, BLOCK, dtype=dtype, device="cpu")
     codes[:, :, :half] = (signed_KBb << 4) >> 4
     codes[:, :, half:] = signed_KBb >> 4
     step, zero = scales.to(dtype).unbind(2)

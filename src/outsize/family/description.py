@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from outsize.errors import PackError
+BIASED = "clamped_swiglu"  # of experts with biases
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", BIASED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class Description:
     norm_eps: float
     attn_scale: float
     layers: tuple[Layer, ...]
-    activation: str = "silu"  # or "gelu", "gelu_tanh", "clamped_swiglu"
+    activation: str = "silu"  # one of ACTIVATIONS
     embed_scale: float = 1.0
     qkv_bias: bool = False
     o_bias: bool = False
@@ -83,26 +84,6 @@ class Description:
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
-
-
-def from_json(data: Mapping[str, object]) -> Description:
-    """The inverse of `to_json`. Raises PackError."""
-    try:
-        values = dict(data)
-        layers = tuple(_layer(item) for item in values.pop("layers"))  # type: ignore[attr-defined]
-        mixed = values.pop("mixture", None)
-        mixture = None if mixed is None else Mixture(**mixed)  # type: ignore[arg-type]
-        return Description(layers=layers, mixture=mixture, **values)  # type: ignore[arg-type]
-    except (KeyError, TypeError, AttributeError) as e:
-        raise PackError(
-            f"the pack's description is malformed ({e}); pack the model again"
-        ) from None
-
-
-def _layer(item: Mapping[str, object]) -> Layer:
-    rope = item["rope"]
-    made = Rope(float(rope["base"]), tuple(rope["divisors"]), float(rope.get("scale", 1.0)))  # type: ignore[index,attr-defined]
-    return Layer(made, item["window"])  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,13 @@ import outsize.family as package
 from outsize import resolve
 from outsize.checkpoint.foreign import Checkpoint, read_floats
 from outsize.errors import CheckpointError
+from outsize.family.bounds import fault
 from outsize.family.config import Config
 from outsize.family.description import Recipe
 from outsize.family.keys import check, check_gguf
 
 ALIASES = {"gemma3_text": "gemma3", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss"}
-NOT_FAMILIES = ("common", "config", "description", "find", "keys", "rope")
+NOT_FAMILIES = ("bounds", "common", "config", "description", "find", "keys", "rope")
 EMBEDDINGS = (
     "token_embd.weight",
     "model.embed_tokens.weight",
@@ -37,6 +38,8 @@ def recipe(checkpoint: Checkpoint) -> Recipe:
     else:
         check(name, _stated(checkpoint.config), family.DEFAULTS, family.FIXED)
     made: Recipe = family.recipe(config)
+    if problem := fault(made.description):
+        raise CheckpointError(f"config: {problem}; the file is damaged: fetch it again")
     return made
 
 

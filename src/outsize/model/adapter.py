@@ -23,6 +23,8 @@ from outsize.native.matrices import LowRankMatrix
 
 STACKS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # "{layer}.{projection}" -> A (R, K), B (N, R)
+Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]  # the same, of the factors' shapes
+MAKING = 8  # times a stack's bytes that making it takes for a moment
 
 
 def widths(d: Description) -> dict[str, tuple[int, int]]:
@@ -60,10 +62,9 @@ class Adapter:
     def __init__(
         self, name: str, d: Description, factors: Factors, scale: float, coarse: bool = False
     ) -> None:
-        """Projections may be missing. `coarse`: keep codes of eight bits instead of bf16. Raises AdapterError
-        where a shape is not the model's."""
+        """Projections may be missing. `coarse`: keep codes of eight bits instead of bf16. The caller has
+        checked the shapes (`check_shapes`)."""
         self.name = name
-        _check(name, d, factors)
         self._stacks = {
             (layer, stack): made
             for layer in range(d.num_layers)
@@ -92,19 +93,42 @@ class Adapter:
         made = torch.cat([stack.product(x) for x in ([some] if wide else some.split(1))])
         y_TN[rows] = (y_TN[rows].float() + made).to(y_TN.dtype)
 
+    @property
+    def nbytes(self) -> int:
+        """What it holds."""
+        kept = (t for s in self._stacks.values() for t in (s.a_RK, s.b_PN2, s.scale_R))
+        return sum(t.nbytes for t in kept if t is not None)
 
-def _check(name: str, d: Description, factors: Factors) -> None:
+
+def stack_bytes(d: Description, shapes: Shapes) -> list[int]:
+    """What each stack will hold in bf16, from shapes alone."""
+    known, out = widths(d), []
+    for layer in range(d.num_layers):
+        for parts in STACKS.values():
+            keys = [f"{layer}.{p}" for p in parts if f"{layer}.{p}" in shapes]
+            rank = _even(max((shapes[k][0][0] for k in keys), default=0))
+            inputs, outputs = known[parts[0]][1], sum(known[p][0] for p in parts)
+            out.append(2 * rank * (len(parts) * inputs + outputs))
+    return out
+
+
+def _even(rank: int) -> int:
+    return -(-rank // 2) * 2
+
+
+def check_shapes(name: str, d: Description, shapes: Shapes) -> None:
+    """Raises AdapterError where a shape is not the model's."""
     known = widths(d)
-    for key, (a, b) in factors.items():
+    for key, (a, b) in shapes.items():
         layer, _, part = key.partition(".")
         want = known.get(part)
         if want is None or not layer.isdigit() or int(layer) >= d.num_layers:
             raise AdapterError(
                 f"{name} changes {key}, which this model does not have; train it again"
             )
-        if (b.shape[0], a.shape[1]) != want or a.shape[0] != b.shape[1]:
+        if (b[0], a[1]) != want or a[0] != b[1]:
             raise AdapterError(
-                f"{name}: {key} has factors {tuple(b.shape)} x {tuple(a.shape)}, this model's map is "
+                f"{name}: {key} has factors {b} x {a}, this model's map is "
                 f"{want[0]} x {want[1]}; it belongs to another model"
             )
 
@@ -121,12 +145,12 @@ def _stack(
     found = {p: factors[f"{layer}.{p}"] for p in parts if f"{layer}.{p}" in factors}
     if not found:
         return None
-    rank = -(-max(a.shape[0] for a, _ in found.values()) // 2) * 2
+    rank = _even(max(a.shape[0] for a, _ in found.values()))
     known = widths(d)
     sizes = [known[p] for p in parts]
     kind = torch.float32 if coarse else torch.bfloat16
-    a_PRK = torch.zeros(len(parts), rank, sizes[0][1], dtype=kind)
-    split = [torch.zeros(rows, rank, dtype=kind) for rows, _ in sizes]
+    a_PRK = torch.zeros(len(parts), rank, sizes[0][1], dtype=kind, device="cpu")
+    split = [torch.zeros(rows, rank, dtype=kind, device="cpu") for rows, _ in sizes]
     for i, part in enumerate(parts):
         if part in found:
             a, b = found[part]

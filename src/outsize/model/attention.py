@@ -106,7 +106,8 @@ def _mask(
     positions: Sequence[int], first: int, last: int, start: int, end: int, window: int | None
 ) -> Tensor:
     """(last - first, end - start) bool: which entries each query may see."""
-    apart = torch.tensor(positions[first:last])[:, None] - torch.tensor(positions[start:end])
+    queries = torch.tensor(positions[first:last], dtype=torch.int64, device="cpu")
+    apart = queries[:, None] - torch.tensor(positions[start:end], dtype=torch.int64, device="cpu")
     return (apart >= 0) if window is None else (apart >= 0) & (apart < window)
 
 

@@ -45,7 +45,7 @@ class RMSNorm:
         width = weight.shape[-1]
         self.weight, self.eps = weight.contiguous(), eps
         self._weight = weight * math.sqrt(width)
-        self._floor = torch.tensor(math.sqrt(width * eps))
+        self._floor = torch.tensor(math.sqrt(width * eps), dtype=torch.float32, device="cpu")
         self._dtype = dtype
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -55,10 +55,10 @@ class RMSNorm:
 
 def turns(rope: Rope, head_dim: int, positions_T: Tensor) -> Tensor:
     """(T, 1, E/2) complex: how far each pair of each token's heads turns."""
-    half = torch.arange(0, head_dim, 2, dtype=torch.float32)
+    half = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
     rate = 1.0 / rope.base ** (half / head_dim)
     if rope.divisors:
-        rate = rate / torch.tensor(rope.divisors)
+        rate = rate / torch.tensor(rope.divisors, dtype=torch.float32, device="cpu")
     angle_TP = positions_T.float()[:, None] * rate
     return torch.polar(torch.full_like(angle_TP, rope.scale), angle_TP)[:, None]
 

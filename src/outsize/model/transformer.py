@@ -7,7 +7,7 @@ Shapes: T tokens, D model width, H query heads, J key heads, E numbers a head, V
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -17,67 +17,18 @@ from outsize.cache.kv import KV
 from outsize.encoding.group import Group
 from outsize.family.description import Description, Rope
 from outsize.model.adapter import Adapter
-from outsize.model.ffn.experts import Mixture, Router
-from outsize.model.halves import Runs, attention_half, ffn_half, mixture_half, vector
+from outsize.model.halves import attention_half, ffn_half, mixture_half, vector
 from outsize.model.layers import RMSNorm, turns
+from outsize.model.part import Part, link
 from outsize.model.step import Segment, Step
 from outsize.native.kernels import Kernels
 from outsize.native.threads import Threads
 from outsize.weights import budget
-from outsize.weights.load import Loaded, Source
-from outsize.weights.table import Weights
+from outsize.weights.cached import Cached
+from outsize.weights.load import Loaded, least_slots
 
 REFINED = 64
 SLACK = 4 << 20  # over what cannot be returned, before returning is tried again
-
-
-class Part:
-    """A half whose weights are held in memory, and then built once, or fetched at each use."""
-
-    def __init__(self, make: Callable[[Weights], Runs], source: Source) -> None:
-        self._make, self.source = make, source
-        self._half = None if source.pinned is None else make(source.pinned)
-        self._built: dict[int, tuple[Weights, Runs]] = {}
-
-    @property
-    def is_held(self) -> bool:
-        return self._half is not None
-
-    def __call__(self, chunks: Sequence[tuple[Tensor, Step]]) -> None:
-        """Run all chunks, in order. Changes their tensors."""
-        if self._half is not None:
-            self._half.run(chunks)
-            return
-        with self.source as weights:
-            self._in_slot(weights).run(chunks)
-
-    @property
-    def held(self) -> Runs | None:
-        """What was built once, if its weights are held."""
-        return self._half
-
-    def _in_slot(self, weights: Weights) -> Runs:
-        """The half built over a slot's views. The same record in the same slot needs no new one."""
-        found = self._built.get(id(weights))
-        if found is None:
-            found = self._built[id(weights)] = weights, self._make(weights)
-        return found[1]
-
-    def unpin(self) -> int:
-        """Fetch the weights from now on; the bytes this frees."""
-        self._half = None
-        return self.source.unpin()
-
-
-def _link(parts: Sequence[Part]) -> None:
-    """Each layer of experts may ask the next one's router, where that is in memory."""
-
-    def router(part: Part) -> Router | None:
-        return part.held.router if isinstance(part.held, Mixture) else None
-
-    for i, part in enumerate(parts):
-        if isinstance(part.held, Mixture):
-            part.held.ahead = partial(router, parts[(i + 1) % len(parts)])
 
 
 class Transformer:
@@ -106,7 +57,7 @@ class Transformer:
                 else partial(mixture_half, description, bank)
             )
             self.parts.append(Part(make, ffn))
-        _link(self.parts[1::2])
+        link(self.parts[1::2])
         norm = vector(loaded.final_norm["final_norm"])
         self._norm = RMSNorm(norm, description.norm_eps, torch.float32)
         self._ropes = description.ropes
@@ -125,16 +76,75 @@ class Transformer:
             cache.ledger.begin_pass()
 
     def shrink(self, size: int) -> int:
-        """Give up what was lent, then held layers, the last ones first, until `size` bytes are free; the
-        bytes of held ones."""
+        """Give up what was lent, and then held weights, until `size` bytes are free; the bytes of held ones.
+        The order is that in which they are least missed: an embedding of its own, slots for experts, layers
+        from the last one on, the head."""
         lent, self._lends = self._give_back(), False
         size, freed = size - lent, 0
+        for give_up in (
+            self._shrink_embed,
+            self._shrink_experts,
+            self._shrink_parts,
+            self._shrink_head,
+        ):
+            if freed < size:
+                freed += give_up(size - freed)
+        self._num_held = self._count_held()
+        if freed:
+            budget.trim()
+        return freed
+
+    def _shrink_embed(self, size: int) -> int:
+        return 0 if self._embed is self._head else self._embed.give_up(False)[0]
+
+    def _shrink_experts(self, size: int) -> int:
+        freed = 0
+        for cache, least in self._expert_caches().items():
+            freed += cache.narrow(size - freed, least)
+        for bank in self.loaded.banks:
+            bank.capacity = bank.cache.slots
+        return freed
+
+    def _shrink_parts(self, size: int) -> int:
+        freed = 0
         for part in reversed(self.parts):
             if freed >= size:
                 break
             freed += part.unpin() if part.is_held else 0
-        self._num_held = self._count_held()
         return freed
+
+    def restore(self) -> None:
+        """After a step that an exception broke off, wherever that was."""
+        self.loaded.restore()
+        self._is_lent, self._num_held = False, self._count_held()
+
+    def _shrink_head(self, size: int) -> int:
+        freed, made = self._head.give_up(True)
+        self.loaded.caches += [] if made is None else [made]
+        return freed
+
+    def _expert_caches(self) -> dict[Cached, int]:
+        """The caches of experts, each with the fewest slots that it can do with."""
+        mixture = self.description.mixture
+        used = 0 if mixture is None else mixture.used
+        return {
+            bank.cache: least_slots(bank.cache.table.header, used) for bank in self.loaded.banks
+        }
+
+    @property
+    def giveable(self) -> int:
+        """Bytes that shrinking could free."""
+        held = [part.source for part in self.parts if part.is_held]
+        out = sum(s.residency.table.header.stride for s in held)
+        whole = {
+            s.residency for s in held if not s.residency.streams
+        }  # keep a slot to stream through
+        out -= sum(cache.table.header.stride for cache in whole)
+        for cache, least in self._expert_caches().items():
+            out += max(0, cache.slots - least) * cache.table.header.stride
+        if self._embed is not self._head:
+            out += self._embed.held_bytes
+        return out + max(0, self._head.held_bytes - self._head.ring_bytes)
 
     def begin(self, is_large: bool) -> None:
         """A step begins: a long span, or a batch, needs the scratch, which is else lent to slots."""
@@ -181,7 +191,7 @@ class Transformer:
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """(T, D) fp32."""
-        rows = self._embed.rows(torch.tensor(tokens))
+        rows = self._embed.rows(torch.tensor(tokens, dtype=torch.int64, device="cpu"))
         scale = self.description.embed_scale
         return rows if scale == 1.0 else rows.mul_(scale)
 
@@ -224,7 +234,7 @@ class Transformer:
     def _project(self, x_KD: Tensor, dtype: torch.dtype) -> Tensor:
         """(K, V), block by block into one place."""
         size, at = self.description.vocab_size, 0
-        out_KV = torch.empty(len(x_KD), size, dtype=dtype)
+        out_KV = torch.empty(len(x_KD), size, dtype=dtype, device="cpu")
         for w in self._head.blocks():
             count = min(w.num_rows, size - at)
             out_KV[:, at : at + count] = w.encoding.linear(x_KD, w.fields, False)[:, :count]
@@ -234,7 +244,7 @@ class Transformer:
 
 def rotations(ropes: Sequence[Rope], head_dim: int, positions: Sequence[int]) -> dict[Rope, Tensor]:
     """How far each position turns, for each kind of rope."""
-    positions_T = torch.tensor(positions)
+    positions_T = torch.tensor(positions, dtype=torch.int64, device="cpu")
     return {rope: turns(rope, head_dim, positions_T) for rope in ropes}
 
 

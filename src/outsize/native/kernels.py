@@ -11,12 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from outsize.native.build import library
-from outsize.native.matrices import ExpertMatrices, GroupMatrix, LowRankMatrix, Place
+from outsize.native.build import built
+from outsize.native.matrices import ExpertMatrices, GroupMatrix, LowRankMatrix, Place, address
 
 CHUNK = 256
 PASS = 48  # as in numbers.h
+BF16, FP32, TURNS = torch.bfloat16, torch.float32, torch.complex64
 _P, _L, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+
+
+def _empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    """For C, whatever torch's default type and device are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 class _Attention(ctypes.Structure):
@@ -41,7 +47,7 @@ class AttentionSpec:
     ) -> None:
         self.heads, self.window = heads, window or 0
         self._kept = bias, norm, sinks
-        pointers = [t.data_ptr() if t is not None else None for t in self._kept]
+        pointers = [address(t, FP32) if t is not None else None for t in self._kept]
         self.struct = _Attention(*heads, self.window, scale, eps, *pointers)
         self.pointer = ctypes.addressof(self.struct)
 
@@ -85,9 +91,9 @@ class Kernels:
 
     def __init__(self, lib: ctypes.CDLL) -> None:
         self.library = lib
-        self._kept = torch.empty(0, dtype=torch.bfloat16)
         lib.set_threads.argtypes, lib.set_threads.restype = [ctypes.c_int], None
         self.set_threads: Callable[[int], None] = lib.set_threads  # for the process
+        self._kept = _empty(0)
         self._norm, self._residual = lib.norm_rows, lib.residual_rows
         self._gate, self._attend = lib.gate_rows, lib.attend_rows
         self._norm.argtypes = [_P, _P, _F, _P, _L, _L]
@@ -117,19 +123,18 @@ class Kernels:
     def group_linear(self, matrix: GroupMatrix, x_TK: Tensor) -> Tensor:
         """(T, N) in the type of x, bf16 or fp32."""
         rows, x_TK = len(x_TK), x_TK.contiguous()
-        out = torch.empty(rows, matrix.num_rows, dtype=x_TK.dtype)
-        scratch = torch.empty(min(rows, PASS) * matrix.width * 4, dtype=torch.uint8)
-        wide = x_TK.dtype == torch.float32
-        self._linear(
-            matrix.pointer, x_TK.data_ptr(), out.data_ptr(), rows, wide, scratch.data_ptr()
-        )
+        wide = x_TK.dtype is FP32
+        out = _empty(rows, matrix.num_rows, dtype=FP32 if wide else BF16)
+        scratch = _empty(min(rows, PASS) * matrix.width * 4, dtype=torch.uint8)
+        x = address(x_TK, out.dtype)
+        self._linear(matrix.pointer, x, out.data_ptr(), rows, wide, scratch.data_ptr())
         return out
 
     def _room(self, rows: int, width: int) -> Tensor:
         """(rows, width) bf16 of memory that is kept from call to call: taken anew each time, a few MB
         between other sizes, it left holes in the heap worth twice the scratch."""
         if len(self._kept) < rows * width:
-            self._kept = torch.empty(rows * width, dtype=torch.bfloat16)
+            self._kept = _empty(rows * width)
         return self._kept[: rows * width].view(rows, width)
 
     def group_decode(self, matrix: GroupMatrix) -> Tensor:
@@ -142,19 +147,20 @@ class Kernels:
         """(K, count) bf16 of an int4 matrix: some rows, in multiples of 64. Valid until the next call."""
         groups, rows, _ = scales.shape
         out = self._room(groups * 32, count)
-        self._tile(
-            packed.data_ptr(), scales.data_ptr(), out.data_ptr(), rows, groups * 32, first, count
-        )
+        codes, steps = address(packed, torch.uint8), address(scales, BF16)
+        self._tile(codes, steps, out.data_ptr(), rows, groups * 32, first, count)
         return out
 
     def tile_linear(self, packed: Tensor, scales: Tensor, x_TK: Tensor) -> Tensor:
-        """(T, N) bf16."""
+        """(T, N) bf16. The matrix's fields are views of a record, of the types that its encoding states."""
         groups, rows, _ = scales.shape
         count, x_TK = len(x_TK), x_TK.contiguous()
-        out = torch.empty(count, rows, dtype=torch.bfloat16)
-        scratch = torch.empty(min(count, PASS) * groups * (1 if self.multiplies_bf16 else 18))
+        out = _empty(count, rows)
+        scratch = _empty(
+            min(count, PASS) * groups * (1 if self.multiplies_bf16 else 18), dtype=FP32
+        )
         self._tiles(
-            packed.data_ptr(), scales.data_ptr(), x_TK.data_ptr(), out.data_ptr(), rows, groups * 32,
+            packed.data_ptr(), scales.data_ptr(), address(x_TK, BF16), out.data_ptr(), rows, groups * 32,
             count, scratch.data_ptr(),
         )  # fmt: skip
         return out
@@ -162,20 +168,20 @@ class Kernels:
     def norm(self, h_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """fp32 -> bf16."""
         rows, width = h_TD.shape
-        out = torch.empty(rows, width, dtype=torch.bfloat16)
-        self._norm(h_TD.data_ptr(), weight_D.data_ptr(), eps, out.data_ptr(), rows, width)
+        out = _empty(rows, width)
+        self._norm(address(h_TD, FP32), address(weight_D, FP32), eps, out.data_ptr(), rows, width)
         return out
 
     def residual(self, h_TD: Tensor, y_TD: Tensor, weight_D: Tensor | None, eps: float) -> None:
         """Changes h_TD (fp32)."""
         rows, width = h_TD.shape
-        weight = None if weight_D is None else weight_D.data_ptr()
-        self._residual(h_TD.data_ptr(), y_TD.data_ptr(), weight, eps, rows, width)
+        weight = None if weight_D is None else address(weight_D, FP32)
+        self._residual(address(h_TD, FP32), address(y_TD, BF16), weight, eps, rows, width)
 
     def gate(self, gate_up: Tensor, kind: int) -> Tensor:
         rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-        out = torch.empty(rows, width, dtype=torch.bfloat16)
-        self._gate(gate_up.data_ptr(), out.data_ptr(), rows, width, kind)
+        out = _empty(rows, width)
+        self._gate(address(gate_up, BF16), out.data_ptr(), rows, width, kind)
         return out
 
     def attend(
@@ -185,12 +191,12 @@ class Kernels:
         num_heads, num_kv, head_dim = spec.heads
         count, most = len(qkv), rows.most_parts
         task = num_heads // num_kv * (head_dim + 2)
-        scratch = torch.empty(
-            (count * num_heads * head_dim + 1) // 2 + count * num_kv * most * task
+        scratch = _empty(
+            (count * num_heads * head_dim + 1) // 2 + count * num_kv * most * task, dtype=FP32
         )
-        out = torch.empty(count, num_heads * head_dim, dtype=torch.bfloat16)
+        out = _empty(count, num_heads * head_dim)
         self._attend(
-            spec.pointer, qkv.data_ptr(), turns_TE.data_ptr(), rows.pointer, count, most,
+            spec.pointer, address(qkv, BF16), address(turns_TE, TURNS), rows.pointer, count, most,
             scratch.data_ptr(), out.data_ptr(),
         )  # fmt: skip
         return out
@@ -199,9 +205,9 @@ class Kernels:
         self, matrix: LowRankMatrix, x_TK: Tensor, y_TN: Tensor, first: int, count: int
     ) -> None:
         """Changes some rows of y. Both contiguous, bf16."""
-        scratch = torch.empty(count * matrix.inner + matrix.room, dtype=torch.bfloat16)
-        x = x_TK.data_ptr() + 2 * first * x_TK.shape[1]
-        y = y_TN.data_ptr() + 2 * first * y_TN.shape[1]
+        scratch = _empty(count * matrix.inner + matrix.room)
+        x = address(x_TK, BF16) + 2 * first * x_TK.shape[1]
+        y = address(y_TN, BF16) + 2 * first * y_TN.shape[1]
         self._lowrank(matrix.pointer, x, y, count, scratch.data_ptr())
 
     def experts(
@@ -218,16 +224,17 @@ class Kernels:
         pointers = (_P * num)(*[e.pointer for e in experts])
         counts = (_L * num)(*[len(p) for p in places])
         cells = (Place * sum(counts))(*[Place(*cell) for p in places for cell in p])
-        scratch = torch.empty(
-            most * (2 * max(width, inner) + 2 * width + 3 * inner), dtype=torch.int16
-        )
+        scratch = _empty(most * (2 * max(width, inner) + 2 * width + 3 * inner))
         self._experts(
-            pointers, counts, cells, num, x_TD.data_ptr(), out_TKD.data_ptr(), out_TKD.shape[1],
+            pointers, counts, cells, num, address(x_TD, BF16), address(out_TKD, FP32), out_TKD.shape[1],
             most, kind, scratch.data_ptr(),
         )  # fmt: skip
 
 
-def kernels(folder: Path) -> Kernels | None:
-    """The kernels, compiled into `folder` at the first call on a machine; None without a compiler."""
-    lib = library(folder)
-    return None if lib is None else Kernels(lib)
+def kernels(folder: Path, tell: Callable[[str], None] | None = None) -> Kernels | None:
+    """The kernels, compiled into `folder` at the first call on a machine; None without a compiler. `tell` is
+    told why there are none, or why they could not be kept."""
+    found = built(folder)
+    if found.note and tell is not None:
+        tell(found.note)
+    return None if found.library is None else Kernels(found.library)

@@ -6,9 +6,30 @@ import ctypes
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 _P, _L = ctypes.c_void_p, ctypes.c_long
+
+
+def address(tensor: Tensor, dtype: torch.dtype) -> int:
+    """Where C finds a tensor's numbers. Raises TypeError for one that it would misread: of another type, on
+    another device, or with gaps."""
+    if tensor.dtype is not dtype or not tensor.is_cpu or not tensor.is_contiguous():
+        raise TypeError(
+            f"a kernel wants a contiguous {dtype} on the CPU, and was handed {tensor.dtype} of shape "
+            f"{tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
+        )
+    return tensor.data_ptr()
+
+
+def _parts(
+    bits: int, codes: Tensor, high: Tensor | None, scale: Tensor
+) -> tuple[int, int | None, int]:
+    """Addresses of a matrix's fields."""
+    kind = torch.bfloat16 if bits == TILES else torch.float16
+    fifth = None if high is None else address(high, torch.uint8)
+    return address(codes, torch.uint8), fifth, address(scale, kind)
 
 
 class _Matrix(ctypes.Structure):
@@ -41,10 +62,8 @@ class NativeMatrix(NamedTuple):
     scale: Tensor
 
     def struct(self) -> _Matrix:
-        high = None if self.high is None else self.high.data_ptr()
-        return _Matrix(
-            self.bits, self.rows, self.width, self.codes.data_ptr(), high, self.scale.data_ptr()
-        )
+        parts = _parts(self.bits, self.codes, self.high, self.scale)
+        return _Matrix(self.bits, self.rows, self.width, *parts)
 
 
 class ExpertMatrices:
@@ -67,10 +86,8 @@ class GroupMatrix:
     def __init__(self, bits: int, codes: Tensor, high: Tensor | None, scale: Tensor) -> None:
         self.num_rows, groups = scale.shape
         self.width = groups * 32
-        fifth = None if high is None else high.data_ptr()
-        self.struct = _Matrix(
-            bits, self.num_rows, self.width, codes.data_ptr(), fifth, scale.data_ptr()
-        )
+        parts = _parts(bits, codes, high, scale)
+        self.struct = _Matrix(bits, self.num_rows, self.width, *parts)
         self.pointer = ctypes.addressof(self.struct)
 
 
@@ -92,8 +109,10 @@ class LowRankMatrix:
         table = (_L * parts)(*ends)
         self._kept, self.inner = (a, b, scale, table), len(a)
         self.room = 0 if scale is None else max(a.numel(), b.numel())
-        scales = None if scale is None else scale.data_ptr()
+        scales = None if scale is None else address(scale, torch.float32)
+        kind = torch.bfloat16 if scale is None else torch.int8
         self.struct = _LowRank(
-            parts, 2 * half, a.shape[1], outputs, ctypes.addressof(table), a.data_ptr(), b.data_ptr(), scales
+            parts, 2 * half, a.shape[1], outputs, ctypes.addressof(table), address(a, kind),
+            address(b, kind), scales
         )  # fmt: skip
         self.pointer = ctypes.addressof(self.struct)

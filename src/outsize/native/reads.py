@@ -29,12 +29,16 @@ class Reads:
         for function in (self._submit, self._promote, self._wait):
             function.argtypes, function.restype = [_P, _P], None
         self._cancel.argtypes, self._cancel.restype = [_P, _P], _I
+        self._under_way: dict[int, tuple[Job, object]] = {}  # by address
         self._pool = self._open(threads)
         if not self._pool:
             raise OSError("no thread can be started")
 
-    def submit(self, job: Job) -> None:
-        self._submit(self._pool, ctypes.addressof(job))
+    def submit(self, job: Job, buffer: object) -> None:
+        """Start; `buffer` is what the job reads into. Both are kept until that is over."""
+        at = ctypes.addressof(job)
+        self._under_way[at] = job, buffer
+        self._submit(self._pool, at)
 
     def promote(self, job: Job) -> None:
         """What was read ahead is now waited for."""
@@ -42,15 +46,28 @@ class Reads:
 
     def cancel(self, job: Job) -> bool:
         """True if nobody had begun it."""
-        return bool(self._cancel(self._pool, ctypes.addressof(job)))
+        at = ctypes.addressof(job)
+        if not self._cancel(self._pool, at):
+            return False
+        self._under_way.pop(at, None)
+        return True
 
     def wait(self, job: Job) -> None:
+        at = ctypes.addressof(job)
         if job.state == WAITING:
-            self._wait(self._pool, ctypes.addressof(job))
+            self._wait(self._pool, at)
+        self._under_way.pop(at, None)
+
+    def drain(self) -> None:
+        """End everything: what nobody has begun is cancelled, the rest waited for."""
+        for job, _ in list(self._under_way.values()):
+            if not self.cancel(job):
+                self.wait(job)
 
     def close(self) -> None:
         """End what is queued, then the threads."""
         self._close(self._pool)
+        self._under_way.clear()
 
 
 def checksum(library: ctypes.CDLL, data: memoryview) -> int:

@@ -7,79 +7,37 @@
 A table holds layers (a record is one layer's attention, or feed-forward), experts (a record is one expert
 of one layer) or rows (a record is a block of consecutive rows of an embedding or a head). A record's
 checksum is the CRC-32 of all of it.
+
+A header is read as a foreign file is: its types, bounds, shapes and places are checked (pack/contents.py)
+before anything relies on them.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
-import torch
-
+from outsize.checkpoint.read_json import MAX_JSON
+from outsize.checkpoint.typed_json import read_fields
 from outsize.encoding import int4
-from outsize.encoding.find import encoding
-from outsize.encoding.plain import FieldSpec
 from outsize.errors import PackError
-from outsize.family.description import Description, from_json
+from outsize.family import bounds
+from outsize.family.description import Description
+from outsize.pack import contents
 from outsize.pack.source import Source
+from outsize.pack.tables import PAGE, Matrix, TableHeader, aligned, field_bytes
+
+__all__ = ["PAGE", "Matrix", "TableHeader", "aligned", "field_bytes"]
 
 VERSION = 2
-PAGE = 4096
-ALIGN = 64
 HEADER = "pack.json"
 TOKENIZER = "tokenizer.json"
 LAYOUTS = {"int4": int4.LAYOUT}
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """One encoded matrix inside a record; a tensor is one or several, stacked along its rows."""
-
-    encoding: str
-    num_rows: int
-    width: int
-    offset: int  # of its first field, from the record's start
-
-    @property
-    def specs(self) -> dict[str, FieldSpec]:
-        return encoding(self.encoding).specs(self.num_rows, self.width)
-
-    def offsets(self) -> dict[str, int]:
-        """Where each field starts in the record."""
-        out, at = {}, self.offset
-        for name, spec in self.specs.items():
-            out[name] = at
-            at += aligned(field_bytes(spec), ALIGN)
-        return out
-
-    @property
-    def size(self) -> int:
-        return sum(aligned(field_bytes(spec), ALIGN) for spec in self.specs.values())
-
-
-@dataclass(frozen=True, slots=True)
-class TableHeader:
-    """One record file."""
-
-    name: str
-    kind: str  # "layers", "experts" or "rows"
-    keys: tuple[int, ...]  # layer numbers; layer * experts + expert; or first rows
-    stride: int
-    tensors: Mapping[str, tuple[Matrix, ...]]
-    checksums: tuple[int, ...]
-    num_rows: int = 0  # of the whole matrix, for "rows"
-
-    @property
-    def file(self) -> str:
-        return f"{self.name}.records"
-
-    @property
-    def size(self) -> int:
-        return self.stride * len(self.keys)
+MOST_HEADER = 8 << 20  # bytes; the largest known mixture's is 1 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,41 +86,68 @@ class Pack:
         return next(t for t in self.tables if t.name == name)
 
 
-def aligned(size: int, step: int) -> int:
-    return -(-size // step) * step
-
-
-def field_bytes(spec: FieldSpec) -> int:
-    return math.prod(spec.shape) * torch.empty(0, dtype=spec.dtype).element_size()
-
-
 def write_header(pack: Pack, folder: Path) -> None:
-    """Write pack.json into `folder`."""
+    """Write pack.json into `folder`. Raises PackError if it would be too long to be read."""
     body = {k: v for k, v in asdict(pack).items() if k != "path"}
     body |= {"version": VERSION, "layouts": LAYOUTS}
     text = json.dumps(body, sort_keys=True)
     whole = {"checksum": zlib.crc32(text.encode()), "pack": body}
-    (folder / HEADER).write_text(json.dumps(whole, sort_keys=True, indent=1), encoding="utf-8")
+    text = json.dumps(whole, sort_keys=True, indent=1)
+    if len(text) > MOST_HEADER:
+        raise PackError(
+            f"the pack's header would have {len(text):,} bytes, at most {MOST_HEADER:,} are read: too many "
+            "or too long chat templates; remove some from the checkpoint"
+        )
+    (folder / HEADER).write_text(text, encoding="utf-8")
 
 
 def read_header(folder: Path) -> Pack:
     """Read and check a pack.json. Raises PackError, saying how to pack again."""
+    body = _body(folder)
+    version, layouts = body.get("version"), body.get("layouts")
+    if version != VERSION:
+        raise damaged(folder, f"it has format version {str(version)[:80]}, this is {VERSION}")
+    if layouts != LAYOUTS:
+        raise damaged(folder, f"it was packed for another machine's kernels ({str(layouts)[:80]})")
+    stated = {k: v for k, v in body.items() if k not in ("version", "layouts")}
     try:
-        whole = json.loads((folder / HEADER).read_text(encoding="utf-8"))
+        pack = Pack(**_typed(stated), path=folder)
+    except ValueError as e:
+        raise damaged(folder, f"its header is malformed ({e})") from None
+    if problem := _fault(pack):
+        raise damaged(folder, problem)
+    return pack
+
+
+def _body(folder: Path) -> dict[str, Any]:
+    """What the header's checksum is of."""
+
+    def refuse(name: str) -> NoReturn:
+        raise ValueError(f"{name} is no JSON")
+
+    path = folder / HEADER
+    try:
+        raw = _beginning(path) if path.is_file() else b""
+        if len(raw) > MOST_HEADER:
+            raise damaged(folder, f"its header has over {MOST_HEADER:,} bytes")
+        whole = json.loads(raw, parse_constant=refuse)
         body = whole["pack"]
         good = zlib.crc32(json.dumps(body, sort_keys=True).encode()) == whole["checksum"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise damaged(folder, f"its header cannot be read ({type(e).__name__})") from None
-    if not good:
+    if not good or not isinstance(body, dict):
         raise damaged(folder, "its header does not match its checksum")
-    if body.get("version") != VERSION:
-        raise damaged(folder, f"it has format version {body.get('version')}, this is {VERSION}")
-    if body.get("layouts") != LAYOUTS:
-        raise damaged(folder, f"it was packed for another machine's kernels ({body['layouts']})")
-    try:
-        return _pack(folder, body)
-    except (KeyError, TypeError, ValueError) as e:
-        raise damaged(folder, f"its header is malformed ({e})") from None
+    return body
+
+
+def _beginning(path: Path) -> bytes:
+    with open(path, "rb") as f:
+        return f.read(MOST_HEADER + 1)
+
+
+def _typed(body: dict[str, Any]) -> dict[str, Any]:
+    """All fields of a pack but its place. Raises ValueError."""
+    return read_fields(Pack, body, "", but="path")
 
 
 def damaged(folder: Path, problem: str) -> PackError:
@@ -172,37 +157,35 @@ def damaged(folder: Path, problem: str) -> PackError:
     )
 
 
-def _pack(folder: Path, body: dict[str, object]) -> Pack:
-    known = {k: body[k] for k in Pack.__dataclass_fields__ if k in body}
-    source = dict(body["source"])  # type: ignore[call-overload]
-    for key in ("files", "sidecars"):
-        source[key] = tuple((str(p), int(s), int(t), int(i)) for p, s, t, i in source[key])
-    known |= {
-        "path": folder,
-        "source": Source(**source),
-        "description": from_json(body["description"]),  # type: ignore[arg-type]
-        "tables": tuple(_table(folder, t) for t in body["tables"]),  # type: ignore[attr-defined]
-        "eos": tuple(body["eos"]),  # type: ignore[arg-type]
-    }
-    return Pack(**known)  # type: ignore[arg-type]
+def _fault(pack: Pack) -> str:
+    """What is wrong with a header, beside its types, or with the files' sizes; "" if nothing is."""
+    d = pack.description
+    problem = bounds.fault(d) or contents.fault(d, pack.tables)
+    problem = problem or next((p for t in pack.tables if (p := _file_fault(pack.path, t))), "")
+    if problem:
+        return problem
+    if bad := [
+        i
+        for i in (*pack.eos, *([] if pack.bos is None else [pack.bos]))
+        if not 0 <= i < d.vocab_size
+    ]:
+        return (
+            f"token {bad[0]:,} starts or ends a text, and the embedding has {d.vocab_size:,} rows"
+        )
+    if pack.source.size < 0 or not pack.source.files:
+        return "its source is no file"
+    return "" if _is_sized(pack.path / TOKENIZER) else f"{TOKENIZER} is missing or too long"
 
 
-def _ints(value: object) -> tuple[int, ...]:
-    if not isinstance(value, list):
-        raise TypeError(f"a list is due, not {value!r}")
-    return tuple(int(v) for v in value)
+def _is_sized(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size <= MAX_JSON
 
 
-def _table(folder: Path, item: dict[str, object]) -> TableHeader:
-    tensors = {
-        name: tuple(Matrix(**m) for m in matrices)
-        for name, matrices in item["tensors"].items()  # type: ignore[attr-defined]
-    }
-    keys, sums = _ints(item["keys"]), _ints(item["checksums"])
-    table = TableHeader(**(item | {"keys": keys, "checksums": sums, "tensors": tensors}))  # type: ignore[arg-type]
-    path = folder / table.file
-    if Path(table.file).name != table.file or not path.is_file():
-        raise damaged(folder, f"{table.file} is missing")
-    if path.stat().st_size != table.size:
-        raise damaged(folder, f"{table.file} has {path.stat().st_size:,} bytes of {table.size:,}")
-    return table
+def _file_fault(folder: Path, table: TableHeader) -> str:
+    sums, path = table.checksums, folder / table.file
+    if len(sums) != len(table.keys) or not all(0 <= s < 1 << 32 for s in sums):
+        return f"table {table.name} has {len(sums):,} checksums for {len(table.keys):,} records"
+    if not path.is_file():
+        return f"{table.file} is missing"
+    size = path.stat().st_size
+    return "" if size == table.size else f"{table.file} has {size:,} bytes of {table.size:,}"

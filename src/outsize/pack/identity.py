@@ -12,8 +12,8 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from outsize.checkpoint.bounded import open_regular, read_regular
 from outsize.checkpoint.read_json import MAX_JSON
-from outsize.errors import CheckpointError
 from outsize.pack.parts import Record, TablePlan
 
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
@@ -24,7 +24,7 @@ def hash_files(files: Sequence[Path], progress: Progress) -> str:
     total = sum(p.stat().st_size for p in files)
     digest, done = hashlib.sha256(), 0
     for path in files:
-        with open(path, "rb") as f:
+        with open_regular(path) as f:
             while chunk := f.read(8 << 20):
                 digest.update(chunk)
                 done += len(chunk)
@@ -36,12 +36,7 @@ def identity(weights: str, beside: Iterable[Path]) -> str:
     """Of weights with this hash and the files beside them."""
     digest, files = hashlib.sha256(weights.encode()), list(beside)
     for path in files:
-        size = path.stat().st_size
-        if size > MAX_JSON:
-            raise CheckpointError(
-                f"{path}: {size:,} bytes, at most {MAX_JSON:,} are read; remove it"
-            )
-        content = path.read_bytes()
+        content = read_regular(path, MAX_JSON)
         digest.update(b"\n%b %d\n" % (os.fsencode(path.name), len(content)) + content)
     return digest.hexdigest() if files else weights
 

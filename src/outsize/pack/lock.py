@@ -13,12 +13,12 @@ REFUSED = errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """Hold a lock file; False if that keeps nobody out: some network mounts refuse locks, or grant each of
-    them to everyone."""
+def locked(path: Path, timeout: float = -1) -> Iterator[bool]:
+    """Hold a lock file, waiting for so many seconds, or as long as it takes. False if that keeps nobody out:
+    some network mounts refuse locks, or grant each of them to everyone. Raises filelock.Timeout."""
     with ExitStack() as held:
         try:
-            held.enter_context(filelock.FileLock(path))
+            held.enter_context(filelock.FileLock(path, timeout))
         except NotImplementedError:  # what the library makes of ENOSYS
             yield False
             return

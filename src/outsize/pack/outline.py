@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from outsize.checkpoint import tokenizer
 from outsize.checkpoint.foreign import Checkpoint
@@ -27,6 +28,10 @@ class Outline:
     drafting: int = 0  # bytes that guessing ahead takes for good
     copies: int = 0  # bytes of slots for copies of experts at fewer bits
     step_scratch: int = 0  # bytes that a step's guesses take for a moment
+    adapters: Mapping[str, int] = field(default_factory=dict)  # bytes of each, by name
+    making: int = 0  # bytes that reading an adapter takes for a moment
+    smaller: Outline | None = None  # of a draft model, which is held whole
+    has_template: bool = False  # a chat template, which a process of its own renders
 
     @property
     def size(self) -> int:
@@ -44,7 +49,10 @@ class Outline:
 
 def of_pack(pack: Pack) -> Outline:
     size = (pack.path / TOKENIZER).stat().st_size
-    return Outline(pack.path.name, pack.description, pack.tables, size, True, pack.source.sha256)
+    return Outline(
+        pack.path.name, pack.description, pack.tables, size, True, pack.source.sha256,
+        has_template=bool(pack.chat_templates),
+    )  # fmt: skip
 
 
 def of_checkpoint(checkpoint: Checkpoint, name: str, wanted: str, grouped: bool) -> Outline:
@@ -52,7 +60,10 @@ def of_checkpoint(checkpoint: Checkpoint, name: str, wanted: str, grouped: bool)
     tokenizer.check(checkpoint.tokenizer)
     found = recipe(checkpoint)
     tables = tuple(t.header for t in plan(checkpoint, found, wanted, grouped))
-    return Outline(name, found.description, tables, _tokenizer_bytes(checkpoint), False)
+    return Outline(
+        name, found.description, tables, _tokenizer_bytes(checkpoint), False,
+        has_template=bool(checkpoint.tokenizer.templates),
+    )  # fmt: skip
 
 
 def _tokenizer_bytes(checkpoint: Checkpoint) -> int:

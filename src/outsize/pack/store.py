@@ -9,7 +9,9 @@ from pathlib import Path
 
 import platformdirs
 
+from outsize.checkpoint.spec import expanded
 from outsize.errors import PackError, SourceError
+from outsize.pack import leftovers
 from outsize.pack.format import HEADER, Pack, TableHeader, read_header
 from outsize.pack.lock import locked
 from outsize.pack.source import FileStat, Source
@@ -18,12 +20,12 @@ from outsize.pack.source import FileStat, Source
 def home() -> Path:
     """OUTSIZE_HOME, else the user's cache folder."""
     chosen = os.environ.get("OUTSIZE_HOME")
-    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("outsize"))
+    return expanded(chosen) if chosen else Path(platformdirs.user_cache_dir("outsize"))
 
 
 def packs(folder: Path) -> Iterator[Pack | PackError]:
     """Every pack in a folder; those that cannot be read as the error that says why."""
-    for path in sorted(folder.glob("*")) if folder.is_dir() else []:
+    for path in _entries(folder):
         if path.name.startswith(".") or not (path / HEADER).is_file():
             continue
         try:
@@ -32,10 +34,19 @@ def packs(folder: Path) -> Iterator[Pack | PackError]:
             yield e
 
 
-def find(folder: Path, spec: str, encoding: str, is_path: bool) -> Pack | None:
+def _entries(folder: Path) -> list[Path]:
+    """None of a folder that is not there, or not for this user to read."""
+    try:
+        return [folder / name for name in sorted(os.listdir(folder))]
+    except OSError:
+        return []
+
+
+def find(folder: Path, spec: str, encoding: str, is_path: bool, sha256: str = "") -> Pack | None:
     """The pack made from this source, if its files have not changed since; of a model on the hub, the
-    newest, if its cache has no other revision."""
+    newest, if its cache has no other revision. `sha256`: of the weights, where only one will do."""
     found = [p for p in _good(folder) if (p.source.spec, p.source.encoding) == (spec, encoding)]
+    found = [p for p in found if sha256 in ("", p.source.sha256)]
     if is_path:
         return next((p for p in found if p.source.is_current()), None)
     current = [p for p in found if not p.source.is_superseded()]
@@ -61,7 +72,9 @@ def _good(folder: Path) -> Iterator[Pack]:
 
 
 def remove(folder: Path, name: str) -> int:
-    """Delete a pack by its folder's name; its bytes. Raises SourceError."""
+    """Delete a pack, or what an ended run left, by its folder's name; its bytes. Raises SourceError."""
+    if name.startswith(".") and Path(name).name == name and (folder / name).is_dir():
+        return leftovers.remove(folder, name)
     path = folder / name
     if Path(name).name != name or name.startswith(".") or not path.is_dir():
         known = ", ".join(p.name for p in folder.glob("[!.]*")) if folder.is_dir() else ""

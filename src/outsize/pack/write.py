@@ -19,19 +19,16 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from outsize.checkpoint import tokenizer as tokenizers
-from outsize.checkpoint.foreign import Checkpoint, read_codes, read_floats
-from outsize.checkpoint.ggml import Floats
-from outsize.encoding.find import encoding
-from outsize.encoding.group import Group
-from outsize.encoding.int4 import Int4
-from outsize.errors import DiskFullError, PackError, SourceError
+from outsize.checkpoint.foreign import Checkpoint, TokenizerSpec
+from outsize.errors import CheckpointError, DiskFullError, PackError, SourceError
+from outsize.family.description import Description
 from outsize.family.find import recipe as find_recipe
-from outsize.pack import store
+from outsize.pack import contents, store
+from outsize.pack.encode import encode
 from outsize.pack.folders import rename, safe, sync
 from outsize.pack.format import (
     HEADER,
@@ -44,7 +41,7 @@ from outsize.pack.format import (
 )
 from outsize.pack.identity import Progress, hash_files, identity, layout
 from outsize.pack.lock import locked
-from outsize.pack.parts import Part, Piece, Record, TablePlan
+from outsize.pack.parts import Record, TablePlan
 from outsize.pack.plan import lossy_tensors, plan
 from outsize.pack.source import Source, file_stats
 
@@ -74,6 +71,7 @@ def write(
     tokenizers.check(checkpoint.tokenizer)  # before anything is encoded
     recipe = find_recipe(checkpoint)
     tables = plan(checkpoint, recipe, how.wanted, how.grouped)
+    _check_plan(recipe.description, tables)
     lossy = lossy_tensors(tables)
     if lossy:
         warn(
@@ -88,13 +86,15 @@ def write(
         final = home / name
         if final.exists():
             with suppress(PackError):
-                return _again(read_header(final), source)
+                if _is_of(found := read_header(final), source):
+                    return _again(found, source)
             shutil.rmtree(final)
-        text = checkpoint.tokenizer
+        text, d = checkpoint.tokenizer, recipe.description
         draft = Pack(
-            path=final, source=source, description=recipe.description, tables=(), bos=text.bos,
-            eos=text.eos, add_bos=text.add_bos, tokenizer_crc=0, special_tokens=text.names,
-            chat_templates=text.templates, licence=checkpoint.licence, made_by=how.version,
+            path=final, source=source, description=d, tables=(), bos=_start(text, d.vocab_size),
+            eos=tuple(i for i in text.eos if 0 <= i < d.vocab_size), add_bos=text.add_bos, tokenizer_crc=0,
+            special_tokens=text.names, chat_templates=text.templates, licence=checkpoint.licence,
+            made_by=how.version,
         )  # fmt: skip
         twin = store.same_records(home, source)
         if twin is None:
@@ -105,6 +105,24 @@ def write(
         with suppress(SourceError):  # another process was first
             store.remove(home, twin.path.name)
     return made
+
+
+def _check_plan(d: Description, tables: Sequence[TablePlan]) -> None:
+    """What is written is held to what is read."""
+    if problem := contents.fault(d, [t.header for t in tables]):
+        raise PackError(f"this {d.family} model cannot be packed: {problem}")
+
+
+def _start(text: TokenizerSpec, rows: int) -> int | None:
+    """The token that texts begin with, if the embedding has a row for it. Raises CheckpointError."""
+    if text.bos is None or 0 <= text.bos < rows:
+        return text.bos
+    if text.add_bos:
+        raise CheckpointError(
+            f"texts begin with token {text.bos:,}, and the embedding has {rows:,} rows; the checkpoint is "
+            "damaged: fetch it again"
+        )
+    return None
 
 
 def _succeeds(new: Source, old: Source) -> bool:
@@ -120,6 +138,14 @@ def _source(
     return Source(
         how.spec, digest, sum(size for _, size, _, _ in stats), stats, how.wanted,
         file_stats(beside), identity(digest, beside), layout(tables),
+    )  # fmt: skip
+
+
+def _is_of(pack: Pack, source: Source) -> bool:
+    """Has it all that decides an answer? A name has a part of the identity only."""
+    made = pack.source
+    return (made.sha256, made.identity, made.layout, made.encoding) == (
+        source.sha256, source.identity, source.layout, source.encoding,
     )  # fmt: skip
 
 
@@ -219,7 +245,7 @@ def _write_record(f: BinaryIO, header: TableHeader, record: Record) -> int:
     buffer = bytearray(header.stride)
     for name, pieces in record.items():
         for matrix, piece in zip(header.tensors[name], pieces, strict=True):
-            _put(buffer, matrix, _encode(piece, matrix.num_rows))
+            _put(buffer, matrix, encode(piece, matrix.num_rows))
     f.write(buffer)
     return zlib.crc32(buffer)
 
@@ -228,54 +254,3 @@ def _put(buffer: bytearray, matrix: Matrix, fields: dict[str, Tensor]) -> None:
     for name, offset in matrix.offsets().items():
         raw = fields[name].contiguous().view(torch.uint8).numpy().tobytes()
         buffer[offset : offset + len(raw)] = raw
-
-
-def _encode(piece: Piece, num_rows: int) -> dict[str, Tensor]:
-    """The fields of a piece, padded to `num_rows` rows (the last block of a row table). Codes are
-    kept where the foreign type has the encoding's codes."""
-    if piece.encoding in ("int4", "group4", "group5", "group8"):
-        found = [read_codes(part.tensor, piece.encoding) for part in piece.parts]
-        codes = [c for c in found if c is not None]
-        if len(codes) == len(piece.parts):
-            code, step, low = (
-                _stack(
-                    [
-                        getattr(c, k)[p.first :: p.step]
-                        for c, p in zip(codes, piece.parts, strict=True)
-                    ],
-                    piece.parts,
-                    num_rows,
-                )
-                for k in ("code_NK", "step_NG", "low_NG")
-            )
-            if piece.encoding == "int4":
-                return Int4().from_codes(code, step, low)
-            return Group(int(piece.encoding[-1])).from_codes(code, step)
-    floats = [_shifted(p).reshape(-1, piece.width) for p in piece.parts]
-    return encoding(piece.encoding).encode(_stack(floats, piece.parts, num_rows))
-
-
-def _shifted(part: Part) -> Floats:
-    numbers = read_floats(part.tensor)
-    numbers = numbers.T if part.transposed else numbers
-    numbers = np.ascontiguousarray(numbers[part.first :: part.step])
-    return numbers + np.float32(part.shift) if part.shift else numbers
-
-
-def _stack(arrays: Sequence[object], parts: Sequence[Part], num_rows: int) -> Tensor:
-    rows = [_interleave(np.asarray(a), p.head_dim) for a, p in zip(arrays, parts, strict=True)]
-    whole = np.concatenate(rows) if len(rows) > 1 else rows[0]
-    missing = num_rows - len(whole)
-    return torch.from_numpy(np.pad(whole, ((0, missing), (0, 0))) if missing else whole.copy())
-
-
-def _interleave(rows: np.ndarray, head_dim: int) -> np.ndarray:  # type: ignore[type-arg]
-    """Heads in halves (i, i + d/2) -> adjacent pairs (2i, 2i + 1); a vector's one row likewise."""
-    if not head_dim:
-        return rows
-    vector = len(rows) == 1
-    heads = (rows.T if vector else rows).reshape(
-        -1, 2, head_dim // 2, 1 if vector else rows.shape[1]
-    )
-    mixed = heads.swapaxes(1, 2).reshape(-1, heads.shape[-1])
-    return np.ascontiguousarray(mixed.T if vector else mixed)

@@ -25,8 +25,8 @@ from outsize.model.transformer import rotations
 from outsize.native.kernels import Kernels
 from outsize.pack.format import Matrix, TableHeader
 from outsize.pack.outline import Outline
+from outsize.plan.fixed import experts
 from outsize.plan.machine import Compute, Machine
-from outsize.plan.place import experts
 from outsize.plan.placement import BY_ID, BY_ROUTER, Placement
 from outsize.plan.prior import PRIOR, HitRates
 from outsize.plan.probe import median_s
@@ -92,7 +92,10 @@ def key(o: Outline) -> str:
     """Names the shapes that computing depends on."""
     tables = [(t.name, t.stride, {k: [m.encoding for m in ms] for k, ms in t.tensors.items()})
               for t in o.tables]  # fmt: skip
-    return hashlib.sha256(json.dumps([o.description.to_json(), tables]).encode()).hexdigest()[:16]
+    text = json.dumps(
+        [o.description.to_json(), tables], sort_keys=True
+    )  # a pack just made has its own order
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def predict(
@@ -108,7 +111,7 @@ def predict(
     used = {t.name: _used(o, t) for t in o.tables if t.name in compute.step_s}
     records = sum(len(o.table(g).keys) - len(s.pinned) for g, s in place.shares.items())
     rate = machine.disk_bytes_per_s
-    step_s = sum(compute.step_s[name] * n for name, n in used.items())
+    step_s = _step_s(compute, used)
     chunk_s = sum(compute.chunk_s[name] * n for name, n in count.items() if name in compute.chunk_s)
     head_s = compute.step_s[_head(o)] * count[_head(o)]
     read_s = place.streamed / rate
@@ -129,6 +132,15 @@ def predict(
         prompt_compute_s=FRESH * chunk_s * prompt / compute.chunk_tokens + FRESH_S + head_s + waits,
         prompt_rows_s=_rows_bytes(o, place, prompt) / rate,
     )
+
+
+def step_s(o: Outline, compute: Compute) -> float:
+    """Computing one token."""
+    return _step_s(compute, {t.name: _used(o, t) for t in o.tables if t.name in compute.step_s})
+
+
+def _step_s(compute: Compute, used: Mapping[str, int]) -> float:
+    return sum(compute.step_s[name] * n for name, n in used.items())
 
 
 def _used(o: Outline, t: TableHeader) -> int:
@@ -187,7 +199,7 @@ def _half_times(
     half = (attention_half if "qkv" in made else ffn_half)(d, t.keys[0], made)
     plain = None if dtype == torch.float32 else kernels
     kv = KV(t.keys[0] + 1, d.num_kv_heads, d.head_dim, dtype)
-    h_TD = torch.randn(tokens, d.width)
+    h_TD = torch.randn(tokens, d.width, dtype=torch.float32, device="cpu")
 
     def step(positions: range, wide: bool) -> Step:
         turns = rotations(d.ropes, d.head_dim, positions)
@@ -217,10 +229,11 @@ def _expert_times(
     assert mixture is not None
     if "router" in made:
         router = Router(
-            RMSNorm(torch.ones(d.width), d.norm_eps, torch.float32),
-            torch.randn(mixture.count, d.width), mixture.used, mixture.renorm,
+            RMSNorm(torch.ones(d.width, dtype=torch.float32, device="cpu"), d.norm_eps, torch.float32),
+            torch.randn(mixture.count, d.width, dtype=torch.float32, device="cpu"),
+            mixture.used, mixture.renorm,
         )  # fmt: skip
-        x_TD = torch.randn(tokens, d.width)
+        x_TD = torch.randn(tokens, d.width, dtype=torch.float32, device="cpu")
         return (
             median_s(lambda: router(x_TD[:1], False), STEPS),
             median_s(lambda: router(x_TD, True), CHUNKS),
@@ -228,7 +241,7 @@ def _expert_times(
     ffn = Dense(Linear(made["gate_up"]), Linear(made["down"]), d.activation)
     dtype = activation_type(made["gate_up"])
     rows = max(1, tokens * mixture.used // mixture.count)
-    x_TD = torch.randn(rows, d.width).to(dtype)
+    x_TD = torch.randn(rows, d.width, dtype=torch.float32, device="cpu").to(dtype)
     native = None if dtype == torch.float32 else kernels
     one, many = Step([], {}, False, native), Step([], {}, True, None)
     return median_s(lambda: ffn(x_TD[:1], one), STEPS), median_s(lambda: ffn(x_TD, many), CHUNKS)
@@ -240,7 +253,7 @@ def _first_matrix(t: TableHeader) -> tuple[Matrix, ...]:
 
 def _head_time(o: Outline, t: TableHeader, kernels: Kernels | None) -> float:
     (weight,) = next(iter(_random(t, kernels).values()))
-    x_KD: Tensor = torch.randn(1, o.description.width)
+    x_KD: Tensor = torch.randn(1, o.description.width, dtype=torch.float32, device="cpu")
     x_KD = (
         x_KD
         if o.activation_bytes == 4 or weight.encoding.name.startswith("group")

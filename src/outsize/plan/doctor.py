@@ -19,10 +19,11 @@ from outsize.plan import machine, probe
 def examine() -> dict[str, object]:
     """Everything, measured now, and kept for `plan`: some seconds."""
     home = store.home()
-    home.mkdir(parents=True, exist_ok=True)
+    notes: list[str] = []
+    there = next(p for p in (home, *home.parents) if p.is_dir())
     memory = psutil.virtual_memory()
-    here = machine.measure(home)
-    machine.keep(here, home)
+    probe.follow_quota()
+    here = machine.measured(home)
     return {
         "processor": probe.processor(),
         "cores": probe.cores(),
@@ -30,10 +31,12 @@ def examine() -> dict[str, object]:
         "instruction_sets": probe.instruction_sets(),
         "memory_bytes": memory.total,
         "memory_free_bytes": memory.available,
+        "busy": here.busy,
+        "sittings": len(here.sittings),
         "memory_bytes_per_s": here.memory_bytes_per_s,
         "bf16_flops": here.bf16_flops,
         "fp32_flops": here.fp32_flops,
-        "disk_free_bytes": shutil.disk_usage(home).free,
+        "disk_free_bytes": shutil.disk_usage(there).free,
         "disk_bytes_per_s": round(here.disk_bytes_per_s),
         "disk": [[size, threads, round(rate)] for size, threads, rate in here.disk],
         "torch": torch.__version__,
@@ -41,7 +44,8 @@ def examine() -> dict[str, object]:
         "int4_kernel": int4.supported(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "compiler": build.compiler(),
-        "native_kernels": kernels(home / "native") is not None,
+        "native_kernels": kernels(home / "native", notes.append) is not None,
+        "native_note": notes[0] if notes else "",
         "home": str(home),
     }
 
@@ -49,14 +53,18 @@ def examine() -> dict[str, object]:
 def complaints(seen: dict[str, object]) -> list[str]:
     """What would run slowly here, why, and what helps."""
     out = []
+    if seen["busy"]:
+        out.append(
+            f"the machine was busy while it was measured ({seen['busy']}): the figures are the best of "
+            f"{seen['sittings']} sittings, and may be too low; run `outsize doctor` again when it is idle"
+        )
     if not seen["int4_kernel"] and not seen["native_kernels"]:
         out.append(
             f"torch's int4 kernel here ({seen['torch_kernels']}) reads another layout than AVX-512's: "
             "4-bit tensors are packed in 8 bits, twice the bytes; install gcc or clang"
         )
-    if not seen["native_kernels"]:
-        missing = "no C compiler was found" if seen["compiler"] is None else "compiling failed"
-        out.append(f"{missing}: decoding runs about a quarter slower; install gcc or clang")
+    if seen["native_note"]:
+        out.append(str(seen["native_note"]))
     bf16, fp32 = float(str(seen["bf16_flops"])), float(str(seen["fp32_flops"]))
     if bf16 < 1.5 * fp32:
         out.append(

@@ -9,53 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from outsize.encoding.plain import WIDE_BYTES
 from outsize.errors import BudgetError, OptionError
-from outsize.model.attention import CHUNK, score_bytes
 from outsize.pack.format import TableHeader
 from outsize.pack.outline import Outline
+from outsize.plan.fixed import FRAGMENTS, all_bytes, experts, fixed_costs, token_bytes
 from outsize.plan.lend import lend, lent_bytes
 from outsize.plan.placement import BY_ID, BY_ROUTER, DISK, MEMORY, Placement
-from outsize.plan.wake import COMPILED, COMPILED_BYTES
+from outsize.weights.addresses import bounds
 from outsize.weights.arena import HUGE, SMALL, huge_bytes
 from outsize.weights.load import Share, all_of, least_slots
-from outsize.weights.policies.echo import BYTES as ECHO_BYTES
-from outsize.weights.rows import IN_FLIGHT as ROWS_IN_FLIGHT
 
 MB = 1_000_000
 RESERVE_SHARE, RESERVE = 0.01, 20 * MB  # page cache of libraries, page tables, kernel stacks
 IN_FLIGHT, IN_FLIGHT_LEAST = 8 << 20, 4 << 20  # bytes read ahead to keep the disk busy
 SHORTEST = 1024  # tokens of context that are always planned for, if the user asked for none
 KV_SHARE = 0.1  # of the room for weights, where a context must be shortened
-FRAGMENTS = 1.8  # what an allocator holds for a byte in use, among sizes as mixed as these
 GOLDEN = 0.6180339887498949
 TOKENIZER_FACTOR = 8  # bytes in memory for a byte of tokenizer.json
 TOKENIZER_PEAK = 23  # and while it is read
-
-
-def kv_bytes(o: Outline) -> int:
-    """Of one token: its keys and values in all layers, its residual row, its rotations, its id."""
-    d = o.description
-    kv = 2 * d.num_layers * d.num_kv_heads * d.head_dim * o.activation_bytes
-    ropes = len({layer.rope for layer in d.layers})
-    routed = 0 if d.mixture is None else d.width * (o.activation_bytes + 4) + 200 * d.mixture.used
-    return kv + 4 * d.width + 4 * d.head_dim * ropes + routed + 100
-
-
-def scratch_bytes(o: Outline, context: int) -> int:
-    """The most that computing one chunk takes beyond the weights."""
-    d, a, c = o.description, o.activation_bytes, min(CHUNK, context)
-    heads = (d.num_heads + d.num_kv_heads) * d.head_dim
-    queries = d.num_heads * d.head_dim
-    rows = d.width * a + d.qkv_rows * (a + 4 * d.qkv_bias) + 4 * heads * (1 + d.qk_norm)
-    attention = c * (rows + 3 * a * queries) + score_bytes(d, context, a)
-    ffn = c * (d.width * (2 * a + 4) + 3 * d.ffn_width * a + 8 * d.ffn_width * d.mlp_bias)
-    ffn += 0 if d.mixture is None else 4 * c * (d.width + d.mixture.count)
-    block = min(WIDE_BYTES, 2 * d.ffn_width * d.width * a)
-    decoded = 2 * block + c * block // d.width  # once more as the matmul packs it; and its product
-    logits = 3 * 4 * d.vocab_size
-    most = max(attention, c * rows + decoded, ffn + decoded, logits)
-    return int(FRAGMENTS * most)
 
 
 def tokenizer_bytes(o: Outline) -> int:
@@ -65,27 +36,6 @@ def tokenizer_bytes(o: Outline) -> int:
 def opening_peak(o: Outline, runtime: int) -> int:
     """What the process takes for a moment, while the tokenizer is read."""
     return runtime + TOKENIZER_PEAK * o.tokenizer_bytes
-
-
-def fixed_costs(o: Outline, runtime: int, tokenizer: int, context: int) -> dict[str, int]:
-    rows = [t for t in o.tables if t.kind == "rows"]
-    return {
-        "runtime": runtime,
-        "tokenizer": tokenizer,
-        "compiled products": COMPILED * COMPILED_BYTES,
-        "keys and values": context * kv_bytes(o),
-        **({"drafting": o.drafting} if o.drafting else {}),
-        **({"cache policy": policy_bytes(o)} if experts(o) else {}),
-        **({"copies of experts": o.copies} if o.copies else {}),
-        "scratch": max(
-            scratch_bytes(o, context), o.step_scratch, *(ROWS_IN_FLIGHT * t.stride for t in rows)
-        ),
-    }
-
-
-def policy_bytes(o: Outline) -> int:
-    """What remembering routing takes."""
-    return sum(len(t.keys) * ECHO_BYTES for t in experts(o))
 
 
 def _rings(o: Outline, generous: bool) -> dict[str, int]:
@@ -121,9 +71,10 @@ def least_bytes(o: Outline, runtime: int, tokenizer: int, context: int) -> int:
     return max(int(need / (1 - RESERVE_SHARE)) + 1, opening_peak(o, runtime))
 
 
-def experts(o: Outline) -> list[TableHeader]:
-    """The tables of experts."""
-    return [t for t in o.tables if t.kind == "experts"]
+def giveable(o: Outline, p: Placement) -> int:
+    """Of what a plan holds of the weights, the bytes that a run could do without."""
+    needed = o.table("final-0").size + _ring_bytes(o, _rings(o, False)) + _least_experts(o)
+    return max(0, p.held - needed)
 
 
 def copy_bytes(o: Outline, copy: Outline) -> int:
@@ -138,11 +89,6 @@ def copy_bytes(o: Outline, copy: Outline) -> int:
             f"{size / MB:,.0f} MB; copies must be of the same model and smaller: name another encoding"
         )
     return sum(huge_bytes(least_slots(t, mixture.used) * t.stride) for t in experts(copy))
-
-
-def _all_bytes(o: Outline) -> int:
-    """All weights in memory; experts' slots are in huge pages."""
-    return o.size + sum(huge_bytes(t.size) - t.size for t in experts(o))
 
 
 def _least_slots(o: Outline, t: TableHeader) -> int:
@@ -216,14 +162,14 @@ def _choose_context(o: Outline, budget: int, runtime: int, tokenizer: int) -> in
     longest = context = o.description.context
     room = budget - _reserve(budget)
     while context > 2 * SHORTEST:
-        if room >= sum(fixed_costs(o, runtime, tokenizer, context).values()) + _all_bytes(o):
+        if room >= sum(fixed_costs(o, runtime, tokenizer, context).values()) + all_bytes(o):
             return context
         context //= 2
     base = sum(fixed_costs(o, runtime, tokenizer, SHORTEST).values())
     context = SHORTEST
     while (
         context < longest
-        and 2 * context * kv_bytes(o) <= KV_SHARE * (room - base)
+        and 2 * context * token_bytes(o) <= KV_SHARE * (room - base)
         and 2 * context <= longest
     ):
         context *= 2
@@ -245,11 +191,11 @@ def place(
     least = least_bytes(o, runtime, tokenizer, chosen)
     if budget < least and not force:
         raise BudgetError(_too_little(o, fixed, least, budget, chosen))
-    whole = sum(fixed.values()) + _all_bytes(o) + RESERVE
+    whole = sum(fixed.values()) + all_bytes(o) + RESERVE
     fixed["reserve"] = _reserve(min(budget, whole))
     room = budget - sum(fixed.values()) - o.table("final-0").size
-    if room >= _all_bytes(o):
-        shares, spare = {t.name: all_of(t) for t in o.tables}, room - _all_bytes(o)
+    if room >= all_bytes(o):
+        shares, spare = {t.name: all_of(t) for t in o.tables}, room - all_bytes(o)
     else:
         idle = lent_bytes(o, fixed["scratch"], FRAGMENTS)
         shares, spare = lend(o, _stream(o, room), idle), 0
@@ -262,7 +208,7 @@ def place(
     if budget < least:
         notes.append(f"forced: {least / MB:,.0f} MB are needed, {budget / MB:,.0f} MB were given")
     groups = tuple(g for t in o.tables for g in _tiers(o, t, shares[t.name]))
-    kv_tokens = chosen + spare // kv_bytes(o)
+    kv_tokens = chosen + spare // token_bytes(o)
     opening = opening_peak(o, runtime)
     return Placement(budget, chosen, least, fixed, shares, groups, kv_tokens, tuple(notes), opening)
 
@@ -296,4 +242,5 @@ def _too_little(o: Outline, fixed: Mapping[str, int], least: int, budget: int, c
     return (
         f"{o.name} needs at least {-(-least // MB):,} MB for {context:,} tokens of context "
         f"({table} MB); got {budget / MB:,.0f} MB: give more --memory, a shorter --context, or --force"
+        f"{bounds()}"
     )

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from outsize.weights.load import Share
 
+ADAPTER = "adapter "  # and its name: a row of the plan
+TEMPLATE = "template process"  # what the process that renders chat templates takes
 TIDY_SHARE = 0.4  # of the scratch: so much below the plan, free memory is returned to the system
 MEMORY, DISK, BY_ID, BY_ROUTER = "memory", "disk", "disk, rows by id", "disk, by router"  # tiers
 
@@ -47,8 +49,14 @@ class Placement:
 
     @property
     def process(self) -> int:
-        """Of `planned`, what the process itself has: all but the reserve for the system's share."""
-        return self.planned - self.fixed["reserve"]
+        """Of `planned`, what the process itself has: all but the reserve for the system's share, and the
+        process that renders chat templates."""
+        return self.planned - self.fixed["reserve"] - self.fixed.get(TEMPLATE, 0)
+
+    @property
+    def later(self) -> int:
+        """What is planned and taken only while answering."""
+        return self.fixed["keys and values"] + self.fixed["scratch"]
 
     @property
     def ceiling(self) -> int:

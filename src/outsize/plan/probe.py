@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import statistics
@@ -14,10 +15,13 @@ from pathlib import Path
 import psutil
 import torch
 
+from outsize.plan.load import Watch
 from outsize.weights.arena import Arena
+from outsize.weights.groups import quota
 from outsize.weights.medium import File
 
 DISK_BYTES = 256 << 20
+LEAST_REPEATS, PATIENCE_S = 7, 0.6  # of one measurement
 
 
 def processor() -> str:
@@ -46,11 +50,24 @@ def instruction_sets() -> list[str]:
     return [name for name in wanted if name in flags]
 
 
+def allowed() -> int:
+    """Processors that this process may use: by its affinity, and by the quota of its control groups, to the
+    nearest. More threads than that would stand still together until the next period begins."""
+    count = getattr(os, "sched_getaffinity", None)
+    by_mask = len(count(0)) if count is not None else os.cpu_count() or 1
+    share = quota()
+    return by_mask if share is None else max(1, min(by_mask, round(share)))
+
+
 def cores() -> int:
     """Processor cores this process may use."""
-    count = getattr(os, "sched_getaffinity", None)
-    allowed = len(count(0)) if count is not None else os.cpu_count() or 1
-    return min(allowed, psutil.cpu_count(logical=False) or allowed)
+    return min(allowed(), psutil.cpu_count(logical=False) or allowed())
+
+
+def follow_quota() -> None:
+    """No more threads than that, unless the environment names a number."""
+    if not os.environ.get("OMP_NUM_THREADS") and torch.get_num_threads() > allowed():
+        torch.set_num_threads(allowed())
 
 
 def median_s(work: Callable[[], object], repeats: int = 7) -> float:
@@ -64,16 +81,34 @@ def median_s(work: Callable[[], object], repeats: int = 7) -> float:
     return statistics.median(times)
 
 
-def memory_bandwidth() -> float:
-    """Bytes a second that all threads together read."""
-    data = torch.ones(32 << 20, dtype=torch.int64)
-    return data.nbytes / median_s(data.sum)
+def best_s(work: Callable[[], object], watch: Watch | None = None) -> float:
+    """Seconds of a short piece of work, undisturbed: the best of many, since whatever else runs takes a few
+    milliseconds at a time. `watch` is told how far they lie apart."""
+    times, until = list[float](), time.perf_counter() + PATIENCE_S
+    work()
+    while len(times) < LEAST_REPEATS or time.perf_counter() < until:
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    if watch is not None:
+        watch.compare(min(times), statistics.median(times))
+    return min(times)
 
 
-def matmul_speed(dtype: torch.dtype = torch.bfloat16, rows: int = 512) -> float:
+def memory_bandwidth(watch: Watch | None = None) -> float:
+    """Bytes a second that all threads together read, from memory and not from caches."""
+    pieces = torch.ones(8, 4 << 20, dtype=torch.int64, device="cpu")
+    at = itertools.cycle(pieces)
+    return pieces[0].nbytes / best_s(lambda: next(at).sum(), watch)
+
+
+def matmul_speed(
+    dtype: torch.dtype, watch: Watch | None = None, rows: int = 512, width: int = 2048
+) -> float:
     """Operations a second of a large matrix product."""
-    x, w = torch.randn(rows, 4096).to(dtype), torch.randn(4096, 4096).to(dtype)
-    return 2 * rows * 4096 * 4096 / median_s(lambda: torch.nn.functional.linear(x, w), 3)
+    made = (torch.randn(n, width, dtype=torch.float32, device="cpu") for n in (rows, width))
+    x, w = (m.to(dtype) for m in made)
+    return 2 * rows * width * width / best_s(lambda: torch.nn.functional.linear(x, w), watch)
 
 
 def disk_curve(

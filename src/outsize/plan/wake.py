@@ -19,7 +19,7 @@ from outsize.model.halves import Half, attention_half, ffn_half
 from outsize.model.step import Segment, Step
 from outsize.model.transformer import rotations
 from outsize.native.kernels import Kernels
-from outsize.weights.budget import resident
+from outsize.weights.budget import promised, resident, settle
 from outsize.weights.table import Weight, Weights
 
 TOKENS, WIDTH, HEAD = 64, 256, 64
@@ -30,9 +30,11 @@ CACHES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"
 
 
 def runtime_bytes(kernels: Kernels | None = None) -> int:
-    """What this process takes, measured after everything that computes has run once."""
+    """What this process takes, measured after everything that computes has run once; with what models that
+    are open in it have yet to take."""
     wake(kernels)
-    return resident()
+    settle()
+    return resident() + promised()
 
 
 @torch.inference_mode()
@@ -46,7 +48,7 @@ def wake(kernels: Kernels | None) -> None:
         weights = _weights(d, name, kernels)
         plain = name == "fp32"
         kv = KV(1, d.num_kv_heads, d.head_dim, torch.float32 if plain else torch.bfloat16)
-        h_TD = torch.ones(TOKENS, WIDTH)
+        h_TD = torch.ones(TOKENS, WIDTH, dtype=torch.float32, device="cpu")
         for half in (attention_half(d, 0, weights), ffn_half(d, 0, weights)):
             _run(d, half, kv, h_TD, None if plain else kernels)
 
@@ -67,11 +69,12 @@ def _weights(d: Description, name: str, kernels: Kernels | None) -> Weights:
         "qkv": (d.qkv_rows, d.width), "o": (d.width, heads),
         "gate_up": (2 * d.ffn_width, d.width), "down": (d.width, d.ffn_width),
     }  # fmt: skip
-    made: Weights = {k: (_weight(name, torch.ones(shape), kernels),) for k, shape in shapes.items()}
-    norm = (_weight("fp32", torch.ones(1, d.width), None),)
+    made: Weights = {k: (_weight(name, shape, kernels),) for k, shape in shapes.items()}
+    norm = (_weight("fp32", (1, d.width), None),)
     return made | {"attn_norm": norm, "ffn_norm": norm}
 
 
-def _weight(name: str, w_NK: Tensor, kernels: Kernels | None) -> Weight:
+def _weight(name: str, shape: tuple[int, int], kernels: Kernels | None) -> Weight:
+    w_NK = torch.ones(shape, dtype=torch.float32, device="cpu")
     e = encoding(name, kernels)
     return Weight(e, e.encode(w_NK), len(w_NK))

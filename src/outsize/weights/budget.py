@@ -5,23 +5,32 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
+import numbers
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import psutil
 
 from outsize.errors import OptionError
 from outsize.options import parse_size
+from outsize.weights import addresses, groups
 
 AUTO_SHARE, AUTO_MOST = 0.1, 1 << 30  # what `auto` leaves free: a tenth, at most 1 GiB
 PRESSURE_SHARE = 0.01  # less than this of the machine free: the cache shrinks
 WATCH_S = 0.25
-_GROUPS = Path("/sys/fs/cgroup")
-_UNLIMITED = 1 << 60
-_V1 = "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")
-_V2 = "memory.max", "memory.current", ("inactive_file", "active_file")
+# By version: the limits (past "high" a group is slowed down until it stands), the use, its page cache.
+_NAMES = {
+    1: (
+        ("memory.limit_in_bytes",),
+        "memory.usage_in_bytes",
+        ("total_inactive_file", "total_active_file"),
+    ),
+    2: (("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file")),
+}
 
 
 def resident() -> int:
@@ -46,29 +55,24 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _groups() -> Iterator[tuple[Path, tuple[str, str, tuple[str, str]]]]:
-    """This process's memory control groups, innermost first."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, kinds, path = line.split(":", 2)
-        if kinds not in ("", "memory"):
-            continue
-        root, names = (_GROUPS / "memory", _V1) if kinds else (_GROUPS, _V2)
-        here = root / path.lstrip("/")
-        while here != root.parent:
-            yield here, names
-            here = here.parent
+_later: WeakKeyDictionary[object, int] = WeakKeyDictionary()
 
 
-def _number(path: Path) -> int | None:
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
-    return _UNLIMITED if text == "max" else int(text)
+def promise(owner: object, size: int) -> None:
+    """An open model will take `size` bytes more while it answers: others leave them to it. 0 ends that."""
+    _later[owner] = size
+
+
+def settle() -> None:
+    """Return what models that were closed have left: objects that only a collection finds, and holes."""
+    if _later:
+        gc.collect()
+    trim()
+
+
+def promised() -> int:
+    """Bytes that open models have not taken yet."""
+    return sum(_later.values())
 
 
 def _cached(group: Path, keys: tuple[str, str]) -> int:
@@ -84,9 +88,11 @@ def limits() -> Iterator[tuple[int, int]]:
     """(limit, bytes free) of the machine and of each control group that has a limit."""
     memory = psutil.virtual_memory()
     yield memory.total, memory.available
-    for group, (limit_name, usage_name, cache_keys) in _groups():
-        limit, usage = _number(group / limit_name), _number(group / usage_name)
-        if limit is not None and usage is not None and limit < memory.total:
+    for group, version in groups.groups("memory"):
+        names, usage_name, cache_keys = _NAMES[version]
+        found = [n for name in names if (n := groups.number(group / name)) is not None]
+        limit, usage = min(found, default=groups.UNLIMITED), groups.number(group / usage_name)
+        if usage is not None and limit < memory.total:
             yield limit, limit - usage + _cached(group, cache_keys)
 
 
@@ -97,7 +103,7 @@ def total() -> int:
 
 def free() -> int:
     """What this process could have now, with what it already has."""
-    return min(left for _, left in limits()) + resident()
+    return min(min(left for _, left in limits()) + resident(), addresses.mappable(resident()))
 
 
 def shortage() -> int:
@@ -107,9 +113,13 @@ def shortage() -> int:
 
 def parse(text: str | int) -> int:
     """Bytes from '4GB', '900MB', '75%' (of the machine or the control group) or 'auto' (what is free,
-    less a tenth, at most 1 GiB). Raises OptionError."""
-    if isinstance(text, int) and not isinstance(text, bool):
-        return _positive(text, text)
+    less a tenth, at most 1 GiB); no more than this process may map. Raises OptionError."""
+    return max(1, min(_parse(text), addresses.mappable(resident())))
+
+
+def _parse(text: str | int) -> int:
+    if isinstance(text, numbers.Integral) and not isinstance(text, bool):
+        return _positive(int(text), text)
     text = str(text).strip().lower()
     if text == "auto":
         now = free()
@@ -122,7 +132,7 @@ def parse(text: str | int) -> int:
         if not 0 < share <= 100:
             raise OptionError(f"memory is {text!r}; a percentage from 1% to 100% is expected")
         return int(total() * share / 100)
-    return _positive(parse_size(text), text)
+    return _positive(parse_size(text, "memory"), text)
 
 
 def _positive(size: int, text: object) -> int:

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+from outsize.weights.cached import Cached
 from outsize.weights.misses import Missing, count, fetch
 from outsize.weights.prefetcher import Prefetcher, Seen, most_ahead
-from outsize.weights.residency import Cached
 from outsize.weights.table import Weights
 from outsize.weights.trace import Scored
 
@@ -47,7 +47,7 @@ class Bank:
 
     cache: Cached
     activation_type: torch.dtype
-    capacity: int
+    capacity: int  # slots, of all layers together
     layer: int
     number: int
     count: int
@@ -103,7 +103,8 @@ class Bank:
         if not self.handling.favour:
             return None
         base, there = self.number * self.count, self.cache.ledger.slot_of
-        return torch.tensor([self.handling.favour * (base + e in there) for e in range(self.count)])
+        favours = [self.handling.favour * (base + e in there) for e in range(self.count)]
+        return torch.tensor(favours, dtype=torch.float32, device="cpu")
 
     def handled(
         self, rows: list[list[int]], weights: list[list[float]]

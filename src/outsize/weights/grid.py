@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import product
 from multiprocessing import get_context
 
-from outsize.errors import TraceError
+from outsize.errors import OptionError, TraceError
 from outsize.weights import misses, prefetcher
 from outsize.weights.policy import Hints, make
 from outsize.weights.replay import Link, Outcome, Replay
@@ -55,9 +55,11 @@ def cells(
 
 
 def check(setting: Setting, cells: Sequence[Cell]) -> None:
-    """Raises TraceError if a capacity cannot hold what one token needs."""
+    """Raises TraceError if a capacity cannot hold what one token needs, or a trace tells not what a
+    prefetcher reads; OptionError for prefetching where each layer is by itself."""
     for cell in cells:
         trace = setting.traces[cell.trace]
+        _check_prefetch(trace, cell)
         pools = trace.layers if cell.per_layer else 1
         if int(cell.capacity * trace.size / pools) < trace.used:
             raise TraceError(
@@ -65,6 +67,19 @@ def check(setting: Setting, cells: Sequence[Cell]) -> None:
                 f"{int(cell.capacity * trace.size / pools)} slots, fewer than the {trace.used} experts that "
                 f"a token needs in a layer; give at least {trace.used * pools / trace.size:.2%}"
             )
+
+
+def _check_prefetch(trace: Trace, cell: Cell) -> None:
+    if prefetcher.reads_early(cell.prefetch) and not any(e.early for e in trace.events):
+        raise TraceError(
+            f"prefetch {cell.prefetch!r} reads what each gate says one layer early, and {trace.name} does "
+            "not tell that: it would be the same as none; record a trace with `outsize trace`"
+        )
+    if cell.per_layer and cell.prefetch != "none":
+        raise OptionError(
+            f"prefetch {cell.prefetch!r} reads ahead from layer to layer, and with --per-layer each is "
+            "replayed by itself; use --global, or leave it out"
+        )
 
 
 def run(

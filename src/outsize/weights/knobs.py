@@ -13,6 +13,7 @@ from outsize.weights.policy import Hints, Policy, make
 
 DEFAULT = "echo"
 REPLAYED = ("belady", "pin_and_ring")  # policies that a live run cannot have
+PROFILED = "static"  # needs a profile of use, which only a replay has
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,11 @@ def parse(text: str) -> Experts:
     if made.eviction in REPLAYED:
         raise OptionError(
             f"experts {text!r}: {made.eviction} needs to know the future; use it in a replay"
+        )
+    if made.eviction == PROFILED:
+        raise OptionError(
+            f"experts {text!r}: static keeps the most used of a profile, and a run has none; use it "
+            "in a replay"
         )
     if made.prefetch.startswith("oracle"):
         raise OptionError(f"experts {text!r}: oracle needs to know the future; use it in a replay")

@@ -7,7 +7,7 @@ way), `cold` (never there before), `collision` (evicted in this very pass), `cap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from outsize.errors import CapacityError
 from outsize.weights.policy import Placed, Policy
@@ -33,6 +33,11 @@ class Ledger:
     def begin_pass(self) -> None:
         self._pass += 1
         self.policy.begin_pass()
+
+    def adopt(self, slots: Mapping[int, int]) -> None:
+        """These ids are in these slots; nothing else is known."""
+        self.policy.adopt(slots)
+        self.slot_of, self.id_in = dict(slots), {slot: id for id, slot in slots.items()}
 
     def load(self, ids: Sequence[int]) -> Placed:
         """Place ids before anything is asked for: none counts."""

@@ -6,17 +6,18 @@ import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from outsize.native.kernels import Kernels
 from outsize.pack.format import Matrix, Pack, TableHeader
+from outsize.weights.cached import Cached, Tick
 from outsize.weights.experts import Bank, Copies
 from outsize.weights.knobs import Experts
 from outsize.weights.policies.pin_and_ring import PinAndRing
 from outsize.weights.policy import Hints, make
 from outsize.weights.reader import Reader
-from outsize.weights.residency import Cached, Tick
 from outsize.weights.rows import RowTable, join
 from outsize.weights.table import Table, Weight, Weights
 from outsize.weights.traffic import Traffic
@@ -85,17 +86,23 @@ class Loaded:
     traffic: Traffic
     expert_traffic: Traffic
 
-    def close(self) -> None:
-        """End the threads and give back the files."""
-        self.reader.close()
+    def restore(self) -> None:
+        """After a call that an exception broke off, wherever that was: what is held stays, and of the rest
+        only what is surely there is known."""
+        self.reader.restart()
         for cache in self.caches:
-            cache.drain()
+            cache.restore()
+
+    def close(self) -> None:
+        """End the threads and give back the files. Nothing is being read once the reader is closed, so that
+        buffers may go."""
+        self.reader.close()
         for table in self.tables:
             table.close()
 
     def close_with(self, owner: object) -> Callable[[], None]:
-        """Close when nothing refers to `owner` any more, or when what this returns is called. Not at exit,
-        where other threads may still compute, and not in a fork, which has none of the threads to end."""
+        """Close when nothing refers to `owner` any more, or when what this returns is called. Not at
+        the exit, where other threads may still compute, nor in a fork, which has no threads to end."""
         end = weakref.finalize(owner, _close_in, os.getpid(), self.close)
         end.atexit = False
         return end
@@ -132,10 +139,10 @@ class _Loading:
 
     def cached(self, table: Table, share: Share) -> Cached:
         capacity = len(share.pinned) + share.ring
-        policy = PinAndRing(capacity, share.pinned)
+        anew = partial(PinAndRing, capacity, share.pinned)
         scan = sorted(set(range(len(table))) - set(share.pinned)) if share.ring else []
         made = Cached(
-            table, self.reader, self.kernels, capacity, policy, scan, share.ring, share.lent
+            table, self.reader, self.kernels, capacity, anew(), scan, share.ring, share.lent, anew
         )
         self.caches.append(made)
         return made
@@ -150,9 +157,10 @@ class _Loading:
         """The layers of a table of experts. If all have slots, all are read now."""
         table, capacity = self.open(header), max(1, share.ring)
         hints = Hints(per_layer=count, layers=len(table) // count, ranked=self.experts.ranked)
+        anew = partial(self.experts.policy, capacity, hints)
         cache = Cached(
-            table, self.reader, self.kernels, capacity, self.experts.policy(capacity, hints),
-            depth=0 if capacity == len(table) else None,
+            table, self.reader, self.kernels, capacity, anew(),
+            depth=0 if capacity == len(table) else None, anew=anew,
         )  # fmt: skip
         self.caches.append(cache)
         if capacity == len(table):
@@ -171,7 +179,8 @@ class _Loading:
             table = Table(pack.path, header, self.traffic, self.verify)
             self.tables.append(table)
             slots = least_slots(header, mixture.used)
-            cache = Cached(table, self.reader, self.kernels, slots, make("lru", slots, Hints()))
+            anew = partial(make, "lru", slots, Hints())
+            cache = Cached(table, self.reader, self.kernels, slots, anew(), anew=anew)
             self.caches.append(cache)
             for at in range(0, len(header.keys), mixture.count):
                 out[header.keys[at] // mixture.count] = Copies(cache, at)
@@ -184,8 +193,8 @@ class _Loading:
         cache = None
         if share.ring:
             rest = range(count, len(table))
-            policy = PinAndRing(share.ring, ())
-            cache = Cached(table, self.reader, self.kernels, share.ring, policy, rest)
+            anew = partial(PinAndRing, share.ring, ())
+            cache = Cached(table, self.reader, self.kernels, share.ring, anew(), rest, anew=anew)
             self.caches.append(cache)
         return RowTable(table, self.reader, self.kernels, joined, cache)
 

@@ -3,12 +3,15 @@ elsewhere plain reads whose pages are given back at once."""
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
 from typing import Protocol
 
 PAGE = 4096
+# What file systems say that take O_DIRECT at opening, and refuse it at reading (FUSE, network mounts).
+REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
 
 class Medium(Protocol):
@@ -20,6 +23,11 @@ class Medium(Protocol):
 
     def stamp(self) -> tuple[int, int]:
         """(bytes, mtime in ns): changes when the file is written to."""
+        ...
+
+    @property
+    def is_direct(self) -> bool:
+        """Do reads bypass the page cache?"""
         ...
 
     def handle(self) -> int | None:
@@ -37,7 +45,17 @@ class File:
         self._handle, self.is_direct = _open(path)
 
     def read(self, out: memoryview, offset: int) -> int:
-        got = os.preadv(self._handle, [out], offset)
+        try:
+            got = os.preadv(self._handle, [out], offset)
+        except OSError as e:
+            if (
+                not self.is_direct
+                or e.errno not in REFUSALS
+                or not _read_through_cache(self._handle)
+            ):
+                raise
+            self.is_direct = False
+            got = os.preadv(self._handle, [out], offset)
         if not self.is_direct and sys.platform == "linux":
             os.posix_fadvise(self._handle, offset, got, os.POSIX_FADV_DONTNEED)
         return got
@@ -50,7 +68,20 @@ class File:
         return stat.st_size, stat.st_mtime_ns
 
     def close(self) -> None:
-        os.close(self._handle)
+        handle, self._handle = self._handle, -1
+        if handle >= 0:
+            os.close(handle)
+
+
+def _read_through_cache(handle: int) -> bool:
+    """Make an open file read through the page cache from now on, for all threads; False where that is no
+    question. The handle stays, since threads of C may be reading from it."""
+    if sys.platform != "linux":
+        return False
+    import fcntl
+
+    fcntl.fcntl(handle, fcntl.F_SETFL, fcntl.fcntl(handle, fcntl.F_GETFL) & ~os.O_DIRECT)
+    return True
 
 
 def _open(path: Path) -> tuple[int, bool]:

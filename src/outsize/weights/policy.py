@@ -8,7 +8,7 @@ Law: slots distinct; an id asked for now is never evicted now; hits never above 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -48,6 +48,15 @@ class Policy(Protocol):
         CapacityError, changing nothing."""
         ...
 
+    def adopt(self, slots: Mapping[int, int]) -> None:
+        """A new policy takes over: these ids are in these slots."""
+        ...
+
+    def give_up(self, least: int) -> tuple[int, int | None] | None:
+        """Use a slot no longer, and which: one that is empty, or else of the least worth; with the id that
+        was in it. None where no more than `least` are left."""
+        ...
+
     def begin_pass(self) -> None:
         """The layers are visited from the first one on again."""
         ...
@@ -73,6 +82,22 @@ class Slots(ABC):
     @property
     def room(self) -> int:
         return self._capacity
+
+    def adopt(self, slots: Mapping[int, int]) -> None:
+        taken = set(slots.values())
+        self._free = [slot for slot in self._free if slot not in taken]
+        for id, slot in slots.items():
+            self.slot_of[id] = slot
+            self.used(id, False)
+
+    def give_up(self, least: int) -> tuple[int, int | None] | None:
+        if self._capacity <= least:
+            return None
+        self._capacity -= 1
+        if self._free:
+            return self._free.pop(), None
+        id = self.victim(())
+        return self.slot_of.pop(id), id
 
     def begin_pass(self) -> None:  # noqa: B027  most do not care
         """A new pass over the layers."""

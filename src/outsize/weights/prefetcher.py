@@ -1,5 +1,6 @@
 """What to read ahead: the protocol. A prefetcher is a file in `prefetch/`: the file name is its name, its
-function `prefetcher(amount, experts)` makes one. It knows integers and the gate's scores only.
+function `prefetcher(amount, experts)` makes one,
+`EARLY` says whether it reads the early gate. It knows integers and the gate's scores only.
 
 Law: whatever it says, the answer is the same.
 """
@@ -41,17 +42,25 @@ def most_ahead(capacity: int) -> int:
     return max(AHEAD_LEAST, int(AHEAD_SHARE * capacity))
 
 
+def reads_early(spec: str) -> bool:
+    """Does it go by the scores of a layer's gate asked one layer early? Raises UnsupportedError."""
+    name = spec.partition(":")[0]
+    return bool(resolve.module(prefetch, name, "prefetcher", resolve.names(prefetch)).EARLY)
+
+
 def make(spec: str, experts: int) -> Prefetcher:
     """From 'name' or 'name:amount'. Raises UnsupportedError, OptionError."""
     name, _, text = spec.partition(":")
     found = resolve.module(prefetch, name, "prefetcher", resolve.names(prefetch))
     try:
         amount = float(text) if text else float(found.AMOUNT)
-        if not found.LEAST <= amount <= found.MOST:
+        whole = found.MOST <= 1 or amount.is_integer()  # more than a share: a count
+        if not (found.LEAST <= amount <= found.MOST and whole):
             raise ValueError
     except ValueError:
+        kind = "number" if found.MOST <= 1 else "whole number"
         raise OptionError(
-            f"prefetch {spec!r}: a number from {found.LEAST:g} to {found.MOST:g} is expected after the colon"
+            f"prefetch {spec!r}: a {kind} from {found.LEAST:g} to {found.MOST:g} is expected after the colon"
         ) from None
     made: Prefetcher = found.prefetcher(amount, experts)
     return made

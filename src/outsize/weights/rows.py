@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,12 +18,14 @@ from outsize.encoding.plain import Plain
 from outsize.native.kernels import Kernels
 from outsize.pack.format import PAGE, Matrix, aligned, field_bytes
 from outsize.weights.arena import Arena, buffer
+from outsize.weights.cached import Cached, Tick
+from outsize.weights.policies.pin_and_ring import PinAndRing
 from outsize.weights.reader import Reader
-from outsize.weights.residency import Cached, Tick
 from outsize.weights.table import Table, Weight, view
 
 FEW = 8  # rows of one record: up to here they are read one by one
 IN_FLIGHT = 4
+RING = 2  # records of a head that nothing is held of: one in use, the next on its way
 
 
 class RowTable:
@@ -48,6 +51,37 @@ class RowTable:
     def is_resident(self) -> bool:
         return self._num_joined >= self._table.header.num_rows
 
+    @property
+    def held_bytes(self) -> int:
+        """Of what is joined in memory."""
+        return 0 if self._joined is None else sum(f.nbytes for f in self._joined.fields.values())
+
+    @property
+    def ring_bytes(self) -> int:
+        """What blocks need to pass through, if nothing is held."""
+        if self._cached is not None:
+            return 0
+        return min(RING, len(self._table)) * self._table.header.stride
+
+    def give_up(self, is_head: bool) -> tuple[int, Cached | None]:
+        """Read all rows from disk from now on; a head's in blocks. The bytes this frees, and slots that were
+        made for it."""
+        freed, made = self.held_bytes - (self.ring_bytes if is_head else 0), None
+        if freed <= 0:
+            return 0, None
+        self._joined, self._num_joined = None, 0
+        everything = range(len(self._table))
+        if self._cached is not None:
+            self._cached.scan(everything)
+        elif is_head:
+            ring = min(RING, len(self._table))
+            anew = partial(PinAndRing, ring, ())
+            made = Cached(
+                self._table, self._reader, self._kernels, ring, anew(), everything, anew=anew
+            )
+            self._cached = made
+        return freed, made
+
     def blocks(self) -> Iterator[Weight]:
         """All rows, in order; each block is valid until the next is asked for."""
         size, traffic = self._matrix.num_rows, self._table.traffic
@@ -72,7 +106,7 @@ class RowTable:
         """(T, K) fp32."""
         if self._joined is not None and (self.is_resident or int(ids_T.max()) < self._num_joined):
             return self.encoding.rows(self._joined.fields, ids_T)
-        out_TK = torch.empty(len(ids_T), self._matrix.width)
+        out_TK = torch.empty(len(ids_T), self._matrix.width, dtype=torch.float32, device="cpu")
         held_T = ids_T < self._num_joined
         if self._joined is not None and bool(held_T.any()):
             out_TK[held_T] = self.encoding.rows(self._joined.fields, ids_T[held_T])
@@ -130,7 +164,9 @@ class RowTable:
             ticket.wait()
         self._table.traffic.bytes_demanded += at
         fields = _gather(self._matrix, raw, places, local_T.tolist())
-        return self.encoding.rows(fields, torch.arange(len(local_T)))
+        return self.encoding.rows(
+            fields, torch.arange(len(local_T), dtype=torch.int64, device="cpu")
+        )
 
 
 def by_row(matrix: Matrix) -> bool:
@@ -184,7 +220,7 @@ def join(
     header = table.header
     (matrix,) = next(iter(header.tensors.values()))
     whole = Matrix(matrix.encoding, matrix.num_rows * count, matrix.width, 0)
-    fields = {k: torch.empty(s.shape, dtype=s.dtype) for k, s in whole.specs.items()}
+    fields = {k: torch.empty(s.shape, dtype=s.dtype, device="cpu") for k, s in whole.specs.items()}
     arena = Arena(IN_FLIGHT, header.stride)
     raws = [arena[i] for i in range(min(IN_FLIGHT, count))]
     tickets = [reader.submit(table, i, out) for i, (_, out) in enumerate(raws)]

@@ -66,6 +66,11 @@ class Table:
     def close(self) -> None:
         self._medium.close()
 
+    @property
+    def is_direct(self) -> bool:
+        """As a medium's."""
+        return self._medium.is_direct
+
     def handle(self) -> int | None:
         """As a medium's."""
         return self._medium.handle()
@@ -80,8 +85,8 @@ class Table:
             return True
         stamp = self._medium.stamp()
         if stamp != self._stamp:
+            self._seen = set()  # first: broken off here, it is looked at again
             self._stamp = stamp
-            self._seen = set()
         return index in self._seen and self._verify == "first"
 
     def read(self, index: int, out: memoryview) -> None:

@@ -7,17 +7,22 @@ this slot had it been asked one layer earlier. Others are ignored. Expert -1: on
 
 from __future__ import annotations
 
-import csv
-import gzip
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from outsize.checkpoint.bounded import text_lines
 from outsize.errors import TraceError
 
 NEEDED = ("phase", "step", "layer", "slot", "expert", "weight")
-MAGIC = b"\x1f\x8b"
+WHOLE = ("turn", "phase", "step", "layer", "slot", "expert", "early")  # columns of whole numbers
+MOST = 1 << 40  # of any number in a trace
+MAX_SHAPE = 1 << 18  # layers times experts; the largest models have 24,000
+MAX_MEMORY = 240 << 20  # bytes that events may take: of 8 experts a token about 2 million rows
+EVENT, STEP, ROW = 300, 250, 60  # bytes of one; a step is a token's part of an event
+MAX_COMMENTS = 100_000
 Scored = tuple[tuple[int, float], ...]  # (expert, weight), the most wanted first
 
 
@@ -67,62 +72,82 @@ class _Rows:
 
 def read(path: Path) -> Trace:
     """Raises TraceError, naming the line."""
-    try:
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if raw[:2] == MAGIC else raw).decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as e:
-        raise TraceError(f"cannot read the trace {path}: {e}") from None
-    lines = text.splitlines()
-    comments = [line for line in lines if line.startswith("#")]
+    lines = enumerate(text_lines(path, TraceError), 1)
+    comments, first = _head(path, lines)
     layers, experts, used = (
         _stated(comments, f"n_{k}") for k in ("layer", "expert", "expert_used")
     )
-    sizes = [int(n) for line in comments for n in re.findall(r"expert_bytes=(\d+)", line)]
-    rows = [(n, line) for n, line in enumerate(lines, 1) if line and not line.startswith("#")]
-    events = tuple(_events(path, rows, layers, experts))
+    if layers * experts > MAX_SHAPE:
+        raise TraceError(
+            f"{path}: {layers:,} layers of {experts:,} experts; up to {MAX_SHAPE:,} experts in all are known"
+        )
+    sizes = [int(n) for line in comments for n in re.findall(r"expert_bytes=(\d{1,15})\b", line)]
+    events = tuple(_events(path, first, lines, layers, experts))
     name = path.name.removesuffix(".gz").removesuffix(".csv").removesuffix(".route")
     return Trace(name, layers, experts, used, max(sizes, default=0) or None, events)
 
 
+def _head(path: Path, lines: Iterator[tuple[int, str]]) -> tuple[list[str], tuple[int, str]]:
+    """The comments before the columns, and the numbered line that names those. Raises TraceError."""
+    comments: list[str] = []
+    for number, line in lines:
+        if line and not line.startswith("#"):
+            return comments, (number, line)
+        comments.append(line[:1000])
+        if number > MAX_COMMENTS:
+            raise TraceError(
+                f"{path}: more than {MAX_COMMENTS:,} lines of comments; is it a trace?"
+            )
+    _stated(comments, "n_layer")
+    raise TraceError(f"{path} holds no rows")
+
+
 def _stated(comments: Sequence[str], key: str) -> int:
-    found = [int(n) for line in comments for n in re.findall(rf"\b{key}=(\d+)", line)]
+    found = [int(n) for line in comments for n in re.findall(rf"\b{key}=(\d{{1,15}})\b", line)]
     if not found or not 0 < found[0] <= 1 << 16:
         raise TraceError(f"the trace does not state {key}=N in its comments (# lines)")
     return found[0]
 
 
 def _events(
-    path: Path, rows: Sequence[tuple[int, str]], layers: int, experts: int
+    path: Path, first: tuple[int, str], lines: Iterator[tuple[int, str]], layers: int, experts: int
 ) -> Iterator[Event]:
-    if not rows:
-        raise TraceError(f"{path} holds no rows")
-    first, header = rows[0]
-    columns = header.split(",")
+    columns = first[1].split(",")
     if missing := [name for name in NEEDED if name not in columns]:
-        raise TraceError(f"{path}:{first}: no column {', '.join(missing)}; got {header[:80]}")
+        raise TraceError(f"{path}:{first[0]}: no column {', '.join(missing)}; got {first[1][:80]}")
     now: _Rows | None = None
     last: tuple[int, ...] = ()
-    for line, values in zip(rows[1:], csv.reader(text for _, text in rows[1:]), strict=True):
-        row = _numbers(f"{path}:{line[0]}", columns, values, layers, experts)
+    size = 0
+    for number, text in lines:
+        if not text or text.startswith("#"):
+            continue
+        row = _numbers(f"{path}:{number}", columns, text.split(","), layers, experts)
         turn, phase, step, layer = (int(row[k]) for k in ("turn", "phase", "step", "layer"))
         if (
             now is None
             or (turn, phase, layer) != (now.turn, now.phase, now.layer)
             or (phase == 1 and step not in now.steps)
         ):
-            number = 0
+            pass_number = 0
             if now is not None:
                 yield _event(now, experts)
                 same = (turn, phase) == (now.turn, now.phase) and layer > now.layer
-                number = now.number if same else now.number + 1
-            now = _Rows(number, turn, phase, layer, {}, {}, {})
+                pass_number = now.number if same else now.number + 1
+            size += EVENT
+            now = _Rows(pass_number, turn, phase, layer, {}, {}, {})
         order = (turn, phase, layer, step) if phase == 0 else (turn, phase, step, layer)
         if order < last:
             raise TraceError(
-                f"{path}:{line[0]}: step {step} of layer {layer} comes after a later one; prompts are "
+                f"{path}:{number}: step {step} of layer {layer} comes after a later one; prompts are "
                 "ordered by layer and step, decoding by step and layer"
             )
         last = order
+        size += ROW if step in now.steps else ROW + STEP
+        if size > MAX_MEMORY:
+            raise TraceError(
+                f"{path}:{number}: the events up to here take more than {MAX_MEMORY:,} bytes of memory; "
+                "record fewer prompts or tokens"
+            )
         chosen = now.steps.setdefault(step, [])
         if row["expert"] >= 0:
             chosen.append(layer * experts + int(row["expert"]))
@@ -143,7 +168,12 @@ def _numbers(
             k: float(v) for k, v in zip(columns, values, strict=True) if k in row or k in NEEDED
         }
     except ValueError:
-        raise TraceError(f"{where}: {len(columns)} numbers are expected, got {values}") from None
+        raise TraceError(
+            f"{where}: {len(columns)} numbers are expected, got {str(values)[:80]}"
+        ) from None
+    for key, value in row.items():
+        if not abs(value) <= MOST or (key in WHOLE and value != math.floor(value)):
+            raise TraceError(f"{where}: {key} {value:g}; a number, or a whole one, is expected")
     for key, limit in (("expert", experts), ("early", experts), ("layer", layers)):
         if not row[key] < limit or row[key] < (0 if key == "layer" else -1):
             raise TraceError(f"{where}: {key} {row[key]:g} is out of range, 0 to {limit - 1}")

@@ -36,7 +36,7 @@ class Router:
         self, norm: RMSNorm, w_ND: Tensor, used: int, renorm: bool, bias_N: Tensor | None = None
     ) -> None:
         self.norm, self._w_ND, self._used, self._renorm = norm, w_ND, used, renorm
-        self._bias_N = torch.zeros(len(w_ND)) if bias_N is None else bias_N
+        self._bias_N = w_ND.new_zeros(len(w_ND)) if bias_N is None else bias_N
 
     def __call__(
         self, x_TD: Tensor, wide: bool, favour_N: Tensor | None = None
@@ -206,7 +206,9 @@ class _Sums:
 
 def add(ffn: Expert, places: Places, x_TD: Tensor, step: Step, out: Tensor) -> None:
     """One expert, the plain way."""
-    rows, slots, weights = (torch.tensor(column) for column in zip(*places, strict=True))
+    columns = zip(*places, strict=True)
+    rows, slots = (torch.tensor(next(columns), dtype=torch.int64, device="cpu") for _ in range(2))
+    weights = torch.tensor(next(columns), dtype=torch.float32, device="cpu")
     y = ffn(x_TD[rows], step).float() * weights[:, None]
     if step.wide:
         out.index_add_(0, rows, y)

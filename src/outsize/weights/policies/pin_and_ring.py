@@ -5,7 +5,7 @@ A scan of n records through c slots hits c - ring of n; least recently used woul
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from outsize.weights.policy import Hints, Placed, Policy, too_many
 
@@ -23,6 +23,12 @@ class PinAndRing:
     @property
     def room(self) -> int:
         return len(self._ring) or self._capacity
+
+    def adopt(self, slots: Mapping[int, int]) -> None:
+        self._loaded.update(i for i in slots if i in self._home)
+        for id, slot in slots.items():
+            if slot in self._ring:
+                self._ring[slot], self._slot_of[id] = id, slot
 
     def begin_pass(self) -> None:
         """A scan needs no telling."""
@@ -53,6 +59,17 @@ class PinAndRing:
             return slot
         self._ring[slot] = -1
         return None
+
+    def give_up(self, least: int) -> tuple[int, int | None] | None:
+        if self._home and self._ring:
+            id, slot = self._home.popitem()
+            was_there = id in self._loaded
+            self._loaded.discard(id)
+            return slot, id if was_there else None
+        if len(self._ring) <= least:
+            return None
+        slot = next(iter(self._ring))
+        return slot, next(iter(self.shorten([slot])), None)
 
     def lengthen(self, slots: Sequence[int]) -> None:
         """More slots to pass through: the next to be used."""

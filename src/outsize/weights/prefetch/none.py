@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from outsize.weights.prefetcher import Prefetcher, Seen
 
 AMOUNT, LEAST, MOST = 0.0, 0.0, 0.0
+EARLY = False
 
 
 def _nothing(seen: Seen) -> Sequence[int]:

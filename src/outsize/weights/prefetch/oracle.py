@@ -9,6 +9,7 @@ from random import Random
 from outsize.weights.prefetcher import Prefetcher, Seen
 
 AMOUNT, LEAST, MOST = 1.0, 0.0, 1.0
+EARLY = False
 
 
 def prefetcher(amount: float, experts: int) -> Prefetcher:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from outsize.weights.prefetcher import Prefetcher, Seen
 
 AMOUNT, LEAST, MOST = 4.0, 1.0, 65536.0
+EARLY = False
 
 
 def prefetcher(amount: float, experts: int) -> Prefetcher:

@@ -8,6 +8,7 @@ from itertools import accumulate
 from outsize.weights.prefetcher import Prefetcher, Seen
 
 AMOUNT, LEAST, MOST = 0.7, 0.0, 1.0
+EARLY = True
 
 
 def prefetcher(amount: float, experts: int) -> Prefetcher:

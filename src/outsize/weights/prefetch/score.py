@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from outsize.weights.prefetcher import Prefetcher, Seen
 
 AMOUNT, LEAST, MOST = 0.1, 0.0, 1.0
+EARLY = True
 
 
 def prefetcher(amount: float, experts: int) -> Prefetcher:

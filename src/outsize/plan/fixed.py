@@ -1,0 +1,96 @@
+"""What a run takes of memory beside its model's own weights.
+
+The costs are those of the worst span that the context allows, not of the idle state.
+Shapes in names of sizes: T tokens of context, C tokens of a chunk, D width.
+"""
+
+from __future__ import annotations
+
+from outsize.encoding.plain import WIDE_BYTES
+from outsize.model.attention import CHUNK, score_bytes
+from outsize.pack.format import TableHeader
+from outsize.pack.outline import Outline
+from outsize.plan.placement import ADAPTER, TEMPLATE
+from outsize.plan.wake import COMPILED, COMPILED_BYTES
+from outsize.weights.arena import huge_bytes
+from outsize.weights.policies.echo import BYTES as ECHO_BYTES
+from outsize.weights.rows import IN_FLIGHT as ROWS_IN_FLIGHT
+
+FRAGMENTS = 1.8  # what an allocator holds for a byte in use, among sizes as mixed as these
+TEMPLATE_BYTES = 15_000_000  # of the process that renders chat templates
+DRAFT = "draft model"
+
+
+def kv_bytes(o: Outline) -> int:
+    """Of one token: its keys and values in all layers, its residual row, its rotations, its id."""
+    d = o.description
+    kv = 2 * d.num_layers * d.num_kv_heads * d.head_dim * o.activation_bytes
+    ropes = len({layer.rope for layer in d.layers})
+    routed = 0 if d.mixture is None else d.width * (o.activation_bytes + 4) + 200 * d.mixture.used
+    return kv + 4 * d.width + 4 * d.head_dim * ropes + routed + 100
+
+
+def scratch_bytes(o: Outline, context: int) -> int:
+    """The most that computing one chunk takes beyond the weights."""
+    d, a, c = o.description, o.activation_bytes, min(CHUNK, context)
+    heads = (d.num_heads + d.num_kv_heads) * d.head_dim
+    queries = d.num_heads * d.head_dim
+    rows = d.width * a + d.qkv_rows * (a + 4 * d.qkv_bias) + 4 * heads * (1 + d.qk_norm)
+    attention = c * (rows + 3 * a * queries) + score_bytes(d, context, a)
+    ffn = c * (d.width * (2 * a + 4) + 3 * d.ffn_width * a + 8 * d.ffn_width * d.mlp_bias)
+    ffn += 0 if d.mixture is None else 4 * c * (d.width + d.mixture.count)
+    block = min(WIDE_BYTES, 2 * d.ffn_width * d.width * a)
+    decoded = 2 * block + c * block // d.width  # once more as the matmul packs it; and its product
+    logits = 3 * 4 * d.vocab_size
+    most = max(attention, c * rows + decoded, ffn + decoded, logits)
+    return int(FRAGMENTS * most)
+
+
+def token_bytes(o: Outline) -> int:
+    """Of one token, in the model and in the one that drafts for it."""
+    return kv_bytes(o) + (0 if o.smaller is None else kv_bytes(o.smaller))
+
+
+def fixed_costs(o: Outline, runtime: int, tokenizer: int, context: int) -> dict[str, int]:
+    rows = [t for t in o.tables if t.kind == "rows"]
+    return {
+        "runtime": runtime,
+        "tokenizer": tokenizer,
+        "compiled products": COMPILED * COMPILED_BYTES,
+        "keys and values": context * kv_bytes(o),
+        **{ADAPTER + name: size for name, size in o.adapters.items()},
+        **({} if o.smaller is None else {DRAFT: draft_bytes(o.smaller, context)}),
+        **({"drafting": o.drafting} if o.drafting else {}),
+        **({TEMPLATE: TEMPLATE_BYTES} if o.has_template else {}),
+        **({"cache policy": policy_bytes(o)} if experts(o) else {}),
+        **({"copies of experts": o.copies} if o.copies else {}),
+        "scratch": max(
+            scratch_bytes(o, context),
+            o.step_scratch,
+            o.making,
+            *(ROWS_IN_FLIGHT * t.stride for t in rows),
+        ),
+    }
+
+
+def policy_bytes(o: Outline) -> int:
+    """What remembering routing takes."""
+    return sum(len(t.keys) * ECHO_BYTES for t in experts(o))
+
+
+def experts(o: Outline) -> list[TableHeader]:
+    """The tables of experts."""
+    return [t for t in o.tables if t.kind == "experts"]
+
+
+def all_bytes(o: Outline) -> int:
+    """All weights in memory; experts' slots are in huge pages."""
+    return o.size + sum(huge_bytes(t.size) - t.size for t in experts(o))
+
+
+def draft_bytes(smaller: Outline, context: int) -> int:
+    """Of a model that drafts: held whole, with its own keys, values and scratch."""
+    tokens = min(context, smaller.description.context)
+    routing = policy_bytes(smaller) if experts(smaller) else 0
+    kept = tokens * kv_bytes(smaller) + scratch_bytes(smaller, tokens)
+    return all_bytes(smaller) + routing + kept
