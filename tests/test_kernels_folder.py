@@ -188,7 +188,7 @@ def test_without_a_home_the_machine_is_measured_all_the_same(
     from outsize.plan import machine, probe
 
     monkeypatch.setattr(probe, "DISK_BYTES", 1 << 20)
-    monkeypatch.setattr(probe, "memory_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(probe, "memory_bandwidth", lambda *_: 1e9)
     monkeypatch.setattr(probe, "matmul_speed", lambda *_: 1e9)
     monkeypatch.setattr(machine, "COUNTS", (1,))
     monkeypatch.setattr(machine, "SIZES", (128 << 10,))

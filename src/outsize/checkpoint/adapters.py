@@ -112,11 +112,16 @@ class AdapterFile:
 
 def load(path: Path) -> AdapterFile:
     """Any adapter file. Raises AdapterError."""
-    file = path / "adapter_model.safetensors" if path.is_dir() else path
+    file = _file(path)
     tensors, about = raw(file)
     if about:
         return AdapterFile(file, tensors, about)
     return _peft(file, tensors)
+
+
+def _file(path: Path) -> Path:
+    """Of a folder in PEFT's form, the one with the factors."""
+    return path / "adapter_model.safetensors" if path.is_dir() else path
 
 
 def raw(path: Path) -> tuple[Stored, dict[str, object]]:
@@ -245,7 +250,7 @@ def same_base(file: AdapterFile, base: str, name: str) -> None:
 
 def file_bytes(path: Path) -> int:
     """Its size. Raises AdapterError."""
-    return regular_size(path, AdapterError)
+    return regular_size(_file(path), AdapterError)
 
 
 def finite(file: AdapterFile) -> None:
