@@ -281,7 +281,8 @@ class Panic(BaseException):
 class Panicking:
     """A tokenizer that panics at every text and token."""
 
-    model = None
+    model = normalizer = None
+    encode_special_tokens = False
 
     def get_added_tokens_decoder(self) -> dict[int, object]:
         return {}

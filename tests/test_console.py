@@ -254,6 +254,7 @@ def test_an_interrupt_in_each_phase(at: str, tiny: str, tmp_path: Path) -> None:
     target = "outsize.api.Model" if where.startswith("api") else modules[where]
     code = (
         "import outsize, outsize.library, outsize.api, outsize.weights.load, os, signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background ignores it
         "def wait(*a, **k):\n os.kill(os.getpid(), signal.SIGINT); time.sleep(5); yield\n"
         f"{target}.{name} = wait if '_drive' == '{name}' else lambda *a, **k: next(wait())\n"
         f"{CODE}"
