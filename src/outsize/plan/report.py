@@ -96,7 +96,8 @@ def _arithmetic(p: Placement, c: Cost, here: Machine) -> Iterator[str]:
         f"first token of {c.prompt_tokens}: embedding rows {c.prompt_rows_s:.2f} s + max(read "
         f"{c.prompt_read_s:.2f} s, compute {c.prompt_compute_s:.2f} s) = {c.first_token_s:.2f} s"
     )
-    yield f"machine measured {_age(here.age_s)} ago; `outsize doctor` measures it again"
+    busy = f" ({here.busy}: maybe too low)" if here.busy else ""
+    yield f"machine measured {_age(here.age_s)} ago{busy}; `outsize doctor` measures it again"
 
 
 def _age(seconds: float) -> str:
