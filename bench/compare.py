@@ -51,7 +51,10 @@ def pair(
             sys.executable, "-c", "from outsize.cli import main; main()", "bench", "speed", model,
             "--repeats", "1", "-q", *own,
         )  # fmt: skip
-        theirs = last_json(a.peer, str(PEER), model, "--threads", str(a.threads or os.cpu_count()))
+        theirs = last_json(
+            a.peer, str(PEER), model, "--threads", str(a.threads or os.cpu_count()),
+            *(["--no-repack"] if a.no_repack else []),
+        )  # fmt: skip
     return ours, theirs
 
 
@@ -107,6 +110,7 @@ def main() -> None:
     p.add_argument("--threads", type=int, help="else what each takes; llama.cpp one a core")
     p.add_argument("--loops", type=lambda v: [int(n) for n in v.split(",")], default=[0])
     p.add_argument("--peer", default=sys.executable, help="the Python that has llama-cpp-python")
+    p.add_argument("--no-repack", action="store_true", help="llama.cpp's weights stay as in the file")
     p.add_argument("-o", "--output", type=Path)
     a = p.parse_args()
     result = {
