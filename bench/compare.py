@@ -110,7 +110,9 @@ def main() -> None:
     p.add_argument("--threads", type=int, help="else what each takes; llama.cpp one a core")
     p.add_argument("--loops", type=lambda v: [int(n) for n in v.split(",")], default=[0])
     p.add_argument("--peer", default=sys.executable, help="the Python that has llama-cpp-python")
-    p.add_argument("--no-repack", action="store_true", help="llama.cpp's weights stay as in the file")
+    p.add_argument(
+        "--no-repack", action="store_true", help="llama.cpp's weights stay as in the file"
+    )
     p.add_argument("-o", "--output", type=Path)
     a = p.parse_args()
     result = {

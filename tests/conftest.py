@@ -15,6 +15,7 @@ from outsize.native.kernels import Kernels, kernels
 from outsize.pack.outline import of_pack
 from outsize.plan import place
 from outsize.weights import budget
+from outsize.wishes import Wishes
 from tests.golden import tiny
 
 
@@ -73,6 +74,9 @@ def open_paged(
     def make(family: str, draft: str = "auto", native: bool = True) -> Model:
         outline = of_pack(library.pack(str(folder_of(family)), quiet=True))
         spec = drafting.parse(draft)
+        if spec.kind == "model":
+            smaller = of_pack(library.pack(spec.source, quiet=True))
+            outline = Wishes(draft=draft).with_all(outline, smaller, None)
         outline = outline if spec.kind == "auto" else drafting.with_drafting(spec, outline)
         least = place.least_bytes(outline, 0, 0, 256)
         opened.append(

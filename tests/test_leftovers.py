@@ -45,9 +45,14 @@ def model(tmp_path: Path) -> str:
     return str(tiny.write_folder(tmp_path / "m", "llama"))
 
 
+def heeding() -> None:
+    """A job in the background ignores interrupts, and what it starts inherits that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def started(model: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", ENDLESS, model]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heeding)
     assert process.stdout is not None
     assert process.stdout.readline() == "fetching\n"
     return process

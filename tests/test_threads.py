@@ -77,6 +77,14 @@ def test_where_the_system_does_not_say_all_threads_compute(tmp_path: Path) -> No
 
 
 @pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def busy() -> Iterator[None]:
     """Programs that keep all cores busy."""
     cores = len(os.sched_getaffinity(0))
@@ -92,29 +100,30 @@ def busy() -> Iterator[None]:
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 @pytest.mark.skipif(not Path("/proc/stat").is_file(), reason="the system does not say who is busy")
 def test_others_are_seen_and_answers_stay_the_same(
-    open_tiny: Callable[..., Model], busy: None
+    open_tiny: Callable[..., Model], two_threads: None, busy: None
 ) -> None:
     """On the real machine: fewer threads beside busy programs, the same tokens, and torch's threads as
     they were."""
     model = open_tiny("llama", "auto")
-    made, before = Threads(torch.get_num_threads()), torch.get_num_threads()
+    made = Threads(2)
     time.sleep(2 * threads.PERIOD)
     assert made.now() < made.most
     kept, model.transformer.threads = model.transformer.threads, made
     try:
         (fewer,) = model.generate("one two three", max_tokens=12, temperature=0)
-        model.transformer.threads = Threads(before, lambda: None)
+        model.transformer.threads = Threads(2, lambda: None)
         (all_of_them,) = model.generate("one two three", max_tokens=12, temperature=0)
     finally:
         model.transformer.threads = kept
     assert str(fewer) == str(all_of_them)
-    assert fewer.threads < all_of_them.threads == before
-    assert torch.get_num_threads() == before
+    assert fewer.threads < all_of_them.threads == 2
+    assert torch.get_num_threads() == 2
 
 
-def test_a_number_of_threads_that_was_asked_for_is_kept(open_tiny: Callable[..., Model]) -> None:
+def test_a_number_of_threads_that_was_asked_for_is_kept(
+    open_tiny: Callable[..., Model], two_threads: None
+) -> None:
     model = open_tiny("llama", "auto")
     with outsize.load(str(model.pack.path), threads=1, quiet=True) as one:
         (reply,) = one.generate("one", max_tokens=4)
         assert reply.threads == 1.0
-    torch.set_num_threads(len(os.sched_getaffinity(0)))

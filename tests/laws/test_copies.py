@@ -49,7 +49,7 @@ def test_copies_as_a_user_asks_for_them(folder_of: Callable[[str], Path]) -> Non
         assert model.generate("abab", raw=True, max_tokens=3)
     with pytest.raises(OptionError, match="same model and smaller"):
         outsize.load(path, encoding="int8", experts=spec, quiet=True)
-    with pytest.raises(OptionError, match="has no experts"):
+    with pytest.raises(OptionError, match="is a dense model, which has none"):
         outsize.load(str(folder_of("llama")), encoding="bf16", experts=spec, quiet=True)
 
 
