@@ -112,8 +112,8 @@ class Threads:
 
 
 def use_here(count: int) -> None:
-    """Threads of torch's products that this thread begins. `torch.set_num_threads` would also tell threads that
-    come to torch for the first time meanwhile, which keep what they are told then."""
+    """Threads of products that torch computes for this thread. `torch.set_num_threads` would also tell those
+    that come to torch for the first time meanwhile, which keep what they are told then."""
     setters = _setters()
     for setter in setters:
         setter(count)
