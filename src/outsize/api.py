@@ -162,7 +162,7 @@ class Model:
     def score_tokens(self, tokens: Sequence[int]) -> tuple[list[float], list[bool]]:
         """Of every token after the first: its log-probability, and whether it was the likeliest."""
         for token in tokens:
-            arguments.whole("a token", token, 0, 1 << 32)
+            arguments.whole("a token", token, -(1 << 62), 1 << 62)
         self.tokens.check(tokens)
         return self._turns.take(partial(scored, self.transformer, tokens))
 
