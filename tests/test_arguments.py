@@ -59,7 +59,6 @@ CALLS: list[tuple[str, Callable[[Model], object]]] = [
     ("text", lambda m: m.score(b"x")),  # type: ignore[arg-type]
     ("text", lambda m: m.conversation().say(None)),  # type: ignore[arg-type]
     ("a token", lambda m: m.score_tokens(["a"])),  # type: ignore[list-item]
-    ("a token", lambda m: m.score_tokens([1, -1])),
     ("name", lambda m: m.load_adapter(5, "x")),  # type: ignore[arg-type]
     ("path", lambda m: m.load_adapter("a", None)),  # type: ignore[arg-type]
     ("path", lambda m: m.load_adapter("a", b"x")),  # type: ignore[arg-type]

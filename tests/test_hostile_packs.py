@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +20,12 @@ import pytest
 import outsize
 from outsize import library, loading
 from outsize.api import Model
-from outsize.errors import CheckpointError, OptionError, PackError
+from outsize.errors import CheckpointError, OptionError, PackError, ReadError
 from outsize.family.find import recipe
+from outsize.pack import contents
 from outsize.pack.format import HEADER, TOKENIZER, read_header
+from outsize.weights.table import Table
+from outsize.weights.traffic import Traffic
 from tests.golden import tiny
 from tests.golden.test_golden import write_gguf
 from tests.hostile_packs import whole
@@ -146,3 +153,38 @@ def test_numbers_of_a_config_are_held_to_the_same_bounds(tmp_path: Path) -> None
     (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e11}))
     with pytest.raises(CheckpointError, match=r"config: norm_eps is 100000000000\.0"):
         recipe(safetensors.load(folder))
+
+
+def test_many_tables_are_refused_in_no_time(open_tiny: Callable[..., Model]) -> None:
+    """Each name was looked for among all others: minutes for a header of eight megabytes."""
+    pack = open_tiny("llama", "auto").pack
+    first, started = pack.table_of("attn-0"), time.process_time()
+    many = [replace(first, name=f"attn-{i}") for i in range(20_000)]
+    assert contents.fault(pack.description, [*pack.tables[1:], *many])
+    assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize("name", ["attn-../../x", "attn-0/../0", "attn-x", "attn-"])
+def test_a_tables_name_is_a_files_in_the_pack(name: str, open_tiny: Callable[..., Model]) -> None:
+    pack = open_tiny("llama", "auto").pack
+    tables = [t if t.name != "final-0" else replace(t, name=name) for t in pack.tables]
+    assert "has no place" in contents.fault(pack.description, tables)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no pipes with names")
+@pytest.mark.parametrize("kind", ["pipe", "folder", "gone"])
+def test_records_that_became_something_else(
+    kind: str, open_tiny: Callable[..., Model], tmp_path: Path
+) -> None:
+    """Since the header was checked: a pipe was waited for, for ever."""
+    header = open_tiny("llama", "auto").pack.table_of("attn-0")
+    if kind == "pipe":
+        os.mkfifo(tmp_path / header.file)
+    if kind == "folder":
+        (tmp_path / header.file).mkdir()
+    signal.alarm(5)
+    try:
+        with pytest.raises(ReadError, match="cannot be opened"):
+            Table(tmp_path, header, Traffic())
+    finally:
+        signal.alarm(0)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import math
+import time
+import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import outsize
+from outsize import api, drafting, room
 from outsize.api import Model
 from outsize.errors import BudgetError
 from outsize.forward.full import full
 from outsize.forward.span import Span
+from outsize.model.adapter import Adapter, widths
 from outsize.pack.outline import of_pack
 from outsize.plan import beside, place
 from outsize.weights.policies.pin_and_ring import PinAndRing
@@ -97,9 +105,9 @@ def test_an_adapter_that_there_is_no_room_for_is_refused_in_numbers(
 ) -> None:
     with outsize.load(str(folder_of("llama")), context=64, quiet=True) as model:
         folder, words = write_peft(model, tmp_path / "a", 1), r"adapter a takes .* MB, and of the"
-        room = model.placement.budget - model.placement.planned
+        free = model.placement.budget - model.placement.planned
         with monkeypatch.context() as patch:
-            patch.setattr(beside, "adapter_bytes", lambda *_: (room + (1 << 40), 0))
+            patch.setattr(beside, "adapter_bytes", lambda *_: (free + (1 << 40), 0))
             with pytest.raises(BudgetError, match=words):
                 model.load_adapter("a", folder)
         assert not model.adapters
@@ -109,3 +117,61 @@ def test_an_adapter_that_there_is_no_room_for_is_refused_in_numbers(
         assert model.placement.fixed["adapter a"] >= model.adapters["a"].nbytes > 0
         assert model.placement.planned <= model.placement.budget
         assert model.placement.kv_tokens <= tokens
+
+
+def test_what_reading_an_adapter_takes_for_a_moment_is_asked_for(
+    folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter of a large rank takes eight times its bytes while it is made, a step's scratch or more."""
+    with outsize.load(str(folder_of("llama")), context=64, quiet=True) as model:
+        folder = write_peft(model, tmp_path / "a", 1)
+        free = model.placement.budget - model.placement.planned
+        moment = free + model.placement.fixed["scratch"] + (1 << 40)
+        monkeypatch.setattr(beside, "adapter_bytes", lambda *_: (1, moment))
+        with pytest.raises(BudgetError, match="adapter a takes"):
+            model.load_adapter("a", folder)
+        assert not model.adapters
+
+
+def test_adapters_that_two_threads_load_are_counted_both(
+    folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each saw only those that were there when it began."""
+    with outsize.load(str(folder_of("llama")), context=64, quiet=True) as model:
+        folder, real = write_peft(model, tmp_path / "a", 1), drafting.read_adapter
+
+        def slowly(*about: Any) -> Adapter:
+            time.sleep(0.2)
+            return real(*about)
+
+        for module in (api, room):
+            monkeypatch.setattr(module, "read_adapter", slowly, raising=False)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda name: model.load_adapter(name, folder), "ab"))
+        fixed = model.placement.fixed
+        assert {"adapter a", "adapter b"} <= fixed.keys()
+
+
+def test_what_else_an_adapters_file_holds_is_not_read(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A sparse file of 3 GB took 5.7 GB, under any budget."""
+    with outsize.load(str(folder_of("llama")), context=64, quiet=True) as model:
+        d, size = model.pack.description, 64 << 20
+        rows, width = widths(d)["q"]
+        shapes = {"0.q.A": (2, width), "0.q.B": (rows, 2), "more": (size // 4,)}
+        header: dict[str, Any] = {"__metadata__": {"outsize": json.dumps({"scale": 1.0})}}
+        at = 0
+        for name, shape in shapes.items():
+            stop = at + 4 * math.prod(shape)
+            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, stop]}
+            at = stop
+        text, file = json.dumps(header).encode(), tmp_path / "a.safetensors"
+        with open(file, "wb") as f:
+            f.write(len(text).to_bytes(8, "little") + text)
+            f.truncate(8 + len(text) + at)
+        tracemalloc.start()
+        model.load_adapter("a", file)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < size // 2

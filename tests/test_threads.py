@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -127,3 +128,27 @@ def test_a_number_of_threads_that_was_asked_for_is_kept(
     with outsize.load(str(model.pack.path), threads=1, quiet=True) as one:
         (reply,) = one.generate("one", max_tokens=4)
         assert reply.threads == 1.0
+
+
+def test_a_thread_that_begins_beside_a_step_of_one_thread_has_all() -> None:
+    """Torch tells it once how many there are: it kept one for ever, and ended steps by telling all others."""
+    before, seen = torch.get_num_threads(), list[int]()
+    torch.set_num_threads(2)
+    made = Threads(2, lambda: None, alone=True)
+
+    def other() -> None:
+        seen.append(torch.get_num_threads())
+        with made.narrow(True):
+            seen.append(torch.get_num_threads())
+        seen.append(torch.get_num_threads())
+
+    try:
+        with made.narrow(True):
+            assert torch.get_num_threads() == 1
+            begun = threading.Thread(target=other)
+            begun.start()
+            begun.join()
+        assert seen == [2, 1, 2]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

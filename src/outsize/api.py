@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 from typing_extensions import Unpack
 
-from outsize import arguments
+from outsize import arguments, room
 from outsize.cache.kv import KV
 from outsize.conversation import Conversation, Past
 from outsize.decode import exits, flow
@@ -22,17 +22,15 @@ from outsize.decode.sample import Sampler, of_each, seeded
 from outsize.decode.template import Messages
 from outsize.decode.text import Stream
 from outsize.decode.tokens import Tokens
-from outsize.drafting import SPARE, Drafting, read_adapter
+from outsize.drafting import SPARE, Drafting
 from outsize.errors import ContextError, OptionError
 from outsize.library import warn
 from outsize.model.adapter import Adapter
 from outsize.model.transformer import Transformer
 from outsize.options import Changes, Options
 from outsize.pack.format import Pack
-from outsize.plan import beside
 from outsize.plan.placement import Placement
 from outsize.reply import Counts, Reply, Run, Score, account
-from outsize.room import make_room
 from outsize.scoring import scored
 from outsize.streaming import Streaming
 from outsize.turns import Turns
@@ -165,7 +163,7 @@ class Model:
     def score_tokens(self, tokens: Sequence[int]) -> tuple[list[float], list[bool]]:
         """Of every token after the first: its log-probability, and whether it was the likeliest."""
         for token in tokens:
-            arguments.whole("a token", token, 0, 1 << 32)
+            arguments.whole("a token", token, -(1 << 62), 1 << 62)
         self.tokens.check(tokens)
         return self._turns.take(partial(scored, self.transformer, tokens))
 
@@ -216,9 +214,7 @@ class Model:
         """Make a LoRA adapter (PEFT's safetensors) known under a name, for requests to use. Weights make room
         for it where need be. Raises AdapterError, and BudgetError before anything is read."""
         name, file = arguments.text("name", name), arguments.path("path", path)
-        size, _ = beside.adapter_bytes(name, file, self.pack.description, self.pack.path.name)
-        self._turns.take(partial(make_room, self, name, size))
-        self.adapters[name] = read_adapter(self.pack, name, file)
+        room.load(self, self._turns.take, name, file)
         budget.trim()  # what making it took for a moment
 
     def _adapter(self, name: str | None) -> Adapter | None:

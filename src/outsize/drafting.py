@@ -231,6 +231,7 @@ def _checked_masks(
         raise AdapterError(f"{path} has no masks {d.width:,} numbers wide; it is for another model")
     if k > len(masks):
         raise AdapterError(f"k is {k}, but {path} has {len(masks)} masks; ask for at most that")
+    adapters.finite(file, [n for n in file.tensors if n == "masks" or n.startswith(sampler.PREFIX)])
     return file, adapter, masks
 
 
@@ -260,7 +261,7 @@ def _additions(
         adapters.same_base(file, base, model)
     factors = Factors(file, d.head_dim)
     check_shapes(name, d, factors.shapes)
-    adapters.finite(file)
+    adapters.finite(file, [f"{name}.{factor}" for name in factors for factor in "AB"])
     return Adapter(name, d, factors, file.scale, coarse)
 
 

@@ -163,12 +163,17 @@ def _digest(path: Path) -> str:
 
 def _openmp_runtime() -> str | None:
     """The path of the GNU OpenMP runtime in this process, which importing torch loads."""
+    return mapped("libgomp")
+
+
+def mapped(name: str) -> str | None:
+    """The path of a library in this process, by a part of its file's name."""
     maps = Path("/proc/self/maps")
     if not maps.is_file():
         return None
     lines = maps.read_text().splitlines()
-    found = (line.split(maxsplit=5)[-1] for line in lines if "libgomp" in line)
-    return next(found, None)
+    paths = (line.split(maxsplit=5)[-1] for line in lines if name in line)
+    return next((path for path in paths if name in Path(path).name), None)
 
 
 def _key(flags: tuple[str, ...]) -> str:

@@ -9,14 +9,18 @@ products do not, and keep theirs.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from outsize.native.build import mapped
 
 PERIOD = 0.2  # seconds between looks
 SOON, LATE = 2.0, 30.0  # seconds until all threads are tried again: at first, and at most
@@ -81,13 +85,15 @@ class Threads:
     @contextmanager
     def narrow(self, is_narrow: bool) -> Iterator[None]:
         """While a step of few tokens is computed."""
+        if not (self._alone and is_narrow):
+            yield
+            return
         before = torch.get_num_threads()
-        if self._alone and is_narrow:
-            torch.set_num_threads(1)
+        use_here(1)
         try:
             yield
         finally:
-            torch.set_num_threads(before)
+            use_here(before)
 
     def _free(self, last: Look, found: Look) -> int:
         seconds = max(1e-9, found.clock - last.clock)
@@ -103,6 +109,34 @@ class Threads:
             self._patience = min(2 * self._patience, LATE)
             free = self.most
         self.count = free
+
+
+def use_here(count: int) -> None:
+    """Threads of products that torch computes for this thread. `torch.set_num_threads` would also tell those
+    that come to torch for the first time meanwhile, which keep what they are told then."""
+    setters = _setters()
+    for setter in setters:
+        setter(count)
+    if not setters:
+        torch.set_num_threads(count)
+
+
+@cache
+def _setters() -> tuple[Callable[[int], object], ...]:
+    """Of torch's OpenMP and, where it has one, its MKL; none where they are not found."""
+    before, openmp = torch.get_num_threads(), mapped("libgomp")
+    if openmp is None:
+        return ()
+    found: list[Callable[[int], object]] = [ctypes.CDLL(openmp).omp_set_num_threads]
+    found[0](before + 1)
+    is_torchs = torch.get_num_threads() == before + 1
+    found[0](before)
+    if not is_torchs:  # another library brought one, too
+        return ()
+    if (cpu := mapped("libtorch_cpu")) is not None:
+        with suppress(AttributeError):
+            found.append(ctypes.CDLL(cpu).MKL_Set_Num_Threads_Local)
+    return tuple(found)
 
 
 def _cores() -> int:

@@ -7,6 +7,7 @@ header is whole, not that it is honest: packs travel.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from outsize.encoding.find import ENCODINGS
@@ -18,16 +19,18 @@ Shape = tuple[int, int]  # rows and width; a vector, which is kept in fp32, has 
 FLOATS = "fp32"
 KINDS = {"embed": "rows", "head": "rows", "attn": "layers", "ffn": "layers", "experts": "experts",
          "final": "layers"}  # fmt: skip
+NAME = re.compile(r"[a-z]+(-[0-9]{1,6})?")  # of a table; its file is called so
 FIXED = {"router": FLOATS}  # matrices that are read in one encoding only
 
 
 def fault(d: Description, tables: Sequence[TableHeader]) -> str:
     """What is wrong with the tables of a model of sound description, in a clause; "" if nothing is."""
-    names = [t.name for t in tables]
-    for name in names:
-        if names.count(name) > 1 or name.split("-")[0] not in _parts(d):
+    parts, seen = _parts(d), set[str]()
+    for name in (t.name for t in tables):
+        if name in seen or not NAME.fullmatch(name) or name.split("-")[0] not in parts:
             return f"a table {name[:80]!r} has no place in it"
-    for part in _parts(d):
+        seen.add(name)
+    for part in parts:
         if problem := _part_fault(d, part, [t for t in tables if t.name.split("-")[0] == part]):
             return problem
     return _mixed_fault(tables)

@@ -90,6 +90,8 @@ class Loaded:
         """After a call that an exception broke off, wherever that was: what is held stays, and of the rest
         only what is surely there is known."""
         self.reader.restart()
+        made = (rows.cached for rows in (self.embed, self.head))  # when rows were given up
+        self.caches += [c for c in made if c is not None and c not in self.caches]
         for cache in self.caches:
             cache.restore()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import sys
 from pathlib import Path
 from typing import Protocol
@@ -64,8 +65,8 @@ class File:
         return self._handle if self.is_direct else None
 
     def stamp(self) -> tuple[int, int]:
-        stat = os.fstat(self._handle)
-        return stat.st_size, stat.st_mtime_ns
+        found = os.fstat(self._handle)
+        return found.st_size, found.st_mtime_ns
 
     def close(self) -> None:
         handle, self._handle = self._handle, -1
@@ -85,13 +86,22 @@ def _read_through_cache(handle: int) -> bool:
 
 
 def _open(path: Path) -> tuple[int, bool]:
-    """A handle, and whether the page cache is bypassed."""
+    """A handle, and whether the page cache is bypassed. Raises OSError, also for what is no regular file, and
+    never waits for a pipe's other end."""
+    handle, is_direct = _any(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return handle, is_direct
+
+
+def _any(path: Path, flags: int) -> tuple[int, bool]:
     if sys.platform == "linux":
         try:
-            return os.open(path, os.O_RDONLY | os.O_DIRECT), True
+            return os.open(path, flags | os.O_DIRECT), True
         except OSError:  # some file systems refuse
-            return os.open(path, os.O_RDONLY), False
-    handle = os.open(path, os.O_RDONLY)
+            return os.open(path, flags), False
+    handle = os.open(path, flags)
     if sys.platform == "darwin":
         import fcntl
 

@@ -42,7 +42,7 @@ class RowTable:
         self._table, self._reader, self._kernels = table, reader, kernels
         (self._matrix,) = next(iter(table.header.tensors.values()))
         self.encoding = encoding(self._matrix.encoding, kernels)
-        self._joined, self._cached = joined, cached
+        self._joined, self.cached = joined, cached
         self._num_joined = 0 if joined is None else joined.num_rows
         # A float matmul's bits depend on how many rows it has, so floats are always taken by blocks.
         self._by_blocks = isinstance(self.encoding, Plain)
@@ -59,7 +59,7 @@ class RowTable:
     @property
     def ring_bytes(self) -> int:
         """What blocks need to pass through, if nothing is held."""
-        if self._cached is not None:
+        if self.cached is not None:
             return 0
         return min(RING, len(self._table)) * self._table.header.stride
 
@@ -69,17 +69,17 @@ class RowTable:
         freed, made = self.held_bytes - (self.ring_bytes if is_head else 0), None
         if freed <= 0:
             return 0, None
-        self._joined, self._num_joined = None, 0
         everything = range(len(self._table))
-        if self._cached is not None:
-            self._cached.scan(everything)
+        if self.cached is not None:
+            self.cached.scan(everything)
         elif is_head:
             ring = min(RING, len(self._table))
             anew = partial(PinAndRing, ring, ())
             made = Cached(
                 self._table, self._reader, self._kernels, ring, anew(), everything, anew=anew
             )
-            self._cached = made
+            self.cached = made
+        self._joined, self._num_joined = None, 0  # last: broken off before, all is as it was
         return freed, made
 
     def blocks(self) -> Iterator[Weight]:
@@ -90,10 +90,10 @@ class RowTable:
         if self._joined is not None:
             yield from self._split(size) if self._by_blocks else [self._joined]
         for i in range(first, len(self._table)):
-            assert self._cached is not None
-            (weights,) = self._cached.fetch([i])
+            assert self.cached is not None
+            (weights,) = self.cached.fetch([i])
             yield next(iter(weights.values()))[0]
-            self._cached.release()
+            self.cached.release()
 
     def _split(self, size: int) -> Iterator[Weight]:
         assert self._joined is not None

@@ -56,7 +56,7 @@ class Table:
         if verify not in VERIFY:
             raise OptionError(f"verify is {verify!r}; known are {', '.join(VERIFY)}")
         self.header, self.traffic, self.folder, self._verify = header, traffic, folder, verify
-        self._medium = medium or File(folder / header.file)
+        self._medium = medium or _opened(folder / header.file)
         self._stamp = self._medium.stamp()
         self._seen: set[int] = set()
 
@@ -134,6 +134,16 @@ class Table:
         header = self.header
         where = f"record {index} at byte {index * header.stride:,} of {header.file}"
         return damaged(self.folder, f"{where} {problem}")
+
+
+def _opened(path: Path) -> File:
+    """Raises ReadError: since the pack was found, its file may have gone, or become something else."""
+    try:
+        return File(path)
+    except OSError as e:
+        raise ReadError(
+            f"{path} cannot be opened: {e.strerror or e}; is another process removing the pack?"
+        ) from None
 
 
 def view(raw: Tensor, matrix: Matrix, kernels: Kernels | None) -> Weight:
