@@ -135,7 +135,7 @@ def test_tokens_that_the_embedding_has_no_row_for(tmp_path: Path, home: Path) ->
     with outsize.load(str(folder), quiet=True) as model:
         with pytest.raises(
             OptionError,
-            match="'<image>', token 258 of the tokenizer, and the model's embedding has 258",
+            match="'<image>', token 258 of the tokenizer, and the model's embedding has 258 rows",
         ):
             model.generate("hi")
         with pytest.raises(OptionError, match="'<image>'"):

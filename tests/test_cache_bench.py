@@ -60,7 +60,7 @@ def test_reading(tmp_path: Path) -> None:
         (lambda t: t.replace("weight", "wait"), "2: no column weight|3: no column weight"),
         (lambda t: t.replace("n_expert=8", "n_expert=4"), r"a.csv:\d+: expert \d is out of range"),
         (lambda t: t.replace("n_layer=3", "n_layer=2"), r"a.csv:\d+: layer 2 is out of range"),
-        (lambda t: t.replace("# n_layer=3", "# "), "n_layer=N"),
+        (lambda t: t.replace("# n_layer=3", "# "), r"csv does not state n_layer=N"),
         (lambda t: t + "0,1,3,0,0,1,0.5\n", "step 3 of layer 0 comes after a later one"),
         (lambda t: t + "0,1,99,0\n", "7 numbers are expected"),
         (lambda t: t + "0,1,99,0,0,one,0.5\n", "7 numbers are expected"),

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from outsize import console, settings, terminal
 from outsize.cli import app
 from outsize.console import arguments, text_of
+from outsize.decode.channels import Piece
 from outsize.errors import DiskFullError, OptionError, SourceError
 
 CODE = "from outsize.cli import main; main()"
@@ -303,3 +304,14 @@ def _filled(word: str, fill: dict[str, str]) -> str:
     for name, value in fill.items():
         word = word.replace(name, value)
     return word
+
+
+def test_a_refused_turn_prints_no_empty_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    def parts(*said: str) -> Iterator[Piece]:
+        yield from (("text", piece) for piece in said)
+        raise OptionError("no")
+
+    for said, printed in (((), ""), (("a",), "a\n")):
+        with pytest.raises(OptionError):
+            terminal.show(parts(*said), shown=True)
+        assert capsys.readouterr().out == printed

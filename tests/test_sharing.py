@@ -167,6 +167,23 @@ def test_a_conversation_is_of_one_caller(open_tiny: Callable[..., Model]) -> Non
     next(talk._open)
 
 
+def test_a_turn_cancelled_before_its_first_word_is_forgotten(
+    open_tiny: Callable[..., Model],
+) -> None:
+    """An empty answer in the history teaches a model to answer nothing."""
+    model = open_tiny("llama", "fp32")
+    talk = model.conversation(max_tokens=8)
+    "".join(talk.say("one"))
+    before = list(talk.messages)
+    parts = talk.parts("two")
+    talk.cancel()
+    assert "".join(piece for _, piece in parts) == ""
+    assert talk.reply.finish == "cancelled"
+    assert talk.messages == before
+    third = "".join(talk.say("three"))
+    assert third == model.chat([*before, {"role": "user", "content": "three"}], max_tokens=8).text
+
+
 def within(call: Callable[[], None]) -> Generator[Piece, None, None]:
     """A generator that calls while it runs, as another thread would."""
     call()

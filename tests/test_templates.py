@@ -200,6 +200,17 @@ def test_an_interrupt_at_the_terminal_leaves_the_process() -> None:
     assert templates._worker._process is process
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no sessions")
+def test_an_interrupt_at_the_terminal_does_not_reach_a_process_that_starts() -> None:
+    """Until its first line runs, it cannot ignore one."""
+    worker = Worker()
+    process = worker._running()
+    try:
+        assert os.getsid(process.pid) == process.pid
+    finally:
+        worker.close()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_fork_renders_by_itself() -> None:

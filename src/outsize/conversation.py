@@ -80,7 +80,7 @@ class Conversation:
 
     def parts(self, text: str) -> Iterator[Piece]:
         """One turn: pieces of the reply ("text") and of what the model thinks ("reasoning"). What it thought
-        is not part of the history."""
+        is not part of the history, nor is a turn that was broken off before the first piece."""
         checked_text("text", text)
         self._streaming, self._cancelled = None, False
         return self._next_turn(text)
@@ -109,8 +109,9 @@ class Conversation:
             run = streaming.run
             # The last token was chosen, but has not been run; nor, after an error, have others.
             self._past.tokens = run.seq.tokens[: min(len(run.seq.tokens) - 1, run.known)]
-            answer = {"role": "assistant", "content": run.text}
-            self.messages = [*messages, answer]
+            if run.text or run.seq.finish not in (None, "cancelled"):
+                answer = {"role": "assistant", "content": run.text}
+                self.messages = [*messages, answer]
 
     def _fitting(self, messages: list[Message]) -> list[Message]:
         """The messages, without the oldest turns where that is wished for and needed. Raises ContextError."""

@@ -19,7 +19,7 @@ from outsize.checkpoint.source import names_model
 from outsize.checkpoint.spec import holds_model
 from outsize.conversation import checked_overflow
 from outsize.decode.channels import REASONING, TEXT, Piece
-from outsize.errors import OptionError, PackError
+from outsize.errors import OptionError, OutsizeError, PackError
 from outsize.options import DEFAULT_MODEL, Options
 from outsize.pack.format import Pack
 from outsize.pack.leftovers import Leftover
@@ -177,7 +177,7 @@ def show(parts: Iterator[Piece], shown: bool, thinking: bool | None = None) -> N
     `thinking` says otherwise."""
     styled = sys.stdout.isatty() and not no_color()
     thinking = sys.stdout.isatty() if thinking is None else thinking
-    last = TEXT
+    last, begun = TEXT, False
     try:
         for kind, piece in parts:
             if not shown or (kind == REASONING and not thinking):
@@ -186,7 +186,10 @@ def show(parts: Iterator[Piece], shown: bool, thinking: bool | None = None) -> N
                 sys.stdout.write(_turn(kind, styled))
             sys.stdout.write(piece)
             sys.stdout.flush()
-            last = kind
+            last, begun = kind, True
+    except OutsizeError:
+        shown = shown and begun  # a refusal is no empty answer
+        raise
     finally:
         if shown:
             print(_turn(TEXT, styled).rstrip("\n") if last == REASONING else "", flush=True)

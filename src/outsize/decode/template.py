@@ -150,6 +150,7 @@ def _start() -> subprocess.Popen[str]:
         return subprocess.Popen(
             [python, "-I", "-S", str(CHILD), path], stdin=pipe, stdout=pipe, stderr=pipe,
             text=True, encoding="utf-8", env={k: v for k, v in os.environ.items() if k in PASSED},
+            start_new_session=True,  # a terminal's Ctrl-C is this process's, from the first moment
         )  # fmt: skip
     except OSError as e:
         raise TemplateError(

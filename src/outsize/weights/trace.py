@@ -75,7 +75,7 @@ def read(path: Path) -> Trace:
     lines = enumerate(text_lines(path, TraceError), 1)
     comments, first = _head(path, lines)
     layers, experts, used = (
-        _stated(comments, f"n_{k}") for k in ("layer", "expert", "expert_used")
+        _stated(path, comments, f"n_{k}") for k in ("layer", "expert", "expert_used")
     )
     if layers * experts > MAX_SHAPE:
         raise TraceError(
@@ -98,14 +98,14 @@ def _head(path: Path, lines: Iterator[tuple[int, str]]) -> tuple[list[str], tupl
             raise TraceError(
                 f"{path}: more than {MAX_COMMENTS:,} lines of comments; is it a trace?"
             )
-    _stated(comments, "n_layer")
+    _stated(path, comments, "n_layer")
     raise TraceError(f"{path} holds no rows")
 
 
-def _stated(comments: Sequence[str], key: str) -> int:
+def _stated(path: Path, comments: Sequence[str], key: str) -> int:
     found = [int(n) for line in comments for n in re.findall(rf"\b{key}=(\d{{1,15}})\b", line)]
     if not found or not 0 < found[0] <= 1 << 16:
-        raise TraceError(f"the trace does not state {key}=N in its comments (# lines)")
+        raise TraceError(f"{path} does not state {key}=N in its comments (# lines)")
     return found[0]
 
 
