@@ -132,6 +132,9 @@ def test_understand() -> None:
     assert understand(["."], "m") == ("m", ".")
     with pytest.raises(OptionError, match="2 prompts"):
         understand(["a", "b"], "m")
+    for blank in ("", " \n"):  # as an empty variable of a script
+        with pytest.raises(OptionError, match="the prompt is blank"):
+            understand([blank], "m")
 
 
 def test_list_rm_version_doctor(tiny: str, tmp_path: Path) -> None:

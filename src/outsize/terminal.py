@@ -67,6 +67,8 @@ def understand(arguments: Sequence[str], model: str | None) -> tuple[str, str | 
             raise OptionError(
                 "standard input holds no prompt; give one, in quotes or through a pipe"
             )
+    if prompt is not None and not prompt.strip():
+        raise OptionError("the prompt is blank; give one in quotes, or none for a chat")
     return model or DEFAULT_MODEL, None if prompt is None else console.text_of(prompt)
 
 
