@@ -210,6 +210,11 @@ class Cached:
         self._depth -= len(slots)
         return len(slots) * self.table.header.stride
 
+    def drain(self) -> None:
+        """Wait for what is still being read."""
+        for ticket in list(self._tickets.values()):
+            ticket.wait_quietly()
+
     def restore(self) -> None:
         """After a call that an exception broke off, wherever that was, and once nothing is being read any
         more: only what is surely there is known, and nothing is lent. Broken off itself, it may be called
