@@ -114,11 +114,10 @@ def test_token_ids_beyond_the_embedding_are_refused(lie: Callable[..., Path]) ->
 
 
 def test_prompt_ids_outside_of_the_embedding_are_refused(open_tiny: Callable[..., Model]) -> None:
-    for id, words in (
-        (-1, "a token is -1"), (288, "number 288, and the model's embedding has 288 rows"),
-        (1 << 40, "a token is 1099511627776"),
-    ):  # fmt: skip
-        with pytest.raises(OptionError, match=words):
+    for id in (-1, 288, 1 << 40):
+        with pytest.raises(
+            OptionError, match=f"number {id:,}, and the model's embedding has 288 rows"
+        ):
             open_tiny("qwen3").score_tokens([5, id, 6])
 
 

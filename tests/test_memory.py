@@ -410,7 +410,7 @@ def test_plan_command(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     assert "http" not in re.sub(r"http://www.w3.org\S*", "", text)
     shown = plan(source, "--memory", "2GB").stdout
     assert "least that works" in shown
-    assert "ago; `outsize doctor` measures it again" in shown
+    assert "; `outsize doctor` measures it again" in shown
     refused = plan(source, "--memory", "20MB")
     assert refused.returncode == 2
     assert "needs at least" in refused.stderr
