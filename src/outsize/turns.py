@@ -76,12 +76,16 @@ class Turns:
             )
         self._waiting.add(me)
         try:
-            with exits.work(), self._lock:
-                return self._owned(step, is_open)
+            with exits.work():
+                return self._locked(step, is_open)
         finally:
             self._waiting.discard(me)
             if self._waiting:
                 time.sleep(HAND_OVER_S)
+
+    def _locked(self, step: Callable[[], T], is_open: bool) -> T:
+        with self._lock:
+            return self._owned(step, is_open)
 
     def _owned(self, step: Callable[[], T], is_open: bool) -> T:
         """With the lock held."""

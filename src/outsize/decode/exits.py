@@ -18,7 +18,7 @@ class Exits:
     """Who computes, and whether the interpreter ends."""
 
     def __init__(self) -> None:
-        self._change = threading.Condition()
+        self._lock = threading.Condition()
         self._busy: set[int] = set()  # threads
         self._is_ending = False
 
@@ -30,21 +30,21 @@ class Exits:
             yield
             return
         try:
-            with self._change:
+            with self._lock:
                 while self._is_ending and threading.current_thread() is not threading.main_thread():
-                    self._change.wait()
+                    self._lock.wait()
                 self._busy.add(me)
             yield
         finally:
-            with self._change:
+            with self._lock:
                 self._busy.discard(me)
-                self._change.notify_all()
+                self._lock.notify_all()
 
     def end(self) -> None:
         """Wait until nothing is under way."""
-        with self._change:
+        with self._lock:
             self._is_ending = True
-            self._change.wait_for(lambda: not self._busy, PATIENCE_S)
+            self._lock.wait_for(lambda: not self._busy, PATIENCE_S)
 
 
 def _after_fork() -> None:
