@@ -60,10 +60,9 @@ def peak() -> int:
 
 def _high_water() -> int | None:
     try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-            line = next(line for line in file if line.startswith("VmHWM:"))
-        return int(line.split()[1]) << 10
-    except (OSError, StopIteration, ValueError, IndexError):
+        text = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return int(text.partition("VmHWM:")[2].split(maxsplit=1)[0]) << 10
+    except (OSError, ValueError, IndexError):
         return None
 
 
