@@ -27,6 +27,7 @@ SOON, LATE = 2.0, 30.0  # seconds until all threads are tried again: at first, a
 SPARE = 0.35  # cores that others may use before a thread less is faster
 STAT = Path("/proc/stat")
 BUSY = 0, 1, 2, 5, 6  # columns there: user, nice, system, interrupts of two kinds
+STOLEN = 7
 
 
 class Look(NamedTuple):
@@ -37,18 +38,27 @@ class Look(NamedTuple):
     all: float
 
 
-def look(stat: Path = STAT) -> Look | None:
-    """What the cores that we may use have done so far; None where the system does not say."""
+def core_times(stat: Path = STAT) -> tuple[float, float] | None:
+    """Seconds that the cores that we may use have computed so far, for anybody, and that the host of a
+    virtual machine took from them; None where the system does not say."""
     try:
         allowed = {f"cpu{number}" for number in os.sched_getaffinity(0)}
         lines = stat.read_text().splitlines()
         cells = [line.split()[1:] for line in lines if line.split(maxsplit=1)[0] in allowed]
-        ticks = sum(int(row[column]) for row in cells for column in BUSY)
+        busy = sum(int(row[column]) for row in cells for column in BUSY)
+        stolen = sum(int(row[STOLEN]) for row in cells)
     except (OSError, AttributeError, ValueError, IndexError):
         return None
     if not cells:
         return None
-    return Look(time.perf_counter(), time.process_time(), ticks / os.sysconf("SC_CLK_TCK"))
+    tick = os.sysconf("SC_CLK_TCK")
+    return busy / tick, stolen / tick
+
+
+def look(stat: Path = STAT) -> Look | None:
+    """What the cores that we may use have done so far; None where the system does not say."""
+    found = core_times(stat)
+    return None if found is None else Look(time.perf_counter(), time.process_time(), found[0])
 
 
 class Threads:
@@ -67,7 +77,7 @@ class Threads:
         trifles, which torch does on one thread: waking others for them costs more than it brings, and so
         their bits do not depend on who else is busy."""
         self.most, self._looks, self._alone = most, looks, alone
-        self._cores = cores or _cores()
+        self._cores = cores or affinity()
         self.count, self._last = most, looks()
         self._patience, self._since = SOON, 0.0
         self.steps = self.sum = 0  # steps, and threads over all of them
@@ -139,7 +149,8 @@ def _setters() -> tuple[Callable[[int], object], ...]:
     return tuple(found)
 
 
-def _cores() -> int:
+def affinity() -> int:
+    """Processors that this process may use, by its mask."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:

@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import psutil
 
-STAT, AVERAGE = Path("/proc/stat"), Path("/proc/loadavg")
+from outsize.native.threads import STAT, core_times
+
+AVERAGE = Path("/proc/loadavg")
 OTHERS, STOLEN = 0.25, 0.1  # cores' worth that others may take, and that a host may take away
 APART = 1.5  # times the best of several repeats, that their median may take
 
@@ -28,15 +30,8 @@ def times() -> Times:
     """Zeros where the system does not tell."""
     mine = psutil.Process().cpu_times()
     own = mine.user + mine.system + mine.children_user + mine.children_system
-    try:
-        lines = [line.split() for line in STAT.read_text().splitlines() if line[:3] == "cpu"]
-        cores = {f"cpu{i}" for i in os.sched_getaffinity(0)}
-        rows = [[int(n) for n in line[1:9]] for line in lines if line[0] in cores]
-        tick = os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, AttributeError):
-        return Times(own, 0.0, own)
-    busy = sum(r[0] + r[1] + r[2] + r[5] + r[6] for r in rows)  # user, nice, system, interrupts
-    return Times(busy / tick, sum(r[7] for r in rows) / tick, own)
+    busy, stolen = core_times(STAT) or (own, 0.0)
+    return Times(busy, stolen, own)
 
 
 def running() -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from outsize.native.threads import affinity
 from outsize.plan.load import Watch
 from outsize.weights.arena import Arena
 from outsize.weights.groups import quota
@@ -53,9 +54,7 @@ def instruction_sets() -> list[str]:
 def allowed() -> int:
     """Processors that this process may use: by its affinity, and by the quota of its control groups, to the
     nearest. More threads than that would stand still together until the next period begins."""
-    count = getattr(os, "sched_getaffinity", None)
-    by_mask = len(count(0)) if count is not None else os.cpu_count() or 1
-    share = quota()
+    by_mask, share = affinity(), quota()
     return by_mask if share is None else max(1, min(by_mask, round(share)))
 
 
