@@ -184,16 +184,12 @@ def with_drafting(spec: Spec, outline: Outline) -> Outline:
 
 
 def read_adapter(pack: Pack, name: str, path: Path) -> Adapter:
-    """A LoRA adapter for a model. Raises AdapterError."""
+    """A LoRA adapter for a dense model, for which `plan.beside` has found room. Raises AdapterError."""
     file = adapters.load(path)
     if file.about.get("kind") == "masks":
         raise AdapterError(
             f"{path} is a mask drafter, which guesses and does not change answers; use it with "
             f"--draft masks:{path}"
-        )
-    if pack.description.mixture is not None:
-        raise UnsupportedError(
-            f"{path}: adapters are for dense models; {pack.path.name} has experts"
         )
     base, ours = file.about.get("base_name"), (pack.source.spec, pack.source.files[0][0])
     if isinstance(base, str) and are_other(base, ours):

@@ -38,7 +38,10 @@ def named(model: str | PathLike[str]) -> str:
 
 def is_pack(model: str | PathLike[str]) -> bool:
     """Is a model's name the folder of a pack?"""
-    spec = source.parse(named(model))
+    return _is_pack(source.parse(named(model)))
+
+
+def _is_pack(spec: source.Spec) -> bool:
     return spec.kind == "path" and (Path(spec.name) / "pack.json").is_file()
 
 
@@ -59,9 +62,9 @@ def check_packed(pack: Pack, encoding: str) -> Pack:
 def find(model: str | PathLike[str] = DEFAULT_MODEL, encoding: str = "auto") -> Pack | None:
     """The pack of a model, if it was made before. Raises SourceError, PackError."""
     check_encoding(encoding)
-    if is_pack(model):
-        return check_packed(read_header(Path(source.parse(named(model)).name)), encoding)
     spec = source.parse(named(model))
+    if _is_pack(spec):
+        return check_packed(read_header(Path(spec.name)), encoding)
     due = _expected(spec)
     return store.find(store.home() / "packs", spec.text, encoding, spec.kind == "path", due)
 

@@ -129,10 +129,10 @@ def raw(path: Path) -> tuple[Stored, dict[str, object]]:
     if (size := regular_size(path, AdapterError)) > LIMIT:
         raise AdapterError(f"{path} has {size:,} bytes; no adapter is that large")
     try:
-        said, _, _ = safetensors.header(path, MAX_HEADER)
+        said, data, size = safetensors.header(path, MAX_HEADER)
         told = said.get(safetensors.METADATA) or {}
         about = loads(str(told.get(KEY, "{}"))) if isinstance(told, dict) else None
-        tensors = Stored(safetensors.parse(path))
+        tensors = Stored(safetensors.tensors_of(path, said, data, size))
     except AdapterError:
         raise
     except (OSError, CheckpointError, ValueError, TypeError) as e:

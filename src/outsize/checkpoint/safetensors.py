@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,9 +31,13 @@ CODES, SCALES = "_blocks", "_scales"  # the two tensors of a matrix in MXFP4
 
 def parse(path: Path) -> dict[str, Tensor]:
     """The tensors of one file, bounds-checked; no tensor is read."""
-    said, data, size = header(path)
-    said.pop(METADATA, None)
-    tensors = {name: _tensor(path, name, info, data, size) for name, info in said.items()}
+    return tensors_of(path, *header(path))
+
+
+def tensors_of(path: Path, said: Mapping[str, object], data: int, size: int) -> dict[str, Tensor]:
+    """As `parse`, of a header that was read: what it says, where the data begin, the file's bytes."""
+    named = {name: info for name, info in said.items() if name != METADATA}
+    tensors = {name: _tensor(path, name, info, data, size) for name, info in named.items()}
     ordered = sorted(tensors.values(), key=lambda t: t.offset)
     for one, two in pairwise(ordered):
         if one.offset + one.size > two.offset:
