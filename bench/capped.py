@@ -21,14 +21,15 @@ import torch
 from safetensors.torch import save_file
 
 import outsize
-from outsize import library, loading
+from outsize.engine import load as loading
 from outsize.errors import BudgetError, OutsizeError
-from outsize.model.adapter import widths
+from outsize.model.lora import widths
+from outsize.pack import fetch
 from outsize.pack.format import Pack
 from outsize.plan import probe
-from outsize.plan.wake import runtime_bytes
-from outsize.weights.budget import peak
-from outsize.wishes import Wishes
+from outsize.plan.warmup import runtime_bytes
+from outsize.plan.wishes import Wishes
+from outsize.system.memory import peak
 
 SHARES = (0.0, 0.4, 1.1)  # of the weights, over the least budget
 MARGIN = 0.02  # of the least budget: what a process takes differs so much from one to the next
@@ -126,7 +127,7 @@ def runs_of(
     model: str, folder: Path, wrapper: list[str], only: list[str]
 ) -> list[dict[str, object]]:
     """Scenarios of a model, each in three budgets."""
-    pack, out = library.pack(model, quiet=True), list[dict[str, object]]()
+    pack, out = fetch.pack(model, quiet=True), list[dict[str, object]]()
     lora = folder / pack.path.name
     write_adapter(pack, lora)
     me = [sys.executable, __file__, "--child"]

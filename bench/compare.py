@@ -48,7 +48,7 @@ def pair(
     own = [] if a.threads is None else ["--threads", str(a.threads)]
     with busy(loops):
         ours = last_json(
-            sys.executable, "-c", "from outsize.cli import main; main()", "bench", "speed", model,
+            sys.executable, "-c", "from outsize.cli.main import main; main()", "bench", "speed", model,
             "--repeats", "1", "-q", *own,
         )  # fmt: skip
         theirs = last_json(

@@ -25,9 +25,9 @@ from paging import Disk, record
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from outsize.api import Model
+    from outsize.caching.replay.trace import Event, Scored, Trace
+    from outsize.engine.model import Model
     from outsize.model.ffn.experts import Router
-    from outsize.weights.trace import Event, Scored, Trace
 
 EVERY = 16
 SPECS = "echo;lru;least_stale;lfu;echo,prefetch=previous:6"
@@ -71,10 +71,10 @@ def force(m: Model, trace: Trace, recall: float = 0.0) -> None:
 
 def worker(a: argparse.Namespace) -> dict[str, object]:
     import outsize
+    from outsize.caching.replay.trace import read
     from outsize.forward.full import full
     from outsize.forward.span import Span
-    from outsize.weights.budget import peak
-    from outsize.weights.trace import read
+    from outsize.system.memory import peak
 
     trace = read(Path(a.trace))
     prompt = len(trace.events[0].rows)
@@ -130,11 +130,11 @@ def replayed(
     trace: Trace, spec: str, slots: int, stride: int, rate: float, busy_s: float, new: int
 ) -> dict[str, float]:
     """The same trace, slots and link in virtual time; computing as long as it took."""
-    from outsize.weights.knobs import parse
-    from outsize.weights.policy import Hints
-    from outsize.weights.prefetcher import make
-    from outsize.weights.replay import Link, Replay
-    from outsize.weights.trace import waves
+    from outsize.caching.policy import Hints
+    from outsize.caching.prefetcher import make
+    from outsize.caching.replay.simulate import Link, Replay
+    from outsize.caching.replay.trace import waves
+    from outsize.weights.spec import parse
 
     knobs = parse(spec)
     policy = knobs.policy(slots, Hints(per_layer=trace.experts, layers=trace.layers))

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import outsize
 from outsize.bench.speculate import read
-from outsize.decode import flow
-from outsize.decode.engine import drive
-from outsize.decode.sample import Sampler, greedy
+from outsize.engine import decode as flow
+from outsize.engine.scheduler import drive
 from outsize.options import Options
+from outsize.sampling.sample import Sampler, greedy
 
 DRAFTS = ["auto", "ngram:k=4", "ngram:k=15"]
 

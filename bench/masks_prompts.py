@@ -20,10 +20,12 @@ from pathlib import Path
 
 import torch
 
-from outsize import adapting, library, loading
 from outsize.adapt.answers import in_batches
-from outsize.adapt.twin import Twin
-from outsize.bars import silent
+from outsize.adapt.mtp import run as adapting
+from outsize.adapt.trainable import Twin
+from outsize.engine import load as loading
+from outsize.pack import fetch
+from outsize.progress import silent
 
 HELD_OUT = 500
 STARTS = (
@@ -66,7 +68,7 @@ def about_text(path: Path) -> Iterator[str]:
 
 def own(model: str, count: int, seed: int, device: torch.device) -> list[str]:
     """What the model itself would ask."""
-    made = library.pack(model, quiet=True)
+    made = fetch.pack(model, quiet=True)
     tokens = loading.tokens(made)
     twin = Twin(made, device, adapting.matmul_type(device), silent)
     opening = "<|im_start|>user\n"

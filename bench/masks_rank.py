@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from outsize.adapt import checkpoints
-from outsize.checkpoint import adapters
+from outsize.checkpoint import lora as adapters
 
 
 def cut(a_RK: Tensor, b_NR: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

@@ -26,12 +26,13 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 
-from outsize import adapting, library
-from outsize.adapt import training
-from outsize.adapt.acceptance import walk
-from outsize.adapt.masks import Example, Recipe, all_anchors, collate, deltas, ordinary
-from outsize.adapt.twin import Twin
-from outsize.bars import silent
+from outsize.adapt.mtp import run as adapting
+from outsize.adapt.mtp import train
+from outsize.adapt.mtp.losses import Example, Recipe, all_anchors, collate, deltas, ordinary
+from outsize.adapt.mtp.simulate import walk
+from outsize.adapt.trainable import Twin
+from outsize.pack import fetch
+from outsize.progress import silent
 
 
 def answered(twin, made, path: Path, args, recipe: Recipe) -> list[Example]:
@@ -88,7 +89,7 @@ def step_flops(twin: Twin, recipe: Recipe, tokens: float, masks: float) -> float
 
 def step_s(twin, made, examples: list[Example], recipe: Recipe) -> float:
     """Seconds a step takes, after a few."""
-    state = training.start(twin, recipe, made.source.sha256)
+    state = train.start(twin, recipe, made.source.sha256)
     for _ in range(5):
         state.run_step(examples)
     started = time.perf_counter()
@@ -103,14 +104,14 @@ def run(args, twin, made, data, held, recipe: Recipe) -> dict:
     rest, mixed = data[: -args.mixed], data[-args.mixed :]
     if args.seconds:
         recipe = replace(recipe, steps=int(args.seconds / step_s(twin, made, rest, recipe)))
-    state = training.start(twin, recipe, made.source.sha256)
+    state = train.start(twin, recipe, made.source.sha256)
     sizes = [len(e.tokens) for e in rest]
     num_tokens = recipe.batch * sum(sizes) / len(sizes)
     num_masks = recipe.batch * recipe.anchors * recipe.k
     started = time.perf_counter()
     seen = []
 
-    def tell(now: training.Seen) -> None:
+    def tell(now: train.Seen) -> None:
         if now.step % 50 == 0:
             seen.append((now.step, round(now.loss, 4)))
             if now.step % 400 == 0:
@@ -118,7 +119,7 @@ def run(args, twin, made, data, held, recipe: Recipe) -> dict:
             print(json.dumps({"recipe": args.name, "step": now.step, "of": now.steps,
                               "loss": round(now.loss, 4)}), file=sys.stderr, flush=True)  # fmt: skip
 
-    training.train(state, rest, held[:32], args.output / f"{args.name}.checkpoint", 1 << 30, tell)
+    train.train(state, rest, held[:32], args.output / f"{args.name}.checkpoint", 1 << 30, tell)
     took = time.perf_counter() - started
     (args.output / f"{args.name}.checkpoint").unlink(missing_ok=True)
     out = {"name": args.name, "recipe": recipe.to_json(), "steps": recipe.steps, "took_s": took,
@@ -138,7 +139,7 @@ def run(args, twin, made, data, held, recipe: Recipe) -> dict:
 
 def one(args) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    made = library.pack(args.model, quiet=True)
+    made = fetch.pack(args.model, quiet=True)
     twin = Twin(made, device, adapting.matmul_type(device), silent)
     recipe = Recipe(**json.loads(args.recipes[0]))
     data = answered(twin, made, args.data, args, recipe)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from outsize.api import Model
+    from outsize.engine.model import Model
 
 PROMPT, CONTEXT, STEPS = 512, 640, 6
 PART, IN_FLIGHT = 2 << 20, 4
@@ -35,7 +35,7 @@ def worker(model: str, memory: str, context: int, new: int) -> dict[str, object]
     import outsize
     from outsize.forward.full import full
     from outsize.forward.span import Span
-    from outsize.weights.budget import peak
+    from outsize.system.memory import peak
 
     started = time.perf_counter()
     with outsize.load(model, memory=memory, context=context, quiet=True, draft="none") as m:
@@ -84,9 +84,9 @@ class Disk:
     a cap, new ones would first have to find memory."""
 
     def __init__(self, m: Model) -> None:
-        from outsize.weights.arena import Arena
-        from outsize.weights.table import Table
-        from outsize.weights.traffic import Traffic
+        from outsize.storage.buffers import Arena
+        from outsize.storage.stats import Traffic
+        from outsize.storage.table import Table
 
         self._loaded = m.transformer.loaded
         header = max(m.pack.tables, key=lambda t: t.size)
@@ -114,8 +114,8 @@ class Disk:
 
 def predicted(m: Model, rate: float) -> dict[str, float]:
     """What `outsize plan` says for this run, with the disk as fast as it was in this sitting."""
-    from outsize import planning
     from outsize.pack.outline import of_pack
+    from outsize.plan import make as planning
 
     cost = planning.cost_if_known(of_pack(m.pack), m.placement, PROMPT, rate)
     assert cost is not None
@@ -140,7 +140,17 @@ def run(wrap: str, size: int, *arguments: str) -> dict[str, object]:
 def cli(wrap: str, size: int, model: str, context: int, new: int, text: str) -> dict[str, object]:
     """The same through `outsize run`, as a user would."""
     prefix = shlex.split(wrap.format(bytes=size)) if wrap else []
-    command = [*prefix, sys.executable, "-m", "outsize.cli", "run", model, text, "--raw", "--json"]
+    command = [
+        *prefix,
+        sys.executable,
+        "-m",
+        "outsize.cli.main",
+        "run",
+        model,
+        text,
+        "--raw",
+        "--json",
+    ]
     command += [
         "-n",
         str(new),
@@ -160,7 +170,7 @@ def cli(wrap: str, size: int, model: str, context: int, new: int, text: str) -> 
 
 def plan_of(model: str, context: int) -> dict[str, float]:
     """What `outsize plan` says; it measures computing anew, for the runs that follow."""
-    command = [sys.executable, "-m", "outsize.cli", "plan", model, "--json", "-q"]
+    command = [sys.executable, "-m", "outsize.cli.main", "plan", model, "--json", "-q"]
     done = subprocess.run(
         [*command, "-c", str(context)], capture_output=True, text=True, check=True
     )

@@ -28,9 +28,9 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-    from outsize.api import Model
-    from outsize.bench.synthetic import Size
-    from outsize.weights.trace import Trace
+    from outsize.bench.synthetic.gguf import Size
+    from outsize.caching.replay.trace import Trace
+    from outsize.engine.model import Model
 
 FIRST = 300  # the id of the trace's first token
 MARK, GAP, STEP = (
@@ -60,7 +60,7 @@ def prompt_of(trace: Trace) -> int:
 
 def size_of(shape: str, trace: Trace) -> Size:
     """The named size, with the trace's layers, experts and experts a token."""
-    from outsize.bench.synthetic import SIZES, Size
+    from outsize.bench.synthetic.gguf import SIZES, Size
 
     small = Size(trace.layers, 512, 32, 4, 2, 1024, head_dim=64)
     base = small if shape == "small" else SIZES[shape]
@@ -71,7 +71,7 @@ class Routed:
     """Changes random tensors, as they are written, into those of a model that routes as told."""
 
     def __init__(self, wanted: Choices, size: Size, seed: int) -> None:
-        from outsize.bench.synthetic import BLOCK, recipe
+        from outsize.bench.synthetic.gguf import BLOCK, recipe
 
         self._wanted, self._size, self._names = wanted, size, recipe("qwen3_moe", size).names
         self._random = np.random.default_rng(seed)
@@ -122,7 +122,7 @@ NEEDED = ("o", "expert_down", "ffn_norm", "router")
 
 def make(path: Path, shape: str, trace: Trace, seed: int = 1) -> None:
     """The GGUF."""
-    from outsize.bench.synthetic import write
+    from outsize.bench.synthetic.gguf import write
 
     size = size_of(shape, trace)
     write(path, "qwen3_moe", size, seed, Routed(choices(trace), size, seed))
@@ -168,10 +168,10 @@ def worker(a: argparse.Namespace) -> dict[str, object]:
     from paging import Disk
 
     import outsize
+    from outsize.caching.replay.trace import read
     from outsize.forward.full import full
     from outsize.forward.span import Span
-    from outsize.weights.budget import peak
-    from outsize.weights.trace import read
+    from outsize.system.memory import peak
 
     trace = read(Path(a.trace))
     prompt = prompt_of(trace)
@@ -217,8 +217,8 @@ def main() -> None:
     from experts import run
     from paging import record
 
-    from outsize import library
-    from outsize.weights.trace import read
+    from outsize.caching.replay.trace import read
+    from outsize.pack import fetch
 
     p = argparse.ArgumentParser()
     p.add_argument("model", type=Path)
@@ -242,7 +242,7 @@ def main() -> None:
     a.new = min(a.new, len(choices(trace)[0]) - prompt_of(trace))
     if not a.model.exists():
         make(a.model, a.shape, trace)
-    library.pack(str(a.model), quiet=True)
+    fetch.pack(str(a.model), quiet=True)
     common = [__file__, str(a.model), a.trace, "--memory", str(a.memory), "--worker"]
     common += ["--experts", a.experts, "--new", str(a.new)]
     peer = [str(PEER), str(a.model), "--cold", "--no-repack", "--first-id", str(FIRST)]

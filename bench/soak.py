@@ -18,11 +18,11 @@ from pathlib import Path
 from statistics import median
 
 import outsize
-from outsize import library
+from outsize.pack import fetch
 from outsize.pack.outline import of_pack
 from outsize.plan.place import least_bytes
-from outsize.plan.wake import runtime_bytes
-from outsize.weights.budget import peak, resident
+from outsize.plan.warmup import runtime_bytes
+from outsize.system.memory import peak, resident
 
 CONTEXT, TURN = 1024, 100
 GROWTH = 0.01  # of the budget: the allocator gives back and takes again a few MB from turn to turn
@@ -35,7 +35,7 @@ def main() -> None:
     p.add_argument("--tokens", type=int, default=2000)
     p.add_argument("-o", "--output", type=Path)
     a = p.parse_args()
-    outline = of_pack(library.pack(a.model, quiet=True))
+    outline = of_pack(fetch.pack(a.model, quiet=True))
     memory = least_bytes(outline, runtime_bytes(), 7 * outline.tokenizer_bytes, CONTEXT)
     memory += outline.size // 2
     turns: list[dict[str, int]] = []

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from outsize.weights.policy import Hints, make
-from outsize.weights.prefetcher import make as prefetcher
-from outsize.weights.replay import Link, Outcome, Replay
-from outsize.weights.trace import Event, Trace, read, waves
+from outsize.caching.policy import Hints, make
+from outsize.caching.prefetcher import make as prefetcher
+from outsize.caching.replay.simulate import Link, Outcome, Replay
+from outsize.caching.replay.trace import Event, Trace, read, waves
 
 RECORD = 3 << 20
 POLICIES = ("lru", "fifo", "lfu", "lfru", "least_stale", "stale_cyclic", "echo", "belady")

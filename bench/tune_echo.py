@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from specmd import replay
 
-from outsize.weights.policies import echo
-from outsize.weights.trace import Trace, read
+from outsize.caching.eviction import echo
+from outsize.caching.replay.trace import Trace, read
 
 SHARES = (0.05, 0.10, 0.20)
 RIVALS = ("lru", "lfu", "lfru", "least_stale")

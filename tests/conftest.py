@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 import outsize
-from outsize import drafting, library, loading
-from outsize.api import Model
-from outsize.native.kernels import Kernels, kernels
+from outsize.draft import load as drafting
+from outsize.engine import load as loading
+from outsize.engine.model import Model
+from outsize.kernels.native import Kernels, kernels
+from outsize.pack import fetch
 from outsize.pack.outline import of_pack
 from outsize.plan import place
-from outsize.weights import budget
-from outsize.wishes import Wishes
+from outsize.plan.wishes import Wishes
+from outsize.system import memory as budget
 from tests.golden import tiny
 
 
@@ -72,10 +74,10 @@ def open_paged(
     opened: list[Model] = []
 
     def make(family: str, draft: str = "auto", native: bool = True) -> Model:
-        outline = of_pack(library.pack(str(folder_of(family)), quiet=True))
+        outline = of_pack(fetch.pack(str(folder_of(family)), quiet=True))
         spec = drafting.parse(draft)
         if spec.kind == "model":
-            smaller = of_pack(library.pack(spec.source, quiet=True))
+            smaller = of_pack(fetch.pack(spec.source, quiet=True))
             outline = Wishes(draft=draft).with_all(outline, smaller, None)
         outline = outline if spec.kind == "auto" else drafting.with_drafting(spec, outline)
         least = place.least_bytes(outline, 0, 0, 256)

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from outsize.adapt import checkpoints
-from outsize.adapt.masks import Recipe, new_parameters
-from outsize.api import Model
-from outsize.family.description import Description
-from outsize.model.adapter import widths
+from outsize.adapt.mtp.losses import Recipe, new_parameters
+from outsize.engine.model import Model
+from outsize.model.lora import widths
+from outsize.model_config import Description
 
 PEFT = {
     "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",

@@ -18,11 +18,11 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from outsize.bars import silent
 from outsize.checkpoint.source import open_checkpoint
 from outsize.errors import OutsizeError
-from outsize.library import warn
 from outsize.pack import write
+from outsize.pack.fetch import warn
+from outsize.progress import silent
 from tests.golden import tiny
 from tests.golden.test_golden import write_gguf
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import outsize
-from outsize import loading
+from outsize.engine import load as loading
 from outsize.errors import OutsizeError
 from outsize.pack.format import HEADER
 

@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterator
 from itertools import chain, repeat
 from pathlib import Path
 
-from outsize.adapt import data
-from outsize.checkpoint import adapters
+from outsize.caching.replay import trace
+from outsize.checkpoint import lora as adapters
 from outsize.checkpoint.source import open_checkpoint
 from outsize.errors import OutsizeError
 from outsize.pack.outline import of_checkpoint
-from outsize.weights import trace
+from outsize.text import prompt_file
 from tests.golden import tiny
 from tests.golden.test_golden import write_gguf
 
@@ -180,7 +180,7 @@ def prompts(middle: bytes, count: int) -> Callable[[Path], tuple[Path, Open]]:
         with gzip.open(path, "wb", 1) as f:
             for _ in range(count):
                 f.write(middle)
-        return path, lambda p: data.read([p])
+        return path, lambda p: prompt_file.read([p])
 
     return make
 

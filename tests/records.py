@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from outsize.pack.format import PAGE, Matrix, TableHeader
-from outsize.weights.medium import File
-from outsize.weights.table import Table
-from outsize.weights.traffic import Traffic
+from outsize.storage.file import File
+from outsize.storage.stats import Traffic
+from outsize.storage.table import Table
 
 ROWS, WIDTH = 16, 128  # of fp32: two pages
 STRIDE = ROWS * WIDTH * 4

@@ -19,18 +19,19 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import outsize
-from outsize import adapting
-from outsize.adapt import checkpoints, head_loss, training
-from outsize.adapt.acceptance import Walk, leading, walk
-from outsize.adapt.answered import Kept
+from outsize.adapt import checkpoints
 from outsize.adapt.answers import answer
-from outsize.adapt.data import read
-from outsize.adapt.masks import Example, Recipe, deltas, draw, losses, ordinary
-from outsize.adapt.twin import Twin
-from outsize.api import Model
-from outsize.bars import silent
-from outsize.checkpoint.adapters import raw
+from outsize.adapt.mtp import head_loss, train
+from outsize.adapt.mtp import run as adapting
+from outsize.adapt.mtp.answered import Kept
+from outsize.adapt.mtp.losses import Example, Recipe, deltas, draw, losses, ordinary
+from outsize.adapt.mtp.simulate import Walk, leading, walk
+from outsize.adapt.trainable import Twin
+from outsize.checkpoint.lora import raw
+from outsize.engine.model import Model
 from outsize.errors import AdapterError, DataError, DiskFullError, OptionError, UnsupportedError
+from outsize.progress import silent
+from outsize.text.prompt_file import read
 from tests.golden import tiny
 
 RECIPE = Recipe(k=2, rank=2, steps=8, batch=2, anchors=4, length=80)
@@ -41,7 +42,7 @@ def twin_of(model: Model) -> Twin:
     return Twin(model.pack, torch.device("cpu"), torch.float32, silent)
 
 
-def quiet(seen: training.Seen) -> None:
+def quiet(seen: train.Seen) -> None:
     """Nobody looks."""
 
 
@@ -49,21 +50,21 @@ def test_a_resumed_training_gives_the_same_weights(
     open_tiny: Callable[..., Model], tmp_path: Path
 ) -> None:
     twin, path = twin_of(open_tiny("llama", "int8")), tmp_path / "c"
-    whole = training.start(twin, RECIPE, "base")
-    training.train(whole, EXAMPLES, [], tmp_path / "w", 100, quiet)
-    part = training.start(twin, RECIPE, "base")
+    whole = train.start(twin, RECIPE, "base")
+    train.train(whole, EXAMPLES, [], tmp_path / "w", 100, quiet)
+    part = train.start(twin, RECIPE, "base")
     for _ in range(5):
         part.run_step(EXAMPLES)
     part.save(path)
-    again = training.resume(twin, RECIPE, "base", path)
+    again = train.resume(twin, RECIPE, "base", path)
     assert again.step == 5
-    training.train(again, EXAMPLES, [], path, 100, quiet)
+    train.train(again, EXAMPLES, [], path, 100, quiet)
     for name, value in whole.parameters.items():
         assert torch.equal(value, again.parameters[name]), name
     with pytest.raises(AdapterError, match="another model or recipe"):
-        training.resume(twin, Recipe(k=2, rank=4), "base", path)
+        train.resume(twin, Recipe(k=2, rank=4), "base", path)
     with pytest.raises(AdapterError, match="another model or recipe"):
-        training.resume(twin, RECIPE, "other", path)
+        train.resume(twin, RECIPE, "other", path)
 
 
 def test_training_lowers_the_loss_and_leaves_the_base_alone(
@@ -72,7 +73,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(
     """Gated additions never reach ordinary tokens; ordinary ones do."""
     twin = twin_of(open_tiny("llama", "int8"))
     recipe = Recipe(k=2, rank=4, steps=60, batch=4, anchors=8, length=80, rate=5e-3)
-    state = training.start(twin, recipe, "base")
+    state = train.start(twin, recipe, "base")
     batch = draw(EXAMPLES, recipe, 0, 0, 1)
     with torch.no_grad():
         before = losses(twin, state.parameters, recipe, batch)
@@ -94,7 +95,7 @@ def test_ordinary_lora_has_the_ordinary_loss(open_tiny: Callable[..., Model]) ->
     twin = twin_of(open_tiny("llama", "int8"))
     recipe = Recipe(k=2, rank=4, steps=40, batch=4, anchors=8, length=80, rate=5e-3, gated=False)
     spoken = replace(recipe, next_token=1.0)
-    state = training.start(twin, spoken, "base")
+    state = train.start(twin, spoken, "base")
     with torch.no_grad():  # additions that add nothing have a gradient in one factor only
         for name, value in state.parameters.items():
             if name.endswith(".B"):
@@ -115,7 +116,7 @@ def test_ordinary_lora_has_the_ordinary_loss(open_tiny: Callable[..., Model]) ->
     assert float(losses(twin, state.parameters, recipe, batch).ordinary) == 0
     ends = []
     for arm in (recipe, spoken):
-        trained = training.start(twin, arm, "base")
+        trained = train.start(twin, arm, "base")
         for _ in range(40):
             trained.run_step(EXAMPLES)
         with torch.no_grad():
@@ -211,11 +212,11 @@ def test_a_resumed_training_has_the_same_data(
     open_tiny: Callable[..., Model], tmp_path: Path
 ) -> None:
     twin, path = twin_of(open_tiny("llama", "int8")), tmp_path / "c"
-    training.start(twin, RECIPE, "base", "data").save(path)
+    train.start(twin, RECIPE, "base", "data").save(path)
     with pytest.raises(AdapterError, match="the prompts or answers differ"):
-        training.resume(twin, RECIPE, "base", path, "other")
+        train.resume(twin, RECIPE, "base", path, "other")
     with pytest.raises(AdapterError, match="rank was 2, is 4"):
-        training.resume(twin, replace(RECIPE, rank=4), "base", path, "data")
+        train.resume(twin, replace(RECIPE, rank=4), "base", path, "data")
 
 
 def free_port() -> int:
@@ -233,7 +234,7 @@ def test_two_processes_train_one_drafter(open_tiny: Callable[..., Model], tmp_pa
     model = open_tiny("llama", "int8")
     wish, port = wish_of(model, tmp_path), free_port()
     command = [
-        sys.executable, "-m", "outsize.cli", "adapt", "masks", wish.model, "--data", str(wish.data[0]),
+        sys.executable, "-m", "outsize.cli.main", "adapt", "masks", wish.model, "--data", str(wish.data[0]),
         "-o", str(wish.output), "--steps", "6", "--k", "2", "--rank", "2", "--batch", "3", "--anchors",
         "4", "-n", "12", "--at-once", "1", "-t", "1", "--device", "cpu",
     ]  # fmt: skip
@@ -330,14 +331,14 @@ def test_experts_are_refused(open_tiny: Callable[..., Model]) -> None:
 
 
 def test_an_interrupt_saves(open_tiny: Callable[..., Model], tmp_path: Path) -> None:
-    state = training.start(twin_of(open_tiny("llama", "int8")), RECIPE, "base")
+    state = train.start(twin_of(open_tiny("llama", "int8")), RECIPE, "base")
 
-    def stop(seen: training.Seen) -> None:
+    def stop(seen: train.Seen) -> None:
         if seen.step == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        training.train(state, EXAMPLES, [], tmp_path / "c", 100, stop)
+        train.train(state, EXAMPLES, [], tmp_path / "c", 100, stop)
     assert raw(tmp_path / "c")[1]["step"] == 3
 
 
@@ -353,7 +354,7 @@ def test_a_killed_training_resumes_to_the_same_file(
         folder.mkdir()
         wish = wish_of(model, folder)
         command = [
-            sys.executable, "-m", "outsize.cli", "adapt", "masks", wish.model, "--data",
+            sys.executable, "-m", "outsize.cli.main", "adapt", "masks", wish.model, "--data",
             str(wish.data[0]), "-o", str(wish.output), "--steps", "40", "--k", "2", "--rank", "2",
             "--batch", "2", "--anchors", "4", "--every", "10", "-n", "12", "-q", "-t", "1",
         ]  # fmt: skip

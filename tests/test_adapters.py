@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import outsize
-from outsize.api import Model
+from outsize.engine.model import Model
 from outsize.errors import AdapterError, OptionError
-from outsize.family.description import Description
 from outsize.forward.full import full
 from outsize.forward.span import Span
-from outsize.model.adapter import Adapter, widths
-from outsize.native import build
-from outsize.native.kernels import kernels
+from outsize.kernels import build
+from outsize.kernels.native import kernels
+from outsize.model.lora import Adapter, widths
+from outsize.model_config import Description
 from tests.drafts import write_peft
 from tests.golden import tiny
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import outsize
-from outsize import terminal
-from outsize.api import Model
-from outsize.cli import main
-from outsize.conversation import Conversation
+from outsize.cli import run as terminal
+from outsize.cli.main import main
+from outsize.engine.conversation import Conversation
+from outsize.engine.model import Model
 from outsize.errors import ContextError, OptionError
 from outsize.options import Options
 from tests import scripted

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import outsize
-from outsize import library
-from outsize.api import Model
+from outsize.engine.model import Model
 from outsize.errors import ContextError, OptionError, TemplateError
 from outsize.forward.full import full
 from outsize.forward.span import Span
+from outsize.pack import fetch
 from tests.golden import tiny
 
 
@@ -141,7 +141,7 @@ def test_bad_requests(model: Model, folder_of: Callable[[str], object]) -> None:
     with pytest.raises(OptionError, match="threads is 0"):
         outsize.load(str(folder_of("llama")), threads=0)
     with pytest.raises(OptionError, match="encoding 'int3' is not known"):
-        library.pack(str(folder_of("llama")), encoding="int3")
+        fetch.pack(str(folder_of("llama")), encoding="int3")
 
 
 def test_base_models_say_that_they_cannot_chat(tmp_path: object) -> None:

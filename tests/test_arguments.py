@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import outsize
-from outsize import library
-from outsize.api import Model
+from outsize.engine.model import Model
 from outsize.errors import OutsizeError, SourceError, UserError
 from outsize.options import Options
+from outsize.pack import fetch
 from tests.drafts import write_peft
 
 LONG = "a" * 300  # longer than a name may be
@@ -140,14 +140,14 @@ def test_a_name_that_is_too_long_is_told_short() -> None:
     with pytest.raises(
         SourceError, match=r"'a{80}\.\.\.' cannot be looked up \(File name too long\)"
     ):
-        library.find(LONG * 20)
+        fetch.find(LONG * 20)
 
 
 def test_paths_of_pathlib(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(folder_of("llama"), tmp_path / "model"))
-    made = library.pack(folder, quiet=True)
-    assert library.find(folder) is not None
-    assert library.outline(folder, quiet=True).name == made.path.name
+    made = fetch.pack(folder, quiet=True)
+    assert fetch.find(folder) is not None
+    assert fetch.outline(folder, quiet=True).name == made.path.name
     with outsize.load(folder, quiet=True) as model:
         first = model.generate("abc", max_tokens=3, raw=True)[0].text
         written = write_peft(model, tmp_path / "a", 1)

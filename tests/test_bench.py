@@ -17,12 +17,13 @@ import pytest
 import torch
 
 import outsize
-from outsize.api import Model
-from outsize.bench import quality, synthetic
+from outsize.bench import quality
+from outsize.bench.synthetic import gguf
+from outsize.engine.load import Wishes
+from outsize.engine.model import Model
 from outsize.errors import OptionError, SourceError
 from outsize.forward.full import full
 from outsize.forward.span import Span
-from outsize.loading import Wishes
 from tests.golden import tiny
 
 TEXT = "The sea is wide and the night is long; déjà vu. " * 6
@@ -85,8 +86,8 @@ def harness_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Model], An
         for name in ("lm_eval", "lm_eval.api"):
             monkeypatch.setitem(sys.modules, name, ModuleType(name))
         monkeypatch.setitem(sys.modules, made.__name__, made)
-    yield import_module("outsize.bench.harness").Harness
-    sys.modules.pop("outsize.bench.harness")
+    yield import_module("outsize.bench.lm_eval").Harness
+    sys.modules.pop("outsize.bench.lm_eval")
 
 
 def test_the_harness_answers_as_the_model_does(
@@ -116,15 +117,15 @@ def test_synthetic_models_run(
     pytest.importorskip("gguf")
     path = tmp_path / f"{family}.gguf"
     size = "tiny-moe" if family in tiny.MIXTURES else "tiny"
-    synthetic.show(path, family, size, 1, "auto", True)
+    gguf.show(path, family, size, 1, "auto", True)
     made = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert made["model_bytes"] == path.stat().st_size
     with outsize.load(str(path), quiet=True) as model:
         assert model.generate("abc", raw=True, max_tokens=3)[0].new_tokens >= 1
     with pytest.raises(OptionError, match="is there already"):
-        synthetic.show(path, family, size, 1, "auto", True)
+        gguf.show(path, family, size, 1, "auto", True)
     with pytest.raises(OptionError, match="size 'huge' is not known"):
-        synthetic.show(tmp_path / "x.gguf", family, "huge", 1, "auto", True)
+        gguf.show(tmp_path / "x.gguf", family, "huge", 1, "auto", True)
 
 
 def test_a_synthetic_folder_runs_here_and_there(
@@ -132,7 +133,7 @@ def test_a_synthetic_folder_runs_here_and_there(
 ) -> None:
     """The same random weights give transformers' logits."""
     transformers = pytest.importorskip("transformers")
-    synthetic.show(tmp_path / "m", "llama", "tiny", 1, "fp32", True)
+    gguf.show(tmp_path / "m", "llama", "tiny", 1, "fp32", True)
     capsys.readouterr()
     ids = list(range(40, 60))
     reference = transformers.AutoModelForCausalLM.from_pretrained(

@@ -20,15 +20,14 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 import outsize
-from outsize.adapt import data
 from outsize.bench import speculate
-from outsize.checkpoint import adapters, bounded, read_json
+from outsize.caching.replay import trace
+from outsize.checkpoint import bounded, read_json
+from outsize.checkpoint import lora as adapters
 from outsize.checkpoint import tokenizer as tokenizers
-from outsize.checkpoint.foreign import TokenizerSpec
+from outsize.checkpoint.checkpoint import TokenizerSpec
 from outsize.checkpoint.source import open_checkpoint
-from outsize.decode import template
-from outsize.decode.tokens import Tokens
-from outsize.decode.untrusted import Marks
+from outsize.cli.trace import _prompts
 from outsize.errors import (
     AdapterError,
     CheckpointError,
@@ -38,8 +37,9 @@ from outsize.errors import (
     TemplateError,
     TraceError,
 )
-from outsize.tracing import _prompts
-from outsize.weights import trace
+from outsize.text import prompt_file, template
+from outsize.text.tokens import Tokens
+from outsize.text.untrusted import Marks
 from tests.golden import tiny
 from tests.test_cache_bench import HEADER, made, write
 
@@ -133,7 +133,7 @@ def test_only_regular_files_are_opened(
     ("call", "error"),
     [
         (trace.read, TraceError),
-        (lambda p: data.read([p]), DataError),
+        (lambda p: prompt_file.read([p]), DataError),
         (_prompts, OptionError),
         (lambda p: speculate.read(p, 0), OptionError),
     ],
@@ -188,7 +188,7 @@ def test_deep_json_is_refused_wherever_it_is(text: str, tmp_path: Path) -> None:
     path.write_text(text)
     calls: list[tuple[Callable[[], object], type[Exception]]] = [
         (lambda: read_json.read_json(path), CheckpointError),
-        (lambda: data.read([path]), DataError),
+        (lambda: prompt_file.read([path]), DataError),
         (lambda: _prompts(path), OptionError),
         (lambda: speculate.read(path, 0), OptionError),
         (lambda: tokenizers.from_json(text), CheckpointError),

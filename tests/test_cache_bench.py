@@ -10,17 +10,19 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from outsize import library, loading, planning
-from outsize.api import Model
 from outsize.bench.cache import Wanted, choose, replay
-from outsize.cli import app
+from outsize.caching import prefetcher
+from outsize.caching.eviction.least_stale import LeastStale
+from outsize.caching.policy import Hints, make
+from outsize.caching.replay.simulate import Link, Replay
+from outsize.caching.replay.trace import Event, Trace, read, waves
+from outsize.cli.main import app
+from outsize.engine import load as loading
+from outsize.engine.model import Model
 from outsize.errors import OptionError, TraceError, UnsupportedError
-from outsize.plan.prior import recorded
-from outsize.weights import prefetcher
-from outsize.weights.policies.least_stale import LeastStale
-from outsize.weights.policy import Hints, make
-from outsize.weights.replay import Link, Replay
-from outsize.weights.trace import Event, Trace, read, waves
+from outsize.pack import fetch
+from outsize.plan import make as planning
+from outsize.plan.hit_rates import recorded
 from tests.golden import tiny
 
 HEADER = "# n_layer=3 n_expert=8 n_expert_used=2\n# expert_bytes=1000\n"
@@ -187,7 +189,7 @@ def test_tracing_a_model(
     family: str, folder_of: Callable[[str], Path], home: Path, tmp_path: Path
 ) -> None:
     folder = str(folder_of(family))
-    library.pack(folder, encoding="auto", quiet=True)
+    fetch.pack(folder, encoding="auto", quiet=True)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text('hello there\n{"prompt": "and again"}\n')
     out = tmp_path / "t.csv"

@@ -7,9 +7,9 @@ import random
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from outsize.decode.channels import PLAIN, Format, format_of
-from outsize.decode.text import Stream
-from outsize.decode.tokens import Tokens
+from outsize.text.channels import PLAIN, Format, format_of
+from outsize.text.detokenize import Stream
+from outsize.text.tokens import Tokens
 
 MARKERS = [
     "<|start|>",

@@ -12,14 +12,14 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import quants
 from safetensors.torch import load_file, save_file
 
-from outsize import library
 from outsize.checkpoint import ggml
 from outsize.checkpoint import gguf as ours
 from outsize.checkpoint.source import open_checkpoint
 from outsize.errors import CheckpointError
-from outsize.weights.arena import buffer
-from outsize.weights.table import Table, views
-from outsize.weights.traffic import Traffic
+from outsize.pack import fetch
+from outsize.storage.buffers import buffer
+from outsize.storage.stats import Traffic
+from outsize.storage.table import Table, views
 from tests.golden import tiny
 
 READABLE = [k for k in ggml.TYPES.values() if k.read is not None]
@@ -135,7 +135,7 @@ def mxfp4_folder(folder: Path, whole: bool) -> Path:
 @pytest.mark.parametrize("encoding", ["fp32", "auto"])
 def test_mxfp4_in_safetensors(tmp_path: Path, encoding: str) -> None:
     """Two tensors a matrix: the same numbers as in fp32; in a pack of its own codes they are exact, too."""
-    packs = [library.pack(str(mxfp4_folder(tmp_path / n, n == "whole")), encoding=encoding, quiet=True)
+    packs = [fetch.pack(str(mxfp4_folder(tmp_path / n, n == "whole")), encoding=encoding, quiet=True)
              for n in ("whole", "mxfp4")]  # fmt: skip
     decoded = []
     for pack in packs:

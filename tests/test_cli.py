@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from outsize import streaming
+from outsize.cli.run import How, answer, interrupts, understand
+from outsize.engine import stream as streaming
+from outsize.engine.load import Wishes
 from outsize.errors import OptionError
-from outsize.loading import Wishes
 from outsize.options import Options
-from outsize.terminal import How, answer, interrupts, understand
 
 FIELDS = [
     "text",
@@ -36,7 +36,7 @@ FIELDS = [
 
 def outsize(*words: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", "from outsize.cli import main; main()", *words],
+        [sys.executable, "-c", "from outsize.cli.main import main; main()", *words],
         input=stdin, capture_output=True, text=True, env=os.environ | env, timeout=120,
     )  # fmt: skip
 
@@ -155,7 +155,7 @@ def test_list_rm_version_doctor(tiny: str, tmp_path: Path) -> None:
 def test_help_imports_no_torch() -> None:
     code = (
         "import sys; sys.argv = ['outsize', '--help']\n"
-        "from outsize.cli import main\n"
+        "from outsize.cli.main import main\n"
         "try: main()\nexcept SystemExit: pass\n"
         "print([m for m in ('torch', 'numpy', 'rich', 'tokenizers') if m in sys.modules])"
     )
@@ -178,7 +178,7 @@ class Terminal:
 
     def __init__(self, *words: str) -> None:
         self.master, slave = pty.openpty()
-        command = [sys.executable, "-c", "from outsize.cli import main; main()", *words]
+        command = [sys.executable, "-c", "from outsize.cli.main import main; main()", *words]
         self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave)
         os.close(slave)
         self.seen = ""

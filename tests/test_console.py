@@ -14,13 +14,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from outsize import console, settings, terminal
-from outsize.cli import app
-from outsize.console import arguments, text_of
-from outsize.decode.channels import Piece
+from outsize.cli import console, settings
+from outsize.cli import run as terminal
+from outsize.cli.console import arguments, text_of
+from outsize.cli.main import app
 from outsize.errors import DiskFullError, OptionError, SourceError
+from outsize.text.channels import Piece
 
-CODE = "from outsize.cli import main; main()"
+CODE = "from outsize.cli.main import main; main()"
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_a_console_that_lacks_characters(tiny: str) -> None:
     code = (
         "from outsize import console, terminal; console.prepare()\n"
         "terminal.show(iter([('text', 'caf\\xe9 \\u03a9 '), ('text', '\\ud83d')]), True)\n"
-        "from outsize.cli import app\n"
+        "from outsize.cli.main import app\n"
     )
     for name, shown in (("ascii", b"caf? ? ?\n"), ("cp1252", b"caf\xe9 ? ?\n")):
         env = os.environ | {"PYTHONIOENCODING": name}
@@ -247,14 +248,14 @@ def test_a_full_disk_is_no_traceback() -> None:
     )
 
 
-@pytest.mark.parametrize("at", ["library.find", "library.pack", "weights.load", "api.Model._drive"])
+@pytest.mark.parametrize("at", ["fetch.find", "fetch.pack", "weights.load", "model.Model._drive"])
 def test_an_interrupt_in_each_phase(at: str, tiny: str, tmp_path: Path) -> None:
     """While looking, packing, loading and answering: status 130, one line, nothing half made."""
     where, _, name = at.rpartition(".")
-    modules = {"library": "outsize.library", "weights": "outsize.weights.load"}
-    target = "outsize.api.Model" if where.startswith("api") else modules[where]
+    modules = {"fetch": "outsize.pack.fetch", "weights": "outsize.weights.load"}
+    target = "outsize.engine.model.Model" if where.startswith("model") else modules[where]
     code = (
-        "import outsize, outsize.library, outsize.api, outsize.weights.load, os, signal, time\n"
+        "import outsize, outsize.pack.fetch, outsize.engine.model, outsize.weights.load, os, signal, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background ignores it
         "def wait(*a, **k):\n os.kill(os.getpid(), signal.SIGINT); time.sleep(5); yield\n"
         f"{target}.{name} = wait if '_drive' == '{name}' else lambda *a, **k: next(wait())\n"

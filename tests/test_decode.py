@@ -7,12 +7,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from outsize.decode.sample import Sampler, keep_min_p, keep_top_k, keep_top_p, penalize
-from outsize.decode.template import render
-from outsize.decode.text import Stream
-from outsize.decode.tokens import Tokens
 from outsize.errors import OptionError, TemplateError
 from outsize.options import Options, parse_size
+from outsize.sampling.sample import Sampler, keep_min_p, keep_top_k, keep_top_p, penalize
+from outsize.text.detokenize import Stream
+from outsize.text.template import render
+from outsize.text.tokens import Tokens
 from tests.golden import tiny
 
 TEXT = "déjà vu — 日本語 🙂👩‍👩‍👧 العربية\n\tend"
@@ -125,7 +125,7 @@ def test_template() -> None:
     ],
 )
 def test_hostile_templates(template: str, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("outsize.decode.template.TIME_LIMIT_S", 2)
+    monkeypatch.setattr("outsize.text.template.TIME_LIMIT_S", 2)
     with pytest.raises(TemplateError, match=problem):
         render(template, [[{"role": "user", "content": "hi"}]], {})
 

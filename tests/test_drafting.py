@@ -16,20 +16,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import outsize
-from outsize import loading
-from outsize.api import Model
 from outsize.bench import speculate
-from outsize.checkpoint import adapters
+from outsize.checkpoint import lora as adapters
 from outsize.draft.auto import AutoDraft, Habits
-from outsize.draft.masks import Guess, MaskModel
+from outsize.draft.load import mask_model, parse
+from outsize.draft.mtp import Guess, MaskModel
 from outsize.draft.ngram import FURTHEST, MOST_TOKENS, Index, Match
 from outsize.draft.none import Draft
-from outsize.draft.pace import Pace
+from outsize.draft.step_time import Pace
 from outsize.draft.union import Union
-from outsize.drafting import mask_model, parse
+from outsize.engine import load as loading
+from outsize.engine.model import Model
 from outsize.errors import AdapterError, OptionError
 from outsize.forward.span import Masks, Out
-from outsize.model.adapter import Adapter
+from outsize.model.lora import Adapter
 from tests.drafts import write_masks
 
 

@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 import outsize
-from outsize.api import Model
+from outsize.engine.model import Model
 from outsize.options import Options
 from tests.golden.test_golden import GGUF_NAMES
 from tests.scripted import byte_tokenizer

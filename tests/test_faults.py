@@ -18,20 +18,20 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from outsize import conversation
-from outsize.api import Model
+from outsize.caching.eviction.pin_and_ring import PinAndRing
+from outsize.engine import conversation
+from outsize.engine.model import Model
 from outsize.errors import PackError, ReadError
-from outsize.native.kernels import Kernels, kernels
-from outsize.native.reads import checksum
+from outsize.kernels.native import Kernels, kernels
 from outsize.options import Options
-from outsize.summary import summary
-from outsize.weights import medium
-from outsize.weights import table as tables
-from outsize.weights.arena import buffer
+from outsize.report.reply_text import summary
+from outsize.storage import file as medium
+from outsize.storage import table as tables
+from outsize.storage.buffers import buffer
+from outsize.storage.native_reader import checksum
+from outsize.storage.reader import Reader
+from outsize.storage.table import Table
 from outsize.weights.cached import Cached
-from outsize.weights.policies.pin_and_ring import PinAndRing
-from outsize.weights.reader import Reader
-from outsize.weights.table import Table
 from tests.records import STRIDE, Faulty, open_table, write_table
 
 COUNT = 4

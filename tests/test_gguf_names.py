@@ -10,7 +10,7 @@ from pathlib import Path
 import gguf
 import pytest
 
-from outsize.checkpoint.foreign import Checkpoint, Tensor, TokenizerSpec
+from outsize.checkpoint.checkpoint import Checkpoint, Tensor, TokenizerSpec
 from outsize.checkpoint.ggml import BY_NAME
 from outsize.checkpoint.source import open_checkpoint
 from outsize.family.find import families, recipe

@@ -18,14 +18,14 @@ from typing import Any
 import pytest
 
 import outsize
-from outsize import library, loading
-from outsize.api import Model
+from outsize.engine import load as loading
+from outsize.engine.model import Model
 from outsize.errors import CheckpointError, OptionError, PackError, ReadError
 from outsize.family.find import recipe
-from outsize.pack import contents
+from outsize.pack import contents, fetch
 from outsize.pack.format import HEADER, TOKENIZER, read_header
-from outsize.weights.table import Table
-from outsize.weights.traffic import Traffic
+from outsize.storage.stats import Traffic
+from outsize.storage.table import Table
 from tests.golden import tiny
 from tests.golden.test_golden import write_gguf
 from tests.hostile_packs import whole
@@ -55,20 +55,20 @@ def mutated(pack: Path, *count: int) -> dict[str, int]:
 def test_lying_headers_give_only_our_errors(
     family: str, count: tuple[int, ...], folder_of: Callable[[str], Path]
 ) -> None:
-    found = mutated(library.pack(str(folder_of(family)), quiet=True).path, *count)
+    found = mutated(fetch.pack(str(folder_of(family)), quiet=True).path, *count)
     assert found["PackError"] > 10 * found["sound"] > 100
 
 
 @pytest.mark.parametrize("count", [(300,), pytest.param((), marks=pytest.mark.slow)])
 def test_lying_headers_of_quantized_packs(count: tuple[int, ...], tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", "llama", quantized="Q4_0")
-    assert mutated(library.pack(str(path), quiet=True).path, *count)["PackError"] > 250
+    assert mutated(fetch.pack(str(path), quiet=True).path, *count)["PackError"] > 250
 
 
 @pytest.fixture
 def lie(folder_of: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
     """A copy of a pack with some of its description, or of the whole, changed."""
-    pack = library.pack(str(folder_of("qwen3")), quiet=True).path
+    pack = fetch.pack(str(folder_of("qwen3")), quiet=True).path
 
     def change(at: str = "", **changes: Any) -> Path:
         folder = shutil.copytree(pack, tmp_path / "copy")
@@ -141,7 +141,7 @@ def test_a_header_that_could_not_be_read_is_not_written(tmp_path: Path) -> None:
     for i in range(40):
         (folder / "additional_chat_templates" / f"{i}.jinja").write_text("x" * (250 << 10))
     with pytest.raises(PackError, match=r"the pack's header would have .* bytes"):
-        library.pack(str(folder), quiet=True)
+        fetch.pack(str(folder), quiet=True)
 
 
 def test_numbers_of_a_config_are_held_to_the_same_bounds(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Models of the hub: planned from their headers, fetched, and found in its cache without a network."""
+"""Models of the hub: planned from their hub_headers, fetched, and found in its cache without a network."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from outsize import library
-from outsize.checkpoint import headers
+from outsize.checkpoint import hub_headers
 from outsize.checkpoint.hub import fetch_hub, hub_patterns
 from outsize.checkpoint.opening import open_checkpoint
 from outsize.checkpoint.spec import parse
@@ -28,7 +27,7 @@ from outsize.errors import (
     UnsupportedError,
     UserError,
 )
-from outsize.pack import store
+from outsize.pack import fetch, store
 from tests.golden import tiny
 from tests.golden.test_golden import write_gguf
 from tests.test_choose import shard
@@ -85,7 +84,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name: made.bring(name))
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a, **o: None)
     monkeypatch.setattr(
-        headers.Remote,
+        hub_headers.Remote,
         "read",
         lambda self, start, stop: (made.repo / self.name).read_bytes()[start:stop],
     )
@@ -142,14 +141,14 @@ def test_plan_and_run_and_cache_find_the_same(
 ) -> None:
     make(hub.repo)
     spec = parse("hf:org/repo" + wish)
-    planned = open_checkpoint(headers.fetch_headers(spec, tmp_path / "headers"))
+    planned = open_checkpoint(hub_headers.fetch_headers(spec, tmp_path / "headers"))
     assert hub.fetched == []
     run = open_checkpoint(fetch_hub(spec, True))
     assert [f for f in hub.fetched if f.endswith(("gguf", "safetensors"))] == weights
     assert [f.relative_to(hub.cache).as_posix() for f in run.files] == weights
     assert not [f for f in hub.fetched if "original" in f]
     hub.offline = True
-    for path in (fetch_hub(spec, True), headers.fetch_headers(spec, tmp_path / "offline")):
+    for path in (fetch_hub(spec, True), hub_headers.fetch_headers(spec, tmp_path / "offline")):
         assert open_checkpoint(path).files == run.files
     assert [(t.name, t.kind, t.shape) for t in planned.tensors.values()] == [
         (t.name, t.kind, t.shape) for t in run.tensors.values()
@@ -162,7 +161,7 @@ def test_the_shards_of_the_index_are_fetched(hub: Hub, tmp_path: Path) -> None:
     run = open_checkpoint(fetch_hub(parse("hf:org/repo"), True))
     assert [f.name for f in run.files] == names
     assert not {"consolidated.safetensors", "model.fp16.safetensors"} & set(hub.fetched)
-    planned = open_checkpoint(headers.fetch_headers(parse("hf:org/repo"), tmp_path / "headers"))
+    planned = open_checkpoint(hub_headers.fetch_headers(parse("hf:org/repo"), tmp_path / "headers"))
     assert planned.tensors.keys() == run.tensors.keys()
 
 
@@ -171,7 +170,7 @@ def test_what_cannot_be_run_is_not_fetched(hub: Hub, tmp_path: Path) -> None:
 
     def refusals(name: str) -> set[str]:
         said = set()
-        for call in (library.pack, library.outline):
+        for call in (fetch.pack, fetch.outline):
             with pytest.raises(UserError) as e:
                 call(name, quiet=True)
             said.add(str(e.value).replace(str(tmp_path), ""))
@@ -198,7 +197,7 @@ def test_a_type_is_refused_before_the_download(hub: Hub) -> None:
     at = raw.index(b"\x01\x00\x00\x00\x00\x00\x00\x00x") + 9 + 4 + 16
     (hub.repo / "m.gguf").write_bytes(raw[:at] + (40).to_bytes(4, "little") + raw[at + 4 :])
     with pytest.raises(UnsupportedError, match="tensor 'x' has type NVFP4"):
-        library.pack("hf:org/repo", quiet=True)
+        fetch.pack("hf:org/repo", quiet=True)
     assert hub.fetched == []
 
 
@@ -207,7 +206,7 @@ def test_a_quantized_repository_is_refused_before_the_download(hub: Hub) -> None
     awq = {"quantization_config": {"quant_method": "awq", "bits": 4}}
     (hub.repo / "config.json").write_text(json.dumps(tiny.config("qwen2") | awq))
     with pytest.raises(UnsupportedError, match=r"quantized with AWQ \(4 bits\)"):
-        library.pack("hf:org/repo", quiet=True)
+        fetch.pack("hf:org/repo", quiet=True)
     assert hub.fetched == []
 
 
@@ -243,12 +242,12 @@ def test_names_that_lead_out_of_the_repository(
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, repo, **o: info)
     inner = tmp_path / "outer" / "inner"
     with pytest.raises(OutsizeError, match="is not in the folder"):
-        headers.fetch_headers(parse("hf:org/repo"), inner)
+        hub_headers.fetch_headers(parse("hf:org/repo"), inner)
     for name in evil:
         with pytest.raises(OutsizeError):
-            headers.fetch_headers(parse("hf:org/repo:" + name), inner)
+            hub_headers.fetch_headers(parse("hf:org/repo:" + name), inner)
         with pytest.raises(CheckpointError, match="leads out of its repository"):
-            headers.local_name(inner, name)
+            hub_headers.local_name(inner, name)
     assert not list(tmp_path.rglob("evil*"))
     assert not Path("/tmp/evil.gguf").exists()
 
@@ -266,16 +265,16 @@ def test_one_hash_is_of_one_file(hub: Hub, tmp_path: Path) -> None:
     right = hashlib.sha256((hub.repo / "model.safetensors").read_bytes()).hexdigest()
     for _ in range(2):
         with pytest.raises(HashError, match="was asked for"):
-            library.pack("hf:org/repo#sha256=" + 64 * "0", quiet=True)
-        made = library.pack("hf:org/repo#sha256=" + right.upper(), quiet=True)
+            fetch.pack("hf:org/repo#sha256=" + 64 * "0", quiet=True)
+        made = fetch.pack("hf:org/repo#sha256=" + right.upper(), quiet=True)
         assert made.source.sha256 == right
     store.remove(made.path.parent, made.path.name)
     shard(hub.repo)
     for _ in range(2):
         with pytest.raises(SourceError, match=r"one file, and .* are in 2"):
-            library.pack("hf:org/repo#sha256=" + right, quiet=True)
-        made = library.pack("hf:org/repo", quiet=True)
+            fetch.pack("hf:org/repo#sha256=" + right, quiet=True)
+        made = fetch.pack("hf:org/repo", quiet=True)
     store.remove(made.path.parent, made.path.name)
     single(hub.repo)
     with pytest.raises(OutsizeError, match="was asked for"):
-        library.pack("hf:org/repo:F16#sha256=" + 64 * "0", quiet=True)
+        fetch.pack("hf:org/repo:F16#sha256=" + 64 * "0", quiet=True)

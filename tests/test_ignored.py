@@ -10,13 +10,16 @@ import pytest
 from typer.testing import CliRunner
 
 import outsize
-from outsize import library, loading, planning, terminal
-from outsize.api import Model
 from outsize.bench import cache, speculate
 from outsize.checkpoint.bases import are_other
-from outsize.cli import app
+from outsize.cli import run as terminal
+from outsize.cli.main import app
+from outsize.engine import load as loading
+from outsize.engine.load import Wishes
+from outsize.engine.model import Model
 from outsize.errors import AdapterError, OptionError, TraceError
-from outsize.loading import Wishes
+from outsize.pack import fetch
+from outsize.plan import make as planning
 from tests.drafts import write_masks, write_peft
 
 TRACE = "# n_layer=2 n_expert=4 n_expert_used=1\n# expert_bytes=1000\nphase,step,layer,slot,expert,weight\n"
@@ -36,9 +39,9 @@ def ran(*words: str, **env: str) -> str:
 
 
 def test_an_encoding_of_a_pack(folder_of: Callable[[str], Path]) -> None:
-    made = library.pack(str(folder_of("llama")), encoding="int8", quiet=True)
+    made = fetch.pack(str(folder_of("llama")), encoding="int8", quiet=True)
     for encoding in ("int8", "auto"):
-        assert library.find(str(made.path), encoding) is not None
+        assert fetch.find(str(made.path), encoding) is not None
     with pytest.raises(OptionError, match=r"is a pack, and holds .*int8.*encoding bf16 is decided"):
         outsize.load(str(made.path), encoding="bf16", quiet=True)
     assert "encoding bf16" in refused("plan", str(made.path), "--encoding", "bf16", "-q")

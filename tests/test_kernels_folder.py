@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import outsize
-from outsize import library
 from outsize.errors import PackError
-from outsize.native import build
-from outsize.native.kernels import kernels
+from outsize.kernels import build
+from outsize.kernels.native import kernels
+from outsize.pack import fetch
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C compiler on this machine")
 
@@ -123,7 +123,7 @@ def no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home where nothing can be made, for root neither: a file is in its place."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path / "file" / "home"))
-    library.warn_once.cache_clear()
+    fetch.warn_once.cache_clear()
     return tmp_path / "file" / "home"
 
 
@@ -133,7 +133,7 @@ def test_without_a_home_a_pack_runs_at_full_speed(
     request: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pack = library.pack(str(folder_of("llama")), quiet=True).path
+    pack = fetch.pack(str(folder_of("llama")), quiet=True).path
     request.getfixturevalue("no_home")
     for _ in range(2):
         with outsize.load(str(pack)) as model:
@@ -152,7 +152,7 @@ def test_without_a_home_or_a_compiler_slowness_is_said_once(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pack = library.pack(str(folder_of("llama")), quiet=True).path
+    pack = fetch.pack(str(folder_of("llama")), quiet=True).path
     request.getfixturevalue("no_home")
     monkeypatch.setattr(build, "compiler", lambda: None)
     for _ in range(2):
@@ -179,7 +179,7 @@ def test_without_a_home_no_pack_is_made(
     with pytest.raises(
         PackError, match=r"no pack can be made in .*packs: Not a directory; set OUTSIZE_HOME"
     ):
-        library.pack(str(folder_of("llama")), quiet=True)
+        fetch.pack(str(folder_of("llama")), quiet=True)
 
 
 def test_without_a_home_the_machine_is_measured_all_the_same(

@@ -13,10 +13,9 @@ import filelock
 import pytest
 from typer.testing import CliRunner
 
-from outsize import library
-from outsize.cli import app
+from outsize.cli.main import app
 from outsize.errors import SourceError
-from outsize.pack import leftovers, store
+from outsize.pack import fetch, leftovers, store
 from tests.golden import tiny
 
 # A download that never ends, by the command line; what would be fetched is half there.
@@ -28,7 +27,7 @@ def fetch(spec, scratch, quiet, progress):
     (scratch / "half.whl").write_bytes(bytes(3_000_000))
     print("fetching", flush=True)
     time.sleep(60)
-library.source.fetch = fetch
+fetch.source.fetch = fetch
 sys.argv = ["outsize", "pack", sys.argv[1]]
 cli.main()
 """
@@ -86,7 +85,7 @@ def test_what_a_kill_leaves(packs: Path, model: str) -> None:
     assert leftovers.leftovers(packs) == []
     ended(started(model), signal.SIGKILL)
     assert len(leftovers.leftovers(packs)) == 1
-    library.pack(model, quiet=True)
+    fetch.pack(model, quiet=True)
     assert not list(packs.glob("*.fetch"))
 
 
@@ -97,13 +96,13 @@ def test_unfinished_packs_are_shown_too(packs: Path, model: str) -> None:
     with filelock.FileLock(packs / ".m-0123456789ab-auto.lock"):
         assert leftovers.leftovers(packs) == []
     assert [(one.path, one.size) for one in leftovers.leftovers(packs)] == [(half, 2_000_000)]
-    library.pack(model, quiet=True)
+    fetch.pack(model, quiet=True)
     assert not half.exists()
 
 
 def test_a_download_beside_another_is_left_alone(packs: Path, model: str) -> None:
     with leftovers.scratch(packs) as folder:
-        library.pack(model, quiet=True)
+        fetch.pack(model, quiet=True)
         assert folder.is_dir()
     assert not folder.exists()
 

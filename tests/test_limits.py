@@ -1,4 +1,4 @@
-"""Limits that a container or a shell sets: processors, memory, addresses."""
+"""Limits that a container or a shell sets: processors, memory, address_space."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import psutil
 import pytest
 import torch
 
-from outsize import loading
+from outsize.engine import load as loading
 from outsize.plan import probe
-from outsize.weights import addresses, budget, groups
+from outsize.system import address_space, cgroups
+from outsize.system import memory as budget
 
 MAX = 9_223_372_036_854_771_712  # what version 1 says for "none"
 Fake = Callable[[str, Mapping[str, str]], None]
@@ -22,8 +23,8 @@ Fake = Callable[[str, Mapping[str, str]], None]
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
     """Control groups out of files: what /proc/self/cgroup says, and files by name."""
-    monkeypatch.setattr(groups, "ROOT", tmp_path / "cgroup")
-    monkeypatch.setattr(groups, "OWN", tmp_path / "own")
+    monkeypatch.setattr(cgroups, "ROOT", tmp_path / "cgroup")
+    monkeypatch.setattr(cgroups, "OWN", tmp_path / "own")
 
     def make(own: str, files: Mapping[str, str]) -> None:
         (tmp_path / "own").write_text(own)
@@ -57,7 +58,7 @@ QUOTAS: list[tuple[str, dict[str, str], float | None]] = [
 def test_threads_follow_the_quota(number: int, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     own, files, share = QUOTAS[number]
     fake(own, files)
-    assert groups.quota() == share
+    assert cgroups.quota() == share
     monkeypatch.setattr(probe.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     wanted = 8 if share is None else max(1, round(share))
     assert probe.allowed() == wanted
@@ -116,7 +117,7 @@ def test_auto_stays_below_every_limit_around_it(number: int, fake: Fake) -> None
 def test_no_group_is_no_limit(own: str, fake: Fake) -> None:
     fake(own, {})
     assert budget.total() == psutil.virtual_memory().total
-    assert groups.quota() is None
+    assert cgroups.quota() is None
 
 
 def limited(kind: str, limit: int, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -162,11 +163,13 @@ def test_plans_keep_within_the_addresses_there_are(
 
 
 def test_a_budget_is_cut_to_the_addresses_that_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(addresses, "limits", lambda: [("ulimit -v", 3_000_000_000, 2_000_000_000)])
+    monkeypatch.setattr(
+        address_space, "limits", lambda: [("ulimit -v", 3_000_000_000, 2_000_000_000)]
+    )
     left = 800_000_000 + budget.resident()
     assert budget.parse("4GB") == pytest.approx(left, abs=2e7)
     assert budget.parse("100MB") == 100_000_000
     assert budget.free() <= left + 2e7
-    assert "3,000 MB, of which 2,000 MB" in addresses.bounds()
-    assert addresses.refusal(["outsize", "run"]) == ""
-    assert "(MemoryError)" in addresses.refusal(["outsize", "run"], MemoryError())
+    assert "3,000 MB, of which 2,000 MB" in address_space.bounds()
+    assert address_space.refusal(["outsize", "run"]) == ""
+    assert "(MemoryError)" in address_space.refusal(["outsize", "run"], MemoryError())

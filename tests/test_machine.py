@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 
 import outsize
-from outsize import planning
 from outsize.pack import store
 from outsize.pack.outline import of_pack
-from outsize.plan import cost, doctor, load, machine, probe
+from outsize.plan import cores, cost, machine, probe
+from outsize.plan import make as planning
 from outsize.plan.machine import Compute, Machine, Sitting
-from outsize.weights.reader import THREADS
-from outsize.weights.tickets import PIECE
-from outsize.wishes import Wishes
+from outsize.plan.wishes import Wishes
+from outsize.report import doctor
+from outsize.storage.reader import THREADS
+from outsize.storage.tickets import PIECE
 
 DISK = [(128 << 10, 1, 5e8), (PIECE, THREADS, 2e9)]
 QUIET = Sitting(1.0, "", 40e9, 800e9, 100e9, DISK)
@@ -45,7 +46,7 @@ def slow(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.3) -> None:
     monkeypatch.setattr(probe, "disk_curve", lambda *_: disk)
 
 
-@pytest.mark.skipif(not load.STAT.is_file(), reason="this system does not tell of others")
+@pytest.mark.skipif(not cores.STAT.is_file(), reason="this system does not tell of others")
 @pytest.mark.usefixtures("busy")
 def test_a_sitting_beside_busy_processes_lowers_nothing_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -113,15 +114,15 @@ def test_a_damaged_file_is_measured_again(text: str, tmp_path: Path) -> None:
 
 def test_load_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stat, average = tmp_path / "stat", tmp_path / "loadavg"
-    monkeypatch.setattr(load, "STAT", stat)
-    monkeypatch.setattr(load, "AVERAGE", average)
-    monkeypatch.setattr(load.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
-    monkeypatch.setattr(load.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(cores, "STAT", stat)
+    monkeypatch.setattr(cores, "AVERAGE", average)
+    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(cores.os, "cpu_count", lambda: 2)
 
     def seen(user: int, steal: int, waiting: int, repeats: tuple[float, float]) -> str:
         stat.write_text("cpu 9 9\ncpu0 0 0 0 0 0 0 0 0 0 0\ncpu1 0 0 0 0 0 0 0 0 0 0\ncpu7 1 1\n")
         average.write_text(f"0.1 0.1 0.1 {waiting}/100 7\n")
-        with load.Watch() as watch:
+        with cores.Watch() as watch:
             time.sleep(0.05)
             stat.write_text(
                 f"cpu 9 9\ncpu0 {user} 0 0 99 0 0 0 {steal} 0 0\ncpu1 0 0 0 9 0 0 0 0 0 0\ncpu7 900 9\n"
@@ -136,7 +137,7 @@ def test_load_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "differ 3.0 times" in seen(0, 0, 1, (1.0, 3.0))
     stat.unlink()
     average.unlink()
-    with load.Watch() as watch:
+    with cores.Watch() as watch:
         pass
     assert watch.reason == ""
 
@@ -146,7 +147,7 @@ def test_the_best_of_many_repeats_counts(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(probe, "PATIENCE_S", 0.0)
     monkeypatch.setattr(probe, "LEAST_REPEATS", 20)
     turns = iter(range(1000))
-    watch = load.Watch()
+    watch = cores.Watch()
     best = probe.best_s(lambda: time.sleep(0.001 if next(turns) % 10 == 3 else 0.01), watch)
     assert best < 0.008
     assert "repeats of the same work differ" in watch.reason

@@ -20,20 +20,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import outsize
-from outsize import drafting, library, loading, planning
-from outsize.api import Model
-from outsize.bench import speculate, synthetic
+from outsize.bench import speculate
+from outsize.bench.synthetic import gguf
+from outsize.draft import load as drafting
+from outsize.engine import load as loading
+from outsize.engine.load import Wishes
+from outsize.engine.model import Model
 from outsize.errors import BudgetError, ContextError, OptionError
 from outsize.family.find import families
 from outsize.forward.full import full
 from outsize.forward.span import Span
-from outsize.loading import Wishes
+from outsize.pack import fetch
 from outsize.pack.outline import Outline, of_checkpoint, of_pack
-from outsize.plan import place, report
-from outsize.plan.page import page
+from outsize.plan import make as planning
+from outsize.plan import place
 from outsize.plan.placement import MEMORY, Placement
-from outsize.plan.wake import runtime_bytes
-from outsize.weights import budget
+from outsize.plan.warmup import runtime_bytes
+from outsize.report import plan_text
+from outsize.report.plan_page import page
+from outsize.system import memory as budget
 from tests.golden import tiny
 
 
@@ -50,7 +55,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def outline_of(folder: Path) -> Outline:
-    return of_pack(library.pack(str(folder), quiet=True))
+    return of_pack(fetch.pack(str(folder), quiet=True))
 
 
 def steps_down(outline: Outline, context: int, count: int) -> list[int]:
@@ -82,7 +87,7 @@ def test_the_same_bits_in_any_memory(
     source = str(folder_of(family))
     with outsize.load(source, encoding=encoding, quiet=True) as model:
         wanted = logits(model)
-    outline = of_pack(library.pack(source, encoding=encoding, quiet=True))
+    outline = of_pack(fetch.pack(source, encoding=encoding, quiet=True))
     shares = set()
     for size in steps_down(outline, 64, 60)[-3:]:
         how = {"memory": size, "context": 64, "encoding": encoding, "quiet": True}
@@ -261,7 +266,7 @@ def test_prompts_of_many_lengths_take_no_more_memory(folder_of: Callable[[str], 
 
 
 def test_a_failed_load_leaves_nothing_behind(tmp_path: Path) -> None:
-    made = library.pack(str(tiny.write_folder(tmp_path / "m", "qwen2")), quiet=True)
+    made = fetch.pack(str(tiny.write_folder(tmp_path / "m", "qwen2")), quiet=True)
     path = made.path / "ffn-0.records"
     data = bytearray(path.read_bytes())
     data[100] ^= 1
@@ -330,7 +335,7 @@ def test_half_residency_is_half(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     def foresee(model: str, wishes: Wishes, size: int, runtime: int) -> tuple[Outline, Placement]:
         return outline, wishes.place(outline, 4_000_000_000, runtime, 9_000_000)
 
-    monkeypatch.setattr("outsize.loading.foresee", foresee)
+    monkeypatch.setattr("outsize.engine.load.foresee", foresee)
     runtime = runtime_bytes(
         loading.compiled(Wishes())
     )  # differs by MB from one measurement to the next
@@ -366,19 +371,18 @@ def test_shares_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
 
 def synthetic_outline(family: str, size: str) -> Outline:
     """From shapes alone: no such file is ever written."""
-    from outsize.checkpoint.foreign import Checkpoint, Tensor, TokenizerSpec
+    from outsize.checkpoint.checkpoint import Checkpoint, Tensor, TokenizerSpec
     from outsize.checkpoint.ggml import BY_NAME
 
-    made = synthetic.recipe(family, synthetic.SIZES[size])
+    made = gguf.recipe(family, gguf.SIZES[size])
     tensors = {}
-    for name, shape, kind in synthetic.tensors(made):
+    for name, shape, kind in gguf.tensors(made):
         block = BY_NAME[kind]
         nbytes = torch.Size(shape).numel() // block.length * block.size
         tensors[name] = Tensor(name, block, shape, Path("none"), 0, nbytes)
-    architecture = synthetic.ARCHITECTURES.get(family, family)
+    architecture = gguf.ARCHITECTURES.get(family, family)
     keys = {
-        f"{architecture}.{synthetic.GGUF_KEYS[k]}": v
-        for k, v in synthetic.values(synthetic.SIZES[size]).items()
+        f"{architecture}.{gguf.GGUF_KEYS[k]}": v for k, v in gguf.values(gguf.SIZES[size]).items()
     }
     spec = TokenizerSpec(json=tiny.tokenizer().to_str())
     checkpoint = Checkpoint("gguf", architecture, keys, tensors, spec, ())
@@ -387,9 +391,9 @@ def synthetic_outline(family: str, size: str) -> Outline:
 
 def test_the_plan_before_packing_is_the_plan_after(tmp_path: Path) -> None:
     source = str(tiny.write_folder(tmp_path / "m", "gemma3"))
-    before = library.outline(source)
+    before = fetch.outline(source)
     assert not before.is_packed
-    after = of_pack(library.pack(source, quiet=True))
+    after = of_pack(fetch.pack(source, quiet=True))
     assert [(t.name, t.stride, t.keys) for t in before.tables] == [
         (t.name, t.stride, t.keys) for t in after.tables
     ]
@@ -417,7 +421,7 @@ def test_plan_command(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
 
 
 def plan(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "outsize.cli", "plan", *arguments]
+    command = [sys.executable, "-m", "outsize.cli.main", "plan", *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, env=os.environ | env, timeout=200
     )
@@ -467,7 +471,7 @@ def test_a_plan_of_a_model_on_the_hub(tmp_path: Path) -> None:
 
 def test_reports(folder_of: Callable[[str], Path]) -> None:
     made = planning.make(str(folder_of("llama")), loading.Wishes(memory="2GB", quiet=True), 100)
-    lines = report.short(made.outline, made.placement, made.cost)
+    lines = plan_text.short(made.outline, made.placement, made.cost)
     assert "all weights in memory" in lines[-1]
     assert made.cost.first_token_s > 0
     assert page(made.to_json()).count("<circle") == planning.POINTS + 1
@@ -504,6 +508,6 @@ def test_the_first_lines_tell_of_experts(
 ) -> None:
     outline = outline_of(folder_of("olmoe"))
     made = place.place(outline, place.least_bytes(outline, 0, 0, 64), 0, 0, 64)
-    assert "of the experts" in report.short(outline, made, None)[1]
+    assert "of the experts" in plan_text.short(outline, made, None)[1]
     whole = place.place(outline, 1 << 33, 0, 0, 64)
-    assert len(report.short(outline, whole, None)) == 1
+    assert len(plan_text.short(outline, whole, None)) == 1

@@ -16,13 +16,12 @@ from pathlib import Path
 import pytest
 
 import outsize
-from outsize import library
-from outsize.bars import silent
 from outsize.checkpoint.source import check_hash
 from outsize.errors import DiskFullError, HashError, PackError, SourceError
 from outsize.options import DEFAULT_MODEL, DEFAULT_MODEL_SHA256
-from outsize.pack import store, write
+from outsize.pack import fetch, store, write
 from outsize.pack.format import HEADER, read_header
+from outsize.progress import silent
 from tests.golden import tiny
 from tests.golden.test_golden import write_gguf
 from tests.hostile_packs import whole
@@ -35,13 +34,13 @@ def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]
     """A model and its pack, in a home of their own."""
     monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path / "home"))
     source = tiny.write_folder(tmp_path / "m", "qwen3")
-    return source, library.pack(str(source), quiet=True).path
+    return source, fetch.pack(str(source), quiet=True).path
 
 
 def test_made_once_and_found_again(packed: tuple[Path, Path]) -> None:
     source, path = packed
     before = (path / HEADER).stat().st_mtime_ns
-    assert library.pack(str(source), quiet=True).path == path
+    assert fetch.pack(str(source), quiet=True).path == path
     assert (path / HEADER).stat().st_mtime_ns == before
     assert [p.path for p in store.packs(path.parent) if not isinstance(p, PackError)] == [path]
 
@@ -52,13 +51,13 @@ def test_a_changed_source_is_packed_again(packed: tuple[Path, Path]) -> None:
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    assert library.pack(str(source), quiet=True).path != path
+    assert fetch.pack(str(source), quiet=True).path != path
 
 
 def test_the_same_bytes_elsewhere_share_a_pack(packed: tuple[Path, Path], tmp_path: Path) -> None:
     source, path = packed
     copy = shutil.copytree(source, tmp_path / "elsewhere" / "m")
-    assert library.pack(str(copy), quiet=True).path == path
+    assert fetch.pack(str(copy), quiet=True).path == path
     assert read_header(path).source.spec == str(copy)
 
 
@@ -76,7 +75,7 @@ def test_a_name_alike_is_not_trusted(packed: tuple[Path, Path], key: str) -> Non
     due = read_header(path).source
     restated(path, spec="another", **{key: getattr(due, key)[:12] + "0" * 52})
     (path / "ffn-0.records").write_bytes(bytes((path / "ffn-0.records").stat().st_size))
-    assert library.pack(str(source), quiet=True).path == path
+    assert fetch.pack(str(source), quiet=True).path == path
     assert read_header(path).source == due
     outsize.load(str(source), quiet=True).close()  # every checksum holds
 
@@ -88,23 +87,23 @@ def test_a_folder_of_the_same_name_is_no_model_of_another_place(
     shutil.copytree(packed[1], tmp_path / "here" / name)
     monkeypatch.chdir(tmp_path / "here")
     model = f"hf:{name}" if "/" in name else DEFAULT_MODEL
-    assert library.find(model) is None
-    assert library.find(name) is not None, "named as a path it is a pack"
+    assert fetch.find(model) is None
+    assert fetch.find(name) is not None, "named as a path it is a pack"
 
 
 def test_a_pack_of_other_weights_is_not_the_default_model(packed: tuple[Path, Path]) -> None:
     _, path = packed
     restated(path, spec=DEFAULT_MODEL)
-    assert library.find(DEFAULT_MODEL) is None
+    assert fetch.find(DEFAULT_MODEL) is None
     restated(path, sha256=DEFAULT_MODEL_SHA256)
-    assert library.find(DEFAULT_MODEL) is not None
+    assert fetch.find(DEFAULT_MODEL) is not None
 
 
 def test_a_hash_asked_for_holds_for_a_pack_that_is_there(packed: tuple[Path, Path]) -> None:
     _, path = packed
     restated(path, spec="hf:org/repo:m.gguf", sha256="ab" * 32)
-    assert library.find("hf:org/repo:m.gguf#sha256=" + "AB" * 32) is not None
-    assert library.find("hf:org/repo:m.gguf#sha256=" + "00" * 32) is None
+    assert fetch.find("hf:org/repo:m.gguf#sha256=" + "AB" * 32) is not None
+    assert fetch.find("hf:org/repo:m.gguf#sha256=" + "00" * 32) is None
 
 
 @pytest.mark.parametrize("step", ["pack", "outline"])
@@ -113,9 +112,9 @@ def test_the_default_model_is_hashed_before_it_is_planned_or_packed(
 ) -> None:
     monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path / "home"))
     path = write_gguf(tmp_path / "m.gguf", "llama")
-    monkeypatch.setattr(library.source, "fetch", lambda *_: path)
+    monkeypatch.setattr(fetch.source, "fetch", lambda *_: path)
     with pytest.raises(HashError, match="was asked for"):
-        getattr(library, step)(DEFAULT_MODEL, quiet=True)
+        getattr(fetch, step)(DEFAULT_MODEL, quiet=True)
 
 
 @pytest.mark.parametrize("name", ["embed.records", "ffn-0.records", HEADER, "tokenizer.json"])
@@ -162,7 +161,7 @@ def test_no_room_is_said_before_writing(
     usage = shutil.disk_usage(path)
     monkeypatch.setattr(shutil, "disk_usage", lambda p: usage._replace(free=1000))
     with pytest.raises(DiskFullError, match=r"the pack needs \d+ MB .* 0 MB are free; make room"):
-        library.pack(str(source), encoding="int8", quiet=True)
+        fetch.pack(str(source), encoding="int8", quiet=True)
     assert [
         p.name for p in path.parent.iterdir() if "int8" in p.name and ".lock" not in p.name
     ] == []
@@ -187,9 +186,9 @@ def test_a_disk_that_fills_up_leaves_nothing(
 ) -> None:
     monkeypatch.setenv("OUTSIZE_HOME", str(small_disk))
     monkeypatch.setattr(write, "_check_room", lambda home, size: None)  # as if it filled meanwhile
-    monkeypatch.setattr("outsize.library.kernels", lambda folder: None)
+    monkeypatch.setattr("outsize.pack.fetch.kernels", lambda folder: None)
     with pytest.raises(DiskFullError, match="make room"):
-        library.pack(str(folder_of("llama")), encoding="fp32", quiet=True)
+        fetch.pack(str(folder_of("llama")), encoding="fp32", quiet=True)
     assert [p for p in small_disk.rglob("*") if p.is_file() and p.suffix != ".lock"] == []
 
 
@@ -197,7 +196,7 @@ PACKER = """
 import sys
 from outsize import library
 print("go", flush=True)
-library.pack(sys.argv[1], encoding="fp32", quiet=True)
+fetch.pack(sys.argv[1], encoding="fp32", quiet=True)
 """
 
 

@@ -20,12 +20,12 @@ import pytest
 import torch
 
 import outsize
-from outsize import library, settings
-from outsize.api import Model
-from outsize.cli import app
-from outsize.decode import template
+from outsize.cli import settings
+from outsize.cli.main import app
+from outsize.engine.model import Model
 from outsize.errors import AdapterError, OptionError
-from outsize.pack import store, write
+from outsize.pack import fetch, store, write
+from outsize.text import template
 from tests.golden import tiny
 
 
@@ -121,12 +121,12 @@ def pack_slowly(
         return record(*args)
 
     monkeypatch.setattr(write, "_write_record", slow)
-    other = threading.Thread(target=lambda: made.append(library.pack(source, quiet=True).path))
+    other = threading.Thread(target=lambda: made.append(fetch.pack(source, quiet=True).path))
     other.start()
     try:
         assert begun.wait(20)
         first()
-        made.append(library.pack(source, quiet=True).path)
+        made.append(fetch.pack(source, quiet=True).path)
     finally:
         go.set()
         other.join(20)
@@ -162,7 +162,7 @@ def test_locks_that_are_refused(
 
     monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(fcntl, "flock", refuse)
-    made = library.pack(str(tiny.write_folder(tmp_path / "m", "llama")), quiet=True)
+    made = fetch.pack(str(tiny.write_folder(tmp_path / "m", "llama")), quiet=True)
     assert store.remove(made.path.parent, made.path.name) > 0
 
 
@@ -170,7 +170,7 @@ def test_locks_that_are_refused(
 def test_long_names_of_models(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pack's name is longer than the model's, and is counted in bytes."""
     monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path / "home"))
-    made = library.pack(str(tiny.write_folder(tmp_path / name, "llama")), quiet=True)
+    made = fetch.pack(str(tiny.write_folder(tmp_path / name, "llama")), quiet=True)
     assert made.path.name.startswith(name[:20])
     assert len(os.fsencode(made.path.name)) < 110
 
@@ -184,9 +184,9 @@ def test_no_folder_for_temporary_files(tmp_path: Path, monkeypatch: pytest.Monke
     source = str(tiny.write_folder(tmp_path / "m", "llama"))
     monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(tempfile, "gettempdir", none)
-    assert library.outline(source, quiet=True).description.family == "llama"
+    assert fetch.outline(source, quiet=True).description.family == "llama"
     with pytest.raises(OptionError, match=r"No usable temporary.*; set TMPDIR to one"):
-        library.outline("package:nothing==1", quiet=True)
+        fetch.outline("package:nothing==1", quiet=True)
 
 
 def test_a_config_file_with_a_byte_order_mark(
@@ -248,5 +248,5 @@ def test_no_console(
     monkeypatch.setattr(sys, "stderr", place)
     with outsize.load(source) as model:
         assert model.generate("hi", max_tokens=1)[0].new_tokens == 1
-    library.warn("unseen")
+    fetch.warn("unseen")
     assert capsys.readouterr().out == ""

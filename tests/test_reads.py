@@ -1,4 +1,4 @@
-"""The reading threads of native/reads.c: how they ask to be scheduled."""
+"""The reading threads of kernels/csrc/reads.c: how they ask to be scheduled."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from outsize.native.kernels import kernels
-from outsize.native.reads import Reads
+from outsize.kernels.native import kernels
+from outsize.storage.native_reader import Reads
 
 # The numbers of sched_getattr; sched_setattr's are one less.
 GETATTR = {"x86_64": 315, "aarch64": 275}

@@ -17,20 +17,21 @@ import pytest
 from typer.testing import CliRunner
 
 import outsize
-from outsize import cli, library
-from outsize.bench import synthetic
+from outsize.bench.synthetic import gguf
+from outsize.cli import main as cli
 from outsize.errors import AdapterError, BudgetError
+from outsize.pack import fetch
 from outsize.pack.format import Pack
 from outsize.pack.outline import of_pack
 from outsize.plan import place
-from outsize.weights import budget
+from outsize.system import memory as budget
 from tests.drafts import write_lora
 
 pytest.importorskip("gguf")
 MB = 1_000_000
-MAIN = synthetic.Size(10, 768, 3072, 12, 4, 16_000, 1024)
-SMALL = synthetic.Size(4, 512, 1536, 8, 4, 16_000, 1024)
-MIXED = synthetic.Size(6, 512, 384, 8, 4, 8_000, 512, experts=24, used=4)
+MAIN = gguf.Size(10, 768, 3072, 12, 4, 16_000, 1024)
+SMALL = gguf.Size(4, 512, 1536, 8, 4, 16_000, 1024)
+MIXED = gguf.Size(6, 512, 384, 8, 4, 8_000, 512, experts=24, used=4)
 CHILD = """
 import json, sys
 import outsize
@@ -62,13 +63,13 @@ print(json.dumps({"peak": budget.peak(), "budget": least + more, "given_up": m.g
 @pytest.fixture(scope="module")
 def pack_of(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pack]:
     """The pack of a synthetic model, made once."""
-    folder, made = tmp_path_factory.mktemp("synthetic"), dict[synthetic.Size, Pack]()
+    folder, made = tmp_path_factory.mktemp("synthetic"), dict[gguf.Size, Pack]()
 
-    def make(size: synthetic.Size, family: str = "llama") -> Pack:
+    def make(size: gguf.Size, family: str = "llama") -> Pack:
         if size not in made:
             path = folder / f"{len(made)}.gguf"
-            synthetic.write(path, family, size, 1)
-            made[size] = library.pack(str(path), quiet=True)
+            gguf.write(path, family, size, 1)
+            made[size] = fetch.pack(str(path), quiet=True)
             path.unlink()
         return made[size]
 
@@ -163,8 +164,12 @@ def test_plan_and_run_agree_on_what_is_loaded(
         for name in ("adapter a", "adapter b", "draft model"):
             assert planned["fixed"][name] == fixed[name]
         assert 0 <= fixed["adapter a"] - opened.adapters["a"].nbytes < MB
-    monkeypatch.setattr("outsize.loading.weights.load", lambda *_: pytest.fail("weights were read"))
-    monkeypatch.setattr("outsize.loading.tokens", lambda *_: pytest.fail("a tokenizer was read"))
+    monkeypatch.setattr(
+        "outsize.engine.load.weights.load", lambda *_: pytest.fail("weights were read")
+    )
+    monkeypatch.setattr(
+        "outsize.engine.load.tokens", lambda *_: pytest.fail("a tokenizer was read")
+    )
     with pytest.raises(BudgetError, match=r"adapter a \d+, adapter b \d+, draft model \d+.*got"):
         outsize.load(model, memory="60MB", **how)
     with pytest.raises(AdapterError, match=r"cannot be read|not a readable"):
@@ -172,7 +177,7 @@ def test_plan_and_run_agree_on_what_is_loaded(
 
 
 def test_a_template_has_a_process_and_a_row(folder_of: Callable[[str], Path]) -> None:
-    outline = of_pack(library.pack(str(folder_of("llama")), quiet=True))
+    outline = of_pack(fetch.pack(str(folder_of("llama")), quiet=True))
     with_it, without = (
         place.place(replace(outline, has_template=told), 1 << 31, 0, 0, 64)
         for told in (True, False)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import outsize
-from outsize.bench.synthetic import Size, write
+from outsize.bench.synthetic.gguf import Size, write
 from outsize.forward.full import full
 from outsize.forward.span import Span
 

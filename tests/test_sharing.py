@@ -17,11 +17,11 @@ import pytest
 import torch
 
 import outsize
-from outsize.api import Model
-from outsize.decode.channels import Piece
-from outsize.decode.tokens import Tokens
+from outsize.engine.model import Model
 from outsize.errors import BusyError, ClosedError
-from outsize.weights import budget
+from outsize.system import memory as budget
+from outsize.text.channels import Piece
+from outsize.text.tokens import Tokens
 from tests import scripted
 from tests.drafts import write_masks, write_peft
 

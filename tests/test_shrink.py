@@ -15,16 +15,18 @@ import pytest
 import torch
 
 import outsize
-from outsize import api, drafting, room
-from outsize.api import Model
+from outsize.caching.eviction.pin_and_ring import PinAndRing
+from outsize.caching.policy import Hints, make
+from outsize.draft import load as drafting
+from outsize.engine import model as api
+from outsize.engine import room
+from outsize.engine.model import Model
 from outsize.errors import BudgetError
 from outsize.forward.full import full
 from outsize.forward.span import Span
-from outsize.model.adapter import Adapter, widths
+from outsize.model.lora import Adapter, widths
 from outsize.pack.outline import of_pack
 from outsize.plan import beside, place
-from outsize.weights.policies.pin_and_ring import PinAndRing
-from outsize.weights.policy import Hints, make
 from tests.drafts import write_peft
 from tests.golden import tiny
 

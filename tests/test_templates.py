@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from outsize.decode import template as templates
-from outsize.decode.prompts import _with_reasoning, choose
-from outsize.decode.template import Worker, pythons, render
 from outsize.errors import OptionError, TemplateError
 from outsize.options import parse_arguments
 from outsize.pack.format import Pack
+from outsize.text import template as templates
+from outsize.text.prompt import _with_reasoning, choose
+from outsize.text.template import Worker, pythons, render
 
 USER = {"role": "user", "content": "How much is 1 + 1?"}
 CALL = {
@@ -244,7 +244,7 @@ def test_packages_that_only_the_search_path_shows(tmp_path: Path) -> None:
     import jinja2
 
     code = (
-        "import sys; from outsize.decode.template import render\n"
+        "import sys; from outsize.text.template import render\n"
         "print(render('{{ messages[0].role }}', [[{'role': 'user'}]], {}))"
     )
     source = str(Path(templates.__file__).parents[2])

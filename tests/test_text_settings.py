@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models, processors
 
 import outsize
-from outsize.checkpoint.foreign import TokenizerSpec
+from outsize.checkpoint.checkpoint import TokenizerSpec
 from outsize.checkpoint.templates import MAX_TEMPLATE
 from outsize.checkpoint.text import of_folder, of_gguf, sidecars
 from outsize.checkpoint.tokenizer import build

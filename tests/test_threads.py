@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import outsize
-from outsize.api import Model
-from outsize.native import threads
-from outsize.native.threads import Look, Threads, look
+from outsize.engine.model import Model
+from outsize.kernels import threads
+from outsize.kernels.threads import Look, Threads, look
 
 LOOP = "import time\nend = time.time() + 30\nwhile time.time() < end: pass"
 

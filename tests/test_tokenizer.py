@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from outsize.checkpoint import tokenizer as ours
-from outsize.checkpoint.foreign import TokenizerSpec
+from outsize.checkpoint.checkpoint import TokenizerSpec
 from outsize.errors import CheckpointError, UnsupportedError
 
 HARD = (

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from outsize.decode.template import render
-from outsize.decode.tokens import Tokens
-from outsize.decode.untrusted import BREAK, CLOSE, OPEN, Marks
 from outsize.errors import OptionError
+from outsize.text.template import render
+from outsize.text.tokens import Tokens
+from outsize.text.untrusted import BREAK, CLOSE, OPEN, Marks
 
 CONTROL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|im_", "a><b", "[INST]"]
 TEMPLATE = (

@@ -16,22 +16,22 @@ from outsize import errors
 from outsize.options import Options
 
 if TYPE_CHECKING:
-    from outsize.api import Model
-    from outsize.conversation import Conversation
-    from outsize.loading import load
+    from outsize.engine.conversation import Conversation
+    from outsize.engine.load import load
+    from outsize.engine.model import Model
+    from outsize.engine.reply import Reply, Score
     from outsize.plan.placement import Placement
-    from outsize.reply import Reply, Score
 
 __version__ = "0.1.0"
 __all__ = ["Conversation", "Model", "Options", "Placement", "Reply", "Score", "errors", "load"]
 
 HOME = {
-    "Conversation": "outsize.conversation",
-    "Model": "outsize.api",
+    "Conversation": "outsize.engine.conversation",
+    "Model": "outsize.engine.model",
     "Placement": "outsize.plan.place",
-    "Reply": "outsize.reply",
-    "Score": "outsize.reply",
-    "load": "outsize.loading",
+    "Reply": "outsize.engine.reply",
+    "Score": "outsize.engine.reply",
+    "load": "outsize.engine.load",
 }  # where what is not imported yet lives
 
 

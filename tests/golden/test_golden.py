@@ -12,7 +12,7 @@ import torch
 from safetensors.numpy import save_file
 
 import outsize
-from outsize.api import Model
+from outsize.engine.model import Model
 from outsize.family.find import families
 from outsize.forward.full import full
 from outsize.forward.span import Span

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import outsize
-from outsize import loading
+from outsize.engine import load as loading
 from tests.golden import tiny
 from tests.golden.test_golden import TOLERANCE, logits
 

@@ -13,14 +13,14 @@ import gguf as writer
 import numpy as np
 import pytest
 
-from outsize import resolve
+from outsize import registry
 from outsize.checkpoint import gguf
-from outsize.checkpoint.foreign import Checkpoint
+from outsize.checkpoint.checkpoint import Checkpoint
 from outsize.checkpoint.source import open_checkpoint
 from outsize.errors import CheckpointError, OutsizeError, UnsupportedError
 from outsize.family import keys
-from outsize.family.description import Description
 from outsize.family.find import families, recipe
+from outsize.model_config import Description
 from tests.golden import tiny
 from tests.golden.test_golden import write_gguf
 
@@ -67,7 +67,7 @@ STRANGE = {
 def family_of(family: str) -> Any:
     import outsize.family as package
 
-    return resolve.module(package, family, "architecture", families())
+    return registry.module(package, family, "architecture", families())
 
 
 def described(checkpoint: Checkpoint, config: dict[str, object]) -> Description:

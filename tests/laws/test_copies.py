@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 import outsize
-from outsize import library
+from outsize.caching import misses, prefetcher
+from outsize.caching.policy import Hints, make
+from outsize.caching.replay.simulate import Link, Replay
+from outsize.caching.replay.trace import waves
 from outsize.errors import OptionError
-from outsize.weights import misses, prefetcher
-from outsize.weights.knobs import Experts
-from outsize.weights.policy import Hints, make
-from outsize.weights.replay import Link, Replay
-from outsize.weights.trace import waves
+from outsize.pack import fetch
+from outsize.weights.spec import Experts
 from tests.golden import tiny
 from tests.laws.test_experts import Recorded, logits, opened
 
@@ -26,7 +26,7 @@ SHORT = [[0, 16], [16, 30], [30, 31], [31, 32]]  # in longer ones experts are su
 def test_copies_of_missing_experts(family: str, folder_of: Callable[[str], Path]) -> None:
     """Copies that are the experts themselves change no bit; coarser ones do; the heaviest are fetched."""
     coarse, fine = (
-        library.pack(str(folder_of(family)), encoding=e, quiet=True) for e in ("int8", "bf16")
+        fetch.pack(str(folder_of(family)), encoding=e, quiet=True) for e in ("int8", "bf16")
     )
     whole = []
     for pack in (coarse, fine):
@@ -55,7 +55,7 @@ def test_copies_as_a_user_asks_for_them(folder_of: Callable[[str], Path]) -> Non
 
 def test_replayed_copies_are_counted_and_wait_less(folder_of: Callable[[str], Path]) -> None:
     recorded, seconds = Recorded(tiny.EXPERTS), []
-    pack = library.pack(str(folder_of("olmoe")), encoding="int8", quiet=True)
+    pack = fetch.pack(str(folder_of("olmoe")), encoding="int8", quiet=True)
     with opened(pack, None, Experts(recorder=recorded)) as model:
         logits(model)
     falling = [

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from outsize.native.kernels import kernels
-from outsize.native.matrices import GroupMatrix, address
+from outsize.kernels.native import kernels
+from outsize.kernels.structs import GroupMatrix, address
 from tests.golden.test_golden import write_gguf
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ import torch
 from outsize.encoding import int4
 from outsize.encoding.find import ENCODINGS, encoding
 from outsize.encoding.plain import Encoding
-from outsize.native.kernels import Kernels, kernels
+from outsize.kernels.native import Kernels, kernels
 
 SHAPES = [(64, 64), (192, 128), (80, 192), (48, 576)]
 

@@ -11,34 +11,35 @@ import pytest
 import torch
 from torch import Tensor
 
-from outsize import library, resolve
-from outsize.api import Model
+from outsize import registry
+from outsize.caching import eviction, prefetcher
+from outsize.caching.policy import Hints, make
+from outsize.caching.replay.simulate import Link, Replay
+from outsize.caching.replay.trace import Event, Scored, waves
 from outsize.encoding.group import Group
 from outsize.encoding.int4 import Int4
 from outsize.encoding.plain import Encoding
+from outsize.engine.model import Model
 from outsize.errors import OptionError, UnsupportedError
 from outsize.forward.full import full
 from outsize.forward.span import Span
+from outsize.kernels.native import kernels as compiled
 from outsize.model.ffn.dense import Dense
 from outsize.model.ffn.experts import Built, add, native_experts
 from outsize.model.layers import Linear
 from outsize.model.step import Step
 from outsize.model.transformer import Transformer
-from outsize.native.kernels import kernels as compiled
+from outsize.pack import fetch
 from outsize.pack.format import Pack
 from outsize.pack.store import home as home_folder
+from outsize.storage.stats import Traffic
+from outsize.storage.table import Weight
 from outsize.weights import load as weights
-from outsize.weights import policies, prefetcher
-from outsize.weights.knobs import REPLAYED, Experts, parse
 from outsize.weights.load import Share, all_of
-from outsize.weights.policy import Hints, make
-from outsize.weights.replay import Link, Replay
-from outsize.weights.table import Weight
-from outsize.weights.trace import Event, Scored, waves
-from outsize.weights.traffic import Traffic
+from outsize.weights.spec import REPLAYED, Experts, parse
 from tests.golden import tiny
 
-LIVE = [n for n in resolve.names(policies) if n not in REPLAYED]
+LIVE = [n for n in registry.names(eviction) if n not in REPLAYED]
 SPANS = [[0, 30], [30, 31], [31, 32], [32, 36], [36, 37], [37, 38]]
 
 
@@ -67,7 +68,7 @@ def logits(model: Transformer, spans: Sequence[Sequence[int]] = SPANS) -> Tensor
 
 @pytest.fixture(scope="module")
 def packs(folder_of: Callable[[str], Path], home: Path) -> dict[str, Pack]:
-    return {f: library.pack(str(folder_of(f)), encoding="int8", quiet=True) for f in tiny.MIXTURES}
+    return {f: fetch.pack(str(folder_of(f)), encoding="int8", quiet=True) for f in tiny.MIXTURES}
 
 
 @pytest.fixture(scope="module")

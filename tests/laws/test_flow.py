@@ -9,14 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outsize.decode import flow
-from outsize.decode.sample import Sampler
 from outsize.draft.auto import AutoDraft, Habits
 from outsize.draft.ngram import NgramDraft
 from outsize.draft.none import Draft, Drafter, NoDraft
 from outsize.draft.verify import Chances, Check, reject, rejecting, verify
+from outsize.engine import decode as flow
 from outsize.forward.span import Out, Span
 from outsize.options import Options
+from outsize.sampling.sample import Sampler
 
 VOCAB = 7
 

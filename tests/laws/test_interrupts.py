@@ -18,11 +18,11 @@ import pytest
 import torch
 
 import outsize
-from outsize.api import Model
-from outsize.cache.kv import KV
+from outsize.engine.model import Model
 from outsize.errors import ReadError
-from outsize.weights import medium
-from outsize.weights.table import Table
+from outsize.kv.kv import KV
+from outsize.storage import file as medium
+from outsize.storage.table import Table
 
 SOURCE = Path(outsize.__file__).parent
 EVERYTHING = (str(SOURCE),)

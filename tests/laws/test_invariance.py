@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import outsize
-from outsize.api import Model
+from outsize.engine.model import Model
 from outsize.forward.full import full
 from outsize.forward.span import Span
 from tests.golden import tiny
@@ -66,7 +66,7 @@ def test_a_batch_gives_the_text_of_single_runs(
 
 def test_grouped_kernels_are_invariant(home: object) -> None:
     from outsize.encoding.group import Group
-    from outsize.native.kernels import kernels
+    from outsize.kernels.native import kernels
     from outsize.pack.store import home as folder
 
     compiled = kernels(folder() / "native")

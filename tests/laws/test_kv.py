@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outsize.cache.kv import KV
+from outsize.kv.kv import KV
 
 
 def entries(positions: range, salt: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

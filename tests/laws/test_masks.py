@@ -10,19 +10,27 @@ import pytest
 import torch
 
 import outsize
-from outsize.adapt.masks import Example, Recipe, all_anchors, collate, deltas, mask_rows, ordinary
-from outsize.adapt.twin import Twin
-from outsize.api import Model
-from outsize.bars import silent
-from outsize.decode import flow
-from outsize.decode.engine import drive
-from outsize.decode.sample import greedy
-from outsize.draft.masks import MaskDraft
+from outsize.adapt.mtp.losses import (
+    Example,
+    Recipe,
+    all_anchors,
+    collate,
+    deltas,
+    mask_rows,
+    ordinary,
+)
+from outsize.adapt.trainable import Twin
+from outsize.draft.load import mask_model
+from outsize.draft.mtp import MaskDraft
 from outsize.draft.none import Drafter, NoDraft
-from outsize.drafting import mask_model
+from outsize.engine import decode as flow
+from outsize.engine.model import Model
+from outsize.engine.scheduler import drive
 from outsize.forward.full import NARROW, full
 from outsize.forward.span import Masks, Span
-from outsize.model.adapter import Adapter
+from outsize.model.lora import Adapter
+from outsize.progress import silent
+from outsize.sampling.sample import greedy
 from tests.drafts import random_parameters, write_masks
 from tests.golden import tiny
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from outsize.api import Model
 from outsize.encoding.group import Group
 from outsize.encoding.int4 import Int4
+from outsize.engine.model import Model
+from outsize.kernels import build
+from outsize.kernels.native import kernels
 from outsize.model.ffn.experts import Mixture, Router
-from outsize.native import build
-from outsize.native.kernels import kernels
 from tests.golden import tiny
 from tests.golden.test_golden import logits
 

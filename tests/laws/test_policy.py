@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outsize import resolve
+from outsize import registry
+from outsize.caching import eviction
+from outsize.caching.policy import Hints, Policy, make
 from outsize.errors import CapacityError, UnsupportedError
-from outsize.weights import policies
-from outsize.weights.policy import Hints, Policy, make
 
-NAMES = resolve.names(policies)
+NAMES = registry.names(eviction)
 IDS, CAPACITY = 12, 5
 requests = st.lists(st.integers(0, IDS - 1), min_size=1, max_size=3)
 traces = st.lists(requests, min_size=1, max_size=40)

@@ -12,18 +12,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from outsize import resolve
+from outsize import registry
+from outsize.caching import eviction
+from outsize.caching.eviction.pin_and_ring import PinAndRing
+from outsize.caching.policy import Hints, make
 from outsize.errors import CapacityError
-from outsize.native.kernels import Kernels
-from outsize.weights import policies
-from outsize.weights.arena import buffer
+from outsize.kernels.native import Kernels
+from outsize.storage.buffers import buffer
+from outsize.storage.reader import Reader
+from outsize.storage.table import Table
 from outsize.weights.cached import Cached
-from outsize.weights.policies.pin_and_ring import PinAndRing
-from outsize.weights.policy import Hints, make
-from outsize.weights.reader import Reader
 from outsize.weights.residency import Resident
 from outsize.weights.rows import RowTable, join
-from outsize.weights.table import Table
 from tests.records import ROWS, STRIDE, open_table, write_table
 
 COUNT = 9
@@ -47,7 +47,7 @@ def same(ours: object, theirs: object) -> bool:
 requests = st.lists(st.integers(0, COUNT - 1), min_size=1, max_size=3)
 
 
-@pytest.mark.parametrize("name", resolve.names(policies))
+@pytest.mark.parametrize("name", registry.names(eviction))
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

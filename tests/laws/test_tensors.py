@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import outsize
 from outsize.checkpoint import gguf
-from outsize.checkpoint.foreign import Checkpoint
+from outsize.checkpoint.checkpoint import Checkpoint
 from outsize.checkpoint.source import open_checkpoint
 from outsize.errors import CheckpointError, UnsupportedError
 from outsize.family.find import families, recipe

@@ -23,7 +23,7 @@ from tokenizers import (
 
 from outsize.checkpoint import gguf, pretokenizers
 from outsize.checkpoint import tokenizer as ours
-from outsize.checkpoint.foreign import TokenizerSpec
+from outsize.checkpoint.checkpoint import TokenizerSpec
 from tests.test_tokenizer import HARD, trained
 
 MODELS = os.environ.get("OUTSIZE_MODELS")  # the fixture of the home takes such names away

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from outsize.adapt.twin import Rows, Stored, Twin
+from outsize.adapt.trainable import Rows, Stored, Twin
 
 
 @torch.no_grad()

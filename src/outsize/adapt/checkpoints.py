@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from outsize.checkpoint.adapters import KEY
+from outsize.checkpoint.lora import KEY
 from outsize.errors import DiskFullError
 
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from outsize.arguments import real, whole
-from outsize.bars import bars
-from outsize.bench.cache_page import page
+from outsize.caching.replay import sweep
+from outsize.caching.replay.sweep import Row, Setting
+from outsize.caching.replay.trace import Trace, read
 from outsize.errors import OptionError
 from outsize.options import CAPACITIES, EVICTIONS, parse_size
-from outsize.weights import grid
-from outsize.weights.grid import Row, Setting
-from outsize.weights.knobs import PROFILED, REPLAYED
-from outsize.weights.trace import Trace, read
+from outsize.progress import bars
+from outsize.report.cache_page import page
+from outsize.weights.spec import PROFILED, REPLAYED
 
 NOT_CAUSAL = (*REPLAYED, PROFILED)  # the latter is told the trace's own profile here
 
@@ -72,15 +72,15 @@ def replay(traces: tuple[Trace, ...], wanted: Wanted, quiet: bool) -> list[Row]:
     """All rows. Raises OptionError, UnsupportedError, TraceError."""
     wanted.check()
     setting = Setting(traces, wanted.record_bytes, wanted.layer_ms / 1e3, wanted.expert_ms / 1e3)
-    cells = grid.cells(
+    cells = sweep.cells(
         len(traces), [_share(c) for c in _split(wanted.capacity)], _split(wanted.eviction),
         _split(wanted.prefetch), _split(wanted.miss), [_rate(b) for b in _split(wanted.bandwidth)],
         wanted.per_layer,
     )  # fmt: skip
-    grid.check(setting, cells)
+    sweep.check(setting, cells)
     rows: list[Row] = []
     with bars(quiet) as progress:
-        for done, found in enumerate(grid.run(setting, cells), 1):
+        for done, found in enumerate(sweep.run(setting, cells), 1):
             rows += found
             progress("replaying", done, len(cells))
     return rows

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outsize import loading
-from outsize.api import Model
+from outsize.engine import load as loading
+from outsize.engine.model import Model
 from outsize.errors import OptionError, SourceError
 from outsize.forward.full import full, hidden
 from outsize.forward.span import Span
-from outsize.wishes import Wishes
+from outsize.plan.wishes import Wishes
 
 ROWS = 64  # positions compared at once: logits of a large vocabulary are big
 
@@ -149,7 +149,7 @@ def show_tasks(
     name: str, tasks: list[str], limit: int | None, include: Path | None, wishes: Wishes
 ) -> None:
     """Run lm-eval tasks on a pack; one JSON object last."""
-    lm_eval, harness = _need("lm_eval"), _need("outsize.bench.harness")
+    lm_eval, harness = _need("lm_eval"), _need("outsize.bench.lm_eval")
     manager = _need("lm_eval.tasks").TaskManager(
         include_path=None if include is None else str(include)
     )

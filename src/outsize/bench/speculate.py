@@ -17,14 +17,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from outsize import loading
-from outsize.bars import steps
 from outsize.checkpoint.bounded import text_lines
 from outsize.checkpoint.read_json import loads
+from outsize.engine import load as loading
 from outsize.errors import OptionError
-from outsize.plan.wake import runtime_bytes
-from outsize.weights import budget
-from outsize.wishes import Wishes
+from outsize.plan.warmup import runtime_bytes
+from outsize.plan.wishes import Wishes
+from outsize.progress import steps
+from outsize.system import memory as budget
 
 LEAST_TOKENS = 8  # of an answer whose speed is compared
 STEP, NEAR = 200_000, 0.01  # bytes to which a budget is planned; how near a share may be

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from outsize import loading
-from outsize.api import Model
+from outsize.engine import load as loading
+from outsize.engine.model import Model
 from outsize.forward.full import full
 from outsize.forward.span import Span
 from outsize.pack.format import Pack
 from outsize.plan import probe
-from outsize.weights.budget import peak
+from outsize.system.memory import peak
 
 TEXT = "The quick brown fox jumps over the lazy dog while the sea keeps its own slow time. "
 

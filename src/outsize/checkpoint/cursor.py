@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from outsize.checkpoint.foreign import pread
+from outsize.checkpoint.checkpoint import pread
 from outsize.errors import CheckpointError
 
 MAX_VALUE = 16 << 20  # bytes of one string or list of numbers

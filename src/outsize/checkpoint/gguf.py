@@ -16,8 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from outsize.checkpoint.bounded import open_regular
+from outsize.checkpoint.checkpoint import Checkpoint, Tensor
 from outsize.checkpoint.cursor import Cursor
-from outsize.checkpoint.foreign import Checkpoint, Tensor
 from outsize.checkpoint.ggml import TYPES, other_type
 from outsize.checkpoint.names import PART, parts_of
 from outsize.checkpoint.text import of_gguf

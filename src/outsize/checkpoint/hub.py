@@ -7,12 +7,12 @@ import glob
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from outsize.bars import is_watched
 from outsize.checkpoint.choose import Choice, Place, choose
 from outsize.checkpoint.opening import chosen_in, local_place
 from outsize.checkpoint.read_json import read_json
 from outsize.checkpoint.spec import Spec
 from outsize.errors import FetchError, OutsizeError
+from outsize.progress import is_watched
 
 HINT = "add one's name, folder or quantization after a colon"
 DEPTH = 8  # levels of folders in a repository

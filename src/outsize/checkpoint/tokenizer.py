@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from outsize.checkpoint import pretokenizers, tokenizer_json
-from outsize.checkpoint.foreign import TokenizerSpec
+from outsize.checkpoint.checkpoint import TokenizerSpec
 from outsize.checkpoint.pretokenizers import PreTokenizer
 from outsize.errors import CheckpointError, UnsupportedError
 

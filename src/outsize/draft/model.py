@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from outsize.cache.kv import KV
 from outsize.draft.none import Draft
 from outsize.draft.verify import Chances, Sampler
 from outsize.forward.full import full
 from outsize.forward.span import Out, Span
+from outsize.kv.kv import KV
 from outsize.model.transformer import Transformer
 
 

@@ -9,7 +9,7 @@ from outsize.encoding.group import Group
 from outsize.encoding.int4 import Int4
 from outsize.encoding.plain import Encoding
 from outsize.errors import PackError
-from outsize.native.kernels import Kernels
+from outsize.kernels.native import Kernels
 
 ENCODINGS: dict[str, Encoding] = {
     e.name: e for e in (*plain.ENCODINGS, *int8.ENCODINGS, *int4.ENCODINGS, *group.ENCODINGS)

@@ -2,7 +2,7 @@
 
 These are the GGUF types Q4_0, Q5_0 and Q8_0, code for code and scale for scale; other types of more than four
 bits are re-encoded as group8, which is finer than one scale a row. torch has no kernel for them, so
-they are packed only where ours (native/groups.c) can be compiled; the plain twin, much slower, runs
+they are packed only where ours (kernels/csrc/groups.c) can be compiled; the plain twin, much slower, runs
 anywhere.
 
 Layout: blocks of 64 weights, groups A and B. group4: 32 bytes a block, low nibbles A, high nibbles B.
@@ -19,8 +19,8 @@ from torch import Tensor
 from outsize.encoding.frozen import frozen_linear
 from outsize.encoding.plain import Encoding, Fields, FieldSpec, by_rows, wide_linear
 from outsize.errors import UnsupportedError
-from outsize.native.kernels import Kernels
-from outsize.native.matrices import GroupMatrix, NativeMatrix
+from outsize.kernels.native import Kernels
+from outsize.kernels.structs import GroupMatrix, NativeMatrix
 
 GROUP, BLOCK = 32, 64
 NARROW_ROWS = 16  # beyond, with fast bf16, decoding every weight once and one matmul are faster

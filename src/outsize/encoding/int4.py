@@ -20,8 +20,8 @@ from torch import Tensor
 from outsize.encoding.frozen import frozen_linear
 from outsize.encoding.plain import Encoding, Fields, FieldSpec, by_rows, wide_linear
 from outsize.errors import UnsupportedError
-from outsize.native.kernels import Kernels
-from outsize.native.matrices import TILES, NativeMatrix
+from outsize.kernels.native import Kernels
+from outsize.kernels.structs import TILES, NativeMatrix
 
 BLOCK, GROUP = 64, 32
 NARROW_ROWS = 48  # up to here the kernel beats decoding every weight, even for one long span

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from outsize.encoding.frozen import frozen_linear
 from outsize.encoding.plain import Encoding, Fields, FieldSpec, wide_linear
-from outsize.native.matrices import NativeMatrix
+from outsize.kernels.structs import NativeMatrix
 
 NARROW_ROWS = 48  # up to here the kernel beats decoding every weight, even for one long span
 ROW_STEP = 16  # the kernel's blocks of rows; a last partial one is padded with zero rows

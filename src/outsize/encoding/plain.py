@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from outsize.native.matrices import NativeMatrix
+from outsize.kernels.structs import NativeMatrix
 
 Fields = Mapping[str, Tensor]
 WIDE_BYTES = 8 << 20  # decoded at once: it stays in the cache until the matmul has read it

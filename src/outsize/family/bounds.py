@@ -4,7 +4,7 @@ for more than a machine can address. Checkpoints and packs are held to the same.
 from __future__ import annotations
 
 from outsize.family.config import LIMITS, MOST_HEAD
-from outsize.family.description import ACTIVATIONS, BIASED, Description, Layer
+from outsize.model_config import ACTIVATIONS, BIASED, Description, Layer
 
 MOST = 1 << 24
 WHOLE = {

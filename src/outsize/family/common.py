@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from outsize.errors import CheckpointError, UnsupportedError
 from outsize.family import rope
 from outsize.family.config import Config
-from outsize.family.description import Description, Layer, Mixture
+from outsize.model_config import Description, Layer, Mixture
 
 GGUF_NAMES: Mapping[str, str] = {
     "embed": "token_embd.weight",

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import outsize.family as package
-from outsize import resolve
-from outsize.checkpoint.foreign import Checkpoint, read_floats
+from outsize import registry
+from outsize.checkpoint.checkpoint import Checkpoint, read_floats
 from outsize.errors import CheckpointError
 from outsize.family.bounds import fault
 from outsize.family.config import Config
-from outsize.family.description import Recipe
 from outsize.family.keys import check, check_gguf
+from outsize.model_config import Recipe
 
 ALIASES = {"gemma3_text": "gemma3", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss"}
 NOT_FAMILIES = ("bounds", "common", "config", "description", "find", "keys", "rope")
@@ -25,13 +25,13 @@ EMBEDDINGS = (
 
 def families() -> list[str]:
     """The architectures we run."""
-    return [name for name in resolve.names(package) if name not in NOT_FAMILIES]
+    return [name for name in registry.names(package) if name not in NOT_FAMILIES]
 
 
 def recipe(checkpoint: Checkpoint) -> Recipe:
     """What the checkpoint is and where it keeps it. Raises UnsupportedError, CheckpointError."""
     name = ALIASES.get(checkpoint.architecture, checkpoint.architecture)
-    family = resolve.module(package, name, "architecture", families())
+    family = registry.module(package, name, "architecture", families())
     config = _config(checkpoint, name, family.DEFAULTS)
     if checkpoint.format == "gguf":
         check_gguf(config)

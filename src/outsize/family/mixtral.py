@@ -7,7 +7,7 @@ from dataclasses import replace
 from outsize.family import mistral
 from outsize.family.common import mixture, names, with_names
 from outsize.family.config import Config
-from outsize.family.description import Recipe
+from outsize.model_config import Recipe
 
 DEFAULTS: dict[str, object] = {
     **mistral.DEFAULTS,

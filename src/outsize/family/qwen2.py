@@ -7,7 +7,7 @@ from dataclasses import replace
 from outsize.errors import UnsupportedError
 from outsize.family.common import HEEDED, WINDOWS, describe, names, sliding, window
 from outsize.family.config import Config
-from outsize.family.description import Layer, Recipe
+from outsize.model_config import Layer, Recipe
 
 DEFAULTS: dict[str, object] = {
     **HEEDED,

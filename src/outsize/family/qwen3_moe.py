@@ -7,7 +7,7 @@ from dataclasses import replace
 from outsize.family import common
 from outsize.family.common import EXPERTS, HEEDED, WINDOWS, describe, mixture, names
 from outsize.family.config import Config
-from outsize.family.description import Layer, Recipe
+from outsize.model_config import Layer, Recipe
 
 DEFAULTS: dict[str, object] = {
     **HEEDED,

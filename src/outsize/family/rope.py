@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from outsize.errors import CheckpointError, UnsupportedError
 from outsize.family.config import Config
-from outsize.family.description import Rope
+from outsize.model_config import Rope
 
 Table = Mapping[str, object]
 KINDS = ("default", "linear", "llama3", "yarn")

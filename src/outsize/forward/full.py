@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from outsize.cache.kv import KV
 from outsize.forward.span import Out, Span
-from outsize.model.adapter import Adapter
+from outsize.kv.kv import KV
 from outsize.model.attention import CHUNK
+from outsize.model.lora import Adapter
 from outsize.model.step import Segment, Step
 from outsize.model.transformer import Transformer
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from outsize.model.adapter import Adapter
+from outsize.model.lora import Adapter
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from outsize.family.description import Description
+from outsize.model_config import Description
 
 BLOCK, LEAST_BLOCK = 128, 16  # queries at once in the blocked way
 SCORE_BYTES = 48 << 20  # of a block's scores, in all forms; fewer queries where they would be more

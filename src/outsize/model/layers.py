@@ -13,8 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from outsize.family.description import Rope
-from outsize.weights.table import Weight
+from outsize.model_config import Rope
+from outsize.storage.table import Weight
 
 
 class Linear:

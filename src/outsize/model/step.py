@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from outsize.cache.kv import KV
-from outsize.family.description import Rope
-from outsize.model.adapter import Adapter
-from outsize.native.kernels import Kernels, Reach, ReachTable
+from outsize.kernels.native import Kernels, Reach, ReachTable
+from outsize.kv.kv import KV
+from outsize.model.lora import Adapter
+from outsize.model_config import Rope
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,17 +13,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from outsize.cache.kv import KV
 from outsize.encoding.group import Group
-from outsize.family.description import Description, Rope
-from outsize.model.adapter import Adapter
-from outsize.model.halves import attention_half, ffn_half, mixture_half, vector
+from outsize.kernels.native import Kernels
+from outsize.kernels.threads import Threads
+from outsize.kv.kv import KV
 from outsize.model.layers import RMSNorm, turns
-from outsize.model.part import Part, link
+from outsize.model.lora import Adapter
+from outsize.model.paged import Part, link
 from outsize.model.step import Segment, Step
-from outsize.native.kernels import Kernels
-from outsize.native.threads import Threads
-from outsize.weights import budget
+from outsize.model.sublayer import attention_half, ffn_half, mixture_half, vector
+from outsize.model_config import Description, Rope
+from outsize.system import memory as budget
 from outsize.weights.cached import Cached
 from outsize.weights.load import Loaded, least_slots
 

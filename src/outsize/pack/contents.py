@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from outsize.encoding.find import ENCODINGS
 from outsize.errors import UnsupportedError
-from outsize.family.description import Description
+from outsize.model_config import Description
 from outsize.pack.tables import ALIGN, PAGE, Matrix, TableHeader, aligned
 
 Shape = tuple[int, int]  # rows and width; a vector, which is kept in fp32, has no rows

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from outsize.checkpoint.foreign import read_codes, read_floats
+from outsize.checkpoint.checkpoint import read_codes, read_floats
 from outsize.checkpoint.ggml import Floats
 from outsize.encoding.find import encoding
 from outsize.encoding.group import Group

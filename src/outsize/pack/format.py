@@ -26,7 +26,7 @@ from outsize.checkpoint.typed_json import read_fields
 from outsize.encoding import int4
 from outsize.errors import PackError
 from outsize.family import bounds
-from outsize.family.description import Description
+from outsize.model_config import Description
 from outsize.pack import contents
 from outsize.pack.source import Source
 from outsize.pack.tables import PAGE, Matrix, TableHeader, aligned, field_bytes

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from outsize.checkpoint import tokenizer
-from outsize.checkpoint.foreign import Checkpoint
-from outsize.family.description import Description
+from outsize.checkpoint.checkpoint import Checkpoint
 from outsize.family.find import recipe
+from outsize.model_config import Description
 from outsize.pack.format import TOKENIZER, Pack, TableHeader
 from outsize.pack.plan import plan
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from outsize.checkpoint.foreign import Tensor
+from outsize.checkpoint.checkpoint import Tensor
 from outsize.encoding import int4
 from outsize.errors import UnsupportedError
 from outsize.pack.format import TableHeader

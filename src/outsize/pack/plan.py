@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from outsize.checkpoint.foreign import Checkpoint, Tensor
+from outsize.checkpoint.checkpoint import Checkpoint, Tensor
 from outsize.errors import CheckpointError, UnsupportedError
-from outsize.family.description import Description, Recipe
+from outsize.model_config import Description, Recipe
 from outsize.pack.format import PAGE, Matrix, TableHeader, aligned
 from outsize.pack.parts import LOSSY, Part, Piece, Record, TablePlan, encoding_for
 from outsize.pack.strangers import missing, refuse_strangers

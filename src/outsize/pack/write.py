@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from outsize.checkpoint import tokenizer as tokenizers
-from outsize.checkpoint.foreign import Checkpoint, TokenizerSpec
+from outsize.checkpoint.checkpoint import Checkpoint, TokenizerSpec
 from outsize.errors import CheckpointError, DiskFullError, PackError, SourceError
-from outsize.family.description import Description
 from outsize.family.find import recipe as find_recipe
+from outsize.model_config import Description
 from outsize.pack import contents, store
 from outsize.pack.encode import encode
 from outsize.pack.folders import rename, safe, sync

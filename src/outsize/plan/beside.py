@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from outsize.checkpoint import adapters
+from outsize.checkpoint import lora as adapters
 from outsize.errors import AdapterError, BudgetError, UnsupportedError
-from outsize.family.description import Description
-from outsize.model.adapter import MAKING, check_shapes, stack_bytes
+from outsize.model.lora import MAKING, check_shapes, stack_bytes
+from outsize.model_config import Description
 from outsize.pack.format import Pack
 from outsize.pack.outline import Outline, of_pack
 from outsize.plan.fixed import token_bytes

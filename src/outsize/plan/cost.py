@@ -14,25 +14,25 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from outsize.cache.kv import KV
+from outsize.kernels.native import Kernels
+from outsize.kv.kv import KV
 from outsize.model.attention import CHUNK
 from outsize.model.ffn.dense import Dense
 from outsize.model.ffn.experts import Router
-from outsize.model.halves import attention_half, ffn_half
 from outsize.model.layers import Linear, RMSNorm
 from outsize.model.step import Segment, Step
+from outsize.model.sublayer import attention_half, ffn_half
 from outsize.model.transformer import rotations
-from outsize.native.kernels import Kernels
 from outsize.pack.format import Matrix, TableHeader
 from outsize.pack.outline import Outline
 from outsize.plan.fixed import experts
+from outsize.plan.hit_rates import PRIOR, HitRates
 from outsize.plan.machine import Compute, Machine
 from outsize.plan.placement import BY_ID, BY_ROUTER, Placement
-from outsize.plan.prior import PRIOR, HitRates
 from outsize.plan.probe import median_s
-from outsize.weights.arena import buffer
+from outsize.storage.buffers import buffer
+from outsize.storage.table import Weight, views
 from outsize.weights.load import activation_type
-from outsize.weights.table import Weight, views
 
 STEPS, CHUNKS = 24, 2
 MISS_S = 150e-6  # handing a record from a reader to the computation

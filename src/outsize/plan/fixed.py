@@ -6,14 +6,14 @@ Shapes in names of sizes: T tokens of context, C tokens of a chunk, D width.
 
 from __future__ import annotations
 
+from outsize.caching.eviction.echo import BYTES as ECHO_BYTES
 from outsize.encoding.plain import WIDE_BYTES
 from outsize.model.attention import CHUNK, score_bytes
 from outsize.pack.format import TableHeader
 from outsize.pack.outline import Outline
 from outsize.plan.placement import ADAPTER, TEMPLATE
-from outsize.plan.wake import COMPILED, COMPILED_BYTES
-from outsize.weights.arena import huge_bytes
-from outsize.weights.policies.echo import BYTES as ECHO_BYTES
+from outsize.plan.warmup import COMPILED, COMPILED_BYTES
+from outsize.storage.buffers import huge_bytes
 from outsize.weights.rows import IN_FLIGHT as ROWS_IN_FLIGHT
 
 FRAGMENTS = 1.8  # what an allocator holds for a byte in use, among sizes as mixed as these

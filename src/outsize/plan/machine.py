@@ -16,9 +16,9 @@ import torch
 
 from outsize import __version__
 from outsize.plan import probe
-from outsize.plan.load import Watch
-from outsize.weights.reader import THREADS
-from outsize.weights.tickets import PIECE
+from outsize.plan.cores import Watch
+from outsize.storage.reader import THREADS
+from outsize.storage.tickets import PIECE
 
 FILE = "machine.json"
 SIZES = (128 << 10, 512 << 10, 1 << 20, 4 << 20)

@@ -13,10 +13,10 @@ from outsize.errors import BudgetError, OptionError
 from outsize.pack.format import TableHeader
 from outsize.pack.outline import Outline
 from outsize.plan.fixed import FRAGMENTS, all_bytes, experts, fixed_costs, token_bytes
-from outsize.plan.lend import lend, lent_bytes
 from outsize.plan.placement import BY_ID, BY_ROUTER, DISK, MEMORY, Placement
-from outsize.weights.addresses import bounds
-from outsize.weights.arena import HUGE, SMALL, huge_bytes
+from outsize.plan.scratch import lend, lent_bytes
+from outsize.storage.buffers import HUGE, SMALL, huge_bytes
+from outsize.system.address_space import bounds
 from outsize.weights.load import Share, all_of, least_slots
 
 MB = 1_000_000

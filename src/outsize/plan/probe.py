@@ -15,11 +15,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from outsize.native.threads import affinity
-from outsize.plan.load import Watch
-from outsize.weights.arena import Arena
-from outsize.weights.groups import quota
-from outsize.weights.medium import File
+from outsize.kernels.threads import affinity
+from outsize.plan.cores import Watch
+from outsize.storage.buffers import Arena
+from outsize.storage.file import File
+from outsize.system.cgroups import quota
 
 DISK_BYTES = 256 << 20
 LEAST_REPEATS, PATIENCE_S = 7, 0.6  # of one measurement

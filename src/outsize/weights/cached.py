@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
-from outsize.native.kernels import Kernels
-from outsize.weights.arena import Arena
-from outsize.weights.ledger import Ledger, Load
-from outsize.weights.policies.pin_and_ring import PinAndRing
-from outsize.weights.policy import Policy
-from outsize.weights.reader import Reader
-from outsize.weights.table import Table, Weights, views
-from outsize.weights.tickets import Ticket
+from outsize.caching.eviction.pin_and_ring import PinAndRing
+from outsize.caching.policy import Policy
+from outsize.caching.slots import Ledger, Load
+from outsize.kernels.native import Kernels
+from outsize.storage.buffers import Arena
+from outsize.storage.reader import Reader
+from outsize.storage.table import Table, Weights, views
+from outsize.storage.tickets import Ticket
 
 Tick = Callable[[int], None]
 

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import torch
 
+from outsize.caching.misses import Missing, count, fetch
+from outsize.caching.prefetcher import Prefetcher, Seen, most_ahead
+from outsize.caching.replay.trace import Scored
+from outsize.storage.table import Weights
 from outsize.weights.cached import Cached
-from outsize.weights.misses import Missing, count, fetch
-from outsize.weights.prefetcher import Prefetcher, Seen, most_ahead
-from outsize.weights.table import Weights
-from outsize.weights.trace import Scored
 
 Recorder = Callable[[int, Sequence[Sequence[int]], Sequence[Sequence[float]], Scored], None]
 

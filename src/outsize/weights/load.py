@@ -10,17 +10,17 @@ from functools import partial
 
 import torch
 
-from outsize.native.kernels import Kernels
+from outsize.caching.eviction.pin_and_ring import PinAndRing
+from outsize.caching.policy import Hints, make
+from outsize.kernels.native import Kernels
 from outsize.pack.format import Matrix, Pack, TableHeader
+from outsize.storage.reader import Reader
+from outsize.storage.stats import Traffic
+from outsize.storage.table import Table, Weight, Weights
 from outsize.weights.cached import Cached, Tick
 from outsize.weights.experts import Bank, Copies
-from outsize.weights.knobs import Experts
-from outsize.weights.policies.pin_and_ring import PinAndRing
-from outsize.weights.policy import Hints, make
-from outsize.weights.reader import Reader
 from outsize.weights.rows import RowTable, join
-from outsize.weights.table import Table, Weight, Weights
-from outsize.weights.traffic import Traffic
+from outsize.weights.spec import Experts
 
 Progress = Callable[[str, int, int], None]
 LEAST_EXPERTS = 2  # times those that a token uses: slots that there must be

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from outsize.native.kernels import Kernels
+from outsize.caching.eviction.pin_and_ring import PinAndRing
+from outsize.kernels.native import Kernels
+from outsize.storage.reader import Reader
+from outsize.storage.stats import Traffic
+from outsize.storage.table import Table, Weights
 from outsize.weights.cached import Cached, Tick
-from outsize.weights.policies.pin_and_ring import PinAndRing
-from outsize.weights.reader import Reader
-from outsize.weights.table import Table, Weights
-from outsize.weights.traffic import Traffic
 
 
 class Residency(Protocol):

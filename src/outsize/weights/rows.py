@@ -13,15 +13,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from outsize.caching.eviction.pin_and_ring import PinAndRing
 from outsize.encoding.find import encoding
 from outsize.encoding.plain import Plain
-from outsize.native.kernels import Kernels
+from outsize.kernels.native import Kernels
 from outsize.pack.format import PAGE, Matrix, aligned, field_bytes
-from outsize.weights.arena import Arena, buffer
+from outsize.storage.buffers import Arena, buffer
+from outsize.storage.reader import Reader
+from outsize.storage.table import Table, Weight, view
 from outsize.weights.cached import Cached, Tick
-from outsize.weights.policies.pin_and_ring import PinAndRing
-from outsize.weights.reader import Reader
-from outsize.weights.table import Table, Weight, view
 
 FEW = 8  # rows of one record: up to here they are read one by one
 IN_FLIGHT = 4

@@ -15,11 +15,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: gelu(x, approximate="tanh"),
     "gelu": gelu,
 }
-NATIVE = ("silu", "gelu_tanh")  # in the order of the kinds that native/rows.c knows
+NATIVE = ("silu", "gelu_tanh")  # in the order of the kinds that kernels/csrc/rows.c knows
 
 
 def kind_of(activation: str) -> int:
-    """The number by which native/rows.c knows it; -1 if it does not."""
+    """The number by which kernels/csrc/rows.c knows it; -1 if it does not."""
     return NATIVE.index(activation) if activation in NATIVE else -1
 
 

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from outsize.family.description import Description
+from outsize.caching.replay.trace import Scored
+from outsize.kernels.structs import ExpertMatrices
 from outsize.model.ffn.dense import Biased, Dense, kind_of
 from outsize.model.layers import Linear, RMSNorm
 from outsize.model.step import Step
-from outsize.native.matrices import ExpertMatrices
+from outsize.model_config import Description
+from outsize.storage.table import Weights
 from outsize.weights.experts import Bank
-from outsize.weights.table import Weights
-from outsize.weights.trace import Scored
 
 Chunks = Sequence[tuple[Tensor, Step]]
 

@@ -1,0 +1,109 @@
+"""How many tokens a step drafts would yield on given answers: the decoding loop walked over guesses that are
+all computed at once. Exact for greedy answers of the same weights, since a step's masks always follow a
+true prefix.
+
+Shapes: B sequences, A anchors, K masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from outsize.adapt.mtp.losses import (
+    Example,
+    Parameters,
+    all_anchors,
+    collate,
+    deltas,
+    mask_rows,
+    ordinary,
+)
+from outsize.adapt.trainable import Twin
+from outsize.draft import mtp_head
+
+
+@dataclass(slots=True)
+class Walk:
+    """Tokens and steps so far, with guesses after every token (quadratic) or after the last (linear)."""
+
+    tokens: int = 0
+    quadratic: int = 0
+    linear: int = 0
+
+    @property
+    def by_quadratic(self) -> float:
+        return self.tokens / max(1, self.quadratic)
+
+    @property
+    def by_linear(self) -> float:
+        return self.tokens / max(1, self.linear)
+
+    def add(self, accepted: Sequence[int], k: int) -> None:
+        """`accepted[i]`: leading correct guesses after anchor i."""
+        self.tokens += len(accepted)
+        at = 0
+        while at < len(accepted):
+            at += 1 + accepted[at]
+            self.quadratic += 1
+        at, ready = 0, True
+        while at < len(accepted):
+            taken = accepted[at] if ready else 0
+            ready = not ready or taken == k
+            at += 1 + taken
+            self.linear += 1
+
+
+@torch.no_grad()
+def guesses(
+    twin: Twin, parameters: Parameters, scale: float, examples: Sequence[Example], k: int
+) -> Tensor:
+    """(B, A, K): what the masks after each token of an answer guess, each given the guess before."""
+    batch = collate(examples, [all_anchors(e) for e in examples]).to(twin.device)
+    _, stored = ordinary(twin, batch)
+    z, _ = twin.run(
+        mask_rows(twin, batch, parameters["masks"][:k]), stored, deltas(parameters, scale)
+    )
+    z_BAKD = z.unflatten(1, (-1, k))
+    head = mtp_head.stages(mtp_head.of(parameters), mtp_head.plainly)
+    chosen = batch.tokens_BS.gather(1, batch.anchor_BA.clamp_min(0) + 1)
+    out = []
+    for j in range(k):
+        state = z_BAKD[:, :, j]
+        if head:
+            state = mtp_head.mix(state, twin.embed(chosen), head)
+        chosen = torch.stack([twin.logits(row).argmax(-1) for row in state])
+        out.append(chosen)
+    return torch.stack(out, dim=-1).cpu()
+
+
+def leading(example: Example, guess_AK: Tensor) -> list[int]:
+    """For each anchor, how many of its guesses in a row are the answer's own tokens."""
+    size, k = len(example.tokens), guess_AK.shape[1]
+    out = []
+    for row, anchor in enumerate(all_anchors(example)):
+        truth = example.tokens[anchor + 2 : anchor + 2 + k]
+        same = [g == t for g, t in zip(guess_AK[row].tolist(), truth, strict=False)]
+        out.append(min([*(i for i, good in enumerate(same) if not good), len(same), size]))
+    return out
+
+
+def walk(
+    twin: Twin,
+    parameters: Parameters,
+    scale: float,
+    examples: Sequence[Example],
+    k: int,
+    at_once: int = 8,
+) -> Walk:
+    """Tokens a step over all examples."""
+    found = Walk()
+    for start in range(0, len(examples), at_once):
+        part = examples[start : start + at_once]
+        made = guesses(twin, parameters, scale, part, k)
+        for example, guess in zip(part, made, strict=True):
+            found.add(leading(example, guess), k)
+    return found

@@ -1,0 +1,211 @@
+"""A dense pack as plain tensors on a device, for training: differentiable in its inputs and in what is
+added to its linear maps. The weights themselves never change.
+
+Shapes: B sequences, T new rows, S stored rows, D width, H query heads, J key heads, E numbers a head,
+V vocabulary, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
+
+from outsize.errors import UnsupportedError
+from outsize.model.ffn.dense import ACTIVATIONS
+from outsize.model.layers import turns
+from outsize.model.sublayer import vector
+from outsize.model_config import Description, Rope
+from outsize.pack.format import Pack
+from outsize.progress import Progress
+from outsize.storage.stats import Traffic
+from outsize.storage.table import Weight, Weights
+from outsize.weights.load import load
+from outsize.weights.rows import RowTable
+
+ROWS = 4096  # of a row table decoded at once
+Stored = tuple[Tensor, Tensor]  # one layer's keys and values, (B, J, S, E) each
+
+
+@dataclass(frozen=True, slots=True)
+class Deltas:
+    """Low-rank additions: y += scale * B A x for each projection, named "{layer}.{projection}"."""
+
+    factors: Mapping[str, tuple[Tensor, Tensor]]  # A (R, K), B (N, R)
+    scale: float
+
+    def add(self, y: Tensor, x: Tensor, layer: int, names: Sequence[str]) -> Tensor:
+        """`y` is the product of x with the projections' rows, stacked."""
+        parts = []
+        for name in names:
+            a, b = self.factors[f"{layer}.{name}"]
+            parts.append(linear(linear(x, a.to(x.dtype)), b.to(x.dtype)))
+        return y + self.scale * (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
+
+
+class Rows(NamedTuple):
+    """Rows to run: their embeddings, positions, and which keys each may see (stored ones first)."""
+
+    h_BTD: Tensor
+    positions_BT: Tensor
+    allow_BTS: Tensor
+
+
+class Twin:
+    """The network. `dtype` is what enters a matmul; the residual stream is fp32 (fp64 in fp64)."""
+
+    def __init__(
+        self, pack: Pack, device: torch.device, dtype: torch.dtype, progress: Progress
+    ) -> None:
+        d = pack.description
+        if d.mixture is not None or d.sinks or d.qk_norm_whole:
+            raise UnsupportedError(
+                f"{pack.path.name} is a {d.family} model; training knows dense models without sinks"
+            )
+        self.description, self.device, self.dtype = d, device, dtype
+        self.residual = torch.float64 if dtype == torch.float64 else torch.float32
+        loaded = load(pack, None, Traffic(), progress)
+        try:
+            self.embed_VD = self._table(loaded.embed, d)
+            tied = loaded.head is loaded.embed
+            self.head_VD = self.embed_VD if tied else self._table(loaded.head, d)
+            self.final_norm = self._vector(loaded.final_norm["final_norm"])
+            self._layers = [
+                self._matrices(attn.pinned or {}) | self._matrices(ffn.pinned or {})
+                for attn, ffn in loaded.layers
+            ]
+        finally:
+            loaded.close()
+        self._turns: dict[Rope, Tensor] = {}
+
+    def _table(self, table: RowTable, d: Description) -> Tensor:
+        parts = torch.arange(d.vocab_size).split(ROWS)
+        return torch.cat([table.rows(ids).to(self.dtype) for ids in parts]).to(self.device)
+
+    def _vector(self, weights: tuple[Weight, ...]) -> Tensor:
+        return vector(weights).to(self.device, self.residual)
+
+    def _matrices(self, weights: Weights) -> dict[str, Tensor]:
+        out = {}
+        for name, parts in weights.items():
+            if name.endswith(("norm", "bias")):
+                out[name] = self._vector(parts)
+            else:
+                rows = [w.encoding.decode(w.fields)[: w.num_rows].to(self.dtype) for w in parts]
+                out[name] = torch.cat(rows).to(self.device)
+        return out
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(..., D) in the residual stream's type."""
+        return self.embed_VD[ids].to(self.residual) * self.description.embed_scale
+
+    def run(
+        self, rows: Rows, stored: Sequence[Stored] | None = None, deltas: Deltas | None = None
+    ) -> tuple[Tensor, list[Stored]]:
+        """The residual stream after the last layer (B, T, D), normed; and each layer's new keys and
+        values."""
+        h, made = rows.h_BTD, []
+        rotations = {
+            rope: self._rotation(rope, rows.positions_BT) for rope in self.description.ropes
+        }
+        masks = self._masks(rows)
+        for i, layer in enumerate(self.description.layers):
+            past = None if stored is None else stored[i]
+            turn, mask = rotations[layer.rope], masks[layer.window]
+            out, new = self._attention(self._norm(h, i, "attn_norm"), i, turn, mask, past, deltas)
+            made.append(new)
+            h = h + self._post(out, i, "attn_post_norm")
+            out = self._dense(self._norm(h, i, "ffn_norm"), i, deltas)
+            h = h + self._post(out, i, "ffn_post_norm")
+        return rms_norm(h, h.shape[-1:], self.final_norm, self.description.norm_eps), made
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(..., V) of normed states."""
+        return linear(x.to(self.dtype), self.head_VD)
+
+    def _masks(self, rows: Rows) -> dict[int | None, Tensor]:
+        """(B, 1, T, S) bool for each reach of attention. Stored rows are at positions 0, 1, ..."""
+        count = rows.allow_BTS.shape[2] - rows.positions_BT.shape[1]
+        before = torch.arange(count, device=self.device).expand(len(rows.positions_BT), -1)
+        keys_BS = torch.cat([before, rows.positions_BT], dim=1)
+        apart = rows.positions_BT[:, :, None] - keys_BS[:, None]
+        windows = {layer.window for layer in self.description.layers}
+        allow = rows.allow_BTS
+        return {w: (allow if w is None else allow & (apart < w))[:, None] for w in windows}
+
+    def _rotation(self, rope: Rope, positions_BT: Tensor) -> Tensor:
+        known = self._turns.get(rope)
+        need = int(positions_BT.max()) + 1
+        if known is None or len(known) < need:
+            made = turns(rope, self.description.head_dim, torch.arange(2 * need))[:, 0]
+            self._turns[rope] = known = torch.view_as_real(made).to(self.device, self.residual)
+        return known[positions_BT][:, :, None]  # (B, T, 1, E/2, 2)
+
+    def _norm(self, h: Tensor, layer: int, name: str) -> Tensor:
+        weight, eps = self._layers[layer][name], self.description.norm_eps
+        return rms_norm(h, h.shape[-1:], weight, eps).to(self.dtype)
+
+    def _post(self, out: Tensor, layer: int, name: str) -> Tensor:
+        out = out.to(self.residual)
+        if not self.description.post_norm:
+            return out
+        weight = self._layers[layer][name]
+        return rms_norm(out, out.shape[-1:], weight, self.description.norm_eps)
+
+    def _linear(
+        self, x: Tensor, layer: int, name: str, parts: Sequence[str], deltas: Deltas | None
+    ) -> Tensor:
+        y = linear(x, self._layers[layer][name])
+        return y if deltas is None else deltas.add(y, x, layer, parts)
+
+    def _attention(
+        self,
+        x: Tensor,
+        i: int,
+        turn: Tensor,
+        mask: Tensor,
+        past: Stored | None,
+        deltas: Deltas | None,
+    ) -> tuple[Tensor, Stored]:
+        d, weights = self.description, self._layers[i]
+        qkv = self._linear(x, i, "qkv", ("q", "k", "v"), deltas)
+        if d.qkv_bias:
+            qkv = qkv + weights["qkv_bias"]
+        heads = qkv.unflatten(-1, (-1, d.head_dim)).to(self.residual)
+        q, k, v = heads.split([d.num_heads, d.num_kv_heads, d.num_kv_heads], dim=2)
+        if d.qk_norm:
+            q = rms_norm(q, q.shape[-1:], weights["q_norm"], d.norm_eps)
+            k = rms_norm(k, k.shape[-1:], weights["k_norm"], d.norm_eps)
+        q, k = _rotate(q, turn), _rotate(k, turn)
+        q, k, v = (t.transpose(1, 2).to(self.dtype) for t in (q, k, v))
+        keys, values = (k, v) if past is None else _joined(past, (k, v))
+        group = d.num_heads // d.num_kv_heads
+        keys, values = (t.repeat_interleave(group, dim=1) for t in (keys, values))
+        out = scaled_dot_product_attention(q, keys, values, mask, scale=d.attn_scale)
+        out = out.transpose(1, 2).flatten(2)
+        out = self._linear(out, i, "o", ("o",), deltas)
+        return out + weights["o_bias"] if d.o_bias else out, (k, v)
+
+    def _dense(self, x: Tensor, i: int, deltas: Deltas | None) -> Tensor:
+        d, weights = self.description, self._layers[i]
+        both = self._linear(x, i, "gate_up", ("gate", "up"), deltas)
+        if d.mlp_bias:
+            both = (both + weights["gate_up_bias"]).to(self.dtype)
+        gate, up = both.chunk(2, dim=-1)
+        down = self._linear(ACTIVATIONS[d.activation](gate) * up, i, "down", ("down",), deltas)
+        return down + weights["down_bias"] if d.mlp_bias else down
+
+
+def _joined(past: Stored, new: Stored) -> Stored:
+    return torch.cat([past[0], new[0]], dim=2), torch.cat([past[1], new[1]], dim=2)
+
+
+def _rotate(heads: Tensor, turn: Tensor) -> Tensor:
+    """Adjacent pairs."""
+    a, b = heads.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = turn.unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)

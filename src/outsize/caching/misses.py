@@ -1,0 +1,98 @@
+"""What to do about experts that are not in memory: read them (exact), leave out the least of them, take
+another that is there, or read a copy at fewer bits (all three lossy)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from outsize.errors import OptionError
+from outsize.storage.stats import Traffic
+
+Scored = Sequence[tuple[int, float]]  # (id, weight)
+Instead = Sequence[int | None]  # for each of them: itself, another, ~id for its copy, or none
+COPY = "copy"
+
+
+class Missing(Protocol):
+    def __call__(
+        self, wanted: Scored, resident: Mapping[int, int], uses: Mapping[int, int], experts: int
+    ) -> Instead:
+        """What is asked for instead. `uses`: how often each id was wanted; `experts`: of a layer."""
+        ...
+
+
+def count(traffic: Traffic, wanted: Sequence[int], instead: Instead) -> None:
+    """Account for what was left out or replaced."""
+    traffic.dropped += sum(i is None for i in instead)
+    traffic.copied += sum(i is not None and i < 0 for i in instead)
+    traffic.substituted += sum(i not in (None, w, ~w) for w, i in zip(wanted, instead, strict=True))
+
+
+def fetch(
+    wanted: Scored, resident: Mapping[int, int], uses: Mapping[int, int], experts: int
+) -> Instead:
+    """All of them."""
+    return [i for i, _ in wanted]
+
+
+def dropping(least: float) -> Missing:
+    """Leave out missing ones of less weight than `least` of the strongest. Lossy."""
+
+    def drop(
+        wanted: Scored, resident: Mapping[int, int], uses: Mapping[int, int], experts: int
+    ) -> Instead:
+        floor = least * max(w for _, w in wanted)
+        return [i if i in resident or w >= floor else None for i, w in wanted]
+
+    return drop
+
+
+def substitute(
+    wanted: Scored, resident: Mapping[int, int], uses: Mapping[int, int], experts: int
+) -> Instead:
+    """For a missing one, the resident of its layer that is wanted most often, if there is one. Lossy."""
+    layer = wanted[0][0] // experts
+    taken = {i for i, _ in wanted}
+    others = [i for i in range(layer * experts, (layer + 1) * experts) if i in resident]
+    spare = sorted((i for i in others if i not in taken), key=lambda i: -uses.get(i, 0))
+    return [i if i in resident or not spare else spare.pop(0) for i, _ in wanted]
+
+
+def copying(least: float) -> Missing:
+    """Take the copies of missing ones of less weight than `least` of the strongest. Lossy."""
+
+    def copy(
+        wanted: Scored, resident: Mapping[int, int], uses: Mapping[int, int], experts: int
+    ) -> Instead:
+        floor = least * max(w for _, w in wanted)
+        return [i if i in resident or w >= floor else ~i for i, w in wanted]
+
+    return copy
+
+
+def copies_of(spec: str) -> str:
+    """The encoding of the copies that a specification wants; none by default."""
+    name, _, rest = spec.partition(":")
+    return rest.partition(":")[0] if name == COPY else ""
+
+
+def make(spec: str) -> Missing:
+    """'fetch', 'drop:0.3', 'substitute' or 'copy:int4:0.5'. Raises OptionError."""
+    name, _, text = spec.partition(":")
+    if name == "fetch" and not text:
+        return fetch
+    if name == "substitute" and not text:
+        return substitute
+    if name == COPY:
+        _, _, text = text.partition(":")
+    try:
+        if name == COPY and copies_of(spec) and 0 < float(text or "1") <= 1:
+            return copying(float(text or "1"))
+        if name == "drop" and 0 < float(text or "0.3") <= 1:
+            return dropping(float(text or "0.3"))
+    except ValueError:
+        pass
+    raise OptionError(
+        f"misses {spec!r}: fetch, drop:SHARE (up to 1), substitute or copy:ENCODING[:SHARE] is expected"
+    )

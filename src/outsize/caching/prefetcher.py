@@ -1,0 +1,66 @@
+"""What to read ahead: the protocol. A prefetcher is a file in `prefetch/`: the file name is its name, its
+function `prefetcher(amount, experts)` makes one,
+`EARLY` says whether it reads the early gate. It knows integers and the gate's scores only.
+
+Law: whatever it says, the answer is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from outsize import registry
+from outsize.caching import prefetch
+from outsize.caching.replay.trace import Scored
+from outsize.errors import OptionError
+
+AHEAD_SHARE, AHEAD_LEAST = 0.25, 2  # of the slots: what may be read ahead and not yet asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What is known once a layer's experts are chosen. Ids count through the layers."""
+
+    layer: int
+    ids: Sequence[int]  # that it asks for
+    next_layer: int
+    base: int  # the id of that layer's first expert
+    early: Scored  # (expert of the next layer, weight), by that layer's gate on this layer's input
+    truth: Sequence[int] = ()  # what the next layer will ask for: known in a replay only
+
+
+class Prefetcher(Protocol):
+    def __call__(self, seen: Seen) -> Sequence[int]:
+        """Ids to read ahead, the most wanted first."""
+        ...
+
+
+def most_ahead(capacity: int) -> int:
+    """Records that may be expected at once."""
+    return max(AHEAD_LEAST, int(AHEAD_SHARE * capacity))
+
+
+def reads_early(spec: str) -> bool:
+    """Does it go by the scores of a layer's gate asked one layer early? Raises UnsupportedError."""
+    name = spec.partition(":")[0]
+    return bool(registry.module(prefetch, name, "prefetcher", registry.names(prefetch)).EARLY)
+
+
+def make(spec: str, experts: int) -> Prefetcher:
+    """From 'name' or 'name:amount'. Raises UnsupportedError, OptionError."""
+    name, _, text = spec.partition(":")
+    found = registry.module(prefetch, name, "prefetcher", registry.names(prefetch))
+    try:
+        amount = float(text) if text else float(found.AMOUNT)
+        whole = found.MOST <= 1 or amount.is_integer()  # more than a share: a count
+        if not (found.LEAST <= amount <= found.MOST and whole):
+            raise ValueError
+    except ValueError:
+        kind = "number" if found.MOST <= 1 else "whole number"
+        raise OptionError(
+            f"prefetch {spec!r}: a {kind} from {found.LEAST:g} to {found.MOST:g} is expected after the colon"
+        ) from None
+    made: Prefetcher = found.prefetcher(amount, experts)
+    return made

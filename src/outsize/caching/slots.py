@@ -1,0 +1,138 @@
+"""Which record is where, and what became of every request: the same bookkeeping for real reads
+(`residency.Cached`) and for replayed ones (`replay`).
+
+A request is a hit, or a miss of one kind: `ready` (read ahead, and there), `late` (read ahead, still on its
+way), `cold` (never there before), `collision` (evicted in this very pass), `capacity` (any other).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from outsize.caching.policy import Placed, Policy
+from outsize.errors import CapacityError
+from outsize.storage.stats import Traffic
+
+Load = tuple[int, int]  # id, slot
+
+
+class Ledger:
+    """A policy, and the account of what it does. `size`: bytes of a record."""
+
+    def __init__(self, policy: Policy, traffic: Traffic, size: int, leases: bool = True) -> None:
+        """`leases` False: what is asked for together does not protect each other. For replays only."""
+        self.policy, self.traffic, self._size, self._leases = policy, traffic, size, leases
+        self.slot_of: dict[int, int] = {}
+        self.id_in: dict[int, int] = {}
+        self.ahead: set[int] = set()  # read ahead, not yet asked for
+        self.held: Sequence[int] = ()  # asked for, not yet released
+        self.void: set[int] = set()  # have slots, but their reading was given up
+        self._evicted: dict[int, int] = {}  # id -> pass of its last eviction
+        self._pass = 0
+
+    def begin_pass(self) -> None:
+        self._pass += 1
+        self.policy.begin_pass()
+
+    def adopt(self, slots: Mapping[int, int]) -> None:
+        """These ids are in these slots; nothing else is known."""
+        self.policy.adopt(slots)
+        self.slot_of, self.id_in = dict(slots), {slot: id for id, slot in slots.items()}
+
+    def load(self, ids: Sequence[int]) -> Placed:
+        """Place ids before anything is asked for: none counts."""
+        return self._place(ids, (), False)
+
+    def demand(self, ids: Sequence[int], is_there: Callable[[int], bool]) -> Placed:
+        """Place ids that are wanted now, and count them. Raises CapacityError, changing nothing."""
+        if not self._leases and len(ids) > 1:
+            parts = [self.demand([i], is_there) for i in ids]
+            self.held = ()
+            return Placed(
+                {i: s for p in parts for i, s in p.slots.items()},
+                [x for p in parts for x in p.loads],
+            )
+        inside = [i for i in dict.fromkeys(ids) if i in self.slot_of]
+        there = {i: is_there(self.slot_of[i]) for i in inside if i in self.ahead}
+        placed = self._place(ids, (), False)
+        for id in self.void & placed.slots.keys():
+            self.void.remove(id)
+            placed.loads.append((id, placed.slots[id]))
+            inside.remove(id)
+        self.held = tuple(placed.slots)
+        self._count(placed, len(inside), there)
+        return placed
+
+    def expect(self, id: int) -> Load | None:
+        """Make room for a record that is not there yet, without touching what is held or expected; None
+        if there is none."""
+        try:
+            keep = {*self.held, *self.ahead} if self._leases else ()
+            placed = self._place([id], keep, True)
+        except CapacityError:
+            return None
+        if not placed.loads:
+            return None
+        self.ahead.add(id)
+        return placed.loads[0]
+
+    def expect_some(self, ids: Sequence[int], most: int) -> list[Load]:
+        """Make room for those that are not there, as long as no more than `most` are expected; of the
+        others some policies want to know, too."""
+        loads = []
+        for id in ids:
+            if id in self.slot_of:
+                self.policy.place([id], (), True)
+            elif len(self.ahead) >= most or (load := self.expect(id)) is None:
+                break
+            else:
+                loads.append(load)
+        return loads
+
+    def give_up(self, ids: Sequence[int], begun: Sequence[int]) -> None:
+        """These were expected in vain. Those whose reading has not begun leave their slots empty."""
+        self.ahead -= set(ids)
+        self.void |= set(ids) - set(begun)
+        self.traffic.bytes_wasted += len(begun) * self._size
+
+    def release(self) -> None:
+        self.held = ()
+
+    def forget(self, id: int) -> int:
+        """An id has left its slot."""
+        slot = self.slot_of.pop(id)
+        del self.id_in[slot]
+        self.void.discard(id)
+        if id in self.ahead:
+            self.ahead.remove(id)
+            self.traffic.bytes_wasted += self._size
+        return slot
+
+    def _place(self, ids: Sequence[int], keep: Collection[int], ahead: bool) -> Placed:
+        placed = self.policy.place(ids, keep, ahead)
+        for id, slot in placed.loads:
+            if slot in self.id_in:
+                old = self.id_in[slot]
+                self._evicted[old] = self._pass
+                self.forget(old)
+            self.slot_of[id], self.id_in[slot] = slot, id
+        return placed
+
+    def _count(self, placed: Placed, num_inside: int, there: dict[int, bool]) -> None:
+        t, size = self.traffic, self._size
+        self.ahead -= there.keys()
+        ready = sum(there.values())
+        t.hits += num_inside - len(there)
+        t.misses += len(placed.slots) - num_inside + len(there)
+        t.ready += ready
+        t.late += len(there) - ready
+        t.bytes_useful += len(there) * size
+        t.bytes_demanded += len(placed.loads) * size
+        for id, _ in placed.loads:
+            last = self._evicted.get(id)
+            if last is None:
+                t.cold += 1
+            elif last == self._pass:
+                t.collision += 1
+            else:
+                t.capacity += 1

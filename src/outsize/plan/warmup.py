@@ -1,0 +1,80 @@
+"""What this process takes before any model, and the libraries' code brought in from disk.
+
+A library's pages come from disk when they are first touched: on a cold file cache some tenths of a second,
+which the first prompt would pay, and some megabytes, which nobody would have counted. So a tiny random
+model runs first.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from outsize.encoding.find import encoding
+from outsize.kernels.native import Kernels
+from outsize.kv.kv import KV
+from outsize.model.step import Segment, Step
+from outsize.model.sublayer import Half, attention_half, ffn_half
+from outsize.model.transformer import rotations
+from outsize.model_config import Description, Layer, Rope
+from outsize.storage.table import Weight, Weights
+from outsize.system.memory import promised, resident, settle
+
+TOKENS, WIDTH, HEAD = 64, 256, 64
+# oneDNN compiles a product for each shape, and torch keeps a thousand of them: prompts of many lengths would
+# take 300 MB that no plan knows. A pass alternates between fewer than this.
+COMPILED, COMPILED_BYTES = 24, 300_000  # how many are kept, and what one takes
+CACHES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"
+
+
+def runtime_bytes(kernels: Kernels | None = None) -> int:
+    """What this process takes, measured after everything that computes has run once; with what models that
+    are open in it have yet to take."""
+    wake(kernels)
+    settle()
+    return resident() + promised()
+
+
+@torch.inference_mode()
+def wake(kernels: Kernels | None) -> None:
+    """Run one layer of each kind of linear map, as prompts and as single tokens run."""
+    for name in CACHES:  # read at the first product; what a user has set stays
+        os.environ.setdefault(name, str(COMPILED))
+    layer = Layer(Rope(10000.0))
+    d = Description("wake", WIDTH, 4, 2, HEAD, WIDTH, WIDTH, 2 * TOKENS, 1e-5, 0.125, (layer,))
+    for name in ("int4", "int8", *(("group8",) if kernels else ()), "fp32"):
+        weights = _weights(d, name, kernels)
+        plain = name == "fp32"
+        kv = KV(1, d.num_kv_heads, d.head_dim, torch.float32 if plain else torch.bfloat16)
+        h_TD = torch.ones(TOKENS, WIDTH, dtype=torch.float32, device="cpu")
+        for half in (attention_half(d, 0, weights), ffn_half(d, 0, weights)):
+            _run(d, half, kv, h_TD, None if plain else kernels)
+
+
+def _run(d: Description, half: Half, kv: KV, h_TD: Tensor, kernels: Kernels | None) -> None:
+    """A long span, then one token."""
+    kv.truncate(0)
+    for first, last in ((0, TOKENS), (TOKENS, TOKENS + 1)):
+        positions, wide = range(first, last), last - first > 1
+        turns = rotations(d.ropes, d.head_dim, positions)
+        step = Step([Segment(kv, positions)], turns, wide, None if wide else kernels)
+        half(h_TD[: last - first], step)
+
+
+def _weights(d: Description, name: str, kernels: Kernels | None) -> Weights:
+    heads = d.num_heads * d.head_dim
+    shapes = {
+        "qkv": (d.qkv_rows, d.width), "o": (d.width, heads),
+        "gate_up": (2 * d.ffn_width, d.width), "down": (d.width, d.ffn_width),
+    }  # fmt: skip
+    made: Weights = {k: (_weight(name, shape, kernels),) for k, shape in shapes.items()}
+    norm = (_weight("fp32", (1, d.width), None),)
+    return made | {"attn_norm": norm, "ffn_norm": norm}
+
+
+def _weight(name: str, shape: tuple[int, int], kernels: Kernels | None) -> Weight:
+    w_NK = torch.ones(shape, dtype=torch.float32, device="cpu")
+    e = encoding(name, kernels)
+    return Weight(e, e.encode(w_NK), len(w_NK))

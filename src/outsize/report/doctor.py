@@ -1,0 +1,118 @@
+"""`outsize doctor`: the machine, its ceilings, and what would run slowly on it and why."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+
+import psutil
+import torch
+
+from outsize.encoding import int4
+from outsize.kernels import build
+from outsize.kernels.native import kernels
+from outsize.pack import store
+from outsize.plan import machine, probe
+
+
+def examine() -> dict[str, object]:
+    """Everything, measured now, and kept for `plan`: some seconds."""
+    home = store.home()
+    notes: list[str] = []
+    there = next(p for p in (home, *home.parents) if p.is_dir())
+    memory = psutil.virtual_memory()
+    probe.follow_quota()
+    here = machine.measured(home)
+    return {
+        "processor": probe.processor(),
+        "cores": probe.cores(),
+        "threads": torch.get_num_threads(),
+        "instruction_sets": probe.instruction_sets(),
+        "memory_bytes": memory.total,
+        "memory_free_bytes": memory.available,
+        "busy": here.busy,
+        "sittings": len(here.sittings),
+        "memory_bytes_per_s": here.memory_bytes_per_s,
+        "bf16_flops": here.bf16_flops,
+        "fp32_flops": here.fp32_flops,
+        "disk_free_bytes": shutil.disk_usage(there).free,
+        "disk_bytes_per_s": round(here.disk_bytes_per_s),
+        "disk": [[size, threads, round(rate)] for size, threads, rate in here.disk],
+        "torch": torch.__version__,
+        "torch_kernels": torch.backends.cpu.get_cpu_capability(),
+        "int4_kernel": int4.supported(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "compiler": build.compiler(),
+        "native_kernels": kernels(home / "native", notes.append) is not None,
+        "native_note": notes[0] if notes else "",
+        "home": str(home),
+    }
+
+
+def complaints(seen: dict[str, object]) -> list[str]:
+    """What would run slowly here, why, and what helps."""
+    out = []
+    if seen["busy"]:
+        out.append(
+            f"the machine was busy while it was measured ({seen['busy']}): the figures are the best of "
+            f"{seen['sittings']} sittings, and may be too low; run `outsize doctor` again when it is idle"
+        )
+    if not seen["int4_kernel"] and not seen["native_kernels"]:
+        out.append(
+            f"torch's int4 kernel here ({seen['torch_kernels']}) reads another layout than AVX-512's: "
+            "4-bit tensors are packed in 8 bits, twice the bytes; install gcc or clang"
+        )
+    if seen["native_note"]:
+        out.append(str(seen["native_note"]))
+    bf16, fp32 = float(str(seen["bf16_flops"])), float(str(seen["fp32_flops"]))
+    if bf16 < 1.5 * fp32:
+        out.append(
+            "no fast bf16 arithmetic: products run in fp32, and long prompts take two to four times as long"
+        )
+    if int(str(seen["threads"])) > int(str(seen["cores"])):
+        out.append(f"{seen['threads']} threads on {seen['cores']} cores: use --threads")
+    if int(str(seen["disk_free_bytes"])) < 2e9:
+        out.append(f"little room in {seen['home']}: set OUTSIZE_HOME to another disk")
+    if "+cpu" not in str(seen["torch"]) and seen["gpu"] is None:
+        out.append(
+            "torch is a GPU build without a GPU: it works, and takes 5 GB of disk that the CPU build "
+            "does not (see README)"
+        )
+    return out
+
+
+def show(as_json: bool) -> None:
+    """Print the examination."""
+    seen = examine()
+    if as_json:
+        print(json.dumps(seen | {"complaints": complaints(seen)}))
+        return
+    sets = ", ".join(str(s) for s in seen["instruction_sets"])  # type: ignore[attr-defined]
+    gb = {k: float(str(v)) / 1e9 for k, v in seen.items() if k.endswith(("bytes", "_s", "flops"))}
+    rows = {
+        "processor": f"{seen['processor']}, {seen['cores']} cores, {seen['threads']} threads used",
+        "instructions": sets or "none that matter here",
+        "memory": f"{gb['memory_bytes']:.1f} GB, {gb['memory_free_bytes']:.1f} GB free, "
+        f"{gb['memory_bytes_per_s']:.1f} GB/s",
+        "compute": f"{gb['bf16_flops']:.0f} GFLOP/s bf16, {gb['fp32_flops']:.0f} fp32",
+        "disk": f"{gb['disk_free_bytes']:.1f} GB free, {gb['disk_bytes_per_s']:.2f} GB/s direct reads",
+        "torch": f"{seen['torch']}, {seen['torch_kernels']} kernels, GPU: {seen['gpu'] or 'none'}",
+        "row kernels": "native" if seen["native_kernels"] else "plain",
+        "home": str(seen["home"]),
+    }
+    for name, value in rows.items():
+        print(f"{name:>12}  {value}")
+    _show_disk(seen["disk"])  # type: ignore[arg-type]
+    for text in complaints(seen):
+        print(f"{'slow':>12}  {text}")
+
+
+def _show_disk(disk: Sequence[tuple[int, int, float]]) -> None:
+    """Direct reads in GB/s: a row for each size, a column for each number of threads."""
+    counts = list(dict.fromkeys(n for _, n, _ in disk))
+    print(f"{'direct reads':>12}  " + "".join(f"{f'x{n}':>7}" for n in counts) + "  (threads)")
+    for size in dict.fromkeys(s for s, _, _ in disk):
+        rates = [rate for s, _, rate in disk if s == size]
+        cells = "".join(f"{rate / 1e9:7.2f}" for rate in rates)
+        print(f"{f'{size >> 10} KiB':>12}  {cells}  GB/s")

@@ -1,0 +1,52 @@
+"""The line that closes an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from outsize.engine.reply import Reply
+
+
+def summary(reply: Reply, disk_bytes_per_s: float | None = None) -> str:
+    """The closing line."""
+    parts = [
+        f"{reply.prompt_tokens} prompt tokens, first token after {reply.first_token_s:.2f} s",
+        f"{reply.new_tokens} tokens at {reply.tokens_per_s:.1f}/s",
+        f"peak memory {reply.peak_memory_bytes / 1e6:,.0f} of {reply.budget_bytes / 1e6:,.0f} MB, "
+        f"read {reply.bytes_read / 1e6:,.0f} MB",
+    ]
+    if reply.drafted:
+        parts.append(
+            f"{reply.accepted} of {reply.drafted} guesses right, {reply.tokens_per_step:.2f} tokens a step"
+        )
+    most = float(str(reply.options["threads"]))
+    if 0 < reply.threads < 0.95 * most:
+        parts.append(
+            f"{reply.threads:.1f} of {most:.0f} threads: other programs kept the processor busy"
+        )
+    if reply.experts is not None:
+        parts.append(_experts(reply.experts))
+    if reply.hit_rate < 1:
+        rate = f"{reply.disk_bytes_per_s / 1e9:.2f} GB/s"
+        if disk_bytes_per_s:
+            rate += (
+                f" ({reply.disk_bytes_per_s / disk_bytes_per_s:.0%} of the disk's measured rate)"
+            )
+        parts.append(
+            f"{reply.bytes_per_token / 1e6:,.1f} MB a token from disk at {rate}, "
+            f"hit rate {reply.hit_rate:.0%}, waited {reply.waited_s:.2f} s"
+        )
+    if reply.cached_reads:
+        parts.append("read through the page cache: the pack's file system refuses direct reads")
+    return f"[{'; '.join(parts)}]"
+
+
+def _experts(counts: Mapping[str, float]) -> str:
+    """What became of the requests for experts."""
+    kinds = ("ready", "late", "cold", "capacity", "collision", "dropped", "substituted", "copied")
+    said = ", ".join(f"{counts[k]:,.0f} {k}" for k in kinds if counts[k])
+    asked = counts["hits"] + counts["misses"]
+    share = counts["hits"] / asked if asked else 1.0
+    return f"experts: {asked:,.0f} asked for, {share:.0%} in memory" + (
+        f" ({said})" if said else ""
+    )

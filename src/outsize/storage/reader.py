@@ -1,0 +1,114 @@
+"""A few threads that read records. A record is cut into pieces, so that one read uses all of them;
+what is waited for goes before what is read ahead. Reading holds no core: the threads sleep in the kernel.
+
+A record of a small model is read in half a millisecond, so that handing it over must cost little: where
+there are compiled kernels, threads of theirs read (kernels/csrc/reads.c), which never wait for Python;
+here is the plain twin, with queues and flags whose single operations are atomic, and no locks around
+them. What fails in C is read again here, with retries and a typed error.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from queue import SimpleQueue
+
+from outsize.kernels.native import Kernels
+from outsize.storage.native_reader import Reads
+from outsize.storage.table import Table
+from outsize.storage.tickets import NativeTicket, PlainTicket, Ticket
+
+THREADS = 4
+
+
+class _Queues:
+    """What the threads of Python are to do."""
+
+    def __init__(self) -> None:
+        self.urgent: deque[PlainTicket] = deque()  # once for each piece
+        self.ahead: deque[PlainTicket] = deque()
+        self.work: SimpleQueue[bool] = SimpleQueue()  # True for each of them; False: go home
+
+    def put(self, ticket: PlainTicket, urgent: bool) -> None:
+        (self.urgent if urgent else self.ahead).append(ticket)
+        self.work.put(True)
+
+    def next(self) -> PlainTicket:
+        """There is one for each True, but another thread may take it from under our eyes."""
+        while True:
+            for queue in (self.urgent, self.ahead):
+                if queue:
+                    try:
+                        return queue.popleft()
+                    except IndexError:
+                        pass
+
+    def serve(self) -> None:
+        """A thread's life."""
+        while self.work.get():
+            ticket = self.next()
+            if (start := ticket.take()) is not None:
+                ticket.run(start)
+
+
+class Reader:
+    """The threads, of C where there are kernels, and else or for unusual media of Python; close it."""
+
+    def __init__(self, threads: int = THREADS, kernels: Kernels | None = None) -> None:
+        self._queues = _Queues()
+        self._count, self._threads = threads, list[threading.Thread]()
+        self._reads = None if kernels is None else Reads(kernels.library, threads)
+
+    def submit(
+        self, table: Table, index: int, out: memoryview, start: int = 0, urgent: bool = True
+    ) -> Ticket:
+        """Start reading; `out` must stay until the ticket is done. Whole records are checked."""
+        handle = None if self._reads is None else table.handle()
+        if self._reads is not None and handle is not None:
+            return NativeTicket(self._reads, handle, table, index, out, start, urgent)
+        ticket = PlainTicket(self.queue, table, index, out, start)
+        self.queue(ticket, urgent)
+        return ticket
+
+    def queue(self, ticket: PlainTicket, urgent: bool) -> None:
+        """Once for each of its pieces."""
+        if not self._threads:
+            self._start()
+        for _ in range(len(ticket.pieces)):
+            self._queues.put(ticket, urgent)
+
+    def _start(self) -> None:
+        names = (f"outsize-reader-{i}" for i in range(self._count))
+        serve = self._queues.serve
+        self._threads = [threading.Thread(target=serve, name=n, daemon=True) for n in names]
+        for thread in self._threads:
+            thread.start()
+
+    def restart(self) -> None:
+        """Nothing is being read any more, and what was queued is forgotten: after a call that an exception
+        broke off, wherever that was."""
+        self._end_threads()
+        self._queues = _Queues()
+        if self._reads is not None:
+            self._reads.drain()
+
+    def _end_threads(self) -> None:
+        for _ in self._threads:
+            self._queues.work.put(False)
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
+        self._threads = []
+
+    def close(self) -> None:
+        """Finish what is under way, and end the threads."""
+        self._end_threads()
+        if self._reads is not None:
+            reads, self._reads = self._reads, None
+            reads.close()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

@@ -1,0 +1,159 @@
+"""A table: equally long records in one file, read whole or in part, checked, and counted."""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from outsize.encoding.find import encoding
+from outsize.encoding.plain import Encoding, Fields
+from outsize.errors import OptionError, PackError, ReadError
+from outsize.kernels.native import Kernels
+from outsize.kernels.structs import NativeMatrix
+from outsize.pack.format import Matrix, TableHeader, damaged, field_bytes
+from outsize.storage.file import PAGE, File, Medium
+from outsize.storage.stats import Traffic
+
+VERIFY = ("first", "always", "never")
+RETRIES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One encoded matrix in memory. Rows beyond `num_rows` are padding."""
+
+    encoding: Encoding
+    fields: Fields
+    num_rows: int
+
+    @property
+    def is_padded(self) -> bool:
+        return self.encoding.stored_rows(self.fields) != self.num_rows
+
+    def native(self) -> NativeMatrix | None:
+        """For kernels that run several matrices at once; None if this is not for them."""
+        return None if self.is_padded else self.encoding.native(self.fields)
+
+
+Weights = dict[str, tuple[Weight, ...]]
+
+
+class Table:
+    """The records of one file. Law: the same bytes twice; what is wrong names file, record, offset."""
+
+    def __init__(
+        self,
+        folder: Path,
+        header: TableHeader,
+        traffic: Traffic,
+        verify: str = "first",
+        medium: Medium | None = None,
+    ) -> None:
+        if verify not in VERIFY:
+            raise OptionError(f"verify is {verify!r}; known are {', '.join(VERIFY)}")
+        self.header, self.traffic, self.folder, self._verify = header, traffic, folder, verify
+        self._medium = medium or _opened(folder / header.file)
+        self._stamp = self._medium.stamp()
+        self._seen: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.header.keys)
+
+    def close(self) -> None:
+        self._medium.close()
+
+    @property
+    def is_direct(self) -> bool:
+        """As a medium's."""
+        return self._medium.is_direct
+
+    def handle(self) -> int | None:
+        """As a medium's."""
+        return self._medium.handle()
+
+    def passed(self, index: int) -> None:
+        """A record matched its checksum."""
+        self._seen.add(index)
+
+    def is_verified(self, index: int) -> bool:
+        """May this record be read in part? False once the file has been written to."""
+        if self._verify == "never":
+            return True
+        stamp = self._medium.stamp()
+        if stamp != self._stamp:
+            self._seen = set()  # first: broken off here, it is looked at again
+            self._stamp = stamp
+        return index in self._seen and self._verify == "first"
+
+    def read(self, index: int, out: memoryview) -> None:
+        """Fill `out` (stride bytes) with a record, and check it. Raises PackError, ReadError."""
+        self.read_part(index, out, 0)
+        self.check(index, out)
+
+    def read_part(self, index: int, out: memoryview, start: int) -> None:
+        """Fill `out` from byte `start` of a record on. Thread-safe; tries again where that helps."""
+        done, size = 0, len(out)
+        while done < size:
+            got = self._read(index, out[done:], start + done)
+            if got == 0:
+                raise self._damaged(index, f"ends {size - done:,} bytes early")
+            done = size if done + got >= size else (done + got) // PAGE * PAGE
+        self.traffic.count(size)
+
+    def _read(self, index: int, out: memoryview, start: int) -> int:
+        offset = index * self.header.stride + start
+        for attempt in range(RETRIES + 1):
+            try:
+                return self._medium.read(out, offset)
+            except OSError as e:
+                if attempt == RETRIES:
+                    raise ReadError(
+                        f"cannot read record {index} at byte {offset:,} of "
+                        f"{self.folder / self.header.file}: {e.strerror or e}, {RETRIES + 1} times; "
+                        "check the disk, or move the pack to another one"
+                    ) from None
+                threading.Event().wait(0.01 * 4**attempt)
+        raise AssertionError
+
+    def check(self, index: int, out: memoryview) -> None:
+        """Compare a whole record with its checksum, as often as asked for; a record that does not
+        match is read once more, since the error may have been on the way."""
+        if self.is_verified(index):
+            return
+        if zlib.crc32(out) != self.header.checksums[index]:
+            self.read_part(index, out, 0)
+            if zlib.crc32(out) != self.header.checksums[index]:
+                raise self._damaged(index, "does not match its checksum")
+        self.passed(index)
+
+    def _damaged(self, index: int, problem: str) -> PackError:
+        header = self.header
+        where = f"record {index} at byte {index * header.stride:,} of {header.file}"
+        return damaged(self.folder, f"{where} {problem}")
+
+
+def _opened(path: Path) -> File:
+    """Raises ReadError: since the pack was found, its file may have gone, or become something else."""
+    try:
+        return File(path)
+    except OSError as e:
+        raise ReadError(
+            f"{path} cannot be opened: {e.strerror or e}; is another process removing the pack?"
+        ) from None
+
+
+def view(raw: Tensor, matrix: Matrix, kernels: Kernels | None) -> Weight:
+    """A matrix's fields as views of its record: no copy."""
+    fields = {}
+    for (name, spec), offset in zip(matrix.specs.items(), matrix.offsets().values(), strict=True):
+        fields[name] = raw[offset : offset + field_bytes(spec)].view(spec.dtype).view(spec.shape)
+    return Weight(encoding(matrix.encoding, kernels), fields, matrix.num_rows)
+
+
+def views(raw: Tensor, header: TableHeader, kernels: Kernels | None) -> Weights:
+    """All tensors of a record."""
+    return {k: tuple(view(raw, m, kernels) for m in ms) for k, ms in header.tensors.items()}

@@ -1,0 +1,110 @@
+"""Tokens -> the text of a reply, as they come: whole characters, stop strings, reasoning apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from outsize.text.channels import REASONING, TEXT, Format, Harmony, Piece, Tags, format_of
+from outsize.text.tokens import UNFINISHED, Tokens
+
+
+class Decoder:
+    """Decodes as tokens come; never emits half a character."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens = tokens
+        self._ids: list[int] = []
+        self._from = self._decoded = 0  # ids before `_from` are done; `_decoded` gives context
+
+    def push(self, token: int) -> str:
+        """Text that is now certain. Token by token, so that it does not depend on how many came at once."""
+        self._ids.append(token)
+        before = self._tokens.decode(self._ids[self._decoded : self._from])
+        now = self._tokens.decode(self._ids[self._decoded :])
+        if now.endswith(UNFINISHED) and len(self._ids) - self._from < 16:
+            return ""
+        self._decoded, self._from = self._from, len(self._ids)
+        return now[len(before) :]
+
+    def finish(self) -> str:
+        """What was held back, at the end of a text. A character that never became whole is dropped."""
+        before = self._tokens.decode(self._ids[self._decoded : self._from])
+        rest = self._tokens.decode(self._ids[self._decoded :])[len(before) :]
+        self._decoded = self._from = len(self._ids)
+        return rest.rstrip(UNFINISHED)
+
+
+class Stops:
+    """Cuts a text before a stop string; never emits a part of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.stopped = False
+
+    def cut(self, text: str, last: bool) -> str:
+        """What is certain of a piece, with what was held before it."""
+        if self.stopped:
+            return ""
+        self._held += text
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            return self._held[: min(found)]
+        keep = 0 if last else self._overlap()
+        out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return out
+
+    def _overlap(self) -> int:
+        """Length of the longest end of the held text that may begin a stop string."""
+        longest = max((len(s) for s in self._stops), default=1) - 1
+        for size in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-size:]) for stop in self._stops):
+                return size
+        return 0
+
+
+class Stream:
+    """A reply's text as its tokens come. `reasoning` is what the model has thought so far; stop strings
+    are looked for in the answer alone."""
+
+    def __init__(self, tokens: Tokens, stops: Sequence[str], form: Format | None = None) -> None:
+        self._form = format_of(tokens, None) if form is None else form
+        self._decoder, self._stops = Decoder(tokens), Stops(stops)
+        self._harmony = Harmony(tokens, self._form.opened) if self._form.harmony else None
+        self._tags = Tags(self._form.tags, self._form.opened) if self._form.tags else None
+        self._tag_tokens = dict(self._form.tag_tokens)
+        self._constrain = tokens.control("<|constrain|>")
+        self.reasoning = ""
+
+    @property
+    def stopped(self) -> bool:
+        """Has a stop string been seen?"""
+        return self._stops.stopped
+
+    def push(self, token: int) -> str:
+        """The answer's text that is now certain."""
+        if token in self._form.harmony and self._harmony is not None:
+            before = self._divided(self._decoder.finish())
+            return self._taken([*before, *self._harmony.marker(token)])
+        if self._harmony is not None and token == self._constrain:  # parts the words of a header
+            return self._taken(self._divided(self._decoder.finish() + " "))
+        if token in self._tag_tokens:
+            return self._taken(self._divided(self._decoder.finish() + self._tag_tokens[token]))
+        return self._taken(self._divided(self._decoder.push(token)))
+
+    def finish(self) -> str:
+        """What was held back, at the end."""
+        rest = self._divided(self._decoder.finish())
+        divider = self._harmony or self._tags
+        if divider is not None:
+            rest += divider.finish()
+        return self._taken(rest, last=True)
+
+    def _divided(self, piece: str) -> list[Piece]:
+        divider = self._harmony or self._tags
+        return [(TEXT, piece)] if divider is None else list(divider.text(piece))
+
+    def _taken(self, pieces: Sequence[Piece], last: bool = False) -> str:
+        self.reasoning += "".join(text for kind, text in pieces if kind == REASONING)
+        return self._stops.cut("".join(text for kind, text in pieces if kind == TEXT), last)
