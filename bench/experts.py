@@ -25,7 +25,8 @@ from paging import Disk, record
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from outsize.caching.replay.trace import Event, Scored, Trace
+    from outsize.caching.prefetcher import Scored
+    from outsize.caching.replay.trace import Event, Trace
     from outsize.engine.model import Model
     from outsize.model.ffn.experts import Router
 
@@ -134,9 +135,9 @@ def replayed(
     from outsize.caching.prefetcher import make
     from outsize.caching.replay.simulate import Link, Replay
     from outsize.caching.replay.trace import waves
-    from outsize.weights.spec import parse
+    from outsize.weights.spec import parse_experts
 
-    knobs = parse(spec)
+    knobs = parse_experts(spec)
     policy = knobs.policy(slots, Hints(per_layer=trace.experts, layers=trace.layers))
     last = min(e.number for e in trace.events if e.phase == 1) + new
     events = waves([e for e in trace.events if e.number < last], policy.room)

@@ -17,8 +17,8 @@ from lossless import answers
 import outsize
 from outsize.bench.speculate import read
 from outsize.draft.auto import kind_of
+from outsize.draft.drafter import Draft
 from outsize.draft.mtp import block_of
-from outsize.draft.none import Draft
 from outsize.forward.full import full
 from outsize.forward.span import Span
 

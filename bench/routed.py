@@ -28,7 +28,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-    from outsize.bench.synthetic.gguf import Size
+    from outsize.bench.synthetic.shapes import Size
     from outsize.caching.replay.trace import Trace
     from outsize.engine.model import Model
 
@@ -60,7 +60,7 @@ def prompt_of(trace: Trace) -> int:
 
 def size_of(shape: str, trace: Trace) -> Size:
     """The named size, with the trace's layers, experts and experts a token."""
-    from outsize.bench.synthetic.gguf import SIZES, Size
+    from outsize.bench.synthetic.shapes import SIZES, Size
 
     small = Size(trace.layers, 512, 32, 4, 2, 1024, head_dim=64)
     base = small if shape == "small" else SIZES[shape]
@@ -71,7 +71,8 @@ class Routed:
     """Changes random tensors, as they are written, into those of a model that routes as told."""
 
     def __init__(self, wanted: Choices, size: Size, seed: int) -> None:
-        from outsize.bench.synthetic.gguf import BLOCK, recipe
+        from outsize.bench.synthetic.gguf import BLOCK
+        from outsize.bench.synthetic.shapes import recipe
 
         self._wanted, self._size, self._names = wanted, size, recipe("qwen3_moe", size).names
         self._random = np.random.default_rng(seed)

@@ -10,6 +10,7 @@ import pytest
 
 import outsize
 from outsize.draft import load as drafting
+from outsize.draft.spec import parse_draft
 from outsize.engine import load as loading
 from outsize.engine.model import Model
 from outsize.kernels.native import Kernels, kernels
@@ -75,11 +76,11 @@ def open_paged(
 
     def make(family: str, draft: str = "auto", native: bool = True) -> Model:
         outline = of_pack(fetch.pack(str(folder_of(family)), quiet=True))
-        spec = drafting.parse(draft)
+        spec = parse_draft(draft)
         if spec.kind == "model":
             smaller = of_pack(fetch.pack(spec.source, quiet=True))
             outline = Wishes(draft=draft).with_all(outline, smaller, None)
-        outline = outline if spec.kind == "auto" else drafting.with_drafting(spec, outline)
+        outline = outline if spec.kind == "auto" else drafting.with_drafting(outline)
         least = place.least_bytes(outline, 0, 0, 256)
         opened.append(
             outsize.load(

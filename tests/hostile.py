@@ -20,8 +20,8 @@ from pathlib import Path
 
 from outsize.checkpoint.source import open_checkpoint
 from outsize.errors import OutsizeError
+from outsize.log import warn
 from outsize.pack import write
-from outsize.pack.fetch import warn
 from outsize.progress import silent
 from tests.golden import tiny
 from tests.golden.test_golden import write_gguf

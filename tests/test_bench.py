@@ -18,7 +18,7 @@ import torch
 
 import outsize
 from outsize.bench import quality
-from outsize.bench.synthetic import gguf
+from outsize.bench.synthetic import make
 from outsize.engine.load import Wishes
 from outsize.engine.model import Model
 from outsize.errors import OptionError, SourceError
@@ -117,15 +117,15 @@ def test_synthetic_models_run(
     pytest.importorskip("gguf")
     path = tmp_path / f"{family}.gguf"
     size = "tiny-moe" if family in tiny.MIXTURES else "tiny"
-    gguf.show(path, family, size, 1, "auto", True)
+    make.show(path, family, size, 1, "auto", True)
     made = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert made["model_bytes"] == path.stat().st_size
     with outsize.load(str(path), quiet=True) as model:
         assert model.generate("abc", raw=True, max_tokens=3)[0].new_tokens >= 1
     with pytest.raises(OptionError, match="is there already"):
-        gguf.show(path, family, size, 1, "auto", True)
+        make.show(path, family, size, 1, "auto", True)
     with pytest.raises(OptionError, match="size 'huge' is not known"):
-        gguf.show(tmp_path / "x.gguf", family, "huge", 1, "auto", True)
+        make.show(tmp_path / "x.gguf", family, "huge", 1, "auto", True)
 
 
 def test_a_synthetic_folder_runs_here_and_there(
@@ -133,7 +133,7 @@ def test_a_synthetic_folder_runs_here_and_there(
 ) -> None:
     """The same random weights give transformers' logits."""
     transformers = pytest.importorskip("transformers")
-    gguf.show(tmp_path / "m", "llama", "tiny", 1, "fp32", True)
+    make.show(tmp_path / "m", "llama", "tiny", 1, "fp32", True)
     capsys.readouterr()
     ids = list(range(40, 60))
     reference = transformers.AutoModelForCausalLM.from_pretrained(

@@ -19,10 +19,11 @@ import outsize
 from outsize.bench import speculate
 from outsize.checkpoint import lora as adapters
 from outsize.draft.auto import AutoDraft, Habits
-from outsize.draft.load import mask_model, parse
+from outsize.draft.drafter import Draft
+from outsize.draft.load import mask_model
 from outsize.draft.mtp import Guess, MaskModel
 from outsize.draft.ngram import FURTHEST, MOST_TOKENS, Index, Match
-from outsize.draft.none import Draft
+from outsize.draft.spec import parse_draft
 from outsize.draft.step_time import Pace
 from outsize.draft.union import Union
 from outsize.engine import load as loading
@@ -245,14 +246,14 @@ def test_masks_go_where_a_step_may_end() -> None:
 )  # fmt: skip
 def test_specs_that_are_not(spec: str, words: str) -> None:
     with pytest.raises(OptionError, match=words):
-        parse(spec)
+        parse_draft(spec)
 
 
 def test_specs_that_are() -> None:
-    assert parse("ngram:k=8").k == 8
-    masks = parse("masks:/a/b.safetensors:k=2,layout=linear")
+    assert parse_draft("ngram:k=8").k == 8
+    masks = parse_draft("masks:/a/b.safetensors:k=2,layout=linear")
     assert (masks.source, masks.k, masks.layout) == ("/a/b.safetensors", 2, "linear")
-    assert parse("model:hf:org/repo:k=3").source == "hf:org/repo"
+    assert parse_draft("model:hf:org/repo:k=3").source == "hf:org/repo"
 
 
 def test_a_model_that_rejects_its_own_draws_keeps_all(open_tiny: Callable[..., Model]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import outsize
+from outsize import log
 from outsize.errors import PackError
 from outsize.kernels import build
 from outsize.kernels.native import kernels
@@ -123,7 +124,7 @@ def no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home where nothing can be made, for root neither: a file is in its place."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path / "file" / "home"))
-    fetch.warn_once.cache_clear()
+    log.warn_once.cache_clear()
     return tmp_path / "file" / "home"
 
 

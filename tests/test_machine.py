@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import outsize
-from outsize.pack import store
+from outsize import home
 from outsize.pack.outline import of_pack
 from outsize.plan import cores, cost, machine, probe
 from outsize.plan import make as planning
@@ -51,7 +51,7 @@ def slow(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.3) -> None:
 def test_a_sitting_beside_busy_processes_lowers_nothing_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(store, "home", lambda: tmp_path)
+    monkeypatch.setattr(home, "home", lambda: tmp_path)
     machine.keep(Machine(machine.name(), (QUIET,), {}), tmp_path)
     slow(monkeypatch)
     doctor.show(False)
@@ -169,14 +169,14 @@ def test_runs_correct_the_plan(
     with outsize.load(str(folder_of("llama")), quiet=True, draft="none") as model:
         (reply,) = model.generate("abc", raw=True, max_tokens=8)
         planning.make(str(folder_of("llama")), Wishes(memory="2GB", quiet=True), 8)
-        known = machine.kept(store.home())
+        known = machine.kept(home.home())
         assert known is not None
         (key,) = {k for k in known.models if k.startswith(cost.key(of_pack(model.pack)))}
         wrong = replace(QUIET, memory_bytes_per_s=1.0, disk=[(PIECE, THREADS, 1.0)])
         late = {
             key: replace(known.models[key], step_s=dict.fromkeys(known.models[key].step_s, 99.0))
         }
-        monkeypatch.setattr(store, "home", lambda: tmp_path)
+        monkeypatch.setattr(home, "home", lambda: tmp_path)
         planning.learn(model, reply)
         assert not (tmp_path / machine.FILE).exists()
         machine.keep(Machine(machine.name(), (wrong,), late), tmp_path)

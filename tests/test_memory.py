@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 import outsize
 from outsize.bench import speculate
-from outsize.bench.synthetic import gguf
+from outsize.bench.synthetic import gguf, shapes
 from outsize.draft import load as drafting
+from outsize.draft import spec
 from outsize.engine import load as loading
 from outsize.engine.load import Wishes
 from outsize.engine.model import Model
@@ -343,7 +344,7 @@ def test_half_residency_is_half(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     wanted = speculate.Wanted(tmp_path, draft="none", held=0.5, context=1024)
     found = int(speculate.memory_for("m", wanted))
     drafted = int(speculate.memory_for("m", replace(wanted, draft="ngram")))
-    drafts = drafting.with_drafting(drafting.parse("ngram"), outline)
+    drafts = drafting.with_drafting(spec.parse_draft("ngram"), outline)
     assert abs(drafted - found - drafts.drafting) < 2_000_000
     streamed = [
         place.place(outline, size, runtime, 9_000_000, 1024).streamed
@@ -374,15 +375,16 @@ def synthetic_outline(family: str, size: str) -> Outline:
     from outsize.checkpoint.checkpoint import Checkpoint, Tensor, TokenizerSpec
     from outsize.checkpoint.ggml import BY_NAME
 
-    made = gguf.recipe(family, gguf.SIZES[size])
+    made = shapes.recipe(family, shapes.SIZES[size])
     tensors = {}
-    for name, shape, kind in gguf.tensors(made):
+    for name, shape, kind in shapes.tensors(made):
         block = BY_NAME[kind]
         nbytes = torch.Size(shape).numel() // block.length * block.size
         tensors[name] = Tensor(name, block, shape, Path("none"), 0, nbytes)
-    architecture = gguf.ARCHITECTURES.get(family, family)
+    architecture = shapes.ARCHITECTURES.get(family, family)
     keys = {
-        f"{architecture}.{gguf.GGUF_KEYS[k]}": v for k, v in gguf.values(gguf.SIZES[size]).items()
+        f"{architecture}.{gguf.GGUF_KEYS[k]}": v
+        for k, v in shapes.values(shapes.SIZES[size]).items()
     }
     spec = TokenizerSpec(json=tiny.tokenizer().to_str())
     checkpoint = Checkpoint("gguf", architecture, keys, tensors, spec, ())

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import outsize
+from outsize import log
 from outsize.cli import settings
 from outsize.cli.main import app
 from outsize.engine.model import Model
@@ -248,5 +249,5 @@ def test_no_console(
     monkeypatch.setattr(sys, "stderr", place)
     with outsize.load(source) as model:
         assert model.generate("hi", max_tokens=1)[0].new_tokens == 1
-    fetch.warn("unseen")
+    log.warn("unseen")
     assert capsys.readouterr().out == ""

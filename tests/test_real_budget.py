@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 import outsize
-from outsize.bench.synthetic import gguf
+from outsize.bench.synthetic import gguf, shapes
 from outsize.cli import main as cli
 from outsize.errors import AdapterError, BudgetError
 from outsize.pack import fetch
@@ -29,9 +29,9 @@ from tests.drafts import write_lora
 
 pytest.importorskip("gguf")
 MB = 1_000_000
-MAIN = gguf.Size(10, 768, 3072, 12, 4, 16_000, 1024)
-SMALL = gguf.Size(4, 512, 1536, 8, 4, 16_000, 1024)
-MIXED = gguf.Size(6, 512, 384, 8, 4, 8_000, 512, experts=24, used=4)
+MAIN = shapes.Size(10, 768, 3072, 12, 4, 16_000, 1024)
+SMALL = shapes.Size(4, 512, 1536, 8, 4, 16_000, 1024)
+MIXED = shapes.Size(6, 512, 384, 8, 4, 8_000, 512, experts=24, used=4)
 CHILD = """
 import json, sys
 import outsize
@@ -63,9 +63,9 @@ print(json.dumps({"peak": budget.peak(), "budget": least + more, "given_up": m.g
 @pytest.fixture(scope="module")
 def pack_of(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pack]:
     """The pack of a synthetic model, made once."""
-    folder, made = tmp_path_factory.mktemp("synthetic"), dict[gguf.Size, Pack]()
+    folder, made = tmp_path_factory.mktemp("synthetic"), dict[shapes.Size, Pack]()
 
-    def make(size: gguf.Size, family: str = "llama") -> Pack:
+    def make(size: shapes.Size, family: str = "llama") -> Pack:
         if size not in made:
             path = folder / f"{len(made)}.gguf"
             gguf.write(path, family, size, 1)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from outsize import errors
 from outsize.options import Options
+from outsize.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from outsize.engine.conversation import Conversation
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from outsize.engine.reply import Reply, Score
     from outsize.plan.placement import Placement
 
-__version__ = "0.1.0"
 __all__ = ["Conversation", "Model", "Options", "Placement", "Reply", "Score", "errors", "load"]
 
 HOME = {

@@ -14,8 +14,9 @@ from torch import Tensor
 from outsize import registry
 from outsize.caching import eviction, prefetcher
 from outsize.caching.policy import Hints, make
+from outsize.caching.prefetcher import Scored
 from outsize.caching.replay.simulate import Link, Replay
-from outsize.caching.replay.trace import Event, Scored, waves
+from outsize.caching.replay.trace import Event, waves
 from outsize.encoding.group import Group
 from outsize.encoding.int4 import Int4
 from outsize.encoding.plain import Encoding
@@ -23,6 +24,7 @@ from outsize.engine.model import Model
 from outsize.errors import OptionError, UnsupportedError
 from outsize.forward.full import full
 from outsize.forward.span import Span
+from outsize.home import home as home_folder
 from outsize.kernels.native import kernels as compiled
 from outsize.model.ffn.dense import Dense
 from outsize.model.ffn.experts import Built, add, native_experts
@@ -31,12 +33,11 @@ from outsize.model.step import Step
 from outsize.model.transformer import Transformer
 from outsize.pack import fetch
 from outsize.pack.format import Pack
-from outsize.pack.store import home as home_folder
 from outsize.storage.stats import Traffic
 from outsize.storage.table import Weight
 from outsize.weights import load as weights
 from outsize.weights.load import Share, all_of
-from outsize.weights.spec import REPLAYED, Experts, parse
+from outsize.weights.spec import REPLAYED, Experts, parse_experts
 from tests.golden import tiny
 
 LIVE = [n for n in registry.names(eviction) if n not in REPLAYED]
@@ -166,7 +167,7 @@ def test_routing_by_what_is_in_memory(packs: dict[str, Pack], resident: dict[str
     """Lossy, neutral at 0, and worth more hits the more it favours."""
     hits = []
     for spec in ("cached:0", "cached:0.2", "cached:1"):
-        knobs = parse(f"lru,routing={spec}")
+        knobs = parse_experts(f"lru,routing={spec}")
         assert knobs.is_lossy == (spec != "cached:0")
         with opened(packs["olmoe"], 12, knobs) as model:
             assert torch.equal(logits(model), resident["olmoe"]) or knobs.is_lossy
@@ -174,7 +175,7 @@ def test_routing_by_what_is_in_memory(packs: dict[str, Pack], resident: dict[str
     assert hits[0] < hits[1] < hits[2]
     for bad in ("cached:2", "cached:x", "other"):
         with pytest.raises(OptionError, match="native or cached:AMOUNT"):
-            parse(f"lru,routing={bad}")
+            parse_experts(f"lru,routing={bad}")
 
 
 class Recorded:
@@ -230,11 +231,11 @@ def test_lossy_misses_are_counted_and_change_the_answer(
 
 
 def test_knobs() -> None:
-    assert parse("") == Experts()
-    assert parse("lru, prefetch=score:0.2") == Experts("lru", "score:0.2")
-    assert parse("misses=drop:0.2").is_lossy
-    assert parse("misses=copy:int4:0.2").copies == "int4"
-    assert parse("misses=copy:int4").is_lossy
+    assert parse_experts("") == Experts()
+    assert parse_experts("lru, prefetch=score:0.2") == Experts("lru", "score:0.2")
+    assert parse_experts("misses=drop:0.2").is_lossy
+    assert parse_experts("misses=copy:int4:0.2").copies == "int4"
+    assert parse_experts("misses=copy:int4").is_lossy
     for text, error in (
         ("lruu", UnsupportedError), ("belady", OptionError), ("prefetch=oracle", OptionError),
         ("prefetch=score:7", OptionError), ("prefetch=soothsayer", UnsupportedError),
@@ -242,5 +243,5 @@ def test_knobs() -> None:
         ("misses=copy:int4:7", OptionError), ("lru,fifo", OptionError), ("colour=red", OptionError),
     ):  # fmt: skip
         with pytest.raises(error):
-            parse(text)
+            parse_experts(text)
     assert prefetcher.make("top:2", 8) is not None

@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outsize.draft.auto import AutoDraft, Habits
+from outsize.draft.drafter import Draft, Drafter
 from outsize.draft.ngram import NgramDraft
-from outsize.draft.none import Draft, Drafter, NoDraft
-from outsize.draft.verify import Chances, Check, reject, rejecting, verify
+from outsize.draft.none import NoDraft
+from outsize.draft.verify import Check, reject, rejecting, verify
 from outsize.engine import decode as flow
 from outsize.forward.span import Out, Span
 from outsize.options import Options
+from outsize.sampling.probs import Chances
 from outsize.sampling.sample import Sampler
 
 VOCAB = 7

@@ -66,8 +66,8 @@ def test_a_batch_gives_the_text_of_single_runs(
 
 def test_grouped_kernels_are_invariant(home: object) -> None:
     from outsize.encoding.group import Group
+    from outsize.home import home as folder
     from outsize.kernels.native import kernels
-    from outsize.pack.store import home as folder
 
     compiled = kernels(folder() / "native")
     for bits in (4, 5, 8):

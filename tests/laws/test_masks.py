@@ -20,9 +20,10 @@ from outsize.adapt.mtp.losses import (
     ordinary,
 )
 from outsize.adapt.trainable import Twin
+from outsize.draft.drafter import Drafter
 from outsize.draft.load import mask_model
 from outsize.draft.mtp import MaskDraft
-from outsize.draft.none import Drafter, NoDraft
+from outsize.draft.none import NoDraft
 from outsize.engine import decode as flow
 from outsize.engine.model import Model
 from outsize.engine.scheduler import drive

@@ -13,8 +13,9 @@ from typing import Protocol
 
 from outsize import registry
 from outsize.caching import prefetch
-from outsize.caching.replay.trace import Scored
 from outsize.errors import OptionError
+
+Scored = tuple[tuple[int, float], ...]  # (expert, weight), the most wanted first
 
 AHEAD_SHARE, AHEAD_LEAST = 0.25, 2  # of the slots: what may be read ahead and not yet asked for
 

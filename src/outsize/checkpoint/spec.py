@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from outsize.errors import SourceError
+from outsize.home import expanded
 
 SHOWN = 80  # characters of a name that a message quotes
 WEIGHTS = (".gguf", ".safetensors")
@@ -54,14 +55,6 @@ def _is_gguf(path: Path) -> bool:
             return f.read(4) == b"GGUF"
     except OSError:
         return False
-
-
-def expanded(path: str | Path) -> Path:
-    """With ~ as the user's home; as it is where there is no such user."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        return Path(path)
 
 
 def parse(text: str) -> Spec:

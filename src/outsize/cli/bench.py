@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from outsize.arguments import whole
+from outsize.bench.synthetic.make import show
 from outsize.cli.flags import (
     AsJson,
     DraftFlag,
@@ -124,9 +125,8 @@ def synthetic(
     quiet: Quiet = False,
 ) -> None:
     """Write a model with random weights (4-bit GGUF, or a bf16 folder), and pack it."""
-    from outsize.bench.synthetic import gguf as make
 
-    make.show(path, family, size, seed, encoding, quiet)
+    show(path, family, size, seed, encoding, quiet)
 
 
 @app.command()

@@ -12,8 +12,8 @@ from outsize.engine.conversation import Conversation, checked_overflow
 from outsize.engine.model import Model
 from outsize.engine.reply import Reply
 from outsize.errors import OutsizeError, TemplateError
+from outsize.home import home
 from outsize.options import Options
-from outsize.pack.store import home
 from outsize.plan import make as planning
 from outsize.report.reply_text import summary
 

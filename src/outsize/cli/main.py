@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from outsize import __version__
+from outsize.version import __version__
 from outsize.cli import adapt, bench, console, settings
 from outsize.cli.flags import (
     AdapterFlag, AsJson, Context, DraftFlag, Encoding, ExpertsFlag, Force, MaxTokens, Memory,
@@ -17,6 +17,7 @@ from outsize.cli.flags import (
 )  # fmt: skip
 from outsize.errors import OptionError
 from outsize.options import DEFAULT_MODEL, Options, parse_arguments
+from outsize.home import home
 
 app = typer.Typer(
     cls=console.Commands,
@@ -236,7 +237,7 @@ def list_packs(as_json: AsJson = False) -> None:
     from outsize.cli import run as terminal
     from outsize.pack import leftovers, store
 
-    folder = store.home() / "packs"
+    folder = home() / "packs"
     terminal.show_packs(list(store.packs(folder)), as_json)
     terminal.note_leftovers(leftovers.leftovers(folder))
 
@@ -247,7 +248,7 @@ def rm(names: Annotated[list[str], typer.Argument(metavar="NAME...")]) -> None:
     from outsize.pack import store
 
     for name in names:
-        size = store.remove(store.home() / "packs", name)
+        size = store.remove(home() / "packs", name)
         print(f"removed {name} ({size / 1e6:,.0f} MB)")
 
 

@@ -22,11 +22,11 @@ from outsize.engine.conversation import checked_overflow
 from outsize.engine.model import Model
 from outsize.engine.reply import Reply
 from outsize.errors import OptionError, OutsizeError, PackError
+from outsize.home import home
 from outsize.options import DEFAULT_MODEL, Options
 from outsize.pack.format import Pack
 from outsize.pack.leftovers import Leftover
 from outsize.pack.outline import Outline
-from outsize.pack.store import home
 from outsize.plan import make as planning
 from outsize.plan.placement import Placement
 from outsize.plan.wishes import Wishes

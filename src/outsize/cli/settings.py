@@ -11,8 +11,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from outsize.checkpoint.spec import expanded
 from outsize.errors import OptionError
+from outsize.home import expanded
 
 NOT_FLAGS = (
     "OUTSIZE_HOME",

@@ -13,10 +13,10 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from outsize.draft.drafter import Draft
 from outsize.draft.loss import Loss
 from outsize.draft.mtp import Guess, MaskModel, block_of
 from outsize.draft.ngram import Index
-from outsize.draft.none import Draft
 from outsize.draft.step_time import Pace
 from outsize.draft.union import Union
 from outsize.forward.span import Out

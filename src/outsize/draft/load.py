@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,33 +12,33 @@ from torch import Tensor
 from outsize.checkpoint import lora as adapters
 from outsize.checkpoint.bases import are_other
 from outsize.checkpoint.lora import AdapterFile, Factors
-from outsize.checkpoint.spec import expanded
 from outsize.draft import mtp_head
 from outsize.draft.auto import MOST, AutoDraft, Habits
+from outsize.draft.drafter import Drafter
 from outsize.draft.model import ModelDraft
-from outsize.draft.mtp import LAYOUTS, MaskDraft, MaskModel
+from outsize.draft.mtp import MaskDraft, MaskModel
 from outsize.draft.ngram import NgramDraft
-from outsize.draft.none import Drafter, NoDraft
+from outsize.draft.none import NoDraft
+from outsize.draft.spec import DraftSpec
 from outsize.draft.step_time import Pace
-from outsize.draft.verify import Check, Sampler, rejecting, verify
+from outsize.draft.verify import Check, rejecting, verify
 from outsize.encoding.find import encoding
 from outsize.encoding.group import BLOCK
-from outsize.errors import AdapterError, OptionError, UnsupportedError
+from outsize.errors import AdapterError, UnsupportedError
+from outsize.home import expanded, home
 from outsize.kernels.native import Kernels
+from outsize.log import warn
 from outsize.model.lora import Adapter, check_shapes
 from outsize.model.transformer import Transformer
 from outsize.model_config import Description
-from outsize.pack import fetch, store
-from outsize.pack.fetch import warn
+from outsize.pack import fetch
 from outsize.pack.format import Pack
 from outsize.pack.outline import Outline
+from outsize.sampling.sample import Sampler
 
 if TYPE_CHECKING:
     from outsize.engine.model import Model
 
-KINDS = ("auto", "none", "ngram", "model", "masks")
-CHECKS = ("pick", "rejection")  # how guesses are checked
-KEYS = {"ngram": ("k",), "model": ("k", "verify"), "masks": ("k", "layout")}
 SPARE = 64  # slots of keys and values for what is drafted and not kept
 ROW_BYTES = 6  # of a logit: as the head's product has it, and in fp32
 ADAPTER = 0.52  # of a mask drafter's file: its factors and its sampler head in eight bits, its masks as fp32
@@ -48,63 +46,18 @@ WORTH_MASKS, WORTH_TEXT = 1.4, 1.3  # times as much may be read a step, for what
 SHIPPED = Path(__file__).with_name("shipped")
 
 
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """`kind[:source][:key=value,...]`, understood."""
-
-    kind: str
-    source: str = ""
-    k: int = 0  # 0: the kind's own
-    layout: str = "quadratic"
-    verify: str = "pick"
-
-
-def parse(text: str) -> Spec:
-    """Raises OptionError."""
-    kind, _, rest = text.partition(":")
-    if kind not in KINDS:
-        raise OptionError(f"draft is {text!r}; known are {', '.join(KINDS)} (as in ngram:k=8)")
-    match = re.fullmatch(r"(?:(.*?):)?(\w+=[^:,]+(?:,\w+=[^:,]+)*)", rest)
-    source, pairs = (match.group(1) or "", match.group(2)) if match else (rest, "")
-    told = dict(pair.split("=", 1) for pair in pairs.split(",") if pair)
-    spec = Spec(kind, source, *_told(text, kind, told))
-    if bool(source) != (kind in ("model", "masks")):
-        need = "a path, as in masks:FILE" if kind in ("model", "masks") else f"no path: {kind}"
-        raise OptionError(f"draft is {text!r}; {kind} takes {need}")
-    return spec
-
-
-def _told(text: str, kind: str, told: Mapping[str, str]) -> tuple[int, str, str]:
-    """k, layout, verify. Raises OptionError."""
-    allowed = KEYS.get(kind, ())
-    unknown = sorted(told.keys() - set(allowed))
-    if unknown:
-        known = ", ".join(sorted(allowed)) or "nothing"
-        raise OptionError(f"draft is {text!r}: {unknown[0]} is not known; {kind} takes {known}")
-    k, words = told.get("k", ""), {"layout": LAYOUTS, "verify": CHECKS}
-    if k and not (k.isdecimal() and 1 <= int(k) <= MOST):
-        raise OptionError(
-            f"draft is {text!r}: k is {k}; a whole number from 1 to {MOST} is expected"
-        )
-    for name, known_words in words.items():
-        if told.get(name, known_words[0]) not in known_words:
-            expected = ", ".join(known_words)
-            raise OptionError(f"draft is {text!r}: {name} is {told[name]}; known are {expected}")
-    return int(k or 0), told.get("layout", LAYOUTS[0]), told.get("verify", CHECKS[0])
-
-
-def choices(outline: Outline) -> list[tuple[Spec, float]]:
+def choices(outline: Outline) -> list[tuple[DraftSpec, float]]:
     """What `auto` may turn out to be, the best first, and how many times as much may be read a step for
     it. Plans choose by memory."""
-    masks = Spec("masks")
-    text = [(Spec("ngram"), WORTH_TEXT)]
+    masks = DraftSpec("masks")
+    text = [(DraftSpec("ngram"), WORTH_TEXT)]
     return text if mask_file(masks, outline) is None else [(masks, WORTH_MASKS), *text]
 
 
 def shipped(sha256: str) -> Path | None:
     """The mask drafter that came with outsize, or was put into its home, for this very model."""
     name = f"masks-{sha256[:12]}.safetensors"
-    places = (store.home() / "adapters" / name, SHIPPED / name)
+    places = (home() / "adapters" / name, SHIPPED / name)
     return next((p for p in places if p.is_file()), None)
 
 
@@ -112,7 +65,7 @@ def shipped(sha256: str) -> Path | None:
 class Drafting:
     """Makes each sequence's drafter."""
 
-    spec: Spec
+    spec: DraftSpec
     habits: Habits = field(default_factory=Habits)
     model: Model | None = None
 
@@ -160,7 +113,7 @@ class Drafting:
         self.model, self.habits = None, Habits()
 
 
-def mask_file(spec: Spec, outline: Outline) -> Path | None:
+def mask_file(spec: DraftSpec, outline: Outline) -> Path | None:
     """The adapter that a specification means, if any."""
     if spec.kind != "masks":
         return None
@@ -170,7 +123,7 @@ def mask_file(spec: Spec, outline: Outline) -> Path | None:
     return shipped(outline.sha256) if dense and outline.sha256 else None
 
 
-def with_drafting(spec: Spec, outline: Outline) -> Outline:
+def with_drafting(spec: DraftSpec, outline: Outline) -> Outline:
     """A model with what drafting takes of memory: always the adapter and slots for what is not kept; in a
     step, in place of a prompt's scratch, the logits of its rows."""
     if spec.kind == "none":
@@ -199,7 +152,7 @@ def read_adapter(pack: Pack, name: str, path: Path) -> Adapter:
     return _additions(name, file, pack.description, pack.source.sha256, pack.path.name)
 
 
-def check(spec: Spec, outline: Outline) -> None:
+def check(spec: DraftSpec, outline: Outline) -> None:
     """Raises what opening a named drafter would, from files alone."""
     if spec.kind == "model":
         fetch.outline(spec.source, quiet=True)

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from outsize.draft.none import Draft
-from outsize.draft.verify import Chances, Sampler
+from outsize.draft.drafter import Draft
 from outsize.forward.full import full
 from outsize.forward.span import Out, Span
 from outsize.kv.kv import KV
 from outsize.model.transformer import Transformer
+from outsize.sampling.probs import Chances
+from outsize.sampling.sample import Sampler
 
 
 class ModelDraft:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from outsize.draft import mtp_head
+from outsize.draft.drafter import Draft
 from outsize.draft.mtp_head import Stage
-from outsize.draft.none import Draft
 from outsize.forward.span import Masks, Out
 from outsize.model.lora import Adapter
 

@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from outsize.draft.none import Draft
+from outsize.draft.drafter import Draft
 from outsize.forward.span import Out
 
 RUN, FURTHEST = 3, 32

@@ -12,43 +12,16 @@ Shapes: K positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
-from outsize.draft.none import Draft
+from outsize.draft.drafter import Draft
+from outsize.sampling.probs import Chances
+from outsize.sampling.sample import Sampler
 
 Pick = Callable[[Tensor, Sequence[int]], int]  # logits (V,), tokens so far -> the next token
 Check = Callable[[Draft, Tensor, Sequence[int], Pick], list[int]]  # with logits (K, V), as `verify`
-
-
-class Chances(NamedTuple):
-    """Tokens, and how likely each is, up to a factor; all others are impossible."""
-
-    ids: NDArray[np.intp]
-    weight: NDArray[np.float64]
-
-    def of(self, id: int) -> float:
-        """One token's chance."""
-        return float(self.weight[self.ids == id].sum() / self.weight.sum())
-
-    def draw(self, random: np.random.Generator) -> int:
-        place = np.searchsorted(
-            np.cumsum(self.weight), random.random() * self.weight.sum(), side="right"
-        )
-        return int(self.ids[min(int(place), len(self.ids) - 1)])
-
-
-class Sampler(Protocol):
-    """How one sequence's tokens are drawn."""
-
-    random: np.random.Generator
-
-    def chances(self, logits_V: Tensor, tokens: Sequence[int]) -> Chances:
-        """Of the token after `tokens`."""
-        ...
 
 
 def verify(draft: Draft, logits_KV: Tensor, tokens: Sequence[int], pick: Pick) -> list[int]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 from outsize.arguments import text as checked_text
 from outsize.engine.reply import Reply
 from outsize.errors import BusyError, ContextError, OptionError
-from outsize.kv.kv import KV
+from outsize.kv.prefix import Past
 from outsize.options import Options
 from outsize.text.channels import TEXT, Piece
 from outsize.text.template import Message
@@ -20,27 +19,6 @@ if TYPE_CHECKING:
 
 OVERFLOWS = ("error", "drop-oldest")
 LEAST_ROOM = 4  # of the context, one part in so many is kept for the reply when turns are dropped
-
-
-@dataclass(slots=True)
-class Past:
-    """A cache and the tokens it was computed from."""
-
-    kv: KV
-    tokens: list[int] = field(default_factory=list)
-    adapter: str | None = None  # that computed it
-
-    def shared(self, ids: Sequence[int], adapter: str | None) -> int:
-        """How many leading tokens need not be run again; the last always is."""
-        if adapter != self.adapter:
-            self.tokens, self.adapter = [], adapter
-        count = 0
-        for ours, theirs in zip(self.tokens, ids[:-1], strict=False):
-            if ours != theirs:
-                break
-            count += 1
-        self.tokens = self.tokens[:count]  # the others' entries are about to be written over
-        return count
 
 
 class Conversation:

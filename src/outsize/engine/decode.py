@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import dataclass, field
 
-from outsize.draft.none import Draft, Drafter
+from outsize.draft.drafter import Draft, Drafter
 from outsize.draft.verify import Check, Pick, verify
 from outsize.forward.span import Out, Span
 from outsize.model.lora import Adapter

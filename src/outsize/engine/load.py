@@ -13,18 +13,19 @@ from typing import NamedTuple
 import torch
 
 from outsize import arguments
-from outsize.checkpoint.spec import expanded
 from outsize.checkpoint.tokenizer import lean
 from outsize.draft import load as drafting
 from outsize.draft.auto import Habits
+from outsize.draft.spec import DraftSpec, parse_draft
 from outsize.draft.union import Union
 from outsize.engine.model import Model
 from outsize.engine.turns import check_fork
+from outsize.home import expanded, home
 from outsize.kernels.native import Kernels, kernels
+from outsize.log import silent, warn, warn_once
 from outsize.model.transformer import Transformer
 from outsize.options import DEFAULT_MODEL
-from outsize.pack import fetch, store
-from outsize.pack.fetch import warn
+from outsize.pack import fetch
 from outsize.pack.format import TOKENIZER, Pack, damaged
 from outsize.pack.outline import Outline, of_pack
 from outsize.plan import probe
@@ -38,7 +39,7 @@ from outsize.system import memory as budget
 from outsize.text.tokens import Tokens
 from outsize.weights import load as weights
 from outsize.weights.experts import Recorder
-from outsize.weights.spec import Experts, parse
+from outsize.weights.spec import Experts, parse_experts
 
 LEAST_SHARE = 0.25  # of a tokenizer's estimated memory, that it takes in any case
 
@@ -98,7 +99,7 @@ def load(
         foresee(source, wishes, size, runtime_bytes(compiled(wishes)))
     made = found or fetch.pack(source, encoding=wishes.encoding, quiet=quiet)
     wishes = wishes.for_kind(made.path.name, made.description)
-    knobs = replace(parse(wishes.experts or ""), recorder=recorder)
+    knobs = replace(parse_experts(wishes.experts or ""), recorder=recorder)
     copies = fetch.pack(source, encoding=knobs.copies, quiet=quiet) if knobs.copies else None
     return _open(Packs(made, wishes.smaller(), copies), wishes, size, knobs, before)
 
@@ -123,7 +124,7 @@ def foresee(model: str, wishes: Wishes, size: int, runtime: int) -> tuple[Outlin
     wishes = wishes.of(model)
     outline = fetch.outline(model, wishes.encoding, wishes.quiet)
     wishes = wishes.for_kind(outline.name, outline.description)
-    draft, encoding = drafting.parse(wishes.draft), parse(wishes.experts or "").copies
+    draft, encoding = parse_draft(wishes.draft), parse_experts(wishes.experts or "").copies
     drafting.check(draft, outline)
     smaller = fetch.outline(draft.source, "auto", wishes.quiet) if draft.kind == "model" else None
     copy = fetch.outline(model, encoding, wishes.quiet) if encoding else None
@@ -133,8 +134,8 @@ def foresee(model: str, wishes: Wishes, size: int, runtime: int) -> tuple[Outlin
 
 def compiled(wishes: Wishes) -> Kernels | None:
     """The compiled kernels, if they are wished for and can be had; what is wrong with them is said once."""
-    tell = fetch.silent if wishes.quiet else fetch.warn_once
-    return kernels(store.home() / "native", tell) if wishes.native else None
+    tell = silent if wishes.quiet else warn_once
+    return kernels(home() / "native", tell) if wishes.native else None
 
 
 class Packs(NamedTuple):
@@ -212,7 +213,7 @@ def _draft_model(pack: Pack, wishes: Wishes, placement: Placement, found: Tokens
         loaded = weights.load(pack, native, Traffic(), progress, own.shares, wishes.verify)
     threads = wishes.kernel_threads(pack, native)
     transformer = Transformer(pack.description, loaded, native, None, threads)
-    return Model(pack, transformer, found, own, drafting.Drafting(drafting.Spec("none")))
+    return Model(pack, transformer, found, own, drafting.Drafting(DraftSpec("none")))
 
 
 def _drafting(
@@ -223,9 +224,9 @@ def _drafting(
     smaller: Model | None,
 ) -> drafting.Drafting:
     """What guesses ahead. Raises AdapterError, OptionError."""
-    asked, outline = drafting.parse(wishes.draft), of_pack(made)
+    asked, outline = parse_draft(wishes.draft), of_pack(made)
     kind = placement.drafts
-    spec = asked if asked.kind == kind else drafting.Spec(kind)
+    spec = asked if asked.kind == kind else DraftSpec(kind)
     file = drafting.mask_file(spec, outline)
     masks = None if file is None else drafting.mask_model(file, spec.k, made, transformer)
     if masks is not None:

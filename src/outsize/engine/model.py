@@ -15,18 +15,20 @@ from outsize import arguments
 from outsize.draft.load import SPARE, Drafting
 from outsize.engine import decode as flow
 from outsize.engine import exits, room
-from outsize.engine.conversation import Conversation, Past
-from outsize.engine.reply import Counts, Reply, Run, Score, account
+from outsize.engine.conversation import Conversation
+from outsize.engine.reply import Reply, Score, account
+from outsize.engine.request import Counts, Run
 from outsize.engine.scheduler import Flow, drive
 from outsize.engine.scoring import scored
 from outsize.engine.stream import Streaming
 from outsize.engine.turns import Turns
 from outsize.errors import ContextError, OptionError
 from outsize.kv.kv import KV
+from outsize.kv.prefix import Past
+from outsize.log import warn
 from outsize.model.lora import Adapter
 from outsize.model.transformer import Transformer
 from outsize.options import Changes, Options
-from outsize.pack.fetch import warn
 from outsize.pack.format import Pack
 from outsize.plan.placement import Placement
 from outsize.sampling.sample import Sampler, of_each, seeded

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
-from outsize.engine import decode as flow
-from outsize.kv.kv import KV
-from outsize.storage.stats import Traffic
+from outsize.engine.request import Counts, Run
 from outsize.system.memory import peak
-from outsize.text.detokenize import Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,59 +58,6 @@ class Score:
 
     tokens: list[int]
     logprobs: list[float]
-
-
-@dataclass(slots=True)
-class Run:
-    """One prompt on its way: its sequence, cache and text."""
-
-    seq: flow.Sequence
-    kv: KV
-    stream: Stream
-    cached: int  # prompt tokens that were in the cache
-    known: int  # tokens whose keys and values are in the cache, as of the last step that ended
-    adapter: str | None = None
-    seed: int | None = None
-    drafts: flow.Account = field(default_factory=flow.Account)
-    text: str = ""
-    pushed: int = 0
-    first_s: float | None = None
-    first_read: int = 0  # bytes that had been read when the first token came
-    end_s: float = 0.0
-    closed: bool = False
-
-    def advance(self, now: float, bytes_read: int = 0) -> str:
-        """Text that became certain in the last step; none once the end was seen."""
-        if self.closed:
-            return ""
-        self.closed = self.seq.finish is not None
-        new = self.seq.new_tokens[self.pushed :]
-        if self.first_s is None:
-            self.first_s, self.first_read = now, bytes_read
-        if self.seq.finish is None or new:
-            self.end_s = now
-        piece = ""
-        for token in new:
-            piece += self.stream.push(token)
-            self.pushed += 1
-            if self.stream.stopped:  # what a draft brought beyond is not part of the answer
-                del self.seq.tokens[self.seq.num_prompt + self.pushed :]
-                break
-        if self.seq.finish is not None:
-            piece += self.stream.finish()
-        if self.stream.stopped:
-            self.seq.finish = "stop"
-        self.text += piece
-        return piece
-
-
-class Counts(NamedTuple):
-    """Traffic at one moment: of all weights, and of experts alone."""
-
-    total: Traffic
-    experts: Traffic
-    steps: int = 0
-    threads: int = 0  # over all steps
 
 
 def account(

@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from outsize.engine.reply import Reply, Run
+from outsize.engine.reply import Reply
+from outsize.engine.request import Run
 from outsize.options import Options
 from outsize.text.channels import REASONING, TEXT, Piece
 

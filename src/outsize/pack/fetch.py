@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
 from os import PathLike
 from pathlib import Path
 
-from outsize import __version__
 from outsize.arguments import place
 from outsize.checkpoint import source
 from outsize.checkpoint.hub import is_offline
 from outsize.checkpoint.hub_headers import fetch_headers
 from outsize.errors import OptionError, PackError
+from outsize.home import home
 from outsize.kernels.native import kernels
+from outsize.log import say, silent, warn
 from outsize.options import DEFAULT_MODEL, DEFAULT_MODEL_SHA256
 from outsize.pack import leftovers, store, write
 from outsize.pack.format import Pack, read_header
 from outsize.pack.outline import Outline, of_checkpoint, of_pack
 from outsize.progress import bars
+from outsize.version import __version__
 
 ENCODINGS = ("auto", "bf16", "fp32", "int8", "int4")
 
@@ -66,7 +66,7 @@ def find(model: str | PathLike[str] = DEFAULT_MODEL, encoding: str = "auto") -> 
     if _is_pack(spec):
         return check_packed(read_header(Path(spec.name)), encoding)
     due = _expected(spec)
-    return store.find(store.home() / "packs", spec.text, encoding, spec.kind == "path", due)
+    return store.find(home() / "packs", spec.text, encoding, spec.kind == "path", due)
 
 
 def _expected(spec: source.Spec) -> str:
@@ -99,7 +99,7 @@ def pack(
     found = None if refresh else find(model, encoding)
     if found is not None:
         return found
-    spec, folder = source.parse(model), store.home() / "packs"
+    spec, folder = source.parse(model), home() / "packs"
     with bars(quiet) as progress, _scratch(folder) as scratch:
         if (
             spec.kind == "hf" and not is_offline()
@@ -167,23 +167,4 @@ def _temporary(spec: source.Spec) -> Iterator[Path]:
 
 
 def _grouped() -> bool:
-    return kernels(store.home() / "native") is not None
-
-
-def say(text: str) -> None:
-    if sys.stderr is not None:  # print would take stdout in its place
-        print(text, file=sys.stderr)
-
-
-def silent(text: str) -> None:
-    """Quiet."""
-
-
-@cache
-def warn_once(text: str) -> None:
-    """In this process."""
-    warn(text)
-
-
-def warn(text: str) -> None:
-    say(f"warning: {text}")
+    return kernels(home() / "native") is not None

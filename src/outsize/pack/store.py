@@ -7,20 +7,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import platformdirs
-
-from outsize.checkpoint.spec import expanded
 from outsize.errors import PackError, SourceError
 from outsize.pack import leftovers
 from outsize.pack.format import HEADER, Pack, TableHeader, read_header
 from outsize.pack.lock import locked
 from outsize.pack.source import FileStat, Source
-
-
-def home() -> Path:
-    """OUTSIZE_HOME, else the user's cache folder."""
-    chosen = os.environ.get("OUTSIZE_HOME")
-    return expanded(chosen) if chosen else Path(platformdirs.user_cache_dir("outsize"))
 
 
 def packs(folder: Path) -> Iterator[Pack | PackError]:

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from outsize import __version__
 from outsize.plan import probe
 from outsize.plan.cores import Watch
 from outsize.storage.reader import THREADS
 from outsize.storage.tickets import PIECE
+from outsize.version import __version__
 
 FILE = "machine.json"
 SIZES = (128 << 10, 512 << 10, 1 << 20, 4 << 20)

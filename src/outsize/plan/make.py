@@ -12,8 +12,9 @@ from outsize.arguments import whole
 from outsize.caching.replay.trace import read
 from outsize.engine import load as loading
 from outsize.errors import BudgetError
+from outsize.home import home
 from outsize.kernels.native import Kernels
-from outsize.pack import fetch, store
+from outsize.log import say, silent
 from outsize.pack.outline import Outline, of_pack
 from outsize.plan import cost, machine
 from outsize.plan.cores import Watch
@@ -27,7 +28,7 @@ from outsize.plan.wishes import Wishes
 from outsize.report import plan_text
 from outsize.report.plan_page import page
 from outsize.system import memory as budget
-from outsize.weights.spec import parse
+from outsize.weights.spec import parse_experts
 
 if TYPE_CHECKING:
     from outsize.engine.model import Model
@@ -66,13 +67,13 @@ def make(model: str, wishes: Wishes, prompt: int | None, trace: Path | None = No
     native = loading.compiled(wishes)
     size, runtime = budget.parse(wishes.memory), runtime_bytes(native)
     outline, placed = loading.foresee(model, wishes, size, runtime)
-    home = store.home()
-    here = machine.known(home, fetch.silent if wishes.quiet else fetch.say)
+    folder = home()
+    here = machine.known(folder, silent if wishes.quiet else say)
     here, compute = _compute(outline, here, native, anew=True)
     prompt = _prompt(prompt, placed.context)
     rates = PRIOR
     if trace is not None:
-        eviction = parse(wishes.experts or "").eviction
+        eviction = parse_experts(wishes.experts or "").eviction
         rates = recorded(read(trace), outline.description, eviction)
     predicted = cost.predict(outline, here, placed, compute, prompt, rates)
     tokenizer, curve = tokenizer_bytes(outline), []
@@ -99,21 +100,21 @@ def _compute(
 ) -> tuple[Machine, Compute]:
     """How long this model computes: as kept, else measured now on random weights, and kept. `anew`: now
     in any case, since a processor's speed changes by a third within an hour where others share it."""
-    home = store.home()
+    folder = home()
     key = cost.key(outline) + ("" if native else "-plain")
     if anew or key not in here.models:
         with Watch() as watch:
             made = cost.measure(outline, native)
         if watch.reason and key in here.models:  # beside others: nothing better is replaced
             made = here.models[key].or_faster(made)
-        here = machine.with_model(here, key, made, home)
+        here = machine.with_model(here, key, made, folder)
     return here, here.models[key]
 
 
 def learn(model: Model, reply: Reply) -> None:
     """Let a reply correct what is kept of this machine: what a run reached can be reached."""
-    home = store.home()
-    here = machine.kept(home)
+    folder = home()
+    here = machine.kept(folder)
     if here is None:
         return
     outline, new = of_pack(model.pack), here
@@ -128,7 +129,7 @@ def learn(model: Model, reply: Reply) -> None:
     new = new.achieved(reply.disk_bytes_per_s, bandwidth)
     if new != here:
         with suppress(OSError):
-            machine.keep(new, home)
+            machine.keep(new, folder)
 
 
 def cost_if_known(
@@ -136,10 +137,10 @@ def cost_if_known(
 ) -> Cost | None:
     """A prediction for a run's first lines. It is measured for, if need be, only where weights will be
     read from disk. `disk_rate` replaces the rate that is kept."""
-    here = machine.kept(store.home())
+    here = machine.kept(home())
     if here is None and not placement.streamed:
         return None
-    here = here or machine.known(store.home(), fetch.say)
+    here = here or machine.known(home(), say)
     if cost.key(outline) not in here.models and not placement.streamed:
         return None
     here, compute = _compute(outline, here, loading.compiled(Wishes()))
@@ -150,7 +151,7 @@ def cost_if_known(
 
 def disk_rate() -> float | None:
     """Bytes a second that the disk gave when it was measured."""
-    here = machine.kept(store.home())
+    here = machine.kept(home())
     return None if here is None else here.disk_bytes_per_s
 
 
@@ -172,7 +173,7 @@ def show(
         raise
     if html is not None:
         html.write_text(page(made.to_json()), encoding="utf-8")
-        fetch.say(f"wrote {html}")
+        say(f"wrote {html}")
     if as_json:
         print(json.dumps(made.to_json()))
         return

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from outsize import arguments
-from outsize.checkpoint.spec import expanded
 from outsize.draft import load as drafting
+from outsize.draft.spec import DraftSpec, parse_draft
 from outsize.encoding.find import NATIVE
 from outsize.errors import BudgetError, ContextError, OptionError
+from outsize.home import expanded
 from outsize.kernels.native import Kernels
 from outsize.kernels.threads import Threads, look
 from outsize.model_config import Description
@@ -24,7 +25,7 @@ from outsize.plan import beside
 from outsize.plan.place import copy_bytes, place
 from outsize.plan.placement import Placement
 from outsize.storage.table import VERIFY
-from outsize.weights.spec import parse
+from outsize.weights.spec import parse_experts
 
 MOSTLY = 0.9  # of a pack's bytes: then what kernels do not compute is small
 
@@ -57,8 +58,8 @@ class Wishes:
 
     def check(self) -> None:
         self._check_kinds()
-        parse(self.experts or "")
-        drafting.parse(self.draft)
+        parse_experts(self.experts or "")
+        parse_draft(self.draft)
         if self.verify not in VERIFY:
             raise OptionError(f"verify is {self.verify!r}; known are {', '.join(VERIFY)}")
 
@@ -96,7 +97,7 @@ class Wishes:
 
     def smaller(self) -> Pack | None:
         """The pack of the model that drafts, if one is to."""
-        spec = drafting.parse(self.draft)
+        spec = parse_draft(self.draft)
         return fetch.pack(spec.source, quiet=self.quiet) if spec.kind == "model" else None
 
     def with_all(self, outline: Outline, smaller: Outline | None, copy: Outline | None) -> Outline:
@@ -115,7 +116,7 @@ class Wishes:
             raise ContextError(
                 f"context is {self.context:,}; this model holds from 2 to {longest:,} tokens"
             )
-        asked = drafting.parse(self.draft)
+        asked = parse_draft(self.draft)
         named = outline if asked.kind == "auto" else drafting.with_drafting(asked, outline)
         without = place(named, size, runtime, tokenizer, self.context, self.force)
         if asked.kind != "auto":
@@ -129,7 +130,7 @@ class Wishes:
         return without
 
 
-def _pays(spec: drafting.Spec, made: Placement, without: Placement, worth: float) -> bool:
+def _pays(spec: DraftSpec, made: Placement, without: Placement, worth: float) -> bool:
     """Does what drafting takes from the weights cost less than it brings?"""
     if made.context != without.context or made.streamed > worth * without.streamed:
         return False

@@ -10,20 +10,20 @@ import psutil
 import torch
 
 from outsize.encoding import int4
+from outsize.home import home
 from outsize.kernels import build
 from outsize.kernels.native import kernels
-from outsize.pack import store
 from outsize.plan import machine, probe
 
 
 def examine() -> dict[str, object]:
     """Everything, measured now, and kept for `plan`: some seconds."""
-    home = store.home()
+    folder = home()
     notes: list[str] = []
-    there = next(p for p in (home, *home.parents) if p.is_dir())
+    there = next(p for p in (folder, *folder.parents) if p.is_dir())
     memory = psutil.virtual_memory()
     probe.follow_quota()
-    here = machine.measured(home)
+    here = machine.measured(folder)
     return {
         "processor": probe.processor(),
         "cores": probe.cores(),
@@ -44,9 +44,9 @@ def examine() -> dict[str, object]:
         "int4_kernel": int4.supported(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "compiler": build.compiler(),
-        "native_kernels": kernels(home / "native", notes.append) is not None,
+        "native_kernels": kernels(folder / "native", notes.append) is not None,
         "native_note": notes[0] if notes else "",
-        "home": str(home),
+        "home": str(folder),
     }
 
 

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from outsize.draft.verify import Chances
 from outsize.options import Options
+from outsize.sampling.probs import Chances
 
 PENALTY_REACH = 64
 Floats = NDArray[np.float64]

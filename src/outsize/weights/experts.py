@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 
 from outsize.caching.misses import Missing, count, fetch
-from outsize.caching.prefetcher import Prefetcher, Seen, most_ahead
-from outsize.caching.replay.trace import Scored
+from outsize.caching.prefetcher import Prefetcher, Scored, Seen, most_ahead
 from outsize.storage.table import Weights
 from outsize.weights.cached import Cached
 

@@ -68,7 +68,7 @@ class Experts:
         return Handling(ahead, missing, self.favour, recorder=self.recorder)
 
 
-def parse(text: str) -> Experts:
+def parse_experts(text: str) -> Experts:
     """Raises OptionError, UnsupportedError."""
     known = {"eviction", "prefetch", "misses", "routing"}
     found: dict[str, str] = {}

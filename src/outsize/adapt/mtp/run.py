@@ -17,9 +17,9 @@ from outsize.adapt.trainable import Twin
 from outsize.arguments import whole
 from outsize.engine import load as loading
 from outsize.errors import DataError, OptionError
+from outsize.log import say
 from outsize.options import Options
 from outsize.pack import fetch
-from outsize.pack.fetch import say
 from outsize.pack.format import Pack
 from outsize.plan.probe import instruction_sets
 from outsize.progress import bars, steps

@@ -1,4 +1,4 @@
-"""The other form of `outsize bench synthetic`: a folder of safetensors in bf16."""
+"""Writes a model with random weights as a folder of safetensors in bf16, a file a layer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-from outsize.bench.synthetic.gguf import Size, recipe, tensors, values
+from outsize.bench.synthetic.shapes import Size, recipe, tensors, values
 
 
 def write_folder(folder: Path, family: str, size: Size, seed: int) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from outsize.caching.prefetcher import Scored
 from outsize.checkpoint.bounded import text_lines
 from outsize.errors import TraceError
 
@@ -23,7 +24,6 @@ MAX_SHAPE = 1 << 18  # layers times experts; the largest models have 24,000
 MAX_MEMORY = 240 << 20  # bytes that events may take: of 8 experts a token about 2 million rows
 EVENT, STEP, ROW = 300, 250, 60  # bytes of one; a step is a token's part of an event
 MAX_COMMENTS = 100_000
-Scored = tuple[tuple[int, float], ...]  # (expert, weight), the most wanted first
 
 
 @dataclass(frozen=True, slots=True)

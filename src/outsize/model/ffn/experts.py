@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from outsize.caching.replay.trace import Scored
+from outsize.caching.prefetcher import Scored
 from outsize.kernels.structs import ExpertMatrices
 from outsize.model.ffn.dense import Biased, Dense, kind_of
 from outsize.model.layers import Linear, RMSNorm

@@ -1,0 +1,29 @@
+"""Keys and values with the tokens that they were computed from, so that a shared prefix is not run again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from outsize.kv.kv import KV
+
+
+@dataclass(slots=True)
+class Past:
+    """A cache and the tokens it was computed from."""
+
+    kv: KV
+    tokens: list[int] = field(default_factory=list)
+    adapter: str | None = None  # that computed it
+
+    def shared(self, ids: Sequence[int], adapter: str | None) -> int:
+        """How many leading tokens need not be run again; the last always is."""
+        if adapter != self.adapter:
+            self.tokens, self.adapter = [], adapter
+        count = 0
+        for ours, theirs in zip(self.tokens, ids[:-1], strict=False):
+            if ours != theirs:
+                break
+            count += 1
+        self.tokens = self.tokens[:count]  # the others' entries are about to be written over
+        return count

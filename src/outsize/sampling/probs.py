@@ -1,0 +1,25 @@
+"""A distribution over tokens, from which one can be drawn."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Chances(NamedTuple):
+    """Tokens, and how likely each is, up to a factor; all others are impossible."""
+
+    ids: NDArray[np.intp]
+    weight: NDArray[np.float64]
+
+    def of(self, id: int) -> float:
+        """One token's chance."""
+        return float(self.weight[self.ids == id].sum() / self.weight.sum())
+
+    def draw(self, random: np.random.Generator) -> int:
+        place = np.searchsorted(
+            np.cumsum(self.weight), random.random() * self.weight.sum(), side="right"
+        )
+        return int(self.ids[min(int(place), len(self.ids) - 1)])
