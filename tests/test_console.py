@@ -70,7 +70,7 @@ def test_prompts_that_are_not_utf8(encoding: dict[str, str], tiny: str) -> None:
 def test_a_console_that_lacks_characters(tiny: str) -> None:
     """Pieces of an answer, and of JSON, at a console of ASCII or a Windows code page."""
     code = (
-        "from outsize import console, terminal; console.prepare()\n"
+        "from outsize.cli import console; from outsize.cli import run as terminal; console.prepare()\n"
         "terminal.show(iter([('text', 'caf\\xe9 \\u03a9 '), ('text', '\\ud83d')]), True)\n"
         "from outsize.cli.main import app\n"
     )

@@ -129,8 +129,11 @@ def test_imports_are_inert() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_importing_outsize_is_cheap() -> None:
-    code = "import sys, outsize; print([m for m in ('torch', 'numpy', 'rich') if m in sys.modules])"
+@pytest.mark.parametrize("name", ["outsize", "outsize.cli.main"])
+def test_importing_outsize_is_cheap(name: str) -> None:
+    """`--help` and `import outsize` load nothing heavy."""
+    heavy = ("torch", "numpy", "tokenizers", "huggingface_hub", "rich.console")
+    code = f"import sys, {name}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
 

@@ -22,12 +22,13 @@ from tests.golden import tiny
 ENDLESS = """
 import sys, time
 from pathlib import Path
-from outsize import cli, library
+from outsize.cli import main as cli
+from outsize.pack import fetch as library
 def fetch(spec, scratch, quiet, progress):
     (scratch / "half.whl").write_bytes(bytes(3_000_000))
     print("fetching", flush=True)
     time.sleep(60)
-fetch.source.fetch = fetch
+library.source.fetch = fetch
 sys.argv = ["outsize", "pack", sys.argv[1]]
 cli.main()
 """

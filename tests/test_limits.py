@@ -124,7 +124,7 @@ def limited(kind: str, limit: int, *arguments: str) -> subprocess.CompletedProce
     """The command line under a limit of the shell, in bytes."""
     code = (
         f"import resource, sys; resource.setrlimit(resource.{kind}, ({limit}, {limit}));"
-        "from outsize import cli; sys.argv[0] = 'outsize'; cli.main()"
+        "from outsize.cli import main as cli; sys.argv[0] = 'outsize'; cli.main()"
     )
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=250)

@@ -51,7 +51,7 @@ def slow(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.3) -> None:
 def test_a_sitting_beside_busy_processes_lowers_nothing_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(home, "home", lambda: tmp_path)
+    monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path))
     machine.keep(Machine(machine.name(), (QUIET,), {}), tmp_path)
     slow(monkeypatch)
     doctor.show(False)
@@ -176,7 +176,7 @@ def test_runs_correct_the_plan(
         late = {
             key: replace(known.models[key], step_s=dict.fromkeys(known.models[key].step_s, 99.0))
         }
-        monkeypatch.setattr(home, "home", lambda: tmp_path)
+        monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path))
         planning.learn(model, reply)
         assert not (tmp_path / machine.FILE).exists()
         machine.keep(Machine(machine.name(), (wrong,), late), tmp_path)

@@ -247,7 +247,7 @@ def test_a_model_leaves_nothing_behind(folder_of: Callable[[str], Path]) -> None
 
 MANY_LENGTHS = """
 import sys, outsize
-from outsize.weights import budget
+from outsize.system import memory as budget
 sizes = []
 with outsize.load(sys.argv[1], encoding="int8", quiet=True, draft="none") as m:
     for n in range(20, 240, 3):
@@ -383,7 +383,7 @@ def synthetic_outline(family: str, size: str) -> Outline:
         tensors[name] = Tensor(name, block, shape, Path("none"), 0, nbytes)
     architecture = shapes.ARCHITECTURES.get(family, family)
     keys = {
-        f"{architecture}.{gguf.GGUF_KEYS[k]}": v
+        f"{architecture}.{shapes.GGUF_KEYS[k]}": v
         for k, v in shapes.values(shapes.SIZES[size]).items()
     }
     spec = TokenizerSpec(json=tiny.tokenizer().to_str())

@@ -194,7 +194,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
 
 PACKER = """
 import sys
-from outsize import library
+from outsize.pack import fetch
 print("go", flush=True)
 fetch.pack(sys.argv[1], encoding="fp32", quiet=True)
 """

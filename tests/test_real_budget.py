@@ -35,9 +35,9 @@ MIXED = shapes.Size(6, 512, 384, 8, 4, 8_000, 512, experts=24, used=4)
 CHILD = """
 import json, sys
 import outsize
-from outsize import loading
-from outsize.plan.wake import runtime_bytes
-from outsize.weights import budget
+from outsize.engine import load as loading
+from outsize.plan.warmup import runtime_bytes
+from outsize.system import memory as budget
 how = json.loads(sys.argv[1])
 model, more, opens = how.pop("model"), how.pop("more"), how.pop("opens", 1)
 later, prompt = how.pop("later", {}), "a b " * 120

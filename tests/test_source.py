@@ -76,7 +76,7 @@ def test_packages_that_do_not_fit(index: Path, tmp_path: Path) -> None:
 
 HUB = """
 import sys
-from outsize import library
+from outsize.pack import fetch
 print(fetch.pack(sys.argv[1], quiet=True).path)
 """
 
@@ -106,7 +106,7 @@ def test_a_model_from_the_hubs_cache(tmp_path: Path) -> None:
 FIND = """
 import sys
 from pathlib import Path
-from outsize.checkpoint.headers import fetch_headers
+from outsize.checkpoint.hub_headers import fetch_headers
 from outsize.checkpoint.hub import fetch_hub
 from outsize.checkpoint.spec import parse
 for text in sys.argv[1:]:

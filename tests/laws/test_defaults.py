@@ -21,10 +21,11 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import contextlib, sys
 import torch, outsize
-from outsize import library, loading
+from outsize.pack import fetch as library
+from outsize.engine import load as loading
 from outsize.pack.outline import of_pack
 from outsize.plan import place
-from outsize.weights import budget
+from outsize.system import memory as budget
 
 taken = loading.runtime_bytes()
 loading.runtime_bytes = lambda *_: taken
@@ -108,7 +109,7 @@ def test_answers_of_quantized_models_do_not_depend_on_defaults(tmp_path: Path, h
 PACKING = """
 import os, sys
 import torch
-from outsize import library
+from outsize.pack import fetch as library
 for encoding in ("int4", "int8", "auto"):
     found = set()
     for what in (None, torch.float16, torch.bfloat16, "meta"):

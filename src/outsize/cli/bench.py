@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from outsize.arguments import whole
-from outsize.bench.synthetic.make import show
 from outsize.cli.flags import (
     AsJson,
     DraftFlag,
@@ -126,7 +125,9 @@ def synthetic(
 ) -> None:
     """Write a model with random weights (4-bit GGUF, or a bf16 folder), and pack it."""
 
-    show(path, family, size, seed, encoding, quiet)
+    from outsize.bench.synthetic import make
+
+    make.show(path, family, size, seed, encoding, quiet)
 
 
 @app.command()
