@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from outsize.plan.load_options import LoadOptions
 from safetensors.torch import save_file
 
 import outsize
@@ -28,7 +29,6 @@ from outsize.pack import fetch
 from outsize.pack.format import Pack
 from outsize.plan import probe
 from outsize.plan.warmup import runtime_bytes
-from outsize.plan.wishes import Wishes
 from outsize.system.memory import peak
 
 SHARES = (0.0, 0.4, 1.1)  # of the weights, over the least budget
@@ -66,16 +66,16 @@ def write_adapter(pack: Pack, folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-def wishes_of(how: dict[str, object]) -> Wishes:
+def load_options_of(how: dict[str, object]) -> LoadOptions:
     named = {k: v for k, v in how.items() if k in ("adapters", "draft")}
-    return Wishes(context=CONTEXT, quiet=True, **named)  # type: ignore[arg-type]
+    return LoadOptions(context=CONTEXT, quiet=True, **named)  # type: ignore[arg-type]
 
 
 def least(model: str, how: dict[str, object]) -> int:
     """Of the plan; measured here, so run as a process of its own."""
-    wishes = wishes_of(how)
-    runtime = runtime_bytes(loading.compiled(wishes))
-    return loading.foresee(model, wishes, 1 << 40, runtime)[1].least
+    load_options = load_options_of(how)
+    runtime = runtime_bytes(loading.compiled(load_options))
+    return loading.foresee(model, load_options, 1 << 40, runtime)[1].least
 
 
 def child(model: str, memory: int, how: dict[str, object]) -> dict[str, object]:
@@ -94,14 +94,14 @@ def child(model: str, memory: int, how: dict[str, object]) -> dict[str, object]:
 
 def once(model: str, memory: int, how: dict[str, object]) -> dict[str, object]:
     """Open, chat, close."""
-    wishes, tokens, refused = wishes_of(how), 0, ""
+    load_options, tokens, refused = load_options_of(how), 0, ""
     with outsize.load(
         model,
         memory=memory,
         context=CONTEXT,
         quiet=True,
-        draft=wishes.draft,
-        adapters=wishes.adapters,
+        draft=load_options.draft,
+        adapters=load_options.adapters,
     ) as m:
         for name, path in dict(how.get("later", {})).items():  # type: ignore[call-overload]
             try:

@@ -64,7 +64,7 @@ class Forced:
 def force(m: Model, trace: Trace, recall: float = 0.0) -> None:
     from outsize.model.ffn.experts import Mixture
 
-    for layer, part in enumerate(m.transformer.parts[1::2]):
+    for layer, part in enumerate(m.transformer.paged_layers[1::2]):
         assert isinstance(part.held, Mixture)
         events = [e for e in trace.events if e.layer == layer]
         part.held.router = Forced(part.held.router, events, trace.experts, recall)  # type: ignore[assignment]

@@ -22,7 +22,7 @@ import torch
 
 from outsize.adapt.answers import in_batches
 from outsize.adapt.mtp import run as adapting
-from outsize.adapt.trainable import Twin
+from outsize.adapt.trainable import TrainableModel
 from outsize.engine import load as loading
 from outsize.pack import fetch
 from outsize.progress import silent
@@ -70,7 +70,7 @@ def own(model: str, count: int, seed: int, device: torch.device) -> list[str]:
     """What the model itself would ask."""
     made = fetch.pack(model, quiet=True)
     tokens = loading.tokens(made)
-    twin = Twin(made, device, adapting.matmul_type(device), silent)
+    twin = TrainableModel(made, device, adapting.matmul_type(device), silent)
     opening = "<|im_start|>user\n"
     picked = [STARTS[i % len(STARTS)] for i in range(count)]
     prompts = [tokens.encode(opening + start, special=True) for start in picked]

@@ -30,7 +30,7 @@ from outsize.adapt.mtp import run as adapting
 from outsize.adapt.mtp import train
 from outsize.adapt.mtp.losses import Example, Recipe, all_anchors, collate, deltas, ordinary
 from outsize.adapt.mtp.simulate import walk
-from outsize.adapt.trainable import Twin
+from outsize.adapt.trainable import TrainableModel
 from outsize.pack import fetch
 from outsize.progress import silent
 
@@ -38,12 +38,16 @@ from outsize.progress import silent
 def answered(twin, made, path: Path, args, recipe: Recipe) -> list[Example]:
     at_once = 256 if twin.device.type == "cuda" else 8
     beside = args.output / f"{path.stem}.safetensors"  # answers are kept beside what this would be
-    wish = adapting.Wish(args.model, (path,), beside, True, args.max_tokens, at_once, quiet=True)
+    wish = adapting.TrainOptions(
+        args.model, (path,), beside, True, args.max_tokens, at_once, quiet=True
+    )
     return adapting.prepare(wish, recipe, made, twin)
 
 
 @torch.no_grad()
-def base_loss(twin: Twin, parameters, recipe: Recipe, found: list[Example], added: bool) -> float:
+def base_loss(
+    twin: TrainableModel, parameters, recipe: Recipe, found: list[Example], added: bool
+) -> float:
     """Of the answers' own tokens, in nats."""
     total, count = 0.0, 0
     for start in range(0, len(found), 8):
@@ -75,7 +79,7 @@ def peak_flops(device: torch.device, kind: torch.dtype) -> float:
     return 10 * 2 * size**3 / (time.perf_counter() - started)
 
 
-def step_flops(twin: Twin, recipe: Recipe, tokens: float, masks: float) -> float:
+def step_flops(twin: TrainableModel, recipe: Recipe, tokens: float, masks: float) -> float:
     """Of a step: ordinary tokens forward; masks forward and back to their inputs; two heads likewise."""
     d = twin.description
     layer = d.width * d.qkv_rows + d.num_heads * d.head_dim * d.width + 3 * d.width * d.ffn_width
@@ -140,7 +144,7 @@ def run(args, twin, made, data, held, recipe: Recipe) -> dict:
 def one(args) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made = fetch.pack(args.model, quiet=True)
-    twin = Twin(made, device, adapting.matmul_type(device), silent)
+    twin = TrainableModel(made, device, adapting.matmul_type(device), silent)
     recipe = Recipe(**json.loads(args.recipes[0]))
     data = answered(twin, made, args.data, args, recipe)
     held = answered(twin, made, args.held_out, args, recipe)[: args.count]

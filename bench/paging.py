@@ -84,14 +84,14 @@ class Disk:
     a cap, new ones would first have to find memory."""
 
     def __init__(self, m: Model) -> None:
-        from outsize.storage.buffers import Arena
-        from outsize.storage.stats import Traffic
+        from outsize.storage.buffers import BufferPool
+        from outsize.storage.stats import IOStats
         from outsize.storage.table import Table
 
         self._loaded = m.transformer.loaded
         header = max(m.pack.tables, key=lambda t: t.size)
-        self._table = Table(m.pack.path, header, Traffic(), "never")
-        self._arena = Arena(IN_FLIGHT, PART)
+        self._table = Table(m.pack.path, header, IOStats(), "never")
+        self._arena = BufferPool(IN_FLIGHT, PART)
         for i in range(IN_FLIGHT):
             self._arena[i][0].fill_(1)
 

@@ -148,7 +148,7 @@ def watch(m: Model) -> list[Watched]:
     from outsize.model.ffn.experts import Mixture
 
     out = []
-    for part in m.transformer.parts[1::2]:
+    for part in m.transformer.paged_layers[1::2]:
         assert isinstance(part.held, Mixture)
         out.append(Watched(part.held.router))
         part.held.router = out[-1]  # type: ignore[assignment]

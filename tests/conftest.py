@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from outsize.plan.load_options import LoadOptions
 
 import outsize
 from outsize.draft import load as drafting
@@ -17,7 +18,6 @@ from outsize.kernels.native import Kernels, kernels
 from outsize.pack import fetch
 from outsize.pack.outline import of_pack
 from outsize.plan import place
-from outsize.plan.wishes import Wishes
 from outsize.system import memory as budget
 from tests.golden import tiny
 
@@ -79,7 +79,7 @@ def open_paged(
         spec = parse_draft(draft)
         if spec.kind == "model":
             smaller = of_pack(fetch.pack(spec.source, quiet=True))
-            outline = Wishes(draft=draft).with_all(outline, smaller, None)
+            outline = LoadOptions(draft=draft).with_all(outline, smaller, None)
         outline = outline if spec.kind == "auto" else drafting.with_drafting(outline)
         least = place.least_bytes(outline, 0, 0, 256)
         opened.append(

@@ -124,7 +124,7 @@ def mutant(r: random.Random, seeds: dict[str, Path], folder: Path) -> tuple[Path
 def attempt(path: Path, home: Path) -> str:
     """The whole way; "sound", or the error's class. Anything but an OutsizeError goes up."""
     try:
-        how = write.How(str(path), "auto", True, "test")
+        how = write.PackOptions(str(path), "auto", True, "test")
         made = write.write(open_checkpoint(path), how, home, silent, warn, lambda text: None)
     except OutsizeError as e:
         if len(str(e)) < 20:

@@ -1,4 +1,4 @@
-"""Small record files, and a medium that fails as told."""
+"""Small record files, and a backend that fails as told."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from outsize.pack.format import PAGE, Matrix, TableHeader
 from outsize.storage.file import File
-from outsize.storage.stats import Traffic
+from outsize.storage.stats import IOStats
 from outsize.storage.table import Table
 
 ROWS, WIDTH = 16, 128  # of fp32: two pages
@@ -32,8 +32,8 @@ def write_table(folder: Path, count: int, kind: str = "layers") -> TableHeader:
 
 
 def open_table(folder: Path, header: TableHeader, verify: str = "first", **faults: object) -> Table:
-    medium = Faulty(folder / header.file, **faults) if faults else None  # type: ignore[arg-type]
-    return Table(folder, header, Traffic(), verify, medium)
+    backend = Faulty(folder / header.file, **faults) if faults else None  # type: ignore[arg-type]
+    return Table(folder, header, IOStats(), verify, backend)
 
 
 class Faulty(File):

@@ -26,7 +26,7 @@ from outsize.adapt.mtp import run as adapting
 from outsize.adapt.mtp.answered import Kept
 from outsize.adapt.mtp.losses import Example, Recipe, deltas, draw, losses, ordinary
 from outsize.adapt.mtp.simulate import Walk, leading, walk
-from outsize.adapt.trainable import Twin
+from outsize.adapt.trainable import TrainableModel
 from outsize.checkpoint.lora import raw
 from outsize.engine.model import Model
 from outsize.errors import AdapterError, DataError, DiskFullError, OptionError, UnsupportedError
@@ -38,8 +38,8 @@ RECIPE = Recipe(k=2, rank=2, steps=8, batch=2, anchors=4, length=80)
 EXAMPLES = [Example([(7 * i * j + i) % 250 for j in range(30)], 6) for i in range(5)]
 
 
-def twin_of(model: Model) -> Twin:
-    return Twin(model.pack, torch.device("cpu"), torch.float32, silent)
+def twin_of(model: Model) -> TrainableModel:
+    return TrainableModel(model.pack, torch.device("cpu"), torch.float32, silent)
 
 
 def quiet(seen: train.Seen) -> None:
@@ -251,7 +251,7 @@ def test_two_processes_train_one_drafter(open_tiny: Callable[..., Model], tmp_pa
     assert sorted(i for i, _ in rows) == list(range(9))
     alone = replace(wish, output=tmp_path / "alone.safetensors", at_once=1)
     kind = adapting.matmul_type(torch.device("cpu"))
-    twin = Twin(model.pack, torch.device("cpu"), kind, silent)
+    twin = TrainableModel(model.pack, torch.device("cpu"), kind, silent)
     adapting.prepare(alone, RECIPE, model.pack, twin)
     lines = alone.answers.read_text().splitlines()[1:]
     assert dict(map(json.loads, lines)) == dict(rows)
@@ -297,11 +297,11 @@ def test_data_is_refused_with_its_line(tmp_path: Path) -> None:
         read([tmp_path / "nothing.txt"])
 
 
-def wish_of(model: Model, folder: Path, **more: object) -> adapting.Wish:
+def wish_of(model: Model, folder: Path, **more: object) -> adapting.TrainOptions:
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(f"say {i} and {i * i}" for i in range(9)))
     told = {"max_tokens": 12, "at_once": 4, "quiet": True} | more
-    return adapting.Wish(str(model.pack.path), (prompts,), folder / "a.safetensors", **told)  # type: ignore[arg-type]
+    return adapting.TrainOptions(str(model.pack.path), (prompts,), folder / "a.safetensors", **told)  # type: ignore[arg-type]
 
 
 def test_the_whole_recipe_makes_a_drafter_that_loads(

@@ -19,7 +19,7 @@ import torch
 import outsize
 from outsize.bench import quality
 from outsize.bench.synthetic import make
-from outsize.engine.load import Wishes
+from outsize.engine.load import LoadOptions
 from outsize.engine.model import Model
 from outsize.errors import OptionError, SourceError
 from outsize.forward.full import full
@@ -44,7 +44,7 @@ def test_quality_against_transformers(
     pytest.importorskip("transformers")
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
-    quality.show(str(folder_of("qwen3")), text, 120, Wishes(encoding=encoding, quiet=True))
+    quality.show(str(folder_of("qwen3")), text, 120, LoadOptions(encoding=encoding, quiet=True))
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["tokens"] == 120
     assert 0 <= result["kl_mean"] < kl
@@ -57,7 +57,7 @@ def test_quality_against_transformers(
 def test_quality_needs_its_inputs(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("hi")
     with pytest.raises(OptionError, match="at least 32 are needed"):
-        quality.show(str(folder_of("qwen3")), tmp_path / "short.txt", 99, Wishes(quiet=True))
+        quality.show(str(folder_of("qwen3")), tmp_path / "short.txt", 99, LoadOptions(quiet=True))
     with pytest.raises(SourceError, match="is gone"):
         quality.reference_logits([str(tmp_path / "m.gguf")], [1, 2])
     with pytest.raises(OptionError, match=r"pip install 'outsize\[bench\]'"):

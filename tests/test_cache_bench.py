@@ -238,10 +238,12 @@ def test_plans_with_a_recorded_trace(
     assert rates(1.0) == (1.0, 1.0)
     assert rates(0.0) == (0.0, 0.0)
     monkeypatch.setattr(planning, "runtime_bytes", lambda *_: 0)
-    wishes = loading.Wishes(memory=model.placement.budget, context=256, quiet=True)
-    plan = planning.make(str(folder_of("olmoe")), wishes, 16, tmp_path / "a.csv")
+    load_options = loading.LoadOptions(memory=model.placement.budget, context=256, quiet=True)
+    plan = planning.make(str(folder_of("olmoe")), load_options, 16, tmp_path / "a.csv")
     assert plan.cost.hit_rates_from == "a"
-    assert planning.make(str(folder_of("olmoe")), wishes, 16).cost.hit_rates_from == "a prior"
-    dense = planning.make(str(folder_of("llama")), loading.Wishes(memory="2GB", quiet=True), 16)
+    assert planning.make(str(folder_of("olmoe")), load_options, 16).cost.hit_rates_from == "a prior"
+    dense = planning.make(
+        str(folder_of("llama")), loading.LoadOptions(memory="2GB", quiet=True), 16
+    )
     with pytest.raises(TraceError, match="this model none; record one with"):
         recorded(trace, dense.outline.description, "lru")

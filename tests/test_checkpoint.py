@@ -18,7 +18,7 @@ from outsize.checkpoint.source import open_checkpoint
 from outsize.errors import CheckpointError
 from outsize.pack import fetch
 from outsize.storage.buffers import buffer
-from outsize.storage.stats import Traffic
+from outsize.storage.stats import IOStats
 from outsize.storage.table import Table, views
 from tests.golden import tiny
 
@@ -140,7 +140,7 @@ def test_mxfp4_in_safetensors(tmp_path: Path, encoding: str) -> None:
     decoded = []
     for pack in packs:
         header = next(t for t in pack.tables if t.kind == "experts")
-        table = Table(pack.path, header, Traffic())
+        table = Table(pack.path, header, IOStats())
         raw, out = buffer(header.stride)
         table.read(3, out)
         weights = views(raw, header, None)

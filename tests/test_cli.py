@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from outsize.cli.run import How, answer, interrupts, understand
+from outsize.cli.run import DisplayOptions, answer, interrupts, understand
 from outsize.engine import stream as streaming
-from outsize.engine.load import Wishes
+from outsize.engine.load import LoadOptions
 from outsize.errors import OptionError
 from outsize.options import Options
 
@@ -233,7 +233,7 @@ def test_an_interrupted_reply_is_shown_and_accounted(
             signal.raise_signal(signal.SIGINT) if not self.run.seq.finish else None
 
     monkeypatch.setattr(streaming.Streaming, "_go", interrupted)
-    how = How(Wishes(), None, False, False)
+    how = DisplayOptions(LoadOptions(), None, False, False)
     with pytest.raises(SystemExit) as left:
         answer(tiny, "hello", Options(max_tokens=50), how)
     assert left.value.code == 130

@@ -18,13 +18,13 @@ from torch import Tensor
 import outsize
 from outsize.bench import speculate
 from outsize.checkpoint import lora as adapters
-from outsize.draft.auto import AutoDraft, Habits
+from outsize.draft.auto import AutoDraft, DraftStats
 from outsize.draft.drafter import Draft
 from outsize.draft.load import mask_model
-from outsize.draft.mtp import Guess, MaskModel
+from outsize.draft.mtp import Guess, MtpModel
 from outsize.draft.ngram import FURTHEST, MOST_TOKENS, Index, Match
 from outsize.draft.spec import parse_draft
-from outsize.draft.step_time import Pace
+from outsize.draft.step_time import StepTimes
 from outsize.draft.union import Union
 from outsize.engine import load as loading
 from outsize.engine.model import Model
@@ -97,14 +97,14 @@ def test_a_match_takes_bounded_time_and_memory() -> None:
 def test_what_bad_guesses_lose_is_bounded() -> None:
     """Guesses that are always wrong, each of which costs a whole step though the pace does not see it
     coming: a reply loses 3 % of its time, and a step or two to find out."""
-    habits = Habits()
-    habits.pace = Costs(0.01, 0.0)  # promises that rows cost nothing
-    drafter, text, seconds = AutoDraft(habits), [1, 2, 3, 1, 2, 3], 0.0
+    draft_stats = DraftStats()
+    draft_stats.pace = Costs(0.01, 0.0)  # promises that rows cost nothing
+    drafter, text, seconds = AutoDraft(draft_stats), [1, 2, 3, 1, 2, 3], 0.0
     for i in range(400):
         draft = drafter.propose(text, 8)
         took = 0.02 if draft.tokens else 0.01
         seconds += took
-        habits.pace.last_s = took
+        draft_stats.pace.last_s = took
         new = text[-3] if not draft.tokens else 1000 + i % 7
         drafter.observe(draft, [new], Out(torch.zeros(1, 9), None))
         text.append(new)
@@ -112,12 +112,12 @@ def test_what_bad_guesses_lose_is_bounded() -> None:
 
 
 def test_good_guesses_are_never_bounded() -> None:
-    habits = Habits()
-    habits.pace = Costs(0.01, 0.001)
-    drafter, text, drafted = AutoDraft(habits), [1, 2, 3, 1, 2, 3], 0
+    draft_stats = DraftStats()
+    draft_stats.pace = Costs(0.01, 0.001)
+    drafter, text, drafted = AutoDraft(draft_stats), [1, 2, 3, 1, 2, 3], 0
     for _ in range(50):
         draft = drafter.propose(text, 3)
-        habits.pace.last_s = 0.01 + 0.001 * len(draft.tokens)
+        draft_stats.pace.last_s = 0.01 + 0.001 * len(draft.tokens)
         kept = [text[-3], text[-2], text[-1], text[-3]][: len(draft.tokens) + 1]
         drafted += bool(draft.tokens)
         drafter.observe(draft, kept, Out(torch.zeros(4, 9), None))
@@ -128,7 +128,7 @@ def test_good_guesses_are_never_bounded() -> None:
 def test_a_step_of_experts_costs_what_its_rows_choose_together() -> None:
     """64 experts, 8 chosen: rows that choose alike cost nothing more, rows that choose for themselves
     nearly a step each."""
-    alike, apart = Pace(Union(64, 8)), Pace(Union(64, 8))
+    alike, apart = StepTimes(Union(64, 8)), StepTimes(Union(64, 8))
     for i in range(200):
         rows = 1 + i % 4
         alike.step(rows, False, 0.01, 0.008, 80)
@@ -141,7 +141,7 @@ def test_a_step_of_experts_costs_what_its_rows_choose_together() -> None:
 
 
 def test_pace_learns_what_rows_cost_and_what_reading_hides() -> None:
-    resident, streamed = Pace(), Pace()
+    resident, streamed = StepTimes(), StepTimes()
     for i in range(120):
         rows = 1 + i % 9
         computing = 0.004 + 0.001 * rows
@@ -154,7 +154,7 @@ def test_pace_learns_what_rows_cost_and_what_reading_hides() -> None:
 def test_pace_foresees_more_rows_than_it_has_seen() -> None:
     """A first step that was cold, then steps with masks that wait for the disk: what more rows would take
     is what they take, not what a slow start, or a plane whose masks came out below nothing, makes of it."""
-    pace = Pace()
+    pace = StepTimes()
 
     def step(rows: int, masked: bool, slower: float = 1.0) -> None:
         computing = slower * (0.005 + 0.0009 * rows + (0.001 if masked else 0.0))
@@ -172,14 +172,14 @@ def test_pace_foresees_more_rows_than_it_has_seen() -> None:
 
 
 def test_auto_drafts_where_reading_rules_and_not_where_guesses_fail() -> None:
-    habits = Habits()
-    pace = habits.pace
+    draft_stats = DraftStats()
+    pace = draft_stats.pace
     for _ in range(60):
         pace.step(1, False, 0.05, 0.045)
         pace.step(9, False, 0.05, 0.035)
-    drafter, text = AutoDraft(habits), [1, 2, 3, 4, 5, 6, 1, 2, 3, 4]
+    drafter, text = AutoDraft(draft_stats), [1, 2, 3, 4, 5, 6, 1, 2, 3, 4]
     assert drafter.propose(text, 8).tokens[:2] == (5, 6)
-    slow = Habits()
+    slow = DraftStats()
     for rows in [1, 9] * 60:
         slow.pace.step(rows, False, 0.01 * rows, 0.0)
     never = AutoDraft(slow)
@@ -201,16 +201,16 @@ class Foreseen:
         return self._guesses
 
 
-def after_a_step(pace: Pace, *chances: float) -> Draft:
+def after_a_step(pace: StepTimes, *chances: float) -> Draft:
     """What is drafted where masks have just made guesses of these chances."""
-    habits = Habits(cast(MaskModel, Foreseen(*chances)))
-    habits.pace = pace
-    drafter = AutoDraft(habits)
+    draft_stats = DraftStats(cast(MtpModel, Foreseen(*chances)))
+    draft_stats.pace = pace
+    drafter = AutoDraft(draft_stats)
     drafter.observe(drafter.propose([1, 2, 3], 8), [4], Out(torch.zeros(1, 9), torch.zeros(2, 1)))
     return drafter.propose([1, 2, 3, 4], 8)
 
 
-class Costs(Pace):
+class Costs(StepTimes):
     """Steps of a time by rows."""
 
     def __init__(self, base: float, row: float) -> None:
@@ -292,7 +292,7 @@ def test_a_draft_model_with_another_tokenizer_is_refused(
 ) -> None:
     model = open_tiny("llama", "int8")
     other = replace(model.pack, tokenizer_crc=model.pack.tokenizer_crc + 1)
-    monkeypatch.setattr(loading.Wishes, "smaller", lambda _: other)
+    monkeypatch.setattr(loading.LoadOptions, "smaller", lambda _: other)
     monkeypatch.setattr("outsize.weights.load.load", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(AdapterError, match="same tokenizer"):
         outsize.load(str(model.pack.path), draft=f"model:{model.pack.path}", quiet=True)

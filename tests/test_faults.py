@@ -276,6 +276,6 @@ def test_the_native_checksum(data: bytes, home: Path) -> None:
 
 def test_the_medium_reads_past_no_end(tmp_path: Path) -> None:
     header = write_table(tmp_path, 1)
-    medium = Faulty(tmp_path / header.file)
-    assert medium.read(buffer(4096)[1], STRIDE) == 0
-    medium.close()
+    backend = Faulty(tmp_path / header.file)
+    assert backend.read(buffer(4096)[1], STRIDE) == 0
+    backend.close()

@@ -24,7 +24,7 @@ from outsize.errors import CheckpointError, OptionError, PackError, ReadError
 from outsize.family.find import recipe
 from outsize.pack import contents, fetch
 from outsize.pack.format import HEADER, TOKENIZER, read_header
-from outsize.storage.stats import Traffic
+from outsize.storage.stats import IOStats
 from outsize.storage.table import Table
 from tests.golden import tiny
 from tests.golden.test_golden import write_gguf
@@ -184,6 +184,6 @@ def test_records_that_became_something_else(
     signal.alarm(5)
     try:
         with pytest.raises(ReadError, match="cannot be opened"):
-            Table(tmp_path, header, Traffic())
+            Table(tmp_path, header, IOStats())
     finally:
         signal.alarm(0)

@@ -15,7 +15,7 @@ from outsize.checkpoint.bases import are_other
 from outsize.cli import run as terminal
 from outsize.cli.main import app
 from outsize.engine import load as loading
-from outsize.engine.load import Wishes
+from outsize.engine.load import LoadOptions
 from outsize.engine.model import Model
 from outsize.errors import AdapterError, OptionError, TraceError
 from outsize.pack import fetch
@@ -66,8 +66,11 @@ def test_experts_of_a_dense_model(command: str, folder_of: Callable[[str], Path]
 
 
 def test_static_needs_a_profile(folder_of: Callable[[str], Path]) -> None:
-    for act in (lambda: outsize.load(str(folder_of("olmoe")), experts="static", quiet=True),
-                lambda: planning.make(str(folder_of("olmoe")), Wishes(experts="static"), 8)):  # fmt: skip
+    name, asked = str(folder_of("olmoe")), LoadOptions(experts="static")
+    for act in (
+        lambda: outsize.load(name, experts="static", quiet=True),
+        lambda: planning.make(name, asked, 8),
+    ):
         with pytest.raises(OptionError, match="static keeps the most used of a profile"):
             act()
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from outsize.plan.load_options import LoadOptions
 
 import outsize
 from outsize import home
@@ -18,7 +19,6 @@ from outsize.pack.outline import of_pack
 from outsize.plan import cores, cost, machine, probe
 from outsize.plan import make as planning
 from outsize.plan.machine import Compute, Machine, Sitting
-from outsize.plan.wishes import Wishes
 from outsize.report import doctor
 from outsize.storage.reader import THREADS
 from outsize.storage.tickets import PIECE
@@ -168,7 +168,7 @@ def test_runs_correct_the_plan(
     """What a run reached can be reached: bandwidth, a token's time, the disk's rate."""
     with outsize.load(str(folder_of("llama")), quiet=True, draft="none") as model:
         (reply,) = model.generate("abc", raw=True, max_tokens=8)
-        planning.make(str(folder_of("llama")), Wishes(memory="2GB", quiet=True), 8)
+        planning.make(str(folder_of("llama")), LoadOptions(memory="2GB", quiet=True), 8)
         known = machine.kept(home.home())
         assert known is not None
         (key,) = {k for k in known.models if k.startswith(cost.key(of_pack(model.pack)))}

@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 
 import outsize
 from outsize.bench import speculate
-from outsize.bench.synthetic import gguf, shapes
+from outsize.bench.synthetic import shapes
 from outsize.draft import load as drafting
 from outsize.draft import spec
 from outsize.engine import load as loading
-from outsize.engine.load import Wishes
+from outsize.engine.load import LoadOptions
 from outsize.engine.model import Model
 from outsize.errors import BudgetError, ContextError, OptionError
 from outsize.family.find import families
@@ -158,10 +158,10 @@ def test_pressure_from_outside_shrinks(
     monkeypatch.setattr(budget, "WATCH_S", 0.0)
     with outsize.load(str(folder_of("qwen3")), quiet=True, context=64) as model:
         wanted = model.generate("a b c", raw=True, max_tokens=12)[0].text
-        held = sum(part.is_held for part in model.transformer.parts)
+        held = sum(part.is_held for part in model.transformer.paged_layers)
         monkeypatch.setattr(budget, "shortage", lambda: 50_000)
         assert model.generate("a b c", raw=True, max_tokens=12)[0].text == wanted
-        left = sum(part.is_held for part in model.transformer.parts)
+        left = sum(part.is_held for part in model.transformer.paged_layers)
         assert left < held
         assert model.given_up > 0
         assert model.traffic.misses > 0
@@ -333,12 +333,14 @@ def test_half_residency_is_half(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     """The least budget in which a share of the weights is held; with drafts, theirs comes on top."""
     outline = synthetic_outline("llama", "0.5b")
 
-    def foresee(model: str, wishes: Wishes, size: int, runtime: int) -> tuple[Outline, Placement]:
-        return outline, wishes.place(outline, 4_000_000_000, runtime, 9_000_000)
+    def foresee(
+        model: str, load_options: LoadOptions, size: int, runtime: int
+    ) -> tuple[Outline, Placement]:
+        return outline, load_options.place(outline, 4_000_000_000, runtime, 9_000_000)
 
     monkeypatch.setattr("outsize.engine.load.foresee", foresee)
     runtime = runtime_bytes(
-        loading.compiled(Wishes())
+        loading.compiled(LoadOptions())
     )  # differs by MB from one measurement to the next
     monkeypatch.setattr(speculate, "runtime_bytes", lambda _: runtime)
     wanted = speculate.Wanted(tmp_path, draft="none", held=0.5, context=1024)
@@ -472,7 +474,9 @@ def test_a_plan_of_a_model_on_the_hub(tmp_path: Path) -> None:
 
 
 def test_reports(folder_of: Callable[[str], Path]) -> None:
-    made = planning.make(str(folder_of("llama")), loading.Wishes(memory="2GB", quiet=True), 100)
+    made = planning.make(
+        str(folder_of("llama")), loading.LoadOptions(memory="2GB", quiet=True), 100
+    )
     lines = plan_text.short(made.outline, made.placement, made.cost)
     assert "all weights in memory" in lines[-1]
     assert made.cost.first_token_s > 0

@@ -41,8 +41,8 @@ from outsize.system import memory as budget
 how = json.loads(sys.argv[1])
 model, more, opens = how.pop("model"), how.pop("more"), how.pop("opens", 1)
 later, prompt = how.pop("later", {}), "a b " * 120
-wishes = loading.Wishes(**how)
-least = loading.foresee(model, wishes, 1 << 40, runtime_bytes(loading.compiled(wishes)))[1].least
+load_options = loading.LoadOptions(**how)
+least = loading.foresee(model, load_options, 1 << 40, runtime_bytes(loading.compiled(load_options)))[1].least
 open_models = []
 for i in range(opens):
     if i % 2 == 0 and i:  # every other time both are closed
@@ -129,7 +129,9 @@ def test_a_closed_model_keeps_no_weights(pack_of: Callable[..., Pack]) -> None:
     """A mask drafter held on to the network: each opening found less room than the one before."""
     with outsize.load(str(pack_of(SMALL).path), quiet=True, draft="ngram") as model:
         parts = weakref.ref(model.transformer)
-        model.drafting.habits.masks = cast("Any", SimpleNamespace(embed=model.transformer.embed))
+        model.drafting.draft_stats.masks = cast(
+            "Any", SimpleNamespace(embed=model.transformer.embed)
+        )
     gc.collect()
     assert parts() is None
 

@@ -128,10 +128,10 @@ def test_tags_and_folders_in_the_hubs_cache(tmp_path: Path) -> None:
         (repo / "blobs" / str(i)).touch()
         (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
         (snapshot / name).symlink_to(repo / "blobs" / str(i))
-    wishes = ("", ":q4_0", ":Q4_0", ":" + names[1], ":Q8_0")
+    load_options = ("", ":q4_0", ":Q4_0", ":" + names[1], ":Q8_0")
     env = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     env.pop("HF_HUB_CACHE", None)
-    command = [sys.executable, "-c", FIND, *("hf:org/tiny" + w for w in wishes)]
+    command = [sys.executable, "-c", FIND, *("hf:org/tiny" + w for w in load_options)]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
     assert done.stdout.split() == [names[0]] * 4 + [names[2]], done.stderr
 

@@ -33,7 +33,7 @@ def many_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: Path) ->
     """Of a head, so that there is something of it to give up."""
     monkeypatch.setattr(plan, "ROW_RECORD", 1)
     monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path))
-    monkeypatch.setattr(loading, "compiled", lambda wishes: kernels(home / "native"))
+    monkeypatch.setattr(loading, "compiled", lambda load_options: kernels(home / "native"))
 
 
 def opened(folder: Path, draft: str = "none") -> Model:
@@ -92,8 +92,8 @@ def test_a_shrink_that_is_broken_off_at_every_line(
 def in_memory(cache: Cached) -> int:
     """Bytes of its slots' pages that there are."""
     libc, size = ctypes.CDLL(None, use_errno=True), 0
-    for arena in (cache._arena, cache._ring, cache._lent):
-        start, length = arena._whole.data_ptr(), len(arena._whole)
+    for buffers in (cache._arena, cache._ring, cache._lent):
+        start, length = buffers._whole.data_ptr(), len(buffers._whole)
         found = np.zeros(-(-length // 4096), np.uint8)
         assert libc.mincore(
             ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_void_p(found.ctypes.data)

@@ -15,7 +15,7 @@ from outsize.caching.replay.simulate import Link, Replay
 from outsize.caching.replay.trace import waves
 from outsize.errors import OptionError
 from outsize.pack import fetch
-from outsize.weights.spec import Experts
+from outsize.weights.spec import ExpertOptions
 from tests.golden import tiny
 from tests.laws.test_experts import Recorded, logits, opened
 
@@ -30,14 +30,14 @@ def test_copies_of_missing_experts(family: str, folder_of: Callable[[str], Path]
     )
     whole = []
     for pack in (coarse, fine):
-        with opened(pack, None, Experts()) as model:
+        with opened(pack, None, ExpertOptions()) as model:
             whole.append(logits(model, SHORT))
-    knobs = Experts(misses="copy:int8:0.9")
-    with opened(coarse, 10, knobs, coarse) as model:
+    expert_options = ExpertOptions(misses="copy:int8:0.9")
+    with opened(coarse, 10, expert_options, coarse) as model:
         assert logits(model, SHORT).equal(whole[0])
         assert model.loaded.expert_traffic.copied > 0
         assert model.loaded.expert_traffic.misses > 0
-    with opened(fine, 10, knobs, coarse) as model:
+    with opened(fine, 10, expert_options, coarse) as model:
         ours = logits(model, SHORT)
     assert 0 < (ours - whole[1]).norm() / whole[1].norm() < 0.4  # near ties are routed otherwise
 
@@ -56,7 +56,7 @@ def test_copies_as_a_user_asks_for_them(folder_of: Callable[[str], Path]) -> Non
 def test_replayed_copies_are_counted_and_wait_less(folder_of: Callable[[str], Path]) -> None:
     recorded, seconds = Recorded(tiny.EXPERTS), []
     pack = fetch.pack(str(folder_of("olmoe")), encoding="int8", quiet=True)
-    with opened(pack, None, Experts(recorder=recorded)) as model:
+    with opened(pack, None, ExpertOptions(recorder=recorded)) as model:
         logits(model)
     falling = [
         replace(e, weights=tuple(1 / (k + 1) for k in range(len(e.ids)))) for e in recorded.events

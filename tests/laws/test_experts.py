@@ -33,11 +33,11 @@ from outsize.model.step import Step
 from outsize.model.transformer import Transformer
 from outsize.pack import fetch
 from outsize.pack.format import Pack
-from outsize.storage.stats import Traffic
+from outsize.storage.stats import IOStats
 from outsize.storage.table import Weight
 from outsize.weights import load as weights
 from outsize.weights.load import Share, all_of
-from outsize.weights.spec import REPLAYED, Experts, parse_experts
+from outsize.weights.spec import REPLAYED, ExpertOptions, parse_experts
 from tests.golden import tiny
 
 LIVE = [n for n in registry.names(eviction) if n not in REPLAYED]
@@ -46,13 +46,15 @@ SPANS = [[0, 30], [30, 31], [31, 32], [32, 36], [36, 37], [37, 38]]
 
 @contextmanager
 def opened(
-    pack: Pack, capacity: int | None, knobs: Experts, copies: Pack | None = None
+    pack: Pack, capacity: int | None, expert_options: ExpertOptions, copies: Pack | None = None
 ) -> Iterator[Transformer]:
     """With this many slots for experts; None: with all."""
     shares = {t.name: all_of(t) for t in pack.tables}
     if capacity is not None:
         shares |= {t.name: Share((), capacity) for t in pack.tables if t.kind == "experts"}
-    loaded = weights.load(pack, None, Traffic(), lambda *_: None, shares, "first", knobs, copies)
+    loaded = weights.load(
+        pack, None, IOStats(), lambda *_: None, shares, "first", expert_options, copies
+    )
     try:
         yield Transformer(pack.description, loaded)
     finally:
@@ -76,7 +78,7 @@ def packs(folder_of: Callable[[str], Path], home: Path) -> dict[str, Pack]:
 def resident(packs: dict[str, Pack]) -> dict[str, Tensor]:
     out = {}
     for family, pack in packs.items():
-        with opened(pack, None, Experts()) as model:
+        with opened(pack, None, ExpertOptions()) as model:
             out[family] = logits(model)
     return out
 
@@ -93,8 +95,8 @@ def test_same_bits(
     packs: dict[str, Pack], resident: dict[str, Tensor],
     family: str, prefetch: str, eviction: str, capacity: int,
 ) -> None:  # fmt: skip
-    knobs = Experts(eviction, prefetch, ranked=ranked(packs[family]))
-    with opened(packs[family], capacity, knobs) as model:
+    expert_options = ExpertOptions(eviction, prefetch, ranked=ranked(packs[family]))
+    with opened(packs[family], capacity, expert_options) as model:
         assert torch.equal(logits(model), resident[family])
         traffic = model.loaded.expert_traffic
         kinds = traffic.ready + traffic.late + traffic.cold + traffic.capacity + traffic.collision
@@ -103,7 +105,7 @@ def test_same_bits(
 
 def test_rows_do_not_see_company(packs: dict[str, Pack]) -> None:
     """One token of three sequences at once, and each alone."""
-    with opened(packs["olmoe"], 12, Experts()) as model:
+    with opened(packs["olmoe"], 12, ExpertOptions()) as model:
         starts = [tiny.TOKENS[:7], tiny.TOKENS[9:30], tiny.TOKENS[5:8]]
         alone = [full(model, [Span(0, s)], [model.new_kv()])[0].logits_KV for s in starts]
         kvs = [model.new_kv() for _ in starts]
@@ -155,7 +157,9 @@ def test_same_bits_with_kernels(family: str, open_tiny: Callable[..., Model]) ->
     expected = logits(model.transformer)
     shares = {t.name: all_of(t) for t in pack.tables}
     shares |= {t.name: Share((), 12) for t in pack.tables if t.kind == "experts"}
-    loaded = weights.load(pack, kernels, Traffic(), lambda *_: None, shares, "first", Experts())
+    loaded = weights.load(
+        pack, kernels, IOStats(), lambda *_: None, shares, "first", ExpertOptions()
+    )
     try:
         few = Transformer(pack.description, loaded, kernels)
         assert torch.equal(logits(few), expected)
@@ -167,10 +171,10 @@ def test_routing_by_what_is_in_memory(packs: dict[str, Pack], resident: dict[str
     """Lossy, neutral at 0, and worth more hits the more it favours."""
     hits = []
     for spec in ("cached:0", "cached:0.2", "cached:1"):
-        knobs = parse_experts(f"lru,routing={spec}")
-        assert knobs.is_lossy == (spec != "cached:0")
-        with opened(packs["olmoe"], 12, knobs) as model:
-            assert torch.equal(logits(model), resident["olmoe"]) or knobs.is_lossy
+        expert_options = parse_experts(f"lru,routing={spec}")
+        assert expert_options.is_lossy == (spec != "cached:0")
+        with opened(packs["olmoe"], 12, expert_options) as model:
+            assert torch.equal(logits(model), resident["olmoe"]) or expert_options.is_lossy
             hits.append(model.loaded.expert_traffic.hits)
     assert hits[0] < hits[1] < hits[2]
     for bad in ("cached:2", "cached:x", "other"):
@@ -204,8 +208,8 @@ class Recorded:
 def test_a_replay_counts_what_the_run_counted(packs: dict[str, Pack], eviction: str) -> None:
     pack, capacity, count = packs["qwen3_moe"], 11, tiny.EXPERTS
     recorded = Recorded(count)
-    knobs = Experts(eviction, ranked=ranked(pack), recorder=recorded)
-    with opened(pack, capacity, knobs) as model:
+    expert_options = ExpertOptions(eviction, ranked=ranked(pack), recorder=recorded)
+    with opened(pack, capacity, expert_options) as model:
         logits(model)
         lived = model.loaded.expert_traffic
     hints = Hints(per_layer=count, layers=tiny.LAYERS, ranked=ranked(pack))
@@ -221,18 +225,18 @@ def test_a_replay_counts_what_the_run_counted(packs: dict[str, Pack], eviction: 
 def test_lossy_misses_are_counted_and_change_the_answer(
     packs: dict[str, Pack], resident: dict[str, Tensor], misses: str
 ) -> None:
-    with opened(packs["olmoe"], 10, Experts(misses=misses)) as model:
+    with opened(packs["olmoe"], 10, ExpertOptions(misses=misses)) as model:
         ours = logits(model)
         traffic = model.loaded.expert_traffic
     assert traffic.dropped + traffic.substituted > 0
     assert not torch.equal(ours, resident["olmoe"])
-    with opened(packs["olmoe"], None, Experts(misses=misses)) as model:
+    with opened(packs["olmoe"], None, ExpertOptions(misses=misses)) as model:
         assert torch.equal(logits(model), resident["olmoe"]), "nothing missing, nothing lost"
 
 
 def test_knobs() -> None:
-    assert parse_experts("") == Experts()
-    assert parse_experts("lru, prefetch=score:0.2") == Experts("lru", "score:0.2")
+    assert parse_experts("") == ExpertOptions()
+    assert parse_experts("lru, prefetch=score:0.2") == ExpertOptions("lru", "score:0.2")
     assert parse_experts("misses=drop:0.2").is_lossy
     assert parse_experts("misses=copy:int4:0.2").copies == "int4"
     assert parse_experts("misses=copy:int4").is_lossy

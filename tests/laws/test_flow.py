@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outsize.draft.auto import AutoDraft, Habits
+from outsize.draft.auto import AutoDraft, DraftStats
 from outsize.draft.drafter import Draft, Drafter
 from outsize.draft.ngram import NgramDraft
 from outsize.draft.none import NoDraft
@@ -17,7 +17,7 @@ from outsize.draft.verify import Check, reject, rejecting, verify
 from outsize.engine import decode as flow
 from outsize.forward.span import Out, Span
 from outsize.options import Options
-from outsize.sampling.probs import Chances
+from outsize.sampling.probs import Probs
 from outsize.sampling.sample import Sampler
 
 VOCAB = 7
@@ -71,7 +71,7 @@ def test_any_drafter_gives_the_tokens_of_none(
     options = Options(max_tokens=25, temperature=temperature, top_k=0, top_p=1.0, min_p=0.0)
     ends = frozenset({4}) if ending else frozenset[int]()
     plain = play(NoDraft(), options, seed, ends)
-    for drafter in (Script(drafts), NgramDraft(4), AutoDraft(Habits())):
+    for drafter in (Script(drafts), NgramDraft(4), AutoDraft(DraftStats())):
         drafted = play(drafter, options, seed, ends)
         assert drafted.tokens == plain.tokens
         assert drafted.finish == plain.finish
@@ -125,7 +125,7 @@ class Guesser(NoDraft):
     def __init__(self, sampler: Sampler, world: World) -> None:
         noise = torch.Generator().manual_seed(7)
         self.table = world.table + torch.randn(world.table.shape, generator=noise)
-        self.sampler, self.drawn_from = sampler, list[Chances]()
+        self.sampler, self.drawn_from = sampler, list[Probs]()
 
     def propose(self, tokens: Sequence[int], most: int) -> Draft:
         known, self.drawn_from = list(tokens), []

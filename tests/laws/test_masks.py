@@ -19,10 +19,10 @@ from outsize.adapt.mtp.losses import (
     mask_rows,
     ordinary,
 )
-from outsize.adapt.trainable import Twin
+from outsize.adapt.trainable import TrainableModel
 from outsize.draft.drafter import Drafter
 from outsize.draft.load import mask_model
-from outsize.draft.mtp import MaskDraft
+from outsize.draft.mtp import MtpDraft
 from outsize.draft.none import NoDraft
 from outsize.engine import decode as flow
 from outsize.engine.model import Model
@@ -46,7 +46,7 @@ def test_interleaved_masks_equal_separate_ones(
 ) -> None:
     """All anchors at once, and each alone after its own prefix: the same states to 1e-9 in fp64."""
     model = open_tiny(family, "fp32")
-    twin = Twin(model.pack, torch.device("cpu"), torch.float64, silent)
+    twin = TrainableModel(model.pack, torch.device("cpu"), torch.float64, silent)
     parameters = random_parameters(model, RECIPE)
     added, masks = deltas(parameters, SCALE), parameters["masks"]
     whole = Example(tiny.TOKENS[:14], 4)
@@ -70,7 +70,7 @@ def test_the_engine_runs_masks_as_training_did(
     """Masks' states in a step equal the training layout's."""
     encoding = "bf16" if native else "fp32"
     model = open_tiny(family, encoding, native)
-    twin = Twin(model.pack, torch.device("cpu"), torch.float32, silent)
+    twin = TrainableModel(model.pack, torch.device("cpu"), torch.float32, silent)
     parameters = random_parameters(model, RECIPE)
     factors = deltas(parameters, SCALE).factors
     adapter = Adapter("test", model.pack.description, factors, SCALE)
@@ -121,7 +121,7 @@ def test_kept_keys_and_values_are_a_plain_runs(
     masks = mask_model(
         write_masks(model, tmp_path / "m.safetensors"), 0, model.pack, model.transformer
     )
-    kept = [run(model, drafter) for drafter in (NoDraft(), MaskDraft(masks, 3, layout))]
+    kept = [run(model, drafter) for drafter in (NoDraft(), MtpDraft(masks, 3, layout))]
     assert kept[0][0] == kept[1][0]
     for plain, drafted in zip(kept[0][1], kept[1][1], strict=True):
         size = min(plain.shape[1], drafted.shape[1])

@@ -41,7 +41,7 @@ def routed_alike(first: Model, second: Model) -> Iterator[None]:
     """The second model's experts are those that the first chose: a near tie would send a token to another
     expert, and all after it would differ. (Dense models have no routers.)"""
     saved = []
-    for a, b in zip(first.transformer.parts, second.transformer.parts, strict=True):
+    for a, b in zip(first.transformer.paged_layers, second.transformer.paged_layers, strict=True):
         if not isinstance(a.held, Mixture) or not isinstance(b.held, Mixture):
             continue
         chosen: list[tuple[Tensor, Tensor]] = []

@@ -116,14 +116,14 @@ def test_a_lent_ring_is_right_whenever_it_goes(made: Fixture) -> None:
     for turn in range(40):
         if turn % 3 == 0:
             cached.borrow()
-            assert len(cached.ledger.ahead) <= 6
+            assert len(cached.slot_table.ahead) <= 6
         for i in range(COUNT)[: turn % COUNT + 1]:
             assert same(cached.fetch([i])[0], resident.fetch([i])[0])
             cached.release()
         if turn % 3 == 1:
             assert cached.give_back() == 4 * table.header.stride
             assert cached.give_back() == 0
-            assert set(cached.ledger.slot_of.values()) <= {0, 1, 2}
+            assert set(cached.slot_table.slot_of.values()) <= {0, 1, 2}
 
 
 def test_unpinning_frees_and_stays_right(made: Fixture) -> None:

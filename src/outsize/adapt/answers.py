@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from outsize.adapt.trainable import Rows, Stored, Twin
+from outsize.adapt.trainable import Rows, Stored, TrainableModel
 
 
 @torch.no_grad()
 def answer(
-    twin: Twin,
+    twin: TrainableModel,
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     ends: frozenset[int],
@@ -44,7 +44,7 @@ def answer(
 
 
 def _step(
-    twin: Twin, ids_BT: Tensor, pad_B: Tensor, stored: list[Stored] | None
+    twin: TrainableModel, ids_BT: Tensor, pad_B: Tensor, stored: list[Stored] | None
 ) -> tuple[Tensor, list[Stored]]:
     """Padding shifts a sequence's positions, which rotary attention does not see."""
     before = 0 if stored is None else stored[0][0].shape[2]
@@ -71,7 +71,7 @@ def _choose(logits_BV: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def in_batches(
-    twin: Twin,
+    twin: TrainableModel,
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     ends: frozenset[int],

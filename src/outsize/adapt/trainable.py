@@ -22,7 +22,7 @@ from outsize.model.sublayer import vector
 from outsize.model_config import Description, Rope
 from outsize.pack.format import Pack
 from outsize.progress import Progress
-from outsize.storage.stats import Traffic
+from outsize.storage.stats import IOStats
 from outsize.storage.table import Weight, Weights
 from outsize.weights.load import load
 from outsize.weights.rows import RowTable
@@ -55,7 +55,7 @@ class Rows(NamedTuple):
     allow_BTS: Tensor
 
 
-class Twin:
+class TrainableModel:
     """The network. `dtype` is what enters a matmul; the residual stream is fp32 (fp64 in fp64)."""
 
     def __init__(
@@ -68,7 +68,7 @@ class Twin:
             )
         self.description, self.device, self.dtype = d, device, dtype
         self.residual = torch.float64 if dtype == torch.float64 else torch.float32
-        loaded = load(pack, None, Traffic(), progress)
+        loaded = load(pack, None, IOStats(), progress)
         try:
             self.embed_VD = self._table(loaded.embed, d)
             tied = loaded.head is loaded.embed

@@ -21,7 +21,7 @@ from outsize.engine.model import Model
 from outsize.errors import OptionError, SourceError
 from outsize.forward.full import full, hidden
 from outsize.forward.span import Span
-from outsize.plan.wishes import Wishes
+from outsize.plan.load_options import LoadOptions
 
 ROWS = 64  # positions compared at once: logits of a large vocabulary are big
 
@@ -111,8 +111,8 @@ def _stepwise(
     return kl, agree
 
 
-def _open(name: str, wishes: Wishes) -> Model:
-    w = wishes
+def _open(name: str, load_options: LoadOptions) -> Model:
+    w = load_options
     return loading.load(
         name, encoding=w.encoding, native=w.native, quiet=w.quiet, defaults=w.defaults
     )
@@ -128,10 +128,10 @@ def _read(path: Path) -> str:
         raise OptionError(f"cannot read the text {path}: {e}; UTF-8 is expected") from None
 
 
-def show(name: str, text: Path, num: int, wishes: Wishes) -> None:
+def show(name: str, text: Path, num: int, load_options: LoadOptions) -> None:
     """Print a table and one JSON object."""
     said = _read(text)
-    with _open(name, wishes) as model:
+    with _open(name, load_options) as model:
         tokens = model.tokens.encode(said, start=True)[:num]
         if len(tokens) < 32:
             raise OptionError(f"{text} has {len(tokens)} tokens; at least 32 are needed")
@@ -146,14 +146,14 @@ def show(name: str, text: Path, num: int, wishes: Wishes) -> None:
 
 
 def show_tasks(
-    name: str, tasks: list[str], limit: int | None, include: Path | None, wishes: Wishes
+    name: str, tasks: list[str], limit: int | None, include: Path | None, load_options: LoadOptions
 ) -> None:
     """Run lm-eval tasks on a pack; one JSON object last."""
     lm_eval, harness = _need("lm_eval"), _need("outsize.bench.lm_eval")
     manager = _need("lm_eval.tasks").TaskManager(
         include_path=None if include is None else str(include)
     )
-    with _open(name, wishes) as model:
+    with _open(name, load_options) as model:
         result = lm_eval.simple_evaluate(
             model=harness.Harness(model), tasks=tasks, limit=limit, task_manager=manager
         )

@@ -21,8 +21,8 @@ from outsize.checkpoint.bounded import text_lines
 from outsize.checkpoint.read_json import loads
 from outsize.engine import load as loading
 from outsize.errors import OptionError
+from outsize.plan.load_options import LoadOptions
 from outsize.plan.warmup import runtime_bytes
-from outsize.plan.wishes import Wishes
 from outsize.progress import steps
 from outsize.system import memory as budget
 
@@ -204,14 +204,14 @@ def memory_for(model: str, wanted: Wanted) -> str:
     """The least budget in which the wanted share of the weights is held: plans tell, tried by halves."""
     if not wanted.by_share:
         return wanted.memory
-    wishes = Wishes(context=wanted.context, draft=wanted.draft, quiet=True)
-    runtime = runtime_bytes(loading.compiled(wishes))
-    outline, placed = loading.foresee(model, wishes, budget.parse("auto"), runtime)
+    load_options = LoadOptions(context=wanted.context, draft=wanted.draft, quiet=True)
+    runtime = runtime_bytes(loading.compiled(load_options))
+    outline, placed = loading.foresee(model, load_options, budget.parse("auto"), runtime)
     low, high = placed.least, placed.planned
     tokenizer = placed.fixed["tokenizer"]
     while high - low > STEP:
         middle = (low + high) // 2
-        made = wishes.place(outline, middle, runtime, tokenizer)
+        made = load_options.place(outline, middle, runtime, tokenizer)
         enough = made.streamed <= (1 - wanted.held) * outline.size
         low, high = (low, middle) if enough else (middle, high)
     return str(high)

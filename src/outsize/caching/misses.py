@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from outsize.errors import OptionError
-from outsize.storage.stats import Traffic
+from outsize.storage.stats import IOStats
 
 Scored = Sequence[tuple[int, float]]  # (id, weight)
 Instead = Sequence[int | None]  # for each of them: itself, another, ~id for its copy, or none
@@ -22,7 +22,7 @@ class Missing(Protocol):
         ...
 
 
-def count(traffic: Traffic, wanted: Sequence[int], instead: Instead) -> None:
+def count(traffic: IOStats, wanted: Sequence[int], instead: Instead) -> None:
     """Account for what was left out or replaced."""
     traffic.dropped += sum(i is None for i in instead)
     traffic.copied += sum(i is not None and i < 0 for i in instead)

@@ -11,15 +11,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from outsize.caching.policy import Placed, Policy
 from outsize.errors import CapacityError
-from outsize.storage.stats import Traffic
+from outsize.storage.stats import IOStats
 
 Load = tuple[int, int]  # id, slot
 
 
-class Ledger:
+class SlotTable:
     """A policy, and the account of what it does. `size`: bytes of a record."""
 
-    def __init__(self, policy: Policy, traffic: Traffic, size: int, leases: bool = True) -> None:
+    def __init__(self, policy: Policy, traffic: IOStats, size: int, leases: bool = True) -> None:
         """`leases` False: what is asked for together does not protect each other. For replays only."""
         self.policy, self.traffic, self._size, self._leases = policy, traffic, size, leases
         self.slot_of: dict[int, int] = {}

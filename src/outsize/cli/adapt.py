@@ -63,7 +63,7 @@ def masks(
         k=k, rank=rank, steps=num_steps, batch=batch, anchors=anchors, rate=rate, length=length,
         seed=seed,
     )  # fmt: skip
-    wish = adapting.Wish(
+    wish = adapting.TrainOptions(
         model, tuple(data), output, own_answers, max_tokens, at_once, every, resume, device, quiet
     )
     adapting.masks(wish, recipe)

@@ -66,7 +66,7 @@ def quality(
 ) -> None:
     """Perplexity, KL divergence and top-1 agreement against transformers in fp32; lm-eval tasks."""
     from outsize.bench import quality as measure
-    from outsize.cli.run import wishes_of
+    from outsize.cli.run import load_options_of
 
     if (tasks is None) == (text is None):
         raise OptionError("give one of the two: --text FILE or --tasks NAMES")
@@ -76,11 +76,11 @@ def quality(
                 f"--{name} is for {'--text' if text is None else '--tasks'}; leave it out"
             )
     whole("tokens", tokens, 32, 1 << 24)
-    wishes = wishes_of(told(ctx), "auto", None, encoding, "first", False, native, quiet)
+    load_options = load_options_of(told(ctx), "auto", None, encoding, "first", False, native, quiet)
     if text is not None:
-        measure.show(model, text, tokens, wishes)
+        measure.show(model, text, tokens, load_options)
     else:
-        measure.show_tasks(model, str(tasks).split(","), limit, include, wishes)
+        measure.show_tasks(model, str(tasks).split(","), limit, include, load_options)
 
 
 @app.command()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from outsize.cli import console
-from outsize.cli.run import How, interrupts, note, note_unanswered, open_model, show
+from outsize.cli.run import DisplayOptions, interrupts, note, note_unanswered, open_model, show
 from outsize.engine.conversation import Conversation, checked_overflow
 from outsize.engine.model import Model
 from outsize.engine.reply import Reply
@@ -24,7 +24,7 @@ HELP = (
 )
 
 
-def chat(name: str, options: Options, how: How) -> None:
+def chat(name: str, options: Options, how: DisplayOptions) -> None:
     """Turns until /bye, Ctrl-D, or Ctrl-C at the prompt."""
     with open_model(name, how) as model:
         if model.pack.chat_template is None:
@@ -33,7 +33,7 @@ def chat(name: str, options: Options, how: How) -> None:
                 "use `outsize run` with a text to continue"
             )
         talk = Talk(model, options, how)
-        if sys.stdin.isatty() and not how.wishes.quiet:
+        if sys.stdin.isatty() and not how.load_options.quiet:
             note(f"{model.name}; {HELP}")
         with _history():
             while (line := _ask()) is not None:
@@ -74,7 +74,7 @@ def _history() -> Iterator[None]:
 class Talk:
     """A chat at the terminal."""
 
-    def __init__(self, model: Model, options: Options, how: How) -> None:
+    def __init__(self, model: Model, options: Options, how: DisplayOptions) -> None:
         self._how, self._model = how, model
         self._conversation = Conversation(model, options, how.overflow)
         self._replies: list[Reply] = []

@@ -72,7 +72,7 @@ ExpertsFlag = Annotated[
     str | None,
     option(
         "--experts",
-        text="How experts are cached: POLICY,prefetch=...,misses=...,routing=... (docs).",
+        text="DisplayOptions experts are cached: POLICY,prefetch=...,misses=...,routing=... (docs).",
     ),
 ]
 DraftFlag = Annotated[

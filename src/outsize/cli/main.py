@@ -78,11 +78,11 @@ def run(
     )  # fmt: skip
     given = told(ctx)
     options = terminal.readable(options, given)
-    wishes = terminal.wishes_of(
+    load_options = terminal.load_options_of(
         given, memory, context, encoding, verify, force, native, quiet, experts, draft
     )
-    how = terminal.How(
-        wishes, threads, as_json, verbose, tuple(adapter or ()), show_thinking, overflow
+    how = terminal.DisplayOptions(
+        load_options, threads, as_json, verbose, tuple(adapter or ()), show_thinking, overflow
     )
     name, prompt = terminal.understand(arguments or [], model)
     terminal.check_use(given, how, prompt is not None)
@@ -133,11 +133,11 @@ def chat(
         system, False, terminal.first_adapter(adapter), False, parse_arguments(template_arg or ()),
     )  # fmt: skip
     options = terminal.readable(options, told(ctx))
-    wishes = terminal.wishes_of(
+    load_options = terminal.load_options_of(
         told(ctx), memory, context, encoding, verify, force, native, quiet, experts, draft
     )
-    how = terminal.How(
-        wishes, threads, False, verbose, tuple(adapter or ()), show_thinking, overflow
+    how = terminal.DisplayOptions(
+        load_options, threads, False, verbose, tuple(adapter or ()), show_thinking, overflow
     )
     chat.chat(model or name or DEFAULT_MODEL, options, how)
 
@@ -172,7 +172,7 @@ def plan(
 
     loading.set_threads(threads)
     adapters = dict(terminal.named_adapters(adapter or ()))
-    wishes = terminal.wishes_of(
+    load_options = terminal.load_options_of(
         told(ctx),
         memory,
         context,
@@ -185,7 +185,7 @@ def plan(
         draft,
         adapters,
     )
-    planning.show(model, wishes, prompt_tokens, as_json, html, trace)
+    planning.show(model, load_options, prompt_tokens, as_json, html, trace)
 
 
 @app.command()
@@ -207,8 +207,8 @@ def trace(
     from outsize.cli import trace
 
     how = memory, context, "auto", "first", False, True, quiet, experts, "none"
-    wishes = terminal.wishes_of(told(ctx), *how)
-    trace.record(model, wishes, threads, prompts, output, max_tokens, raw)
+    load_options = terminal.load_options_of(told(ctx), *how)
+    trace.record(model, load_options, threads, prompts, output, max_tokens, raw)
 
 
 @app.command()
@@ -226,8 +226,8 @@ def pack(
     from outsize.cli import run as terminal
     from outsize.pack import fetch
 
-    wishes = terminal.wishes_of(told(ctx), "auto", None, encoding).of(model)
-    made = fetch.pack(model, encoding=wishes.encoding, quiet=quiet, refresh=refresh)
+    load_options = terminal.load_options_of(told(ctx), "auto", None, encoding).of(model)
+    made = fetch.pack(model, encoding=load_options.encoding, quiet=quiet, refresh=refresh)
     terminal.show_packs([made], as_json)
 
 

@@ -28,18 +28,18 @@ from outsize.pack.format import Pack
 from outsize.pack.leftovers import Leftover
 from outsize.pack.outline import Outline
 from outsize.plan import make as planning
+from outsize.plan.load_options import LoadOptions
 from outsize.plan.placement import Placement
-from outsize.plan.wishes import Wishes
 from outsize.report import plan_text
 from outsize.report.reply_text import summary
 from outsize.text.channels import REASONING, TEXT, Piece
 
 
 @dataclass(frozen=True, slots=True)
-class How:
-    """How to open a model and how to show what it does."""
+class DisplayOptions:
+    """DisplayOptions to open a model and how to show what it does."""
 
-    wishes: Wishes
+    load_options: LoadOptions
     threads: int | None
     as_json: bool
     verbose: bool
@@ -84,7 +84,7 @@ def readable(options: Options, told: Collection[str]) -> Options:
 CHAT_ONLY, PROMPT_ONLY = ("overflow",), ("raw", "special", "as_json")
 
 
-def check_use(told: Collection[str], how: How, prompt: bool) -> None:
+def check_use(told: Collection[str], how: DisplayOptions, prompt: bool) -> None:
     """Is each flag that was given of use for a prompt, or for a chat? Raises OptionError."""
     for name in CHAT_ONLY if prompt else PROMPT_ONLY:
         if name in told:
@@ -100,14 +100,16 @@ def check_use(told: Collection[str], how: How, prompt: bool) -> None:
         )
 
 
-def wishes_of(told: Collection[str], *wishes: Any) -> Wishes:
-    """Wishes, of which those that are not on the command line itself are defaults."""
-    return replace(Wishes(*wishes), defaults=frozenset({"encoding", "experts"} - set(told)))
+def load_options_of(told: Collection[str], *load_options: Any) -> LoadOptions:
+    """LoadOptions, of which those that are not on the command line itself are defaults."""
+    return replace(
+        LoadOptions(*load_options), defaults=frozenset({"encoding", "experts"} - set(told))
+    )
 
 
-def open_model(name: str, how: How) -> Model:
+def open_model(name: str, how: DisplayOptions) -> Model:
     checked_overflow(how.overflow)
-    started, w = time.perf_counter(), how.wishes
+    started, w = time.perf_counter(), how.load_options
     model = loading.load(
         name,
         memory=w.memory,
@@ -159,7 +161,7 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def answer(name: str, prompt: str, options: Options, how: How) -> None:
+def answer(name: str, prompt: str, options: Options, how: DisplayOptions) -> None:
     """One prompt, one reply."""
     with open_model(name, how) as model:
         streaming = model.stream_from(prompt, options)
@@ -169,7 +171,7 @@ def answer(name: str, prompt: str, options: Options, how: How) -> None:
         planning.learn(model, reply)
     if how.as_json:
         print(json.dumps(reply.to_json(), ensure_ascii=not console.is_unicode(sys.stdout)))
-    elif not how.wishes.quiet:
+    elif not how.load_options.quiet:
         note(summary(reply, planning.disk_rate()))
         note_unanswered(reply)
     if reply.finish == "cancelled":

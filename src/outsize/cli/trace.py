@@ -12,29 +12,36 @@ from outsize.engine import load as loading
 from outsize.errors import OptionError, UnsupportedError
 from outsize.log import say
 from outsize.pack.format import Pack
-from outsize.plan.wishes import Wishes
+from outsize.plan.load_options import LoadOptions
 from outsize.progress import bars
 
 
 def record(
-    name: str, wishes: Wishes, threads: int | None, prompts: Path, output: Path, new: int, raw: bool
+    name: str,
+    load_options: LoadOptions,
+    threads: int | None,
+    prompts: Path,
+    output: Path,
+    new: int,
+    raw: bool,
 ) -> None:
     """Answer every prompt and write the trace. Raises OptionError, UnsupportedError."""
     texts = _prompts(prompts)
     with open(output, "w", encoding="utf-8", newline="") as out:
         recorder = Recorder(out)
         with loading.load(
-            name, memory=wishes.memory, context=wishes.context, threads=threads, quiet=wishes.quiet,
-            experts=wishes.experts, defaults=wishes.defaults, recorder=recorder,
+            name, memory=load_options.memory, context=load_options.context, threads=threads,
+            quiet=load_options.quiet,
+            experts=load_options.experts, defaults=load_options.defaults, recorder=recorder,
             draft="none",  # a guess is not what was said
-        ) as model, bars(wishes.quiet) as progress:  # fmt: skip
+        ) as model, bars(load_options.quiet) as progress:  # fmt: skip
             out.write(_header(model.pack))
             out.write(",".join(COLUMNS) + "\n")
             for turn, text in enumerate(texts):
                 recorder.begin(turn)
                 model.generate(text, max_tokens=new, raw=raw)
                 progress("tracing", turn + 1, len(texts))
-    if not wishes.quiet:
+    if not load_options.quiet:
         say(f"wrote {output}: {len(texts)} prompts; replay it with `outsize bench cache {output}`")
 
 

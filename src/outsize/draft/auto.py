@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from outsize.draft.drafter import Draft
 from outsize.draft.loss import Loss
-from outsize.draft.mtp import Guess, MaskModel, block_of
+from outsize.draft.mtp import Guess, MtpModel, block_of
 from outsize.draft.ngram import Index
-from outsize.draft.step_time import Pace
+from outsize.draft.step_time import StepTimes
 from outsize.draft.union import Union
 from outsize.forward.span import Out
 
@@ -25,7 +25,7 @@ LEARN, DRIFT, HAND_ON = 0.1, 0.004, 0.3
 MARGIN = 1.01  # drafts must promise so much more than none
 TEXT_STEPS = (1, 2, 3, 5, 9, 17)  # tokens that agree, by which matches are told apart
 TEXT_PRIOR = (0.12, 0.25, 0.45, 0.65, 0.8, 0.92)
-# Chances that masks give, by which guesses are told apart.
+# Probs that masks give, by which guesses are told apart.
 SURE_STEPS = (0.0, 0.3, 0.5, 0.7, 0.85, 0.95)
 SURE_PRIOR = (0.2, 0.35, 0.55, 0.7, 0.85, 0.97)
 MASK_PRIOR = (0.65,)  # of masks' guesses, as long as none has been made
@@ -35,7 +35,7 @@ MOST = 15  # guesses: with the last known token, as many as run through kernels 
 
 
 class Rates:
-    """Chances that the next guess is right if those before were, by kind."""
+    """Probs that the next guess is right if those before were, by kind."""
 
     def __init__(self, prior: Sequence[float]) -> None:
         self._prior, self._now = tuple(prior), list(prior)
@@ -74,25 +74,25 @@ class Plan(NamedTuple):
     value: float = 0.0  # tokens a second, of all sequences that share the step
 
 
-class Habits:
+class DraftStats:
     """What a model's sequences hand on: how fast steps are, and which guesses were right."""
 
-    def __init__(self, masks: MaskModel | None = None, union: Union | None = None) -> None:
+    def __init__(self, masks: MtpModel | None = None, union: Union | None = None) -> None:
         """`union`: of a model with experts."""
-        self.pace, self.masks = Pace(union), masks
+        self.pace, self.masks = StepTimes(union), masks
         self.text, self.sure, self.masked = Rates(TEXT_PRIOR), Rates(SURE_PRIOR), Rates(MASK_PRIOR)
 
 
 class AutoDraft:
     """One sequence's drafter."""
 
-    def __init__(self, habits: Habits, others: int = 0) -> None:
+    def __init__(self, draft_stats: DraftStats, others: int = 0) -> None:
         """`others`: sequences that share the steps."""
-        self._habits, self._others = habits, others
-        self._pace, self._masks = habits.pace, habits.masks
+        self._habits, self._others = draft_stats, others
+        self._pace, self._masks = draft_stats.pace, draft_stats.masks
         self._index, self._guesses = Index(), tuple[Guess, ...]()
-        self._text, self._sure = habits.text.fresh(), habits.sure.fresh()
-        self._masked = habits.masked.fresh()  # of masks' guesses, however sure
+        self._text, self._sure = draft_stats.text.fresh(), draft_stats.sure.fresh()
+        self._masked = draft_stats.masked.fresh()  # of masks' guesses, however sure
         self._idle, self._patience = 0, PATIENCE  # steps without masks, and how many to let pass
         # Of the last draft: kinds of its guesses, whether the text's, rows.
         self._kinds, self._by_text, self._own = tuple[int, ...](), False, 1

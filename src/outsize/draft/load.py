@@ -13,14 +13,14 @@ from outsize.checkpoint import lora as adapters
 from outsize.checkpoint.bases import are_other
 from outsize.checkpoint.lora import AdapterFile, Factors
 from outsize.draft import mtp_head
-from outsize.draft.auto import MOST, AutoDraft, Habits
+from outsize.draft.auto import MOST, AutoDraft, DraftStats
 from outsize.draft.drafter import Drafter
 from outsize.draft.model import ModelDraft
-from outsize.draft.mtp import MaskDraft, MaskModel
+from outsize.draft.mtp import MtpDraft, MtpModel
 from outsize.draft.ngram import NgramDraft
 from outsize.draft.none import NoDraft
 from outsize.draft.spec import DraftSpec
-from outsize.draft.step_time import Pace
+from outsize.draft.step_time import StepTimes
 from outsize.draft.verify import Check, rejecting, verify
 from outsize.encoding.find import encoding
 from outsize.encoding.group import BLOCK
@@ -66,18 +66,18 @@ class Drafting:
     """Makes each sequence's drafter."""
 
     spec: DraftSpec
-    habits: Habits = field(default_factory=Habits)
+    draft_stats: DraftStats = field(default_factory=DraftStats)
     model: Model | None = None
 
     @property
-    def masks(self) -> MaskModel | None:
+    def masks(self) -> MtpModel | None:
         """The mask drafter, if there is one."""
-        return self.habits.masks
+        return self.draft_stats.masks
 
     @property
-    def pace(self) -> Pace | None:
+    def pace(self) -> StepTimes | None:
         """What is to be told how long steps take, if anything asks."""
-        return self.habits.pace if self.spec.kind == "auto" else None
+        return self.draft_stats.pace if self.spec.kind == "auto" else None
 
     def new(self, sampler: Sampler, others: int = 0) -> tuple[Drafter, Check]:
         """A drafter, and what checks its guesses; `others`: sequences that share its steps."""
@@ -85,12 +85,12 @@ class Drafting:
         if kind == "model":
             return self._smaller(sampler)
         if kind == "auto":
-            return AutoDraft(self.habits, others), verify
+            return AutoDraft(self.draft_stats, others), verify
         if kind == "ngram":
             return NgramDraft(k or 4), verify
         if kind == "masks":
             assert self.masks is not None
-            return MaskDraft(self.masks, k or self.masks.k, self.spec.layout), verify
+            return MtpDraft(self.masks, k or self.masks.k, self.spec.layout), verify
         return NoDraft(), verify
 
     def _smaller(self, sampler: Sampler) -> tuple[Drafter, Check]:
@@ -110,7 +110,7 @@ class Drafting:
         """A mask drafter reaches into the network it drafts for: a closed model keeps none of it."""
         if self.model is not None:
             self.model.close()
-        self.model, self.habits = None, Habits()
+        self.model, self.draft_stats = None, DraftStats()
 
 
 def mask_file(spec: DraftSpec, outline: Outline) -> Path | None:
@@ -185,12 +185,12 @@ def _checked_masks(
     return file, adapter, masks
 
 
-def mask_model(path: Path, k: int, pack: Pack, transformer: Transformer) -> MaskModel:
+def mask_model(path: Path, k: int, pack: Pack, transformer: Transformer) -> MtpModel:
     """Read and check a mask drafter. Raises AdapterError."""
     t, d = transformer, pack.description
     file, adapter, masks = _checked_masks(path, k, d, pack.source.sha256, pack.path.name)
     head = mtp_head.stages(_head(file, d), partial(_product, t.kernels))
-    return MaskModel(masks, adapter, head, t.likely, t.embed, t.head_rows)
+    return MtpModel(masks, adapter, head, t.likely, t.embed, t.head_rows)
 
 
 def _product(kernels: Kernels | None, weight: Tensor) -> mtp_head.Product:

@@ -12,7 +12,7 @@ from outsize.forward.full import full
 from outsize.forward.span import Out, Span
 from outsize.kv.kv import KV
 from outsize.model.transformer import Transformer
-from outsize.sampling.probs import Chances
+from outsize.sampling.probs import Probs
 from outsize.sampling.sample import Sampler
 
 
@@ -28,7 +28,7 @@ class ModelDraft:
         sampler: Sampler | None = None,
     ) -> None:
         self._model, self._kv, self._context, self._k = transformer, kv, context, k
-        self._sampler, self.drawn_from = sampler, list[Chances]()
+        self._sampler, self.drawn_from = sampler, list[Probs]()
         self._known: list[int] = []  # tokens whose keys and values it has
 
     def propose(self, tokens: Sequence[int], most: int) -> Draft:

@@ -34,7 +34,7 @@ class Guess(NamedTuple):
     chance: float
 
 
-class MaskModel:
+class MtpModel:
     """What training made: masks, additions, the sampler head. Shared by all sequences."""
 
     def __init__(
@@ -81,10 +81,10 @@ def block_of(draft: Draft, anchor: int, out: Out) -> Tensor | None:
     return out.masks_MD[at : at + depth]
 
 
-class MaskDraft:
+class MtpDraft:
     """Always all guesses that are ready."""
 
-    def __init__(self, model: MaskModel, k: int, layout: str) -> None:
+    def __init__(self, model: MtpModel, k: int, layout: str) -> None:
         self._model, self._k, self._layout = model, k, layout
         self._guesses: tuple[Guess, ...] = ()
 

@@ -27,7 +27,7 @@ PRIOR = np.array([[1.0, 1.0, 0.0], [1.0, 1.0 + FAR, 0.0], [1.0, 1.0, 1.0]])
 TERMS = ((0, 1, 2), (0, 1), (0, 2), (0,))  # of the plane, as many as come out positive
 
 
-class Pace:
+class StepTimes:
     """Least squares over (1, rows, masked) -> seconds of computing, the latest steps counting most."""
 
     def __init__(self, union: Union | None = None) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from outsize.draft.drafter import Draft
-from outsize.sampling.probs import Chances
+from outsize.sampling.probs import Probs
 from outsize.sampling.sample import Sampler
 
 Pick = Callable[[Tensor, Sequence[int]], int]  # logits (V,), tokens so far -> the next token
@@ -36,7 +36,7 @@ def verify(draft: Draft, logits_KV: Tensor, tokens: Sequence[int], pick: Pick) -
     return kept
 
 
-def rejecting(sampler: Sampler, drawn_from: Callable[[], Sequence[Chances]]) -> Check:
+def rejecting(sampler: Sampler, drawn_from: Callable[[], Sequence[Probs]]) -> Check:
     """`reject`, for a sequence whose drafter tells what its last guesses were drawn from."""
 
     def check(draft: Draft, logits_KV: Tensor, tokens: Sequence[int], pick: Pick) -> list[int]:
@@ -47,7 +47,7 @@ def rejecting(sampler: Sampler, drawn_from: Callable[[], Sequence[Chances]]) -> 
 
 def reject(
     draft: Draft,
-    drawn_from: Sequence[Chances],
+    drawn_from: Sequence[Probs],
     logits_KV: Tensor,
     tokens: Sequence[int],
     sampler: Sampler,
@@ -63,9 +63,9 @@ def reject(
     return [*known[len(tokens) :], last.draw(random)]
 
 
-def _more(ours: Chances, theirs: Chances) -> Chances:
+def _more(ours: Probs, theirs: Probs) -> Probs:
     """What is likelier by `ours` than by `theirs`, by how much."""
     dense = np.zeros(1 + max(int(ours.ids.max()), int(theirs.ids.max())))
     dense[theirs.ids] = theirs.weight / theirs.weight.sum()
     left = np.maximum(ours.weight / ours.weight.sum() - dense[ours.ids], 0.0)
-    return Chances(ours.ids, left) if left.any() else ours  # equal, but for rounding
+    return Probs(ours.ids, left) if left.any() else ours  # equal, but for rounding

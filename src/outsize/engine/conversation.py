@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from outsize.arguments import text as checked_text
 from outsize.engine.reply import Reply
 from outsize.errors import BusyError, ContextError, OptionError
-from outsize.kv.prefix import Past
+from outsize.kv.prefix import CachedPrefix
 from outsize.options import Options
 from outsize.text.channels import TEXT, Piece
 from outsize.text.template import Message
@@ -29,7 +29,7 @@ class Conversation:
         self.overflow = checked_overflow(overflow)
         self.messages: list[Message] = []
         self.dropped = 0  # messages that the last turn let go
-        self._past = Past(model.new_kv(model.context))
+        self._past = CachedPrefix(model.new_kv(model.context))
         self._streaming: Streaming | None = None
         self._cancelled = False
         self._open = _nothing()

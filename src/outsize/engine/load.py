@@ -15,7 +15,7 @@ import torch
 from outsize import arguments
 from outsize.checkpoint.tokenizer import lean
 from outsize.draft import load as drafting
-from outsize.draft.auto import Habits
+from outsize.draft.auto import DraftStats
 from outsize.draft.spec import DraftSpec, parse_draft
 from outsize.draft.union import Union
 from outsize.engine.model import Model
@@ -29,17 +29,17 @@ from outsize.pack import fetch
 from outsize.pack.format import TOKENIZER, Pack, damaged
 from outsize.pack.outline import Outline, of_pack
 from outsize.plan import probe
+from outsize.plan.load_options import LoadOptions
 from outsize.plan.place import place, tokenizer_bytes
 from outsize.plan.placement import Placement
 from outsize.plan.warmup import runtime_bytes
-from outsize.plan.wishes import Wishes
 from outsize.progress import bars
-from outsize.storage.stats import Traffic
+from outsize.storage.stats import IOStats
 from outsize.system import memory as budget
 from outsize.text.tokens import Tokens
 from outsize.weights import load as weights
 from outsize.weights.experts import Recorder
-from outsize.weights.spec import Experts, parse_experts
+from outsize.weights.spec import ExpertOptions, parse_experts
 
 LEAST_SHARE = 0.25  # of a tokenizer's estimated memory, that it takes in any case
 
@@ -75,7 +75,7 @@ def load(
     check_fork(source)
     set_threads(threads)
     files = _adapter_files(adapters)
-    wishes = Wishes(
+    load_options = LoadOptions(
         memory,
         context,
         encoding,
@@ -89,19 +89,25 @@ def load(
         threads,
         defaults,
     )
-    wishes.check()
-    wishes = wishes.of(source)
+    load_options.check()
+    load_options = load_options.of(source)
     for name, told in (("recorder", recorder), ("before", before)):
         arguments.function(name, told)
     size = budget.parse(memory)
-    found = fetch.find(source, wishes.encoding)
+    found = fetch.find(source, load_options.encoding)
     if found is None and (memory != "auto" or experts):
-        foresee(source, wishes, size, runtime_bytes(compiled(wishes)))
-    made = found or fetch.pack(source, encoding=wishes.encoding, quiet=quiet)
-    wishes = wishes.for_kind(made.path.name, made.description)
-    knobs = replace(parse_experts(wishes.experts or ""), recorder=recorder)
-    copies = fetch.pack(source, encoding=knobs.copies, quiet=quiet) if knobs.copies else None
-    return _open(Packs(made, wishes.smaller(), copies), wishes, size, knobs, before)
+        foresee(source, load_options, size, runtime_bytes(compiled(load_options)))
+    made = found or fetch.pack(source, encoding=load_options.encoding, quiet=quiet)
+    load_options = load_options.for_kind(made.path.name, made.description)
+    expert_options = replace(parse_experts(load_options.experts or ""), recorder=recorder)
+    copies = (
+        fetch.pack(source, encoding=expert_options.copies, quiet=quiet)
+        if expert_options.copies
+        else None
+    )
+    return _open(
+        Packs(made, load_options.smaller(), copies), load_options, size, expert_options, before
+    )
 
 
 def _adapter_files(told: object) -> dict[str, Path]:
@@ -119,23 +125,30 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(arguments.whole("threads", threads, 1, 1024))
 
 
-def foresee(model: str, wishes: Wishes, size: int, runtime: int) -> tuple[Outline, Placement]:
+def foresee(
+    model: str, load_options: LoadOptions, size: int, runtime: int
+) -> tuple[Outline, Placement]:
     """The plan from headers alone. Raises BudgetError."""
-    wishes = wishes.of(model)
-    outline = fetch.outline(model, wishes.encoding, wishes.quiet)
-    wishes = wishes.for_kind(outline.name, outline.description)
-    draft, encoding = parse_draft(wishes.draft), parse_experts(wishes.experts or "").copies
+    load_options = load_options.of(model)
+    outline = fetch.outline(model, load_options.encoding, load_options.quiet)
+    load_options = load_options.for_kind(outline.name, outline.description)
+    draft, encoding = (
+        parse_draft(load_options.draft),
+        parse_experts(load_options.experts or "").copies,
+    )
     drafting.check(draft, outline)
-    smaller = fetch.outline(draft.source, "auto", wishes.quiet) if draft.kind == "model" else None
-    copy = fetch.outline(model, encoding, wishes.quiet) if encoding else None
-    outline = wishes.with_all(outline, smaller, copy)
-    return outline, wishes.place(outline, size, runtime, tokenizer_bytes(outline))
+    smaller = (
+        fetch.outline(draft.source, "auto", load_options.quiet) if draft.kind == "model" else None
+    )
+    copy = fetch.outline(model, encoding, load_options.quiet) if encoding else None
+    outline = load_options.with_all(outline, smaller, copy)
+    return outline, load_options.place(outline, size, runtime, tokenizer_bytes(outline))
 
 
-def compiled(wishes: Wishes) -> Kernels | None:
+def compiled(load_options: LoadOptions) -> Kernels | None:
     """The compiled kernels, if they are wished for and can be had; what is wrong with them is said once."""
-    tell = silent if wishes.quiet else warn_once
-    return kernels(home() / "native", tell) if wishes.native else None
+    tell = silent if load_options.quiet else warn_once
+    return kernels(home() / "native", tell) if load_options.native else None
 
 
 class Packs(NamedTuple):
@@ -145,86 +158,92 @@ class Packs(NamedTuple):
     smaller: Pack | None = None
     copies: Pack | None = None
 
-    def outline(self, wishes: Wishes) -> Outline:
+    def outline(self, load_options: LoadOptions) -> Outline:
         smaller, copies = (None if p is None else of_pack(p) for p in (self.smaller, self.copies))
-        return wishes.with_all(of_pack(self.model), smaller, copies)
+        return load_options.with_all(of_pack(self.model), smaller, copies)
 
 
 def _open(
     packs: Packs,
-    wishes: Wishes,
+    load_options: LoadOptions,
     size: int,
-    knobs: Experts,
+    expert_options: ExpertOptions,
     tell: Callable[[Outline, Placement], None] | None,
 ) -> Model:
     """Plan, and refuse; then read: the tokenizer, adapters, the model that drafts, and at last the weights,
     so that what reading takes for a moment is there."""
-    made, native = packs.model, compiled(wishes)
+    made, native = packs.model, compiled(load_options)
     if packs.smaller is not None:
         drafting.same_vocabulary(made, packs.smaller)
-    outline, before = packs.outline(wishes), runtime_bytes(native)
+    outline, before = packs.outline(load_options), runtime_bytes(native)
     sure = int(LEAST_SHARE * tokenizer_bytes(outline))
-    wishes.place(outline, size, before, sure)  # refuses before anything is read
-    if not wishes.quiet:
+    load_options.place(outline, size, before, sure)  # refuses before anything is read
+    if not load_options.quiet:
         _warn_slow(made, native)
     found = tokens(made)
     budget.trim()
-    placement = wishes.place(outline, size, before, max(0, budget.resident() - before))
-    for note in placement.notes if not wishes.quiet else ():
+    placement = load_options.place(outline, size, before, max(0, budget.resident() - before))
+    for note in placement.notes if not load_options.quiet else ():
         warn(note)
-    if knobs.is_lossy and not wishes.quiet:
-        warn(f"{knobs.lossy} changes the model's answers; leave it out for the exact ones")
+    if expert_options.is_lossy and not load_options.quiet:
+        warn(f"{expert_options.lossy} changes the model's answers; leave it out for the exact ones")
     if tell is not None:
         tell(outline, placement)
-    known = {n: drafting.read_adapter(made, n, expanded(p)) for n, p in wishes.adapters.items()}
+    known = {
+        n: drafting.read_adapter(made, n, expanded(p)) for n, p in load_options.adapters.items()
+    }
     budget.trim()
     with ExitStack() as opened:
         smaller = None
         if packs.smaller is not None:
-            smaller = opened.enter_context(_draft_model(packs.smaller, wishes, placement, found))
-        with bars(wishes.quiet) as progress:
+            smaller = opened.enter_context(
+                _draft_model(packs.smaller, load_options, placement, found)
+            )
+        with bars(load_options.quiet) as progress:
             loaded = weights.load(
                 made,
                 native,
-                Traffic(),
+                IOStats(),
                 progress,
                 placement.shares,
-                wishes.verify,
-                knobs,
+                load_options.verify,
+                expert_options,
                 packs.copies,
             )
         opened.callback(loaded.close)
-        threads = wishes.kernel_threads(made, native)
+        threads = load_options.kernel_threads(made, native)
         transformer = Transformer(made.description, loaded, native, placement.ceiling, threads)
-        drafts = _drafting(made, wishes, placement, transformer, smaller)
+        drafts = _drafting(made, load_options, placement, transformer, smaller)
         opened.pop_all()
     model = Model(made, transformer, found, placement, drafts)
     model.adapters |= known
     return model
 
 
-def _draft_model(pack: Pack, wishes: Wishes, placement: Placement, found: Tokens) -> Model:
+def _draft_model(
+    pack: Pack, load_options: LoadOptions, placement: Placement, found: Tokens
+) -> Model:
     """The smaller model, held whole: the plan has a row for it. It drafts in tokens alone, and needs no
     tokenizer of its own."""
-    native, outline = compiled(wishes), of_pack(pack)
+    native, outline = compiled(load_options), of_pack(pack)
     context = min(placement.context, outline.description.context)
     own = place(outline, 1 << 62, 0, 0, context)
-    with bars(wishes.quiet) as progress:
-        loaded = weights.load(pack, native, Traffic(), progress, own.shares, wishes.verify)
-    threads = wishes.kernel_threads(pack, native)
+    with bars(load_options.quiet) as progress:
+        loaded = weights.load(pack, native, IOStats(), progress, own.shares, load_options.verify)
+    threads = load_options.kernel_threads(pack, native)
     transformer = Transformer(pack.description, loaded, native, None, threads)
     return Model(pack, transformer, found, own, drafting.Drafting(DraftSpec("none")))
 
 
 def _drafting(
     made: Pack,
-    wishes: Wishes,
+    load_options: LoadOptions,
     placement: Placement,
     transformer: Transformer,
     smaller: Model | None,
 ) -> drafting.Drafting:
     """What guesses ahead. Raises AdapterError, OptionError."""
-    asked, outline = parse_draft(wishes.draft), of_pack(made)
+    asked, outline = parse_draft(load_options.draft), of_pack(made)
     kind = placement.drafts
     spec = asked if asked.kind == kind else DraftSpec(kind)
     file = drafting.mask_file(spec, outline)
@@ -233,7 +252,7 @@ def _drafting(
         budget.trim()  # what making it took for a moment
     mixture = made.description.mixture
     union = None if mixture is None else Union(mixture.count, mixture.used)
-    return drafting.Drafting(spec if kind == "none" else asked, Habits(masks, union), smaller)
+    return drafting.Drafting(spec if kind == "none" else asked, DraftStats(masks, union), smaller)
 
 
 def _warn_slow(made: Pack, native: Kernels | None) -> None:

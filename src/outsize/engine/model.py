@@ -24,7 +24,7 @@ from outsize.engine.stream import Streaming
 from outsize.engine.turns import Turns
 from outsize.errors import ContextError, OptionError
 from outsize.kv.kv import KV
-from outsize.kv.prefix import Past
+from outsize.kv.prefix import CachedPrefix
 from outsize.log import warn
 from outsize.model.lora import Adapter
 from outsize.model.transformer import Transformer
@@ -32,7 +32,7 @@ from outsize.options import Changes, Options
 from outsize.pack.format import Pack
 from outsize.plan.placement import Placement
 from outsize.sampling.sample import Sampler, of_each, seeded
-from outsize.storage.stats import Traffic
+from outsize.storage.stats import IOStats
 from outsize.system import memory as budget
 from outsize.text.channels import PLAIN, format_of
 from outsize.text.detokenize import Stream
@@ -170,7 +170,9 @@ class Model:
         self.tokens.check(tokens)
         return self._turns.take(partial(scored, self.transformer, tokens))
 
-    def stream_from(self, prompt: Prompt, options: Options, past: Past | None = None) -> Streaming:
+    def stream_from(
+        self, prompt: Prompt, options: Options, past: CachedPrefix | None = None
+    ) -> Streaming:
         started, options = time.perf_counter(), seeded(options)
         options.check_adapters(1)
         (ids,) = self._encode([prompt], options)
@@ -193,7 +195,7 @@ class Model:
             )
         self.tokens.check(tokens)
 
-    def start(self, ids: list[int], options: Options, past: Past | None = None) -> Run:
+    def start(self, ids: list[int], options: Options, past: CachedPrefix | None = None) -> Run:
         self._check_room([*ids, 0] if ids else ids)
         limit = self._limit(ids, options)
         stops = [self.tokens.control(stop) for stop in options.stop]
@@ -271,7 +273,7 @@ class Model:
     def counts(self) -> Counts:
         """What has been read and waited for so far."""
         loaded = self.transformer.loaded
-        traffic = loaded.traffic + loaded.expert_traffic, loaded.expert_traffic + Traffic()
+        traffic = loaded.traffic + loaded.expert_traffic, loaded.expert_traffic + IOStats()
         return Counts(*traffic, *self.transformer.steps)
 
     @property
@@ -281,7 +283,7 @@ class Model:
         return loaded.traffic.bytes_read + loaded.expert_traffic.bytes_read
 
     @property
-    def traffic(self) -> Traffic:
+    def traffic(self) -> IOStats:
         """What has been asked for and read so far. Raises ClosedError."""
         return self.counts().total
 

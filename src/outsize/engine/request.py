@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from outsize.engine import decode as flow
 from outsize.kv.kv import KV
-from outsize.storage.stats import Traffic
+from outsize.storage.stats import IOStats
 from outsize.text.detokenize import Stream
 
 
@@ -56,9 +56,9 @@ class Run:
 
 
 class Counts(NamedTuple):
-    """Traffic at one moment: of all weights, and of experts alone."""
+    """IOStats at one moment: of all weights, and of experts alone."""
 
-    total: Traffic
-    experts: Traffic
+    total: IOStats
+    experts: IOStats
     steps: int = 0
     threads: int = 0  # over all steps

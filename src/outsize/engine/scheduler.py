@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Sequence
 
-from outsize.draft.step_time import Pace
+from outsize.draft.step_time import StepTimes
 from outsize.forward.full import full, is_narrow
 from outsize.forward.span import Out, Span
 from outsize.kv.kv import KV
@@ -15,7 +15,7 @@ Flow = Generator[Span, Out, None]
 
 
 def drive(
-    model: Transformer, flows: Sequence[Flow], kvs: Sequence[KV], pace: Pace | None = None
+    model: Transformer, flows: Sequence[Flow], kvs: Sequence[KV], pace: StepTimes | None = None
 ) -> Iterator[None]:
     """Run flows to their ends, yielding after each step. A finished flow leaves the batch. `pace` is told
     how long steps took that had no prompt to run."""

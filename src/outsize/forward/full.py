@@ -91,7 +91,7 @@ def _added(segments: Sequence[Segment], spans: Sequence[Span]) -> Iterator[tuple
 def _run(model: Transformer, h_TD: Tensor, steps: Sequence[tuple[slice, Step]]) -> None:
     chunks = [(h_TD[rows], step) for rows, step in steps]
     is_long = any(step.wide for _, step in steps)
-    for part in model.parts:
+    for part in model.paged_layers:
         part(chunks)
         if is_long:
             model.tidy()

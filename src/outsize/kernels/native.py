@@ -52,7 +52,7 @@ class AttentionSpec:
         self.pointer = ctypes.addressof(self.struct)
 
 
-class Reach(NamedTuple):
+class AttentionSpan(NamedTuple):
     """One row of attention: where its entry goes, and what it sees: entries [first, seen), and its own
     block [start, slot], which is empty for ordinary rows."""
 
@@ -67,10 +67,10 @@ class Reach(NamedTuple):
         return chunks + (self.start <= self.slot)
 
 
-class ReachTable:
+class AttentionTable:
     """The rows of a step, as attend.c wants them; `store` says where each sequence's entries are."""
 
-    def __init__(self, rows: Sequence[Sequence[Reach]]) -> None:
+    def __init__(self, rows: Sequence[Sequence[AttentionSpan]]) -> None:
         """`rows`: of each sequence."""
         flat = [(0, r.slot, 0, r.first, r.seen, r.start) for part in rows for r in part]
         self._cells = np.array(flat, dtype=np.int64)
@@ -185,7 +185,7 @@ class Kernels:
         return out
 
     def attend(
-        self, spec: AttentionSpec, qkv: Tensor, turns_TE: Tensor, rows: ReachTable
+        self, spec: AttentionSpec, qkv: Tensor, turns_TE: Tensor, rows: AttentionTable
     ) -> Tensor:
         """(T, H*E). Fills each row's entry."""
         num_heads, num_kv, head_dim = spec.heads

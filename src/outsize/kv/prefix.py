@@ -9,7 +9,7 @@ from outsize.kv.kv import KV
 
 
 @dataclass(slots=True)
-class Past:
+class CachedPrefix:
     """A cache and the tokens it was computed from."""
 
     kv: KV

@@ -9,18 +9,18 @@ from torch import Tensor
 
 from outsize.model.ffn.experts import Mixture, Router
 from outsize.model.step import Step
-from outsize.model.sublayer import Runs
+from outsize.model.sublayer import Runnable
 from outsize.storage.table import Weights
 from outsize.weights.load import Source
 
 
-class Part:
+class PagedLayer:
     """A half whose weights are held in memory, and then built once, or fetched at each use."""
 
-    def __init__(self, make: Callable[[Weights], Runs], source: Source) -> None:
+    def __init__(self, make: Callable[[Weights], Runnable], source: Source) -> None:
         self._make, self.source = make, source
         self._half = None if source.pinned is None else make(source.pinned)
-        self._built: dict[int, tuple[Weights, Runs]] = {}
+        self._built: dict[int, tuple[Weights, Runnable]] = {}
 
     @property
     def is_held(self) -> bool:
@@ -35,11 +35,11 @@ class Part:
             self._in_slot(weights).run(chunks)
 
     @property
-    def held(self) -> Runs | None:
+    def held(self) -> Runnable | None:
         """What was built once, if its weights are held."""
         return self._half
 
-    def _in_slot(self, weights: Weights) -> Runs:
+    def _in_slot(self, weights: Weights) -> Runnable:
         """The half built over a slot's views. The same record in the same slot needs no new one."""
         found = self._built.get(id(weights))
         if found is None:
@@ -52,10 +52,10 @@ class Part:
         return self.source.unpin()
 
 
-def link(parts: Sequence[Part]) -> None:
+def link(parts: Sequence[PagedLayer]) -> None:
     """Each layer of experts may ask the next one's router, where that is in memory."""
 
-    def router(part: Part) -> Router | None:
+    def router(part: PagedLayer) -> Router | None:
         return part.held.router if isinstance(part.held, Mixture) else None
 
     for i, part in enumerate(parts):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from outsize.kernels.native import Kernels, Reach, ReachTable
+from outsize.kernels.native import AttentionSpan, AttentionTable, Kernels
 from outsize.kv.kv import KV
 from outsize.model.lora import Adapter
 from outsize.model_config import Rope
@@ -37,18 +37,18 @@ class Segment:
         masks = [self.positions[a] + j + 1 for a in self.anchors for j in range(self.depth)]
         return [*self.positions, *masks]
 
-    def reaches(self, start: int, window: int | None) -> list[Reach]:
+    def reaches(self, start: int, window: int | None) -> list[AttentionSpan]:
         """What each row sees, if its tokens' entries go to slots from `start` on, and masks' behind them."""
         far = window or 1 << 60
         out = []
         for slot in range(start, start + len(self.positions)):
-            out.append(Reach(slot, max(0, slot + 1 - far), slot + 1, slot + 1))
+            out.append(AttentionSpan(slot, max(0, slot + 1 - far), slot + 1, slot + 1))
         block = start + len(self.positions)
         for a in self.anchors:
             seen = start + a + 1
             for j in range(self.depth):
                 first = min(seen - 1, max(0, seen + j + 1 - far))
-                out.append(Reach(block + j, first, seen, block))
+                out.append(AttentionSpan(block + j, first, seen, block))
             block += self.depth
         return out
 
@@ -63,15 +63,17 @@ class Step:
     wide: bool
     kernels: Kernels | None  # None: the plain path
     added: Sequence[tuple[slice, Adapter]] = ()
-    _tables: dict[object, ReachTable] = field(default_factory=dict)
+    _tables: dict[object, AttentionTable] = field(default_factory=dict)
 
-    def table(self, layer: int, window: int | None) -> ReachTable:
+    def table(self, layer: int, window: int | None) -> AttentionTable:
         """What each row sees in a layer, with room made for its entry. Layers alike share it."""
         found = [s.kv.reserve(layer, s.positions, s.num_masks) for s in self.segments]
         key = window, *(start for _, start in found)
         if key not in self._tables:
             pairs = zip(self.segments, found, strict=True)
-            self._tables[key] = ReachTable([s.reaches(start, window) for s, (_, start) in pairs])
+            self._tables[key] = AttentionTable(
+                [s.reaches(start, window) for s, (_, start) in pairs]
+            )
         table = self._tables[key]
         for number, (stored, _) in enumerate(found):
             table.store(number, stored)

@@ -19,7 +19,7 @@ from outsize.model.layers import Linear, RMSNorm, rotate
 from outsize.model.step import Segment, Step, gather
 from outsize.model_config import Description, Layer
 from outsize.storage.table import Weight, Weights
-from outsize.weights.experts import Bank
+from outsize.weights.experts import ExpertBank
 from outsize.weights.load import activation_type
 
 
@@ -110,7 +110,7 @@ def _whole_norms(d: Description, w: Weights) -> tuple[RMSNorm, ...]:
     return tuple(made)
 
 
-class Runs(Protocol):
+class Runnable(Protocol):
     """Half a layer."""
 
     def run(self, chunks: Sequence[tuple[Tensor, Step]]) -> None:
@@ -118,7 +118,7 @@ class Runs(Protocol):
         ...
 
 
-class Half:
+class SubLayer:
     """h += body(norm(h)): half a layer; some families norm the result, too."""
 
     def __init__(
@@ -135,19 +135,19 @@ class Half:
             self(h_TD, step)
 
 
-def attention_half(d: Description, index: int, w: Weights) -> Half:
+def attention_sublayer(d: Description, index: int, w: Weights) -> SubLayer:
     norm = RMSNorm(vector(w["attn_norm"]), d.norm_eps, activation_type(w["qkv"]))
-    return Half(norm, Attention(d, d.layers[index], index, w), _post(d, w, "attn_post_norm"))
+    return SubLayer(norm, Attention(d, d.layers[index], index, w), _post(d, w, "attn_post_norm"))
 
 
-def ffn_half(d: Description, index: int, w: Weights) -> Half:
+def ffn_sublayer(d: Description, index: int, w: Weights) -> SubLayer:
     norm = RMSNorm(vector(w["ffn_norm"]), d.norm_eps, activation_type(w["gate_up"]))
     biases = (vector(w["gate_up_bias"]), vector(w["down_bias"])) if d.mlp_bias else None
     dense = Dense(Linear(w["gate_up"]), Linear(w["down"]), d.activation, index, biases)
-    return Half(norm, dense, _post(d, w, "ffn_post_norm"))
+    return SubLayer(norm, dense, _post(d, w, "ffn_post_norm"))
 
 
-def mixture_half(d: Description, bank: Bank, w: Weights) -> Mixture:
+def mixture_sublayer(d: Description, bank: ExpertBank, w: Weights) -> Mixture:
     norm = RMSNorm(vector(w["ffn_norm"]), d.norm_eps, bank.activation_type)
     (router,) = w["router"]
     bias = vector(w["router_bias"]) if "router_bias" in w else None

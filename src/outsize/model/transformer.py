@@ -19,9 +19,9 @@ from outsize.kernels.threads import Threads
 from outsize.kv.kv import KV
 from outsize.model.layers import RMSNorm, turns
 from outsize.model.lora import Adapter
-from outsize.model.paged import Part, link
+from outsize.model.paged import PagedLayer, link
 from outsize.model.step import Segment, Step
-from outsize.model.sublayer import attention_half, ffn_half, mixture_half, vector
+from outsize.model.sublayer import attention_sublayer, ffn_sublayer, mixture_sublayer, vector
 from outsize.model_config import Description, Rope
 from outsize.system import memory as budget
 from outsize.weights.cached import Cached
@@ -47,17 +47,17 @@ class Transformer:
         self.description, self.loaded, self._ceiling = description, loaded, ceiling
         self._embed, self._head = loaded.embed, loaded.head
         self.dtype = loaded.activation_type
-        self.parts: list[Part] = []
+        self.paged_layers: list[PagedLayer] = []
         for i, (attn, ffn) in enumerate(loaded.layers):
-            self.parts.append(Part(partial(attention_half, description, i), attn))
+            self.paged_layers.append(PagedLayer(partial(attention_sublayer, description, i), attn))
             bank = loaded.banks[i] if loaded.banks else None
             make = (
-                partial(ffn_half, description, i)
+                partial(ffn_sublayer, description, i)
                 if bank is None
-                else partial(mixture_half, description, bank)
+                else partial(mixture_sublayer, description, bank)
             )
-            self.parts.append(Part(make, ffn))
-        link(self.parts[1::2])
+            self.paged_layers.append(PagedLayer(make, ffn))
+        link(self.paged_layers[1::2])
         norm = vector(loaded.final_norm["final_norm"])
         self._norm = RMSNorm(norm, description.norm_eps, torch.float32)
         self._ropes = description.ropes
@@ -67,13 +67,13 @@ class Transformer:
         self._lends, self._is_lent = any(cache.lends for cache in loaded.caches), False
 
     def _count_held(self) -> int:
-        return sum(part.is_held for part in self.parts)
+        return sum(part.is_held for part in self.paged_layers)
 
     def end_pass(self) -> None:
         """Parts held in memory are hits that nobody else sees; experts' policies count passes."""
         self.loaded.traffic.hits += self._num_held
         for cache in {bank.cache for bank in self.loaded.banks}:
-            cache.ledger.begin_pass()
+            cache.slot_table.begin_pass()
 
     def shrink(self, size: int) -> int:
         """Give up what was lent, and then held weights, until `size` bytes are free; the bytes of held ones.
@@ -107,7 +107,7 @@ class Transformer:
 
     def _shrink_parts(self, size: int) -> int:
         freed = 0
-        for part in reversed(self.parts):
+        for part in reversed(self.paged_layers):
             if freed >= size:
                 break
             freed += part.unpin() if part.is_held else 0
@@ -134,7 +134,7 @@ class Transformer:
     @property
     def giveable(self) -> int:
         """Bytes that shrinking could free."""
-        held = [part.source for part in self.parts if part.is_held]
+        held = [part.source for part in self.paged_layers if part.is_held]
         out = sum(s.residency.table.header.stride for s in held)
         whole = {
             s.residency for s in held if not s.residency.streams

@@ -107,7 +107,7 @@ def pack(
             _outline_on_hub(spec, encoding)
         path = _fetched(spec, scratch, quiet, progress)
         checkpoint = source.open_checkpoint(path)
-        how = write.How(spec.text, encoding, _grouped(), __version__)
+        how = write.PackOptions(spec.text, encoding, _grouped(), __version__)
         return write.write(checkpoint, how, folder, progress, warn, silent if quiet else say)
 
 

@@ -49,7 +49,7 @@ SLACK = 64 << 20  # bytes that a file system wants for itself
 
 
 @dataclass(frozen=True, slots=True)
-class How:
+class PackOptions:
     """What to write: the source as its user named it, the encoding asked for, whether our kernels
     for grouped encodings run here, and the version that writes."""
 
@@ -61,7 +61,7 @@ class How:
 
 def write(
     checkpoint: Checkpoint,
-    how: How,
+    how: PackOptions,
     home: Path,
     progress: Progress,
     warn: Callable[[str], None],
@@ -131,7 +131,11 @@ def _succeeds(new: Source, old: Source) -> bool:
 
 
 def _source(
-    checkpoint: Checkpoint, how: How, tables: Sequence[TablePlan], home: Path, progress: Progress
+    checkpoint: Checkpoint,
+    how: PackOptions,
+    tables: Sequence[TablePlan],
+    home: Path,
+    progress: Progress,
 ) -> Source:
     stats, beside = file_stats(checkpoint.files), checkpoint.sidecars
     digest = store.known_hash(home, stats) or hash_files(checkpoint.files, progress)

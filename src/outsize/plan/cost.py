@@ -21,7 +21,7 @@ from outsize.model.ffn.dense import Dense
 from outsize.model.ffn.experts import Router
 from outsize.model.layers import Linear, RMSNorm
 from outsize.model.step import Segment, Step
-from outsize.model.sublayer import attention_half, ffn_half
+from outsize.model.sublayer import attention_sublayer, ffn_sublayer
 from outsize.model.transformer import rotations
 from outsize.pack.format import Matrix, TableHeader
 from outsize.pack.outline import Outline
@@ -173,7 +173,7 @@ def measure(o: Outline, kernels: Kernels | None) -> Compute:
         if t.kind == "experts" or "router" in t.tensors:
             steps[t.name], chunks[t.name] = _expert_times(o, t, kernels, tokens)
         elif t.kind == "layers" and t.name != "final-0":
-            steps[t.name], chunks[t.name] = _half_times(o, t, kernels, tokens)
+            steps[t.name], chunks[t.name] = _sublayer_times(o, t, kernels, tokens)
         elif t.name == _head(o):
             steps[t.name] = _head_time(o, t, kernels)
     return Compute(steps, chunks, tokens)
@@ -191,12 +191,12 @@ def _random(t: TableHeader, kernels: Kernels | None) -> Mapping[str, tuple[Weigh
     return made
 
 
-def _half_times(
+def _sublayer_times(
     o: Outline, t: TableHeader, kernels: Kernels | None, tokens: int
 ) -> tuple[float, float]:
     d, dtype = o.description, activation_type(_first_matrix(t))
     made = dict(_random(t, kernels))
-    half = (attention_half if "qkv" in made else ffn_half)(d, t.keys[0], made)
+    half = (attention_sublayer if "qkv" in made else ffn_sublayer)(d, t.keys[0], made)
     plain = None if dtype == torch.float32 else kernels
     kv = KV(t.keys[0] + 1, d.num_kv_heads, d.head_dim, dtype)
     h_TD = torch.randn(tokens, d.width, dtype=torch.float32, device="cpu")

@@ -20,11 +20,11 @@ from outsize.plan import cost, machine
 from outsize.plan.cores import Watch
 from outsize.plan.cost import Cost
 from outsize.plan.hit_rates import PRIOR, recorded
+from outsize.plan.load_options import LoadOptions
 from outsize.plan.machine import Compute, Machine
 from outsize.plan.place import least_bytes, place, tokenizer_bytes
 from outsize.plan.placement import Placement
 from outsize.plan.warmup import runtime_bytes
-from outsize.plan.wishes import Wishes
 from outsize.report import plan_text
 from outsize.report.plan_page import page
 from outsize.system import memory as budget
@@ -60,20 +60,22 @@ class Plan:
         }
 
 
-def make(model: str, wishes: Wishes, prompt: int | None, trace: Path | None = None) -> Plan:
+def make(
+    model: str, load_options: LoadOptions, prompt: int | None, trace: Path | None = None
+) -> Plan:
     """Plan a run from headers alone; experts by what a recorded `trace` tells of them, if there is one.
     Raises BudgetError, TraceError and what finding a model raises."""
-    wishes.check()
-    native = loading.compiled(wishes)
-    size, runtime = budget.parse(wishes.memory), runtime_bytes(native)
-    outline, placed = loading.foresee(model, wishes, size, runtime)
+    load_options.check()
+    native = loading.compiled(load_options)
+    size, runtime = budget.parse(load_options.memory), runtime_bytes(native)
+    outline, placed = loading.foresee(model, load_options, size, runtime)
     folder = home()
-    here = machine.known(folder, silent if wishes.quiet else say)
+    here = machine.known(folder, silent if load_options.quiet else say)
     here, compute = _compute(outline, here, native, anew=True)
     prompt = _prompt(prompt, placed.context)
     rates = PRIOR
     if trace is not None:
-        eviction = parse_experts(wishes.experts or "").eviction
+        eviction = parse_experts(load_options.experts or "").eviction
         rates = recorded(read(trace), outline.description, eviction)
     predicted = cost.predict(outline, here, placed, compute, prompt, rates)
     tokenizer, curve = tokenizer_bytes(outline), []
@@ -118,7 +120,7 @@ def learn(model: Model, reply: Reply) -> None:
     if here is None:
         return
     outline, new = of_pack(model.pack), here
-    key = cost.key(outline) + ("" if loading.compiled(Wishes()) else "-plain")
+    key = cost.key(outline) + ("" if loading.compiled(LoadOptions()) else "-plain")
     bandwidth, is_plain = 0.0, not model.placement.streamed and not model.given_up
     if is_plain and not reply.drafted and reply.step_s > 0 and outline.description.mixture is None:
         read = outline.size - (0 if outline.description.tied else outline.table("embed").size)
@@ -143,7 +145,7 @@ def cost_if_known(
     here = here or machine.known(home(), say)
     if cost.key(outline) not in here.models and not placement.streamed:
         return None
-    here, compute = _compute(outline, here, loading.compiled(Wishes()))
+    here, compute = _compute(outline, here, loading.compiled(LoadOptions()))
     if disk_rate is not None:
         here = here.at_rate(disk_rate)
     return cost.predict(outline, here, placement, compute, min(prompt, placement.context))
@@ -157,7 +159,7 @@ def disk_rate() -> float | None:
 
 def show(
     model: str,
-    wishes: Wishes,
+    load_options: LoadOptions,
     prompt: int | None,
     as_json: bool,
     html: Path | None,
@@ -165,7 +167,7 @@ def show(
 ) -> None:
     """Print the plan; write the page."""
     try:
-        made = make(model, wishes, prompt, trace)
+        made = make(model, load_options, prompt, trace)
     except BudgetError as e:
         if not as_json:
             raise

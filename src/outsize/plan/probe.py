@@ -17,7 +17,7 @@ import torch
 
 from outsize.kernels.threads import affinity
 from outsize.plan.cores import Watch
-from outsize.storage.buffers import Arena
+from outsize.storage.buffers import BufferPool
 from outsize.storage.file import File
 from outsize.system.cgroups import quota
 
@@ -126,21 +126,23 @@ def disk_curve(
 
 def disk_rate(path: Path, size: int, threads: int, most: int = DISK_BYTES) -> float:
     """Bytes a second of reads of `size` bytes from a file's beginning, `most` bytes in all."""
-    medium = File(path)
-    count = max(1, min(most, medium.stamp()[0]) // size)
-    arena = Arena(threads, size)
+    backend = File(path)
+    count = max(1, min(most, backend.stamp()[0]) // size)
+    buffers = BufferPool(threads, size)
     for i in range(threads):
-        arena[i][0].fill_(1)  # the engine's buffers have their memory, too
+        buffers[i][0].fill_(1)  # the engine's buffers have their memory, too
     try:
         with ThreadPoolExecutor(threads) as pool:
-            turns = [(medium, arena[i][1], range(i, count, threads), size) for i in range(threads)]
+            turns = [
+                (backend, buffers[i][1], range(i, count, threads), size) for i in range(threads)
+            ]
             started = time.perf_counter()
             list(pool.map(lambda turn: _read(*turn), turns))
             return count * size / (time.perf_counter() - started)
     finally:
-        medium.close()
+        backend.close()
 
 
-def _read(medium: File, out: memoryview, indices: range, size: int) -> None:
+def _read(backend: File, out: memoryview, indices: range, size: int) -> None:
     for i in indices:
-        medium.read(out, i * size)
+        backend.read(out, i * size)

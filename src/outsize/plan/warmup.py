@@ -16,7 +16,7 @@ from outsize.encoding.find import encoding
 from outsize.kernels.native import Kernels
 from outsize.kv.kv import KV
 from outsize.model.step import Segment, Step
-from outsize.model.sublayer import Half, attention_half, ffn_half
+from outsize.model.sublayer import SubLayer, attention_sublayer, ffn_sublayer
 from outsize.model.transformer import rotations
 from outsize.model_config import Description, Layer, Rope
 from outsize.storage.table import Weight, Weights
@@ -49,11 +49,11 @@ def wake(kernels: Kernels | None) -> None:
         plain = name == "fp32"
         kv = KV(1, d.num_kv_heads, d.head_dim, torch.float32 if plain else torch.bfloat16)
         h_TD = torch.ones(TOKENS, WIDTH, dtype=torch.float32, device="cpu")
-        for half in (attention_half(d, 0, weights), ffn_half(d, 0, weights)):
+        for half in (attention_sublayer(d, 0, weights), ffn_sublayer(d, 0, weights)):
             _run(d, half, kv, h_TD, None if plain else kernels)
 
 
-def _run(d: Description, half: Half, kv: KV, h_TD: Tensor, kernels: Kernels | None) -> None:
+def _run(d: Description, half: SubLayer, kv: KV, h_TD: Tensor, kernels: Kernels | None) -> None:
     """A long span, then one token."""
     kv.truncate(0)
     for first, last in ((0, TOKENS), (TOKENS, TOKENS + 1)):

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class Chances(NamedTuple):
+class Probs(NamedTuple):
     """Tokens, and how likely each is, up to a factor; all others are impossible."""
 
     ids: NDArray[np.intp]

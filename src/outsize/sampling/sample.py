@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from outsize.options import Options
-from outsize.sampling.probs import Chances
+from outsize.sampling.probs import Probs
 
 PENALTY_REACH = 64
 Floats = NDArray[np.float64]
@@ -44,17 +44,17 @@ def keep_min_p(prob: Floats, p: float) -> Floats:
     return prob[: int(np.count_nonzero(prob >= p * prob[0]))]
 
 
-def chances(logits_V: Tensor, options: Options) -> Chances:
+def chances(logits_V: Tensor, options: Options) -> Probs:
     """Cut at temperature 1 (top-k, top-p, min-p), then heated or cooled; at 0 the likeliest token alone."""
     if options.temperature == 0:
-        return Chances(np.array([greedy(logits_V, ())]), np.ones(1))
+        return Probs(np.array([greedy(logits_V, ())]), np.ones(1))
     logits = logits_V.double().numpy()
     count = min(options.top_k or len(logits), len(logits))
     part = np.argpartition(-logits, count - 1)[:count]
     order = part[np.lexsort((part, -logits[part]))]  # ties by id, so that a seed is enough
     prob = np.exp(logits[order] - logits[order[0]])
     prob = keep_min_p(keep_top_p(keep_top_k(prob, options.top_k), options.top_p), options.min_p)
-    return Chances(order[: len(prob)], prob ** (1 / options.temperature))
+    return Probs(order[: len(prob)], prob ** (1 / options.temperature))
 
 
 class Sampler:
@@ -64,7 +64,7 @@ class Sampler:
         self._options = options
         self.random = np.random.Generator(np.random.PCG64(seed))
 
-    def chances(self, logits_V: Tensor, tokens: Sequence[int]) -> Chances:
+    def chances(self, logits_V: Tensor, tokens: Sequence[int]) -> Probs:
         return chances(self._penalized(logits_V, tokens), self._options)
 
     def __call__(self, logits_V: Tensor, tokens: Sequence[int]) -> int:

@@ -28,7 +28,7 @@ def huge_bytes(size: int) -> int:
     return -(-size // HUGE) * HUGE if size >= SMALL else size
 
 
-class Arena:
+class BufferPool:
     """`count` equal buffers side by side. Memory is taken when a buffer is first written."""
 
     def __init__(self, count: int, size: int) -> None:
@@ -65,4 +65,4 @@ class Arena:
 
 def buffer(size: int) -> tuple[Tensor, memoryview]:
     """One buffer. Its memory returns to the system when the tensor goes."""
-    return Arena(1, size)[0]
+    return BufferPool(1, size)[0]

@@ -15,7 +15,7 @@ PAGE = 4096
 REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
 
-class Medium(Protocol):
+class FileBackend(Protocol):
     """What a table reads from. Offsets, lengths and buffers are multiples of PAGE."""
 
     def read(self, out: memoryview, offset: int) -> int:

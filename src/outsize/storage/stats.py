@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 
 
 @dataclass(slots=True)
-class Traffic:
+class IOStats:
     """Of all tables of one model. Bytes and seconds."""
 
     bytes_read: int = 0
@@ -27,10 +27,10 @@ class Traffic:
     waited_s: float = 0.0  # the computation stood still for reads
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def __add__(self, other: Traffic) -> Traffic:
+    def __add__(self, other: IOStats) -> IOStats:
         return _traffic([x + y for x, y in zip(self.numbers(), other.numbers(), strict=True)])
 
-    def __sub__(self, other: Traffic) -> Traffic:
+    def __sub__(self, other: IOStats) -> IOStats:
         return _traffic([x - y for x, y in zip(self.numbers(), other.numbers(), strict=True)])
 
     def numbers(self) -> list[float]:
@@ -52,8 +52,8 @@ class Traffic:
             self.bytes_read += size
 
 
-def _traffic(numbers: list[float]) -> Traffic:
-    made = Traffic()
+def _traffic(numbers: list[float]) -> IOStats:
+    made = IOStats()
     for name, number in zip(made.to_json(), numbers, strict=True):
         setattr(made, name, number)
     return made

@@ -15,8 +15,8 @@ from outsize.errors import OptionError, PackError, ReadError
 from outsize.kernels.native import Kernels
 from outsize.kernels.structs import NativeMatrix
 from outsize.pack.format import Matrix, TableHeader, damaged, field_bytes
-from outsize.storage.file import PAGE, File, Medium
-from outsize.storage.stats import Traffic
+from outsize.storage.file import PAGE, File, FileBackend
+from outsize.storage.stats import IOStats
 
 VERIFY = ("first", "always", "never")
 RETRIES = 3
@@ -49,14 +49,14 @@ class Table:
         self,
         folder: Path,
         header: TableHeader,
-        traffic: Traffic,
+        traffic: IOStats,
         verify: str = "first",
-        medium: Medium | None = None,
+        backend: FileBackend | None = None,
     ) -> None:
         if verify not in VERIFY:
             raise OptionError(f"verify is {verify!r}; known are {', '.join(VERIFY)}")
         self.header, self.traffic, self.folder, self._verify = header, traffic, folder, verify
-        self._medium = medium or _opened(folder / header.file)
+        self._medium = backend or _opened(folder / header.file)
         self._stamp = self._medium.stamp()
         self._seen: set[int] = set()
 
@@ -68,11 +68,11 @@ class Table:
 
     @property
     def is_direct(self) -> bool:
-        """As a medium's."""
+        """As a backend's."""
         return self._medium.is_direct
 
     def handle(self) -> int | None:
-        """As a medium's."""
+        """As a backend's."""
         return self._medium.handle()
 
     def passed(self, index: int) -> None:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from outsize.caching.eviction.pin_and_ring import PinAndRing
 from outsize.caching.policy import Policy
-from outsize.caching.slots import Ledger, Load
+from outsize.caching.slots import Load, SlotTable
 from outsize.kernels.native import Kernels
-from outsize.storage.buffers import Arena
+from outsize.storage.buffers import BufferPool
 from outsize.storage.reader import Reader
 from outsize.storage.table import Table, Weights, views
 from outsize.storage.tickets import Ticket
@@ -39,7 +39,7 @@ class Cached:
         many as there are slots) are read ahead. `lent`: more slots, for the times between `borrow` and
         `give_back`. `anew` makes a policy as this one was, for `restore`."""
         self.table, self.traffic, self._reader = table, table.traffic, reader
-        self.ledger = Ledger(policy, table.traffic, table.header.stride)
+        self.slot_table = SlotTable(policy, table.traffic, table.header.stride)
         self._kernels, self._scan, self._depth = (
             kernels,
             sorted(scan),
@@ -51,10 +51,10 @@ class Cached:
             0,
         )  # slots that there are, and that were given up
         self._first = capacity - self._depth  # of the slots that are written over and over
-        self._arena = Arena(self._first, table.header.stride)
-        self._ring = Arena(self._depth, table.header.stride)
+        self._arena = BufferPool(self._first, table.header.stride)
+        self._ring = BufferPool(self._depth, table.header.stride)
         self._ring.settle()
-        self._lent, self._borrowed = Arena(lent, table.header.stride), range(0)
+        self._lent, self._borrowed = BufferPool(lent, table.header.stride), range(0)
         self._extra = range(capacity, capacity + lent)
         self._views: list[Weights | None] = [None] * (capacity + lent)
         self._tickets: dict[int, Ticket] = {}  # by slot, until settled
@@ -63,7 +63,7 @@ class Cached:
 
     def load(self, ids: Sequence[int], tick: Tick) -> dict[int, Weights]:
         """Fill slots at the beginning: many records in flight, none counted as a miss."""
-        placed = self.ledger.load(ids)
+        placed = self.slot_table.load(ids)
         self._read(placed.loads, True)
         for i in ids:
             self._settle(placed.slots[i])
@@ -95,25 +95,25 @@ class Cached:
 
     def expect(self, ids: Sequence[int], most: int) -> None:
         """Read ahead what a prefetcher wants."""
-        self._read(self.ledger.expect_some(ids, most), False)
+        self._read(self.slot_table.expect_some(ids, most), False)
 
     def give_up(self, ids: Sequence[int]) -> None:
         """These were read ahead in vain: those that nobody has begun to read are not read."""
-        slots = {i: self.ledger.slot_of[i] for i in ids}
+        slots = {i: self.slot_table.slot_of[i] for i in ids}
         waiting = {i: self._tickets.get(slot) for i, slot in slots.items()}
         begun = [i for i, ticket in waiting.items() if ticket is None or not ticket.cancel()]
-        self.ledger.give_up(ids, begun)
+        self.slot_table.give_up(ids, begun)
 
     def prefetch(self, ids: Sequence[int]) -> None:
-        ledger = self.ledger
-        missing = [i for i in dict.fromkeys(ids) if i not in ledger.slot_of]
-        for i in missing[: max(0, self._depth - len(ledger.held) - len(ledger.ahead))]:
-            if (load := ledger.expect(i)) is not None:
+        slot_table = self.slot_table
+        missing = [i for i in dict.fromkeys(ids) if i not in slot_table.slot_of]
+        for i in missing[: max(0, self._depth - len(slot_table.held) - len(slot_table.ahead))]:
+            if (load := slot_table.expect(i)) is not None:
                 self._read([load], False)
 
     def release(self) -> None:
-        last = self.ledger.held[-1:]
-        self.ledger.release()
+        last = self.slot_table.held[-1:]
+        self.slot_table.release()
         if self._scan and last:
             self.prefetch(self.following(last[0]))
 
@@ -128,11 +128,11 @@ class Cached:
 
     def unpin(self, id: int) -> int:
         """Let a pinned record pass like the others, from the next step on; the bytes this frees."""
-        assert isinstance(self.ledger.policy, PinAndRing)
-        self._whole.pop(self.ledger.slot_of[id], None)
+        assert isinstance(self.slot_table.policy, PinAndRing)
+        self._whole.pop(self.slot_table.slot_of[id], None)
         self._unpinned.append(id)
-        slot = self.ledger.policy.unpin(id)
-        self.ledger.forget(id)
+        slot = self.slot_table.policy.unpin(id)
+        self.slot_table.forget(id)
         self._scan = sorted([*self._scan, id])
         if slot is None:
             self._depth = 1
@@ -153,10 +153,10 @@ class Cached:
     def narrow(self, size: int, least: int) -> int:
         """Give up slots until `size` bytes are free, or `least` slots are left; the bytes this frees."""
         freed = 0
-        while freed < size and (found := self.ledger.policy.give_up(least)) is not None:
+        while freed < size and (found := self.slot_table.policy.give_up(least)) is not None:
             slot, id = found
             if id is not None:
-                self.ledger.forget(id)
+                self.slot_table.forget(id)
             if (ticket := self._tickets.pop(slot, None)) is not None and not ticket.cancel():
                 ticket.wait_quietly()
             self._whole.pop(slot, None)
@@ -189,9 +189,9 @@ class Cached:
     def borrow(self) -> None:
         """Read further ahead from now on, in memory that others do not need for a while."""
         if self.lends and not self._borrowed:
-            assert isinstance(self.ledger.policy, PinAndRing)
+            assert isinstance(self.slot_table.policy, PinAndRing)
             self._lent.settle()
-            self.ledger.policy.lengthen(self._extra)
+            self.slot_table.policy.lengthen(self._extra)
             self._borrowed, self._depth = self._extra, self._depth + len(self._extra)
 
     def give_back(self) -> int:
@@ -199,9 +199,9 @@ class Cached:
         slots, self._borrowed = self._borrowed, range(0)
         if not slots:
             return 0
-        assert isinstance(self.ledger.policy, PinAndRing)
-        for id in self.ledger.policy.shorten(slots):
-            self.ledger.forget(id)
+        assert isinstance(self.slot_table.policy, PinAndRing)
+        for id in self.slot_table.policy.shorten(slots):
+            self.slot_table.forget(id)
         for i, slot in enumerate(slots):
             if (ticket := self._tickets.pop(slot, None)) is not None and not ticket.cancel():
                 ticket.wait_quietly()
@@ -229,8 +229,8 @@ class Cached:
             if (given := policy.give_up(0)) is not None:
                 self._whole.pop(given[0], None)
                 self._return(given[0])
-        self.ledger = Ledger(policy, self.traffic, self.table.header.stride)
-        self.ledger.adopt({id: slot for slot, id in self._whole.items()})
+        self.slot_table = SlotTable(policy, self.traffic, self.table.header.stride)
+        self.slot_table.adopt({id: slot for slot, id in self._whole.items()})
         self._tickets, self._borrowed = {}, range(0)
         for i in range(len(self._extra)):
             self._lent.drop(i)
@@ -238,7 +238,7 @@ class Cached:
         self._depth = self._ring_size or len(self._unpinned[:1])
 
     def _ask(self, ids: Sequence[int]) -> dict[int, int]:
-        placed = self.ledger.demand(ids, self._is_there)
+        placed = self.slot_table.demand(ids, self._is_there)
         self._read(placed.loads, True)
         return placed.slots
 
@@ -270,14 +270,14 @@ class Cached:
         if ticket is None:
             return
         if ticket.is_done and ticket.error is not None:
-            ticket = self._tickets[slot] = self._submit(self.ledger.id_in[slot], slot, True)
+            ticket = self._tickets[slot] = self._submit(self.slot_table.id_in[slot], slot, True)
         if not ticket.is_done:
             started = time.perf_counter()
             ticket.promote()
             ticket.wait_quietly()
             self.traffic.waited_s += time.perf_counter() - started
         ticket.wait()
-        self._whole[slot] = self.ledger.id_in[slot]
+        self._whole[slot] = self.slot_table.id_in[slot]
         del self._tickets[slot]
 
     def _view(self, slot: int) -> Weights:

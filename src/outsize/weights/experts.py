@@ -21,7 +21,7 @@ Recorder = Callable[[int, Sequence[Sequence[int]], Sequence[Sequence[float]], Sc
 
 
 @dataclass(slots=True)
-class Handling:
+class ExpertHandling:
     """How experts are cached, for all layers of a model."""
 
     prefetcher: Prefetcher | None = None
@@ -41,7 +41,7 @@ class Copies(NamedTuple):
 
 
 @dataclass(slots=True)
-class Bank:
+class ExpertBank:
     """The experts of one layer. `number`: the layer's place in its table; `following`: the next layer's."""
 
     cache: Cached
@@ -50,8 +50,8 @@ class Bank:
     layer: int
     number: int
     count: int
-    handling: Handling
-    following: Bank | None = None
+    handling: ExpertHandling
+    following: ExpertBank | None = None
     copies: Copies | None = None
 
     def stream(
@@ -59,19 +59,19 @@ class Bank:
     ) -> Iterator[list[tuple[int, Weights]]]:
         """The experts that these tokens chose, as they are there; `early`: what the next layer's gate makes
         of its experts already now. `in_order`: as they were first chosen. ~e is the copy of e."""
-        base, ledger = self.number * self.count, self.cache.ledger
+        base, slot_table = self.number * self.count, self.cache.slot_table
         chosen = list(dict.fromkeys(e for row in rows for e in row))
         ids, copies = [base + e for e in chosen if e >= 0], [~e for e in chosen if e < 0]
         wanted = [[base + (e if e >= 0 else ~e) for e in row] for row in rows]
-        ledger.policy.observe(self.number, wanted)
+        slot_table.policy.observe(self.number, wanted)
         self.handling.uses.update({e for row in wanted for e in row})
 
         def then() -> None:
             self._look_ahead(ids, early)
-            ledger.policy.settle()
+            slot_table.policy.settle()
 
         self._begin(copies)
-        room = ledger.policy.room
+        room = slot_table.policy.room
         for at in range(0, len(ids), room):
             wave, last = ids[at : at + room], at + room >= len(ids)
             for found in self.cache.stream(wave, in_order, then if last else self._forget):
@@ -84,7 +84,7 @@ class Bank:
         if self.copies is None or not chosen:
             return
         cache, base = self.copies
-        room = cache.ledger.policy.room
+        room = cache.slot_table.policy.room
         for at in range(0, len(chosen), room):
             wave = [base + e for e in chosen[at : at + room]]
             for found in cache.stream(wave, in_order):
@@ -101,7 +101,7 @@ class Bank:
         """(N,) by how much each expert is favoured for being in memory; None: routing is the model's own."""
         if not self.handling.favour:
             return None
-        base, there = self.number * self.count, self.cache.ledger.slot_of
+        base, there = self.number * self.count, self.cache.slot_table.slot_of
         favours = [self.handling.favour * (base + e in there) for e in range(self.count)]
         return torch.tensor(favours, dtype=torch.float32, device="cpu")
 
@@ -117,7 +117,7 @@ class Bank:
             for e, w in zip(ids, ws, strict=True):
                 best[base + e] = max(w, best.get(base + e, 0.0))
         instead = self.handling.missing(
-            list(best.items()), self.cache.ledger.slot_of, self.handling.uses, self.count
+            list(best.items()), self.cache.slot_table.slot_of, self.handling.uses, self.count
         )
         count(traffic, list(best), instead)
         new = {w - base: _local(i, base) for w, i in zip(best, instead, strict=True)}
@@ -132,7 +132,7 @@ class Bank:
 
     def _forget(self) -> None:
         """What was expected of this layer and not asked for is not expected any more."""
-        stale = [i for i in self.cache.ledger.ahead if i // self.count == self.number]
+        stale = [i for i in self.cache.slot_table.ahead if i // self.count == self.number]
         if stale:
             self.cache.give_up(stale)
 

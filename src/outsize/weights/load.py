@@ -15,12 +15,12 @@ from outsize.caching.policy import Hints, make
 from outsize.kernels.native import Kernels
 from outsize.pack.format import Matrix, Pack, TableHeader
 from outsize.storage.reader import Reader
-from outsize.storage.stats import Traffic
+from outsize.storage.stats import IOStats
 from outsize.storage.table import Table, Weight, Weights
 from outsize.weights.cached import Cached, Tick
-from outsize.weights.experts import Bank, Copies
+from outsize.weights.experts import Copies, ExpertBank
 from outsize.weights.rows import RowTable, join
-from outsize.weights.spec import Experts
+from outsize.weights.spec import ExpertOptions
 
 Progress = Callable[[str, int, int], None]
 LEAST_EXPERTS = 2  # times those that a token uses: slots that there must be
@@ -78,13 +78,13 @@ class Loaded:
     head: RowTable
     layers: tuple[tuple[Source, Source], ...]  # attention, feed-forward
     final_norm: Weights
-    banks: tuple[Bank, ...]  # each layer's experts, if it has any
+    banks: tuple[ExpertBank, ...]  # each layer's experts, if it has any
     reader: Reader
     tables: list[Table]
     caches: list[Cached]
     activation_type: torch.dtype
-    traffic: Traffic
-    expert_traffic: Traffic
+    traffic: IOStats
+    expert_traffic: IOStats
 
     def restore(self) -> None:
         """After a call that an exception broke off, wherever that was: what is held stays, and of the rest
@@ -121,11 +121,11 @@ class _Loading:
 
     pack: Pack
     kernels: Kernels | None
-    traffic: Traffic
+    traffic: IOStats
     verify: str
     tick: Tick
-    experts: Experts
-    expert_traffic: Traffic = field(default_factory=Traffic)
+    experts: ExpertOptions
+    expert_traffic: IOStats = field(default_factory=IOStats)
     reader: Reader = field(init=False)
     tables: list[Table] = field(default_factory=list)
     caches: list[Cached] = field(default_factory=list)
@@ -155,7 +155,7 @@ class _Loading:
         pinned = cache.load(share.pinned, self.tick)
         return {k: Source(cache, i, pinned.get(i)) for i, k in enumerate(header.keys)}
 
-    def banks(self, header: TableHeader, share: Share, count: int) -> dict[int, Bank]:
+    def banks(self, header: TableHeader, share: Share, count: int) -> dict[int, ExpertBank]:
         """The layers of a table of experts. If all have slots, all are read now."""
         table, capacity = self.open(header), max(1, share.ring)
         hints = Hints(per_layer=count, layers=len(table) // count, ranked=self.experts.ranked)
@@ -169,7 +169,7 @@ class _Loading:
             cache.load(range(len(table)), self.tick)
         kind, handling = activation_type(header.tensors["gate_up"]), self.experts.handling(count)
         layers = header.keys[::count]
-        return {k // count: Bank(cache, kind, capacity, k // count, i, count, handling)
+        return {k // count: ExpertBank(cache, kind, capacity, k // count, i, count, handling)
                 for i, k in enumerate(layers)}  # fmt: skip
 
     def copies(self, pack: Pack) -> dict[int, Copies]:
@@ -211,11 +211,11 @@ def _at_once(header: TableHeader, share: Share) -> int:
 def load(
     pack: Pack,
     kernels: Kernels | None,
-    traffic: Traffic,
+    traffic: IOStats,
     progress: Progress,
     shares: Shares | None = None,
     verify: str = "first",
-    experts: Experts | None = None,
+    experts: ExpertOptions | None = None,
     copies: Pack | None = None,
 ) -> Loaded:
     """Open a pack's tables and read what stays in memory (all of it where `shares` is None). `copies`: the
@@ -231,7 +231,7 @@ def load(
         done += size
         progress("loading", done, total)
 
-    state = _Loading(pack, kernels, traffic, verify, tick, experts or Experts())
+    state = _Loading(pack, kernels, traffic, verify, tick, experts or ExpertOptions())
     try:
         loaded = _load(state, whole)
         for layer, found in (state.copies(copies) if copies is not None else {}).items():
@@ -247,7 +247,7 @@ def load(
 def _load(state: _Loading, shares: Shares) -> Loaded:
     rows: dict[str, RowTable] = {}
     layers: dict[str, dict[int, Source]] = {"attn": {}, "ffn": {}, "final": {}}
-    banks: dict[int, Bank] = {}
+    banks: dict[int, ExpertBank] = {}
     mixture = state.pack.description.mixture
     for header in state.pack.tables:
         if header.kind == "rows":

@@ -12,7 +12,7 @@ from typing import Protocol
 from outsize.caching.eviction.pin_and_ring import PinAndRing
 from outsize.kernels.native import Kernels
 from outsize.storage.reader import Reader
-from outsize.storage.stats import Traffic
+from outsize.storage.stats import IOStats
 from outsize.storage.table import Table, Weights
 from outsize.weights.cached import Cached, Tick
 
@@ -20,7 +20,7 @@ from outsize.weights.cached import Cached, Tick
 class Residency(Protocol):
     """Records in fast memory, by id."""
 
-    traffic: Traffic
+    traffic: IOStats
 
     def fetch(self, ids: Sequence[int]) -> list[Weights]:
         """All of these at once, valid until `release`. Raises CapacityError, PackError, ReadError."""

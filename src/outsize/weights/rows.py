@@ -18,7 +18,7 @@ from outsize.encoding.find import encoding
 from outsize.encoding.plain import Plain
 from outsize.kernels.native import Kernels
 from outsize.pack.format import PAGE, Matrix, aligned, field_bytes
-from outsize.storage.buffers import Arena, buffer
+from outsize.storage.buffers import BufferPool, buffer
 from outsize.storage.reader import Reader
 from outsize.storage.table import Table, Weight, view
 from outsize.weights.cached import Cached, Tick
@@ -134,8 +134,8 @@ class RowTable:
     def _whole(self, records: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """Whole records, a few in flight; each is valid until the next."""
         stride = self._table.header.stride
-        arena = Arena(IN_FLIGHT, stride)
-        raws = [arena[i] for i in range(min(IN_FLIGHT, len(records)))]
+        buffers = BufferPool(IN_FLIGHT, stride)
+        raws = [buffers[i] for i in range(min(IN_FLIGHT, len(records)))]
         reads = [
             self._reader.submit(self._table, r, out)
             for r, (_, out) in zip(records, raws, strict=False)
@@ -221,8 +221,8 @@ def join(
     (matrix,) = next(iter(header.tensors.values()))
     whole = Matrix(matrix.encoding, matrix.num_rows * count, matrix.width, 0)
     fields = {k: torch.empty(s.shape, dtype=s.dtype, device="cpu") for k, s in whole.specs.items()}
-    arena = Arena(IN_FLIGHT, header.stride)
-    raws = [arena[i] for i in range(min(IN_FLIGHT, count))]
+    buffers = BufferPool(IN_FLIGHT, header.stride)
+    raws = [buffers[i] for i in range(min(IN_FLIGHT, count))]
     tickets = [reader.submit(table, i, out) for i, (_, out) in enumerate(raws)]
     for i in range(count):
         slot = i % len(raws)

@@ -9,7 +9,7 @@ from outsize import registry
 from outsize.caching import eviction, misses, prefetcher
 from outsize.caching.policy import Hints, Policy, make
 from outsize.errors import OptionError
-from outsize.weights.experts import Handling, Recorder
+from outsize.weights.experts import ExpertHandling, Recorder
 
 DEFAULT = "echo"
 REPLAYED = ("belady", "pin_and_ring")  # policies that a live run cannot have
@@ -17,7 +17,7 @@ PROFILED = "static"  # needs a profile of use, which only a replay has
 
 
 @dataclass(frozen=True, slots=True)
-class Experts:
+class ExpertOptions:
     """The knobs. All defaults are exact."""
 
     eviction: str = DEFAULT
@@ -62,13 +62,13 @@ class Experts:
         """What decides which stay."""
         return make(self.eviction, capacity, hints)
 
-    def handling(self, count: int) -> Handling:
+    def handling(self, count: int) -> ExpertHandling:
         ahead = None if self.prefetch == "none" else prefetcher.make(self.prefetch, count)
         missing = misses.make(self.misses)
-        return Handling(ahead, missing, self.favour, recorder=self.recorder)
+        return ExpertHandling(ahead, missing, self.favour, recorder=self.recorder)
 
 
-def parse_experts(text: str) -> Experts:
+def parse_experts(text: str) -> ExpertOptions:
     """Raises OptionError, UnsupportedError."""
     known = {"eviction", "prefetch", "misses", "routing"}
     found: dict[str, str] = {}
@@ -80,8 +80,8 @@ def parse_experts(text: str) -> Experts:
                 f"experts {text!r}: POLICY, prefetch=..., misses=... and routing=..., each once, are expected"
             )
         found[key] = value
-    plain = Experts()
-    made = Experts(
+    plain = ExpertOptions()
+    made = ExpertOptions(
         found.get("eviction", plain.eviction),
         found.get("prefetch", plain.prefetch),
         found.get("misses", plain.misses),

@@ -10,7 +10,7 @@ from pathlib import Path
 from outsize.adapt.answers import answer
 from outsize.adapt.mtp.losses import Example
 from outsize.adapt.processes import processes, shared
-from outsize.adapt.trainable import Twin
+from outsize.adapt.trainable import TrainableModel
 from outsize.errors import DataError
 
 LEAST = 3  # tokens of an answer that masks can learn from
@@ -52,7 +52,7 @@ class Kept:
 
 
 def own_answers(
-    twin: Twin,
+    twin: TrainableModel,
     prompts: Sequence[list[int]],
     kept: Kept,
     max_tokens: int,

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from outsize.adapt.mtp.head_loss import head_loss
-from outsize.adapt.trainable import Deltas, Rows, Stored, Twin
+from outsize.adapt.trainable import Deltas, Rows, Stored, TrainableModel
 from outsize.arguments import real, whole
 from outsize.draft import mtp_head
 from outsize.draft.auto import MOST
@@ -154,7 +154,9 @@ def collate(examples: Sequence[Example], anchors: Sequence[Sequence[int]]) -> Ba
     return Batch(tokens, torch.tensor([len(e.tokens) for e in examples]), places)
 
 
-def ordinary(twin: Twin, batch: Batch, added: Deltas | None = None) -> tuple[Tensor, list[Stored]]:
+def ordinary(
+    twin: TrainableModel, batch: Batch, added: Deltas | None = None
+) -> tuple[Tensor, list[Stored]]:
     """Normed states of ordinary tokens, and their keys and values."""
     count, size = batch.tokens_BS.shape
     positions = torch.arange(size, device=twin.device).expand(count, -1)
@@ -163,7 +165,7 @@ def ordinary(twin: Twin, batch: Batch, added: Deltas | None = None) -> tuple[Ten
     return twin.run(rows, deltas=added)
 
 
-def mask_rows(twin: Twin, batch: Batch, masks_KD: Tensor) -> Rows:
+def mask_rows(twin: TrainableModel, batch: Batch, masks_KD: Tensor) -> Rows:
     """The masks after every anchor, block by block."""
     count, size = batch.tokens_BS.shape
     num_masks, num_anchors = len(masks_KD), batch.anchor_BA.shape[1]
@@ -210,7 +212,7 @@ class Losses(NamedTuple):
     )
 
 
-def losses(twin: Twin, parameters: Parameters, recipe: Recipe, batch: Batch) -> Losses:
+def losses(twin: TrainableModel, parameters: Parameters, recipe: Recipe, batch: Batch) -> Losses:
     """Cross-entropies of the masks' guesses by the plain head and by the sampler; and how far their
     states are from those of the ordinary tokens that predict the same, relative to these."""
     added = deltas(parameters, recipe.scale)
@@ -234,7 +236,7 @@ def losses(twin: Twin, parameters: Parameters, recipe: Recipe, batch: Batch) -> 
     return Losses(base, sampled, consistent, spoken)
 
 
-def next_token_loss(twin: Twin, x_BSD: Tensor, batch: Batch) -> Tensor:
+def next_token_loss(twin: TrainableModel, x_BSD: Tensor, batch: Batch) -> Tensor:
     """Cross-entropy of the token after each anchor under the model's own head: what ordinary training lowers,
     and additions that are not gated may raise."""
     row_N, column_N = (batch.anchor_BA >= 0).nonzero(as_tuple=True)

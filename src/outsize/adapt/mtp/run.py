@@ -13,7 +13,7 @@ from outsize.adapt.mtp import train
 from outsize.adapt.mtp.answered import Kept, examples, fingerprint, own_answers
 from outsize.adapt.mtp.losses import Example, Recipe
 from outsize.adapt.processes import leave, processes
-from outsize.adapt.trainable import Twin
+from outsize.adapt.trainable import TrainableModel
 from outsize.arguments import whole
 from outsize.engine import load as loading
 from outsize.errors import DataError, OptionError
@@ -31,7 +31,7 @@ HELD_OUT_SHARE, HELD_OUT = 50, 64  # one in so many, at most so many
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class TrainOptions:
     """What to train on, and where."""
 
     model: str
@@ -58,7 +58,7 @@ class Wish:
         return self.output.with_suffix(".answers.jsonl")
 
 
-def masks(wish: Wish, recipe: Recipe) -> None:
+def masks(wish: TrainOptions, recipe: Recipe) -> None:
     """Train a mask drafter. Raises OutsizeError."""
     if wish.resume and not wish.checkpoint.is_file():
         raise OptionError(f"there is no checkpoint {wish.checkpoint} to resume; leave out --resume")
@@ -69,10 +69,10 @@ def masks(wish: Wish, recipe: Recipe) -> None:
         leave()
 
 
-def _masks(wish: Wish, recipe: Recipe, device: torch.device) -> None:
+def _masks(wish: TrainOptions, recipe: Recipe, device: torch.device) -> None:
     made = fetch.find(wish.model) or fetch.pack(wish.model, quiet=wish.quiet)
     with bars(wish.quiet) as progress:
-        twin = Twin(made, device, matmul_type(device), progress)
+        twin = TrainableModel(made, device, matmul_type(device), progress)
     found = prepare(wish, recipe, made, twin)
     count = min(HELD_OUT, len(found) // HELD_OUT_SHARE)
     held_out, rest = found[:count], found[count:]
@@ -119,7 +119,7 @@ def matmul_type(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if quick or device.type == "cuda" else torch.float32
 
 
-def prepare(wish: Wish, recipe: Recipe, made: Pack, twin: Twin) -> list[Example]:
+def prepare(wish: TrainOptions, recipe: Recipe, made: Pack, twin: TrainableModel) -> list[Example]:
     """Examples in tokens, in a fixed order: the held-out ones first."""
     tokens, lines = loading.tokens(made), read(wish.data)
     prompts = encode(made, tokens, [line.prompt for line in lines], Options())

@@ -22,7 +22,7 @@ from outsize.adapt.mtp.losses import (
     mask_rows,
     ordinary,
 )
-from outsize.adapt.trainable import Twin
+from outsize.adapt.trainable import TrainableModel
 from outsize.draft import mtp_head
 
 
@@ -59,7 +59,7 @@ class Walk:
 
 @torch.no_grad()
 def guesses(
-    twin: Twin, parameters: Parameters, scale: float, examples: Sequence[Example], k: int
+    twin: TrainableModel, parameters: Parameters, scale: float, examples: Sequence[Example], k: int
 ) -> Tensor:
     """(B, A, K): what the masks after each token of an answer guess, each given the guess before."""
     batch = collate(examples, [all_anchors(e) for e in examples]).to(twin.device)
@@ -92,7 +92,7 @@ def leading(example: Example, guess_AK: Tensor) -> list[int]:
 
 
 def walk(
-    twin: Twin,
+    twin: TrainableModel,
     parameters: Parameters,
     scale: float,
     examples: Sequence[Example],

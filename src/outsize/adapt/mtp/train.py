@@ -25,7 +25,7 @@ from outsize.adapt.mtp.losses import (
 )
 from outsize.adapt.mtp.simulate import walk
 from outsize.adapt.processes import average, processes
-from outsize.adapt.trainable import Twin
+from outsize.adapt.trainable import TrainableModel
 from outsize.checkpoint.lora import raw
 from outsize.errors import AdapterError, OptionError
 
@@ -49,7 +49,7 @@ Tell = Callable[[Seen], None]
 class Training:
     """Parameters on their way."""
 
-    twin: Twin
+    twin: TrainableModel
     recipe: Recipe
     base: str  # hash of what the pack was made from
     parameters: Parameters
@@ -111,7 +111,7 @@ class Training:
             checkpoints.save(path, small, self.about())
 
 
-def start(twin: Twin, recipe: Recipe, base: str, data: str = "") -> Training:
+def start(twin: TrainableModel, recipe: Recipe, base: str, data: str = "") -> Training:
     """Raises OptionError if some process would have nothing of a step's batch."""
     if recipe.batch < processes()[1]:
         raise OptionError(
@@ -131,7 +131,7 @@ def _differences(about: Mapping[str, object], recipe: Recipe, base: str, data: s
     return out + ([] if about.get("data") == data else ["the prompts or answers differ"])
 
 
-def resume(twin: Twin, recipe: Recipe, base: str, path: Path, data: str = "") -> Training:
+def resume(twin: TrainableModel, recipe: Recipe, base: str, path: Path, data: str = "") -> Training:
     """Go on from a checkpoint of the same recipe and data. Raises AdapterError."""
     tensors, about = raw(path)
     if found := _differences(about, recipe, base, data):

@@ -15,8 +15,8 @@ from outsize.caching.misses import Missing, count, fetch
 from outsize.caching.policy import Policy
 from outsize.caching.prefetcher import Prefetcher, Seen, most_ahead
 from outsize.caching.replay.trace import Event
-from outsize.caching.slots import Ledger
-from outsize.storage.stats import Traffic
+from outsize.caching.slots import SlotTable
+from outsize.storage.stats import IOStats
 
 COPY_SHARE = 0.5  # of a record, that its copy at fewer bits is taken to have
 
@@ -40,7 +40,7 @@ class Link:
 class Outcome:
     """Of one phase."""
 
-    traffic: Traffic
+    traffic: IOStats
     tokens: int = 0
     seconds: float = 0.0
 
@@ -103,20 +103,20 @@ class Replay:
         self._link, self._prefetcher, self._missing = link, prefetcher, missing
         self._leases = leases
         self._experts, self._most = num_experts, most or most_ahead(capacity)
-        self._traffic = Traffic()
-        self._ledger = Ledger(policy, self._traffic, link.record_bytes, leases)
+        self._traffic = IOStats()
+        self._ledger = SlotTable(policy, self._traffic, link.record_bytes, leases)
         self._queue, self._now, self._number = Queue(link), 0.0, -1
         self._uses: Counter[int] = Counter()
 
     def run(self, events: Sequence[Event]) -> dict[int, Outcome]:
         """What became of each phase's requests."""
         out: dict[int, Outcome] = {}
-        before, started, phase = Traffic(), 0.0, events[0].phase if events else 0
+        before, started, phase = IOStats(), 0.0, events[0].phase if events else 0
         for at, event in enumerate(events):
             if event.phase != phase:
                 self._close(out, phase, before, started)
-                before, started, phase = self._traffic + Traffic(), self._now, event.phase
-            found = out.setdefault(phase, Outcome(Traffic()))
+                before, started, phase = self._traffic + IOStats(), self._now, event.phase
+            found = out.setdefault(phase, Outcome(IOStats()))
             if event.number != self._number:
                 self._number = event.number
                 self._ledger.begin_pass()
@@ -125,23 +125,25 @@ class Replay:
         self._close(out, phase, before, started)
         return out
 
-    def _close(self, out: dict[int, Outcome], phase: int, before: Traffic, started: float) -> None:
+    def _close(self, out: dict[int, Outcome], phase: int, before: IOStats, started: float) -> None:
         """Account for what a phase did since it began."""
-        found = out.setdefault(phase, Outcome(Traffic()))
+        found = out.setdefault(phase, Outcome(IOStats()))
         found.traffic += self._traffic - before
         found.seconds += self._now - started
 
     def _event(self, event: Event, after: Event | None) -> None:
-        queue, ledger = self._queue, self._ledger
+        queue, slot_table = self._queue, self._ledger
         self._now += self._link.layer_s * event.tokens
         queue.advance(self._now)
         chosen = self._chosen(event)
         ids = [i for i in chosen if i >= 0]
         if event.rows:
-            ledger.policy.observe(event.layer, event.rows)
+            slot_table.policy.observe(event.layer, event.rows)
         if not self._leases:
             self._expect(event, after)
-        placed = ledger.demand(ids, lambda slot: queue.is_there(ledger.id_in[slot], self._now))
+        placed = slot_table.demand(
+            ids, lambda slot: queue.is_there(slot_table.id_in[slot], self._now)
+        )
         for id, _ in placed.loads:
             queue.demand(id, self._now)
         for id in placed.slots:
@@ -152,9 +154,9 @@ class Replay:
             queue.demand(id, self._now)
         if self._leases:
             self._expect(event, after)
-        ledger.policy.settle()
+        slot_table.policy.settle()
         self._compute([*placed.slots, *copies], event.tokens)
-        ledger.release()
+        slot_table.release()
 
     def _chosen(self, event: Event) -> list[int]:
         """What is asked for after misses have been handled."""
@@ -166,15 +168,15 @@ class Replay:
         return list(dict.fromkeys(i for i in instead if i is not None))
 
     def _expect(self, event: Event, after: Event | None) -> None:
-        ledger, queue = self._ledger, self._queue
-        stale = [i for i in ledger.ahead if i // self._experts == event.layer]
-        ledger.give_up(stale, queue.cancel(stale))
+        slot_table, queue = self._ledger, self._queue
+        stale = [i for i in slot_table.ahead if i // self._experts == event.layer]
+        slot_table.give_up(stale, queue.cancel(stale))
         if after is None or after.layer == event.layer:
             return
         seen = Seen(
             event.layer, event.ids, after.layer, after.layer * self._experts, after.early, after.ids
         )
-        for id, _ in ledger.expect_some(self._prefetcher(seen), self._most):
+        for id, _ in slot_table.expect_some(self._prefetcher(seen), self._most):
             queue.expect(id, self._now)
 
     def _compute(self, ids: Iterable[int], tokens: int) -> None:

@@ -24,7 +24,7 @@ from outsize.model.layers import Linear, RMSNorm
 from outsize.model.step import Step
 from outsize.model_config import Description
 from outsize.storage.table import Weights
-from outsize.weights.experts import Bank
+from outsize.weights.experts import ExpertBank
 
 Chunks = Sequence[tuple[Tensor, Step]]
 
@@ -93,7 +93,7 @@ class Mixture:
         d: Description,
         norm: RMSNorm,
         router_ND: Tensor,
-        bank: Bank,
+        bank: ExpertBank,
         bias_N: Tensor | None = None,
     ) -> None:
         assert d.mixture is not None

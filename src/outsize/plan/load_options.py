@@ -31,7 +31,7 @@ MOSTLY = 0.9  # of a pack's bytes: then what kernels do not compute is small
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
+class LoadOptions:
     """How to open a model."""
 
     memory: str | int = "auto"
@@ -79,13 +79,13 @@ class Wishes:
         for name in ("force", "native", "quiet"):
             arguments.flag(name, getattr(self, name))
 
-    def of(self, model: str) -> Wishes:
+    def of(self, model: str) -> LoadOptions:
         """What a model's name leaves of these. Raises SourceError."""
         if self.encoding != "auto" and "encoding" in self.defaults and fetch.is_pack(model):
             return replace(self, encoding="auto")
         return self
 
-    def for_kind(self, name: str, d: Description) -> Wishes:
+    def for_kind(self, name: str, d: Description) -> LoadOptions:
         """What a kind of model leaves of these. Raises OptionError."""
         if d.mixture is not None or self.experts is None:
             return self
