@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from outsize.plan.load_options import LoadOptions
 
 import outsize
 from outsize.draft import load as drafting
@@ -18,6 +17,7 @@ from outsize.kernels.native import Kernels, kernels
 from outsize.pack import fetch
 from outsize.pack.outline import of_pack
 from outsize.plan import place
+from outsize.plan.load_options import LoadOptions
 from outsize.system import memory as budget
 from tests.golden import tiny
 
@@ -80,7 +80,7 @@ def open_paged(
         if spec.kind == "model":
             smaller = of_pack(fetch.pack(spec.source, quiet=True))
             outline = LoadOptions(draft=draft).with_all(outline, smaller, None)
-        outline = outline if spec.kind == "auto" else drafting.with_drafting(outline)
+        outline = outline if spec.kind == "auto" else drafting.with_drafting(spec, outline)
         least = place.least_bytes(outline, 0, 0, 256)
         opened.append(
             outsize.load(

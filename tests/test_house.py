@@ -22,7 +22,7 @@ ORDER = [
     "checkpoint", "family", "encoding", "pack", "storage", "sampling", "text", "caching", "weights", "model",
     "forward", "draft", "plan", "engine", "report", "adapt", "bench", "cli",
 ]  # fmt: skip
-DUE = [("draft", "engine"), ("plan", "engine"), ("plan", "report")]  # the next moves end these
+DUE = [("plan", "engine"), ("plan", "report")]  # the next moves end these
 
 
 def folder_of(path: Path) -> str:

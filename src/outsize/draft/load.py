@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -36,9 +36,6 @@ from outsize.pack.format import Pack
 from outsize.pack.outline import Outline
 from outsize.sampling.sample import Sampler
 
-if TYPE_CHECKING:
-    from outsize.engine.model import Model
-
 SPARE = 64  # slots of keys and values for what is drafted and not kept
 ROW_BYTES = 6  # of a logit: as the head's product has it, and in fp32
 ADAPTER = 0.52  # of a mask drafter's file: its factors and its sampler head in eight bits, its masks as fp32
@@ -61,13 +58,22 @@ def shipped(sha256: str) -> Path | None:
     return next((p for p in places if p.is_file()), None)
 
 
+@dataclass(frozen=True, slots=True)
+class DraftModel:
+    """A smaller model, opened and fully resident. It drafts token ids, so it needs no tokenizer."""
+
+    transformer: Transformer
+    context: int
+    close: Callable[[], None]
+
+
 @dataclass(slots=True)
 class Drafting:
     """Makes each sequence's drafter."""
 
     spec: DraftSpec
     draft_stats: DraftStats = field(default_factory=DraftStats)
-    model: Model | None = None
+    model: DraftModel | None = None
 
     @property
     def masks(self) -> MtpModel | None:

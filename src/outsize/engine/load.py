@@ -196,9 +196,8 @@ def _open(
     with ExitStack() as opened:
         smaller = None
         if packs.smaller is not None:
-            smaller = opened.enter_context(
-                _draft_model(packs.smaller, load_options, placement, found)
-            )
+            smaller = _draft_model(packs.smaller, load_options, placement)
+            opened.callback(smaller.close)
         with bars(load_options.quiet) as progress:
             loaded = weights.load(
                 made,
@@ -221,10 +220,9 @@ def _open(
 
 
 def _draft_model(
-    pack: Pack, load_options: LoadOptions, placement: Placement, found: Tokens
-) -> Model:
-    """The smaller model, held whole: the plan has a row for it. It drafts in tokens alone, and needs no
-    tokenizer of its own."""
+    pack: Pack, load_options: LoadOptions, placement: Placement
+) -> drafting.DraftModel:
+    """The smaller model, fully resident: the plan has a row for it."""
     native, outline = compiled(load_options), of_pack(pack)
     context = min(placement.context, outline.description.context)
     own = place(outline, 1 << 62, 0, 0, context)
@@ -232,7 +230,7 @@ def _draft_model(
         loaded = weights.load(pack, native, IOStats(), progress, own.shares, load_options.verify)
     threads = load_options.kernel_threads(pack, native)
     transformer = Transformer(pack.description, loaded, native, None, threads)
-    return Model(pack, transformer, found, own, drafting.Drafting(DraftSpec("none")))
+    return drafting.DraftModel(transformer, own.context, loaded.close_with(transformer))
 
 
 def _drafting(
@@ -240,7 +238,7 @@ def _drafting(
     load_options: LoadOptions,
     placement: Placement,
     transformer: Transformer,
-    smaller: Model | None,
+    smaller: drafting.DraftModel | None,
 ) -> drafting.Drafting:
     """What guesses ahead. Raises AdapterError, OptionError."""
     asked, outline = parse_draft(load_options.draft), of_pack(made)
