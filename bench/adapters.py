@@ -40,10 +40,10 @@ def main() -> None:
             loading.append(1e3 * (time.perf_counter() - started))
 
         def step(name: str | None) -> tuple[torch.Tensor, float]:
-            kv, adapter = t.new_kv(64), m._adapter(name)
+            kv, adapter = t.new_kv(64), m.scheduler.adapter(name)
             full(t, [Span(0, range(100, 130), adapter=adapter)], [kv])
             started = time.perf_counter()
-            (out,) = full(t, [Span(30, [7], adapter=m._adapter(name))], [kv])
+            (out,) = full(t, [Span(30, [7], adapter=m.scheduler.adapter(name))], [kv])
             return out.logits_KV, 1e3 * (time.perf_counter() - started)
 
         for name in (None, "a", "b"):

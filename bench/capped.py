@@ -18,16 +18,15 @@ import tempfile
 from pathlib import Path
 
 import torch
-from outsize.plan.load_options import LoadOptions
 from safetensors.torch import save_file
 
 import outsize
-from outsize.engine import load as loading
 from outsize.errors import BudgetError, OutsizeError
 from outsize.model.lora import widths
+from outsize.options import LoadOptions
 from outsize.pack import fetch
 from outsize.pack.format import Pack
-from outsize.plan import probe
+from outsize.plan import decide, probe
 from outsize.plan.warmup import runtime_bytes
 from outsize.system.memory import peak
 
@@ -74,8 +73,8 @@ def load_options_of(how: dict[str, object]) -> LoadOptions:
 def least(model: str, how: dict[str, object]) -> int:
     """Of the plan; measured here, so run as a process of its own."""
     load_options = load_options_of(how)
-    runtime = runtime_bytes(loading.compiled(load_options))
-    return loading.foresee(model, load_options, 1 << 40, runtime)[1].least
+    runtime = runtime_bytes(decide.compiled(load_options))
+    return decide.foresee(model, load_options, 1 << 40, runtime)[1].least
 
 
 def child(model: str, memory: int, how: dict[str, object]) -> dict[str, object]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import outsize
 from outsize.bench.speculate import read
+from outsize.draft.verify import verify
 from outsize.engine import decode as flow
 from outsize.engine.scheduler import drive
 from outsize.options import Options
@@ -34,9 +35,9 @@ def answers(model: outsize.Model, prompts: list[list[int]], new: int) -> tuple[l
             return greedy(logits_V, tokens)
 
         seq = flow.Sequence(list(ids), len(ids), len(ids) + new, frozenset(model.pack.eos))
-        account, kv = flow.Account(), model.new_kv(len(ids) + new)
+        account, kv = flow.DraftCounts(), model.new_kv(len(ids) + new)
         drafter, _ = model.drafting.new(Sampler(Options(), 0))
-        life = flow.decode(seq, drafter, pick, 0, account)
+        life = flow.decode(seq, (drafter, verify), pick, account)
         for _ in drive(model.transformer, [life], [kv], model.drafting.pace):
             pass
         out.append((seq.new_tokens, sums[: len(seq.new_tokens)]))  # a draft may go on after the end
@@ -60,7 +61,7 @@ def main() -> None:
         with outsize.load(a.model, draft=draft, context=a.longest + a.new, quiet=True) as model:
             texts = [text for _, text in read(a.prompts, 0)]
             prompts = [
-                ids for ids in model._encode(texts, outsize.Options()) if len(ids) <= a.longest
+                ids for ids in model.encode(texts, outsize.Options()) if len(ids) <= a.longest
             ]
             found, rate = answers(model, prompts[: a.count], a.new)
         want = want or found

@@ -51,7 +51,7 @@ def main() -> None:
     a = p.parse_args()
     with outsize.load(a.model, draft=a.draft, context=a.longest + a.new + 64, quiet=True) as model:
         texts = [text for _, text in read(a.prompts, a.per_category)]
-        prompts = [x for x in model._encode(texts, outsize.Options()) if len(x) <= a.longest]
+        prompts = [x for x in model.encode(texts, outsize.Options()) if len(x) <= a.longest]
         counts = [[[0, 0] for _ in BINS] for _ in range(model.drafting.masks.k)]
         steps = tokens = 0
         for prompt, (answer, _) in zip(prompts, answers(model, prompts, a.new)[0], strict=True):

@@ -16,8 +16,7 @@ from outsize.engine.model import Model
 from outsize.kernels.native import Kernels, kernels
 from outsize.pack import fetch
 from outsize.pack.outline import of_pack
-from outsize.plan import place
-from outsize.plan.load_options import LoadOptions
+from outsize.plan import decide, place
 from outsize.system import memory as budget
 from tests.golden import tiny
 
@@ -79,7 +78,7 @@ def open_paged(
         spec = parse_draft(draft)
         if spec.kind == "model":
             smaller = of_pack(fetch.pack(spec.source, quiet=True))
-            outline = LoadOptions(draft=draft).with_all(outline, smaller, None)
+            outline = decide.with_all(outline, {}, smaller, None)
         outline = outline if spec.kind == "auto" else drafting.with_drafting(spec, outline)
         least = place.least_bytes(outline, 0, 0, 256)
         opened.append(

@@ -167,7 +167,7 @@ def test_own_answers_are_the_engines(family: str, open_tiny: Callable[..., Model
     for prompt, tokens in zip(prompts, made, strict=True):
         run = model.start(list(prompt), outsize.Options(max_tokens=12))
         run.seq.ends = frozenset()
-        for _ in model._drive([run], outsize.Options(max_tokens=12, seed=0)):
+        for _ in model.scheduler.drive([run], outsize.Options(max_tokens=12, seed=0)):
             pass
         assert run.seq.new_tokens == tokens
 

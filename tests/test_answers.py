@@ -146,9 +146,9 @@ def test_tokens_that_the_embedding_has_no_row_for(tmp_path: Path, home: Path) ->
 
 
 def test_special_is_for_raw_prompts(model: Model) -> None:
-    ids = model._encode(["a<|im_end|>"], Options(raw=True, special=True))[0]
+    ids = model.encode(["a<|im_end|>"], Options(raw=True, special=True))[0]
     assert ids[-1] == 257
-    assert 257 not in model._encode(["a<|im_end|>"], Options(raw=True))[0]
+    assert 257 not in model.encode(["a<|im_end|>"], Options(raw=True))[0]
     with pytest.raises(OptionError, match="raw prompts alone; add --raw"):
         model.generate("a", special=True)
     assert len(model.score("<|im_end|>").tokens) == len("<|im_end|>")

@@ -19,11 +19,11 @@ import torch
 import outsize
 from outsize.bench import quality
 from outsize.bench.synthetic import make
-from outsize.engine.load import LoadOptions
 from outsize.engine.model import Model
 from outsize.errors import OptionError, SourceError
 from outsize.forward.full import full
 from outsize.forward.span import Span
+from outsize.options import LoadOptions
 from tests.golden import tiny
 
 TEXT = "The sea is wide and the night is long; déjà vu. " * 6

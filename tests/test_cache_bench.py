@@ -17,9 +17,9 @@ from outsize.caching.policy import Hints, make
 from outsize.caching.replay.simulate import Link, Replay
 from outsize.caching.replay.trace import Event, Trace, read, waves
 from outsize.cli.main import app
-from outsize.engine import load as loading
 from outsize.engine.model import Model
 from outsize.errors import OptionError, TraceError, UnsupportedError
+from outsize.options import LoadOptions
 from outsize.pack import fetch
 from outsize.plan import make as planning
 from outsize.plan.hit_rates import recorded
@@ -238,12 +238,10 @@ def test_plans_with_a_recorded_trace(
     assert rates(1.0) == (1.0, 1.0)
     assert rates(0.0) == (0.0, 0.0)
     monkeypatch.setattr(planning, "runtime_bytes", lambda *_: 0)
-    load_options = loading.LoadOptions(memory=model.placement.budget, context=256, quiet=True)
+    load_options = LoadOptions(memory=model.placement.budget, context=256, quiet=True)
     plan = planning.make(str(folder_of("olmoe")), load_options, 16, tmp_path / "a.csv")
     assert plan.cost.hit_rates_from == "a"
     assert planning.make(str(folder_of("olmoe")), load_options, 16).cost.hit_rates_from == "a prior"
-    dense = planning.make(
-        str(folder_of("llama")), loading.LoadOptions(memory="2GB", quiet=True), 16
-    )
+    dense = planning.make(str(folder_of("llama")), LoadOptions(memory="2GB", quiet=True), 16)
     with pytest.raises(TraceError, match="this model none; record one with"):
         recorded(trace, dense.outline.description, "lru")

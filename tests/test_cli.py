@@ -16,9 +16,8 @@ import pytest
 
 from outsize.cli.run import DisplayOptions, answer, interrupts, understand
 from outsize.engine import stream as streaming
-from outsize.engine.load import LoadOptions
 from outsize.errors import OptionError
-from outsize.options import Options
+from outsize.options import LoadOptions, Options
 
 FIELDS = [
     "text",

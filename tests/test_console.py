@@ -248,17 +248,21 @@ def test_a_full_disk_is_no_traceback() -> None:
     )
 
 
-@pytest.mark.parametrize("at", ["fetch.find", "fetch.pack", "weights.load", "model.Model._drive"])
+@pytest.mark.parametrize(
+    "at", ["fetch.find", "fetch.pack", "weights.load", "scheduler.Scheduler.drive"]
+)
 def test_an_interrupt_in_each_phase(at: str, tiny: str, tmp_path: Path) -> None:
     """While looking, packing, loading and answering: status 130, one line, nothing half made."""
     where, _, name = at.rpartition(".")
     modules = {"fetch": "outsize.pack.fetch", "weights": "outsize.weights.load"}
-    target = "outsize.engine.model.Model" if where.startswith("model") else modules[where]
+    target = (
+        "outsize.engine.scheduler.Scheduler" if where.startswith("scheduler") else modules[where]
+    )
     code = (
         "import outsize, outsize.pack.fetch, outsize.engine.model, outsize.weights.load, os, signal, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background ignores it
         "def wait(*a, **k):\n os.kill(os.getpid(), signal.SIGINT); time.sleep(5); yield\n"
-        f"{target}.{name} = wait if '_drive' == '{name}' else lambda *a, **k: next(wait())\n"
+        f"{target}.{name} = wait if 'drive' == '{name}' else lambda *a, **k: next(wait())\n"
         f"{CODE}"
     )
     done = subprocess.run(
@@ -267,7 +271,7 @@ def test_an_interrupt_in_each_phase(at: str, tiny: str, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr
-    if name != "_drive":  # which ends the reply
+    if name != "drive":  # which ends the reply
         assert done.stderr == "interrupted\n"
 
 

@@ -26,7 +26,6 @@ from outsize.draft.ngram import FURTHEST, MOST_TOKENS, Index, Match
 from outsize.draft.spec import parse_draft
 from outsize.draft.step_time import StepTimes
 from outsize.draft.union import Union
-from outsize.engine import load as loading
 from outsize.engine.model import Model
 from outsize.errors import AdapterError, OptionError
 from outsize.forward.span import Masks, Out
@@ -292,7 +291,7 @@ def test_a_draft_model_with_another_tokenizer_is_refused(
 ) -> None:
     model = open_tiny("llama", "int8")
     other = replace(model.pack, tokenizer_crc=model.pack.tokenizer_crc + 1)
-    monkeypatch.setattr(loading.LoadOptions, "smaller", lambda _: other)
+    monkeypatch.setattr("outsize.engine.load.draft_pack", lambda _: other)
     monkeypatch.setattr("outsize.weights.load.load", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(AdapterError, match="same tokenizer"):
         outsize.load(str(model.pack.path), draft=f"model:{model.pack.path}", quiet=True)

@@ -206,7 +206,7 @@ def check(ours: Model, theirs: Any, tokenizer: Any, gap: float, share: float) ->
     for chat in CHATS:
         ids = tokenizer.apply_chat_template(list(chat), add_generation_prompt=True)
         wanted = list(ids["input_ids"] if isinstance(ids, Mapping) else ids)
-        assert ours._encode([chat], Options())[0] == wanted
+        assert ours.encode([chat], Options())[0] == wanted
         run = ours.stream(chat, max_tokens=NEW)
         list(run)
         total += len(run.run.seq.new_tokens)

@@ -15,9 +15,9 @@ from outsize.checkpoint.bases import are_other
 from outsize.cli import run as terminal
 from outsize.cli.main import app
 from outsize.engine import load as loading
-from outsize.engine.load import LoadOptions
 from outsize.engine.model import Model
 from outsize.errors import AdapterError, OptionError, TraceError
+from outsize.options import LoadOptions
 from outsize.pack import fetch
 from outsize.plan import make as planning
 from tests.drafts import write_masks, write_peft

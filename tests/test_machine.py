@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from outsize.plan.load_options import LoadOptions
 
 import outsize
 from outsize import home
+from outsize.engine import learn
+from outsize.options import LoadOptions
 from outsize.pack.outline import of_pack
 from outsize.plan import cores, cost, machine, probe
 from outsize.plan import make as planning
@@ -177,10 +178,10 @@ def test_runs_correct_the_plan(
             key: replace(known.models[key], step_s=dict.fromkeys(known.models[key].step_s, 99.0))
         }
         monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path))
-        planning.learn(model, reply)
+        learn.learn(model, reply)
         assert not (tmp_path / machine.FILE).exists()
         machine.keep(Machine(machine.name(), (wrong,), late), tmp_path)
-        planning.learn(model, replace(reply, disk_bytes_per_s=123_456))
+        learn.learn(model, replace(reply, disk_bytes_per_s=123_456))
         found = machine.kept(tmp_path)
         assert found is not None
         assert found.disk_bytes_per_s == 123_456
@@ -189,6 +190,6 @@ def test_runs_correct_the_plan(
         )
         assert sum(found.models[key].step_s.values()) < 99.0
         before = (tmp_path / machine.FILE).stat().st_mtime_ns
-        planning.learn(model, replace(reply, disk_bytes_per_s=5, step_s=1e3))
+        learn.learn(model, replace(reply, disk_bytes_per_s=5, step_s=1e3))
         assert (tmp_path / machine.FILE).stat().st_mtime_ns == before
     json.loads((tmp_path / machine.FILE).read_text())

@@ -25,16 +25,16 @@ from outsize.bench.synthetic import shapes
 from outsize.draft import load as drafting
 from outsize.draft import spec
 from outsize.engine import load as loading
-from outsize.engine.load import LoadOptions
 from outsize.engine.model import Model
 from outsize.errors import BudgetError, ContextError, OptionError
 from outsize.family.find import families
 from outsize.forward.full import full
 from outsize.forward.span import Span
+from outsize.options import LoadOptions
 from outsize.pack import fetch
 from outsize.pack.outline import Outline, of_checkpoint, of_pack
+from outsize.plan import decide, place
 from outsize.plan import make as planning
-from outsize.plan import place
 from outsize.plan.placement import MEMORY, Placement
 from outsize.plan.warmup import runtime_bytes
 from outsize.report import plan_text
@@ -336,11 +336,11 @@ def test_half_residency_is_half(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     def foresee(
         model: str, load_options: LoadOptions, size: int, runtime: int
     ) -> tuple[Outline, Placement]:
-        return outline, load_options.place(outline, 4_000_000_000, runtime, 9_000_000)
+        return outline, decide.decide(outline, load_options, 4_000_000_000, runtime, 9_000_000)
 
-    monkeypatch.setattr("outsize.engine.load.foresee", foresee)
+    monkeypatch.setattr(decide, "foresee", foresee)
     runtime = runtime_bytes(
-        loading.compiled(LoadOptions())
+        decide.compiled(LoadOptions())
     )  # differs by MB from one measurement to the next
     monkeypatch.setattr(speculate, "runtime_bytes", lambda _: runtime)
     wanted = speculate.Wanted(tmp_path, draft="none", held=0.5, context=1024)
@@ -474,9 +474,7 @@ def test_a_plan_of_a_model_on_the_hub(tmp_path: Path) -> None:
 
 
 def test_reports(folder_of: Callable[[str], Path]) -> None:
-    made = planning.make(
-        str(folder_of("llama")), loading.LoadOptions(memory="2GB", quiet=True), 100
-    )
+    made = planning.make(str(folder_of("llama")), LoadOptions(memory="2GB", quiet=True), 100)
     lines = plan_text.short(made.outline, made.placement, made.cost)
     assert "all weights in memory" in lines[-1]
     assert made.cost.first_token_s > 0

@@ -35,14 +35,15 @@ MIXED = shapes.Size(6, 512, 384, 8, 4, 8_000, 512, experts=24, used=4)
 CHILD = """
 import json, sys
 import outsize
-from outsize.engine import load as loading
+from outsize.options import LoadOptions
+from outsize.plan import decide
 from outsize.plan.warmup import runtime_bytes
 from outsize.system import memory as budget
 how = json.loads(sys.argv[1])
 model, more, opens = how.pop("model"), how.pop("more"), how.pop("opens", 1)
 later, prompt = how.pop("later", {}), "a b " * 120
-load_options = loading.LoadOptions(**how)
-least = loading.foresee(model, load_options, 1 << 40, runtime_bytes(loading.compiled(load_options)))[1].least
+load_options = LoadOptions(**how)
+least = decide.foresee(model, load_options, 1 << 40, runtime_bytes(decide.compiled(load_options)))[1].least
 open_models = []
 for i in range(opens):
     if i % 2 == 0 and i:  # every other time both are closed

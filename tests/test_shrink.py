@@ -18,8 +18,7 @@ import outsize
 from outsize.caching.eviction.pin_and_ring import PinAndRing
 from outsize.caching.policy import Hints, make
 from outsize.draft import load as drafting
-from outsize.engine import model as api
-from outsize.engine import room
+from outsize.engine import adapters
 from outsize.engine.model import Model
 from outsize.errors import BudgetError
 from outsize.forward.full import full
@@ -146,8 +145,7 @@ def test_adapters_that_two_threads_load_are_counted_both(
             time.sleep(0.2)
             return real(*about)
 
-        for module in (api, room):
-            monkeypatch.setattr(module, "read_adapter", slowly, raising=False)
+        monkeypatch.setattr(adapters, "read_adapter", slowly)
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda name: model.load_adapter(name, folder), "ab"))
         fixed = model.placement.fixed

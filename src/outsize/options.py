@@ -7,11 +7,13 @@ import difflib
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from os import PathLike
+from pathlib import Path
 from typing import TypedDict
 
-from outsize.arguments import flag, mapping, real, whole, wrong
+from outsize.arguments import flag, mapping, path, real, whole, word, wrong
 from outsize.arguments import text as checked_text
 from outsize.errors import OptionError
 
@@ -83,15 +85,19 @@ class Options:
     def to_json(self) -> dict[str, object]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
-    def for_prompt(self, number: int) -> Options:
-        """The options of one prompt of several. Raises OptionError."""
+    def adapter_of(self, number: int) -> str | None:
+        """The adapter of one prompt of several. Raises OptionError."""
         if not isinstance(self.adapter, tuple):
-            return self
+            return self.adapter
         if number >= len(self.adapter):
             raise OptionError(
                 f"adapter names {len(self.adapter)} adapters for more prompts; give one for each, or one"
             )
-        return replace(self, adapter=self.adapter[number])
+        return self.adapter[number]
+
+    def for_prompt(self, number: int) -> Options:
+        """The options of one prompt of several. Raises OptionError."""
+        return replace(self, adapter=self.adapter_of(number))
 
     def check_adapters(self, prompts: int) -> None:
         """Raises OptionError unless there is one adapter for all prompts, or one for each."""
@@ -114,14 +120,7 @@ class Options:
 
     def with_changes(self, changes: Mapping[str, object]) -> Options:
         """These options with some replaced. Raises OptionError for an unknown name or bad value."""
-        known = [f.name for f in fields(self)]
-        for name in changes:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, 1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise OptionError(
-                    f"option {name!r} is not known; known are {', '.join(known)}{hint}"
-                )
+        check_names(changes, [f.name for f in fields(self)])
         made = replace(self, **changes)  # type: ignore[arg-type]
         made.check_told(changes)
         return made
@@ -143,6 +142,76 @@ def _names(value: object) -> str | tuple[str | None, ...] | None:
             "adapter", value, "an adapter's name, or a list with one (or None) for each prompt"
         )
     return tuple(value)
+
+
+class LoadChanges(TypedDict, total=False):
+    """The fields of LoadOptions, as keywords of `outsize.load`."""
+
+    memory: str | int
+    context: int | None
+    threads: int | None
+    encoding: str
+    verify: str
+    force: bool
+    native: bool
+    quiet: bool
+    experts: str | None
+    draft: str
+    adapters: Mapping[str, str | PathLike[str]] | None
+    defaults: Collection[str]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How to open a model. Field names are the flags' and the keywords' names."""
+
+    memory: str | int = (
+        "auto"  # of the whole process: bytes, "4GB", "75%", or what is free, less a tenth
+    )
+    context: int | None = None  # tokens; None: as many as the model has, and fit
+    threads: int | None = None  # None: as many as there are cores that other programs leave free
+    encoding: str = "auto"  # of the weights, when a model is packed
+    verify: str = "first"  # when weights that are read are checked
+    force: bool = False  # run in less memory than is needed
+    native: bool = True  # with the compiled kernels
+    quiet: bool = False
+    experts: str | None = None  # None: what `bench cache --write-config` chose, or the default
+    draft: str = "auto"
+    adapters: Mapping[str, Path] = field(default_factory=dict)  # LoRA files, by names for requests
+    # Names of these that are defaults (of the environment or config.toml): left out where they do not apply.
+    defaults: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.memory, str):
+            whole("memory", self.memory, 1, 1 << 62)
+        if self.context is not None:
+            whole("context", self.context, 2, 1 << 32)
+        if self.threads is not None:
+            whole("threads", self.threads, 1, 1024)
+        for name in ("encoding", "verify", "draft"):
+            word(name, getattr(self, name))
+        if self.experts is not None:
+            word("experts", self.experts)
+        for name in ("force", "native", "quiet"):
+            flag(name, getattr(self, name))
+        given: object = {} if self.adapters is None else self.adapters
+        pairs = mapping("adapters", given, "a dict of names and paths")
+        named = {name: path(f"adapters[{name!r}]", value) for name, value in pairs.items()}
+        object.__setattr__(self, "adapters", named)
+
+    def with_changes(self, changes: Mapping[str, object]) -> LoadOptions:
+        """These options with some replaced. Raises OptionError for an unknown name or bad value."""
+        check_names(changes, [f.name for f in fields(self)])
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def check_names(given: Collection[str], known: Sequence[str]) -> None:
+    """Raises OptionError for a name that is not known."""
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise OptionError(f"option {name!r} is not known; known are {', '.join(known)}{hint}")
 
 
 WORDS = {"True": "true", "TRUE": "true", "False": "false", "FALSE": "false", "None": "null"}

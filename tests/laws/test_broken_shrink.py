@@ -33,7 +33,7 @@ def many_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: Path) ->
     """Of a head, so that there is something of it to give up."""
     monkeypatch.setattr(plan, "ROW_RECORD", 1)
     monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path))
-    monkeypatch.setattr(loading, "compiled", lambda load_options: kernels(home / "native"))
+    monkeypatch.setattr(loading, "compiled", lambda options: kernels(home / "native"))
 
 
 def opened(folder: Path, draft: str = "none") -> Model:
@@ -43,7 +43,7 @@ def opened(folder: Path, draft: str = "none") -> Model:
 
 def shrink(model: Model) -> None:
     """As a step does that finds memory short."""
-    model._turns.take(partial(model.give_up, 1 << 40, "test"))
+    model.scheduler.take(partial(model.scheduler.give_up, 1 << 40, "test"))
 
 
 def lines_of_a_shrink(folder: Path) -> list[Place]:
@@ -110,7 +110,7 @@ def test_memory_that_was_given_up_stays_so_after_a_broken_step(
 ) -> None:
     with opened(folder_of(family)) as model:
         right = answer(model)
-        model._turns.take(partial(model.give_up, size, "test"))
+        model.scheduler.take(partial(model.scheduler.give_up, size, "test"))
         assert answer(model) == right
         caches = model.transformer.loaded.caches
         before = [(cache.slots, in_memory(cache)) for cache in caches]

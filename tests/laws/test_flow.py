@@ -49,7 +49,7 @@ class World:
 
 def play(drafter: Drafter, options: Options, seed: int, ends: frozenset[int]) -> flow.Sequence:
     seq = flow.Sequence([1, 2, 3], 3, 3 + options.max_tokens, ends)
-    world, life = World(seed), flow.decode(seq, drafter, Sampler(options, 11))
+    world, life = World(seed), flow.decode(seq, (drafter, verify), Sampler(options, 11))
     try:
         span = next(life)
         while True:
@@ -79,19 +79,21 @@ def test_any_drafter_gives_the_tokens_of_none(
 
 def test_the_first_span_is_the_prompt_and_then_one_token_a_step() -> None:
     seq = flow.Sequence([5, 6, 7], 3, 6, frozenset())
-    life = flow.decode(seq, NoDraft(), lambda logits, tokens: 1)
+    life = flow.decode(seq, (NoDraft(), verify), lambda logits, tokens: 1)
     assert next(life) == Span(0, (5, 6, 7), 1)
     assert life.send(Out(torch.zeros(1, 9))) == Span(3, (1,), 1)
 
 
 def test_tokens_already_in_the_cache_are_not_run_again() -> None:
     seq = flow.Sequence([5, 6, 7], 3, 6, frozenset())
-    assert next(flow.decode(seq, NoDraft(), lambda logits, tokens: 1, done=2)) == Span(2, (7,), 1)
+    assert next(flow.decode(seq, (NoDraft(), verify), lambda logits, tokens: 1, done=2)) == Span(
+        2, (7,), 1
+    )
 
 
 def test_an_end_inside_a_draft_cuts_there() -> None:
     seq = flow.Sequence([1], 1, 50, frozenset({4}))
-    life = flow.decode(seq, Script([[3, 4, 5]]), lambda logits, tokens: len(tokens) + 2)
+    life = flow.decode(seq, (Script([[3, 4, 5]]), verify), lambda logits, tokens: len(tokens) + 2)
     next(life)
     with pytest.raises(StopIteration):
         life.send(Out(torch.zeros(4, 9)))
@@ -161,9 +163,12 @@ def chi_square(
     runs, counts, accepted = 600, torch.zeros(VOCAB).double(), 0
     for run in range(runs):
         seq = flow.Sequence([1, 2, 3], 3, 6, frozenset())
-        account, world, sampler = flow.Account(), World(seed), Sampler(options, seed * runs + run)
-        drafter, check = made(sampler, world)
-        life = flow.decode(seq, drafter, sampler, 2, account, check=check)
+        account, world, sampler = (
+            flow.DraftCounts(),
+            World(seed),
+            Sampler(options, seed * runs + run),
+        )
+        life = flow.decode(seq, made(sampler, world), sampler, account, 2)
         try:
             span = next(life)
             world.seen = [1, 2]

@@ -24,6 +24,7 @@ from outsize.draft.drafter import Drafter
 from outsize.draft.load import mask_model
 from outsize.draft.mtp import MtpDraft
 from outsize.draft.none import NoDraft
+from outsize.draft.verify import verify
 from outsize.engine import decode as flow
 from outsize.engine.model import Model
 from outsize.engine.scheduler import drive
@@ -133,7 +134,7 @@ def run(model: Model, drafter: Drafter) -> tuple[list[int], list[torch.Tensor]]:
     """The tokens of a greedy run, and what its cache keeps of each layer."""
     t = model.transformer
     seq, kv = flow.Sequence(tiny.TOKENS[:9], 9, 45, frozenset()), t.new_kv()
-    for _ in drive(t, [flow.decode(seq, drafter, greedy)], [kv]):
+    for _ in drive(t, [flow.decode(seq, (drafter, verify), greedy)], [kv]):
         pass
     kv.truncate(len(seq.tokens) - 1)
     return seq.tokens, [kv.view(i).clone() for i in range(len(kv.positions))]

@@ -21,7 +21,7 @@ from outsize.engine.model import Model
 from outsize.errors import OptionError, SourceError
 from outsize.forward.full import full, hidden
 from outsize.forward.span import Span
-from outsize.plan.load_options import LoadOptions
+from outsize.options import LoadOptions
 
 ROWS = 64  # positions compared at once: logits of a large vocabulary are big
 

@@ -21,7 +21,8 @@ from outsize.checkpoint.bounded import text_lines
 from outsize.checkpoint.read_json import loads
 from outsize.engine import load as loading
 from outsize.errors import OptionError
-from outsize.plan.load_options import LoadOptions
+from outsize.options import LoadOptions
+from outsize.plan import decide
 from outsize.plan.warmup import runtime_bytes
 from outsize.progress import steps
 from outsize.system import memory as budget
@@ -205,13 +206,13 @@ def memory_for(model: str, wanted: Wanted) -> str:
     if not wanted.by_share:
         return wanted.memory
     load_options = LoadOptions(context=wanted.context, draft=wanted.draft, quiet=True)
-    runtime = runtime_bytes(loading.compiled(load_options))
-    outline, placed = loading.foresee(model, load_options, budget.parse("auto"), runtime)
+    runtime = runtime_bytes(decide.compiled(load_options))
+    outline, placed = decide.foresee(model, load_options, budget.parse("auto"), runtime)
     low, high = placed.least, placed.planned
     tokenizer = placed.fixed["tokenizer"]
     while high - low > STEP:
         middle = (low + high) // 2
-        made = load_options.place(outline, middle, runtime, tokenizer)
+        made = decide.decide(outline, load_options, middle, runtime, tokenizer)
         enough = made.streamed <= (1 - wanted.held) * outline.size
         low, high = (low, middle) if enough else (middle, high)
     return str(high)

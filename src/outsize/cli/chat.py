@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from outsize.cli import console
 from outsize.cli.run import DisplayOptions, interrupts, note, note_unanswered, open_model, show
 from outsize.engine.conversation import Conversation, checked_overflow
+from outsize.engine.learn import learn
 from outsize.engine.model import Model
 from outsize.engine.reply import Reply
 from outsize.errors import OutsizeError, TemplateError
@@ -112,7 +113,7 @@ class Talk:
             return
         reply = self._conversation.reply
         self._replies.append(reply)
-        planning.learn(self._model, reply)
+        learn(self._model, reply)
         if self._conversation.dropped:
             note(f"the context was full: {self._conversation.dropped} old messages were let go")
         note_unanswered(reply)

@@ -72,7 +72,7 @@ ExpertsFlag = Annotated[
     str | None,
     option(
         "--experts",
-        text="DisplayOptions experts are cached: POLICY,prefetch=...,misses=...,routing=... (docs).",
+        text="How experts are cached: POLICY,prefetch=...,misses=...,routing=... (docs).",
     ),
 ]
 DraftFlag = Annotated[

@@ -166,9 +166,9 @@ def plan(
     quiet: Quiet = False,
 ) -> None:
     """What will be where and how fast it will be, from headers alone: before any download."""
+    from outsize.cli import plan
     from outsize.cli import run as terminal
     from outsize.engine import load as loading
-    from outsize.plan import make as planning
 
     loading.set_threads(threads)
     adapters = dict(terminal.named_adapters(adapter or ()))
@@ -185,7 +185,7 @@ def plan(
         draft,
         adapters,
     )
-    planning.show(model, load_options, prompt_tokens, as_json, html, trace)
+    plan.show(model, load_options, prompt_tokens, as_json, html, trace)
 
 
 @app.command()
@@ -225,8 +225,10 @@ def pack(
     """Fetch and convert a model, so that it starts at once."""
     from outsize.cli import run as terminal
     from outsize.pack import fetch
+    from outsize.plan import decide
 
-    load_options = terminal.load_options_of(told(ctx), "auto", None, encoding).of(model)
+    load_options = terminal.load_options_of(told(ctx), "auto", None, encoding)
+    load_options = decide.for_model(load_options, model)
     made = fetch.pack(model, encoding=load_options.encoding, quiet=quiet, refresh=refresh)
     terminal.show_packs([made], as_json)
 

@@ -19,16 +19,16 @@ from outsize.cli import console
 from outsize.cli.settings import no_color
 from outsize.engine import load as loading
 from outsize.engine.conversation import checked_overflow
+from outsize.engine.learn import learn
 from outsize.engine.model import Model
 from outsize.engine.reply import Reply
 from outsize.errors import OptionError, OutsizeError, PackError
 from outsize.home import home
-from outsize.options import DEFAULT_MODEL, Options
+from outsize.options import DEFAULT_MODEL, LoadOptions, Options
 from outsize.pack.format import Pack
 from outsize.pack.leftovers import Leftover
 from outsize.pack.outline import Outline
 from outsize.plan import make as planning
-from outsize.plan.load_options import LoadOptions
 from outsize.plan.placement import Placement
 from outsize.report import plan_text
 from outsize.report.reply_text import summary
@@ -37,7 +37,7 @@ from outsize.text.channels import REASONING, TEXT, Piece
 
 @dataclass(frozen=True, slots=True)
 class DisplayOptions:
-    """DisplayOptions to open a model and how to show what it does."""
+    """How to open a model and how to show what it does."""
 
     load_options: LoadOptions
     threads: int | None
@@ -102,9 +102,20 @@ def check_use(told: Collection[str], how: DisplayOptions, prompt: bool) -> None:
 
 def load_options_of(told: Collection[str], *load_options: Any) -> LoadOptions:
     """LoadOptions, of which those that are not on the command line itself are defaults."""
-    return replace(
-        LoadOptions(*load_options), defaults=frozenset({"encoding", "experts"} - set(told))
+    names = (
+        "memory",
+        "context",
+        "encoding",
+        "verify",
+        "force",
+        "native",
+        "quiet",
+        "experts",
+        "draft",
+        "adapters",
     )
+    given = dict(zip(names, load_options, strict=False))
+    return LoadOptions(defaults=frozenset({"encoding", "experts"} - set(told)), **given)
 
 
 def open_model(name: str, how: DisplayOptions) -> Model:
@@ -168,7 +179,7 @@ def answer(name: str, prompt: str, options: Options, how: DisplayOptions) -> Non
         with interrupts(streaming.cancel):
             show(streaming.parts, shown=not how.as_json, thinking=how.thinking)
         reply = streaming.reply
-        planning.learn(model, reply)
+        learn(model, reply)
     if how.as_json:
         print(json.dumps(reply.to_json(), ensure_ascii=not console.is_unicode(sys.stdout)))
     elif not how.load_options.quiet:

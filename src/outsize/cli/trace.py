@@ -11,8 +11,8 @@ from outsize.checkpoint.read_json import loads
 from outsize.engine import load as loading
 from outsize.errors import OptionError, UnsupportedError
 from outsize.log import say
+from outsize.options import LoadOptions
 from outsize.pack.format import Pack
-from outsize.plan.load_options import LoadOptions
 from outsize.progress import bars
 
 

@@ -3,40 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from outsize.arguments import text as checked_text
 from outsize.engine.reply import Reply
+from outsize.engine.stream import Streaming
 from outsize.errors import BusyError, ContextError, OptionError
+from outsize.kv.kv import KV
 from outsize.kv.prefix import CachedPrefix
 from outsize.options import Options
 from outsize.text.channels import TEXT, Piece
 from outsize.text.template import Message
 
-if TYPE_CHECKING:
-    from outsize.engine.model import Model
-    from outsize.engine.stream import Streaming
-
 OVERFLOWS = ("error", "drop-oldest")
 LEAST_ROOM = 4  # of the context, one part in so many is kept for the reply when turns are dropped
+
+
+class ChatModel(Protocol):
+    """What a conversation needs of a model."""
+
+    @property
+    def context(self) -> int: ...
+    @property
+    def longest(self) -> int: ...
+    def new_kv(self, tokens: int) -> KV: ...
+    def count(self, prompt: list[Message], options: Options) -> int: ...
+    def stream_from(
+        self, prompt: list[Message], options: Options, prefix: CachedPrefix
+    ) -> Streaming: ...
 
 
 class Conversation:
     """Messages so far, and the cache that goes with them."""
 
-    def __init__(self, model: Model, options: Options, overflow: str = "error") -> None:
+    def __init__(self, model: ChatModel, options: Options, overflow: str = "error") -> None:
         self._model, self.options = model, options
         self.overflow = checked_overflow(overflow)
         self.messages: list[Message] = []
         self.dropped = 0  # messages that the last turn let go
-        self._past = CachedPrefix(model.new_kv(model.context))
+        self._prefix = CachedPrefix(model.new_kv(model.context))
         self._streaming: Streaming | None = None
         self._cancelled = False
         self._open = _nothing()
 
     @property
     def reply(self) -> Reply:
-        """The last turn's account."""
+        """The last turn's reply, with its usage statistics."""
         assert self._streaming is not None, "nothing said yet"
         return self._streaming.reply
 
@@ -77,7 +89,7 @@ class Conversation:
 
     def _turn(self, text: str) -> Generator[Piece, None, None]:
         messages = self._fitting([*self.messages, {"role": "user", "content": text}])
-        streaming = self._model.stream_from(messages, self.options, self._past)
+        streaming = self._model.stream_from(messages, self.options, self._prefix)
         self._streaming = streaming
         if self._cancelled:
             streaming.cancel()
@@ -86,7 +98,7 @@ class Conversation:
         finally:
             run = streaming.run
             # The last token was chosen, but has not been run; nor, after an error, have others.
-            self._past.tokens = run.seq.tokens[: min(len(run.seq.tokens) - 1, run.known)]
+            self._prefix.tokens = run.seq.tokens[: min(len(run.seq.tokens) - 1, run.known)]
             if run.text or run.seq.finish not in (None, "cancelled"):
                 answer = {"role": "assistant", "content": run.text}
                 self.messages = [*messages, answer]
@@ -111,7 +123,7 @@ class Conversation:
         )
         raise ContextError(
             f"the chat has {size:,} tokens, the context holds {context:,}; {way_out}, and --context makes it "
-            f"longer (this model goes to {self._model.pack.description.context:,})"
+            f"longer (this model goes to {self._model.longest:,})"
         )
 
 

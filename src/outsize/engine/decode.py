@@ -10,7 +10,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 
 from outsize.draft.drafter import Draft, Drafter
-from outsize.draft.verify import Check, Pick, verify
+from outsize.draft.verify import Check, Pick
 from outsize.forward.span import Out, Span
 from outsize.model.lora import Adapter
 
@@ -44,7 +44,7 @@ class Sequence:
 
 
 @dataclass(slots=True)
-class Account:
+class DraftCounts:
     """What drafts were worth. `by_position[i]`: (drafted, accepted) as guess number i."""
 
     steps: int = 0  # after the prompt's
@@ -65,17 +65,16 @@ class Account:
 
 def decode(
     seq: Sequence,
-    drafter: Drafter,
+    drafts: tuple[Drafter, Check],
     pick: Pick,
+    counts: DraftCounts | None = None,
     done: int = 0,
-    account: Account | None = None,
     adapter: Adapter | None = None,
-    check: Check = verify,
 ) -> Generator[Span, Out, None]:
-    """Run a sequence to its end. `done` tokens are already in its cache. Nothing is drafted while there
-    is a prompt to run: a long span's rows are computed another way than a step's. `check` says which guesses
-    are kept."""
-    account = account or Account()
+    """Run a sequence to its end. `drafts`: a drafter, and what decides which draft tokens are kept. `done`
+    tokens are already in its cache. Nothing is drafted while there is a prompt to run: a long span's rows are
+    computed another way than a step's."""
+    (drafter, check), counts = drafts, counts or DraftCounts()
     while seq.finish is None:
         most = seq.limit - len(seq.tokens) - 1
         ready = len(seq.tokens) - done == 1
@@ -86,7 +85,7 @@ def decode(
         done = len(seq.tokens) + len(kept) - 1  # the last kept token has not been run yet
         seq.extend(kept)
         if ready:
-            account.add(len(draft.tokens), len(kept) - 1)
+            counts.add(len(draft.tokens), len(kept) - 1)
             if seq.finish is None:
                 drafter.observe(draft, kept, out)
     drafter.close()

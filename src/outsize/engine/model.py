@@ -1,4 +1,4 @@
-"""Model: generate, stream, chat, score. Closes what it opened; `loading.load` opens it."""
+"""Model: generate, stream, chat, score. `engine/load.py` opens one."""
 
 from __future__ import annotations
 
@@ -8,32 +8,28 @@ from functools import partial
 from os import PathLike
 from typing import NoReturn
 
-import torch
 from typing_extensions import Unpack
 
 from outsize import arguments
 from outsize.draft.load import SPARE, Drafting
-from outsize.engine import decode as flow
-from outsize.engine import exits, room
+from outsize.engine import adapters, decode, shutdown
 from outsize.engine.conversation import Conversation
-from outsize.engine.reply import Reply, Score, account
+from outsize.engine.reply import Reply, Score
 from outsize.engine.request import Counts, Run
-from outsize.engine.scheduler import Flow, drive
+from outsize.engine.scheduler import Scheduler
 from outsize.engine.scoring import scored
 from outsize.engine.stream import Streaming
-from outsize.engine.turns import Turns
 from outsize.errors import ContextError, OptionError
 from outsize.kv.kv import KV
 from outsize.kv.prefix import CachedPrefix
-from outsize.log import warn
 from outsize.model.lora import Adapter
 from outsize.model.transformer import Transformer
 from outsize.options import Changes, Options
 from outsize.pack.format import Pack
 from outsize.plan.placement import Placement
-from outsize.sampling.sample import Sampler, of_each, seeded
+from outsize.sampling.sample import of_each, seeded
 from outsize.storage.stats import IOStats
-from outsize.system import memory as budget
+from outsize.system import memory
 from outsize.text.channels import PLAIN, format_of
 from outsize.text.detokenize import Stream
 from outsize.text.prompt import Prompt, encode
@@ -42,40 +38,66 @@ from outsize.text.tokens import Tokens
 
 
 class Model:
-    """A pack, opened; close it, or use it in a `with`. For any number of threads, which take turns step by
-    step; after an exception in the middle of one, the next answer is right."""
+    """A pack, opened; close it, or use it in a `with`. Any number of threads may use it: they take turns step
+    by step, and after an exception in the middle of a step the next answer is right."""
 
-    def __init__(
-        self,
-        pack: Pack,
-        transformer: Transformer,
-        tokens: Tokens,
-        placement: Placement,
-        drafting: Drafting,
-    ) -> None:
-        self.pack, self.tokens, self.placement = pack, tokens, placement
-        self.drafting = drafting
-        self.adapters: dict[str, Adapter] = {}
-        self.context = placement.context
-        self.given_up = 0  # bytes of weights that were held at first, and had to go
+    def __init__(self, pack: Pack, tokens: Tokens, scheduler: Scheduler) -> None:
+        self.pack, self.tokens, self.scheduler = pack, tokens, scheduler
         templates = "\n".join(pack.chat_templates.values())
         self._format = format_of(tokens, templates) if templates else PLAIN
-        self._watch = budget.Watch(placement.budget)
-        self._transformer: Transformer | None = transformer
-        self._turns = Turns(self.name, partial(_restore, transformer, drafting))
-        self._end = transformer.loaded.close_with(self)
-        budget.promise(self, placement.later)
 
     @property
     def name(self) -> str:
-        return self.pack.path.name
+        return self.scheduler.name
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its reply may have."""
+        return self.scheduler.placement.context
+
+    @property
+    def longest(self) -> int:
+        """Tokens of context that the network was made for."""
+        return self.pack.description.context
+
+    @property
+    def placement(self) -> Placement:
+        """Which weights are in memory, and what else takes memory."""
+        return self.scheduler.placement
+
+    @property
+    def given_up(self) -> int:
+        """Bytes of weights that were in memory at first, and had to go."""
+        return self.scheduler.given_up
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """LoRA adapters by name."""
+        return self.scheduler.adapters
+
+    @property
+    def drafting(self) -> Drafting:
+        """What drafts tokens."""
+        return self.scheduler.drafting
 
     @property
     def transformer(self) -> Transformer:
         """The network itself, for benchmarks and research. Raises ClosedError, ForkError."""
-        self._turns.check()
-        assert self._transformer is not None
-        return self._transformer
+        return self.scheduler.transformer
+
+    @property
+    def bytes_read(self) -> int:
+        """Of weights, since the model was opened. Raises ClosedError."""
+        return self.scheduler.bytes_read
+
+    @property
+    def traffic(self) -> IOStats:
+        """What has been asked for and read so far. Raises ClosedError."""
+        return self.scheduler.counts().total
+
+    def counts(self) -> Counts:
+        """What has been read and waited for so far. Raises ClosedError."""
+        return self.scheduler.counts()
 
     def __enter__(self) -> Model:
         return self
@@ -91,13 +113,7 @@ class Model:
 
     def close(self) -> None:
         """Release the weights, threads, files and memory, once a step that another thread is in has ended."""
-        if self._transformer is not None:
-            self._turns.close(self._end)
-            self.drafting.close()
-            self.adapters.clear()
-        self._transformer = None
-        budget.promise(self, 0)
-        budget.trim()
+        self.scheduler.close()
 
     def stream(self, prompt: Prompt, **changes: Unpack[Changes]) -> Streaming:
         """Iterate over the pieces of a reply to a prompt, or to a chat's messages."""
@@ -113,7 +129,7 @@ class Model:
         batch = [prompts] if isinstance(prompts, str) else list(prompts)
         options.check_adapters(len(batch))
         each, replies = of_each(options, len(batch)), list[Reply]()
-        for wave in self._waves(self._encode(batch, options), options):
+        for wave in self._waves(self.encode(batch, options), options):
             replies += self._together(wave, each[len(replies) :], started)
         return replies
 
@@ -137,12 +153,12 @@ class Model:
         """Some prompts, with the options of each."""
         before = self.counts()
         runs = [self.start(ids, options) for ids, options in zip(wave, each, strict=False)]
-        for _ in self._drive(runs, each[0]):
+        for _ in self.scheduler.drive(runs, each[0]):
             now = time.perf_counter()
             for run in runs:
                 run.advance(now, self.bytes_read)
         for run, options in zip(runs, each, strict=False):
-            yield self._reply(run, options, started, before)
+            yield self.scheduler.reply(run, options, started, before)
 
     def chat(self, messages: Messages, **changes: Unpack[Changes]) -> Reply:
         """Reply to messages ({"role": ..., "content": ...})."""
@@ -158,55 +174,60 @@ class Model:
 
     def score(self, text: str) -> Score:
         """The log-probability of every token of a text after the first. No chat template."""
-        self._turns.check()
+        self.scheduler.check()
         tokens = self.tokens.encode(arguments.text("text", text), start=True)
         self._check_room(tokens)
-        return Score(tokens, self.score_tokens(tokens)[0])
+        return Score(tokens, self._scored(tokens)[0])
 
     def score_tokens(self, tokens: Sequence[int]) -> tuple[list[float], list[bool]]:
         """Of every token after the first: its log-probability, and whether it was the likeliest."""
         for token in tokens:
             arguments.whole("a token", token, -(1 << 62), 1 << 62)
         self.tokens.check(tokens)
-        return self._turns.take(partial(scored, self.transformer, tokens))
+        return self._scored(tokens)
+
+    def _scored(self, tokens: Sequence[int]) -> tuple[list[float], list[bool]]:
+        return self.scheduler.take(partial(scored, self.transformer, tokens))
 
     def stream_from(
-        self, prompt: Prompt, options: Options, past: CachedPrefix | None = None
+        self, prompt: Prompt, options: Options, prefix: CachedPrefix | None = None
     ) -> Streaming:
+        """As `stream`, with the options as one object, over keys and values that are there."""
         started, options = time.perf_counter(), seeded(options)
         options.check_adapters(1)
-        (ids,) = self._encode([prompt], options)
-        return Streaming(self, self.start(ids, options, past), options, started)
+        (ids,) = self.encode([prompt], options)
+        return Streaming(self.scheduler, self.start(ids, options, prefix), options, started)
 
-    def _encode(self, prompts: Sequence[Prompt], options: Options) -> list[list[int]]:
-        self._turns.check()
-        with exits.work():
+    def encode(self, prompts: Sequence[Prompt], options: Options) -> list[list[int]]:
+        """Token ids of prompts, with the chat template where it is due. Raises OptionError, TemplateError."""
+        self.scheduler.check()
+        with shutdown.work():
             return encode(self.pack, self.tokens, prompts, options)
 
     def count(self, prompt: Prompt, options: Options | None = None) -> int:
         """Tokens of a prompt, or of a chat's messages."""
-        return len(self._encode([prompt], options or Options())[0])
+        return len(self.encode([prompt], options or Options())[0])
 
     def _check_room(self, tokens: Sequence[int]) -> None:
         if len(tokens) > self.context:
             raise ContextError(
                 f"the text has {len(tokens):,} tokens, the context holds {self.context:,}; shorten "
-                f"it, or raise --context (this model goes to {self.pack.description.context:,})"
+                f"it, or raise --context (this model goes to {self.longest:,})"
             )
         self.tokens.check(tokens)
 
-    def start(self, ids: list[int], options: Options, past: CachedPrefix | None = None) -> Run:
+    def start(self, ids: list[int], options: Options, prefix: CachedPrefix | None = None) -> Run:
+        """A request, ready to be driven. Raises ContextError, OptionError."""
         self._check_room([*ids, 0] if ids else ids)
         limit = self._limit(ids, options)
         stops = [self.tokens.control(stop) for stop in options.stop]
         ends = frozenset([*self.pack.eos, *(i for i in stops if i is not None)])
-        seq = flow.Sequence(list(ids), len(ids), limit, ends)
+        seq = decode.Sequence(list(ids), len(ids), limit, ends)
         form = PLAIN if options.raw else self._format.after(self.tokens, ids)
-        stream, name = Stream(self.tokens, options.stop, form), options.for_prompt(0).adapter
-        assert name is None or isinstance(name, str)
-        self._adapter(name)
-        cached = 0 if past is None else past.shared(ids, name)
-        kv = self.new_kv(limit) if past is None else past.kv
+        stream, name = Stream(self.tokens, options.stop, form), options.adapter_of(0)
+        self.scheduler.adapter(name)
+        cached = 0 if prefix is None else prefix.shared(ids, name)
+        kv = self.new_kv(limit) if prefix is None else prefix.kv
         kv.truncate(cached)
         return Run(seq, kv, stream, cached, cached, adapter=name, seed=options.seed)
 
@@ -219,83 +240,8 @@ class Model:
         """Make a LoRA adapter (PEFT's safetensors) known under a name, for requests to use. Weights make room
         for it where need be. Raises AdapterError, and BudgetError before anything is read."""
         name, file = arguments.text("name", name), arguments.path("path", path)
-        room.load(self, self._turns.take, name, file)
-        budget.trim()  # what making it took for a moment
-
-    def _adapter(self, name: str | None) -> Adapter | None:
-        if name is not None and name not in self.adapters:
-            known = ", ".join(self.adapters) or "none is loaded"
-            raise OptionError(
-                f"adapter {name!r} is not known: {known}; --adapter NAME=PATH loads one"
-            )
-        return None if name is None else self.adapters[name]
+        adapters.load(self.scheduler, self.pack, name, file)
+        memory.trim()  # what making it took for a moment
 
     def _limit(self, ids: Sequence[int], options: Options) -> int:
         return min(len(ids) + options.max_tokens, self.context)
-
-    def _drive(self, runs: Sequence[Run], options: Options) -> Iterator[None]:
-        """Step by step."""
-        flows = [self._flow(run, options, len(runs) - 1) for run in runs]
-        steps = drive(self.transformer, flows, [run.kv for run in runs], self.drafting.pace)
-        while self._turns.take(partial(self._step, steps, runs)):
-            yield
-
-    def _step(self, steps: Iterator[None], runs: Sequence[Run]) -> bool:
-        """False if there was none any more."""
-        if next(steps, steps) is steps:
-            return False
-        for run in runs:
-            run.known = min(len(run.seq.tokens) - 1, run.kv.length)
-        self._keep_promise()
-        return True
-
-    def _flow(self, run: Run, options: Options, others: int) -> Flow:
-        seed = options.seed if run.seed is None else run.seed
-        assert seed is not None
-        sampler = Sampler(options, seed)
-        drafter, check = self.drafting.new(sampler, others)
-        adapter = self._adapter(run.adapter)
-        return flow.decode(run.seq, drafter, sampler, run.cached, run.drafts, adapter, check)
-
-    def _keep_promise(self) -> None:
-        """Give up held weights if others need the memory, or we have more than was promised."""
-        if excess := self._watch.excess():
-            self.give_up(excess, f"memory is short by {excess / 1e6:,.0f} MB")
-
-    def give_up(self, size: int, why: str) -> None:
-        """Held weights, between two steps."""
-        if freed := self.transformer.shrink(size):
-            self.given_up += freed
-            warn(
-                f"{why}: {freed / 1e6:,.0f} MB of weights are read from disk from now on, which is slower"
-            )
-
-    def counts(self) -> Counts:
-        """What has been read and waited for so far."""
-        loaded = self.transformer.loaded
-        traffic = loaded.traffic + loaded.expert_traffic, loaded.expert_traffic + IOStats()
-        return Counts(*traffic, *self.transformer.steps)
-
-    @property
-    def bytes_read(self) -> int:
-        """Of weights, since the model was opened. Raises ClosedError."""
-        loaded = self.transformer.loaded
-        return loaded.traffic.bytes_read + loaded.expert_traffic.bytes_read
-
-    @property
-    def traffic(self) -> IOStats:
-        """What has been asked for and read so far. Raises ClosedError."""
-        return self.counts().total
-
-    def _reply(self, run: Run, options: Options, started: float, before: Counts) -> Reply:
-        size, threads = self.placement.budget, torch.get_num_threads()
-        shown = {**options.to_json(), "context": self.context, "threads": threads, "memory": size}
-        tables = self.transformer.loaded.tables
-        cached = not all(table.is_direct for table in tables)
-        return account(run, self.name, shown, started, before, self.counts(), cached)
-
-
-def _restore(transformer: Transformer, drafting: Drafting) -> None:
-    """After a step that an exception broke off."""
-    transformer.restore()
-    drafting.restore()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from outsize.engine.request import Counts, Run
 from outsize.system.memory import peak
@@ -60,16 +61,18 @@ class Score:
     logprobs: list[float]
 
 
-def account(
-    run: Run,
-    model: str,
-    options: Mapping[str, object],
-    started: float,
-    before: Counts,
-    after: Counts,
-    cached_reads: bool = False,
-) -> Reply:
+class Usage(NamedTuple):
+    """When a request began, and the counters of the model's reads then and now."""
+
+    started: float
+    before: Counts
+    after: Counts
+    cached_reads: bool = False  # through the page cache
+
+
+def account(run: Run, model: str, options: Mapping[str, object], usage: Usage) -> Reply:
     """The reply of a run that has ended, or was interrupted."""
+    started, before, after, cached_reads = usage
     new, first = len(run.seq.new_tokens), (run.first_s or started) - started
     later = run.end_s - (run.first_s or run.end_s)
     total, took = after.total - before.total, first + later

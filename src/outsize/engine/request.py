@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from outsize.engine import decode as flow
+from outsize.engine.decode import DraftCounts, Sequence
 from outsize.kv.kv import KV
 from outsize.storage.stats import IOStats
 from outsize.text.detokenize import Stream
@@ -15,14 +15,14 @@ from outsize.text.detokenize import Stream
 class Run:
     """One prompt on its way: its sequence, cache and text."""
 
-    seq: flow.Sequence
+    seq: Sequence
     kv: KV
     stream: Stream
     cached: int  # prompt tokens that were in the cache
     known: int  # tokens whose keys and values are in the cache, as of the last step that ended
     adapter: str | None = None
     seed: int | None = None
-    drafts: flow.Account = field(default_factory=flow.Account)
+    drafts: DraftCounts = field(default_factory=DraftCounts)
     text: str = ""
     pushed: int = 0
     first_s: float | None = None

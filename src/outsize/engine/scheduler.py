@@ -1,23 +1,45 @@
-"""Drives flows: one alone, or many gathered into one ragged batch a step."""
+"""Runs requests on an opened model, step by step: one alone, or many gathered into one ragged batch.
+
+`drive` is the loop. `Scheduler` holds what requests share (weights, adapters, the memory that the plan gave)
+and changes it within steps alone, which threads take in turn.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
+from typing import TypeVar
 
+import torch
+
+from outsize.draft.load import Drafting
 from outsize.draft.step_time import StepTimes
+from outsize.engine.decode import decode
+from outsize.engine.reply import Reply, Usage, account
+from outsize.engine.request import Counts, Run
+from outsize.engine.step_lock import StepLock
+from outsize.errors import OptionError
 from outsize.forward.full import full, is_narrow
 from outsize.forward.span import Out, Span
 from outsize.kv.kv import KV
+from outsize.log import warn
+from outsize.model.lora import Adapter
 from outsize.model.transformer import Transformer
+from outsize.options import Options
+from outsize.plan.placement import Placement
+from outsize.sampling.sample import Sampler
+from outsize.storage.stats import IOStats
+from outsize.system import memory
 
 Flow = Generator[Span, Out, None]
+T = TypeVar("T")
 
 
 def drive(
-    model: Transformer, flows: Sequence[Flow], kvs: Sequence[KV], pace: StepTimes | None = None
+    model: Transformer, flows: Sequence[Flow], kvs: Sequence[KV], times: StepTimes | None = None
 ) -> Iterator[None]:
-    """Run flows to their ends, yielding after each step. A finished flow leaves the batch. `pace` is told
+    """Run flows to their ends, yielding after each step. A finished flow leaves the batch. `times` learns
     how long steps took that had no prompt to run."""
     waiting = [
         (flow, kv, span) for flow, kv in zip(flows, kvs, strict=True) for span in _first(flow)
@@ -30,11 +52,11 @@ def drive(
             outs = full(model, spans, [kv for _, kv, _ in waiting])
             answered = zip(waiting, outs, strict=True)
             waiting = [(flow, kv, s) for (flow, kv, _), out in answered for s in _next(flow, out)]
-        if pace is not None and narrow:
+        if times is not None and narrow:
             rows, masked = sum(s.num_rows for s in spans), any(s.masks is not None for s in spans)
             seconds = time.perf_counter() - started
             waited_s = min(seconds, model.waited_s - waited)
-            pace.step(rows, masked, seconds, waited_s, model.asked - asked)
+            times.step(rows, masked, seconds, waited_s, model.asked - asked)
         yield
 
 
@@ -49,3 +71,117 @@ def _next(flow: Flow, out: Out) -> list[Span]:
         return [flow.send(out)]
     except StopIteration:
         return []
+
+
+class Scheduler:
+    """Runs requests on one opened model, for any number of threads. After an exception in the middle of a
+    step, the next step finds everything as it must be."""
+
+    def __init__(
+        self, name: str, transformer: Transformer, placement: Placement, drafting: Drafting
+    ) -> None:
+        self.name, self.placement, self.drafting = name, placement, drafting
+        self.adapters: dict[str, Adapter] = {}
+        self.given_up = 0  # bytes of weights that were resident at first, and had to go
+        self._transformer: Transformer | None = transformer
+        self._watch = memory.Watch(placement.budget)
+        self._lock = StepLock(name, partial(_restore, transformer, drafting))
+        self._end = transformer.loaded.close_with(self)
+        memory.promise(self, placement.later)
+
+    @property
+    def transformer(self) -> Transformer:
+        """The network. Raises ClosedError, ForkError."""
+        self.check()
+        assert self._transformer is not None
+        return self._transformer
+
+    def check(self) -> None:
+        """Raises ClosedError, ForkError."""
+        self._lock.check()
+
+    def take(self, step: Callable[[], T]) -> T:
+        """Do something alone with the weights, between two steps. Raises BusyError, ClosedError."""
+        return self._lock.take(step)
+
+    def close(self) -> None:
+        """Release weights, threads, files and memory, once a step that another thread is in has ended."""
+        if self._transformer is not None:
+            self._lock.close(self._end)
+            self.drafting.close()
+            self.adapters.clear()
+        self._transformer = None
+        memory.promise(self, 0)
+        memory.trim()
+
+    def adapter(self, name: str | None) -> Adapter | None:
+        """Raises OptionError for a name that is not loaded."""
+        if name is not None and name not in self.adapters:
+            known = ", ".join(self.adapters) or "none is loaded"
+            raise OptionError(
+                f"adapter {name!r} is not known: {known}; --adapter NAME=PATH loads one"
+            )
+        return None if name is None else self.adapters[name]
+
+    def drive(self, runs: Sequence[Run], options: Options) -> Iterator[None]:
+        """Run requests together to their ends, yielding after each step."""
+        flows = [self._flow(run, options, len(runs) - 1) for run in runs]
+        steps = drive(self.transformer, flows, [run.kv for run in runs], self.drafting.pace)
+        while self.take(partial(self._step, steps, runs)):
+            yield
+
+    def _step(self, steps: Iterator[None], runs: Sequence[Run]) -> bool:
+        """False if there was none any more."""
+        if next(steps, steps) is steps:
+            return False
+        for run in runs:
+            run.known = min(len(run.seq.tokens) - 1, run.kv.length)
+        self._keep_budget()
+        return True
+
+    def _flow(self, run: Run, options: Options, others: int) -> Flow:
+        seed = options.seed if run.seed is None else run.seed
+        assert seed is not None
+        sampler = Sampler(options, seed)
+        drafts = self.drafting.new(sampler, others)
+        return decode(run.seq, drafts, sampler, run.drafts, run.cached, self.adapter(run.adapter))
+
+    def _keep_budget(self) -> None:
+        """Drop resident weights if others need the memory, or we have more than was planned."""
+        if excess := self._watch.excess():
+            self.give_up(excess, f"memory is short by {excess / 1e6:,.0f} MB")
+
+    def give_up(self, size: int, why: str) -> None:
+        """Drop `size` bytes of resident weights, between two steps: they are read from disk from now on."""
+        if freed := self.transformer.shrink(size):
+            self.given_up += freed
+            warn(
+                f"{why}: {freed / 1e6:,.0f} MB of weights are read from disk from now on, which is slower"
+            )
+
+    def counts(self) -> Counts:
+        """What has been read and waited for so far. Raises ClosedError."""
+        loaded = self.transformer.loaded
+        stats = loaded.traffic + loaded.expert_traffic, loaded.expert_traffic + IOStats()
+        return Counts(*stats, *self.transformer.steps)
+
+    @property
+    def bytes_read(self) -> int:
+        """Of weights, since the model was opened. Raises ClosedError."""
+        loaded = self.transformer.loaded
+        return loaded.traffic.bytes_read + loaded.expert_traffic.bytes_read
+
+    def reply(self, run: Run, options: Options, started: float, before: Counts) -> Reply:
+        """The reply of a run that has ended, or was interrupted, with its usage statistics."""
+        size, threads = self.placement.budget, torch.get_num_threads()
+        context = self.placement.context
+        shown = {**options.to_json(), "context": context, "threads": threads, "memory": size}
+        tables = self.transformer.loaded.tables
+        cached = not all(table.is_direct for table in tables)
+        return account(run, self.name, shown, Usage(started, before, self.counts(), cached))
+
+
+def _restore(transformer: Transformer, drafting: Drafting) -> None:
+    """After a step that an exception broke off."""
+    transformer.restore()
+    drafting.restore()

@@ -1,27 +1,24 @@
-"""A reply on its way."""
+"""A reply on its way: an iterator over its pieces."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from outsize.engine.reply import Reply
 from outsize.engine.request import Run
+from outsize.engine.scheduler import Scheduler
 from outsize.options import Options
 from outsize.text.channels import REASONING, TEXT, Piece
 
-if TYPE_CHECKING:
-    from outsize.engine.model import Model
-
 
 class Streaming:
-    """Pieces of a reply as they come; `reply` is its account, whole once the pieces have ended. `parts` gives
-    what the model thinks, too."""
+    """Pieces of a reply as they come; `reply` is the whole of it with its usage statistics, complete once the
+    pieces have ended. `parts` gives what the model thinks, too."""
 
-    def __init__(self, model: Model, run: Run, options: Options, started: float) -> None:
-        self._model, self.run = model, run
-        self._options, self._started, self._before = options, started, model.counts()
+    def __init__(self, scheduler: Scheduler, run: Run, options: Options, started: float) -> None:
+        self._scheduler, self.run = scheduler, run
+        self._options, self._started, self._before = options, started, scheduler.counts()
         self.parts = self._go()  # ("text" or "reasoning", piece)
         self._pieces = (piece for kind, piece in self.parts if kind == TEXT)
 
@@ -30,9 +27,9 @@ class Streaming:
 
     def _go(self) -> Iterator[Piece]:
         run = self.run
-        for _ in self._model._drive([run], self._options):
+        for _ in self._scheduler.drive([run], self._options):
             before = len(run.stream.reasoning)
-            piece = run.advance(time.perf_counter(), self._model.bytes_read)
+            piece = run.advance(time.perf_counter(), self._scheduler.bytes_read)
             if thought := run.stream.reasoning[before:]:
                 yield REASONING, thought
             if piece:
@@ -44,4 +41,4 @@ class Streaming:
 
     @property
     def reply(self) -> Reply:
-        return self._model._reply(self.run, self._options, self._started, self._before)
+        return self._scheduler.reply(self.run, self._options, self._started, self._before)

@@ -1,38 +1,32 @@
-"""`outsize plan`: what will be where, how fast it will be, and what more memory would buy."""
+"""The plan of a run: what will be where, how fast it will be, and what more memory would buy."""
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from outsize.arguments import whole
 from outsize.caching.replay.trace import read
-from outsize.engine import load as loading
-from outsize.errors import BudgetError
 from outsize.home import home
 from outsize.kernels.native import Kernels
 from outsize.log import say, silent
-from outsize.pack.outline import Outline, of_pack
+from outsize.options import LoadOptions
+from outsize.pack.outline import Outline
 from outsize.plan import cost, machine
 from outsize.plan.cores import Watch
 from outsize.plan.cost import Cost
+from outsize.plan.decide import check, compiled, foresee
 from outsize.plan.hit_rates import PRIOR, recorded
-from outsize.plan.load_options import LoadOptions
 from outsize.plan.machine import Compute, Machine
 from outsize.plan.place import least_bytes, place, tokenizer_bytes
 from outsize.plan.placement import Placement
 from outsize.plan.warmup import runtime_bytes
-from outsize.report import plan_text
-from outsize.report.plan_page import page
 from outsize.system import memory as budget
 from outsize.weights.spec import parse_experts
 
 if TYPE_CHECKING:
-    from outsize.engine.model import Model
-    from outsize.engine.reply import Reply
+    pass
 
 POINTS = 24
 PROMPT = 512  # tokens, or as many as the context holds
@@ -60,22 +54,20 @@ class Plan:
         }
 
 
-def make(
-    model: str, load_options: LoadOptions, prompt: int | None, trace: Path | None = None
-) -> Plan:
+def make(model: str, options: LoadOptions, prompt: int | None, trace: Path | None = None) -> Plan:
     """Plan a run from headers alone; experts by what a recorded `trace` tells of them, if there is one.
     Raises BudgetError, TraceError and what finding a model raises."""
-    load_options.check()
-    native = loading.compiled(load_options)
-    size, runtime = budget.parse(load_options.memory), runtime_bytes(native)
-    outline, placed = loading.foresee(model, load_options, size, runtime)
+    check(options)
+    native = compiled(options)
+    size, runtime = budget.parse(options.memory), runtime_bytes(native)
+    outline, placed = foresee(model, options, size, runtime)
     folder = home()
-    here = machine.known(folder, silent if load_options.quiet else say)
+    here = machine.known(folder, silent if options.quiet else say)
     here, compute = _compute(outline, here, native, anew=True)
     prompt = _prompt(prompt, placed.context)
     rates = PRIOR
     if trace is not None:
-        eviction = parse_experts(load_options.experts or "").eviction
+        eviction = parse_experts(options.experts or "").eviction
         rates = recorded(read(trace), outline.description, eviction)
     predicted = cost.predict(outline, here, placed, compute, prompt, rates)
     tokenizer, curve = tokenizer_bytes(outline), []
@@ -113,27 +105,6 @@ def _compute(
     return here, here.models[key]
 
 
-def learn(model: Model, reply: Reply) -> None:
-    """Let a reply correct what is kept of this machine: what a run reached can be reached."""
-    folder = home()
-    here = machine.kept(folder)
-    if here is None:
-        return
-    outline, new = of_pack(model.pack), here
-    key = cost.key(outline) + ("" if loading.compiled(LoadOptions()) else "-plain")
-    bandwidth, is_plain = 0.0, not model.placement.streamed and not model.given_up
-    if is_plain and not reply.drafted and reply.step_s > 0 and outline.description.mixture is None:
-        read = outline.size - (0 if outline.description.tied else outline.table("embed").size)
-        bandwidth = read / reply.step_s
-        if key in here.models:
-            faster = here.models[key].at_most(cost.step_s(outline, here.models[key]), reply.step_s)
-            new = replace(new, models=here.models | {key: faster})
-    new = new.achieved(reply.disk_bytes_per_s, bandwidth)
-    if new != here:
-        with suppress(OSError):
-            machine.keep(new, folder)
-
-
 def cost_if_known(
     outline: Outline, placement: Placement, prompt: int = PROMPT, disk_rate: float | None = None
 ) -> Cost | None:
@@ -145,7 +116,7 @@ def cost_if_known(
     here = here or machine.known(home(), say)
     if cost.key(outline) not in here.models and not placement.streamed:
         return None
-    here, compute = _compute(outline, here, loading.compiled(LoadOptions()))
+    here, compute = _compute(outline, here, compiled(LoadOptions()))
     if disk_rate is not None:
         here = here.at_rate(disk_rate)
     return cost.predict(outline, here, placement, compute, min(prompt, placement.context))
@@ -155,30 +126,3 @@ def disk_rate() -> float | None:
     """Bytes a second that the disk gave when it was measured."""
     here = machine.kept(home())
     return None if here is None else here.disk_bytes_per_s
-
-
-def show(
-    model: str,
-    load_options: LoadOptions,
-    prompt: int | None,
-    as_json: bool,
-    html: Path | None,
-    trace: Path | None = None,
-) -> None:
-    """Print the plan; write the page."""
-    try:
-        made = make(model, load_options, prompt, trace)
-    except BudgetError as e:
-        if not as_json:
-            raise
-        print(json.dumps({"error": str(e)}))
-        raise
-    if html is not None:
-        html.write_text(page(made.to_json()), encoding="utf-8")
-        say(f"wrote {html}")
-    if as_json:
-        print(json.dumps(made.to_json()))
-        return
-    print(
-        "\n".join(plan_text.long(made.outline, made.placement, made.cost, made.machine, made.curve))
-    )

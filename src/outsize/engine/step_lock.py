@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from outsize.engine import exits
+from outsize.engine import shutdown
 from outsize.errors import BusyError, ClosedError, ForkError, OutsizeError
 
 HAND_OVER_S = 2e-4  # a lock is not fair: who had a step lets those who wait wake up
@@ -37,7 +37,7 @@ def _nothing() -> None:
     """Of a closed model, there is nothing to put right."""
 
 
-class Turns:
+class StepLock:
     """One caller's step after another's. After a step that an exception broke off (an interrupt, a failed
     read or allocation, at any line), `mend` is called before the next one."""
 
@@ -76,7 +76,7 @@ class Turns:
             )
         self._waiting.add(me)
         try:
-            with exits.work():
+            with shutdown.work():
                 return self._locked(step, is_open)
         finally:
             self._waiting.discard(me)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 PATIENCE_S = 10  # that the end waits
 
 
-class Exits:
+class Shutdown:
     """Who computes, and whether the interpreter ends."""
 
     def __init__(self) -> None:
@@ -49,18 +49,18 @@ class Exits:
 
 def _after_fork() -> None:
     """Threads of the parent are not here."""
-    global _exits
-    _exits = Exits()
+    global _shutdown
+    _shutdown = Shutdown()
 
 
 @contextmanager
 def work() -> Iterator[None]:
-    """As `Exits.work`, for this process."""
-    with _exits.work():
+    """As `Shutdown.work`, for this process."""
+    with _shutdown.work():
         yield
 
 
-_exits = Exits()
-atexit.register(lambda: _exits.end())
+_shutdown = Shutdown()
+atexit.register(lambda: _shutdown.end())
 if sys.platform != "win32":
     os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,113 @@
+"""From what a user asks of a model to where its weights will be: the placement, from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from outsize.draft import load as drafting
+from outsize.draft.spec import DraftSpec, parse_draft
+from outsize.errors import BudgetError, ContextError, OptionError
+from outsize.home import expanded, home
+from outsize.kernels.native import Kernels, kernels
+from outsize.log import silent, warn_once
+from outsize.model_config import Description
+from outsize.options import LoadOptions
+from outsize.pack import fetch
+from outsize.pack.outline import Outline
+from outsize.plan import beside
+from outsize.plan.place import copy_bytes, place, tokenizer_bytes
+from outsize.plan.placement import Placement
+from outsize.storage.table import VERIFY
+from outsize.weights.spec import parse_experts
+
+
+def check(options: LoadOptions) -> None:
+    """Are the texts among the options understood? Raises OptionError, UnsupportedError."""
+    parse_experts(options.experts or "")
+    parse_draft(options.draft)
+    if options.verify not in VERIFY:
+        raise OptionError(f"verify is {options.verify!r}; known are {', '.join(VERIFY)}")
+
+
+def compiled(options: LoadOptions) -> Kernels | None:
+    """The compiled kernels, if they are asked for and can be had; what is wrong with them is said once."""
+    tell = silent if options.quiet else warn_once
+    return kernels(home() / "native", tell) if options.native else None
+
+
+def for_model(options: LoadOptions, model: str) -> LoadOptions:
+    """Without the default encoding, where a model's name is a pack, whose encoding is decided. Raises
+    SourceError."""
+    if options.encoding != "auto" and "encoding" in options.defaults and fetch.is_pack(model):
+        return replace(options, encoding="auto")
+    return options
+
+
+def for_kind(options: LoadOptions, name: str, d: Description) -> LoadOptions:
+    """Without default settings for experts, where a model has none. Raises OptionError."""
+    if d.mixture is not None or options.experts is None:
+        return options
+    if "experts" in options.defaults:
+        return replace(options, experts=None)
+    raise OptionError(
+        f"experts is {options.experts!r}, and {name} is a dense model, which has none; leave it out"
+    )
+
+
+def foresee(model: str, options: LoadOptions, size: int, runtime: int) -> tuple[Outline, Placement]:
+    """What a model's pack holds, and the placement for a budget of `size` bytes, of which the interpreter
+    and libraries take `runtime`: from headers alone. Raises BudgetError."""
+    options = for_model(options, model)
+    outline = fetch.outline(model, options.encoding, options.quiet)
+    options = for_kind(options, outline.name, outline.description)
+    draft, encoding = parse_draft(options.draft), parse_experts(options.experts or "").copies
+    drafting.check(draft, outline)
+    smaller = fetch.outline(draft.source, "auto", options.quiet) if draft.kind == "model" else None
+    copy = fetch.outline(model, encoding, options.quiet) if encoding else None
+    outline = with_all(outline, options.adapters, smaller, copy)
+    return outline, decide(outline, options, size, runtime, tokenizer_bytes(outline))
+
+
+def with_all(
+    outline: Outline, adapters: Mapping[str, Path], smaller: Outline | None, copy: Outline | None
+) -> Outline:
+    """A model with everything that is loaded beside it: adapters, a `smaller` model that drafts, a `copy` of
+    its experts at fewer bits. Raises AdapterError, OptionError."""
+    if copy is not None:
+        outline = replace(outline, copies=copy_bytes(outline, copy))
+    if smaller is not None:
+        beside.same_vocabulary(smaller, outline)
+    paths = {name: expanded(path) for name, path in adapters.items()}
+    return beside.with_adapters(replace(outline, smaller=smaller), paths)
+
+
+def decide(
+    outline: Outline, options: LoadOptions, size: int, runtime: int, tokenizer: int
+) -> Placement:
+    """The placement for a budget of `size` bytes; with `--draft auto`, also what drafts: the best drafter
+    that takes less from the weights than it brings. Raises BudgetError, ContextError."""
+    longest, context = outline.description.context, options.context
+    if context is not None and context > longest:
+        raise ContextError(f"context is {context:,}; this model holds from 2 to {longest:,} tokens")
+    asked = parse_draft(options.draft)
+    named = outline if asked.kind == "auto" else drafting.with_drafting(asked, outline)
+    without = place(named, size, runtime, tokenizer, context, options.force)
+    if asked.kind != "auto":
+        return replace(without, drafts=asked.kind)
+    for spec, worth in drafting.choices(outline):
+        wanted = drafting.with_drafting(spec, outline)
+        with suppress(BudgetError):
+            made = place(wanted, size, runtime, tokenizer, context)
+            if _pays(spec, made, without, worth):
+                return replace(made, drafts=spec.kind)
+    return without
+
+
+def _pays(spec: DraftSpec, made: Placement, without: Placement, worth: float) -> bool:
+    """Does what drafting takes from the weights cost less than it brings?"""
+    if made.context != without.context or made.streamed > worth * without.streamed:
+        return False
+    return spec.kind != "masks" or made.holds_head  # each draft token would read the head again
