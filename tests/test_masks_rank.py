@@ -1,13 +1,10 @@
-"""What cutting a drafter's rank leaves (bench/masks_rank.py)."""
+"""What cutting a drafter's rank leaves (experiments/drafting/mtp_rank.py)."""
 
 from __future__ import annotations
 
-import runpy
-from pathlib import Path
-
 import torch
 
-SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "bench" / "masks_rank.py"))
+from experiments.drafting import mtp_rank
 
 
 def test_a_cut_keeps_what_the_rank_can_hold() -> None:
@@ -19,7 +16,7 @@ def test_a_cut_keeps_what_the_rank_can_hold() -> None:
     b = (left * torch.tensor([4.0, 3.0])) @ mix
     a = torch.linalg.pinv(mix) @ right.T
     for rank, lost in ((2, 0.0), (1, 9 / 25)):
-        small_a, small_b, share = SCRIPT["cut"](a, b, rank)
+        small_a, small_b, share = mtp_rank.cut(a, b, rank)
         assert small_a.shape == (rank, 24)
         assert small_b.shape == (40, rank)
         error = (small_b @ small_a - b @ a).square().sum() / (b @ a).square().sum()

@@ -1,4 +1,4 @@
-"""Holds every figure in docs/results/ to its raw file: `python bench/figures.py [FILE.md...]`.
+"""Holds every figure in docs/results/ to its raw file: `python -m experiments.results.figures [FILE.md...]`.
 
 A paragraph or table is followed by a comment that says, for each of its numbers in turn, where it is from:
 
@@ -9,7 +9,7 @@ An entry is an expression over raw files (below), which must round to the number
 setting, a bar or a name, not measured; `unkept`: measured, but no raw file was kept (how many there may be is
 fixed in tests/test_figures.py, and can only go down). `3 given` are three in a row. Of a table, `each:` is
 for every row, in which `n` is the row's number and `row` its first cell up to a bracket; a line `LABEL: ...`
-is for the row whose first cell that is. Files are named once in a document, under bench/results/:
+is for the row whose first cell that is. Files are named once in a document, under experiments/results/:
 
     <!-- files: nine = epyc-2core/llamacpp-smollm2-9-pairs.json -->
 
@@ -34,9 +34,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-RAW, DOCUMENTS = ROOT / "bench" / "results", ROOT / "docs" / "results"
+RAW, DOCUMENTS = ROOT / "experiments" / "results", ROOT / "docs" / "results"
 NAMES = re.compile(
     r"`[^`]*`|\]\([^)]*\)|<[^>]*>|\b\d{4}-\d\d-\d\d\b|\b[0-9a-f]{7}\b"
     r"|\b(?:Zen|Gemma|Llama|Python|torch|transformers|family|lm-eval|llama-cpp-python) \d[\d.]*\b"
@@ -55,7 +55,7 @@ def _within(of: list[Any]) -> int:
 
 
 def _ceiling(of: list[Any]) -> float:
-    """Of a run of bench/paging.py: its share of what the disk, or the uncapped run, allows."""
+    """Of a run of experiments/memory/paging.py: its share of what the disk, or the uncapped run, allows."""
     row, whole = of
     read_s = row["bytes_per_token"] / statistics.mean(row["disk_bytes_per_s"][1:])
     return float(max(read_s, 1 / whole["tokens_per_s"]) * row["tokens_per_s"])

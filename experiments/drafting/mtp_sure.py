@@ -1,5 +1,5 @@
 """How right is a mask drafter, and does it know?
-`python bench/masks_sure.py MODEL --draft masks:FILE --prompts FILE.jsonl [--per-category 3]`.
+`python -m experiments.drafting.mtp_sure MODEL --draft masks:FILE --prompts FILE.jsonl [--per-category 3]`.
 
 Greedy answers are walked over once more with masks after every token, whatever a step would have used. One
 JSON object: tokens a step if a step began everywhere, and for each of a block's guesses, those before it
@@ -12,9 +12,8 @@ import argparse
 import json
 from pathlib import Path
 
-from lossless import answers
-
 import outsize
+from experiments.drafting.lossless import answers
 from outsize.bench.speculate import read
 from outsize.draft.auto import kind_of
 from outsize.draft.masks import block_of

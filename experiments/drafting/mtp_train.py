@@ -1,7 +1,7 @@
 """Train mask drafters by a list of recipes and say what each accepts on held-out questions.
 
-    python bench/masks_train.py --data prompts.jsonl --held-out prompts.held-out.jsonl -o FOLDER \
-        [--answers-only] [--seconds 300] [--recipes '{"rank": 4, "seed": 1}' ...] [--at-once 3]
+    python -m experiments.drafting.mtp_train --data prompts.jsonl --held-out prompts.held-out.jsonl \
+        -o FOLDER [--answers-only] [--seconds 300] [--recipes '{"rank": 4, "seed": 1}' ...] [--at-once 3]
 
 One JSON line a recipe: tokens a step at k = 1..4, linear and quadratic, on held-out questions and on held-out
 prompts of the mix; the loss of the base model's own tokens before and after (it moves only where not gated);
@@ -164,8 +164,8 @@ def many(args) -> None:
     while waiting or running:
         while waiting and len(running) < args.at_once:
             i, text = waiting.pop(0)
-            command = [sys.executable, __file__, *map(str, common), "--name", f"{args.name}-{i}",
-                       "--recipes", text]  # fmt: skip
+            command = [sys.executable, "-m", "experiments.drafting.mtp_train", *map(str, common),
+                       "--name", f"{args.name}-{i}", "--recipes", text]  # fmt: skip
             running.append(subprocess.Popen(command, stdout=log))
         time.sleep(0.2)
         running = [p for p in running if p.poll() is None]

@@ -1,5 +1,5 @@
 """Do drafts change anything?
-`python bench/lossless.py MODEL --prompts FILE.jsonl [--count 200] [--drafts SPEC...]`.
+`python -m experiments.drafting.lossless MODEL --prompts FILE.jsonl [--count 200] [--drafts SPEC...]`.
 
 Greedy answers to many prompts, without drafts and with each drafter: tokens must be the same, and the
 checksum of every kept token's logits, which holds to the bit in int4 and int8 packs. One JSON object a

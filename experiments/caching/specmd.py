@@ -1,5 +1,5 @@
 """The claims of SpecMD, one by one, on recorded traces and on synthetic routing:
-`python bench/specmd.py TRACE... [-o FILE.json]`. Prints one JSON object a claim.
+`python -m experiments.caching.specmd TRACE... [-o FILE.json]`. Prints one JSON object a claim.
 
 The recorded traces hold no early gate scores, so prefetchers that need them run on synthetic routing
 (`synthetic`): expert scores that drift from token to token, and the same scores with noise one layer early.

@@ -1,5 +1,6 @@
 """Ours and llama.cpp on one mixture whose router asks for the same experts in both, as a recording says:
-`python bench/routed.py MODEL.gguf TRACE --memory BYTES [--wrap 'COMMAND {bytes}'] [-o FILE.jsonl]`.
+`python -m experiments.caching.routed MODEL.gguf TRACE --memory BYTES [--wrap 'COMMAND {bytes}']
+[-o FILE.jsonl]`.
 
 The model is made if it is not there: random weights of a Qwen3 mixture with the trace's layers, experts and
 experts a token (`--shape`), of which some are written so that the routing is the trace's, token for token:
@@ -39,7 +40,7 @@ MARK, GAP, STEP = (
     0.02,
 )  # in the embedding; in the router, between chosen and other, and by rank
 SHOWN = 64  # logits that are compared
-PEER = Path(__file__).parent / "peers" / "llamacpp.py"
+PEER = Path(__file__).parents[1] / "peers" / "llamacpp.py"
 Choices = list[list[tuple[int, ...]]]  # by layer, by token
 
 
@@ -165,9 +166,8 @@ def agreed(watched: list[Watched], wanted: Choices) -> float:
 
 
 def worker(a: argparse.Namespace) -> dict[str, object]:
-    from paging import Disk
-
     import outsize
+    from experiments.memory.paging import Disk
     from outsize.forward.full import full
     from outsize.forward.span import Span
     from outsize.weights.budget import peak
@@ -214,9 +214,8 @@ def compared(ours: dict[str, object], theirs: dict[str, object]) -> dict[str, ob
 
 
 def main() -> None:
-    from experts import run
-    from paging import record
-
+    from experiments.caching.experts import run
+    from experiments.memory.paging import record
     from outsize import library
     from outsize.weights.trace import read
 
@@ -243,8 +242,8 @@ def main() -> None:
     if not a.model.exists():
         make(a.model, a.shape, trace)
     library.pack(str(a.model), quiet=True)
-    common = [__file__, str(a.model), a.trace, "--memory", str(a.memory), "--worker"]
-    common += ["--experts", a.experts, "--new", str(a.new)]
+    common = ["-m", "experiments.caching.routed", str(a.model), a.trace, "--worker"]
+    common += ["--memory", str(a.memory), "--experts", a.experts, "--new", str(a.new)]
     peer = [str(PEER), str(a.model), "--cold", "--no-repack", "--first-id", str(FIRST)]
     peer += ["--prompt-tokens", str(prompt_of(trace)), "--new-tokens", str(a.new)]
     facts: dict[str, object] = {"model": a.model.name, "trace": Path(a.trace).name, "cap": a.memory,

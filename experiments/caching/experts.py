@@ -1,5 +1,6 @@
 """Experts from a real disk at real sizes, routed as a recording says:
-`python bench/experts.py MODEL.gguf TRACE --memory BYTES [--wrap 'COMMAND {bytes}'] [--experts SPECS]`.
+`python -m experiments.caching.experts MODEL.gguf TRACE --memory BYTES [--wrap 'COMMAND {bytes}']
+[--experts SPECS]`.
 
 The router's choices are replaced by the trace's (a prompt, then token by token), so that any weights do.
 Reports tokens/s of decoding against the ceiling (bytes missed over the disk's rate in this run, or all of
@@ -21,8 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from paging import Disk, record
 from torch import Tensor
+
+from experiments.memory.paging import Disk, record
 
 if TYPE_CHECKING:
     from outsize.api import Model
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from outsize.weights.trace import Event, Scored, Trace
 
 EVERY = 16
+PEER = Path(__file__).parents[1] / "peers" / "llamacpp.py"
 SPECS = "echo;lru;least_stale;lfu;echo,prefetch=previous:6"
 
 
@@ -181,12 +184,20 @@ def main() -> None:
     if a.worker:
         print(json.dumps(worker(a)))
         return
-    common = [a.model, a.trace, "--memory", str(a.memory), "--new", str(a.new)]
-    common += ["--context", str(a.context), "--recall", str(a.recall), "--worker"]
-    peer = [str(Path(__file__).parent / "peers" / "llamacpp.py"), a.model, "--cold", "--no-repack"]
+    common = [
+        "-m",
+        "experiments.caching.experts",
+        a.model,
+        a.trace,
+        "--new",
+        str(a.new),
+        "--worker",
+    ]
+    common += ["--memory", str(a.memory), "--context", str(a.context), "--recall", str(a.recall)]
+    peer = [str(PEER), a.model, "--cold", "--no-repack"]
     for _ in range(a.repeats):
         for spec in a.experts.split(";"):
-            record(run(a.wrap, a.memory, [__file__, *common, "--experts", spec]), a.output)
+            record(run(a.wrap, a.memory, [*common, "--experts", spec]), a.output)
         if a.peer:
             limits = ["--prompt-tokens", "28", "--new-tokens", "24"]
             record(run(a.wrap, a.memory, [*peer, *limits]), a.output)

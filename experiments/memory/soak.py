@@ -1,4 +1,4 @@
-"""A long chat at half residency: `python bench/soak.py MODEL [--tokens 2000] [-o FILE]`.
+"""A long chat at half residency: `python -m experiments.memory.soak MODEL [--tokens 2000] [-o FILE]`.
 
 Turns of chat until so many tokens were answered, with half of the weights read from disk at each token;
 memory, threads and open files are noted after each turn. The first turn fills the context, since keys and
@@ -61,7 +61,7 @@ def main() -> None:
         t["threads"] != turns[0]["threads"] or t["files"] != turns[0]["files"] for t in turns
     )
     result = {
-        "command": f"python bench/soak.py {Path(a.model).name} --tokens {a.tokens}",
+        "command": f"python -m experiments.memory.soak {Path(a.model).name} --tokens {a.tokens}",
         "held_share": round(share, 3), "tokens": answered, "turns": len(turns),
         "budget_bytes": budget, "peak_bytes": peak(), "grown_bytes": grown,
         "leaks": leaks, "good": grown <= GROWTH * budget and not leaks and peak() <= budget,

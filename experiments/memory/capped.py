@@ -1,4 +1,5 @@
-"""Does a budget hold, with all that is loaded? `python bench/capped.py MODEL... [--wrapper CMD] -o FILE`.
+"""Does a budget hold, with all that is loaded?
+`python -m experiments.memory.capped MODEL... [--wrapper CMD] -o FILE`.
 
 Each run is a process of its own that opens a model with adapters, a draft model, or several times, chats with
 it, and tells the most memory it had. Budgets go from the least that its plan names to one that holds all.
@@ -129,7 +130,7 @@ def runs_of(
     pack, out = library.pack(model, quiet=True), list[dict[str, object]]()
     lora = folder / pack.path.name
     write_adapter(pack, lora)
-    me = [sys.executable, __file__, "--child"]
+    me = [sys.executable, "-m", "experiments.memory.capped", "--child"]
     chosen = {n: how for n, how in scenarios(model, lora).items() if not only or n in only}
     for name, how in chosen.items():
         told = json.dumps(how)
@@ -167,7 +168,8 @@ def main() -> None:
         for model in a.models:
             rows += runs_of(model, Path(name), shlex.split(a.wrapper), a.scenario)
     result = {
-        "command": f"python bench/capped.py {' '.join(Path(m).name for m in a.models)} --wrapper ...",
+        "command": "python -m experiments.memory.capped "
+        f"{' '.join(Path(m).name for m in a.models)} --wrapper ...",
         "processor": probe.processor(), "torch": torch.__version__, "runs": len(rows),
         "killed": sum(r["status"] in (137, -9) for r in rows),
         "over_budget": sum(r["status"] == 0 and not r["good"] for r in rows),

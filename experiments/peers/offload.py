@@ -1,4 +1,5 @@
-"""Time transformers with accelerate's offload to disk: `python bench/peers/offload.py FOLDER --cap BYTES`.
+"""Time transformers with accelerate's offload to disk:
+`python -m experiments.peers.offload FOLDER --cap BYTES`.
 
 pip install transformers accelerate. The process may keep `--cap` bytes less `--runtime`, the rest of the
 weights is read from disk at each pass. Greedy, batch 1, cold. One JSON object last.

@@ -1,4 +1,5 @@
-"""Runs in ever less memory: `python bench/paging.py MODEL... --wrap 'COMMAND {bytes}' [-o FILE.jsonl]`.
+"""Runs in ever less memory:
+`python -m experiments.memory.paging MODEL... --wrap 'COMMAND {bytes}' [-o FILE.jsonl]`.
 
 `--wrap` is a command prefix that caps the memory of what follows it, page cache included, and empties the
 page cache first; for example
@@ -130,7 +131,7 @@ def predicted(m: Model, rate: float) -> dict[str, float]:
 def run(wrap: str, size: int, *arguments: str) -> dict[str, object]:
     """One fresh process under a cap; what became of it."""
     prefix = shlex.split(wrap.format(bytes=size)) if wrap and size else []
-    command = [*prefix, sys.executable, __file__, "--worker", *arguments]
+    command = [*prefix, sys.executable, "-m", "experiments.memory.paging", "--worker", *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     last = (done.stdout.strip().splitlines() or [""])[-1]
     result = json.loads(last) if last.startswith("{") else {"error": done.stderr[-400:]}

@@ -1,4 +1,5 @@
-"""Ours and llama.cpp in turn on the same files: `python bench/compare.py MODEL.gguf... [-o FILE]`.
+"""Ours and llama.cpp in turn on the same files:
+`python -m experiments.engine.compare MODEL.gguf... [-o FILE]`.
 
 Each pair is two fresh processes, ours and theirs, right after one another, since a shared machine's speed
 drifts. Reports the median of each, and of the ratios pair by pair. With `--loops 0,1` each pair is run alone
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PEER = Path(__file__).parent / "peers" / "llamacpp.py"
+PEER = Path(__file__).parents[1] / "peers" / "llamacpp.py"
 KEYS = ("prefill_tokens_per_s", "decode_tokens_per_s")
 LOOP = "while True: pass"
 
@@ -116,7 +117,8 @@ def main() -> None:
     p.add_argument("-o", "--output", type=Path)
     a = p.parse_args()
     result = {
-        "command": "python bench/compare.py " + " ".join(Path(m).name for m in a.models),
+        "command": "python -m experiments.engine.compare "
+        + " ".join(Path(m).name for m in a.models),
         "machine": platform.machine(),
         "results": [found for m in a.models for found in compare(m, a)],
     }

@@ -1,4 +1,4 @@
-"""Time llama.cpp on one GGUF: `python bench/peers/llamacpp.py MODEL.gguf`. One JSON object last.
+"""Time llama.cpp on one GGUF: `python -m experiments.peers.llamacpp MODEL.gguf`. One JSON object last.
 
 pip install llama-cpp-python (built for this machine: CMAKE_ARGS=-DGGML_NATIVE=ON). Greedy, batch 1; a
 warm-up prefill first, so that neither page faults nor first-use costs are counted against it.

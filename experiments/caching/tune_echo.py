@@ -1,7 +1,7 @@
 """Set echo's constants on one trace and report them on another, both ways:
-`python bench/tune_echo.py TRACE_A TRACE_B`. Coordinate search over each constant, judged by the mean share of
-the gap between the best rival and Belady that is closed at 5, 10 and 20 % (decode, demand-only, global pool).
-One JSON object a direction.
+`python -m experiments.caching.tune_echo TRACE_A TRACE_B`. Coordinate search over each constant, judged
+by the mean share of the gap between the best rival and Belady that is closed at 5, 10 and 20 % (decode,
+demand-only, global pool). One JSON object a direction.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-from specmd import replay
 
+from experiments.caching.specmd import replay
 from outsize.weights.policies import echo
 from outsize.weights.trace import Trace, read
 

@@ -1,4 +1,5 @@
-"""Eight prompts of different lengths, together and one after another: `python bench/batch.py [MODEL]`.
+"""Eight prompts of different lengths, together and one after another:
+`python -m experiments.engine.batch [MODEL]`.
 
 Asserts that the texts are the same; the ratio is of total tokens/s. One JSON object last.
 """
@@ -36,7 +37,7 @@ def main() -> None:
             ratios.append((ended - middle) / (middle - started))
     print(
         json.dumps({
-            "command": "python bench/batch.py",
+            "command": "python -m experiments.engine.batch",
             "prompt_tokens": [r.prompt_tokens for r in together],
             "new_tokens": tokens,
             "together_tokens_per_s": round(tokens / statistics.median(together_s), 1),

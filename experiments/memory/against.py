@@ -1,8 +1,9 @@
 """Ours and what people would pick, in turn, in too little memory:
-`python bench/against.py MODEL.gguf --wrap 'COMMAND {bytes}' [--shares .75,.6,.5] [-o FILE.jsonl]`.
+`python -m experiments.memory.against MODEL.gguf --wrap 'COMMAND {bytes}' [--shares .75,.6,.5]
+[-o FILE.jsonl]`.
 
-`--wrap` as in bench/paging.py: caps memory, page cache included, and empties the page cache. Caps are
-shares of the file. llama.cpp runs twice: as it comes (it copies some types into another layout, outside the
+`--wrap` as in paging.py: caps memory, page cache included, and empties the page cache. Caps are shares of the
+file. llama.cpp runs twice: as it comes (it copies some types into another layout, outside the
 file's mapping), and with `--no-repack`, where the weights stay in the mapped file and can be dropped. A
 safetensors folder is run against transformers with accelerate's offload to disk. One JSON object a line.
 """
@@ -17,11 +18,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from paging import record
+from experiments.memory.paging import record
 
-HERE = Path(__file__).parent
-OURS = HERE / "paging.py"
-LLAMA, ACCELERATE = HERE / "peers" / "llamacpp.py", HERE / "peers" / "offload.py"
+PEERS = Path(__file__).parents[1] / "peers"
+OURS = "-m", "experiments.memory.paging"
+LLAMA, ACCELERATE = PEERS / "llamacpp.py", PEERS / "offload.py"
 LIMIT_S = 1800
 
 
@@ -42,7 +43,7 @@ def timed(wrap: str, cap: int, *command: str) -> dict[str, object]:
 
 
 def ours(wrap: str, cap: int, model: str, new: int) -> dict[str, object]:
-    found = timed(wrap, cap, str(OURS), model, "--worker", "--memory", str(cap), "--new", str(new))
+    found = timed(wrap, cap, *OURS, model, "--worker", "--memory", str(cap), "--new", str(new))
     if "tokens_per_s" in found:
         found["prefill_tokens_per_s"] = round(512 / float(str(found["first_token_s"])), 2)
         found["decode_tokens_per_s"] = found["tokens_per_s"]

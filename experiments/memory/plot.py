@@ -1,4 +1,4 @@
-"""Pictures of paging results: `python bench/plot.py FILE.jsonl... -o FOLDER` (files from bench/paging.py).
+"""Pictures of what paging.py measured: `python -m experiments.memory.plot FILE.jsonl... -o FOLDER`.
 
 tokens-against-memory.svg: tokens/s at each budget, measured and planned. step-against-bytes.svg: seconds a
 token against the bytes it read from disk, each model with the line of its disk's rate.

@@ -1,4 +1,4 @@
-"""Cut a mask drafter's factors to a lower rank: `python bench/masks_rank.py IN OUT --rank 8`.
+"""Cut a mask drafter's factors to a lower rank: `python -m experiments.drafting.mtp_rank IN OUT --rank 8`.
 
 Of each product of two factors the largest singular values stay, the root of each in either factor. One JSON
 object: bytes before and after, and the share of the products' squares that is lost.

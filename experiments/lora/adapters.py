@@ -1,4 +1,4 @@
-"""How long LoRA adapters take: `python bench/adapters.py MODEL [--rank 16]`.
+"""How long LoRA adapters take: `python -m experiments.lora.adapters MODEL [--rank 16]`.
 
 Writes two random adapters of all projections in PEFT's form, loads them, and answers with one, the other and
 the first again: milliseconds to load and to swap, and whether the logits came back to the bit.
@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from tests.drafts import write_peft
 
 import outsize
 from outsize.forward.full import full
 from outsize.forward.span import Span
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.drafts import write_peft
 
 
 def main() -> None:

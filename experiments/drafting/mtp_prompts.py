@@ -1,7 +1,7 @@
 """The prompts that the shipped mask drafter was trained on, from public texts and from the model itself.
 
-    python bench/masks_prompts.py -o prompts.jsonl --gsm8k gsm8k-train.jsonl.gz --nq nq-open.jsonl.gz \
-        --text wikitext2-valid.txt --exclude spec-bench-half.jsonl --own 16000
+    python -m experiments.drafting.mtp_prompts -o prompts.jsonl --gsm8k gsm8k-train.jsonl.gz \
+        --nq nq-open.jsonl.gz --text wikitext2-valid.txt --exclude spec-bench-half.jsonl --own 16000
 
 Own prompts: after the chat template's opening of a user's turn the model is let write what a user might say
 (Magpie, arXiv 2406.08464), drawn at temperature 1. The last 500 questions of GSM8K are held out, and no

@@ -1,4 +1,5 @@
-"""What the paging machinery costs where all weights are in memory: `python bench/overhead.py MODEL...`.
+"""What the paging machinery costs where all weights are in memory:
+`python -m experiments.memory.overhead MODEL...`.
 
 Steps of one token through the parts as they are (each asks whether its weights are held, passes are counted,
 free memory is watched), and through the same layers called bare; in turn, in one process. One JSON object
