@@ -35,7 +35,7 @@ def test_both_engines_make_the_recorded_choices(
     write(path, "qwen3_moe", SIZE, 1, mark)
     ids = list(range(first, first + TOKENS))
     with outsize.load(str(path), quiet=True) as m:
-        watched, kv = routed.watch(m), m.transformer.new_kv()
+        watched, kv = routed.watch(m, wanted()), m.transformer.new_kv()
         full(m.transformer, [Span(0, ids[:PROMPT])], [kv])
         for t in range(PROMPT, TOKENS):
             (out,) = full(m.transformer, [Span(t, [ids[t]])], [kv])

@@ -1,206 +1,149 @@
-"""Experts from a real disk at real sizes, routed as a recording says:
+"""Experts from a real disk at real sizes, routed as a recording says, and beside llama.cpp:
 `python -m experiments.caching.experts MODEL.gguf TRACE --memory BYTES [--wrap 'COMMAND {bytes}']
-[--experts SPECS]`.
+[--experts SPECS] [--peer] [-o FILE.jsonl]`.
 
-The router's choices are replaced by the trace's (a prompt, then token by token), so that any weights do.
-Reports tokens/s of decoding against the ceiling (bytes missed over the disk's rate in this run, or all of
-it in memory), and what a replay of the same trace predicts. `--peer` times llama.cpp (mmap) at the same cap
-with its own routing. One JSON object a spec.
+The model is made if it is not there (routed.py): random weights, and a router that makes the trace's choices.
+Each run is a fresh process: a prompt in one span, then token by token. Reports tokens/s of decoding against
+the ceiling (bytes missed over the disk's rate in this run, or all of it in memory), the share of choices that
+were the trace's, and what a replay of the same trace predicts. `--peer` runs llama.cpp in turn, with the same
+ids (weights in the mapped file only, so that they can be dropped), and compares the last logits of both. One
+JSON object a run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
-import shlex
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from experiments.memory.paging import Disk, record
+import outsize
+from experiments.caching.routed import FIRST, agreed, choices, make, prompt_of, watch
+from experiments.memory.paging import Disk
+from experiments.runs import LLAMA, WRAP, Row, fresh, parser, record
+from outsize import library
+from outsize.forward.full import full
+from outsize.forward.span import Span
+from outsize.weights.budget import peak
+from outsize.weights.knobs import parse
+from outsize.weights.policy import Hints
+from outsize.weights.prefetcher import make as prefetcher
+from outsize.weights.replay import Link, Replay
+from outsize.weights.trace import Trace, read, waves
 
-if TYPE_CHECKING:
-    from outsize.api import Model
-    from outsize.model.ffn.experts import Router
-    from outsize.weights.trace import Event, Scored, Trace
-
-EVERY = 16
-PEER = Path(__file__).parents[1] / "peers" / "llamacpp.py"
+EVERY = 16  # tokens after which the disk's rate is measured again
+SHOWN = 64  # logits that are compared
 SPECS = "echo;lru;least_stale;lfu;echo,prefetch=previous:6"
+KEYS = ("decode_tokens_per_s", "prefill_tokens_per_s")
 
 
-class Forced:
-    """A router whose choices are recorded ones; it computes its own, too, so that time is honest. One layer
-    early it tells each choice with the chance `recall`, as a real model's gate would, else a wrong one."""
-
-    def __init__(self, own: Router, events: list[Event], count: int, recall: float) -> None:
-        self._own, self._events, self._count, self.norm = own, list(events), count, own.norm
-        self._at, self._recall, self._random = 0, recall, random.Random(1)
-
-    def __call__(
-        self, x_TD: Tensor, wide: bool, favour_N: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        self._own(x_TD, wide, favour_N)
-        event = self._events[self._at]
-        self._at += 1
-        ids = torch.tensor(event.rows) - event.layer * self._count
-        return ids, torch.full(ids.shape, 1 / ids.shape[1])
-
-    def early(self, h_TD: Tensor, most: int) -> Scored:
-        own = self._own.early(h_TD, most)
-        if not self._recall or self._at == len(self._events):
-            return own
-        event, draw = self._events[self._at], self._random
-        ids = [i - event.layer * self._count for i in event.rows[-1]]
-        told = [i if draw.random() < self._recall else draw.randrange(self._count) for i in ids]
-        return tuple((i, 1 / len(told)) for i in dict.fromkeys(told))
-
-
-def force(m: Model, trace: Trace, recall: float = 0.0) -> None:
-    from outsize.model.ffn.experts import Mixture
-
-    for layer, part in enumerate(m.transformer.parts[1::2]):
-        assert isinstance(part.held, Mixture)
-        events = [e for e in trace.events if e.layer == layer]
-        part.held.router = Forced(part.held.router, events, trace.experts, recall)  # type: ignore[assignment]
-
-
-def worker(a: argparse.Namespace) -> dict[str, object]:
-    import outsize
-    from outsize.forward.full import full
-    from outsize.forward.span import Span
-    from outsize.weights.budget import peak
-    from outsize.weights.trace import read
-
-    trace = read(Path(a.trace))
-    prompt = len(trace.events[0].rows)
-    tokens = max(e.number for e in trace.events if e.phase == 1) + 1
-    new = min(a.new, tokens - 1)
-    trace = padded(trace, prompt)
-    with outsize.load(
-        a.model, memory=a.memory, context=a.context, experts=a.experts, quiet=True
-    ) as m:
-        force(m, trace, a.recall)
-        disk, kv = Disk(m), m.transformer.new_kv(a.context)
+def worker(a: argparse.Namespace, trace: Trace) -> Row:
+    prompt, wanted = prompt_of(trace), choices(trace)
+    how = {"context": a.context, "experts": a.experts, "draft": "none", "quiet": True}
+    with outsize.load(str(a.model), memory=a.memory, **how) as m:
+        watched, disk, kv = watch(m, wanted, a.recall), Disk(m), m.transformer.new_kv(a.context)
         rates, steps = [disk.rate()], []
         begun = time.perf_counter()
-        full(m.transformer, [Span(0, list(range(40, 40 + prompt)))], [kv])
-        first_s, before = time.perf_counter() - begun, m.counts()
-        for i in range(new):
+        full(m.transformer, [Span(0, list(range(FIRST, FIRST + prompt)))], [kv])
+        prompt_s, before = time.perf_counter() - begun, m.counts()
+        for i in range(a.new):
             begun = time.perf_counter()
-            full(m.transformer, [Span(prompt + i, [50 + i])], [kv])
+            (out,) = full(m.transformer, [Span(prompt + i, [FIRST + prompt + i])], [kv])
             steps.append(time.perf_counter() - begun)
             if i % EVERY == EVERY - 1:
                 rates.append(disk.rate())
         t = m.counts().experts - before.experts
         slots = sum(s.ring for k, s in m.placement.shares.items() if k.startswith("experts"))
         stride = max(h.stride for h in m.pack.tables if h.kind == "experts")
-        step_s, rate = sum(steps) / new, sum(rates) / len(rates)
-        missed = (t.bytes_demanded + t.bytes_useful) / new
+        step_s, rate = sum(steps) / a.new, sum(rates) / len(rates)
+        missed, waited_s = (t.bytes_demanded + t.bytes_useful) / a.new, t.waited_s / a.new
+        link = Link(rate, stride, layer_s=(step_s - waited_s) / trace.layers)
         return {
-            "model": m.name, "experts": a.experts, "gate_recall": a.recall,
-            "memory": m.placement.budget, "slots": slots,
-            "share": round(slots / trace.size, 4), "tokens": new, "tokens_per_s": round(1 / step_s, 4),
-            "step_s": round(step_s, 5), "prompt_s": round(first_s, 3), "hit_rate": round(t.hit_rate, 4),
+            "engine": "outsize", "experts": a.experts, "gate_recall": a.recall,
+            "memory": m.placement.budget, "slots": slots, "share": round(slots / trace.size, 4),
+            "decode_tokens_per_s": round(1 / step_s, 4), "step_s": round(step_s, 5),
+            "prefill_tokens_per_s": round(prompt / prompt_s, 3), "hit_rate": round(t.hit_rate, 4),
             "missed_bytes_per_token": round(missed), "wasted_bytes": t.bytes_wasted, "ready": t.ready,
-            "late": t.late, "collision": t.collision, "waited_s_per_token": round(t.waited_s / new, 5),
-            "disk_bytes_per_s": [round(r) for r in rates],
+            "late": t.late, "collision": t.collision, "waited_s_per_token": round(waited_s, 5),
+            "routed_as_recorded": agreed(watched, wanted), "disk_bytes_per_s": [round(r) for r in rates],
             "of_ceiling": round(missed / rate / step_s, 4),
-            "replayed": replayed(trace, a.experts, slots, stride, rate, step_s - t.waited_s / new, new),
+            "replayed": replayed(trace, a.experts, slots, link, a.new),
             "process_bytes": m.placement.process, "peak_bytes": peak(),
+            "logits": [round(v, 4) for v in out.logits_KV[-1][:SHOWN].tolist()],
         }  # fmt: skip
 
 
-def padded(trace: Trace, prompt: int) -> Trace:
-    """Layers whose prompt has fewer rows than others repeat their last one: a span has them all."""
-    from dataclasses import replace
-
-    events = tuple(
-        replace(e, rows=(*e.rows, *[e.rows[-1]] * (prompt - len(e.rows)))) if e.phase == 0 else e
-        for e in trace.events
-    )
-    return replace(trace, events=events)
-
-
-def replayed(
-    trace: Trace, spec: str, slots: int, stride: int, rate: float, busy_s: float, new: int
-) -> dict[str, float]:
+def replayed(trace: Trace, spec: str, slots: int, link: Link, new: int) -> Row:
     """The same trace, slots and link in virtual time; computing as long as it took."""
-    from outsize.weights.knobs import parse
-    from outsize.weights.policy import Hints
-    from outsize.weights.prefetcher import make
-    from outsize.weights.replay import Link, Replay
-    from outsize.weights.trace import waves
-
     knobs = parse(spec)
     policy = knobs.policy(slots, Hints(per_layer=trace.experts, layers=trace.layers))
     last = min(e.number for e in trace.events if e.phase == 1) + new
     events = waves([e for e in trace.events if e.number < last], policy.room)
-    link = Link(rate, stride, layer_s=busy_s / trace.layers)
-    ahead = make(knobs.prefetch, trace.experts)
+    ahead = prefetcher(knobs.prefetch, trace.experts)
     out = Replay(policy, slots, link, ahead, num_experts=trace.experts).run(events)[1]
-    return {
-        "hit_rate": round(out.traffic.hit_rate, 4),
-        "tokens_per_s": round(out.tokens / out.seconds, 4),
-    }
+    hit_rate, speed = round(out.traffic.hit_rate, 4), round(out.tokens / out.seconds, 4)
+    return {"hit_rate": hit_rate, "tokens_per_s": speed}
 
 
-def run(wrap: str, cap: int, command: Sequence[str], python: str = "") -> dict[str, object]:
-    prefix = shlex.split(wrap.format(bytes=cap)) if wrap else []
-    whole = [*prefix, python or sys.executable, *command]
-    done = subprocess.run(whole, capture_output=True, text=True)
-    last = (done.stdout.strip().splitlines() or [""])[-1]
-    found = json.loads(last) if last.startswith("{") else {"error": done.stderr[-600:]}
-    return {"cap": cap, "status": done.returncode} | found
+def against(ours: Row, theirs: Row) -> Row:
+    """Their run: the ratios, and how like the last logits are (1: the same up to a factor)."""
+    out = {f"{key}_ratio": round(ours[key] / theirs[key], 3) for key in KEYS if key in theirs}
+    if "logits" in theirs:
+        both = np.corrcoef(ours["logits"], theirs["logits"])
+        out["logits_correlation"] = round(float(both[0, 1]), 5)
+    return theirs | out
 
 
 def main() -> None:
-    p = argparse.ArgumentParser()
-    p.add_argument("model")
-    p.add_argument("trace")
+    p = parser(__doc__)
+    p.add_argument("model", type=Path)
+    p.add_argument("trace", type=Path)
     p.add_argument("--memory", type=int, required=True)
-    p.add_argument("--wrap", default="")
+    p.add_argument(
+        "--shape", default="30b-a3b", help="a size of `outsize bench synthetic`, or small"
+    )
+    p.add_argument("--wrap", default="", help=WRAP)
     p.add_argument("--experts", default=SPECS, help="semicolon-separated")
     p.add_argument("--new", type=int, default=128)
     p.add_argument("--context", type=int, default=256)
-    p.add_argument("--peer", action="store_true", help="llama.cpp, too, in the same sitting")
-    p.add_argument(
-        "--recall",
-        type=float,
-        default=0.0,
-        help="an early gate that tells so many of the next layer's choices; 0: the random model's own",
-    )
+    p.add_argument("--recall", type=float, default=1.0, help="an early gate that is right so often")
     p.add_argument("--repeats", type=int, default=1)
+    p.add_argument("--peer", action="store_true", help="llama.cpp, too, after each repeat")
+    p.add_argument("--python", default="", help="another interpreter for llama.cpp")
     p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    p.add_argument("-o", "--output", type=Path)
     a = p.parse_args()
+    trace = read(a.trace)
+    prompt = prompt_of(trace)
+    a.new = min(a.new, len(choices(trace)[0]) - prompt)
     if a.worker:
-        print(json.dumps(worker(a)))
+        print(json.dumps(worker(a, trace)))
         return
-    common = [
+    if not a.model.exists():
+        make(a.model, a.shape, trace)
+    library.pack(str(a.model), quiet=True)
+    told = ["--memory", a.memory, "--new", a.new, "--context", a.context, "--recall", a.recall]
+    ours = [
         "-m",
         "experiments.caching.experts",
-        a.model,
-        a.trace,
-        "--new",
-        str(a.new),
+        str(a.model),
+        str(a.trace),
         "--worker",
+        *map(str, told),
     ]
-    common += ["--memory", str(a.memory), "--context", str(a.context), "--recall", str(a.recall)]
-    peer = [str(PEER), a.model, "--cold", "--no-repack"]
+    peer = [LLAMA, str(a.model), "--cold", "--no-repack", "--first-id", str(FIRST)]
+    peer += ["--prompt-tokens", str(prompt), "--new-tokens", str(a.new)]
+    facts = {"model": a.model.name, "trace": a.trace.name, "num_experts": trace.experts,
+             "used": trace.used, "prompt_tokens": prompt, "new_tokens": a.new}  # fmt: skip
     for _ in range(a.repeats):
-        for spec in a.experts.split(";"):
-            record(run(a.wrap, a.memory, [*common, "--experts", spec]), a.output)
+        specs = a.experts.split(";")
+        rows = [fresh(*ours, "--experts", s, wrap=a.wrap, cap=a.memory) for s in specs]
         if a.peer:
-            limits = ["--prompt-tokens", "28", "--new-tokens", "24"]
-            record(run(a.wrap, a.memory, [*peer, *limits]), a.output)
+            theirs = fresh(*peer, wrap=a.wrap, cap=a.memory, python=a.python)
+            rows.append(against(rows[0], theirs))
+        for row in rows:
+            record(facts | {k: v for k, v in row.items() if k != "logits"}, a.output)
 
 
 if __name__ == "__main__":

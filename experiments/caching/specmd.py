@@ -1,5 +1,5 @@
 """The claims of SpecMD, one by one, on recorded traces and on synthetic routing:
-`python -m experiments.caching.specmd TRACE... [-o FILE.json]`. Prints one JSON object a claim.
+`python -m experiments.caching.specmd TRACE... [-o FILE.json]`. One JSON list.
 
 The recorded traces hold no early gate scores, so prefetchers that need them run on synthetic routing
 (`synthetic`): expert scores that drift from token to token, and the same scores with noise one layer early.
@@ -7,13 +7,13 @@ The recorded traces hold no early gate scores, so prefetchers that need them run
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
+from experiments.runs import parser, told_all
 from outsize.weights.policy import Hints, make
 from outsize.weights.prefetcher import make as prefetcher
 from outsize.weights.replay import Link, Outcome, Replay
@@ -25,57 +25,43 @@ AHEAD = ("none", "oracle:0.3", "oracle:0.5", "oracle:0.7", "oracle:0.85", "oracl
 SHARES = (0.01, 0.02, 0.05, 0.10, 0.20, 0.40)
 
 
-def synthetic(
-    layers: int = 16,
-    experts: int = 64,
-    used: int = 8,
-    tokens: int = 300,
-    noise: float = 0.45,
-    seed: int = 0,
-) -> Trace:
+LAYERS, EXPERTS, USED, TOKENS, NOISE = 16, 64, 8, 300, 0.45  # of synthetic routing
+
+
+def synthetic() -> Trace:
     """Scores = popularity + a part that drifts + a part of this token's own."""
-    random = np.random.default_rng(seed)
-    base = 0.8 * random.standard_normal((layers, experts))
-    drift, events = random.standard_normal((layers, experts)), []
-    for token in range(tokens):
-        drift = 0.8 * drift + 0.6 * random.standard_normal((layers, experts))
-        score = base + drift + 0.5 * random.standard_normal((layers, experts))
-        early = score + noise * random.standard_normal((layers, experts))
-        for layer in range(layers):
-            best = np.argsort(-score[layer])[:used]
+    random = np.random.default_rng(0)
+    base = 0.8 * random.standard_normal((LAYERS, EXPERTS))
+    drift, events = random.standard_normal((LAYERS, EXPERTS)), []
+    for token in range(TOKENS):
+        drift = 0.8 * drift + 0.6 * random.standard_normal((LAYERS, EXPERTS))
+        score = base + drift + 0.5 * random.standard_normal((LAYERS, EXPERTS))
+        early = score + NOISE * random.standard_normal((LAYERS, EXPERTS))
+        for layer in range(LAYERS):
+            best = np.argsort(-score[layer])[:USED]
             weights = np.exp(score[layer][best]) / np.exp(score[layer]).sum()
-            ahead = np.argsort(-early[layer])[: 4 * used]
+            ahead = np.argsort(-early[layer])[: 4 * USED]
             told = np.exp(early[layer][ahead]) / np.exp(early[layer]).sum()
-            ids = tuple(int(layer * experts + e) for e in best)
+            ids = tuple(int(layer * EXPERTS + e) for e in best)
             scored = tuple((int(e), float(w)) for e, w in zip(ahead, told, strict=True))
-            events.append(
-                Event(token, 1, layer, 1, ids, tuple(map(float, weights)), (ids,), scored)
-            )
-    return Trace("synthetic", layers, experts, used, RECORD, tuple(events))
+            weighed = tuple(map(float, weights))
+            events.append(Event(token, 1, layer, 1, ids, weighed, (ids,), scored))
+    return Trace("synthetic", LAYERS, EXPERTS, USED, RECORD, tuple(events))
 
 
 def replay(
-    trace: Trace, policy: str, share: float, ahead: str = "none", rate: float = 1e9, leases: bool = True,
-    layer_s: float = 5e-4, phase: int = 1,
-    most: int | None = None,
+    trace: Trace, policy: str, share: float, ahead: str = "none", leases: bool = True,
+    rate: float = 1e9, layer_s: float = 5e-4, most: int | None = None,
 ) -> Outcome:  # fmt: skip
+    """Of decoding, with slots for a share of all experts."""
     slots = max(trace.used, int(share * trace.size))
-    hints = Hints(per_layer=trace.experts, layers=trace.layers)
-    made = make(policy, slots, hints)
+    made = make(policy, slots, Hints(per_layer=trace.experts, layers=trace.layers))
     events = waves(trace.events, made.room)
     if policy == "belady":
         made = make(policy, slots, Hints(future=[e.ids for e in events]))
     link = Link(rate, trace.record_bytes or RECORD, layer_s=layer_s)
-    run = Replay(
-        made,
-        slots,
-        link,
-        prefetcher(ahead, trace.experts),
-        num_experts=trace.experts,
-        leases=leases,
-        most=most,
-    )
-    return run.run(events)[phase]
+    how = {"num_experts": trace.experts, "leases": leases, "most": most}
+    return Replay(made, slots, link, prefetcher(ahead, trace.experts), **how).run(events)[1]
 
 
 def hits(out: Outcome) -> tuple[float, float]:
@@ -101,26 +87,21 @@ def orientation(traces: Sequence[Trace]) -> dict[str, object]:
             round((o - b) / (c - b), 3) if c > b else None
             for o, b, c in zip(rates["echo"], best, rates["belady"], strict=True)
         ]
-    return {
-        "claim": "hit rates while decoding",
-        "shares": SHARES,
-        "rates": table,
-        "echo closes": gaps,
-    }
+    claim = "hit rates while decoding"
+    return {"claim": claim, "shares": SHARES, "rates": table, "echo closes": gaps}
 
 
 def collisions(traces: Sequence[Trace]) -> dict[str, object]:
     """Collision misses a token, LRU against least-stale, with the next layer read ahead."""
     rows = []
-    for t in traces:
-        for share in (0.01, 0.02, 0.05):
-            for leases in (True, False):
-                for ahead in ("none", "oracle:0.85"):
-                    found = {
-                        p: round(replay(t, p, share, ahead, leases=leases).traffic.collision, 3)
-                        for p in ("lru", "least_stale")
-                    }
-                    rows.append([t.name, share, "leases" if leases else "no leases", ahead, found])
+    for t, share, leases, ahead in product(
+        traces, SHARES[:3], (True, False), ("none", "oracle:0.85")
+    ):
+        found = {
+            p: round(replay(t, p, share, ahead, leases).traffic.collision, 3)
+            for p in ("lru", "least_stale")
+        }
+        rows.append([t.name, share, "leases" if leases else "no leases", ahead, found])
     return {"claim": "collision misses, lru / least_stale", "rows": rows}
 
 
@@ -141,28 +122,22 @@ def five_percent(traces: Sequence[Trace]) -> dict[str, object]:
 
 def score_against_top(trace: Trace) -> dict[str, object]:
     """Stall at nearly equal speculative bytes: top-k against score thresholds, at three links."""
-    rows = []
+    rows, better = [], 0
+    settings = [f"top:{k}" for k in (2, 4, 6, 8)], [f"score:0.0{p}" for p in (2, 3, 4, 5, 6, 8)]
     for rate in (1e9, 3e9, 6e9):
         for share in (0.05, 0.1, 0.2):
-            tops = {
-                f"top:{k}": replay(trace, "least_stale", share, f"top:{k}", rate)
-                for k in (2, 4, 6, 8)
-            }
-            scores = {
-                f"score:{p}": replay(trace, "least_stale", share, f"score:{p}", rate)
-                for p in (0.02, 0.03, 0.04, 0.05, 0.06, 0.08)
-            }
+            tops, scores = (
+                {s: replay(trace, "least_stale", share, s, rate=rate) for s in kind}
+                for kind in settings
+            )
             for name, out in tops.items():
                 near = min(scores, key=lambda n: abs(_ahead(scores[n]) - _ahead(out)))
+                other = scores[near]
+                better += stall(other) < stall(out)
                 rows.append({"GB/s": rate / 1e9, "share": share, name: [stall(out), round(_ahead(out))],
-                             near: [stall(scores[near]), round(_ahead(scores[near]))]})  # fmt: skip
-    better = sum(list(r.values())[3][0] < list(r.values())[2][0] for r in rows)
-    return {
-        "claim": "score beats top-k at equal bytes (stall ms, MB ahead)",
-        "better": better,
-        "of": len(rows),
-        "rows": rows,
-    }
+                             near: [stall(other), round(_ahead(other))]})  # fmt: skip
+    claim = "score beats top-k at equal bytes (stall ms, MB ahead)"
+    return {"claim": claim, "better": better, "of": len(rows), "rows": rows}
 
 
 def _ahead(out: Outcome) -> float:
@@ -171,21 +146,11 @@ def _ahead(out: Outcome) -> float:
 
 def accuracy(traces: Sequence[Trace]) -> dict[str, object]:
     """Does a better predictor always stall less? Recall of the prefetcher against stall."""
-    rows = {}
-    for t in traces:
-        for share in (0.05, 0.2):
-            rows[f"{t.name} {share:.0%}"] = {
-                a: stall(replay(t, "least_stale", share, a))
-                for a in (
-                    "none",
-                    "oracle:0.3",
-                    "oracle:0.5",
-                    "oracle:0.7",
-                    "oracle:0.85",
-                    "oracle",
-                    "previous:8",
-                )
-            }
+    rows = {
+        f"{t.name} {share:.0%}": {a: stall(replay(t, "least_stale", share, a)) for a in AHEAD}
+        for t in traces
+        for share in (0.05, 0.2)
+    }
     return {"claim": "accuracy is not cache quality (stall ms a token)", "rows": rows}
 
 
@@ -206,19 +171,15 @@ def traps() -> dict[str, object]:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser()
+    p = parser(__doc__)
     p.add_argument("traces", nargs="+", type=Path)
-    p.add_argument("-o", "--output", type=Path)
     a = p.parse_args()
     traces = [read(path) for path in a.traces]
-    found = [
-        orientation(traces), collisions(traces), five_percent(traces),
-        score_against_top(synthetic()), accuracy(traces), traps(),
-    ]  # fmt: skip
-    for item in found:
-        print(json.dumps(item), flush=True)
-    if a.output is not None:
-        a.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    told_all(
+        [orientation(traces), collisions(traces), five_percent(traces),
+         score_against_top(synthetic()), accuracy(traces), traps()],
+        a.output,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

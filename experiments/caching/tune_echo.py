@@ -6,13 +6,12 @@ demand-only, global pool). One JSON object a direction.
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 
 from experiments.caching.specmd import replay
+from experiments.runs import parser, record
 from outsize.weights.policies import echo
 from outsize.weights.trace import Trace, read
 
@@ -23,14 +22,8 @@ CHOICES = {
     "FADING": (0.6, 0.7, 0.8, 0.9),
     "TRUST": (0.2, 0.4, 0.6, 0.8),
     "AFTER": (0.1, 0.25, 0.5, 0.7),
-    "DECAYS": (
-        (0.5, 0.9, 0.98),
-        (0.7, 0.95),
-        (0.8, 0.95, 0.99),
-        (0.3, 0.7, 0.9, 0.97),
-        (0.9, 0.98),
-    ),
-}
+    "DECAYS": ((0.5, 0.9, 0.98), (0.7, 0.95), (0.8, 0.95, 0.99), (0.3, 0.7, 0.9, 0.97), (0.9, 0.98)),
+}  # fmt: skip
 
 
 def hits(trace: Trace, policy: str) -> list[float]:
@@ -72,19 +65,20 @@ def tuned(trace: Trace, low: list[float], high: list[float]) -> dict[str, object
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__)
+    p = parser(__doc__)
     p.add_argument("traces", nargs=2, type=Path)
-    traces = [read(path) for path in p.parse_args().traces]
+    a = p.parse_args()
+    traces = [read(path) for path in a.traces]
     known = [bounds(trace) for trace in traces]
     for own, other in ((0, 1), (1, 0)):
         chosen = tuned(traces[own], *known[own])
-        print(json.dumps({
+        record({
             "tuned_on": traces[own].name, "reported_on": traces[other].name, "shares": SHARES,
             "constants": chosen, "closed_own": closed(traces[own], *known[own]),
             "closed_other": closed(traces[other], *known[other]),
             "echo_other": hits(traces[other], "echo"), "rival_other": known[other][0],
             "belady_other": known[other][1],
-        }), flush=True)  # fmt: skip
+        }, a.output)  # fmt: skip
 
 
 if __name__ == "__main__":

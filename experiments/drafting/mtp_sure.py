@@ -8,12 +8,11 @@ being right, how many are right by how likely they were held to be.
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 
 import outsize
 from experiments.drafting.lossless import answers
+from experiments.runs import parser, record
 from outsize.bench.speculate import read
 from outsize.draft.auto import kind_of
 from outsize.draft.masks import block_of
@@ -40,7 +39,7 @@ def guesses(model, prompt: list[int], answer: list[int]):  # type: ignore[no-unt
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__)
+    p = parser(__doc__)
     p.add_argument("model")
     p.add_argument("--draft", default="auto", help="masks:FILE, or auto for the one that ships")
     p.add_argument("--prompts", type=Path, required=True)
@@ -63,10 +62,10 @@ def main() -> None:
                     if not good:
                         break
     right = [[(n, round(good / max(1, n), 3)) for n, good in row] for row in counts]
-    print(json.dumps({
+    record({
         "draft": Path(a.draft).name, "answers": len(prompts), "steps": steps,
         "tokens_per_step": round(tokens / max(1, steps), 4), "from": BINS, "right": right,
-    }))  # fmt: skip
+    }, a.output)  # fmt: skip
 
 
 if __name__ == "__main__":

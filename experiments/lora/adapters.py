@@ -6,8 +6,6 @@ the first again: milliseconds to load and to swap, and whether the logits came b
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -16,12 +14,13 @@ import torch
 from tests.drafts import write_peft
 
 import outsize
+from experiments.runs import parser, record
 from outsize.forward.full import full
 from outsize.forward.span import Span
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__)
+    p = parser(__doc__)
     p.add_argument("model")
     p.add_argument("--rank", type=int, default=16)
     a = p.parse_args()
@@ -46,12 +45,12 @@ def main() -> None:
         for name in (None, "a", "b"):
             step(name)
         plain, first, other, again = step(None), step("a"), step("b"), step("a")
-        print(json.dumps({
+        record({
             "model": m.name, "rank": a.rank, "load_ms": loading,
             "step_ms": {"plain": plain[1], "a": first[1], "b, after a": other[1], "a, after b": again[1]},
             "same_bits": bool(torch.equal(first[0], again[0])),
             "differ": not torch.equal(first[0], other[0]),
-        }))  # fmt: skip
+        }, a.output)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ first); exit status 1 if any grew.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 import threading
@@ -18,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import outsize
+from experiments.runs import parser, told_all
 from outsize import library
 from outsize.pack.outline import of_pack
 from outsize.plan.place import least_bytes
@@ -30,10 +29,9 @@ LONG = "Here is a list of words to think about: " + "river stone cloud lamp " * 
 
 
 def main() -> None:
-    p = argparse.ArgumentParser()
+    p = parser(__doc__)
     p.add_argument("model")
     p.add_argument("--tokens", type=int, default=2000)
-    p.add_argument("-o", "--output", type=Path)
     a = p.parse_args()
     outline = of_pack(library.pack(a.model, quiet=True))
     memory = least_bytes(outline, runtime_bytes(), 7 * outline.tokenizer_bytes, CONTEXT)
@@ -57,9 +55,7 @@ def main() -> None:
         budget = model.placement.budget
     memory_at, quarter = [t["resident"] for t in turns[1:]], len(turns) // 4
     grown = int(median(memory_at[-quarter:]) - median(memory_at[:quarter]))
-    leaks = any(
-        t["threads"] != turns[0]["threads"] or t["files"] != turns[0]["files"] for t in turns
-    )
+    leaks = any(t[key] != turns[0][key] for t in turns for key in ("threads", "files"))
     result = {
         "command": f"python -m experiments.memory.soak {Path(a.model).name} --tokens {a.tokens}",
         "held_share": round(share, 3), "tokens": answered, "turns": len(turns),
@@ -67,9 +63,7 @@ def main() -> None:
         "leaks": leaks, "good": grown <= GROWTH * budget and not leaks and peak() <= budget,
         "resident": [t["resident"] for t in turns],
     }  # fmt: skip
-    if a.output is not None:
-        a.output.write_text(json.dumps(result) + "\n")
-    print(json.dumps(result))
+    told_all(result, a.output)
     sys.exit(not result["good"])
 
 
