@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 import torch
 
 from experiments.drafting import mtp_rank
+from outsize.adapt.masks import Recipe
+from outsize.api import Model
+from outsize.checkpoint import adapters
+from tests.drafts import write_masks
 
 
 def test_a_cut_keeps_what_the_rank_can_hold() -> None:
@@ -22,3 +32,19 @@ def test_a_cut_keeps_what_the_rank_can_hold() -> None:
         error = (small_b @ small_a - b @ a).square().sum() / (b @ a).square().sum()
         assert abs(share - lost) < 1e-4
         assert abs(float(error) - lost) < 1e-4
+
+
+def test_a_file_is_cut(
+    open_tiny: Callable[..., Model],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = write_masks(open_tiny("llama", "auto"), tmp_path / "whole", Recipe(k=3, rank=4))
+    monkeypatch.setattr(sys, "argv", ["cut", str(file), str(tmp_path / "cut"), "--rank", "2"])
+    mtp_rank.main()
+    told = json.loads(capsys.readouterr().out)
+    assert told["bytes_cut"] < told["bytes"]
+    assert 0 < told["lost"] < 1
+    shapes = adapters.load(tmp_path / "cut").factors().values()
+    assert all(a[0] == b[1] == 2 for a, b in shapes)
