@@ -100,15 +100,13 @@ class Figure:
 def figures(text: str) -> list[Figure]:
     """The numbers of a text, in order."""
     text = NAMES.sub(lambda found: " " * len(found[0]), text)
-    out = []
-    for found in NUMBER.finditer(text):
-        if not found[0]:
-            continue
-        decimals = len(found[2] or ".") - 1
-        value = float(found[0].replace(",", ""))
-        share = SHARE.match(text, found.end()) is not None
-        out.append(Figure(found[0], found.start(), value, 0.5 * 10**-decimals, share))
-    return out
+    return [
+        Figure(
+            found[0], found.start(), float(found[0].replace(",", "")),
+            0.5 * 10 ** (1 - len(found[2] or ".")), SHARE.match(text, found.end()) is not None,
+        )
+        for found in NUMBER.finditer(text) if found[0]
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +121,9 @@ class Block:
 
 def read(path: Path) -> object:
     text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in text.splitlines()]
-    return json.loads(text)
+    return (
+        [json.loads(s) for s in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+    )
 
 
 def value_of(text: str, names: dict[str, object]) -> object:
@@ -146,8 +144,7 @@ def _value(node: ast.expr, names: dict[str, object]) -> Any:
         case ast.Name():
             return names[node.id]
         case ast.BinOp():
-            left, right = _value(node.left, names), _value(node.right, names)
-            return OPERATORS[type(node.op)](left, right)
+            return OPERATORS[type(node.op)](_value(node.left, names), _value(node.right, names))
         case ast.Attribute():
             return _key(_value(node.value, names), node.attr)
         case ast.Subscript(slice=ast.Slice(lower=lower, upper=upper)):
@@ -251,10 +248,8 @@ def checked(block: Block) -> list[str]:
         if entry not in (GIVEN, UNKEPT) and not figure.is_of(value):
             raise FigureError(f"line {block.line}: {figure.text} is written, {entry} is {value}")
     if len(found) != len(pairs):
-        shown = ", ".join(f.text for f in found)
-        raise FigureError(
-            f"line {block.line}: {len(found)} numbers ({shown}) and {len(pairs)} entries"
-        )
+        shown = f"{len(found)} numbers ({', '.join(f.text for f in found)})"
+        raise FigureError(f"line {block.line}: {shown} and {len(pairs)} entries")
     return [entry for entry, _ in pairs]
 
 
@@ -277,11 +272,8 @@ def main() -> int:
     for path in map(Path, sys.argv[1:] or [*sorted(DOCUMENTS.glob("*.md")), README]):
         whole = path.name != README.name
         wrong, backed, unkept = problems(path.read_text(encoding="utf-8"), whole)
-        print(
-            f"{path.name}: {backed} figures backed, {unkept} without a raw file, {len(wrong)} wrong"
-        )
-        for line in wrong:
-            print(f"  {line}")
+        print(f"{path.name}: {backed} backed, {unkept} without a raw file, {len(wrong)} wrong")
+        print("".join(f"  {line}\n" for line in wrong), end="")
         status |= bool(wrong)
     return status
 
