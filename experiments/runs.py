@@ -17,16 +17,31 @@ from typing import Any
 OUTSIZE = "-c", "from outsize.cli import main; main()"
 PEERS = Path(__file__).parent / "peers"
 LLAMA, ACCELERATE = str(PEERS / "llamacpp.py"), str(PEERS / "offload.py")
-WRAP = "a command that caps what follows it at {bytes} of memory, page cache included"
+HIDDEN = False, argparse.SUPPRESS  # of a flag that a script gives to itself
+WRAP = "", "a command that caps what follows it at {bytes} of memory, page cache included"
 Row = dict[str, Any]
 
 
-def parser(text: str | None) -> argparse.ArgumentParser:
-    """With a module's docstring as its help, and where the results go."""
+def arguments(doc: str | None, /, *names: str, **flags: Any) -> argparse.Namespace:
+    """What a script was told: `names` in turn ("models+": one or more), and flags by what they are where they
+    are left out, which is also their type; a type itself: must be given. (default, help) says more."""
     shape = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=text, formatter_class=shape)
-    p.add_argument("-o", "--output", type=Path, help="the JSON goes there, too")
-    return p
+    p = argparse.ArgumentParser(description=doc, formatter_class=shape)
+    p.add_argument("-o", "--output", type=Path, help="a file (or folder) for the results")
+    for name in names:
+        p.add_argument(name.rstrip("+?"), nargs=name[-1] if name[-1] in "+?" else None)
+    for name, told in flags.items():
+        default, more = told if isinstance(told, tuple) else (told, None)
+        flag = "--" + name.replace("_", "-")
+        if default is False:
+            p.add_argument(flag, action="store_true", help=more)
+        elif isinstance(default, type):
+            p.add_argument(flag, type=default, required=True, help=more)
+        elif isinstance(default, list):
+            p.add_argument(flag, nargs="*", type=type(default[0]), default=default, help=more)
+        else:
+            p.add_argument(flag, type=type(default), default=default, help=more)
+    return p.parse_args()
 
 
 def fresh(

@@ -22,7 +22,7 @@ import numpy as np
 import outsize
 from experiments.caching.routed import FIRST, agreed, choices, make, prompt_of, watch
 from experiments.memory.paging import Disk
-from experiments.runs import LLAMA, WRAP, Row, fresh, parser, record
+from experiments.runs import HIDDEN, LLAMA, WRAP, Row, arguments, fresh, record
 from outsize import library
 from outsize.forward.full import full
 from outsize.forward.span import Span
@@ -97,23 +97,13 @@ def against(ours: Row, theirs: Row) -> Row:
 
 
 def main() -> None:
-    p = parser(__doc__)
-    p.add_argument("model", type=Path)
-    p.add_argument("trace", type=Path)
-    p.add_argument("--memory", type=int, required=True)
-    p.add_argument(
-        "--shape", default="30b-a3b", help="a size of `outsize bench synthetic`, or small"
-    )
-    p.add_argument("--wrap", default="", help=WRAP)
-    p.add_argument("--experts", default=SPECS, help="semicolon-separated")
-    p.add_argument("--new", type=int, default=128)
-    p.add_argument("--context", type=int, default=256)
-    p.add_argument("--recall", type=float, default=1.0, help="an early gate that is right so often")
-    p.add_argument("--repeats", type=int, default=1)
-    p.add_argument("--peer", action="store_true", help="llama.cpp, too, after each repeat")
-    p.add_argument("--python", default="", help="another interpreter for llama.cpp")
-    p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    a = p.parse_args()
+    a = arguments(
+        __doc__, "model", "trace", memory=int, wrap=WRAP, experts=(SPECS, "semicolon-separated"),
+        shape=("30b-a3b", "a size of `outsize bench synthetic`, or small"), new=128, context=256,
+        recall=(1.0, "an early gate that is right so often"), repeats=1, worker=HIDDEN,
+        peer=(False, "llama.cpp, too, after each repeat"), python=("", "another one for llama.cpp"),
+    )  # fmt: skip
+    a.model, a.trace = Path(a.model), Path(a.trace)
     trace = read(a.trace)
     prompt = prompt_of(trace)
     a.new = min(a.new, len(choices(trace)[0]) - prompt)

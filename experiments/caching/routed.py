@@ -45,13 +45,6 @@ def prompt_of(trace: Trace) -> int:
     return len(trace.events[0].rows)
 
 
-def size_of(shape: str, trace: Trace) -> Size:
-    """The named size, with the trace's layers, experts and experts a token."""
-    small = Size(trace.layers, 512, 32, 4, 2, 1024, head_dim=64)
-    base = small if shape == "small" else SIZES[shape]
-    return replace(base, layers=trace.layers, experts=trace.experts, used=trace.used)
-
-
 class Routed:
     """Changes random tensors, as they are written, into those of a model that routes as told."""
 
@@ -101,8 +94,10 @@ class Routed:
 
 
 def make(path: Path, shape: str, trace: Trace, seed: int = 1) -> None:
-    """The GGUF."""
-    size = size_of(shape, trace)
+    """The GGUF, of the named size with the trace's layers, experts and experts a token."""
+    small = Size(trace.layers, 512, 32, 4, 2, 1024, head_dim=64)
+    base = small if shape == "small" else SIZES[shape]
+    size = replace(base, layers=trace.layers, experts=trace.experts, used=trace.used)
     write(path, "qwen3_moe", size, seed, Routed(choices(trace), size, seed))
 
 

@@ -3,6 +3,10 @@
 
 The recorded traces hold no early gate scores, so prefetchers that need them run on synthetic routing
 (`synthetic`): expert scores that drift from token to token, and the same scores with noise one layer early.
+
+`--tune TRACE TRACE` sets echo's constants on one trace and reports them on the other, both ways: coordinate
+search over each constant, judged by the mean share of the gap between the best rival and Belady that is
+closed (decode, demand-only, global pool). One JSON object a direction.
 """
 
 from __future__ import annotations
@@ -13,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.runs import parser, told_all
+from experiments.runs import arguments, record, told_all
+from outsize.weights.policies import echo
 from outsize.weights.policy import Hints, make
 from outsize.weights.prefetcher import make as prefetcher
 from outsize.weights.replay import Link, Outcome, Replay
@@ -170,11 +175,75 @@ def traps() -> dict[str, object]:
     return {"claim": "traps (hits with prefetch)", "rows": rows}
 
 
+TUNED_AT = 0.05, 0.10, 0.20
+RIVALS = ("lru", "lfu", "lfru", "least_stale")
+CHOICES = {
+    "SHARPNESS": (6.0, 9.0, 12.0, 16.0, 22.0),
+    "FADING": (0.6, 0.7, 0.8, 0.9),
+    "TRUST": (0.2, 0.4, 0.6, 0.8),
+    "AFTER": (0.1, 0.25, 0.5, 0.7),
+    "DECAYS": ((0.5, 0.9, 0.98), (0.7, 0.95), (0.8, 0.95, 0.99), (0.3, 0.7, 0.9, 0.97), (0.9, 0.98)),
+}  # fmt: skip
+
+
+def rates(trace: Trace, policy: str) -> list[float]:
+    return [replay(trace, policy, share).traffic.hit_rate for share in TUNED_AT]
+
+
+def bounds(trace: Trace) -> tuple[list[float], list[float]]:
+    """The best rival, and Belady, at each capacity."""
+    rivals = [rates(trace, r) for r in RIVALS]
+    return [max(column) for column in zip(*rivals, strict=True)], rates(trace, "belady")
+
+
+def closed(trace: Trace, low: list[float], high: list[float]) -> list[float]:
+    """Of the gap, at each capacity, with the constants as they are now."""
+    now = rates(trace, "echo")
+    return [(h - a) / (b - a) for h, a, b in zip(now, low, high, strict=True)]
+
+
+def put(name: str, value: object) -> None:
+    setattr(echo, name, np.array(value, np.float32) if name == "DECAYS" else value)
+
+
+def tuned(trace: Trace, low: list[float], high: list[float]) -> dict[str, object]:
+    """The constants that close most, one at a time, twice round."""
+    best = {name: values[len(values) // 2] for name, values in CHOICES.items()}
+    best["DECAYS"] = CHOICES["DECAYS"][0]
+    for name, value in best.items():
+        put(name, value)
+    score = float(np.mean(closed(trace, low, high)))
+    for _ in range(2):
+        for name, values in CHOICES.items():
+            for value in values:
+                put(name, value)
+                now = float(np.mean(closed(trace, low, high)))
+                if now > score + 1e-4:
+                    score, best[name] = now, value
+            put(name, best[name])
+    return best
+
+
+def tune(traces: list[Trace], output: Path | None) -> None:
+    """On each of two traces, reported on the other."""
+    known = [bounds(trace) for trace in traces]
+    for own, other in ((0, 1), (1, 0)):
+        chosen = tuned(traces[own], *known[own])
+        record({
+            "tuned_on": traces[own].name, "reported_on": traces[other].name, "shares": TUNED_AT,
+            "constants": chosen, "closed_own": closed(traces[own], *known[own]),
+            "closed_other": closed(traces[other], *known[other]),
+            "echo_other": rates(traces[other], "echo"), "rival_other": known[other][0],
+            "belady_other": known[other][1],
+        }, output)  # fmt: skip
+
+
 def main() -> None:
-    p = parser(__doc__)
-    p.add_argument("traces", nargs="+", type=Path)
-    a = p.parse_args()
-    traces = [read(path) for path in a.traces]
+    a = arguments(__doc__, "traces+", tune=(False, "echo's constants, on two traces"))
+    traces = [read(Path(path)) for path in a.traces]
+    if a.tune:
+        tune(traces, a.output)
+        return
     told_all(
         [orientation(traces), collisions(traces), five_percent(traces),
          score_against_top(synthetic()), accuracy(traces), traps()],

@@ -12,7 +12,7 @@ import zlib
 from pathlib import Path
 
 import outsize
-from experiments.runs import parser, record
+from experiments.runs import arguments, record
 from outsize.bench.speculate import read
 from outsize.decode import flow
 from outsize.decode.engine import drive
@@ -44,14 +44,10 @@ def answers(model: outsize.Model, prompts: list[list[int]], new: int) -> tuple[l
 
 
 def main() -> None:
-    p = parser(__doc__)
-    p.add_argument("model")
-    p.add_argument("--prompts", type=Path, required=True)
-    p.add_argument("--count", type=int, default=200)
-    p.add_argument("--new", type=int, default=48)
-    p.add_argument("--longest", type=int, default=400, help="tokens of a prompt, at the most")
-    p.add_argument("--drafts", nargs="+", default=DRAFTS)
-    a = p.parse_args()
+    a = arguments(
+        __doc__, "model", prompts=Path, count=200, new=48, drafts=DRAFTS,
+        longest=(400, "tokens of a prompt, at the most"),
+    )  # fmt: skip
     want: list = []
     for draft in ["none", *a.drafts]:
         with outsize.load(a.model, draft=draft, context=a.longest + a.new, quiet=True) as model:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.runs import parser
+from experiments.runs import arguments
 from outsize import adapting, library, loading
 from outsize.adapt.answers import in_batches
 from outsize.adapt.twin import Twin
@@ -87,13 +87,16 @@ def own(model: str, count: int, seed: int, device: torch.device) -> list[str]:
 
 
 def main() -> None:
-    p = parser(__doc__)
-    p.add_argument("--model", default=DEFAULT_MODEL)
-    for name in ("--gsm8k", "--nq", "--text", "--exclude"):
-        p.add_argument(name, type=Path, required=True)
-    p.add_argument("--own", type=int, default=16000)
-    p.add_argument("--seed", type=int, default=0)
-    args = p.parse_args()
+    args = arguments(
+        __doc__,
+        model=DEFAULT_MODEL,
+        gsm8k=Path,
+        nq=Path,
+        text=Path,
+        exclude=Path,
+        own=16000,
+        seed=0,
+    )
     asked = [q["question"] for q in lines(args.gsm8k)]
     first = [item["turns"][0] for item in lines(args.exclude)]
     known = {text.strip().lower() for text in first}

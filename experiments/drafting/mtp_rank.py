@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from experiments.runs import parser, record
+from experiments.runs import arguments, record
 from outsize.adapt import checkpoints
 from outsize.checkpoint import adapters
 
@@ -29,19 +29,15 @@ def cut(a_RK: Tensor, b_NR: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
 
 
 def main() -> None:
-    p = parser(__doc__)
-    p.add_argument("file", type=Path)
-    p.add_argument("out", type=Path)
-    p.add_argument("--rank", type=int, required=True)
-    a = p.parse_args()
-    file = adapters.load(a.file)
+    a = arguments(__doc__, "file", "out", rank=int)
+    file, out = adapters.load(Path(a.file)), Path(a.out)
     tensors, lost = dict(file.tensors), []
     for name in file.factors():
         factors = tensors[f"{name}.A"], tensors[f"{name}.B"]
         tensors[f"{name}.A"], tensors[f"{name}.B"], share = cut(*factors, a.rank)
         lost.append(share)
-    checkpoints.save(a.out, tensors, {**file.about, "cut_to_rank": a.rank})
-    sizes = {"bytes": a.file.stat().st_size, "bytes_cut": a.out.stat().st_size}
+    checkpoints.save(out, tensors, {**file.about, "cut_to_rank": a.rank})
+    sizes = {"bytes": file.path.stat().st_size, "bytes_cut": out.stat().st_size}
     record(sizes | {"rank": a.rank, "lost": round(sum(lost) / len(lost), 4)}, a.output)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import outsize
 from experiments.drafting.lossless import answers
-from experiments.runs import parser, record
+from experiments.runs import arguments, record
 from outsize.bench.speculate import read
 from outsize.draft.auto import kind_of
 from outsize.draft.masks import block_of
@@ -39,14 +39,10 @@ def guesses(model, prompt: list[int], answer: list[int]):  # type: ignore[no-unt
 
 
 def main() -> None:
-    p = parser(__doc__)
-    p.add_argument("model")
-    p.add_argument("--draft", default="auto", help="masks:FILE, or auto for the one that ships")
-    p.add_argument("--prompts", type=Path, required=True)
-    p.add_argument("--per-category", type=int, default=3)
-    p.add_argument("--longest", type=int, default=900, help="tokens of a prompt")
-    p.add_argument("--new", type=int, default=128)
-    a = p.parse_args()
+    a = arguments(
+        __doc__, "model", draft=("auto", "masks:FILE, or auto for the one that ships"), prompts=Path,
+        per_category=3, longest=(900, "tokens of a prompt"), new=128,
+    )  # fmt: skip
     with outsize.load(a.model, draft=a.draft, context=a.longest + a.new + 64, quiet=True) as model:
         texts = [text for _, text in read(a.prompts, a.per_category)]
         prompts = [x for x in model._encode(texts, outsize.Options()) if len(x) <= a.longest]

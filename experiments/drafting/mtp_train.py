@@ -16,17 +16,17 @@ which additions that are not gated are free to spoil them):
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from experiments.runs import parser
+from experiments.runs import Row, arguments, fresh, record
 from outsize import adapting, library
 from outsize.adapt import training
 from outsize.adapt.acceptance import walk
@@ -141,53 +141,40 @@ def one(args) -> None:
     data = answered(twin, made, args.data, args, recipe)
     held = answered(twin, made, args.held_out, args, recipe)[: args.count]
     if args.answers_only:
-        print(json.dumps({"examples": len(data), "held_out": len(held),
-                          "tokens": sum(len(e.tokens) for e in data)}))  # fmt: skip
+        size = sum(len(e.tokens) for e in data)
+        record({"examples": len(data), "held_out": len(held), "tokens": size})
         return
     if not 0 < args.mixed < len(data):
         raise SystemExit(
-            f"--mixed is {args.mixed}, of {len(data)} prompts in {args.data}: some must be left to train on"
+            f"--mixed is {args.mixed}, of {len(data)} prompts: some must be left to train on"
         )
-    print(json.dumps(run(args, twin, made, data, held, recipe)), flush=True)
+    record(run(args, twin, made, data, held, recipe))
 
 
 def many(args) -> None:
     """Several recipes at a time: one alone leaves a large GPU waiting for the processor."""
-    waiting, running = list(enumerate(args.recipes)), []
-    log = (args.output / f"{args.name}.jsonl").open("a")
-    common = ["--data", args.data, "--held-out", args.held_out, "-o", args.output, "--model", args.model,
-              "--seconds", str(args.seconds), "--max-tokens", str(args.max_tokens),
-              "--count", str(args.count), "--mixed", str(args.mixed)]  # fmt: skip
-    while waiting or running:
-        while waiting and len(running) < args.at_once:
-            i, text = waiting.pop(0)
-            command = [sys.executable, "-m", "experiments.drafting.mtp_train", *map(str, common),
-                       "--name", f"{args.name}-{i}", "--recipes", text]  # fmt: skip
-            running.append(subprocess.Popen(command, stdout=log))
-        time.sleep(0.2)
-        running = [p for p in running if p.poll() is None]
+    names = ("data", "held_out", "output", "model", "seconds", "max_tokens", "count", "mixed")
+    common = [w for n in names for w in ("--" + n.replace("_", "-"), str(getattr(args, n)))]
+
+    def train(number: int) -> Row:
+        told = "--name", f"{args.name}-{number}", "--recipes", args.recipes[number]
+        return fresh("-m", "experiments.drafting.mtp_train", *common, *told)
+
+    with ThreadPoolExecutor(args.at_once) as pool:
+        for row in pool.map(train, range(len(args.recipes))):
+            record(row, args.output / f"{args.name}.jsonl")
 
 
 def main() -> None:
-    p = parser(__doc__)
-    p.set_defaults(output=Path("."))
-    p.add_argument("--model", default=DEFAULT_MODEL)
-    p.add_argument("--data", type=Path, required=True)
-    p.add_argument("--held-out", type=Path, required=True)
-    p.add_argument("--name", default="masks")
-    p.add_argument("--recipes", nargs="+", default=["{}"])
-    p.add_argument("--at-once", type=int, default=3)
-    p.add_argument("--seconds", type=float, default=0, help="steps to fill this; 0: as told")
-    p.add_argument("--max-tokens", type=int, default=128)
-    p.add_argument("--count", type=int, default=200, help="held-out questions")
-    p.add_argument("--mixed", type=int, default=128, help="prompts of --data that are held out")
-    p.add_argument("--answers-only", action="store_true")
-    args = p.parse_args()
+    args = arguments(
+        __doc__, model=DEFAULT_MODEL, data=Path, held_out=Path, name="masks", recipes=["{}"], at_once=3,
+        seconds=(0.0, "steps to fill this; 0: as told"), max_tokens=128,
+        count=(200, "held-out questions"), mixed=(128, "prompts of --data that are held out"),
+        answers_only=False,
+    )  # fmt: skip
+    args.output = args.output or Path()
     args.output.mkdir(parents=True, exist_ok=True)
-    if len(args.recipes) > 1:
-        many(args)
-    else:
-        one(args)
+    (many if len(args.recipes) > 1 else one)(args)
 
 
 if __name__ == "__main__":

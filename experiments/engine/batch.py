@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 
 import outsize
-from experiments.runs import compared, parser, told_all
+from experiments.runs import arguments, compared, told_all
 from outsize.options import DEFAULT_MODEL
 
 BASE = "The history of the sea is long and full of people who left home to find new land. "
@@ -16,10 +16,8 @@ REPEATS, NEW_TOKENS = 5, 96
 
 
 def main() -> None:
-    p = parser(__doc__)
-    p.add_argument("model", nargs="?", default=DEFAULT_MODEL)
-    a = p.parse_args()
-    with outsize.load(a.model, quiet=True) as model:
+    a = arguments(__doc__, "model?")
+    with outsize.load(a.model or DEFAULT_MODEL, quiet=True) as model:
         prompts = [(BASE * 9)[: 60 + 70 * i] + str(i) for i in range(8)]
         model.generate(prompts, raw=True, max_tokens=8)
         together_s, apart_s = [], []

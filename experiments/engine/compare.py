@@ -1,8 +1,8 @@
 """Ours and what people would pick, in turn on the same files:
-`python -m experiments.engine.compare MODEL.gguf... [--loops 0,1] [--wrap 'COMMAND {bytes}'] [-o FILE.jsonl]`.
+`python -m experiments.engine.compare MODEL.gguf... [--loops 0 1] [--wrap 'COMMAND {bytes}'] [-o FILE.jsonl]`.
 
 Each pair is two fresh processes, ours and theirs, right after one another, since a shared machine's speed
-drifts. Reports the median of each, and of the ratios pair by pair. With `--loops 0,1` each pair is run alone
+drifts. Reports the median of each, and of the ratios pair by pair. With `--loops 0 1` each pair is run alone
 and beside so many busy programs, in turn, and what is left of both own idle rates is reported.
 
 With `--wrap` they run in too little memory: it caps memory, page cache included, and empties the page cache.
@@ -19,19 +19,9 @@ import os
 import statistics
 from pathlib import Path
 
+from experiments import runs
 from experiments.memory import paging
-from experiments.runs import (
-    ACCELERATE,
-    LLAMA,
-    OUTSIZE,
-    WRAP,
-    Row,
-    busy,
-    compared,
-    fresh,
-    parser,
-    record,
-)
+from experiments.runs import ACCELERATE, LLAMA, OUTSIZE, WRAP, Row, arguments, busy, compared, fresh
 
 LIMIT_S = 1800
 KEYS = ("decode_tokens_per_s", "prefill_tokens_per_s")
@@ -39,7 +29,7 @@ KEYS = ("decode_tokens_per_s", "prefill_tokens_per_s")
 
 def ours(a: argparse.Namespace, model: str, cap: int) -> Row:
     if not cap:
-        own = [] if a.threads is None else ["--threads", str(a.threads)]
+        own = ["--threads", str(a.threads)] * (a.threads > 0)
         return fresh(*OUTSIZE, "bench", "speed", model, "--repeats", "1", "-q", *own)
     found = paging.run(a.wrap, cap, model, "--memory", str(cap), "--new", str(a.new))
     if "tokens_per_s" in found:
@@ -94,24 +84,16 @@ def compare(a: argparse.Namespace, model: str) -> None:
         if how["cap"]:
             row["ours"] = [o for o, _ in found]
             row["theirs_as_it_comes"] = theirs(a, model, how["cap"], as_it_comes=True)
-        record(row, a.output)
+        runs.record(row, a.output)
 
 
 def main() -> None:
-    p = parser(__doc__)
-    p.add_argument("models", nargs="+")
-    p.add_argument("--pairs", type=int, default=5)
-    p.add_argument("--threads", type=int, help="else what each takes; llama.cpp one a core")
-    p.add_argument("--loops", type=lambda v: [int(n) for n in v.split(",")], default=[0])
-    p.add_argument("--wrap", default="", help=WRAP)
-    p.add_argument(
-        "--shares", type=lambda v: [float(n) for n in v.split(",")], default=[0.75, 0.6, 0.5]
-    )
-    p.add_argument("--least", type=int, default=0, help="caps are never below this many bytes")
-    p.add_argument("--new", type=int, default=12, help="tokens, under a cap")
-    p.add_argument("--peer", default="", help="the Python that has llama-cpp-python")
-    p.add_argument("--no-repack", action="store_true", help="llama.cpp's weights stay in the file")
-    a = p.parse_args()
+    a = arguments(
+        __doc__, "models+", wrap=WRAP, pairs=5, new=(12, "tokens, under a cap"),
+        threads=(0, "else what each takes; llama.cpp one a core"), loops=[0], shares=[0.75, 0.6, 0.5],
+        least=(0, "caps are never below this many bytes"), peer=("", "the Python that has llama_cpp"),
+        no_repack=(False, "llama.cpp's weights stay in the file"),
+    )  # fmt: skip
     for model in a.models:
         compare(a, model)
 

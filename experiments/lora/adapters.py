@@ -14,20 +14,15 @@ import torch
 from tests.drafts import write_peft
 
 import outsize
-from experiments.runs import parser, record
+from experiments.runs import arguments, record
 from outsize.forward.full import full
 from outsize.forward.span import Span
 
 
 def main() -> None:
-    p = parser(__doc__)
-    p.add_argument("model")
-    p.add_argument("--rank", type=int, default=16)
-    a = p.parse_args()
-    with (
-        outsize.load(a.model, draft="none", quiet=True) as m,
-        tempfile.TemporaryDirectory() as folder,
-    ):
+    a = arguments(__doc__, "model", rank=16)
+    whole = outsize.load(a.model, draft="none", quiet=True)
+    with whole as m, tempfile.TemporaryDirectory() as folder:
         t, loading = m.transformer, []
         for seed, name in enumerate("ab"):
             path = write_peft(m, Path(folder) / name, seed, a.rank)

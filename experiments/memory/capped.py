@@ -9,7 +9,6 @@ none had more than its budget. Adapters are random; a model drafts for itself.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 
 import outsize
-from experiments.runs import WRAP, Row, fresh, good, parser, told_all
+from experiments.runs import HIDDEN, WRAP, Row, arguments, fresh, good, told_all
 from outsize import library, loading
 from outsize.errors import BudgetError, OutsizeError
 from outsize.plan import probe
@@ -29,6 +28,7 @@ from outsize.wishes import Wishes
 SHARES = (0.0, 0.4, 1.1)  # of the weights, over the least budget
 MARGIN = 0.02  # of the least budget: what a process takes differs so much from one to the next
 RANK, CONTEXT, NEW, LIMIT_S = 128, 1024, 6, 1200
+KEPT = "adapters", "draft"  # of a scenario: how a model is opened
 TEXT = "Tell me about rivers, stones, clouds and lamps, and what they are for. " * 20
 
 
@@ -43,14 +43,9 @@ def scenarios(model: str, folder: Path) -> dict[str, Row]:
     }  # fmt: skip
 
 
-def wishes_of(how: Row) -> Wishes:
-    named = {k: v for k, v in how.items() if k in ("adapters", "draft")}
-    return Wishes(context=CONTEXT, quiet=True, **named)
-
-
 def least(model: str, how: Row) -> Row:
     """Of the plan; measured here, so run as a process of its own."""
-    wishes = wishes_of(how)
+    wishes = Wishes(context=CONTEXT, quiet=True, **{k: v for k, v in how.items() if k in KEPT})
     runtime = runtime_bytes(loading.compiled(wishes))
     return {"least_bytes": loading.foresee(model, wishes, 1 << 40, runtime)[1].least}
 
@@ -71,8 +66,7 @@ def child(model: str, memory: int, how: Row) -> Row:
 
 def once(model: str, memory: int, how: Row) -> Row:
     """Open, chat, close."""
-    wishes, tokens, refused = wishes_of(how), 0, ""
-    kept = {"draft": wishes.draft, "adapters": wishes.adapters}
+    kept, tokens, refused = {k: v for k, v in how.items() if k in KEPT}, 0, ""
     with outsize.load(model, memory=memory, context=CONTEXT, quiet=True, **kept) as m:
         for name, path in how.get("later", {}).items():
             try:
@@ -95,14 +89,16 @@ def runs_of(model: str, folder: Path, wrap: str, only: list[str]) -> list[Row]:
 
     pack, out = library.pack(model, quiet=True), []
     lora = write_lora(pack.description, folder / pack.path.name, 0, RANK)
-    me = ["-m", "experiments.memory.capped", "--child", model]
-    chosen = {n: how for n, how in scenarios(model, lora).items() if not only or n in only}
+    me = ["-m", "experiments.memory.capped", model]
+    chosen = {n: how for n, how in scenarios(model, lora).items() if n in only or not any(only)}
     for name, how in chosen.items():
         told = json.dumps(how)
-        low = int(good(fresh(*me, "0", told))["least_bytes"] * (1 + MARGIN))
+        low = int(good(fresh(*me, "--memory", "0", "--how", told))["least_bytes"] * (1 + MARGIN))
         for share in SHARES:
             memory = low + int(share * pack.size)
-            found = fresh(*me, str(memory), told, wrap=wrap, cap=memory, limit_s=LIMIT_S)
+            found = fresh(
+                *me, "--memory", str(memory), "--how", told, wrap=wrap, cap=memory, limit_s=LIMIT_S
+            )
             row = {"model": pack.path.name, "scenario": name, "budget_bytes": memory, **found}
             row["good"] = row["status"] == 0 and row["peak_bytes"] <= memory
             print(row, file=sys.stderr, flush=True)
@@ -111,15 +107,12 @@ def runs_of(model: str, folder: Path, wrap: str, only: list[str]) -> list[Row]:
 
 
 def main() -> None:
-    p = parser(__doc__)
-    p.add_argument("models", nargs="*")
-    p.add_argument("--wrap", default="", help=WRAP)
-    p.add_argument("--scenario", action="append", default=[], help="all if none is named")
-    p.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
-    a = p.parse_args()
-    if a.child:
-        model, memory, how = a.child[0], int(a.child[1]), json.loads(a.child[2])
-        print(json.dumps(child(model, memory, how) if memory else least(model, how)))
+    a = arguments(
+        __doc__, "models+", wrap=WRAP, scenario=[""], memory=(-1, HIDDEN[1]), how=("", HIDDEN[1])
+    )
+    if a.how:
+        model, how = a.models[0], json.loads(a.how)
+        print(json.dumps(child(model, a.memory, how) if a.memory else least(model, how)))
         return
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 import outsize
-from experiments.runs import compared, parser, record
+from experiments.runs import arguments, compared, record
 from outsize.forward import full as passes
 from outsize.forward.span import Span
 
@@ -21,9 +21,7 @@ TURNS, STEPS = 60, 8
 
 
 def main() -> None:
-    p = parser(__doc__)
-    p.add_argument("models", nargs="+")
-    a = p.parse_args()
+    a = arguments(__doc__, "models+")
     for name in a.models:
         record(measured(name), a.output)
 

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import outsize
-from experiments.runs import OUTSIZE, WRAP, Row, fresh, good, parser, record
+from experiments.runs import HIDDEN, OUTSIZE, WRAP, Row, arguments, fresh, good, record
 from outsize import planning
 from outsize.forward.full import full
 from outsize.forward.span import Span
@@ -116,7 +116,7 @@ def run(wrap: str, cap: int, *arguments: str) -> Row:
 
 def cli(a: argparse.Namespace, wrap: str, cap: int, model: str) -> Row:
     """The same through `outsize run`, as a user would."""
-    text = a.text.read_text()[: a.characters]
+    text = Path(a.text).read_text()[: a.characters]
     told = ["-n", str(a.new), "-c", str(a.context), "--memory", str(cap), "--repeat-penalty", "1.3"]
     return fresh(*OUTSIZE, "run", model, text, "--raw", "--json", *told, wrap=wrap, cap=cap)
 
@@ -136,20 +136,12 @@ def caps(model: str, context: int, half: bool) -> list[int]:
 
 
 def main() -> None:
-    p = parser(__doc__)
-    p.add_argument("models", nargs="+")
-    p.add_argument("--wrap", default="", help=WRAP)
-    p.add_argument("--repeats", type=int, default=1)
-    p.add_argument("--caps", help="bytes, comma-separated; default: six from all to the least")
-    p.add_argument("--context", type=int, default=CONTEXT)
-    p.add_argument("--new", type=int, default=64)
-    p.add_argument("--half", action="store_true", help="one cap: half the weights held")
-    p.add_argument("--cli", action="store_true", help="through `outsize run`")
-    p.add_argument("--text", type=Path, help="for --cli: a text file to continue")
-    p.add_argument("--characters", type=int, default=2050, help="of it: about 512 tokens")
-    p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    p.add_argument("--memory", default="auto", help=argparse.SUPPRESS)
-    a = p.parse_args()
+    a = arguments(
+        __doc__, "models+", wrap=WRAP, repeats=1, context=CONTEXT, new=64, memory="auto", worker=HIDDEN,
+        caps=("", "bytes, comma-separated; else six from all to the least"),
+        half=(False, "one cap: half the weights held"), cli=(False, "through `outsize run`"),
+        text=("", "for --cli: a file to continue"), characters=(2050, "of it: about 512 tokens"),
+    )  # fmt: skip
     if a.worker:
         print(json.dumps(worker(a.models[0], a.memory, a.context, a.new)))
         return

@@ -14,7 +14,7 @@ from typing import Any
 
 import matplotlib
 
-from experiments.runs import Row, parser
+from experiments.runs import Row, arguments
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
@@ -22,9 +22,9 @@ import matplotlib.pyplot as plt
 COLOURS = ("#1f6feb", "#d1481f", "#2e8b57", "#8a4fbf")
 
 
-def rows_by_model(paths: list[Path]) -> dict[str, list[Row]]:
+def rows_by_model(paths: list[str]) -> dict[str, list[Row]]:
     out: dict[str, list[Row]] = {}
-    for row in (json.loads(line) for path in paths for line in path.read_text().splitlines()):
+    for row in (json.loads(line) for path in paths for line in Path(path).read_text().splitlines()):
         if row.get("status") == 0 and row["cap"]:
             out.setdefault(row["model"].rsplit("-", 2)[0], []).append(row)
     return out
@@ -66,9 +66,7 @@ def draw(models: dict[str, list[Row]], panel: Callable[..., None], y: str, path:
 
 
 def main() -> None:
-    p = parser(__doc__)
-    p.add_argument("files", nargs="+", type=Path)
-    a = p.parse_args()
+    a = arguments(__doc__, "files+")
     models = rows_by_model(a.files)
     draw(models, memory, "tokens/s", a.output / "tokens-against-memory.svg")
     draw(models, steps, "ms a token", a.output / "step-against-bytes.svg")

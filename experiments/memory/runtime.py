@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import torch
 
-from experiments.runs import Row, parser, record
+from experiments.runs import Row, arguments, record
 from outsize.plan.wake import runtime_bytes
 from outsize.weights.budget import resident
 
 
 def main() -> None:
-    a = parser(__doc__).parse_args()
+    a = arguments(__doc__)
     row: Row = {
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import outsize
-from experiments.runs import parser, told_all
+from experiments.runs import arguments, told_all
 from outsize import library
 from outsize.pack.outline import of_pack
 from outsize.plan.place import least_bytes
@@ -29,10 +29,7 @@ LONG = "Here is a list of words to think about: " + "river stone cloud lamp " * 
 
 
 def main() -> None:
-    p = parser(__doc__)
-    p.add_argument("model")
-    p.add_argument("--tokens", type=int, default=2000)
-    a = p.parse_args()
+    a = arguments(__doc__, "model", tokens=2000)
     outline = of_pack(library.pack(a.model, quiet=True))
     memory = least_bytes(outline, runtime_bytes(), 7 * outline.tokenizer_bytes, CONTEXT)
     memory += outline.size // 2
