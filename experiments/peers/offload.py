@@ -1,4 +1,5 @@
-"""Time transformers with accelerate's offload to disk: `python bench/peers/offload.py FOLDER --cap BYTES`.
+"""Time transformers with accelerate's offload to disk:
+`python -m experiments.peers.offload FOLDER --cap BYTES`.
 
 pip install transformers accelerate. The process may keep `--cap` bytes less `--runtime`, the rest of the
 weights is read from disk at each pass. Greedy, batch 1, cold. One JSON object last.
@@ -19,9 +20,7 @@ def main() -> None:
     p = argparse.ArgumentParser()
     p.add_argument("model")
     p.add_argument("--cap", type=int, required=True)
-    p.add_argument(
-        "--runtime", type=int, default=900_000_000, help="kept for everything but weights"
-    )
+    p.add_argument("--runtime", type=int, default=900_000_000, help="kept for all but weights")
     p.add_argument("--prompt-tokens", type=int, default=512)
     p.add_argument("--new-tokens", type=int, default=4)
     a = p.parse_args()
@@ -31,9 +30,8 @@ def main() -> None:
             max_memory={"cpu": max(1 << 20, a.cap - a.runtime)}, offload_folder=folder,
         )  # fmt: skip
         vocab = model.config.vocab_size
-        ids = torch.tensor(
-            [[(i * i * 7919 + 13 * i + 5) % (vocab - 300) for i in range(a.prompt_tokens)]]
-        )
+        made = [(i * i * 7919 + 13 * i + 5) % (vocab - 300) for i in range(a.prompt_tokens)]
+        ids = torch.tensor([made])
         with torch.inference_mode():
             started = time.perf_counter()
             out = model(ids, use_cache=True, logits_to_keep=1)
@@ -43,13 +41,11 @@ def main() -> None:
                 token = out.logits[:, -1:].argmax(-1)
                 out = model(token, past_key_values=out.past_key_values, use_cache=True)
             decode_s = time.perf_counter() - started
-    print(
-        json.dumps({
-            "engine": "transformers + accelerate, disk offload",
-            "prefill_tokens_per_s": round(a.prompt_tokens / prefill_s, 3),
-            "decode_tokens_per_s": round(a.new_tokens / decode_s, 4),
-        })
-    )  # fmt: skip
+    print(json.dumps({
+        "engine": "transformers + accelerate, disk offload",
+        "prefill_tokens_per_s": round(a.prompt_tokens / prefill_s, 3),
+        "decode_tokens_per_s": round(a.new_tokens / decode_s, 4),
+    }))  # fmt: skip
 
 
 if __name__ == "__main__":

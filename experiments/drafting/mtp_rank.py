@@ -1,4 +1,4 @@
-"""Cut a mask drafter's factors to a lower rank: `python bench/masks_rank.py IN OUT --rank 8`.
+"""Cut a mask drafter's factors to a lower rank: `python -m experiments.drafting.mtp_rank IN OUT --rank 8`.
 
 Of each product of two factors the largest singular values stay, the root of each in either factor. One JSON
 object: bytes before and after, and the share of the products' squares that is lost.
@@ -6,13 +6,12 @@ object: bytes before and after, and the share of the products' squares that is l
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from experiments.runs import arguments, record
 from outsize.adapt import checkpoints
 from outsize.checkpoint import lora as adapters
 
@@ -30,19 +29,16 @@ def cut(a_RK: Tensor, b_NR: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("file", type=Path)
-    p.add_argument("out", type=Path)
-    p.add_argument("--rank", type=int, required=True)
-    a = p.parse_args()
-    file = adapters.load(a.file)
+    a = arguments(__doc__, "file", "out", rank=int)
+    file, out = adapters.load(Path(a.file)), Path(a.out)
     tensors, lost = dict(file.tensors), []
-    for name, factors in file.factors().items():
+    for name in file.factors():
+        factors = tensors[f"{name}.A"], tensors[f"{name}.B"]
         tensors[f"{name}.A"], tensors[f"{name}.B"], share = cut(*factors, a.rank)
         lost.append(share)
-    checkpoints.save(a.out, tensors, {**file.about, "cut_to_rank": a.rank})
-    sizes = {"bytes": a.file.stat().st_size, "bytes_cut": a.out.stat().st_size}
-    print(json.dumps(sizes | {"rank": a.rank, "lost": round(sum(lost) / len(lost), 4)}))
+    checkpoints.save(out, tensors, {**file.about, "cut_to_rank": a.rank})
+    sizes = {"bytes": file.path.stat().st_size, "bytes_cut": out.stat().st_size}
+    record(sizes | {"rank": a.rank, "lost": round(sum(lost) / len(lost), 4)}, a.output)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long LoRA adapters take: `python bench/adapters.py MODEL [--rank 16]`.
+"""How long LoRA adapters take: `python -m experiments.lora.adapters MODEL [--rank 16]`.
 
 Writes two random adapters of all projections in PEFT's form, loads them, and answers with one, the other and
 the first again: milliseconds to load and to swap, and whether the logits came back to the bit.
@@ -6,32 +6,23 @@ the first again: milliseconds to load and to swap, and whether the logits came b
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from tests.drafts import write_peft
 
 import outsize
+from experiments.runs import arguments, record
 from outsize.forward.full import full
 from outsize.forward.span import Span
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.drafts import write_peft
-
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("model")
-    p.add_argument("--rank", type=int, default=16)
-    a = p.parse_args()
-    with (
-        outsize.load(a.model, draft="none", quiet=True) as m,
-        tempfile.TemporaryDirectory() as folder,
-    ):
+    a = arguments(__doc__, "model", rank=16)
+    whole = outsize.load(a.model, draft="none", quiet=True)
+    with whole as m, tempfile.TemporaryDirectory() as folder:
         t, loading = m.transformer, []
         for seed, name in enumerate("ab"):
             path = write_peft(m, Path(folder) / name, seed, a.rank)
@@ -49,12 +40,12 @@ def main() -> None:
         for name in (None, "a", "b"):
             step(name)
         plain, first, other, again = step(None), step("a"), step("b"), step("a")
-        print(json.dumps({
+        record({
             "model": m.name, "rank": a.rank, "load_ms": loading,
             "step_ms": {"plain": plain[1], "a": first[1], "b, after a": other[1], "a, after b": again[1]},
             "same_bits": bool(torch.equal(first[0], again[0])),
             "differ": not torch.equal(first[0], other[0]),
-        }))  # fmt: skip
+        }, a.output)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Holds every figure in docs/results/ to its raw file: `python bench/figures.py [FILE.md...]`.
+"""Holds every figure in docs/results/ to its raw file: `python -m experiments.results.figures [FILE.md...]`.
 
 A paragraph or table is followed by a comment that says, for each of its numbers in turn, where it is from:
 
@@ -9,7 +9,7 @@ An entry is an expression over raw files (below), which must round to the number
 setting, a bar or a name, not measured; `unkept`: measured, but no raw file was kept (how many there may be is
 fixed in tests/test_figures.py, and can only go down). `3 given` are three in a row. Of a table, `each:` is
 for every row, in which `n` is the row's number and `row` its first cell up to a bracket; a line `LABEL: ...`
-is for the row whose first cell that is. Files are named once in a document, under bench/results/:
+is for the row whose first cell that is. Files are named once in a document, under experiments/results/:
 
     <!-- files: nine = epyc-2core/llamacpp-smollm2-9-pairs.json -->
 
@@ -34,9 +34,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-RAW, DOCUMENTS = ROOT / "bench" / "results", ROOT / "docs" / "results"
+RAW, DOCUMENTS = ROOT / "experiments" / "results", ROOT / "docs" / "results"
 NAMES = re.compile(
     r"`[^`]*`|\]\([^)]*\)|<[^>]*>|\b\d{4}-\d\d-\d\d\b|\b[0-9a-f]{7}\b"
     r"|\b(?:Zen|Gemma|Llama|Python|torch|transformers|family|lm-eval|llama-cpp-python) \d[\d.]*\b"
@@ -55,7 +55,7 @@ def _within(of: list[Any]) -> int:
 
 
 def _ceiling(of: list[Any]) -> float:
-    """Of a run of bench/paging.py: its share of what the disk, or the uncapped run, allows."""
+    """Of a run of experiments/memory/paging.py: its share of what the disk, or the uncapped run, allows."""
     row, whole = of
     read_s = row["bytes_per_token"] / statistics.mean(row["disk_bytes_per_s"][1:])
     return float(max(read_s, 1 / whole["tokens_per_s"]) * row["tokens_per_s"])
@@ -100,15 +100,13 @@ class Figure:
 def figures(text: str) -> list[Figure]:
     """The numbers of a text, in order."""
     text = NAMES.sub(lambda found: " " * len(found[0]), text)
-    out = []
-    for found in NUMBER.finditer(text):
-        if not found[0]:
-            continue
-        decimals = len(found[2] or ".") - 1
-        value = float(found[0].replace(",", ""))
-        share = SHARE.match(text, found.end()) is not None
-        out.append(Figure(found[0], found.start(), value, 0.5 * 10**-decimals, share))
-    return out
+    return [
+        Figure(
+            found[0], found.start(), float(found[0].replace(",", "")),
+            0.5 * 10 ** (1 - len(found[2] or ".")), SHARE.match(text, found.end()) is not None,
+        )
+        for found in NUMBER.finditer(text) if found[0]
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +121,9 @@ class Block:
 
 def read(path: Path) -> object:
     text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in text.splitlines()]
-    return json.loads(text)
+    return (
+        [json.loads(s) for s in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+    )
 
 
 def value_of(text: str, names: dict[str, object]) -> object:
@@ -146,8 +144,7 @@ def _value(node: ast.expr, names: dict[str, object]) -> Any:
         case ast.Name():
             return names[node.id]
         case ast.BinOp():
-            left, right = _value(node.left, names), _value(node.right, names)
-            return OPERATORS[type(node.op)](left, right)
+            return OPERATORS[type(node.op)](_value(node.left, names), _value(node.right, names))
         case ast.Attribute():
             return _key(_value(node.value, names), node.attr)
         case ast.Subscript(slice=ast.Slice(lower=lower, upper=upper)):
@@ -251,10 +248,8 @@ def checked(block: Block) -> list[str]:
         if entry not in (GIVEN, UNKEPT) and not figure.is_of(value):
             raise FigureError(f"line {block.line}: {figure.text} is written, {entry} is {value}")
     if len(found) != len(pairs):
-        shown = ", ".join(f.text for f in found)
-        raise FigureError(
-            f"line {block.line}: {len(found)} numbers ({shown}) and {len(pairs)} entries"
-        )
+        shown = f"{len(found)} numbers ({', '.join(f.text for f in found)})"
+        raise FigureError(f"line {block.line}: {shown} and {len(pairs)} entries")
     return [entry for entry, _ in pairs]
 
 
@@ -277,11 +272,8 @@ def main() -> int:
     for path in map(Path, sys.argv[1:] or [*sorted(DOCUMENTS.glob("*.md")), README]):
         whole = path.name != README.name
         wrong, backed, unkept = problems(path.read_text(encoding="utf-8"), whole)
-        print(
-            f"{path.name}: {backed} figures backed, {unkept} without a raw file, {len(wrong)} wrong"
-        )
-        for line in wrong:
-            print(f"  {line}")
+        print(f"{path.name}: {backed} backed, {unkept} without a raw file, {len(wrong)} wrong")
+        print("".join(f"  {line}\n" for line in wrong), end="")
         status |= bool(wrong)
     return status
 

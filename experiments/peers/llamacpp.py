@@ -1,4 +1,4 @@
-"""Time llama.cpp on one GGUF: `python bench/peers/llamacpp.py MODEL.gguf`. One JSON object last.
+"""Time llama.cpp on one GGUF: `python -m experiments.peers.llamacpp MODEL.gguf`. One JSON object last.
 
 pip install llama-cpp-python (built for this machine: CMAKE_ARGS=-DGGML_NATIVE=ON). Greedy, batch 1; a
 warm-up prefill first, so that neither page faults nor first-use costs are counted against it.
@@ -64,14 +64,11 @@ def main() -> None:
         model.eval([model.sample(temp=0.0) if a.first_id is None else next(fed)])
     decode_s = time.perf_counter() - started
     told = {} if a.first_id is None else {"logits": last_logits(model)}
-    print(
-        json.dumps({
-            "engine": f"llama-cpp-python {llama_cpp.__version__}",
-            "prefill_tokens_per_s": round(len(ids) / prefill_s, 2),
-            "decode_tokens_per_s": round(a.new_tokens / decode_s, 3),
-            **told,
-        })
-    )  # fmt: skip
+    print(json.dumps({
+        "engine": f"llama-cpp-python {llama_cpp.__version__}", **told,
+        "prefill_tokens_per_s": round(len(ids) / prefill_s, 2),
+        "decode_tokens_per_s": round(a.new_tokens / decode_s, 3),
+    }))  # fmt: skip
 
 
 if __name__ == "__main__":

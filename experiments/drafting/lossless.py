@@ -1,5 +1,5 @@
 """Do drafts change anything?
-`python bench/lossless.py MODEL --prompts FILE.jsonl [--count 200] [--drafts SPEC...]`.
+`python -m experiments.drafting.lossless MODEL --prompts FILE.jsonl [--count 200] [--drafts SPEC...]`.
 
 Greedy answers to many prompts, without drafts and with each drafter: tokens must be the same, and the
 checksum of every kept token's logits, which holds to the bit in int4 and int8 packs. One JSON object a
@@ -8,12 +8,11 @@ drafter.
 
 from __future__ import annotations
 
-import argparse
-import json
 import zlib
 from pathlib import Path
 
 import outsize
+from experiments.runs import arguments, record
 from outsize.bench.speculate import read
 from outsize.draft.verify import verify
 from outsize.engine import decode as flow
@@ -46,32 +45,25 @@ def answers(model: outsize.Model, prompts: list[list[int]], new: int) -> tuple[l
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("model")
-    p.add_argument("--prompts", type=Path, required=True)
-    p.add_argument("--count", type=int, default=200)
-    p.add_argument("--new", type=int, default=48)
-    p.add_argument(
-        "--longest", type=int, default=400, help="tokens of a prompt; longer ones are left out"
-    )
-    p.add_argument("--drafts", nargs="+", default=DRAFTS)
-    a = p.parse_args()
+    a = arguments(
+        __doc__, "model", prompts=Path, count=200, new=48, drafts=DRAFTS,
+        longest=(400, "tokens of a prompt, at the most"),
+    )  # fmt: skip
     want: list = []
     for draft in ["none", *a.drafts]:
         with outsize.load(a.model, draft=draft, context=a.longest + a.new, quiet=True) as model:
             texts = [text for _, text in read(a.prompts, 0)]
-            prompts = [
-                ids for ids in model.encode(texts, outsize.Options()) if len(ids) <= a.longest
-            ]
-            found, rate = answers(model, prompts[: a.count], a.new)
+            encoded = model.encode(texts, outsize.Options())
+            prompts = [ids for ids in encoded if len(ids) <= a.longest][: a.count]
+            found, rate = answers(model, prompts, a.new)
         want = want or found
         pairs = list(zip(found, want, strict=True))
-        print(json.dumps({
+        record({
             "model": Path(a.model).name, "draft": draft, "prompts": len(pairs), "new_tokens": a.new,
             "same_tokens": sum(ours[0] == theirs[0] for ours, theirs in pairs),
             "same_logits": sum(ours[1] == theirs[1] for ours, theirs in pairs),
             "tokens_per_step": round(rate, 3),
-        }), flush=True)  # fmt: skip
+        }, a.output)  # fmt: skip
 
 
 if __name__ == "__main__":

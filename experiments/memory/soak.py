@@ -1,4 +1,4 @@
-"""A long chat at half residency: `python bench/soak.py MODEL [--tokens 2000] [-o FILE]`.
+"""A long chat at half residency: `python -m experiments.memory.soak MODEL [--tokens 2000] [-o FILE]`.
 
 Turns of chat until so many tokens were answered, with half of the weights read from disk at each token;
 memory, threads and open files are noted after each turn. The first turn fills the context, since keys and
@@ -9,8 +9,6 @@ first); exit status 1 if any grew.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 import threading
@@ -18,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import outsize
+from experiments.runs import arguments, told_all
 from outsize.pack import fetch
 from outsize.pack.outline import of_pack
 from outsize.plan.place import least_bytes
@@ -30,11 +29,7 @@ LONG = "Here is a list of words to think about: " + "river stone cloud lamp " * 
 
 
 def main() -> None:
-    p = argparse.ArgumentParser()
-    p.add_argument("model")
-    p.add_argument("--tokens", type=int, default=2000)
-    p.add_argument("-o", "--output", type=Path)
-    a = p.parse_args()
+    a = arguments(__doc__, "model", tokens=2000)
     outline = of_pack(fetch.pack(a.model, quiet=True))
     memory = least_bytes(outline, runtime_bytes(), 7 * outline.tokenizer_bytes, CONTEXT)
     memory += outline.size // 2
@@ -57,19 +52,15 @@ def main() -> None:
         budget = model.placement.budget
     memory_at, quarter = [t["resident"] for t in turns[1:]], len(turns) // 4
     grown = int(median(memory_at[-quarter:]) - median(memory_at[:quarter]))
-    leaks = any(
-        t["threads"] != turns[0]["threads"] or t["files"] != turns[0]["files"] for t in turns
-    )
+    leaks = any(t[key] != turns[0][key] for t in turns for key in ("threads", "files"))
     result = {
-        "command": f"python bench/soak.py {Path(a.model).name} --tokens {a.tokens}",
+        "command": f"python -m experiments.memory.soak {Path(a.model).name} --tokens {a.tokens}",
         "held_share": round(share, 3), "tokens": answered, "turns": len(turns),
         "budget_bytes": budget, "peak_bytes": peak(), "grown_bytes": grown,
         "leaks": leaks, "good": grown <= GROWTH * budget and not leaks and peak() <= budget,
         "resident": [t["resident"] for t in turns],
     }  # fmt: skip
-    if a.output is not None:
-        a.output.write_text(json.dumps(result) + "\n")
-    print(json.dumps(result))
+    told_all(result, a.output)
     sys.exit(not result["good"])
 
 
