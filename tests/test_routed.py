@@ -10,7 +10,8 @@ import torch
 
 import outsize
 from experiments.caching import routed
-from outsize.bench.synthetic.gguf import Size, write
+from outsize.bench.synthetic.gguf import write
+from outsize.bench.synthetic.shapes import Size
 from outsize.forward.full import full
 from outsize.forward.span import Span
 

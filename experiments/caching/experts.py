@@ -31,7 +31,7 @@ from outsize.forward.full import full
 from outsize.forward.span import Span
 from outsize.pack import fetch
 from outsize.system.memory import peak
-from outsize.weights.spec import parse
+from outsize.weights.spec import parse_experts
 
 EVERY = 16  # tokens after which the disk's rate is measured again
 SHOWN = 64  # logits that are compared
@@ -77,7 +77,7 @@ def worker(a: argparse.Namespace, trace: Trace) -> Row:
 
 def replayed(trace: Trace, spec: str, slots: int, link: Link, new: int) -> Row:
     """The same trace, slots and link in virtual time; computing as long as it took."""
-    knobs = parse(spec)
+    knobs = parse_experts(spec)
     policy = knobs.policy(slots, Hints(per_layer=trace.experts, layers=trace.layers))
     last = min(e.number for e in trace.events if e.phase == 1) + new
     events = waves([e for e in trace.events if e.number < last], policy.room)

@@ -20,8 +20,10 @@ import numpy as np
 from torch import Tensor
 
 import outsize
-from outsize.bench.synthetic.gguf import BLOCK, SIZES, Size, recipe, write
-from outsize.caching.replay.trace import Scored, Trace
+from outsize.bench.synthetic.gguf import BLOCK, write
+from outsize.bench.synthetic.shapes import SIZES, Size, recipe
+from outsize.caching.prefetcher import Scored
+from outsize.caching.replay.trace import Trace
 from outsize.model.ffn.experts import Mixture, Router
 
 FIRST = 300  # the id of the trace's first token

@@ -15,8 +15,8 @@ from experiments.drafting.lossless import answers
 from experiments.runs import arguments, record
 from outsize.bench.speculate import read
 from outsize.draft.auto import kind_of
+from outsize.draft.drafter import Draft
 from outsize.draft.mtp import block_of
-from outsize.draft.none import Draft
 from outsize.forward.full import full
 from outsize.forward.span import Span
 
