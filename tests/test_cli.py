@@ -229,7 +229,7 @@ def test_an_interrupted_reply_is_shown_and_accounted(
     def interrupted(self: streaming.Streaming) -> Iterator[tuple[str, str]]:
         for part in parts(self):
             yield part
-            signal.raise_signal(signal.SIGINT) if not self.run.seq.finish else None
+            signal.raise_signal(signal.SIGINT) if not self.request.seq.finish else None
 
     monkeypatch.setattr(streaming.Streaming, "_go", interrupted)
     how = DisplayOptions(LoadOptions(), None, False, False)

@@ -209,8 +209,8 @@ def check(ours: Model, theirs: Any, tokenizer: Any, gap: float, share: float) ->
         assert ours.encode([chat], Options())[0] == wanted
         run = ours.stream(chat, max_tokens=NEW)
         list(run)
-        total += len(run.run.seq.new_tokens)
-        same += agreed(theirs, wanted, run.run.seq.new_tokens, gap)
+        total += len(run.request.seq.new_tokens)
+        same += agreed(theirs, wanted, run.request.seq.new_tokens, gap)
     assert same >= share * total > 20
 
 

@@ -96,11 +96,12 @@ class Conversation:
         try:
             yield from streaming.parts
         finally:
-            run = streaming.run
+            request = streaming.request
             # The last token was chosen, but has not been run; nor, after an error, have others.
-            self._prefix.tokens = run.seq.tokens[: min(len(run.seq.tokens) - 1, run.known)]
-            if run.text or run.seq.finish not in (None, "cancelled"):
-                answer = {"role": "assistant", "content": run.text}
+            tokens = request.seq.tokens
+            self._prefix.tokens = tokens[: min(len(tokens) - 1, request.known)]
+            if request.text or request.seq.finish not in (None, "cancelled"):
+                answer = {"role": "assistant", "content": request.text}
                 self.messages = [*messages, answer]
 
     def _fitting(self, messages: list[Message]) -> list[Message]:

@@ -15,7 +15,7 @@ from outsize.draft.load import SPARE, Drafting
 from outsize.engine import adapters, decode, shutdown
 from outsize.engine.conversation import Conversation
 from outsize.engine.reply import Reply, Score
-from outsize.engine.request import Counts, Run
+from outsize.engine.request import Counts, Request
 from outsize.engine.scheduler import Scheduler
 from outsize.engine.scoring import scored
 from outsize.engine.stream import Streaming
@@ -152,13 +152,13 @@ class Model:
     ) -> Iterator[Reply]:
         """Some prompts, with the options of each."""
         before = self.counts()
-        runs = [self.start(ids, options) for ids, options in zip(wave, each, strict=False)]
-        for _ in self.scheduler.drive(runs, each[0]):
+        requests = [self.start(ids, options) for ids, options in zip(wave, each, strict=False)]
+        for _ in self.scheduler.drive(requests, each[0]):
             now = time.perf_counter()
-            for run in runs:
-                run.advance(now, self.bytes_read)
-        for run, options in zip(runs, each, strict=False):
-            yield self.scheduler.reply(run, options, started, before)
+            for request in requests:
+                request.advance(now, self.bytes_read)
+        for request, options in zip(requests, each, strict=False):
+            yield self.scheduler.reply(request, options, started, before)
 
     def chat(self, messages: Messages, **changes: Unpack[Changes]) -> Reply:
         """Reply to messages ({"role": ..., "content": ...})."""
@@ -216,7 +216,9 @@ class Model:
             )
         self.tokens.check(tokens)
 
-    def start(self, ids: list[int], options: Options, prefix: CachedPrefix | None = None) -> Run:
+    def start(
+        self, ids: list[int], options: Options, prefix: CachedPrefix | None = None
+    ) -> Request:
         """A request, ready to be driven. Raises ContextError, OptionError."""
         self._check_room([*ids, 0] if ids else ids)
         limit = self._limit(ids, options)
@@ -229,7 +231,7 @@ class Model:
         cached = 0 if prefix is None else prefix.shared(ids, name)
         kv = self.new_kv(limit) if prefix is None else prefix.kv
         kv.truncate(cached)
-        return Run(seq, kv, stream, cached, cached, adapter=name, seed=options.seed)
+        return Request(seq, kv, stream, cached, cached, adapter=name, seed=options.seed)
 
     def new_kv(self, tokens: int) -> KV:
         """An empty cache for so many tokens, and what is drafted behind them."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from outsize.engine.request import Counts, Run
+from outsize.engine.request import Counts, Request
 from outsize.system.memory import peak
 
 
@@ -70,41 +70,43 @@ class Usage(NamedTuple):
     cached_reads: bool = False  # through the page cache
 
 
-def account(run: Run, model: str, options: Mapping[str, object], usage: Usage) -> Reply:
+def account(request: Request, model: str, options: Mapping[str, object], usage: Usage) -> Reply:
     """The reply of a run that has ended, or was interrupted."""
     started, before, after, cached_reads = usage
-    new, first = len(run.seq.new_tokens), (run.first_s or started) - started
-    later = run.end_s - (run.first_s or run.end_s)
+    new, first = len(request.seq.new_tokens), (request.first_s or started) - started
+    later = request.end_s - (request.first_s or request.end_s)
     total, took = after.total - before.total, first + later
     experts = after.experts - before.experts
     return Reply(
-        text=run.text,
-        prompt_tokens=run.seq.num_prompt,
+        text=request.text,
+        prompt_tokens=request.seq.num_prompt,
         new_tokens=new,
         first_token_s=round(first, 4),
         tokens_per_s=round((new - 1) / later, 3) if new > 1 and later > 0 else 0.0,
-        prefill_tokens_per_s=round((run.seq.num_prompt - run.cached) / first, 3)
+        prefill_tokens_per_s=round((request.seq.num_prompt - request.cached) / first, 3)
         if first > 0
         else 0.0,
         peak_memory_bytes=peak(),
         budget_bytes=int(str(options["memory"])),
         bytes_read=after.total.bytes_read,
-        bytes_per_token=(after.total.bytes_read - run.first_read) // (new - 1) if new > 1 else 0,
+        bytes_per_token=(after.total.bytes_read - request.first_read) // (new - 1)
+        if new > 1
+        else 0,
         hit_rate=round(total.hit_rate, 4),
         waited_s=round(total.waited_s, 4),
         disk_bytes_per_s=round(total.bytes_read / took) if took > 0 else 0,
-        drafted=run.drafts.drafted,
-        accepted=run.drafts.accepted,
+        drafted=request.drafts.drafted,
+        accepted=request.drafts.accepted,
         accepted_per_position=tuple(
-            round(good / tried, 4) for tried, good in run.drafts.by_position
+            round(good / tried, 4) for tried, good in request.drafts.by_position
         ),
-        tokens_per_step=round((new - 1) / run.drafts.steps, 4) if run.drafts.steps else 0.0,
-        step_s=round(later / run.drafts.steps, 5) if run.drafts.steps else 0.0,
+        tokens_per_step=round((new - 1) / request.drafts.steps, 4) if request.drafts.steps else 0.0,
+        step_s=round(later / request.drafts.steps, 5) if request.drafts.steps else 0.0,
         experts=experts.to_json() if experts.hits + experts.misses else None,
         model=model,
-        finish=run.seq.finish or "cancelled",
+        finish=request.seq.finish or "cancelled",
         threads=round((after.threads - before.threads) / max(1, after.steps - before.steps), 2),
         options=options,
         cached_reads=cached_reads,
-        reasoning=run.stream.reasoning,
+        reasoning=request.stream.reasoning,
     )

@@ -12,7 +12,7 @@ from outsize.text.detokenize import Stream
 
 
 @dataclass(slots=True)
-class Run:
+class Request:
     """One prompt on its way: its sequence, cache and text."""
 
     seq: Sequence

@@ -17,7 +17,7 @@ from outsize.draft.load import Drafting
 from outsize.draft.step_time import StepTimes
 from outsize.engine.decode import decode
 from outsize.engine.reply import Reply, Usage, account
-from outsize.engine.request import Counts, Run
+from outsize.engine.request import Counts, Request
 from outsize.engine.step_lock import StepLock
 from outsize.errors import OptionError
 from outsize.forward.full import full, is_narrow
@@ -123,28 +123,29 @@ class Scheduler:
             )
         return None if name is None else self.adapters[name]
 
-    def drive(self, runs: Sequence[Run], options: Options) -> Iterator[None]:
+    def drive(self, requests: Sequence[Request], options: Options) -> Iterator[None]:
         """Run requests together to their ends, yielding after each step."""
-        flows = [self._flow(run, options, len(runs) - 1) for run in runs]
-        steps = drive(self.transformer, flows, [run.kv for run in runs], self.drafting.pace)
-        while self.take(partial(self._step, steps, runs)):
+        flows = [self._flow(request, options, len(requests) - 1) for request in requests]
+        kvs = [request.kv for request in requests]
+        steps = drive(self.transformer, flows, kvs, self.drafting.pace)
+        while self.take(partial(self._step, steps, requests)):
             yield
 
-    def _step(self, steps: Iterator[None], runs: Sequence[Run]) -> bool:
+    def _step(self, steps: Iterator[None], requests: Sequence[Request]) -> bool:
         """False if there was none any more."""
         if next(steps, steps) is steps:
             return False
-        for run in runs:
-            run.known = min(len(run.seq.tokens) - 1, run.kv.length)
+        for request in requests:
+            request.known = min(len(request.seq.tokens) - 1, request.kv.length)
         self._keep_budget()
         return True
 
-    def _flow(self, run: Run, options: Options, others: int) -> Flow:
-        seed = options.seed if run.seed is None else run.seed
+    def _flow(self, request: Request, options: Options, others: int) -> Flow:
+        seed = options.seed if request.seed is None else request.seed
         assert seed is not None
         sampler = Sampler(options, seed)
-        drafts = self.drafting.new(sampler, others)
-        return decode(run.seq, drafts, sampler, run.drafts, run.cached, self.adapter(run.adapter))
+        drafts, adapter = self.drafting.new(sampler, others), self.adapter(request.adapter)
+        return decode(request.seq, drafts, sampler, request.drafts, request.cached, adapter)
 
     def _keep_budget(self) -> None:
         """Drop resident weights if others need the memory, or we have more than was planned."""
@@ -171,14 +172,14 @@ class Scheduler:
         loaded = self.transformer.loaded
         return loaded.traffic.bytes_read + loaded.expert_traffic.bytes_read
 
-    def reply(self, run: Run, options: Options, started: float, before: Counts) -> Reply:
+    def reply(self, request: Request, options: Options, started: float, before: Counts) -> Reply:
         """The reply of a run that has ended, or was interrupted, with its usage statistics."""
         size, threads = self.placement.budget, torch.get_num_threads()
         context = self.placement.context
         shown = {**options.to_json(), "context": context, "threads": threads, "memory": size}
         tables = self.transformer.loaded.tables
         cached = not all(table.is_direct for table in tables)
-        return account(run, self.name, shown, Usage(started, before, self.counts(), cached))
+        return account(request, self.name, shown, Usage(started, before, self.counts(), cached))
 
 
 def _restore(transformer: Transformer, drafting: Drafting) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 from outsize.engine.reply import Reply
-from outsize.engine.request import Run
+from outsize.engine.request import Request
 from outsize.engine.scheduler import Scheduler
 from outsize.options import Options
 from outsize.text.channels import REASONING, TEXT, Piece
@@ -16,8 +16,10 @@ class Streaming:
     """Pieces of a reply as they come; `reply` is the whole of it with its usage statistics, complete once the
     pieces have ended. `parts` gives what the model thinks, too."""
 
-    def __init__(self, scheduler: Scheduler, run: Run, options: Options, started: float) -> None:
-        self._scheduler, self.run = scheduler, run
+    def __init__(
+        self, scheduler: Scheduler, request: Request, options: Options, started: float
+    ) -> None:
+        self._scheduler, self.request = scheduler, request
         self._options, self._started, self._before = options, started, scheduler.counts()
         self.parts = self._go()  # ("text" or "reasoning", piece)
         self._pieces = (piece for kind, piece in self.parts if kind == TEXT)
@@ -26,19 +28,19 @@ class Streaming:
         return self._pieces
 
     def _go(self) -> Iterator[Piece]:
-        run = self.run
-        for _ in self._scheduler.drive([run], self._options):
-            before = len(run.stream.reasoning)
-            piece = run.advance(time.perf_counter(), self._scheduler.bytes_read)
-            if thought := run.stream.reasoning[before:]:
+        request = self.request
+        for _ in self._scheduler.drive([request], self._options):
+            before = len(request.stream.reasoning)
+            piece = request.advance(time.perf_counter(), self._scheduler.bytes_read)
+            if thought := request.stream.reasoning[before:]:
                 yield REASONING, thought
             if piece:
                 yield TEXT, piece
 
     def cancel(self) -> None:
         """End the reply after the present step."""
-        self.run.seq.finish = self.run.seq.finish or "cancelled"
+        self.request.seq.finish = self.request.seq.finish or "cancelled"
 
     @property
     def reply(self) -> Reply:
-        return self._scheduler.reply(self.run, self._options, self._started, self._before)
+        return self._scheduler.reply(self.request, self._options, self._started, self._before)
