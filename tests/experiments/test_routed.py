@@ -14,7 +14,7 @@ from outsize.bench.synthetic import Size, write
 from outsize.forward.full import full
 from outsize.forward.span import Span
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = Path(__file__).parents[2] / "bench"
 SIZE = Size(2, 256, 64, 4, 2, 512, 512, head_dim=64, experts=16, used=4)
 PROMPT, TOKENS = 5, 20
 

@@ -29,10 +29,10 @@ from outsize.errors import (
     UserError,
 )
 from outsize.pack import store
+from tests.checkpoint.test_choose import shard
+from tests.checkpoint.test_kinds import no_model
 from tests.golden import tiny
 from tests.golden.test_golden import write_gguf
-from tests.test_choose import shard
-from tests.test_kinds import no_model
 
 
 class Hub:

@@ -8,7 +8,7 @@ import pytest
 
 from outsize.checkpoint import pretokenizers
 from outsize.errors import UnsupportedError
-from tests.test_tokenizer import HARD
+from tests.checkpoint.test_tokenizer import HARD
 
 PROBE = "I'LL say myHTTP x=12345;\n\n  don't (日本語、 a\u0301b"
 # Every one was compared with llama.cpp on a longer text, by the ids of merges that cross all borders.

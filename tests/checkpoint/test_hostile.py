@@ -15,7 +15,7 @@ from outsize.errors import CheckpointError, SourceError, UnsupportedError
 from tests.golden import tiny
 from tests.golden.test_golden import write_gguf
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def mutants(count: int, seed: int) -> dict[str, object]:

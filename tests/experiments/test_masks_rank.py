@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "bench" / "masks_rank.py"))
+SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "bench" / "masks_rank.py"))
 
 
 def test_a_cut_keeps_what_the_rank_can_hold() -> None:

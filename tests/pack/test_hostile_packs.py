@@ -30,7 +30,7 @@ from tests.golden import tiny
 from tests.golden.test_golden import write_gguf
 from tests.hostile_packs import whole
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def mutated(pack: Path, *count: int) -> dict[str, int]:

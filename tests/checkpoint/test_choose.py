@@ -15,9 +15,9 @@ from outsize.checkpoint.names import base_name, cut_files, quantization
 from outsize.checkpoint.opening import open_checkpoint
 from outsize.checkpoint.spec import parse
 from outsize.errors import CheckpointError, SourceError, UnsupportedError, UserError
+from tests.checkpoint.test_kinds import no_model
 from tests.golden import tiny
 from tests.golden.test_golden import write_gguf
-from tests.test_kinds import no_model
 
 
 def chosen(*names: str, wish: str = "", index: tuple[str, ...] = ()) -> Choice:

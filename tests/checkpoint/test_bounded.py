@@ -40,10 +40,10 @@ from outsize.errors import (
 )
 from outsize.tracing import _prompts
 from outsize.weights import trace
+from tests.bench.test_cache_bench import HEADER, made, write
 from tests.golden import tiny
-from tests.test_cache_bench import HEADER, made, write
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHORT = (
     "gguf-string-1G", "gguf-string-200G", "gguf-array0-1G", "gguf-empty-strings", "gguf-wide-strings",
     "gguf-sparse", "big-vocabulary", "config.json-lists-40M", "config.json-text-40M",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "bench" / "figures.py"))
+SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "bench" / "figures.py"))
 problems, blocks, checked, figures, FigureError = (
     SCRIPT[name] for name in ("problems", "blocks", "checked", "figures", "FigureError")
 )
