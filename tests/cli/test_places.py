@@ -134,11 +134,11 @@ def pack_slowly(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no flock")
+@pytest.mark.usefixtures("own_home")
 def test_locks_that_everyone_is_granted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lustre, GPFS and NFS without lockd: the second process deleted the first one's work."""
     import fcntl
 
-    monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     source = str(tiny.write_folder(tmp_path / "m", "llama"))
     made = pack_slowly(source, monkeypatch, lambda: None)
@@ -152,6 +152,7 @@ def test_locks_that_everyone_is_granted(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no flock")
 @pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK])
+@pytest.mark.usefixtures("own_home")
 def test_locks_that_are_refused(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,21 +161,21 @@ def test_locks_that_are_refused(
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(fcntl, "flock", refuse)
     made = library.pack(str(tiny.write_folder(tmp_path / "m", "llama")), quiet=True)
     assert store.remove(made.path.parent, made.path.name) > 0
 
 
 @pytest.mark.parametrize("name", ["x" * 240, "\u6a21\u578b" * 40])
-def test_long_names_of_models(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("own_home")
+def test_long_names_of_models(name: str, tmp_path: Path) -> None:
     """The pack's name is longer than the model's, and is counted in bytes."""
-    monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path / "home"))
     made = library.pack(str(tiny.write_folder(tmp_path / name, "llama")), quiet=True)
     assert made.path.name.startswith(name[:20])
     assert len(os.fsencode(made.path.name)) < 110
 
 
+@pytest.mark.usefixtures("own_home")
 def test_no_folder_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A container whose root is read-only: a model that is here needs none, others say what to do."""
 
@@ -182,7 +183,6 @@ def test_no_folder_for_temporary_files(tmp_path: Path, monkeypatch: pytest.Monke
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
 
     source = str(tiny.write_folder(tmp_path / "m", "llama"))
-    monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(tempfile, "gettempdir", none)
     assert library.outline(source, quiet=True).description.family == "llama"
     with pytest.raises(OptionError, match=r"No usable temporary.*; set TMPDIR to one"):
@@ -235,6 +235,7 @@ class Log:
 
 
 @pytest.mark.parametrize("place", [None, Log()])
+@pytest.mark.usefixtures("own_home")
 def test_no_console(
     place: Log | None,
     tmp_path: Path,
@@ -243,7 +244,6 @@ def test_no_console(
 ) -> None:
     """A windowed program or a service has no stderr; a log has no isatty. What is for people stays off
     stdout."""
-    monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path / "home"))
     source = str(tiny.write_folder(tmp_path / "m", "llama"))
     monkeypatch.setattr(sys, "stderr", place)
     with outsize.load(source) as model:

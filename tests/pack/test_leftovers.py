@@ -35,9 +35,8 @@ cli.main()
 
 
 @pytest.fixture
-def packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path / "home"))
-    return tmp_path / "home" / "packs"
+def packs(own_home: Path) -> Path:
+    return own_home / "packs"
 
 
 @pytest.fixture

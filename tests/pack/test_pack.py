@@ -31,9 +31,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+def packed(tmp_path: Path, own_home: Path) -> tuple[Path, Path]:
     """A model and its pack, in a home of their own."""
-    monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path / "home"))
     source = tiny.write_folder(tmp_path / "m", "qwen3")
     return source, library.pack(str(source), quiet=True).path
 
@@ -108,10 +107,10 @@ def test_a_hash_asked_for_holds_for_a_pack_that_is_there(packed: tuple[Path, Pat
 
 
 @pytest.mark.parametrize("step", ["pack", "outline"])
+@pytest.mark.usefixtures("own_home")
 def test_the_default_model_is_hashed_before_it_is_planned_or_packed(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path / "home"))
     path = write_gguf(tmp_path / "m.gguf", "llama")
     monkeypatch.setattr(library.source, "fetch", lambda *_: path)
     with pytest.raises(HashError, match="was asked for"):
@@ -203,10 +202,9 @@ library.pack(sys.argv[1], encoding="fp32", quiet=True)
 
 @pytest.mark.parametrize("rounds", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_killed_packer_leaves_no_pack_that_loads_wrongly(
-    rounds: int, folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rounds: int, folder_of: Callable[[str], Path], own_home: Path
 ) -> None:
-    monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path / "home"))
-    source, folder, r = str(folder_of("gemma3")), tmp_path / "home" / "packs", random.Random(rounds)
+    source, folder, r = str(folder_of("gemma3")), own_home / "packs", random.Random(rounds)
     outcomes = set()
     for _ in range(rounds):
         child = subprocess.Popen(

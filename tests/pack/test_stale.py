@@ -24,9 +24,8 @@ from tests.golden.test_golden import write_gguf
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path / "home"))
-    return tmp_path / "home" / "packs"
+def packs(own_home: Path) -> Path:
+    return own_home / "packs"
 
 
 @pytest.fixture
@@ -85,7 +84,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], Callable[[Pack], object], obj
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_changed_file_is_seen_without_encoding_anything(
-    what: str, home: Path, encodings: list[str], tmp_path: Path
+    what: str, packs: Path, encodings: list[str], tmp_path: Path
 ) -> None:
     change, read, wanted = CHANGES[what]
     folder = tiny.write_folder(tmp_path / "m", "llama")
@@ -99,13 +98,13 @@ def test_a_changed_file_is_seen_without_encoding_anything(
     else:
         assert read(second) == wanted
     assert encodings == []
-    assert [p.name for p in home.glob("[!.]*")] == [second.path.name]  # the old one is gone
+    assert [p.name for p in packs.glob("[!.]*")] == [second.path.name]  # the old one is gone
     with outsize.load(str(folder), quiet=True, verify="always") as model:
         assert model.generate("a", raw=True, max_tokens=2)[0].new_tokens == 2
 
 
 def test_changed_weights_are_encoded_again(
-    home: Path, encodings: list[str], tmp_path: Path
+    packs: Path, encodings: list[str], tmp_path: Path
 ) -> None:
     folder = tiny.write_folder(tmp_path / "m", "llama")
     first = library.pack(str(folder), quiet=True)
@@ -118,7 +117,7 @@ def test_changed_weights_are_encoded_again(
 
 
 def test_a_config_that_changes_what_records_hold(
-    home: Path, encodings: list[str], tmp_path: Path
+    packs: Path, encodings: list[str], tmp_path: Path
 ) -> None:
     """Heads of another size: the same tensors, with rows in another order."""
     folder = tiny.write_folder(tmp_path / "m", "llama")
@@ -131,7 +130,7 @@ def test_a_config_that_changes_what_records_hold(
 
 
 def test_a_copy_with_another_template_is_another_model(
-    home: Path, encodings: list[str], tmp_path: Path
+    packs: Path, encodings: list[str], tmp_path: Path
 ) -> None:
     one = tiny.write_folder(tmp_path / "m", "llama")
     two = tmp_path / "elsewhere"
@@ -144,20 +143,20 @@ def test_a_copy_with_another_template_is_another_model(
     assert (first.chat_template, second.chat_template) == (tiny.TEMPLATE, "other")
     assert library.pack(str(one), quiet=True).chat_template == tiny.TEMPLATE  # both stay
     assert os.path.samefile(first.path / "embed.records", second.path / "embed.records")
-    store.remove(home, first.path.name)
+    store.remove(packs, first.path.name)
     with outsize.load(str(two), quiet=True, verify="always") as model:
         assert model.generate("a", raw=True, max_tokens=2)[0].new_tokens == 2
 
 
-def test_two_encodings_of_a_model_stay(home: Path, tmp_path: Path) -> None:
+def test_two_encodings_of_a_model_stay(packs: Path, tmp_path: Path) -> None:
     folder = tiny.write_folder(tmp_path / "m", "llama")
     made = [library.pack(str(folder), encoding=e, quiet=True) for e in ("auto", "bf16", "fp32")]
-    assert {p.name for p in home.glob("[!.]*")} == {p.path.name for p in made}
+    assert {p.name for p in packs.glob("[!.]*")} == {p.path.name for p in made}
     assert library.pack(str(folder), quiet=True) == made[0]
 
 
 def test_a_pack_that_another_process_removes_meanwhile(
-    home: Path, encodings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    packs: Path, encodings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny.write_folder(tmp_path / "m", "llama")
     first = library.pack(str(folder), quiet=True)
@@ -174,10 +173,10 @@ def test_a_pack_that_another_process_removes_meanwhile(
     assert library.pack(str(folder), quiet=True).chat_template == "new"
     assert encodings
     with pytest.raises(SourceError, match="no pack named"):
-        store.remove(home, first.path.name)
+        store.remove(packs, first.path.name)
 
 
-def test_files_beside_the_weights_are_bounded(home: Path, tmp_path: Path) -> None:
+def test_files_beside_the_weights_are_bounded(packs: Path, tmp_path: Path) -> None:
     folder = tiny.write_folder(tmp_path / "m", "llama")
     with open(folder / "added_tokens.json", "wb") as f:
         f.truncate(MAX_JSON + 1)
@@ -192,7 +191,7 @@ def test_only_models_of_the_hub_are_refreshed(tmp_path: Path) -> None:
 
 
 def test_records_are_copied_where_they_cannot_be_linked(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    packs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_links(*args: object) -> None:
         raise OSError("no links here")
@@ -205,7 +204,7 @@ def test_records_are_copied_where_they_cannot_be_linked(
         assert model.pack.chat_template == "new"
 
 
-def test_a_gguf_is_told_by_its_bytes(home: Path, encodings: list[str], tmp_path: Path) -> None:
+def test_a_gguf_is_told_by_its_bytes(packs: Path, encodings: list[str], tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", "llama")
     first = library.pack(str(path), quiet=True)
     encodings.clear()
@@ -216,7 +215,7 @@ def test_a_gguf_is_told_by_its_bytes(home: Path, encodings: list[str], tmp_path:
     assert encodings == []
 
 
-def test_files_of_one_size_and_time(home: Path, tmp_path: Path) -> None:
+def test_files_of_one_size_and_time(packs: Path, tmp_path: Path) -> None:
     """As in images of file systems, where every file was last changed in 1970."""
     folder = tiny.write_folder(tmp_path / "m", "llama")
     for path in folder.iterdir():
@@ -237,30 +236,28 @@ def test_files_of_one_size_and_time(home: Path, tmp_path: Path) -> None:
 
 
 def test_the_newest_pack_of_a_model_whose_newest_revision_is_not_whole(
-    home: Path, tmp_path: Path
+    packs: Path, tmp_path: Path
 ) -> None:
-    repo, packs = tmp_path / "hub" / "models--org--tiny", {}
+    repo, made = tmp_path / "hub" / "models--org--tiny", {}
     (repo / "refs").mkdir(parents=True)
     for revision in ("bbb", "aaa"):
         folder = tiny.write_folder(repo / "snapshots" / revision, "llama")
         (folder / "chat_template.jinja").write_text(revision)
-        packs[revision] = library.pack(str(folder), quiet=True)
-        header = replace(
-            packs[revision], source=replace(packs[revision].source, spec="hf:org/tiny")
-        )
-        write_header(header, packs[revision].path)
+        made[revision] = library.pack(str(folder), quiet=True)
+        header = replace(made[revision], source=replace(made[revision].source, spec="hf:org/tiny"))
+        write_header(header, made[revision].path)
     (repo / "refs" / "main").write_text("ccc")  # of which only a template was fetched
-    found = store.find(home, "hf:org/tiny", "auto", is_path=False)
+    found = store.find(packs, "hf:org/tiny", "auto", is_path=False)
     assert found is not None
     assert found.chat_template == "aaa"
     (repo / "refs" / "main").write_text("bbb")
-    found = store.find(home, "hf:org/tiny", "auto", is_path=False)
+    found = store.find(packs, "hf:org/tiny", "auto", is_path=False)
     assert found is not None
     assert found.chat_template == "bbb"
 
 
 def test_a_newer_revision_in_the_hubs_cache(
-    home: Path, encodings: list[str], tmp_path: Path
+    packs: Path, encodings: list[str], tmp_path: Path
 ) -> None:
     """What `hf download` brought is seen by the next run, though it asks nobody."""
     repo = tmp_path / "hub" / "models--org--tiny"
@@ -277,7 +274,7 @@ def test_a_newer_revision_in_the_hubs_cache(
     assert not library.pack(str(new), quiet=True).source.is_superseded()
 
 
-def test_packs_of_an_earlier_version_are_made_anew(home: Path, tmp_path: Path) -> None:
+def test_packs_of_an_earlier_version_are_made_anew(packs: Path, tmp_path: Path) -> None:
     folder = tiny.write_folder(tmp_path / "m", "llama")
     pack = library.pack(str(folder), quiet=True)
     header = json.loads((pack.path / "pack.json").read_text())
