@@ -19,6 +19,7 @@ from outsize.errors import OptionError
 from outsize.loading import Wishes
 from outsize.options import Options
 from outsize.terminal import How, answer, interrupts, understand
+from tests.command import outsize
 
 FIELDS = [
     "text",
@@ -34,20 +35,16 @@ FIELDS = [
 ]
 
 
-def outsize(*words: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", "from outsize.cli import main; main()", *words],
-        input=stdin, capture_output=True, text=True, env=os.environ | env, timeout=120,
-    )  # fmt: skip
-
-
 @pytest.fixture
 def tiny(folder_of: Callable[[str], Path]) -> str:
     return str(folder_of("llama"))
 
 
 def test_json_and_text_agree_and_nothing_else_is_on_stdout(tiny: str) -> None:
-    text = outsize("run", tiny, "hello", "-n", "8")
+    command = [sys.executable, "-c", "from outsize.cli import main; main()"]
+    text = subprocess.run(
+        [*command, "run", tiny, "hello", "-n", "8"], capture_output=True, text=True, timeout=120
+    )
     assert text.returncode == 0, text.stderr
     assert "8 tokens at" in text.stderr
     shown = outsize("run", tiny, "hello", "-n", "8", "--json", "-q")
@@ -113,14 +110,13 @@ def test_bad_input_is_one_sentence(
     assert done.stdout == ""
 
 
-def test_a_damaged_pack_is_a_failure_not_a_mistake(tiny: str, tmp_path: Path) -> None:
-    env = {"OUTSIZE_HOME": str(tmp_path)}
-    assert outsize("pack", tiny, "-q", **env).returncode == 0
-    (records,) = tmp_path.glob("packs/*/embed.records")
+def test_a_damaged_pack_is_a_failure_not_a_mistake(tiny: str, own_home: Path) -> None:
+    assert outsize("pack", tiny, "-q").returncode == 0
+    (records,) = own_home.glob("packs/*/embed.records")
     data = bytearray(records.read_bytes())
     data[100] ^= 1
     records.write_bytes(data)
-    done = outsize("run", tiny, "hi", **env)
+    done = outsize("run", tiny, "hi")
     assert done.returncode == 1
     assert "embed.records does not match its checksum" in done.stderr
 
@@ -137,16 +133,16 @@ def test_understand() -> None:
             understand([blank], "m")
 
 
-def test_list_rm_version_doctor(tiny: str, tmp_path: Path) -> None:
-    env = {"OUTSIZE_HOME": str(tmp_path)}
-    assert "no packs in" in outsize("list", **env).stdout
-    outsize("pack", tiny, "-q", **env)
-    (pack,) = json.loads(outsize("list", "--json", **env).stdout)
+@pytest.mark.usefixtures("own_home")
+def test_list_rm_version_doctor(tiny: str) -> None:
+    assert "no packs in" in outsize("list").stdout
+    outsize("pack", tiny, "-q")
+    (pack,) = json.loads(outsize("list", "--json").stdout)
     assert pack["family"] == "llama"
-    assert pack["name"] in outsize("list", **env).stdout
-    assert "removed" in outsize("rm", pack["name"], **env).stdout
+    assert pack["name"] in outsize("list").stdout
+    assert "removed" in outsize("rm", pack["name"]).stdout
     assert outsize("version").stdout.startswith("outsize 0.")
-    seen = json.loads(outsize("doctor", "--json", **env).stdout)
+    seen = json.loads(outsize("doctor", "--json").stdout)
     assert seen["memory_bytes_per_s"] > 1e8
     assert seen["disk_bytes_per_s"] > 1e6
     assert isinstance(seen["complaints"], list)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -19,6 +20,7 @@ from outsize.cli import app
 from outsize.console import arguments, text_of
 from outsize.decode.channels import Piece
 from outsize.errors import DiskFullError, OptionError, SourceError
+from tests.command import outsize
 
 CODE = "from outsize.cli import main; main()"
 
@@ -28,7 +30,8 @@ def tiny(folder_of: Callable[[str], Path]) -> str:
     return str(folder_of("llama"))
 
 
-def outsize(*words: str, stdin: bytes = b"", **env: str) -> subprocess.CompletedProcess[bytes]:
+def process(*words: str, stdin: bytes = b"", **env: str) -> subprocess.CompletedProcess[bytes]:
+    """The command line in a process of its own, whose streams have an encoding of theirs."""
     return subprocess.run(
         [sys.executable, "-c", CODE, *words],
         input=stdin, capture_output=True, env=os.environ | env, timeout=120,
@@ -46,13 +49,16 @@ def test_bytes_that_are_no_text() -> None:
 
 
 @pytest.mark.parametrize(
-    "encoding", [{}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+    ("call", "encoding"),
+    [(outsize, {}), (process, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})],
 )
-def test_prompts_that_are_not_utf8(encoding: dict[str, str], tiny: str) -> None:
+def test_prompts_that_are_not_utf8(
+    call: Callable[..., subprocess.CompletedProcess[Any]], encoding: dict[str, str], tiny: str
+) -> None:
     how = ("-n", "1", "-q", "--json")
     found = [
-        outsize("run", tiny, os.fsdecode(b"caf\xe9"), *how, **encoding),
-        outsize("run", tiny, *how, stdin=b"caf\xe9", **encoding),
+        call("run", tiny, os.fsdecode(b"caf\xe9"), *how, **encoding),
+        call("run", tiny, *how, stdin=b"caf\xe9", **encoding),
         outsize("run", tiny, "caf\ufffd", *how),
     ]
     counts = []
@@ -60,10 +66,10 @@ def test_prompts_that_are_not_utf8(encoding: dict[str, str], tiny: str) -> None:
         assert done.returncode == 0, done.stderr
         counts.append(json.loads(done.stdout)["prompt_tokens"])
     assert len(set(counts)) == 1
-    assert all(b"1 bytes of the text are not UTF-8" in done.stderr for done in found[:2])
-    chat = outsize("chat", tiny, "-n", "1", "-q", stdin=b"caf\xe9\n/bye\n", **encoding)
-    assert b"are not UTF-8" in chat.stderr
-    assert b"error" not in chat.stderr
+    assert all("1 bytes of the text are not UTF-8" in str(done.stderr) for done in found[:2])
+    chat = call("chat", tiny, "-n", "1", "-q", stdin=b"caf\xe9\n/bye\n", **encoding)
+    assert "are not UTF-8" in str(chat.stderr)
+    assert "error" not in str(chat.stderr)
 
 
 def test_a_console_that_lacks_characters(tiny: str) -> None:
@@ -73,14 +79,14 @@ def test_a_console_that_lacks_characters(tiny: str) -> None:
         "terminal.show(iter([('text', 'caf\\xe9 \\u03a9 '), ('text', '\\ud83d')]), True)\n"
         "from outsize.cli import app\n"
     )
+    how = ("run", tiny, "a", "-n", "40", "-q", "--json", "--temperature", "2", "--seed", "1")
+    here = outsize(*how)
     for name, shown in (("ascii", b"caf? ? ?\n"), ("cp1252", b"caf\xe9 ? ?\n")):
         env = os.environ | {"PYTHONIOENCODING": name}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=env)
         assert (done.stdout, done.stderr) == (shown, b"")
-        how = ("-n", "40", "-q", "--json", "--temperature", "2", "--seed", "1")
-        there = outsize("run", tiny, "a", *how, PYTHONIOENCODING=name)
-        here = outsize("run", tiny, "a", *how, PYTHONIOENCODING="utf-8")
-        assert json.loads(there.stdout)["text"] == json.loads(here.stdout.decode())["text"]
+        there = process(*how, PYTHONIOENCODING=name)
+        assert json.loads(there.stdout)["text"] == json.loads(here.stdout)["text"]
 
 
 @pytest.mark.parametrize("prompt", ["~100 words about cats", "~nobodyhere/x"])

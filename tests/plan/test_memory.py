@@ -34,6 +34,7 @@ from outsize.plan.page import page
 from outsize.plan.placement import MEMORY, Placement
 from outsize.plan.wake import runtime_bytes
 from outsize.weights import budget
+from tests.command import outsize as command
 from tests.golden import tiny
 
 
@@ -398,7 +399,7 @@ def test_the_plan_before_packing_is_the_plan_after(tmp_path: Path) -> None:
 
 def test_plan_command(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     source, html = str(folder_of("llama")), tmp_path / "plan.html"
-    done = plan(source, "--memory", "2GB", "--json", "--html", str(html))
+    done = command("plan", source, "--memory", "2GB", "--json", "--html", str(html))
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
     for name in ("least_bytes", "tokens_per_s", "first_token_s", "placement", "fixed", "curve"):
@@ -408,19 +409,12 @@ def test_plan_command(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     assert text.startswith("<!doctype html>")
     assert "<script" not in text
     assert "http" not in re.sub(r"http://www.w3.org\S*", "", text)
-    shown = plan(source, "--memory", "2GB").stdout
+    shown = command("plan", source, "--memory", "2GB").stdout
     assert "least that works" in shown
     assert "; `outsize doctor` measures it again" in shown
-    refused = plan(source, "--memory", "20MB")
+    refused = command("plan", source, "--memory", "20MB")
     assert refused.returncode == 2
     assert "needs at least" in refused.stderr
-
-
-def plan(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "outsize.cli", "plan", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | env, timeout=200
-    )
 
 
 def test_a_plan_of_a_model_on_the_hub(tmp_path: Path) -> None:
@@ -453,9 +447,10 @@ def test_a_plan_of_a_model_on_the_hub(tmp_path: Path) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        done = plan(
-            "hf:org/m", "--memory", "4GB", "--json",
-            HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HUB_OFFLINE="0",
+        endpoint = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(  # the hub's library reads its environment once
+            [sys.executable, "-m", "outsize.cli", "plan", "hf:org/m", "--memory", "4GB", "--json"],
+            capture_output=True, text=True, env=os.environ | endpoint, timeout=200,
         )  # fmt: skip
     finally:
         server.shutdown()
