@@ -10,6 +10,8 @@ import sys
 from subprocess import CompletedProcess
 from unittest import mock
 
+import torch
+
 from outsize import cli, library
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if name in dir(signal)]
@@ -20,6 +22,7 @@ def outsize(*words: str, stdin: str | bytes = "", **env: str) -> CompletedProces
     fed = stdin if isinstance(stdin, bytes) else stdin.encode()
     streams = [io.TextIOWrapper(io.BytesIO(data), "utf-8") for data in (fed, b"", b"")]
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    threads = torch.get_num_threads()
     library.warn_once.cache_clear()
     with mock.patch.multiple(
         sys, argv=["outsize", *words], stdin=streams[0], stdout=streams[1], stderr=streams[2]
@@ -34,6 +37,7 @@ def outsize(*words: str, stdin: str | bytes = "", **env: str) -> CompletedProces
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            torch.set_num_threads(threads)
     out, err = (_written(stream) for stream in streams[1:])
     code = status if isinstance(status, int) else int(status is not None)
     return CompletedProcess(words, code, out, err)

@@ -31,6 +31,7 @@ from outsize.api import Model
 from outsize.bars import silent
 from outsize.checkpoint.adapters import raw
 from outsize.errors import AdapterError, DataError, DiskFullError, OptionError, UnsupportedError
+from tests.command import outsize as outsize_here
 from tests.golden import tiny
 
 RECIPE = Recipe(k=2, rank=2, steps=8, batch=2, anchors=4, length=80)
@@ -352,21 +353,21 @@ def test_a_killed_training_resumes_to_the_same_file(
         folder = tmp_path / name
         folder.mkdir()
         wish = wish_of(model, folder)
-        command = [
-            sys.executable, "-m", "outsize.cli", "adapt", "masks", wish.model, "--data",
-            str(wish.data[0]), "-o", str(wish.output), "--steps", "40", "--k", "2", "--rank", "2",
-            "--batch", "2", "--anchors", "4", "--every", "10", "-n", "12", "-q", "-t", "1",
+        words = [
+            "adapt", "masks", wish.model, "--data", str(wish.data[0]), "-o", str(wish.output),
+            "--steps", "40", "--k", "2", "--rank", "2", "--batch", "2", "--anchors", "4",
+            "--every", "10", "-n", "12", "-q", "-t", "1",
         ]  # fmt: skip
         if kill:
-            process = subprocess.Popen(command)
+            process = subprocess.Popen([sys.executable, "-m", "outsize.cli", *words])
             while not wish.checkpoint.is_file():
                 time.sleep(0.005)
             process.send_signal(signal.SIGKILL)
             process.wait()
             if not wish.output.exists():
-                subprocess.run([*command, "--resume"], check=True)
+                assert outsize_here(*words, "--resume").returncode == 0
         else:
-            subprocess.run(command, check=True)
+            assert outsize_here(*words).returncode == 0
         made.append(raw(wish.output))
     assert json.dumps(made[0][1]["recipe"]) == json.dumps(made[1][1]["recipe"])
     for name, value in made[0][0].items():

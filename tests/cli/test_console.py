@@ -77,16 +77,16 @@ def test_a_console_that_lacks_characters(tiny: str) -> None:
     code = (
         "from outsize import console, terminal; console.prepare()\n"
         "terminal.show(iter([('text', 'caf\\xe9 \\u03a9 '), ('text', '\\ud83d')]), True)\n"
-        "from outsize.cli import app\n"
+        f"{CODE}"
     )
     how = ("run", tiny, "a", "-n", "40", "-q", "--json", "--temperature", "2", "--seed", "1")
     here = outsize(*how)
     for name, shown in (("ascii", b"caf? ? ?\n"), ("cp1252", b"caf\xe9 ? ?\n")):
         env = os.environ | {"PYTHONIOENCODING": name}
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=env)
-        assert (done.stdout, done.stderr) == (shown, b"")
-        there = process(*how, PYTHONIOENCODING=name)
-        assert json.loads(there.stdout)["text"] == json.loads(here.stdout)["text"]
+        there = subprocess.run([sys.executable, "-c", code, *how], capture_output=True, env=env)
+        line, _, reply = there.stdout.partition(b"\n")
+        assert (line + b"\n", there.stderr) == (shown, b"")
+        assert json.loads(reply)["text"] == json.loads(here.stdout)["text"]
 
 
 @pytest.mark.parametrize("prompt", ["~100 words about cats", "~nobodyhere/x"])
@@ -232,7 +232,6 @@ def shell(script: str, tiny: str, **env: str) -> subprocess.CompletedProcess[str
         ("outsize run TINY hi -n 1 -q >&-", 0, ""),
         ("outsize run TINY hi -n 1 -q >/dev/full", 1, "error: the output cannot be"),
         ("outsize run -m TINY -n 1 -q <&-", 2, "error: standard input holds no prompt"),
-        ("outsize run -m TINY -n 1 -q </dev/null", 2, "error: standard input holds no prompt"),
         ("outsize run TINY hi -n 1 <&- 2>&-", 0, ""),
         ("TERM=dumb NO_COLOR=1 COLUMNS=1 outsize run TINY hi -n 1 -q", 0, ""),
         ("COLUMNS=1 outsize run --help >/dev/null", 0, ""),
@@ -244,6 +243,13 @@ def test_streams(script: str, status: int | None, said: str, tiny: str) -> None:
     assert status is None or done.returncode == status, done.stderr
     assert done.stderr.startswith(said)
     assert done.stderr.count("\n") == (1 if said else 0), done.stderr
+
+
+def test_an_empty_input(tiny: str) -> None:
+    done = outsize("run", "-m", tiny, "-n", "1", "-q")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: standard input holds no prompt")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_full_disk_is_no_traceback() -> None:

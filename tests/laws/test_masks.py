@@ -138,8 +138,15 @@ def drafts_of(model: Model, folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-@pytest.mark.parametrize("encoding", ["int4", "int8"])
+@pytest.mark.parametrize(
+    ("family", "encoding"),
+    [
+        ("llama", "int4"),
+        ("gemma3", "int8"),
+        pytest.param("llama", "int8", marks=pytest.mark.slow),
+        pytest.param("gemma3", "int4", marks=pytest.mark.slow),
+    ],
+)
 def test_every_drafter_gives_the_answers_of_none(
     family: str, encoding: str, open_tiny: Callable[..., Model], tmp_path: Path
 ) -> None:

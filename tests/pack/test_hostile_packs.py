@@ -48,7 +48,7 @@ def mutated(pack: Path, *count: int) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("family", "count"),
     [
-        ("gpt_oss", (500,)),
+        ("gpt_oss", (300,)),
         *(pytest.param(f, (), marks=pytest.mark.slow) for f in ("gemma3", "olmoe")),
     ],
 )

@@ -37,6 +37,8 @@ from outsize.weights import budget
 from tests.command import outsize as command
 from tests.golden import tiny
 
+SOME = ("llama", "gemma3", "gpt_oss")  # one of each kind: plain, with windows, with experts
+
 
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,8 +77,14 @@ def logits(model: Model) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("bare")
-@pytest.mark.parametrize("family", families())
-@pytest.mark.parametrize("encoding", ["bf16", "int4", "auto"])
+@pytest.mark.parametrize(
+    ("family", "encoding"),
+    [
+        pytest.param(f, e, marks=() if e == "auto" or f in SOME else pytest.mark.slow)
+        for f in families()
+        for e in ("bf16", "int4", "auto")
+    ],
+)
 def test_the_same_bits_in_any_memory(
     family: str, encoding: str, folder_of: Callable[[str], Path]
 ) -> None:
