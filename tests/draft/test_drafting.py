@@ -86,10 +86,10 @@ def test_a_match_takes_bounded_time_and_memory() -> None:
     assert index.match(2) == Match((7, 7), FURTHEST)
     common = Index()
     common.extend([token for i in range(20_000) for token in (1, 2, 3, 10 + i)] + [1, 2, 3])
-    started = time.perf_counter()
+    started = time.process_time()
     for _ in range(10):
         assert common.match(1).length == 3
-    assert (time.perf_counter() - started) / 10 < 0.02
+    assert (time.process_time() - started) / 10 < 0.02
     assert sum(len(latest) for latest in common._latest) <= 3 * MOST_TOKENS
 
 

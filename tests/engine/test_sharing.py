@@ -132,8 +132,10 @@ def test_who_waits_gets_a_step(open_paged: Callable[..., Model]) -> None:
         ended.append(name)
 
     long = threading.Thread(target=ask, args=("long", 200))
+    before = model.traffic.hits
     long.start()
-    time.sleep(0.05)
+    while model.traffic.hits == before:  # until its first step
+        time.sleep(0.001)
     ask("short", 2)
     long.join(60)
     assert ended == ["short", "long"]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,12 +30,15 @@ QUIET = Sitting(1.0, "", 40e9, 800e9, 100e9, DISK)
 @pytest.fixture
 def busy() -> Iterator[None]:
     """Two processes that never rest."""
-    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
-    time.sleep(0.3)
+    command = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
+    loops = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
+    for loop in loops:
+        assert loop.stdout is not None
+        loop.stdout.readline()
     yield
     for loop in loops:
         loop.kill()
-        loop.wait()
+        loop.communicate()
 
 
 def slow(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.3) -> None:
@@ -143,12 +147,16 @@ def test_load_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_best_of_many_repeats_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nine of ten are disturbed."""
+    now, turns, watch = 0.0, iter(range(1000)), load.Watch()
+
+    def work() -> None:
+        nonlocal now
+        now += 0.001 if next(turns) % 10 == 3 else 0.01
+
+    monkeypatch.setattr(probe, "time", SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr(probe, "PATIENCE_S", 0.0)
     monkeypatch.setattr(probe, "LEAST_REPEATS", 20)
-    turns = iter(range(1000))
-    watch = load.Watch()
-    best = probe.best_s(lambda: time.sleep(0.001 if next(turns) % 10 == 3 else 0.01), watch)
-    assert best < 0.008
+    assert probe.best_s(work, watch) == pytest.approx(0.001)
     assert "repeats of the same work differ" in watch.reason
 
 

@@ -18,7 +18,7 @@ from outsize.api import Model
 from outsize.native import threads
 from outsize.native.threads import Look, Threads, look
 
-LOOP = "import time\nend = time.time() + 30\nwhile time.time() < end: pass"
+LOOP = "import time; print(flush=True)\nend = time.time() + 30\nwhile time.time() < end: pass"
 
 
 class Machine:
@@ -89,13 +89,17 @@ def two_threads() -> Iterator[None]:
 def busy() -> Iterator[None]:
     """Programs that keep all cores busy."""
     cores = len(os.sched_getaffinity(0))
-    loops = [subprocess.Popen([sys.executable, "-c", LOOP]) for _ in range(cores)]
+    command = [sys.executable, "-c", LOOP]
+    loops = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(cores)]
     try:
+        for loop in loops:
+            assert loop.stdout is not None
+            loop.stdout.readline()
         yield
     finally:
         for loop in loops:
             loop.kill()
-            loop.wait()
+            loop.communicate()
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")

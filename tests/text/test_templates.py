@@ -149,7 +149,7 @@ def test_one_process_serves_all() -> None:
     started = time.perf_counter()
     for _ in range(50):
         render("{{ messages[0].content }}", [[USER]], {})
-    assert time.perf_counter() - started < 2.0  # a process each took 0.2 s
+    assert time.perf_counter() - started < 8.0  # a process each takes 0.2 s, on cores of one's own
     assert templates._worker._process is process
     with pytest.raises(TemplateError, match="no"):  # an error does not end it
         render("{{ raise_exception('no') }}", [[USER]], {})

@@ -220,12 +220,12 @@ def test_marking_long_texts_is_quick() -> None:
     """Gemma has six thousand control tokens: one alternative each took seconds."""
     marks = Marks([f"<unused{i}>" for i in range(6000)] + ["x" * 300, "<unused1", "<unused12>>"])
     marks.mark("<")
-    started = time.perf_counter()
+    started = time.process_time()
     for typed in ("x < y <unu and so on " * 20_000, "<unused" * 50_000, "<unused7>" * 5_000):
         text = marks.mark(typed)
         assert isinstance(text, str)
         assert marks.broken(text).replace(BREAK, "") == typed
-    assert time.perf_counter() - started < 2.0  # .1 s here
+    assert time.process_time() - started < 2.0  # .1 s here
     longest = "<unused12>> <unused12> <unused1 " + "x" * 300
     assert marks.names(longest) == ["<unused12>>", "<unused12>", "<unused1", "x" * 300]
 
