@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import filelock
 import pytest
 
 import outsize
@@ -18,18 +20,48 @@ from outsize.pack import fetch
 from outsize.pack.outline import of_pack
 from outsize.plan import decide, place
 from outsize.system import memory as budget
+from tests import IS_WORKER
 from tests.golden import tiny
+
+
+def pytest_xdist_auto_num_workers() -> int | None:
+    """A process a core, up to eight. (`-n 0`: all in this one; `-n 3`: as said.)"""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
+    return min(8, len(os.sched_getaffinity(0)))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """This process's home. Kernels are compiled once a run, for all processes of it."""
     folder = tmp_path_factory.mktemp("home")
     kept = {k: v for k, v in os.environ.items() if k.startswith("OUTSIZE_")}
     for name in kept:
         del os.environ[name]
     os.environ |= {"OUTSIZE_HOME": str(folder), "OUTSIZE_CONFIG": str(folder / "config.toml")}
+    if IS_WORKER:  # alone, the first test that needs kernels builds them
+        shared = tmp_path_factory.getbasetemp().parent / "kernels"
+        with filelock.FileLock(shared.with_suffix(".lock")):
+            kernels(shared / "native")
+        link_kernels(shared, folder)
     yield folder
     os.environ |= kept
+
+
+def link_kernels(compiled: Path, home: Path) -> None:
+    """Hand compiled kernels on to another home. (There are none without a compiler.)"""
+    if (compiled / "native").is_dir():
+        shutil.copytree(compiled / "native", home / "native", copy_function=os.link)
+
+
+@pytest.fixture
+def own_home(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home in which there is nothing but compiled kernels."""
+    folder = tmp_path / "home"
+    kernels(home / "native")
+    link_kernels(home, folder)
+    monkeypatch.setenv("OUTSIZE_HOME", str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

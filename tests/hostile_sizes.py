@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import chain, repeat
 from pathlib import Path
 
@@ -185,6 +186,7 @@ def prompts(middle: bytes, count: int) -> Callable[[Path], tuple[Path, Open]]:
     return make
 
 
+@cache
 def cases() -> dict[str, Callable[[Path], tuple[Path, Open]]]:
     """All of them by name."""
     found = {
@@ -197,12 +199,12 @@ def cases() -> dict[str, Callable[[Path], tuple[Path, Open]]]:
     found |= {
         "gguf-sparse": sparse_tensors,
         "big-vocabulary": big_vocabulary,
-        "trace-bomb": trace_case(lambda: repeat(bytes(MB), 2000)),
+        "trace-bomb": trace_case(lambda: repeat(bytes(MB), 600)),
         "trace-comments": trace_case(lambda: repeat(b"#\n" * 500_000, 500), (0, 0)),
         "trace-decoding": trace_case(decoding),
         "trace-prompt": trace_case(prompt),
         "trace-shape": trace_case(lambda: iter([b"1,0,0,0,1,.5\n"]), (60_000, 60_000)),
-        "prompts-bomb": prompts(bytes(MB), 1000),
+        "prompts-bomb": prompts(bytes(MB), 600),
         "prompts-deep": prompts(b"[" * MB, 4),
     }
     return found

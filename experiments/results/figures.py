@@ -7,7 +7,8 @@ A paragraph or table is followed by a comment that says, for each of its numbers
 
 An entry is an expression over raw files (below), which must round to the number as it is written; `given`: a
 setting, a bar or a name, not measured; `unkept`: measured, but no raw file was kept (how many there may be is
-fixed in tests/test_figures.py, and can only go down). `3 given` are three in a row. Of a table, `each:` is
+fixed in tests/experiments/test_figures.py, and can only go down). `3 given` are three in a row. Of a table,
+`each:` is
 for every row, in which `n` is the row's number and `row` its first cell up to a bracket; a line `LABEL: ...`
 is for the row whose first cell that is. Files are named once in a document, under experiments/results/:
 

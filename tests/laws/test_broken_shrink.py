@@ -21,7 +21,7 @@ from outsize.weights.cached import Cached
 from tests.laws import test_interrupts as interrupts
 from tests.laws.test_interrupts import Place, answer, broken_off, places, watched
 
-SHRINKS, BREAKS = 12, 8  # places that are tried
+SHRINKS, BREAKS = 8, 6  # places that are tried
 FAMILIES = ["qwen3", "gpt_oss"]
 SHRINKING = tuple(
     str(interrupts.SOURCE / name) for name in ("weights", "model")

@@ -70,14 +70,14 @@ for source in sys.argv[1:]:
 loading.runtime_bytes = lambda *_: 0
 budget.resident = lambda *_: 0
 place.TOKENIZER_PEAK = place.TOKENIZER_FACTOR = 0
-source = sys.argv[1]
-least = place.least_bytes(of_pack(library.pack(source, quiet=True)), 0, 0, 256)
-for what in ("float32", *WHAT[2:]):
-    with default(what), opened(source, memory=least, context=256) as model:
-        texts = answer(model)
-        expected = texts if what == "float32" else expected
-        assert texts == expected, (what, "streamed")
-        assert model.traffic.bytes_read > 0
+for source in sys.argv[1:]:
+    least = place.least_bytes(of_pack(library.pack(source, quiet=True)), 0, 0, 256)
+    for what in ("float32", *WHAT[2:]):
+        with default(what), opened(source, memory=least, context=256) as model:
+            texts = answer(model)
+            expected = texts if what == "float32" else expected
+            assert texts == expected, (source, what, "streamed")
+            assert model.traffic.bytes_read > 0
 print("done")
 """
 
@@ -91,19 +91,15 @@ def run(*sources: Path, home: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "gpt_oss", pytest.param("olmoe", marks=pytest.mark.slow)]
+    "families", [("llama", "gpt_oss"), pytest.param(("olmoe",), marks=pytest.mark.slow)]
 )
 def test_answers_do_not_depend_on_defaults(
-    family: str, folder_of: Callable[[str], Path], home: Path
+    families: tuple[str, ...], folder_of: Callable[[str], Path], home: Path, tmp_path: Path
 ) -> None:
-    run(folder_of(family), home=home)
-
-
-def test_answers_of_quantized_models_do_not_depend_on_defaults(tmp_path: Path, home: Path) -> None:
-    run(
-        *(write_gguf(tmp_path / f"{q}.gguf", "llama", quantized=q) for q in ("Q4_0", "Q8_0")),
-        home=home,
-    )
+    """Of models as they are published, and of quantized ones."""
+    kinds = ("Q4_0", "Q8_0") if "llama" in families else ()
+    quantized = [write_gguf(tmp_path / f"{q}.gguf", "llama", quantized=q) for q in kinds]
+    run(*map(folder_of, families), *quantized, home=home)
 
 
 PACKING = """

@@ -87,10 +87,16 @@ def ranked(pack: Pack) -> range:
     return range(sum(len(t.keys) for t in pack.tables if t.kind == "experts"))
 
 
-@pytest.mark.parametrize("family", tiny.MIXTURES)
+@pytest.mark.parametrize(
+    ("family", "capacity"),
+    [
+        *((f, 10) for f in tiny.MIXTURES),
+        ("gpt_oss", 17),
+        *(pytest.param(f, 17, marks=pytest.mark.slow) for f in tiny.MIXTURES if f != "gpt_oss"),
+    ],
+)
 @pytest.mark.parametrize("prefetch", ["none", "top:3", "score:0.1", "quantile:0.8", "previous"])
 @pytest.mark.parametrize("eviction", LIVE)
-@pytest.mark.parametrize("capacity", [10, 17])
 def test_same_bits(
     packs: dict[str, Pack], resident: dict[str, Tensor],
     family: str, prefetch: str, eviction: str, capacity: int,

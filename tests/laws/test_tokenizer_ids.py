@@ -24,7 +24,7 @@ from tokenizers import (
 from outsize.checkpoint import gguf, pretokenizers
 from outsize.checkpoint import tokenizer as ours
 from outsize.checkpoint.checkpoint import TokenizerSpec
-from tests.test_tokenizer import HARD, trained
+from tests.checkpoint.test_tokenizer import HARD, trained
 
 MODELS = os.environ.get("OUTSIZE_MODELS")  # the fixture of the home takes such names away
 MARKED = " a<|s|>b <tool> c<s>  d\n\n\n<table>e</s><|im_end|>\t<unk>"

@@ -2,7 +2,7 @@
 
 Every format stores rows in blocks. A block format with at most 16 levels a group (`codes`) can be
 moved into an int4 record without changing a code; all others are read through `dequantize`, whose
-results equal the `gguf` package's bit for bit (tests/test_checkpoint.py).
+results equal the `gguf` package's bit for bit (tests/checkpoint/test_checkpoint.py).
 Formats: https://github.com/ggml-org/ggml (ggml-common.h).
 
 Shapes: B blocks; a block of the K formats holds 8 or 16 groups.

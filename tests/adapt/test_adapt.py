@@ -1,0 +1,375 @@
+"""Training mask drafters: resumed to the bit, saved whatever happens, and honest about its data."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import outsize
+from outsize.adapt import checkpoints
+from outsize.adapt.answers import answer
+from outsize.adapt.mtp import head_loss, train
+from outsize.adapt.mtp import run as adapting
+from outsize.adapt.mtp.answered import Kept
+from outsize.adapt.mtp.losses import Example, Recipe, deltas, draw, losses, ordinary
+from outsize.adapt.mtp.simulate import Walk, leading, walk
+from outsize.adapt.trainable import TrainableModel
+from outsize.checkpoint.lora import raw
+from outsize.engine.model import Model
+from outsize.errors import AdapterError, DataError, DiskFullError, OptionError, UnsupportedError
+from outsize.progress import silent
+from outsize.text.prompt_file import read
+from tests.command import outsize as outsize_here
+from tests.golden import tiny
+
+RECIPE = Recipe(k=2, rank=2, steps=8, batch=2, anchors=4, length=80)
+EXAMPLES = [Example([(7 * i * j + i) % 250 for j in range(30)], 6) for i in range(5)]
+
+
+def twin_of(model: Model) -> TrainableModel:
+    return TrainableModel(model.pack, torch.device("cpu"), torch.float32, silent)
+
+
+def quiet(seen: train.Seen) -> None:
+    """Nobody looks."""
+
+
+def test_a_resumed_training_gives_the_same_weights(
+    open_tiny: Callable[..., Model], tmp_path: Path
+) -> None:
+    twin, path = twin_of(open_tiny("llama", "int8")), tmp_path / "c"
+    whole = train.start(twin, RECIPE, "base")
+    train.train(whole, EXAMPLES, [], tmp_path / "w", 100, quiet)
+    part = train.start(twin, RECIPE, "base")
+    for _ in range(5):
+        part.run_step(EXAMPLES)
+    part.save(path)
+    again = train.resume(twin, RECIPE, "base", path)
+    assert again.step == 5
+    train.train(again, EXAMPLES, [], path, 100, quiet)
+    for name, value in whole.parameters.items():
+        assert torch.equal(value, again.parameters[name]), name
+    with pytest.raises(AdapterError, match="another model or recipe"):
+        train.resume(twin, Recipe(k=2, rank=4), "base", path)
+    with pytest.raises(AdapterError, match="another model or recipe"):
+        train.resume(twin, RECIPE, "other", path)
+
+
+def test_training_lowers_the_loss_and_leaves_the_base_alone(
+    open_tiny: Callable[..., Model],
+) -> None:
+    """Gated additions never reach ordinary tokens; ordinary ones do."""
+    twin = twin_of(open_tiny("llama", "int8"))
+    recipe = Recipe(k=2, rank=4, steps=60, batch=4, anchors=8, length=80, rate=5e-3)
+    state = train.start(twin, recipe, "base")
+    batch = draw(EXAMPLES, recipe, 0, 0, 1)
+    with torch.no_grad():
+        before = losses(twin, state.parameters, recipe, batch)
+        base, _ = ordinary(twin, batch)
+    for _ in range(60):
+        state.run_step(EXAMPLES)
+    with torch.no_grad():
+        after = losses(twin, state.parameters, recipe, batch)
+        assert torch.equal(base, ordinary(twin, batch)[0])
+    assert after.base < 0.8 * before.base
+    assert after.sampled < 0.8 * before.sampled
+    found = walk(twin, state.parameters, recipe.scale, EXAMPLES, 2)
+    assert found.by_quadratic >= found.by_linear >= 1
+
+
+def test_ordinary_lora_has_the_ordinary_loss(open_tiny: Callable[..., Model]) -> None:
+    """The term is the plain cross-entropy of the tokens after the anchors; it has a gradient, and training
+    with it keeps that loss where training without it does not."""
+    twin = twin_of(open_tiny("llama", "int8"))
+    recipe = Recipe(k=2, rank=4, steps=40, batch=4, anchors=8, length=80, rate=5e-3, gated=False)
+    spoken = replace(recipe, next_token=1.0)
+    state = train.start(twin, spoken, "base")
+    with torch.no_grad():  # additions that add nothing have a gradient in one factor only
+        for name, value in state.parameters.items():
+            if name.endswith(".B"):
+                value.normal_(0, 0.02, generator=torch.Generator().manual_seed(1))
+    batch = draw(EXAMPLES, recipe, 0, 0, 1)
+    found = losses(twin, state.parameters, spoken, batch)
+    x, _ = ordinary(twin, batch, deltas(state.parameters, spoken.scale))
+    plain = torch.stack([
+        cross_entropy(twin.logits(x[b, at]), batch.tokens_BS[b, at + 1])
+        for b in range(len(x)) for at in batch.anchor_BA[b].tolist() if at >= 0
+    ]).mean()  # fmt: skip
+    torch.testing.assert_close(found.ordinary, plain)
+    found.ordinary.backward()  # type: ignore[no-untyped-call]
+    grads = {n: float(p.grad.norm()) for n, p in state.parameters.items() if p.grad is not None}
+    assert grads["0.q.A"] > 0
+    assert grads["1.down.B"] > 0
+    assert not {"masks", "sampler.first.weight"} & grads.keys()
+    assert float(losses(twin, state.parameters, recipe, batch).ordinary) == 0
+    ends = []
+    for arm in (recipe, spoken):
+        trained = train.start(twin, arm, "base")
+        for _ in range(40):
+            trained.run_step(EXAMPLES)
+        with torch.no_grad():
+            ends.append(float(losses(twin, trained.parameters, spoken, batch).ordinary))
+    assert ends[1] < 0.9 * ends[0]
+    with pytest.raises(OptionError, match="never reach ordinary tokens"):
+        replace(spoken, gated=True)
+
+
+@pytest.mark.parametrize("chunk", [1, 4 * 50 * 3, 1 << 20])
+def test_a_loss_in_chunks_is_the_plain_loss(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Value and gradient, in fp64, however many rows a chunk has; and the head is left alone."""
+    monkeypatch.setitem(head_loss.CHUNK_BYTES, "cpu", chunk)
+    z, head = torch.randn(7, 6).double().requires_grad_(), torch.randn(50, 6).double()
+    label = torch.randint(50, (7,))
+    plain = 3 * cross_entropy(z @ head.T, label)
+    plain.backward()
+    expected, z.grad = z.grad, None
+    ours = 3 * head_loss.head_loss(z, label, head)
+    ours.backward()
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=0)
+    torch.testing.assert_close(z.grad, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_training_multiplies_in_bf16_where_that_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for sets, kind in ((["avx2", "avx512_bf16"], torch.bfloat16), (["avx2"], torch.float32)):
+        monkeypatch.setattr(adapting, "instruction_sets", lambda sets=sets: sets)
+        assert adapting.matmul_type(torch.device("cpu")) == kind
+        assert adapting.matmul_type(torch.device("cuda")) == torch.bfloat16
+
+
+def test_a_walk_counts_steps_as_decoding_takes_them() -> None:
+    found = Walk()
+    found.add([2, 0, 1, 0, 0], k=2)
+    # Quadratic: three tokens, one, one. Linear: all right, one, then a step without guesses.
+    assert (found.tokens, found.quadratic, found.linear) == (5, 3, 3)
+    example = Example([9, 9, 1, 2, 3, 4], 2)
+    guesses = torch.tensor([[2, 3], [3, 9], [4, 0], [0, 0]])
+    assert leading(example, guesses) == [2, 1, 1, 0]
+
+
+@pytest.mark.parametrize("family", ["llama", "llama+biases"])
+def test_own_answers_are_the_engines(family: str, open_tiny: Callable[..., Model]) -> None:
+    """Prompts of unlike length together, padded, give what each gives alone in fp32."""
+    model = open_tiny(family, "fp32")
+    prompts = [tiny.TOKENS[:5], tiny.TOKENS[3:14], tiny.TOKENS[7:9]]
+    made = answer(twin_of(model), prompts, 12, frozenset())
+    for prompt, tokens in zip(prompts, made, strict=True):
+        run = model.start(list(prompt), outsize.Options(max_tokens=12))
+        run.seq.ends = frozenset()
+        for _ in model.scheduler.drive([run], outsize.Options(max_tokens=12, seed=0)):
+            pass
+        assert run.seq.new_tokens == tokens
+
+
+def test_kept_answers_survive_a_line_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    kept = Kept(path, {"base": "x"})
+    kept.add([0, 1], [[1, 2], [3]])
+    with path.open("a") as file:
+        file.write("[2, [4, 5")
+    assert Kept(path, {"base": "x"}).answers == {0: [1, 2], 1: [3]}
+    assert Kept(path, {"base": "y"}).answers == {}
+
+    kept = Kept(path, {"base": "x"})  # begun anew, and cut short again
+    kept.add([0], [[7]])
+    with path.open("a") as file:
+        file.write("[1, [4")
+    Kept(path, {"base": "x"}).add([1], [[8]])
+    assert Kept(path, {"base": "x"}).answers == {0: [7], 1: [8]}
+    path.write_text(path.read_text() + "[2\n")
+    with pytest.raises(DataError, match=r"answers.jsonl is damaged"):
+        Kept(path, {"base": "x"})
+
+
+def test_other_prompts_have_other_answers(open_tiny: Callable[..., Model], tmp_path: Path) -> None:
+    """As many, and of the same model: the answers of the first ones were taken."""
+    model = open_tiny("llama", "int8")
+    wish = wish_of(model, tmp_path)
+    twin = twin_of(model)
+    first = adapting.prepare(wish, RECIPE, model.pack, twin)
+    (wish.data[0]).write_text("\n".join(f"tell me {i}" for i in range(9)))
+    second = adapting.prepare(wish, RECIPE, model.pack, twin)
+    fresh = adapting.prepare(
+        replace(wish, output=tmp_path / "fresh.safetensors"), RECIPE, model.pack, twin
+    )
+    assert second == fresh != first
+    longer = adapting.prepare(replace(wish, max_tokens=14), RECIPE, model.pack, twin)
+    assert longer != second
+
+
+def test_a_resumed_training_has_the_same_data(
+    open_tiny: Callable[..., Model], tmp_path: Path
+) -> None:
+    twin, path = twin_of(open_tiny("llama", "int8")), tmp_path / "c"
+    train.start(twin, RECIPE, "base", "data").save(path)
+    with pytest.raises(AdapterError, match="the prompts or answers differ"):
+        train.resume(twin, RECIPE, "base", path, "other")
+    with pytest.raises(AdapterError, match="rank was 2, is 4"):
+        train.resume(twin, replace(RECIPE, rank=4), "base", path, "data")
+
+
+def free_port() -> int:
+    """Of the loopback; skips where there is none."""
+    try:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            return int(s.getsockname()[1])
+    except OSError as e:
+        pytest.skip(f"no loopback here: {e}")
+
+
+def test_two_processes_train_one_drafter(open_tiny: Callable[..., Model], tmp_path: Path) -> None:
+    """As torchrun starts them: prompts are shared out, each is answered once, one file is written."""
+    model = open_tiny("llama", "int8")
+    wish, port = wish_of(model, tmp_path), free_port()
+    command = [
+        sys.executable, "-m", "outsize.cli.main", "adapt", "masks", wish.model, "--data", str(wish.data[0]),
+        "-o", str(wish.output), "--steps", "6", "--k", "2", "--rank", "2", "--batch", "3", "--anchors",
+        "4", "-n", "12", "--at-once", "1", "-t", "1", "--device", "cpu",
+    ]  # fmt: skip
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    both = [
+        subprocess.Popen(command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)},
+                         stderr=subprocess.PIPE, text=True)
+        for r in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert ["wrote" in text for text in said] == [True, False]
+    rows = [json.loads(line) for line in wish.answers.read_text().splitlines()[1:]]
+    assert sorted(i for i, _ in rows) == list(range(9))
+    alone = replace(wish, output=tmp_path / "alone.safetensors", at_once=1)
+    kind = adapting.matmul_type(torch.device("cpu"))
+    twin = TrainableModel(model.pack, torch.device("cpu"), kind, silent)
+    adapting.prepare(alone, RECIPE, model.pack, twin)
+    lines = alone.answers.read_text().splitlines()[1:]
+    assert dict(map(json.loads, lines)) == dict(rows)
+    assert raw(wish.output)[1]["step"] == 6
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "c.safetensors"
+    checkpoints.save(path, {"a": torch.ones(3)}, {"step": 1})
+
+    def full(*args: object) -> None:
+        (tmp_path / "c.safetensors.part").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(DiskFullError, match="the disk is full; what was there before is kept"):
+        checkpoints.save(path, {"a": torch.zeros(3)}, {"step": 2})
+    assert raw(path)[1] == {"step": 1}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.safetensors"]
+
+
+def test_data_is_refused_with_its_line(tmp_path: Path) -> None:
+    def wrote(name: str, text: str) -> Path:
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    good = wrote("a.jsonl", '{"prompt": "p", "answer": "a"}\n{"turns": ["t", "u"]}\n'
+                 '{"messages": [{"role": "user", "content": "m"}]}\n')  # fmt: skip
+    assert [line.prompt for line in read([good, wrote("b.txt", "one\n\ntwo\n")])] == [
+        "p", "t", "m", "one", "two"
+    ]  # fmt: skip
+    for name, text, words in (
+        ("c.jsonl", '{"prompt": "p"}\n{"prompt": \n', "line 2: not JSON"),
+        ("d.jsonl", '{"prompt": "p"}\n[1]\n', "line 2: an object"),
+        ("e.jsonl", '{"text": "p"}\n', "line 1: no text under prompt"),
+        ("f.txt", "\n\n", "no prompts"),
+    ):
+        with pytest.raises(DataError, match=words):
+            read([wrote(name, text)])
+    with pytest.raises(DataError, match="cannot be read"):
+        read([tmp_path / "nothing.txt"])
+
+
+def wish_of(model: Model, folder: Path, **more: object) -> adapting.TrainOptions:
+    prompts = folder / "prompts.txt"
+    prompts.write_text("\n".join(f"say {i} and {i * i}" for i in range(9)))
+    told = {"max_tokens": 12, "at_once": 4, "quiet": True} | more
+    return adapting.TrainOptions(str(model.pack.path), (prompts,), folder / "a.safetensors", **told)  # type: ignore[arg-type]
+
+
+def test_the_whole_recipe_makes_a_drafter_that_loads(
+    open_tiny: Callable[..., Model], tmp_path: Path
+) -> None:
+    model = open_tiny("llama", "int8")
+    wish = wish_of(model, tmp_path)
+    adapting.masks(wish, RECIPE)
+    assert not wish.checkpoint.exists()
+    with outsize.load(str(model.pack.path), draft=f"masks:{wish.output}", quiet=True) as drafted:
+        (ours,) = drafted.generate("say 3", max_tokens=20)
+    assert ours.text == model.generate("say 3", max_tokens=20)[0].text
+    assert ours.drafted > 0
+    with pytest.raises(OptionError, match="no checkpoint"):
+        adapting.masks(wish_of(model, tmp_path, resume=True), RECIPE)
+    with pytest.raises(DataError, match="every prompt is longer"):
+        adapting.masks(wish_of(model, tmp_path), Recipe(length=14))
+    with pytest.raises(DataError, match="has no answer"):
+        adapting.masks(wish_of(model, tmp_path, own_answers=False), RECIPE)
+    with pytest.raises(OptionError, match="auto, cpu or cuda"):
+        adapting.join("tpu")
+
+
+def test_experts_are_refused(open_tiny: Callable[..., Model]) -> None:
+    with pytest.raises(UnsupportedError, match="knows dense models"):
+        twin_of(open_tiny("olmoe", "bf16"))
+
+
+def test_an_interrupt_saves(open_tiny: Callable[..., Model], tmp_path: Path) -> None:
+    state = train.start(twin_of(open_tiny("llama", "int8")), RECIPE, "base")
+
+    def stop(seen: train.Seen) -> None:
+        if seen.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.train(state, EXAMPLES, [], tmp_path / "c", 100, stop)
+    assert raw(tmp_path / "c")[1]["step"] == 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is POSIX")
+def test_a_killed_training_resumes_to_the_same_file(
+    open_tiny: Callable[..., Model], tmp_path: Path
+) -> None:
+    """The command itself, killed after its first checkpoint."""
+    model = open_tiny("llama", "int8")
+    made = []
+    for name, kill in (("whole", False), ("killed", True)):
+        folder = tmp_path / name
+        folder.mkdir()
+        wish = wish_of(model, folder)
+        words = [
+            "adapt", "masks", wish.model, "--data", str(wish.data[0]), "-o", str(wish.output),
+            "--steps", "40", "--k", "2", "--rank", "2", "--batch", "2", "--anchors", "4",
+            "--every", "10", "-n", "12", "-q", "-t", "1",
+        ]  # fmt: skip
+        if kill:
+            process = subprocess.Popen([sys.executable, "-m", "outsize.cli.main", *words])
+            while not wish.checkpoint.is_file():
+                time.sleep(0.005)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            if not wish.output.exists():
+                assert outsize_here(*words, "--resume").returncode == 0
+        else:
+            assert outsize_here(*words).returncode == 0
+        made.append(raw(wish.output))
+    assert json.dumps(made[0][1]["recipe"]) == json.dumps(made[1][1]["recipe"])
+    for name, value in made[0][0].items():
+        assert torch.equal(value, made[1][0][name]), name
