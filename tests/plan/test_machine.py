@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -52,16 +53,15 @@ def slow(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.3) -> None:
 @pytest.mark.skipif(not load.STAT.is_file(), reason="this system does not tell of others")
 @pytest.mark.usefixtures("busy")
 def test_a_sitting_beside_busy_processes_lowers_nothing_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    own_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(store, "home", lambda: tmp_path)
-    machine.keep(Machine(machine.name(), (QUIET,), {}), tmp_path)
+    machine.keep(Machine(machine.name(), (QUIET,), {}), own_home)
     slow(monkeypatch)
     doctor.show(False)
     shown = capsys.readouterr().out
     assert "the machine was busy while it was measured (other processes took" in shown
     assert "best of 2 sittings" in shown
-    found = machine.kept(tmp_path)
+    found = machine.kept(own_home)
     assert found is not None
     assert (found.memory_bytes_per_s, found.bf16_flops, found.disk_bytes_per_s) == (
         40e9,
@@ -170,7 +170,7 @@ def test_times_beside_others_replace_no_better_ones() -> None:
 
 
 def test_runs_correct_the_plan(
-    folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder_of: Callable[[str], Path], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a run reached can be reached: bandwidth, a token's time, the disk's rate."""
     with outsize.load(str(folder_of("llama")), quiet=True, draft="none") as model:
@@ -183,6 +183,7 @@ def test_runs_correct_the_plan(
         late = {
             key: replace(known.models[key], step_s=dict.fromkeys(known.models[key].step_s, 99.0))
         }
+        shutil.copytree(home / "native", tmp_path / "native")
         monkeypatch.setattr(store, "home", lambda: tmp_path)
         planning.learn(model, reply)
         assert not (tmp_path / machine.FILE).exists()
