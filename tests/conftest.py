@@ -28,7 +28,8 @@ def pytest_xdist_auto_num_workers() -> int | None:
     """A process a core, up to eight. (`-n 0`: all in this one; `-n 3`: as said.)"""
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
         return None
-    return min(8, len(os.sched_getaffinity(0)))
+    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    return min(8, len(allowed(0)))
 
 
 @pytest.fixture(scope="session", autouse=True)

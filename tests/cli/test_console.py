@@ -230,13 +230,11 @@ def shell(script: str, tiny: str, **env: str) -> subprocess.CompletedProcess[str
     [
         ("outsize run TINY hello -n 300 -q | head -c 1 >/dev/null; exit ${PIPESTATUS[0]}", 141, ""),
         ("outsize list --json | true; exit ${PIPESTATUS[0]}", None, ""),
-        ("outsize run TINY hi -n 1 -q >&-", 0, ""),
+        ("TERM= COLUMNS=x outsize run TINY hi -n 1 -q >&-", 0, ""),
         ("outsize run TINY hi -n 1 -q >/dev/full", 1, "error: the output cannot be"),
         ("outsize run -m TINY -n 1 -q <&-", 2, "error: standard input holds no prompt"),
-        ("outsize run TINY hi -n 1 <&- 2>&-", 0, ""),
-        ("TERM=dumb NO_COLOR=1 COLUMNS=1 outsize run TINY hi -n 1 -q", 0, ""),
+        ("TERM=dumb NO_COLOR=1 COLUMNS=1 outsize run TINY hi -n 1 <&- 2>&-", 0, ""),
         ("COLUMNS=1 outsize run --help >/dev/null", 0, ""),
-        ("TERM= COLUMNS=x outsize run TINY hi -n 1 -q", 0, ""),
     ],
 )
 def test_streams(script: str, status: int | None, said: str, tiny: str) -> None:
@@ -263,7 +261,8 @@ def test_a_full_disk_is_no_traceback() -> None:
 @pytest.mark.parametrize(
     "at", ["fetch.find", "fetch.pack", "weights.load", "scheduler.Scheduler.drive"]
 )
-def test_an_interrupt_in_each_phase(at: str, tiny: str, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("own_home")
+def test_an_interrupt_in_each_phase(at: str, tiny: str) -> None:
     """While looking, packing, loading and answering: status 130, one line, nothing half made."""
     where, _, name = at.rpartition(".")
     modules = {"fetch": "outsize.pack.fetch", "weights": "outsize.weights.load"}
@@ -279,7 +278,7 @@ def test_an_interrupt_in_each_phase(at: str, tiny: str, tmp_path: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "run", tiny, "hi", "-q", "-n", "2"], capture_output=True,
-        text=True, env=os.environ | {"OUTSIZE_HOME": str(tmp_path)}, timeout=100,
+        text=True, timeout=100,
     )  # fmt: skip
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr

@@ -13,9 +13,7 @@ import pytest
 import torch
 
 import outsize
-from outsize.engine import load as loading
 from outsize.engine.model import Model
-from outsize.kernels.native import kernels
 from outsize.pack import plan
 from outsize.weights.cached import Cached
 from tests.laws import test_interrupts as interrupts
@@ -29,11 +27,9 @@ SHRINKING = tuple(
 
 
 @pytest.fixture(autouse=True)
-def many_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: Path) -> None:
+def many_records(monkeypatch: pytest.MonkeyPatch, own_home: Path) -> None:
     """Of a head, so that there is something of it to give up."""
     monkeypatch.setattr(plan, "ROW_RECORD", 1)
-    monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path))
-    monkeypatch.setattr(loading, "compiled", lambda options: kernels(home / "native"))
 
 
 def opened(folder: Path, draft: str = "none") -> Model:

@@ -44,14 +44,16 @@ def model(tmp_path: Path) -> str:
     return str(tiny.write_folder(tmp_path / "m", "llama"))
 
 
-def heeding() -> None:
-    """A job in the background ignores interrupts, and what it starts inherits that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def started(model: str, ignored: int = 0) -> subprocess.Popen[str]:
+    """It heeds signals, though a job in the background ignores interrupts, and one under nohup HUP, and what
+    they start inherits that."""
 
+    def heed() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN if number == ignored else signal.SIG_DFL)
 
-def started(model: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", ENDLESS, model]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heeding)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heed)
     assert process.stdout is not None
     assert process.stdout.readline() == "fetching\n"
     return process
@@ -109,11 +111,7 @@ def test_a_download_beside_another_is_left_alone(packs: Path, model: str) -> Non
 
 def test_ignored_signals_stay_ignored(packs: Path, model: str) -> None:
     """As under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        process = started(model)
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    process = started(model, ignored=signal.SIGHUP)
     os.kill(process.pid, signal.SIGHUP)
     time.sleep(0.3)
     assert process.poll() is None

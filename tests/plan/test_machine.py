@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +15,6 @@ from types import SimpleNamespace
 import pytest
 
 import outsize
-from outsize import home
 from outsize.engine import learn
 from outsize.options import LoadOptions
 from outsize.pack.outline import of_pack
@@ -54,16 +54,15 @@ def slow(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.3) -> None:
 @pytest.mark.skipif(not cores.STAT.is_file(), reason="this system does not tell of others")
 @pytest.mark.usefixtures("busy")
 def test_a_sitting_beside_busy_processes_lowers_nothing_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    own_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path))
-    machine.keep(Machine(machine.name(), (QUIET,), {}), tmp_path)
+    machine.keep(Machine(machine.name(), (QUIET,), {}), own_home)
     slow(monkeypatch)
     doctor.show(False)
     shown = capsys.readouterr().out
     assert "the machine was busy while it was measured (other processes took" in shown
     assert "best of 2 sittings" in shown
-    found = machine.kept(tmp_path)
+    found = machine.kept(own_home)
     assert found is not None
     assert (found.memory_bytes_per_s, found.bf16_flops, found.disk_bytes_per_s) == (
         40e9,
@@ -172,19 +171,20 @@ def test_times_beside_others_replace_no_better_ones() -> None:
 
 
 def test_runs_correct_the_plan(
-    folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder_of: Callable[[str], Path], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a run reached can be reached: bandwidth, a token's time, the disk's rate."""
     with outsize.load(str(folder_of("llama")), quiet=True, draft="none") as model:
         (reply,) = model.generate("abc", raw=True, max_tokens=8)
         planning.make(str(folder_of("llama")), LoadOptions(memory="2GB", quiet=True), 8)
-        known = machine.kept(home.home())
+        known = machine.kept(home)
         assert known is not None
         (key,) = {k for k in known.models if k.startswith(cost.key(of_pack(model.pack)))}
         wrong = replace(QUIET, memory_bytes_per_s=1.0, disk=[(PIECE, THREADS, 1.0)])
         late = {
             key: replace(known.models[key], step_s=dict.fromkeys(known.models[key].step_s, 99.0))
         }
+        shutil.copytree(home / "native", tmp_path / "native")
         monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path))
         learn.learn(model, reply)
         assert not (tmp_path / machine.FILE).exists()
