@@ -43,9 +43,9 @@ class Forced:
         self._at, self._recall, self._random = 0, recall, random.Random(1)
 
     def __call__(
-        self, x_TD: Tensor, wide: bool, favour_N: Tensor | None = None
+        self, x_TD: Tensor, wide: bool, routing_bias_N: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        self._own(x_TD, wide, favour_N)
+        self._own(x_TD, wide, routing_bias_N)
         event = self._events[self._at]
         self._at += 1
         ids = torch.tensor(event.rows) - event.layer * self._count
@@ -133,7 +133,7 @@ def replayed(
     """The same trace, slots and link in virtual time; computing as long as it took."""
     from outsize.caching.policy import Hints
     from outsize.caching.prefetcher import make
-    from outsize.caching.replay.simulate import Link, Replay
+    from outsize.caching.replay.simulate import Link, Replay, ReplaySetup
     from outsize.caching.replay.trace import waves
     from outsize.weights.spec import parse_experts
 
@@ -143,9 +143,10 @@ def replayed(
     events = waves([e for e in trace.events if e.number < last], policy.room)
     link = Link(rate, stride, layer_s=busy_s / trace.layers)
     ahead = make(knobs.prefetch, trace.experts)
-    out = Replay(policy, slots, link, ahead, num_experts=trace.experts).run(events)[1]
+    setup = ReplaySetup(policy, slots, link, ahead, num_experts=trace.experts)
+    out = Replay(setup).run(events)[1]
     return {
-        "hit_rate": round(out.traffic.hit_rate, 4),
+        "hit_rate": round(out.stats.hit_rate, 4),
         "tokens_per_s": round(out.tokens / out.seconds, 4),
     }
 

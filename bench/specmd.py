@@ -16,7 +16,7 @@ import numpy as np
 
 from outsize.caching.policy import Hints, make
 from outsize.caching.prefetcher import make as prefetcher
-from outsize.caching.replay.simulate import Link, Outcome, Replay
+from outsize.caching.replay.simulate import Link, Outcome, Replay, ReplaySetup
 from outsize.caching.replay.trace import Event, Trace, read, waves
 
 RECORD = 3 << 20
@@ -66,7 +66,7 @@ def replay(
     if policy == "belady":
         made = make(policy, slots, Hints(future=[e.ids for e in events]))
     link = Link(rate, trace.record_bytes or RECORD, layer_s=layer_s)
-    run = Replay(
+    setup = ReplaySetup(
         made,
         slots,
         link,
@@ -75,17 +75,17 @@ def replay(
         leases=leases,
         most=most,
     )
-    return run.run(events)[phase]
+    return Replay(setup).run(events)[phase]
 
 
 def hits(out: Outcome) -> tuple[float, float]:
     """(reuse alone, with what was read ahead)."""
-    t = out.traffic
+    t = out.stats
     return round(t.hit_rate, 4), round((t.hits + t.ready + t.late) / (t.hits + t.misses), 4)
 
 
 def stall(out: Outcome) -> float:
-    return round(1e3 * out.traffic.waited_s / out.tokens, 3)
+    return round(1e3 * out.stats.waited_s / out.tokens, 3)
 
 
 def orientation(traces: Sequence[Trace]) -> dict[str, object]:
@@ -117,7 +117,7 @@ def collisions(traces: Sequence[Trace]) -> dict[str, object]:
             for leases in (True, False):
                 for ahead in ("none", "oracle:0.85"):
                     found = {
-                        p: round(replay(t, p, share, ahead, leases=leases).traffic.collision, 3)
+                        p: round(replay(t, p, share, ahead, leases=leases).stats.collision, 3)
                         for p in ("lru", "least_stale")
                     }
                     rows.append([t.name, share, "leases" if leases else "no leases", ahead, found])
@@ -166,7 +166,7 @@ def score_against_top(trace: Trace) -> dict[str, object]:
 
 
 def _ahead(out: Outcome) -> float:
-    return (out.traffic.bytes_useful + out.traffic.bytes_wasted) / 1e6
+    return (out.stats.bytes_useful + out.stats.bytes_wasted) / 1e6
 
 
 def accuracy(traces: Sequence[Trace]) -> dict[str, object]:

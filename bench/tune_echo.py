@@ -34,7 +34,7 @@ CHOICES = {
 
 
 def hits(trace: Trace, policy: str) -> list[float]:
-    return [replay(trace, policy, share).traffic.hit_rate for share in SHARES]
+    return [replay(trace, policy, share).stats.hit_rate for share in SHARES]
 
 
 def bounds(trace: Trace) -> tuple[list[float], list[float]]:

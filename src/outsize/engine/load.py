@@ -34,12 +34,11 @@ from outsize.plan.place import place, tokenizer_bytes
 from outsize.plan.placement import Placement
 from outsize.plan.warmup import runtime_bytes
 from outsize.progress import bars
-from outsize.storage.stats import IOStats
 from outsize.system import memory as budget
 from outsize.text.tokens import Tokens
 from outsize.weights import load as weights
-from outsize.weights.experts import Recorder
-from outsize.weights.spec import ExpertOptions, parse_experts
+from outsize.weights.open_pack import LoadPlan
+from outsize.weights.spec import ExpertOptions, Recorder, parse_experts
 
 LEAST_SHARE = 0.25  # of a tokenizer's estimated memory, that it takes in any case
 
@@ -199,16 +198,8 @@ def _open(
             smaller = _draft_model(packs.smaller, load_options, placement)
             opened.callback(smaller.close)
         with bars(load_options.quiet) as progress:
-            loaded = weights.load(
-                made,
-                native,
-                IOStats(),
-                progress,
-                placement.shares,
-                load_options.verify,
-                expert_options,
-                packs.copies,
-            )
+            plan = LoadPlan(placement.shares, load_options.verify, expert_options, packs.copies)
+            loaded = weights.load(made, native, plan, progress)
         opened.callback(loaded.close)
         threads = load_options.kernel_threads(made, native)
         transformer = Transformer(made.description, loaded, native, placement.ceiling, threads)
@@ -227,7 +218,8 @@ def _draft_model(
     context = min(placement.context, outline.description.context)
     own = place(outline, 1 << 62, 0, 0, context)
     with bars(load_options.quiet) as progress:
-        loaded = weights.load(pack, native, IOStats(), progress, own.shares, load_options.verify)
+        plan = LoadPlan(own.shares, load_options.verify)
+        loaded = weights.load(pack, native, plan, progress)
     threads = load_options.kernel_threads(pack, native)
     transformer = Transformer(pack.description, loaded, native, None, threads)
     return drafting.DraftModel(transformer, own.context, loaded.close_with(transformer))

@@ -273,14 +273,14 @@ class Model:
     def counts(self) -> Counts:
         """What has been read and waited for so far."""
         loaded = self.transformer.loaded
-        traffic = loaded.traffic + loaded.expert_traffic, loaded.expert_traffic + IOStats()
+        traffic = loaded.stats + loaded.expert_stats, loaded.expert_stats + IOStats()
         return Counts(*traffic, *self.transformer.steps)
 
     @property
     def bytes_read(self) -> int:
         """Of weights, since the model was opened. Raises ClosedError."""
         loaded = self.transformer.loaded
-        return loaded.traffic.bytes_read + loaded.expert_traffic.bytes_read
+        return loaded.stats.bytes_read + loaded.expert_stats.bytes_read
 
     @property
     def traffic(self) -> IOStats:

@@ -1,5 +1,5 @@
-"""A record file, opened so that reading it fills no page cache: O_DIRECT on Linux, F_NOCACHE on macOS,
-elsewhere plain reads whose pages are given back at once."""
+"""The file backend: record files are read without filling the page cache, by O_DIRECT on Linux and F_NOCACHE
+on macOS; elsewhere by plain reads whose pages are dropped at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
 
 class FileBackend(Protocol):
-    """What a table reads from. Offsets, lengths and buffers are multiples of PAGE."""
+    """What a record table reads from. Offsets, lengths and buffers are multiples of PAGE."""
 
     def read(self, out: memoryview, offset: int) -> int:
         """Fill as much of `out` as comes at once; bytes read, 0 at the end. Raises OSError."""
@@ -39,7 +39,7 @@ class FileBackend(Protocol):
 
 
 class File:
-    """The real one."""
+    """A record file on disk, opened for direct reads."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -49,11 +49,7 @@ class File:
         try:
             got = os.preadv(self._handle, [out], offset)
         except OSError as e:
-            if (
-                not self.is_direct
-                or e.errno not in REFUSALS
-                or not _read_through_cache(self._handle)
-            ):
+            if not self.is_direct or e.errno not in REFUSALS or not _stop_direct(self._handle):
                 raise
             self.is_direct = False
             got = os.preadv(self._handle, [out], offset)
@@ -74,7 +70,7 @@ class File:
             os.close(handle)
 
 
-def _read_through_cache(handle: int) -> bool:
+def _stop_direct(handle: int) -> bool:
     """Make an open file read through the page cache from now on, for all threads; False where that is no
     question. The handle stays, since threads of C may be reading from it."""
     if sys.platform != "linux":
@@ -88,14 +84,14 @@ def _read_through_cache(handle: int) -> bool:
 def _open(path: Path) -> tuple[int, bool]:
     """A handle, and whether the page cache is bypassed. Raises OSError, also for what is no regular file, and
     never waits for a pipe's other end."""
-    handle, is_direct = _any(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    handle, is_direct = _open_direct(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise OSError(errno.EINVAL, "it is no regular file")
     return handle, is_direct
 
 
-def _any(path: Path, flags: int) -> tuple[int, bool]:
+def _open_direct(path: Path, flags: int) -> tuple[int, bool]:
     if sys.platform == "linux":
         try:
             return os.open(path, flags | os.O_DIRECT), True
