@@ -1,4 +1,4 @@
-"""A folder and a name -> the object in that folder's file of that name. The file is the registry."""
+"""The plug-in registry: a policy, a family, a table kind is a file of a folder, found by its name."""
 
 from __future__ import annotations
 
