@@ -3,6 +3,7 @@ never a wrong number, never a hang."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -27,7 +28,6 @@ from outsize.report.reply_text import summary
 from outsize.storage import file as medium
 from outsize.storage import table as tables
 from outsize.storage.buffers import buffer
-from outsize.storage.native_reader import checksum
 from outsize.storage.reader import Reader
 from outsize.storage.table import Table
 from outsize.weights.residency import Share
@@ -271,7 +271,9 @@ def test_the_native_checksum(data: bytes, home: Path) -> None:
     found = kernels(home / "native")
     if found is None:
         pytest.skip("no C compiler here")
-    assert checksum(found.library, memoryview(bytearray(data))) == zlib.crc32(data)
+    checksum, held = found.library.checksum, ctypes.create_string_buffer(data, len(data) or 1)
+    checksum.argtypes, checksum.restype = [ctypes.c_void_p, ctypes.c_long], ctypes.c_uint32
+    assert checksum(ctypes.addressof(held), len(data)) == zlib.crc32(data)
 
 
 def test_the_medium_reads_past_no_end(tmp_path: Path) -> None:

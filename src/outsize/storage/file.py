@@ -8,48 +8,27 @@ import os
 import stat
 import sys
 from pathlib import Path
-from typing import Protocol
 
 PAGE = 4096
 # What file systems say that take O_DIRECT at opening, and refuse it at reading (FUSE, network mounts).
 REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
 
-class FileBackend(Protocol):
-    """What a record table reads from. Offsets, lengths and buffers are multiples of PAGE."""
-
-    def read(self, out: memoryview, offset: int) -> int:
-        """Fill as much of `out` as comes at once; bytes read, 0 at the end. Raises OSError."""
-        ...
-
-    def stamp(self) -> tuple[int, int]:
-        """(bytes, mtime in ns): changes when the file is written to."""
-        ...
-
-    @property
-    def is_direct(self) -> bool:
-        """Do reads bypass the page cache?"""
-        ...
-
-    def handle(self) -> int | None:
-        """An open file that C may read from as `read` does; None: only `read` will do."""
-        ...
-
-    def close(self) -> None: ...
-
-
 class File:
-    """A record file on disk, opened for direct reads."""
+    """A record file, opened for reading. Offsets, lengths and buffers are multiples of PAGE. `is_direct`: do
+    reads bypass the page cache?"""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._handle, self.is_direct = _open(path)
 
     def read(self, out: memoryview, offset: int) -> int:
+        """Fill as much of `out` as comes at once; bytes read, 0 at the end. Raises OSError."""
         try:
             got = os.preadv(self._handle, [out], offset)
         except OSError as e:
-            if not self.is_direct or e.errno not in REFUSALS or not _stop_direct(self._handle):
+            is_refused = self.is_direct and e.errno in REFUSALS
+            if not is_refused or not _stop_direct(self._handle):
                 raise
             self.is_direct = False
             got = os.preadv(self._handle, [out], offset)
@@ -58,9 +37,11 @@ class File:
         return got
 
     def handle(self) -> int | None:
+        """An open file that C may read from as `read` does; None: only `read` will do."""
         return self._handle if self.is_direct else None
 
     def stamp(self) -> tuple[int, int]:
+        """(bytes, mtime in ns): changes when the file is written to."""
         found = os.fstat(self._handle)
         return found.st_size, found.st_mtime_ns
 

@@ -69,11 +69,3 @@ class NativeReader:
         """End what is queued, then the threads."""
         self._close(self._pool)
         self._under_way.clear()
-
-
-def checksum(library: ctypes.CDLL, data: memoryview) -> int:
-    """The CRC-32 of `data`, as zlib.crc32 computes it."""
-    function = library.checksum
-    function.argtypes, function.restype = [_P, _L], ctypes.c_uint32
-    at = ctypes.addressof(ctypes.c_char.from_buffer(data)) if len(data) else None
-    return int(function(at, len(data)))

@@ -44,7 +44,7 @@ class _Queues:
                         pass
 
     def serve(self) -> None:
-        """Read until told to end: what a thread runs."""
+        """Read until there is a False: what a thread runs."""
         while self.work.get():
             ticket = self.next()
             if (start := ticket.take()) is not None:

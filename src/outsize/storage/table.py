@@ -20,7 +20,7 @@ from outsize.errors import OptionError, PackError, ReadError
 from outsize.kernels.native import Kernels
 from outsize.kernels.structs import NativeMatrix
 from outsize.pack.format import Matrix, TableHeader, damaged, field_bytes
-from outsize.storage.file import PAGE, File, FileBackend
+from outsize.storage.file import PAGE, File
 from outsize.storage.stats import IOStats
 
 VERIFY = ("first", "always", "never")
@@ -58,7 +58,7 @@ class Table:
         header: TableHeader,
         stats: IOStats,
         verify: str = "first",
-        backend: FileBackend | None = None,
+        backend: File | None = None,
     ) -> None:
         if verify not in VERIFY:
             raise OptionError(f"verify is {verify!r}; known are {', '.join(VERIFY)}")
