@@ -3,7 +3,7 @@ a resident one instead, or read a copy at fewer bits."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from outsize.errors import OptionError
@@ -39,16 +39,16 @@ def fetch(
     return [i for i, _ in wanted]
 
 
-def dropping(least: float) -> MissHandler:
-    """Leave out missing ones of less weight than `least` of the strongest. Lossy."""
+def replacing(least: float, instead: Callable[[int], int | None]) -> MissHandler:
+    """Handles missing ones of less weight than `least` of the strongest; the others are read. Lossy."""
 
-    def drop(
+    def handle(
         wanted: Scored, resident: Mapping[int, int], uses: Mapping[int, int], experts: int
     ) -> Instead:
         floor = least * max(w for _, w in wanted)
-        return [i if i in resident or w >= floor else None for i, w in wanted]
+        return [i if i in resident or w >= floor else instead(i) for i, w in wanted]
 
-    return drop
+    return handle
 
 
 def substitute(
@@ -60,18 +60,6 @@ def substitute(
     others = [i for i in range(layer * experts, (layer + 1) * experts) if i in resident]
     spare = sorted((i for i in others if i not in taken), key=lambda i: -uses.get(i, 0))
     return [i if i in resident or not spare else spare.pop(0) for i, _ in wanted]
-
-
-def copying(least: float) -> MissHandler:
-    """Take the copies of missing ones of less weight than `least` of the strongest. Lossy."""
-
-    def copy(
-        wanted: Scored, resident: Mapping[int, int], uses: Mapping[int, int], experts: int
-    ) -> Instead:
-        floor = least * max(w for _, w in wanted)
-        return [i if i in resident or w >= floor else ~i for i, w in wanted]
-
-    return copy
 
 
 def copies_of(spec: str) -> str:
@@ -91,9 +79,9 @@ def make(spec: str) -> MissHandler:
         _, _, text = text.partition(":")
     try:
         if name == COPY and copies_of(spec) and 0 < float(text or "1") <= 1:
-            return copying(float(text or "1"))
+            return replacing(float(text or "1"), lambda i: ~i)
         if name == "drop" and 0 < float(text or "0.3") <= 1:
-            return dropping(float(text or "0.3"))
+            return replacing(float(text or "0.3"), lambda i: None)
     except ValueError:
         pass
     raise OptionError(

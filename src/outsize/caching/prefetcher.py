@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Protocol
 
 from outsize import registry
@@ -45,14 +46,17 @@ def most_ahead(capacity: int) -> int:
 
 def reads_early(spec: str) -> bool:
     """Does it use the scores of a layer's gate asked one layer early? Raises UnsupportedError."""
-    name = spec.partition(":")[0]
-    return bool(registry.module(prefetch, name, "prefetcher", registry.names(prefetch)).EARLY)
+    return bool(_module(spec.partition(":")[0]).EARLY)
+
+
+def _module(name: str) -> ModuleType:
+    return registry.module(prefetch, name, "prefetcher", registry.names(prefetch))
 
 
 def make(spec: str, experts: int) -> Prefetcher:
     """From 'name' or 'name:amount'. Raises UnsupportedError, OptionError."""
     name, _, text = spec.partition(":")
-    found = registry.module(prefetch, name, "prefetcher", registry.names(prefetch))
+    found = _module(name)
     try:
         amount = float(text) if text else float(found.AMOUNT)
         whole = found.MOST <= 1 or amount.is_integer()  # more than a share: a count
