@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import pkgutil
+from collections.abc import Collection
 from importlib import import_module
 from types import ModuleType
 
@@ -15,8 +16,11 @@ def names(package: ModuleType) -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
 
 
-def module(package: ModuleType, name: str, what: str, known: list[str]) -> ModuleType:
-    """The module `name` of a folder, one of `known`. Raises UnsupportedError with a suggestion."""
+def module(
+    package: ModuleType, name: str, what: str, known: Collection[str] | None = None
+) -> ModuleType:
+    """The module `name` of a folder, one of `known` or of all. Raises UnsupportedError with a suggestion."""
+    known = names(package) if known is None else known
     if name in known:
         return import_module(f"{package.__name__}.{name}")
     close = difflib.get_close_matches(name, known, 1)

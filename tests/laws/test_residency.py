@@ -21,7 +21,7 @@ from outsize.kernels.native import Kernels
 from outsize.storage.buffers import buffer
 from outsize.storage.reader import Reader
 from outsize.storage.table import Table, Weights
-from outsize.weights.residency import RoutedCache, Share, SlotCounts
+from outsize.weights.residency import RoutedCache, Share
 from outsize.weights.rows import RowTable, join
 from outsize.weights.scan import ScanCache
 from tests.records import ROWS, STRIDE, open_table, write_table
@@ -61,8 +61,7 @@ def test_fetch(
 ) -> None:
     table, reader, resident = made
     hints = Hints(pinned=(1, 4), future=[ids for ids, _, _ in trace])
-    counts = SlotCounts(2, capacity - 2) if name == "pin_and_ring" else SlotCounts(0, capacity)
-    cached = RoutedCache(table, reader, partial(make, name, capacity, hints), counts)
+    cached = RoutedCache(table, reader, partial(make, name, capacity, hints), capacity)
     before, asked = table.stats.hits + table.stats.misses, 0
     for ids, ahead, by_stream in trace:
         ids = list(dict.fromkeys(ids))
@@ -81,7 +80,7 @@ def test_fetch(
 
 def test_a_request_that_cannot_fit(made: Fixture) -> None:
     table, reader, _ = made
-    cached = RoutedCache(table, reader, partial(make, "lru", 2, Hints()), SlotCounts(0, 2))
+    cached = RoutedCache(table, reader, partial(make, "lru", 2, Hints()), 2)
     with pytest.raises(CapacityError, match="3 records are wanted at once, there are slots for 2"):
         cached.fetch([1, 2, 3])
     assert len(cached.fetch([1, 2])) == 2

@@ -130,6 +130,6 @@ def too_many(wanted: int, capacity: int) -> CapacityError:
 
 def make(name: str, capacity: int, hints: Hints) -> Policy:
     """A policy by name. Raises UnsupportedError with a suggestion."""
-    found = registry.module(eviction, name, "policy", registry.names(eviction))
+    found = registry.module(eviction, name, "policy")
     made: Policy = found.policy(capacity, hints)
     return made

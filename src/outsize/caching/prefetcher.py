@@ -34,6 +34,8 @@ class Seen:
 
 
 class Prefetcher(Protocol):
+    """Predicts what the next layer will ask for."""
+
     def __call__(self, seen: Seen) -> Sequence[int]:
         """Ids to read ahead, the most wanted first."""
         ...
@@ -50,7 +52,7 @@ def reads_early(spec: str) -> bool:
 
 
 def _module(name: str) -> ModuleType:
-    return registry.module(prefetch, name, "prefetcher", registry.names(prefetch))
+    return registry.module(prefetch, name, "prefetcher")
 
 
 def make(spec: str, experts: int) -> Prefetcher:

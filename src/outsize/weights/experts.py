@@ -20,7 +20,7 @@ from outsize.caching.prefetcher import Scored, Seen, most_ahead
 from outsize.pack.format import Pack, TableHeader
 from outsize.storage.table import Weights, activation_type
 from outsize.weights.open_pack import OpenPack
-from outsize.weights.residency import RoutedCache, SlotCounts
+from outsize.weights.residency import RoutedCache
 from outsize.weights.spec import CacheSettings
 
 LEAST_EXPERTS = 2  # times those that a token uses: slots that there must be
@@ -153,18 +153,16 @@ def least_slots(header: TableHeader, used: int) -> int:
 
 
 def load(pack: OpenPack) -> tuple[ExpertBank, ...]:
-    """By layer. A table whose records all have slots is read now."""
+    """Every layer's expert bank, in order. A table whose records all have slots is read now."""
     mixture, options = pack.pack.description.mixture, pack.plan.experts
     assert mixture is not None
     count, banks = mixture.count, dict[int, ExpertBank]()
     for table, share in pack.open("experts", pack.expert_stats):
         header, slots = table.header, max(1, share.ring)
-        is_resident = slots == len(table)
-        counts = SlotCounts(slots, 0) if is_resident else SlotCounts(0, slots)
         hints = Hints(per_layer=count, layers=len(table) // count, ranked=options.ranked)
-        cache = RoutedCache(table, pack.reader, partial(options.policy, slots, hints), counts)
+        cache = RoutedCache(table, pack.reader, partial(options.policy, slots, hints), slots)
         pack.caches.append(cache)
-        if is_resident:
+        if slots == len(table):
             cache.load(range(len(table)), pack.on_read)
         dtype, settings = activation_type(header.tensors["gate_up"]), options.settings(count)
         for number, key in enumerate(header.keys[::count]):
@@ -181,8 +179,7 @@ def _load_copies(pack: OpenPack, copies: Pack, banks: Mapping[int, ExpertBank], 
     """Give each bank its copies: another pack's experts, which pass through a few slots."""
     for header in (t for t in copies.tables if t.kind == "experts"):
         table, slots = pack.open_table(copies, header, pack.stats), least_slots(header, used)
-        make_policy = partial(make, "lru", slots, Hints())
-        cache = RoutedCache(table, pack.reader, make_policy, SlotCounts(0, slots))
+        cache = RoutedCache(table, pack.reader, partial(make, "lru", slots, Hints()), slots)
         pack.caches.append(cache)
         count = next(iter(banks.values())).count
         for at in range(0, len(header.keys), count):

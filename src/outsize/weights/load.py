@@ -88,10 +88,9 @@ def load(
     """Open a pack's tables and read what stays in memory: by default, everything. Raises ReadError, and
     PackError if a record is damaged."""
     opened = OpenPack(pack, kernels, plan or LoadPlan(), progress)
-    known = registry.names(package)
     try:
         kinds = dict.fromkeys(table.kind for table in pack.tables)
-        loaders = (registry.module(package, kind, "table kind", known) for kind in kinds)
+        loaders = (registry.module(package, kind, "table kind") for kind in kinds)
         loaded = Loaded(
             opened, {k: loader.load(opened) for k, loader in zip(kinds, loaders, strict=True)}
         )

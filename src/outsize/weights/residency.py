@@ -68,7 +68,7 @@ class RecordCache(ABC):
         self._lent = range(self.slots, sum(counts))
         self._pools = [(at, BufferPool(n, stride)) for at, n in zip(starts, counts, strict=True)]
         self._pools[1][1].populate()
-        self._views: list[Weights | None] = [None] * sum(counts)
+        self._views: list[Weights] = [{}] * sum(counts)  # by slot; empty until it is used
         self._tickets: dict[int, Ticket] = {}  # by slot, until waited for
         self._whole: dict[int, int] = {}  # slot -> id, of records that are surely there
         self.slot_table = SlotTable(self._new_policy(), table.stats, stride)
@@ -84,14 +84,14 @@ class RecordCache(ABC):
         for i in ids:
             self._wait(placed.slots[i])
             on_read(self.table.header.stride)
-        return {i: self._view(placed.slots[i]) for i in ids}
+        return {i: self._views[placed.slots[i]] for i in ids}
 
     def fetch(self, ids: Sequence[int]) -> list[Weights]:
         """All of these at once. Raises CapacityError, PackError, ReadError."""
         slots = self._demand(ids)
         for slot in slots.values():
             self._wait(slot)
-        return [self._view(slots[i]) for i in ids]
+        return [self._views[slots[i]] for i in ids]
 
     def stream(
         self, ids: Sequence[int], in_order: bool = False, then: Callable[[], None] | None = None
@@ -107,7 +107,7 @@ class RecordCache(ABC):
             for i in ready or [next(iter(waiting))]:
                 slot = waiting.pop(i)
                 self._wait(slot)
-                found.append((i, self._view(slot)))
+                found.append((i, self._views[slot]))
             yield found
 
     def prefetch(self, ids: Sequence[int]) -> None:
@@ -175,7 +175,7 @@ class RecordCache(ABC):
 
     def _submit(self, index: int, slot: int, urgent: bool) -> Ticket:
         raw, out = self._buffer(slot)
-        if self._views[slot] is None:
+        if not self._views[slot]:
             self._views[slot] = views(raw, self.table.header, self._reader.kernels)
         return self._reader.submit(self.table, index, out, urgent=urgent)
 
@@ -203,11 +203,6 @@ class RecordCache(ABC):
         self._whole[slot] = self.slot_table.id_in[slot]
         del self._tickets[slot]
 
-    def _view(self, slot: int) -> Weights:
-        found = self._views[slot]
-        assert found is not None
-        return found
-
     def _empty(self, slot: int) -> None:
         """Nothing is in it, nor on its way."""
         if (ticket := self._tickets.pop(slot, None)) is not None and not ticket.cancel():
@@ -216,19 +211,23 @@ class RecordCache(ABC):
 
     def _drop_memory(self, slot: int) -> None:
         """Return a slot's memory to the system."""
-        self._views[slot] = None
+        self._views[slot] = {}
         first, pool = self._pool(slot)
         pool.drop(slot - first)
 
 
 class RoutedCache(RecordCache):
-    """For records that a router names, as experts: an eviction policy fills the slots."""
+    """For records that a router names, as experts: an eviction policy fills so many slots."""
 
     def __init__(
-        self, table: Table, reader: Reader, make_policy: Callable[[], Policy], counts: SlotCounts
+        self, table: Table, reader: Reader, make_policy: Callable[[], Policy], slots: int
     ) -> None:
         self._make_policy, self._num_dropped = make_policy, 0
-        super().__init__(table, reader, counts)
+        is_resident = slots == len(table)  # then they are filled once
+        super().__init__(
+            table, reader, SlotCounts(slots, 0) if is_resident else SlotCounts(0, slots)
+        )
+        self._depth = slots
 
     def _new_policy(self) -> Policy:
         policy = self._make_policy()

@@ -79,18 +79,16 @@ class RowTable:
         first = -(-self._num_joined // size)
         stats.hits += first
         if self._joined is not None:
-            yield from self._split(size) if self._by_blocks else [self._joined]
+            yield from self._split(self._joined, size) if self._by_blocks else [self._joined]
         for i in range(first, len(self._table)):
             assert self.cache is not None
             (weights,) = self.cache.fetch([i])
             yield next(iter(weights.values()))[0]
             self.cache.release()
 
-    def _split(self, size: int) -> Iterator[Weight]:
-        assert self._joined is not None
-        fields = self._joined.fields
+    def _split(self, joined: Weight, size: int) -> Iterator[Weight]:
         for start in range(0, self._num_joined, size):
-            part = {k: f[start : start + size] for k, f in fields.items()}
+            part = {k: f[start : start + size] for k, f in joined.fields.items()}
             yield Weight(self.encoding, part, size)
 
     def rows(self, ids_T: Tensor) -> Tensor:

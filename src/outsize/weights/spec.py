@@ -109,6 +109,6 @@ def parse_experts(text: str) -> ExpertOptions:
         )
     if made.prefetch.startswith("oracle"):
         raise OptionError(f"experts {text!r}: oracle needs to know the future; use it in a replay")
-    registry.module(eviction, made.eviction, "policy", registry.names(eviction))
+    registry.module(eviction, made.eviction, "policy")
     made.settings(1)  # refuses what is not known
     return made
