@@ -233,7 +233,7 @@ def test_the_account_says_that_reads_are_cached(
     assert "page cache" not in summary(model.generate("a", max_tokens=2)[0])
     monkeypatch.setattr(medium.File, "handle", lambda self: None)
     for table in model.transformer.loaded.tables:
-        table._backend.is_direct = False  # type: ignore[misc]
+        table._file.is_direct = False
     (reply,) = model.generate("a", max_tokens=2)
     assert reply.cached_reads
     assert summary(reply).count("refuses direct reads") == 1

@@ -1,5 +1,5 @@
-"""The file backend: record files are read without filling the page cache, by O_DIRECT on Linux and F_NOCACHE
-on macOS; elsewhere by plain reads whose pages are dropped at once."""
+"""The file backend of record tables: files are read without filling the page cache, by O_DIRECT on Linux and
+F_NOCACHE on macOS; elsewhere by plain reads whose pages are dropped at once."""
 
 from __future__ import annotations
 

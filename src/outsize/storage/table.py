@@ -58,29 +58,29 @@ class Table:
         header: TableHeader,
         stats: IOStats,
         verify: str = "first",
-        backend: File | None = None,
+        file: File | None = None,
     ) -> None:
         if verify not in VERIFY:
             raise OptionError(f"verify is {verify!r}; known are {', '.join(VERIFY)}")
         self.header, self.stats, self.folder, self._verify = header, stats, folder, verify
-        self._backend = backend or _opened(folder / header.file)
-        self._stamp = self._backend.stamp()
+        self._file = file or _opened(folder / header.file)
+        self._stamp = self._file.stamp()
         self._seen: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.header.keys)
 
     def close(self) -> None:
-        self._backend.close()
+        self._file.close()
 
     @property
     def is_direct(self) -> bool:
         """Do reads bypass the page cache?"""
-        return self._backend.is_direct
+        return self._file.is_direct
 
     def handle(self) -> int | None:
         """An open file for threads of C; None: read through `read`."""
-        return self._backend.handle()
+        return self._file.handle()
 
     def passed(self, index: int) -> None:
         """Remember that a record matched its checksum."""
@@ -90,7 +90,7 @@ class Table:
         """May this record be read in part? False once the file has been written to."""
         if self._verify == "never":
             return True
-        stamp = self._backend.stamp()
+        stamp = self._file.stamp()
         if stamp != self._stamp:
             self._seen = set()  # first: broken off here, it is looked at again
             self._stamp = stamp
@@ -115,7 +115,7 @@ class Table:
         offset = index * self.header.stride + start
         for attempt in range(RETRIES + 1):
             try:
-                return self._backend.read(out, offset)
+                return self._file.read(out, offset)
             except OSError as e:
                 if attempt == RETRIES:
                     raise ReadError(
