@@ -92,6 +92,20 @@ def test_habits(path: Path) -> None:
     assert "utils" not in path.stem
 
 
+def test_caching_knows_integers_only() -> None:
+    """No tensors, no files but the traces of a replay: the same policies run live and in virtual time."""
+    known = {"caching", "errors", "registry", "storage.stats"}
+    for path in (SOURCE / "caching").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert "torch" not in [a.name for a in node.names], path
+            elif isinstance(node, ast.ImportFrom):
+                name = (node.module or "").removeprefix("outsize.")
+                of_ours = (node.module or "").startswith("outsize.")
+                is_trace = path.stem == "trace" and name == "checkpoint.bounded"
+                assert not of_ours or name.split(".")[0] in known or name in known or is_trace, path
+
+
 FACTORIES = {
     "arange", "as_tensor", "asarray", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn",
     "randperm", "scalar_tensor", "tensor", "zeros",

@@ -25,7 +25,7 @@ from experiments.memory.paging import Disk
 from experiments.runs import HIDDEN, LLAMA, WRAP, Row, arguments, fresh, record
 from outsize.caching.policy import Hints
 from outsize.caching.prefetcher import make as prefetcher
-from outsize.caching.replay.simulate import Link, Replay
+from outsize.caching.replay.simulate import Link, Replay, ReplaySetup
 from outsize.caching.replay.trace import Trace, read, waves
 from outsize.forward.full import full
 from outsize.forward.span import Span
@@ -82,8 +82,9 @@ def replayed(trace: Trace, spec: str, slots: int, link: Link, new: int) -> Row:
     last = min(e.number for e in trace.events if e.phase == 1) + new
     events = waves([e for e in trace.events if e.number < last], policy.room)
     ahead = prefetcher(knobs.prefetch, trace.experts)
-    out = Replay(policy, slots, link, ahead, num_experts=trace.experts).run(events)[1]
-    hit_rate, speed = round(out.traffic.hit_rate, 4), round(out.tokens / out.seconds, 4)
+    setup = ReplaySetup(policy, slots, link, ahead, num_experts=trace.experts)
+    out = Replay(setup).run(events)[1]
+    hit_rate, speed = round(out.stats.hit_rate, 4), round(out.tokens / out.seconds, 4)
     return {"hit_rate": hit_rate, "tokens_per_s": speed}
 
 

@@ -114,9 +114,9 @@ class Watched:
         self._random, self.rows, self.norm = random.Random(1), list[Tensor](), own.norm
 
     def __call__(
-        self, x_TD: Tensor, wide: bool, favour_N: Tensor | None = None
+        self, x_TD: Tensor, wide: bool, routing_bias_N: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        ids, weights = self._own(x_TD, wide, favour_N)
+        ids, weights = self._own(x_TD, wide, routing_bias_N)
         self.rows.append(ids)
         return ids, weights
 

@@ -21,7 +21,7 @@ from experiments.runs import arguments, record, told_all
 from outsize.caching.eviction import echo
 from outsize.caching.policy import Hints, make
 from outsize.caching.prefetcher import make as prefetcher
-from outsize.caching.replay.simulate import Link, Outcome, Replay
+from outsize.caching.replay.simulate import Link, Outcome, Replay, ReplaySetup
 from outsize.caching.replay.trace import Event, Trace, read, waves
 
 RECORD = 3 << 20
@@ -65,18 +65,21 @@ def replay(
     if policy == "belady":
         made = make(policy, slots, Hints(future=[e.ids for e in events]))
     link = Link(rate, trace.record_bytes or RECORD, layer_s=layer_s)
-    how = {"num_experts": trace.experts, "leases": leases, "most": most}
-    return Replay(made, slots, link, prefetcher(ahead, trace.experts), **how).run(events)[1]
+    setup = ReplaySetup(
+        made, slots, link, prefetcher(ahead, trace.experts),
+        num_experts=trace.experts, leases=leases, most=most,
+    )  # fmt: skip
+    return Replay(setup).run(events)[1]
 
 
 def hits(out: Outcome) -> tuple[float, float]:
     """(reuse alone, with what was read ahead)."""
-    t = out.traffic
+    t = out.stats
     return round(t.hit_rate, 4), round((t.hits + t.ready + t.late) / (t.hits + t.misses), 4)
 
 
 def stall(out: Outcome) -> float:
-    return round(1e3 * out.traffic.waited_s / out.tokens, 3)
+    return round(1e3 * out.stats.waited_s / out.tokens, 3)
 
 
 def orientation(traces: Sequence[Trace]) -> dict[str, object]:
@@ -103,7 +106,7 @@ def collisions(traces: Sequence[Trace]) -> dict[str, object]:
         traces, SHARES[:3], (True, False), ("none", "oracle:0.85")
     ):
         found = {
-            p: round(replay(t, p, share, ahead, leases).traffic.collision, 3)
+            p: round(replay(t, p, share, ahead, leases).stats.collision, 3)
             for p in ("lru", "least_stale")
         }
         rows.append([t.name, share, "leases" if leases else "no leases", ahead, found])
@@ -146,7 +149,7 @@ def score_against_top(trace: Trace) -> dict[str, object]:
 
 
 def _ahead(out: Outcome) -> float:
-    return (out.traffic.bytes_useful + out.traffic.bytes_wasted) / 1e6
+    return (out.stats.bytes_useful + out.stats.bytes_wasted) / 1e6
 
 
 def accuracy(traces: Sequence[Trace]) -> dict[str, object]:
@@ -187,7 +190,7 @@ CHOICES = {
 
 
 def rates(trace: Trace, policy: str) -> list[float]:
-    return [replay(trace, policy, share).traffic.hit_rate for share in TUNED_AT]
+    return [replay(trace, policy, share).stats.hit_rate for share in TUNED_AT]
 
 
 def bounds(trace: Trace) -> tuple[list[float], list[float]]:

@@ -1,4 +1,4 @@
-"""The folder of this user where packs, compiled kernels, adapters and measurements are kept."""
+"""The user's cache folder: packs, compiled kernels, adapters and measurements (OUTSIZE_HOME)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import platformdirs
 
 
 def expanded(path: str | Path) -> Path:
-    """With ~ as the user's home; as it is where there is no such user."""
+    """The path with ~ expanded; as it is where there is no such user."""
     try:
         return Path(path).expanduser()
     except RuntimeError:

@@ -7,17 +7,18 @@ from functools import cache
 
 
 def say(text: str) -> None:
+    """Print to stderr, where there is one."""
     if sys.stderr is not None:  # print would take stdout in its place
         print(text, file=sys.stderr)
 
 
 def silent(text: str) -> None:
-    """Quiet."""
+    """Say nothing."""
 
 
 @cache
 def warn_once(text: str) -> None:
-    """In this process."""
+    """Warn, but of the same only once in this process."""
     warn(text)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
-Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all
+Progress = Callable[[str, int, int], None]  # what, how much is done, how much there is in all
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -19,62 +19,38 @@ def is_watched() -> bool:
     return ask is not None and bool(ask())
 
 
-@contextmanager
-def bars(quiet: bool = False) -> Iterator[Progress]:
-    """A function that draws: one bar for each kind of work, with rate and time left."""
-    if quiet or not is_watched():
-        yield silent
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-    from rich.progress import (
-        Progress as Bars,
-    )
+def bars(quiet: bool = False) -> AbstractContextManager[Progress]:
+    """Opens a function that draws bytes: a bar for each kind of work, with rate and time left."""
+    return _drawn(quiet, in_bytes=True)
 
-    columns = (
-        TextColumn("{task.description:>10}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Bars(*columns, console=Console(stderr=True), transient=True) as shown:
-        tasks = {}
 
-        def draw(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = shown.add_task(what, total=total)
-            shown.update(tasks[what], completed=done)
-
-        yield draw
+def steps(quiet: bool = False) -> AbstractContextManager[Progress]:
+    """Likewise for work that is counted: one bar, how many of how many, and the time left."""
+    return _drawn(quiet, in_bytes=False)
 
 
 @contextmanager
-def steps(quiet: bool = False) -> Iterator[Progress]:
-    """Likewise for work that is counted: how many of how many, and the time left."""
+def _drawn(quiet: bool, in_bytes: bool) -> Iterator[Progress]:
     if quiet or not is_watched():
         yield silent
         return
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
+    amount = (
+        (rich.DownloadColumn(), rich.TransferSpeedColumn())
+        if in_bytes
+        else (rich.MofNCompleteColumn(),)
     )
-    with Bars(*columns, console=Console(stderr=True), transient=True) as shown:
-        task = shown.add_task("", total=None)
+    text = rich.TextColumn("{task.description:>10}" if in_bytes else "{task.description}")
+    columns = (text, rich.BarColumn(), *amount, rich.TimeRemainingColumn())
+    with rich.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        tasks = {} if in_bytes else {"": shown.add_task("", total=None)}
 
         def draw(what: str, done: int, total: int) -> None:
-            shown.update(task, description=what, completed=done, total=total)
+            key = what if in_bytes else ""
+            if key not in tasks:
+                tasks[key] = shown.add_task(what, total=total)
+            shown.update(tasks[key], description=what, completed=done, total=total)
 
         yield draw

@@ -12,9 +12,8 @@ from typer.testing import CliRunner
 
 from outsize.bench.cache import Wanted, choose, replay
 from outsize.caching import prefetcher
-from outsize.caching.eviction.least_stale import LeastStale
-from outsize.caching.policy import Hints, make
-from outsize.caching.replay.simulate import Link, Replay
+from outsize.caching.policy import EvictionPolicy, Hints, make
+from outsize.caching.replay.simulate import Link, Replay, ReplaySetup
 from outsize.caching.replay.trace import Event, Trace, read, waves
 from outsize.cli.main import app
 from outsize.engine.model import Model
@@ -85,8 +84,8 @@ def counts(trace: Trace, name: str, slots: int, prefetch: str = "none") -> tuple
     hints = Hints(future=[e.ids for e in events], per_layer=trace.experts, layers=trace.layers)
     policy = make(name, slots, hints)
     ahead = prefetcher.make(prefetch, trace.experts)
-    replayed = Replay(policy, slots, Link(1e9, 1000), ahead, num_experts=trace.experts)
-    t = replayed.run(waves(events, policy.room))[1].traffic
+    setup = ReplaySetup(policy, slots, Link(1e9, 1000), ahead, num_experts=trace.experts)
+    t = Replay(setup).run(waves(events, policy.room))[1].stats
     return t.hits, t.cold, t.capacity, t.collision, t.ready
 
 
@@ -108,7 +107,8 @@ def test_truths_of_the_paper_note(tmp_path: Path, slots: int) -> None:
 
 def test_what_is_meant_for_the_next_pass_is_stamped_so() -> None:
     """Layer 0 of the next token, read ahead at the last layer, outlives what this pass has used."""
-    policy = LeastStale(4, 8)
+    policy = make("least_stale", 4, Hints(per_layer=8))
+    assert isinstance(policy, EvictionPolicy)
     policy.begin_pass()
     policy.place([0])
     policy.place([8])
@@ -132,8 +132,9 @@ def test_prefetch_and_link_in_virtual_time() -> None:
     def stall(prefetch: str) -> float:
         link = Link(1e6, 1000, latency_s=0.0, layer_s=2e-3)
         ahead = prefetcher.make(prefetch, 8)
-        run = Replay(make("lru", 6, Hints(per_layer=8)), 6, link, ahead, num_experts=8)
-        return run.run(events)[1].traffic.waited_s
+        policy = make("lru", 6, Hints(per_layer=8))
+        setup = ReplaySetup(policy, 6, link, ahead, num_experts=8)
+        return Replay(setup).run(events)[1].stats.waited_s
 
     assert stall("none") == pytest.approx(60e-3)
     assert stall("oracle") == pytest.approx(1e-3)

@@ -15,7 +15,7 @@ import torch
 import outsize
 from outsize.engine.model import Model
 from outsize.pack import plan
-from outsize.weights.cached import Cached
+from outsize.weights.residency import RecordCache
 from tests.laws import test_interrupts as interrupts
 from tests.laws.test_interrupts import Place, answer, broken_off, places, watched
 
@@ -85,10 +85,10 @@ def test_a_shrink_that_is_broken_off_at_every_line(
     sweep(folder_of(family), None)
 
 
-def in_memory(cache: Cached) -> int:
+def in_memory(cache: RecordCache) -> int:
     """Bytes of its slots' pages that there are."""
     libc, size = ctypes.CDLL(None, use_errno=True), 0
-    for buffers in (cache._arena, cache._ring, cache._lent):
+    for _, buffers in cache._pools:
         start, length = buffers._whole.data_ptr(), len(buffers._whole)
         found = np.zeros(-(-length // 4096), np.uint8)
         assert libc.mincore(

@@ -11,7 +11,7 @@ import pytest
 import outsize
 from outsize.caching import misses, prefetcher
 from outsize.caching.policy import Hints, make
-from outsize.caching.replay.simulate import Link, Replay
+from outsize.caching.replay.simulate import Link, Replay, ReplaySetup
 from outsize.caching.replay.trace import waves
 from outsize.errors import OptionError
 from outsize.pack import fetch
@@ -35,8 +35,8 @@ def test_copies_of_missing_experts(family: str, folder_of: Callable[[str], Path]
     expert_options = ExpertOptions(misses="copy:int8:0.9")
     with opened(coarse, 10, expert_options, coarse) as model:
         assert logits(model, SHORT).equal(whole[0])
-        assert model.loaded.expert_traffic.copied > 0
-        assert model.loaded.expert_traffic.misses > 0
+        assert model.loaded.expert_stats.copied > 0
+        assert model.loaded.expert_stats.misses > 0
     with opened(fine, 10, expert_options, coarse) as model:
         ours = logits(model, SHORT)
     assert 0 < (ours - whole[1]).norm() / whole[1].norm() < 0.4  # near ties are routed otherwise
@@ -63,11 +63,11 @@ def test_replayed_copies_are_counted_and_wait_less(folder_of: Callable[[str], Pa
     ]
     for spec in ("fetch", "copy:int4:0.9"):
         policy = make("lru", 10, Hints(per_layer=tiny.EXPERTS, layers=tiny.LAYERS))
-        replay = Replay(
+        setup = ReplaySetup(
             policy, 10, Link(1e9, 1 << 20), prefetcher.make("none", tiny.EXPERTS),
             misses.make(spec), tiny.EXPERTS,
         )  # fmt: skip
-        found = replay.run(waves(falling, policy.room))[1]
-        seconds.append(found.traffic.waited_s)
-        assert bool(found.traffic.copied) == (spec != "fetch")
+        found = Replay(setup).run(waves(falling, policy.room))[1]
+        seconds.append(found.stats.waited_s)
+        assert bool(found.stats.copied) == (spec != "fetch")
     assert seconds[1] < seconds[0]

@@ -15,7 +15,7 @@ from outsize import registry
 from outsize.caching import eviction, prefetcher
 from outsize.caching.policy import Hints, make
 from outsize.caching.prefetcher import Scored
-from outsize.caching.replay.simulate import Link, Replay
+from outsize.caching.replay.simulate import Link, Replay, ReplaySetup
 from outsize.caching.replay.trace import Event, waves
 from outsize.encoding.group import Group
 from outsize.encoding.int4 import Int4
@@ -33,10 +33,10 @@ from outsize.model.step import Step
 from outsize.model.transformer import Transformer
 from outsize.pack import fetch
 from outsize.pack.format import Pack
-from outsize.storage.stats import IOStats
 from outsize.storage.table import Weight
 from outsize.weights import load as weights
-from outsize.weights.load import Share, all_of
+from outsize.weights.open_pack import LoadPlan
+from outsize.weights.residency import Share, all_of
 from outsize.weights.spec import REPLAYED, ExpertOptions, parse_experts
 from tests.golden import tiny
 
@@ -52,9 +52,7 @@ def opened(
     shares = {t.name: all_of(t) for t in pack.tables}
     if capacity is not None:
         shares |= {t.name: Share((), capacity) for t in pack.tables if t.kind == "experts"}
-    loaded = weights.load(
-        pack, None, IOStats(), lambda *_: None, shares, "first", expert_options, copies
-    )
+    loaded = weights.load(pack, None, LoadPlan(shares, "first", expert_options, copies))
     try:
         yield Transformer(pack.description, loaded)
     finally:
@@ -104,9 +102,9 @@ def test_same_bits(
     expert_options = ExpertOptions(eviction, prefetch, ranked=ranked(packs[family]))
     with opened(packs[family], capacity, expert_options) as model:
         assert torch.equal(logits(model), resident[family])
-        traffic = model.loaded.expert_traffic
-        kinds = traffic.ready + traffic.late + traffic.cold + traffic.capacity + traffic.collision
-        assert traffic.misses == kinds > 0
+        stats = model.loaded.expert_stats
+        kinds = stats.ready + stats.late + stats.cold + stats.capacity + stats.collision
+        assert stats.misses == kinds > 0
 
 
 def test_rows_do_not_see_company(packs: dict[str, Pack]) -> None:
@@ -163,9 +161,7 @@ def test_same_bits_with_kernels(family: str, open_tiny: Callable[..., Model]) ->
     expected = logits(model.transformer)
     shares = {t.name: all_of(t) for t in pack.tables}
     shares |= {t.name: Share((), 12) for t in pack.tables if t.kind == "experts"}
-    loaded = weights.load(
-        pack, kernels, IOStats(), lambda *_: None, shares, "first", ExpertOptions()
-    )
+    loaded = weights.load(pack, kernels, LoadPlan(shares))
     try:
         few = Transformer(pack.description, loaded, kernels)
         assert torch.equal(logits(few), expected)
@@ -174,14 +170,14 @@ def test_same_bits_with_kernels(family: str, open_tiny: Callable[..., Model]) ->
 
 
 def test_routing_by_what_is_in_memory(packs: dict[str, Pack], resident: dict[str, Tensor]) -> None:
-    """Lossy, neutral at 0, and worth more hits the more it favours."""
+    """Lossy, neutral at 0, and worth more hits the larger it is."""
     hits = []
     for spec in ("cached:0", "cached:0.2", "cached:1"):
         expert_options = parse_experts(f"lru,routing={spec}")
         assert expert_options.is_lossy == (spec != "cached:0")
         with opened(packs["olmoe"], 12, expert_options) as model:
             assert torch.equal(logits(model), resident["olmoe"]) or expert_options.is_lossy
-            hits.append(model.loaded.expert_traffic.hits)
+            hits.append(model.loaded.expert_stats.hits)
     assert hits[0] < hits[1] < hits[2]
     for bad in ("cached:2", "cached:x", "other"):
         with pytest.raises(OptionError, match="native or cached:AMOUNT"):
@@ -217,12 +213,12 @@ def test_a_replay_counts_what_the_run_counted(packs: dict[str, Pack], eviction: 
     expert_options = ExpertOptions(eviction, ranked=ranked(pack), recorder=recorded)
     with opened(pack, capacity, expert_options) as model:
         logits(model)
-        lived = model.loaded.expert_traffic
+        lived = model.loaded.expert_stats
     hints = Hints(per_layer=count, layers=tiny.LAYERS, ranked=ranked(pack))
     stride = next(t.stride for t in pack.tables if t.kind == "experts")
     policy, nothing = make(eviction, capacity, hints), prefetcher.make("none", count)
-    replay = Replay(policy, capacity, Link(1e9, stride), nothing, num_experts=count)
-    found = replay.run(waves(recorded.events, policy.room))[1].traffic
+    setup = ReplaySetup(policy, capacity, Link(1e9, stride), nothing, num_experts=count)
+    found = Replay(setup).run(waves(recorded.events, policy.room))[1].stats
     for name in ("hits", "misses", "cold", "capacity", "collision", "bytes_demanded"):
         assert getattr(found, name) == getattr(lived, name), name
 
@@ -233,8 +229,8 @@ def test_lossy_misses_are_counted_and_change_the_answer(
 ) -> None:
     with opened(packs["olmoe"], 10, ExpertOptions(misses=misses)) as model:
         ours = logits(model)
-        traffic = model.loaded.expert_traffic
-    assert traffic.dropped + traffic.substituted > 0
+        stats = model.loaded.expert_stats
+    assert stats.dropped + stats.substituted > 0
     assert not torch.equal(ours, resident["olmoe"])
     with opened(packs["olmoe"], None, ExpertOptions(misses=misses)) as model:
         assert torch.equal(logits(model), resident["olmoe"]), "nothing missing, nothing lost"

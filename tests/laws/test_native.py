@@ -60,15 +60,15 @@ class Recording:
         self._own, self._chosen, self.norm = own, chosen, own.norm
 
     def __call__(
-        self, x_TD: Tensor, wide: bool, favour_N: Tensor | None = None
+        self, x_TD: Tensor, wide: bool, routing_bias_N: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        self._chosen.append(self._own(x_TD, wide, favour_N))
+        self._chosen.append(self._own(x_TD, wide, routing_bias_N))
         return self._chosen[-1]
 
 
 class Replaying(Recording):
     def __call__(
-        self, x_TD: Tensor, wide: bool, favour_N: Tensor | None = None
+        self, x_TD: Tensor, wide: bool, routing_bias_N: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         return self._chosen.pop(0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,20 +15,20 @@ from hypothesis import strategies as st
 
 from outsize import registry
 from outsize.caching import eviction
-from outsize.caching.eviction.pin_and_ring import PinAndRing
 from outsize.caching.policy import Hints, make
 from outsize.errors import CapacityError
 from outsize.kernels.native import Kernels
 from outsize.storage.buffers import buffer
 from outsize.storage.reader import Reader
-from outsize.storage.table import Table
-from outsize.weights.cached import Cached
-from outsize.weights.residency import Resident
+from outsize.storage.table import Table, Weights
+from outsize.weights.residency import RoutedCache, Share
 from outsize.weights.rows import RowTable, join
+from outsize.weights.scan import ScanCache
 from tests.records import ROWS, STRIDE, open_table, write_table
 
 COUNT = 9
-Fixture = tuple[Table, Reader, Resident]
+WHOLE = Share(tuple(range(COUNT)), 0)
+Fixture = tuple[Table, Reader, dict[int, Weights]]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, reading: Kernels | None) -> I
     folder = tmp_path_factory.mktemp("table")
     table = open_table(folder, write_table(folder, COUNT))
     with Reader(kernels=reading) as reader:
-        yield table, reader, Resident(table, reader, None, lambda _: None)
+        yield table, reader, ScanCache(table, reader, WHOLE).load(range(COUNT), lambda _: None)
     table.close()
 
 
@@ -60,9 +61,8 @@ def test_fetch(
 ) -> None:
     table, reader, resident = made
     hints = Hints(pinned=(1, 4), future=[ids for ids, _, _ in trace])
-    depth = capacity - 2 if name == "pin_and_ring" else None
-    cached = Cached(table, reader, None, capacity, make(name, capacity, hints), (), depth)
-    before, asked = table.traffic.hits + table.traffic.misses, 0
+    cached = RoutedCache(table, reader, partial(make, name, capacity, hints), capacity)
+    before, asked = table.stats.hits + table.stats.misses, 0
     for ids, ahead, by_stream in trace:
         ids = list(dict.fromkeys(ids))
         asked += len(ids)
@@ -71,16 +71,16 @@ def test_fetch(
             assert set(found) == set(ids)
         else:
             found = dict(zip(ids, cached.fetch(ids), strict=True))
-        assert all(same(found[i], resident.fetch([i])[0]) for i in ids)
+        assert all(same(found[i], resident[i]) for i in ids)
         cached.prefetch(ahead)  # may not touch what is held
-        assert all(same(found[i], resident.fetch([i])[0]) for i in ids)
+        assert all(same(found[i], resident[i]) for i in ids)
         cached.release()
-    assert table.traffic.hits + table.traffic.misses - before == asked
+    assert table.stats.hits + table.stats.misses - before == asked
 
 
 def test_a_request_that_cannot_fit(made: Fixture) -> None:
     table, reader, _ = made
-    cached = Cached(table, reader, None, 2, make("lru", 2, Hints()))
+    cached = RoutedCache(table, reader, partial(make, "lru", 2, Hints()), 2)
     with pytest.raises(CapacityError, match="3 records are wanted at once, there are slots for 2"):
         cached.fetch([1, 2, 3])
     assert len(cached.fetch([1, 2])) == 2
@@ -90,16 +90,15 @@ def test_a_scan_reads_ahead_and_wastes_nothing(tmp_path: Path, reading: Kernels 
     table = open_table(tmp_path, write_table(tmp_path, COUNT))
     pinned, ring, turns = (0, 4), 2, 6
     scan = [i for i in range(COUNT) if i not in pinned]
-    policy = PinAndRing(len(pinned) + ring, pinned)
     with Reader(kernels=reading) as reader:
-        cached = Cached(table, reader, None, len(pinned) + ring, policy, scan, ring)
+        cached = ScanCache(table, reader, Share(pinned, ring))
         cached.load(pinned, lambda _: None)
         cached.start()
         for _ in range(turns):
             for i in scan:
                 cached.fetch([i])
                 cached.release()
-    t = table.traffic
+    t = table.stats
     table.close()
     assert (t.hits, t.misses) == (0, turns * len(scan))
     assert t.bytes_useful == turns * len(scan) * STRIDE, "all but the first were read ahead"
@@ -110,48 +109,46 @@ def test_a_scan_reads_ahead_and_wastes_nothing(tmp_path: Path, reading: Kernels 
 def test_a_lent_ring_is_right_whenever_it_goes(made: Fixture) -> None:
     """Slots come and go, with reads on their way into them; what is fetched stays right."""
     table, reader, resident = made
-    cached = Cached(table, reader, None, 3, PinAndRing(3, [0]), range(1, COUNT), 2, lent=4)
+    cached = ScanCache(table, reader, Share((0,), 2, lent=4))
     assert cached.lends
     cached.start()
     for turn in range(40):
         if turn % 3 == 0:
-            cached.borrow()
+            cached.borrow_scratch()
             assert len(cached.slot_table.ahead) <= 6
         for i in range(COUNT)[: turn % COUNT + 1]:
-            assert same(cached.fetch([i])[0], resident.fetch([i])[0])
+            assert same(cached.fetch([i])[0], resident[i])
             cached.release()
         if turn % 3 == 1:
-            assert cached.give_back() == 4 * table.header.stride
-            assert cached.give_back() == 0
+            assert cached.return_scratch() == 4 * table.header.stride
+            assert cached.return_scratch() == 0
             assert set(cached.slot_table.slot_of.values()) <= {0, 1, 2}
 
 
 def test_unpinning_frees_and_stays_right(made: Fixture) -> None:
     table, reader, resident = made
-    cached = Cached(table, reader, None, COUNT, PinAndRing(COUNT, range(COUNT)), (), 0)
+    cached = ScanCache(table, reader, WHOLE)
     cached.load(range(COUNT), lambda _: None)
     assert cached.unpin(8) == 0, "its slot becomes the ring"
     assert cached.unpin(7) == STRIDE
     assert cached.unpin(6) == STRIDE
     for i in [6, 7, 8] * 3:
-        assert same(cached.fetch([i])[0], resident.fetch([i])[0])
+        assert same(cached.fetch([i])[0], resident[i])
         cached.release()
 
 
-@pytest.mark.parametrize("held", [0, 3, COUNT])
-def test_rows(tmp_path: Path, held: int) -> None:
+@pytest.mark.parametrize("resident", [0, 3, COUNT])
+def test_rows(tmp_path: Path, resident: int) -> None:
     """By id, few and many, and by blocks: as if all were in memory."""
     table = open_table(tmp_path, write_table(tmp_path, COUNT, "rows"))
     with Reader() as reader:
-        whole = join(table, reader, None, COUNT, lambda _: None)
+        whole = join(table, reader, COUNT, lambda _: None)
         assert whole is not None
         expected = whole.fields["w"]
-        joined = join(table, reader, None, held, lambda _: None)
-        rest = range(held, COUNT)
-        cached = (
-            Cached(table, reader, None, 2, PinAndRing(2, ()), rest, 2) if held < COUNT else None
-        )
-        rows = RowTable(table, reader, None, joined, cached)
+        joined = join(table, reader, resident, lambda _: None)
+        rest = range(resident, COUNT)
+        cached = ScanCache(table, reader, Share((), 2), rest) if resident < COUNT else None
+        rows = RowTable(table, reader, joined, cached)
         for ids in ([5], [0, 143, 70, 70], list(range(144)), [ROWS * 4 + 1, ROWS * 4 + 2]):
             for _ in range(2):  # the second time, records are known to be sound: parts are read
                 assert torch.equal(rows.rows(torch.tensor(ids)), expected[ids])
@@ -164,11 +161,11 @@ def test_rows(tmp_path: Path, held: int) -> None:
 def test_reading_few_rows_reads_few_pages(tmp_path: Path) -> None:
     table = open_table(tmp_path, write_table(tmp_path, COUNT, "rows"))
     with Reader() as reader:
-        rows = RowTable(table, reader, None, None, None)
+        rows = RowTable(table, reader, None, None)
         rows.rows(torch.tensor([3]))
-        before = table.traffic.bytes_read
+        before = table.stats.bytes_read
         rows.rows(torch.tensor([3, 4]))
-        assert table.traffic.bytes_read - before == 4096, "neighbours share a page, read once"
+        assert table.stats.bytes_read - before == 4096, "neighbours share a page, read once"
     table.close()
 
 

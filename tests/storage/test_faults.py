@@ -3,6 +3,7 @@ never a wrong number, never a hang."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -18,7 +19,6 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from outsize.caching.eviction.pin_and_ring import PinAndRing
 from outsize.engine import conversation
 from outsize.engine.model import Model
 from outsize.errors import PackError, ReadError
@@ -28,10 +28,10 @@ from outsize.report.reply_text import summary
 from outsize.storage import file as medium
 from outsize.storage import table as tables
 from outsize.storage.buffers import buffer
-from outsize.storage.native_reader import checksum
 from outsize.storage.reader import Reader
 from outsize.storage.table import Table
-from outsize.weights.cached import Cached
+from outsize.weights.residency import Share
+from outsize.weights.scan import ScanCache
 from tests.records import STRIDE, Faulty, open_table, write_table
 
 COUNT = 4
@@ -51,7 +51,7 @@ def read(table: Table, index: int) -> bytes:
 def scan(table: Table, turns: int = 1, kernels: Kernels | None = None) -> list[bytes]:
     """All records, in turn, through a ring of two, with reads ahead."""
     with Reader(kernels=kernels) as reader:
-        cached = Cached(table, reader, None, 2, PinAndRing(2, ()), range(COUNT))
+        cached = ScanCache(table, reader, Share((), 2))
         out = []
         for i in list(range(COUNT)) * turns:
             (weights,) = cached.fetch([i])
@@ -84,7 +84,7 @@ def test_after_an_error_the_record_is_read_anew(tmp_path: Path) -> None:
     """A slot whose read failed never passes for filled."""
     table = open_table(tmp_path, write_table(tmp_path, COUNT), errors=4, after=1)
     with Reader() as reader:
-        cached = Cached(table, reader, None, 2, PinAndRing(2, ()))
+        cached = ScanCache(table, reader, Share((), 2), ())
         cached.fetch([0])
         with pytest.raises(ReadError):
             cached.fetch([2])
@@ -233,7 +233,7 @@ def test_the_account_says_that_reads_are_cached(
     assert "page cache" not in summary(model.generate("a", max_tokens=2)[0])
     monkeypatch.setattr(medium.File, "handle", lambda self: None)
     for table in model.transformer.loaded.tables:
-        table._medium.is_direct = False  # type: ignore[misc]
+        table._file.is_direct = False
     (reply,) = model.generate("a", max_tokens=2)
     assert reply.cached_reads
     assert summary(reply).count("refuses direct reads") == 1
@@ -262,7 +262,7 @@ def test_the_native_pool_gives_up_and_hurries(tmp_path: Path, home: Path) -> Non
         tickets[-1].wait()
     for i, (raw, _) in enumerate(buffers[:-1]):
         assert raw.numpy().tobytes() == expected(tmp_path, i % COUNT)
-    assert table.traffic.bytes_read == 399 * STRIDE
+    assert table.stats.bytes_read == 399 * STRIDE
 
 
 @given(data=st.binary(max_size=700))
@@ -271,7 +271,9 @@ def test_the_native_checksum(data: bytes, home: Path) -> None:
     found = kernels(home / "native")
     if found is None:
         pytest.skip("no C compiler here")
-    assert checksum(found.library, memoryview(bytearray(data))) == zlib.crc32(data)
+    checksum, held = found.library.checksum, ctypes.create_string_buffer(data, len(data) or 1)
+    checksum.argtypes, checksum.restype = [ctypes.c_void_p, ctypes.c_long], ctypes.c_uint32
+    assert checksum(ctypes.addressof(held), len(data)) == zlib.crc32(data)
 
 
 def test_the_medium_reads_past_no_end(tmp_path: Path) -> None:

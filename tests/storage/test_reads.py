@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from outsize.kernels.native import kernels
-from outsize.storage.native_reader import Reads
+from outsize.storage.native_reader import NativeReader
 
 # The numbers of sched_getattr; sched_setattr's are one less.
 GETATTR = {"x86_64": 315, "aarch64": 275}
@@ -50,7 +50,7 @@ def test_readers_have_short_turns(home: Path) -> None:
         pytest.skip("Linux before 6.12 has no turns of a thread's own")
     if not may_ask():
         pytest.skip("this sandbox forbids sched_setattr")
-    before, reads = set(os.listdir("/proc/self/task")), Reads(made.library, 3)
+    before, reads = set(os.listdir("/proc/self/task")), NativeReader(made.library, 3)
     try:
         new = [int(t) for t in set(os.listdir("/proc/self/task")) - before]
         assert len(new) == 3

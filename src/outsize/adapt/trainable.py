@@ -22,7 +22,6 @@ from outsize.model.sublayer import vector
 from outsize.model_config import Description, Rope
 from outsize.pack.format import Pack
 from outsize.progress import Progress
-from outsize.storage.stats import IOStats
 from outsize.storage.table import Weight, Weights
 from outsize.weights.load import load
 from outsize.weights.rows import RowTable
@@ -68,7 +67,7 @@ class TrainableModel:
             )
         self.description, self.device, self.dtype = d, device, dtype
         self.residual = torch.float64 if dtype == torch.float64 else torch.float32
-        loaded = load(pack, None, IOStats(), progress)
+        loaded = load(pack, progress=progress)
         try:
             self.embed_VD = self._table(loaded.embed, d)
             tied = loaded.head is loaded.embed

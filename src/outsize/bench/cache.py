@@ -72,11 +72,12 @@ def replay(traces: tuple[Trace, ...], wanted: Wanted, quiet: bool) -> list[Row]:
     """All rows. Raises OptionError, UnsupportedError, TraceError."""
     wanted.check()
     setting = Setting(traces, wanted.record_bytes, wanted.layer_ms / 1e3, wanted.expert_ms / 1e3)
-    cells = sweep.cells(
-        len(traces), [_share(c) for c in _split(wanted.capacity)], _split(wanted.eviction),
+    grid = sweep.Grid(
+        [_share(c) for c in _split(wanted.capacity)], _split(wanted.eviction),
         _split(wanted.prefetch), _split(wanted.miss), [_rate(b) for b in _split(wanted.bandwidth)],
         wanted.per_layer,
     )  # fmt: skip
+    cells = grid.cells(len(traces))
     sweep.check(setting, cells)
     rows: list[Row] = []
     with bars(quiet) as progress:

@@ -1,9 +1,9 @@
-"""What to do about experts that are not in memory: read them (exact), leave out the least of them, take
-another that is there, or read a copy at fewer bits (all three lossy)."""
+"""What to do about a cache miss of an expert: read it (exact), or, lossy, drop it if its weight is small, use
+a resident one instead, or read a copy at fewer bits."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from outsize.errors import OptionError
@@ -14,38 +14,41 @@ Instead = Sequence[int | None]  # for each of them: itself, another, ~id for its
 COPY = "copy"
 
 
-class Missing(Protocol):
+class MissHandler(Protocol):
+    """What a layer's cache misses become."""
+
     def __call__(
         self, wanted: Scored, resident: Mapping[int, int], uses: Mapping[int, int], experts: int
     ) -> Instead:
-        """What is asked for instead. `uses`: how often each id was wanted; `experts`: of a layer."""
+        """What is asked for instead. `resident`: the ids in memory (keys); `uses`: how often each was wanted;
+        `experts`: of a layer."""
         ...
 
 
-def count(traffic: IOStats, wanted: Sequence[int], instead: Instead) -> None:
-    """Account for what was left out or replaced."""
-    traffic.dropped += sum(i is None for i in instead)
-    traffic.copied += sum(i is not None and i < 0 for i in instead)
-    traffic.substituted += sum(i not in (None, w, ~w) for w, i in zip(wanted, instead, strict=True))
+def count(stats: IOStats, wanted: Sequence[int], instead: Instead) -> None:
+    """Count what was dropped or replaced."""
+    stats.dropped += sum(i is None for i in instead)
+    stats.copied += sum(i is not None and i < 0 for i in instead)
+    stats.substituted += sum(i not in (None, w, ~w) for w, i in zip(wanted, instead, strict=True))
 
 
 def fetch(
     wanted: Scored, resident: Mapping[int, int], uses: Mapping[int, int], experts: int
 ) -> Instead:
-    """All of them."""
+    """All of them, exactly."""
     return [i for i, _ in wanted]
 
 
-def dropping(least: float) -> Missing:
-    """Leave out missing ones of less weight than `least` of the strongest. Lossy."""
+def replacing(least: float, instead: Callable[[int], int | None]) -> MissHandler:
+    """Handles missing ones of less weight than `least` of the strongest; the others are read. Lossy."""
 
-    def drop(
+    def handle(
         wanted: Scored, resident: Mapping[int, int], uses: Mapping[int, int], experts: int
     ) -> Instead:
         floor = least * max(w for _, w in wanted)
-        return [i if i in resident or w >= floor else None for i, w in wanted]
+        return [i if i in resident or w >= floor else instead(i) for i, w in wanted]
 
-    return drop
+    return handle
 
 
 def substitute(
@@ -59,25 +62,13 @@ def substitute(
     return [i if i in resident or not spare else spare.pop(0) for i, _ in wanted]
 
 
-def copying(least: float) -> Missing:
-    """Take the copies of missing ones of less weight than `least` of the strongest. Lossy."""
-
-    def copy(
-        wanted: Scored, resident: Mapping[int, int], uses: Mapping[int, int], experts: int
-    ) -> Instead:
-        floor = least * max(w for _, w in wanted)
-        return [i if i in resident or w >= floor else ~i for i, w in wanted]
-
-    return copy
-
-
 def copies_of(spec: str) -> str:
-    """The encoding of the copies that a specification wants; none by default."""
+    """The encoding of the copies that a spec asks for; "" for none."""
     name, _, rest = spec.partition(":")
     return rest.partition(":")[0] if name == COPY else ""
 
 
-def make(spec: str) -> Missing:
+def make(spec: str) -> MissHandler:
     """'fetch', 'drop:0.3', 'substitute' or 'copy:int4:0.5'. Raises OptionError."""
     name, _, text = spec.partition(":")
     if name == "fetch" and not text:
@@ -88,9 +79,9 @@ def make(spec: str) -> Missing:
         _, _, text = text.partition(":")
     try:
         if name == COPY and copies_of(spec) and 0 < float(text or "1") <= 1:
-            return copying(float(text or "1"))
+            return replacing(float(text or "1"), lambda i: ~i)
         if name == "drop" and 0 < float(text or "0.3") <= 1:
-            return dropping(float(text or "0.3"))
+            return replacing(float(text or "0.3"), lambda i: None)
     except ValueError:
         pass
     raise OptionError(

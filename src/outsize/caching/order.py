@@ -1,4 +1,4 @@
-"""Ids in an order: of queues, or of a key that changes."""
+"""Which id comes first: in queues, or by a priority that changes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Key = tuple[int, ...]
 
 
 def take_first(queues: Iterable[MutableMapping[int, None]], staying: Collection[int]) -> int:
-    """Remove and give the first id, of the first queue that has one, that is not one of those."""
+    """Remove and return the first id not in `staying`, of the first queue that has one."""
     for queue in queues:
         for id in queue:
             if id not in staying:
@@ -19,7 +19,7 @@ def take_first(queues: Iterable[MutableMapping[int, None]], staying: Collection[
 
 
 class Order:
-    """The smallest key first, in logarithmic time: a heap that skips outdated entries as they come up."""
+    """A priority queue of ids, the smallest key first: a heap whose outdated entries are skipped."""
 
     def __init__(self) -> None:
         self._key: dict[int, Key] = {}
@@ -33,7 +33,7 @@ class Order:
             heapify(self._heap)
 
     def pop(self, staying: Collection[int]) -> int:
-        """Remove and give the first id that is not one of those."""
+        """Remove and return the first id not in `staying`."""
         skipped = []
         while True:
             key, id = heappop(self._heap)

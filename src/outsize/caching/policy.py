@@ -1,7 +1,7 @@
-"""Which records are in which slots: the protocol, and the bookkeeping that policies share.
+"""Cache policies: which records are in which slots, and which one is evicted for another.
 
-A policy knows integers only. A policy is a file in `eviction/`: the file name is its name, its function
-`policy(capacity, hints)` makes one.
+A policy knows integers only. It is a file in `eviction/`: the file name is its name, and `policy(capacity,
+hints)` in it makes one.
 Law: slots distinct; an id asked for now is never evicted now; hits never above Belady's.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from outsize import registry
 from outsize.caching import eviction
@@ -18,15 +18,15 @@ from outsize.errors import CapacityError
 
 
 class Placed(NamedTuple):
-    """Each distinct id's slot, in the order asked; and those (id, slot) that must be read."""
+    """Where a request's records go."""
 
-    slots: dict[int, int]
-    loads: list[tuple[int, int]]
+    slots: dict[int, int]  # each distinct id's slot, in the order asked
+    loads: list[tuple[int, int]]  # those (id, slot) that must be read
 
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """What some policies want to know beforehand."""
+    """What some policies need to know beforehand."""
 
     pinned: Sequence[int] = ()  # never to be evicted
     future: Sequence[Sequence[int]] = ()  # every request to come, in order
@@ -35,47 +35,44 @@ class Hints:
     layers: int = 1
 
 
-class Policy(Protocol):
-    """Decides which ids occupy `capacity` slots."""
+class Policy(ABC):
+    """Decides which ids are in `capacity` slots."""
 
     @property
+    @abstractmethod
     def room(self) -> int:
         """So many ids at once always fit."""
-        ...
 
+    @abstractmethod
     def place(self, ids: Sequence[int], keep: Collection[int] = (), ahead: bool = False) -> Placed:
-        """Make room for these ids, without evicting `keep`; `ahead`: they are only expected. Raises
-        CapacityError, changing nothing."""
-        ...
+        """Make room for these ids, without evicting `keep`; `ahead`: they are prefetched, not asked for.
+        Raises CapacityError, changing nothing."""
 
+    @abstractmethod
     def adopt(self, slots: Mapping[int, int]) -> None:
-        """A new policy takes over: these ids are in these slots."""
-        ...
+        """Start from these ids (keys) in these slots; called once, on a new policy."""
 
-    def give_up(self, least: int) -> tuple[int, int | None] | None:
-        """Use a slot no longer, and which: one that is empty, or else of the least worth; with the id that
-        was in it. None where no more than `least` are left."""
-        ...
+    @abstractmethod
+    def drop_slot(self, least: int) -> tuple[int, int | None] | None:
+        """Use one slot no longer: an empty one, or else that of least worth. Returns it, with the id that was
+        in it; None if no more than `least` are left."""
 
-    def begin_pass(self) -> None:
+    def begin_pass(self) -> None:  # noqa: B027  most do not care
         """The layers are visited from the first one on again."""
-        ...
 
-    def observe(self, layer: int, rows: Sequence[Sequence[int]]) -> None:
-        """What each token, in order, asks for in this layer; told before it is placed."""
-        ...
+    def observe(self, layer: int, rows: Sequence[Sequence[int]]) -> None:  # noqa: B027
+        """What each token, in order, asks for in this layer; called before it is placed."""
 
-    def settle(self) -> None:
-        """What a layer asked for is being read: the time for long thoughts."""
-        ...
+    def finish_ranking(self) -> None:  # noqa: B027
+        """A layer's requests are being read: there is time for a slow ranking of the next victims."""
 
 
-class Slots(ABC):
-    """The bookkeeping: a subclass hears of every use and names the victims."""
+class EvictionPolicy(Policy):
+    """Keeps the slots, all alike; a subclass is notified of every use and names the victims."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, hints: Hints) -> None:
         self.slot_of: dict[int, int] = {}
-        self.is_ahead = False  # what is being placed is only expected
+        self.is_ahead = False  # what is being placed is prefetched
         self._free = list(range(capacity))[::-1]
         self._capacity = capacity
 
@@ -88,9 +85,9 @@ class Slots(ABC):
         self._free = [slot for slot in self._free if slot not in taken]
         for id, slot in slots.items():
             self.slot_of[id] = slot
-            self.used(id, False)
+            self.used(id)
 
-    def give_up(self, least: int) -> tuple[int, int | None] | None:
+    def drop_slot(self, least: int) -> tuple[int, int | None] | None:
         if self._capacity <= least:
             return None
         self._capacity -= 1
@@ -99,18 +96,9 @@ class Slots(ABC):
         id = self.victim(())
         return self.slot_of.pop(id), id
 
-    def begin_pass(self) -> None:  # noqa: B027  most do not care
-        """A new pass over the layers."""
-
-    def observe(self, layer: int, rows: Sequence[Sequence[int]]) -> None:  # noqa: B027
-        """What is asked for next."""
-
-    def settle(self) -> None:  # noqa: B027
-        """A layer's requests are on their way."""
-
     @abstractmethod
-    def used(self, id: int, is_hit: bool) -> None:
-        """An id was asked for."""
+    def used(self, id: int) -> None:
+        """An id was asked for, or prefetched; it is resident now."""
 
     @abstractmethod
     def victim(self, staying: Collection[int]) -> int:
@@ -123,11 +111,11 @@ class Slots(ABC):
             raise too_many(len(staying), self._capacity)
         hits = [i for i in wanted if i in self.slot_of]
         for i in hits:
-            self.used(i, True)
+            self.used(i)
         loads = [(i, self._take(staying)) for i in wanted if i not in self.slot_of]
         for i, slot in loads:
             self.slot_of[i] = slot
-            self.used(i, False)
+            self.used(i)
         return Placed({i: self.slot_of[i] for i in wanted}, loads)
 
     def _take(self, staying: Collection[int]) -> int:
@@ -142,6 +130,6 @@ def too_many(wanted: int, capacity: int) -> CapacityError:
 
 def make(name: str, capacity: int, hints: Hints) -> Policy:
     """A policy by name. Raises UnsupportedError with a suggestion."""
-    found = registry.module(eviction, name, "policy", registry.names(eviction))
+    found = registry.module(eviction, name, "policy")
     made: Policy = found.policy(capacity, hints)
     return made

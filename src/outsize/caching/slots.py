@@ -1,5 +1,5 @@
-"""Which record is where, and what became of every request: the same bookkeeping for real reads
-(`residency.Cached`) and for replayed ones (`replay`).
+"""The slot table of a cache: which record is in which slot, and hits and misses by kind. The same bookkeeping
+for real reads (weights/residency.py) and for replayed ones (replay/simulate.py).
 
 A request is a hit, or a miss of one kind: `ready` (read ahead, and there), `late` (read ahead, still on its
 way), `cold` (never there before), `collision` (evicted in this very pass), `capacity` (any other).
@@ -17,16 +17,16 @@ Load = tuple[int, int]  # id, slot
 
 
 class SlotTable:
-    """A policy, and the account of what it does. `size`: bytes of a record."""
+    """A policy's decisions, applied and counted. `size`: bytes of a record."""
 
-    def __init__(self, policy: Policy, traffic: IOStats, size: int, leases: bool = True) -> None:
-        """`leases` False: what is asked for together does not protect each other. For replays only."""
-        self.policy, self.traffic, self._size, self._leases = policy, traffic, size, leases
+    def __init__(self, policy: Policy, stats: IOStats, size: int, leases: bool = True) -> None:
+        """`leases` False: records asked for together may evict each other. For replays only."""
+        self.policy, self.stats, self._size, self._leases = policy, stats, size, leases
         self.slot_of: dict[int, int] = {}
         self.id_in: dict[int, int] = {}
         self.ahead: set[int] = set()  # read ahead, not yet asked for
-        self.held: Sequence[int] = ()  # asked for, not yet released
-        self.void: set[int] = set()  # have slots, but their reading was given up
+        self.in_use: Sequence[int] = ()  # asked for, not yet released
+        self.cancelled: set[int] = set()  # have slots, but their reading was cancelled
         self._evicted: dict[int, int] = {}  # id -> pass of its last eviction
         self._pass = 0
 
@@ -35,19 +35,19 @@ class SlotTable:
         self.policy.begin_pass()
 
     def adopt(self, slots: Mapping[int, int]) -> None:
-        """These ids are in these slots; nothing else is known."""
+        """Start from these ids (keys) in these slots, which nobody counts."""
         self.policy.adopt(slots)
         self.slot_of, self.id_in = dict(slots), {slot: id for id, slot in slots.items()}
 
     def load(self, ids: Sequence[int]) -> Placed:
-        """Place ids before anything is asked for: none counts."""
+        """Place ids when a model is opened; not counted."""
         return self._place(ids, (), False)
 
     def demand(self, ids: Sequence[int], is_there: Callable[[int], bool]) -> Placed:
-        """Place ids that are wanted now, and count them. Raises CapacityError, changing nothing."""
+        """Place ids that are asked for now, and count them. Raises CapacityError, changing nothing."""
         if not self._leases and len(ids) > 1:
             parts = [self.demand([i], is_there) for i in ids]
-            self.held = ()
+            self.in_use = ()
             return Placed(
                 {i: s for p in parts for i, s in p.slots.items()},
                 [x for p in parts for x in p.loads],
@@ -55,57 +55,55 @@ class SlotTable:
         inside = [i for i in dict.fromkeys(ids) if i in self.slot_of]
         there = {i: is_there(self.slot_of[i]) for i in inside if i in self.ahead}
         placed = self._place(ids, (), False)
-        for id in self.void & placed.slots.keys():
-            self.void.remove(id)
+        for id in self.cancelled & placed.slots.keys():
+            self.cancelled.remove(id)
             placed.loads.append((id, placed.slots[id]))
             inside.remove(id)
-        self.held = tuple(placed.slots)
+        self.in_use = tuple(placed.slots)
         self._count(placed, len(inside), there)
         return placed
 
-    def expect(self, id: int) -> Load | None:
-        """Make room for a record that is not there yet, without touching what is held or expected; None
-        if there is none."""
-        try:
-            keep = {*self.held, *self.ahead} if self._leases else ()
-            placed = self._place([id], keep, True)
-        except CapacityError:
-            return None
-        if not placed.loads:
-            return None
-        self.ahead.add(id)
-        return placed.loads[0]
-
-    def expect_some(self, ids: Sequence[int], most: int) -> list[Load]:
-        """Make room for those that are not there, as long as no more than `most` are expected; of the
-        others some policies want to know, too."""
+    def prefetch(self, ids: Sequence[int], most: int) -> list[Load]:
+        """Make room for ids that are not resident, in this order, until `most` are read ahead or no slot is
+        left. Policies hear of those that are resident, too."""
         loads = []
         for id in ids:
             if id in self.slot_of:
                 self.policy.place([id], (), True)
-            elif len(self.ahead) >= most or (load := self.expect(id)) is None:
+            elif len(self.ahead) >= most or (load := self._prefetch_one(id)) is None:
                 break
             else:
                 loads.append(load)
         return loads
 
-    def give_up(self, ids: Sequence[int], begun: Sequence[int]) -> None:
-        """These were expected in vain. Those whose reading has not begun leave their slots empty."""
+    def _prefetch_one(self, id: int) -> Load | None:
+        """Make room for it without evicting what is in use or read ahead; None if that cannot be."""
+        keep = {*self.in_use, *self.ahead} if self._leases else ()
+        try:
+            placed = self._place([id], keep, True)
+        except CapacityError:
+            return None
+        self.ahead.add(id)
+        return placed.loads[0]
+
+    def cancel(self, ids: Sequence[int], begun: Sequence[int]) -> None:
+        """These were read ahead in vain. Those whose reading has not begun leave their slots empty."""
         self.ahead -= set(ids)
-        self.void |= set(ids) - set(begun)
-        self.traffic.bytes_wasted += len(begun) * self._size
+        self.cancelled |= set(ids) - set(begun)
+        self.stats.bytes_wasted += len(begun) * self._size
 
     def release(self) -> None:
-        self.held = ()
+        """What was asked for is no longer in use."""
+        self.in_use = ()
 
-    def forget(self, id: int) -> int:
-        """An id has left its slot."""
+    def drop(self, id: int) -> int:
+        """Its slot is needed or gone; returns that."""
         slot = self.slot_of.pop(id)
         del self.id_in[slot]
-        self.void.discard(id)
+        self.cancelled.discard(id)
         if id in self.ahead:
             self.ahead.remove(id)
-            self.traffic.bytes_wasted += self._size
+            self.stats.bytes_wasted += self._size
         return slot
 
     def _place(self, ids: Sequence[int], keep: Collection[int], ahead: bool) -> Placed:
@@ -114,12 +112,12 @@ class SlotTable:
             if slot in self.id_in:
                 old = self.id_in[slot]
                 self._evicted[old] = self._pass
-                self.forget(old)
+                self.drop(old)
             self.slot_of[id], self.id_in[slot] = slot, id
         return placed
 
     def _count(self, placed: Placed, num_inside: int, there: dict[int, bool]) -> None:
-        t, size = self.traffic, self._size
+        t, size = self.stats, self._size
         self.ahead -= there.keys()
         ready = sum(there.values())
         t.hits += num_inside - len(there)

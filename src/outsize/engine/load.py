@@ -37,12 +37,11 @@ from outsize.plan.place import place, tokenizer_bytes
 from outsize.plan.placement import Placement
 from outsize.plan.warmup import runtime_bytes
 from outsize.progress import bars
-from outsize.storage.stats import IOStats
 from outsize.system import memory
 from outsize.text.tokens import Tokens
 from outsize.weights import load as weights
-from outsize.weights.experts import Recorder
-from outsize.weights.spec import ExpertOptions, parse_experts
+from outsize.weights.open_pack import LoadPlan
+from outsize.weights.spec import ExpertOptions, Recorder, parse_experts
 
 MOSTLY = 0.9  # of a pack's bytes: then what kernels do not compute is small
 LEAST_SHARE = 0.25  # of a tokenizer's estimated memory, that it takes in any case
@@ -160,16 +159,8 @@ def _open(
             smaller = _draft_model(packs.smaller, options, placement)
             opened.callback(smaller.close)
         with bars(options.quiet) as progress:
-            loaded = weights.load(
-                made,
-                native,
-                IOStats(),
-                progress,
-                placement.shares,
-                options.verify,
-                experts,
-                packs.copies,
-            )
+            plan = LoadPlan(placement.shares, options.verify, experts, packs.copies)
+            loaded = weights.load(made, native, plan, progress)
         opened.callback(loaded.close)
         threads = kernel_threads(options, made, native)
         transformer = Transformer(made.description, loaded, native, placement.ceiling, threads)
@@ -186,7 +177,8 @@ def _draft_model(pack: Pack, options: LoadOptions, placement: Placement) -> draf
     context = min(placement.context, outline.description.context)
     own = place(outline, 1 << 62, 0, 0, context)
     with bars(options.quiet) as progress:
-        loaded = weights.load(pack, native, IOStats(), progress, own.shares, options.verify)
+        plan = LoadPlan(own.shares, options.verify)
+        loaded = weights.load(pack, native, plan, progress)
     threads = kernel_threads(options, pack, native)
     transformer = Transformer(pack.description, loaded, native, None, threads)
     return drafting.DraftModel(transformer, own.context, loaded.close_with(transformer))

@@ -163,14 +163,14 @@ class Scheduler:
     def counts(self) -> Counts:
         """What has been read and waited for so far. Raises ClosedError."""
         loaded = self.transformer.loaded
-        stats = loaded.traffic + loaded.expert_traffic, loaded.expert_traffic + IOStats()
+        stats = loaded.stats + loaded.expert_stats, loaded.expert_stats + IOStats()
         return Counts(*stats, *self.transformer.steps)
 
     @property
     def bytes_read(self) -> int:
         """Of weights, since the model was opened. Raises ClosedError."""
         loaded = self.transformer.loaded
-        return loaded.traffic.bytes_read + loaded.expert_traffic.bytes_read
+        return loaded.stats.bytes_read + loaded.expert_stats.bytes_read
 
     def reply(self, request: Request, options: Options, started: float, before: Counts) -> Reply:
         """The reply of a run that has ended, or was interrupted, with its usage statistics."""

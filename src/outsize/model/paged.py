@@ -11,13 +11,13 @@ from outsize.model.ffn.experts import Mixture, Router
 from outsize.model.step import Step
 from outsize.model.sublayer import Runnable
 from outsize.storage.table import Weights
-from outsize.weights.load import Source
+from outsize.weights.layers import LayerRecord
 
 
 class PagedLayer:
     """A half whose weights are held in memory, and then built once, or fetched at each use."""
 
-    def __init__(self, make: Callable[[Weights], Runnable], source: Source) -> None:
+    def __init__(self, make: Callable[[Weights], Runnable], source: LayerRecord) -> None:
         self._make, self.source = make, source
         self._half = None if source.pinned is None else make(source.pinned)
         self._built: dict[int, tuple[Weights, Runnable]] = {}

@@ -18,9 +18,8 @@ from outsize.model.ffn.experts import Mixture
 from outsize.model.layers import Linear, RMSNorm, rotate
 from outsize.model.step import Segment, Step, gather
 from outsize.model_config import Description, Layer
-from outsize.storage.table import Weight, Weights
+from outsize.storage.table import Weight, Weights, activation_type
 from outsize.weights.experts import ExpertBank
-from outsize.weights.load import activation_type
 
 
 class Attention:

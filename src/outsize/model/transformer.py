@@ -24,8 +24,9 @@ from outsize.model.step import Segment, Step
 from outsize.model.sublayer import attention_sublayer, ffn_sublayer, mixture_sublayer, vector
 from outsize.model_config import Description, Rope
 from outsize.system import memory as budget
-from outsize.weights.cached import Cached
-from outsize.weights.load import Loaded, least_slots
+from outsize.weights.experts import least_slots
+from outsize.weights.load import Loaded
+from outsize.weights.residency import RoutedCache
 
 REFINED = 64
 SLACK = 4 << 20  # over what cannot be returned, before returning is tried again
@@ -70,39 +71,37 @@ class Transformer:
         return sum(part.is_held for part in self.paged_layers)
 
     def end_pass(self) -> None:
-        """Parts held in memory are hits that nobody else sees; experts' policies count passes."""
-        self.loaded.traffic.hits += self._num_held
+        """Resident layers are hits that nobody else counts; experts' policies count passes."""
+        self.loaded.stats.hits += self._num_held
         for cache in {bank.cache for bank in self.loaded.banks}:
             cache.slot_table.begin_pass()
 
     def shrink(self, size: int) -> int:
-        """Give up what was lent, and then held weights, until `size` bytes are free; the bytes of held ones.
-        The order is that in which they are least missed: an embedding of its own, slots for experts, layers
-        from the last one on, the head."""
-        lent, self._lends = self._give_back(), False
+        """Return lent scratch, and then drop resident weights, until `size` bytes are free; the bytes of
+        weights. The order is that in which they are least missed: an embedding of its own, slots for experts,
+        layers from the last one on, the head."""
+        lent, self._lends = self._return_scratch(), False
         size, freed = size - lent, 0
-        for give_up in (
+        for drop in (
             self._shrink_embed,
             self._shrink_experts,
             self._shrink_parts,
             self._shrink_head,
         ):
             if freed < size:
-                freed += give_up(size - freed)
+                freed += drop(size - freed)
         self._num_held = self._count_held()
         if freed:
             budget.trim()
         return freed
 
     def _shrink_embed(self, size: int) -> int:
-        return 0 if self._embed is self._head else self._embed.give_up(False)[0]
+        return 0 if self._embed is self._head else self._embed.drop(False)
 
     def _shrink_experts(self, size: int) -> int:
         freed = 0
         for cache, least in self._expert_caches().items():
-            freed += cache.narrow(size - freed, least)
-        for bank in self.loaded.banks:
-            bank.capacity = bank.cache.slots
+            freed += cache.shrink(size - freed, least)
         return freed
 
     def _shrink_parts(self, size: int) -> int:
@@ -119,11 +118,9 @@ class Transformer:
         self._is_lent, self._num_held = False, self._count_held()
 
     def _shrink_head(self, size: int) -> int:
-        freed, made = self._head.give_up(True)
-        self.loaded.caches += [] if made is None else [made]
-        return freed
+        return self._head.drop(True)
 
-    def _expert_caches(self) -> dict[Cached, int]:
+    def _expert_caches(self) -> dict[RoutedCache, int]:
         """The caches of experts, each with the fewest slots that it can do with."""
         mixture = self.description.mixture
         used = 0 if mixture is None else mixture.used
@@ -135,32 +132,30 @@ class Transformer:
     def giveable(self) -> int:
         """Bytes that shrinking could free."""
         held = [part.source for part in self.paged_layers if part.is_held]
-        out = sum(s.residency.table.header.stride for s in held)
-        whole = {
-            s.residency for s in held if not s.residency.streams
-        }  # keep a slot to stream through
+        out = sum(s.cache.table.header.stride for s in held)
+        whole = {s.cache for s in held if not s.cache.streams}  # keep a slot to stream through
         out -= sum(cache.table.header.stride for cache in whole)
         for cache, least in self._expert_caches().items():
             out += max(0, cache.slots - least) * cache.table.header.stride
         if self._embed is not self._head:
-            out += self._embed.held_bytes
-        return out + max(0, self._head.held_bytes - self._head.ring_bytes)
+            out += self._embed.resident_bytes
+        return out + max(0, self._head.resident_bytes - self._head.ring_bytes)
 
     def begin(self, is_large: bool) -> None:
         """A step begins: a long span, or a batch, needs the scratch, which is else lent to slots."""
         if self._native is not None:
             self._native.set_threads(self.threads.now())
         if is_large:
-            self._give_back()
+            self._return_scratch()
             self._is_lent = False
         elif self._lends and not self._is_lent:
             budget.trim()
             for cache in self.loaded.caches:
-                cache.borrow()
+                cache.borrow_scratch()
             self._is_lent = True
 
-    def _give_back(self) -> int:
-        return sum(cache.give_back() for cache in self.loaded.caches)
+    def _return_scratch(self) -> int:
+        return sum(cache.return_scratch() for cache in self.loaded.caches)
 
     def tidy(self) -> None:
         """Return free memory that the allocator keeps, if there is more of it than was planned: in some
@@ -172,7 +167,7 @@ class Transformer:
     @property
     def waited_s(self) -> float:
         """Seconds that computing has stood still for reads so far."""
-        return self.loaded.traffic.waited_s + self.loaded.expert_traffic.waited_s
+        return self.loaded.stats.waited_s + self.loaded.expert_stats.waited_s
 
     @property
     def steps(self) -> tuple[int, int]:
@@ -182,7 +177,7 @@ class Transformer:
     @property
     def asked(self) -> int:
         """Experts that steps have asked for so far, each once a step and layer."""
-        return self.loaded.expert_traffic.hits + self.loaded.expert_traffic.misses
+        return self.loaded.expert_stats.hits + self.loaded.expert_stats.misses
 
     def new_kv(self, room: int = 0) -> KV:
         """An empty cache for one sequence; with `room` for so many tokens it never moves."""

@@ -31,8 +31,7 @@ from outsize.plan.machine import Compute, Machine
 from outsize.plan.placement import BY_ID, BY_ROUTER, Placement
 from outsize.plan.probe import median_s
 from outsize.storage.buffers import buffer
-from outsize.storage.table import Weight, views
-from outsize.weights.load import activation_type
+from outsize.storage.table import Weight, activation_type, views
 
 STEPS, CHUNKS = 24, 2
 MISS_S = 150e-6  # handing a record from a reader to the computation

@@ -17,7 +17,8 @@ from outsize.plan.placement import BY_ID, BY_ROUTER, DISK, MEMORY, Placement
 from outsize.plan.scratch import lend, lent_bytes
 from outsize.storage.buffers import HUGE, SMALL, huge_bytes
 from outsize.system.address_space import bounds
-from outsize.weights.load import Share, all_of, least_slots
+from outsize.weights.experts import least_slots
+from outsize.weights.residency import Share, all_of
 
 MB = 1_000_000
 RESERVE_SHARE, RESERVE = 0.01, 20 * MB  # page cache of libraries, page tables, kernel stacks

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from outsize.weights.load import Share
+from outsize.weights.residency import Share
 
 ADAPTER = "adapter "  # and its name: a row of the plan
 TEMPLATE = "template process"  # what the process that renders chat templates takes

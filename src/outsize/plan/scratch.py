@@ -9,7 +9,7 @@ from dataclasses import replace
 from outsize.pack.format import TableHeader
 from outsize.pack.outline import Outline
 from outsize.storage.buffers import huge_bytes
-from outsize.weights.load import Share
+from outsize.weights.residency import Share
 
 STEP = 2 << 20  # bytes that a step of a few tokens computes in, with no guesses
 

@@ -20,7 +20,7 @@ from outsize.model.sublayer import SubLayer, attention_sublayer, ffn_sublayer
 from outsize.model.transformer import rotations
 from outsize.model_config import Description, Layer, Rope
 from outsize.storage.table import Weight, Weights
-from outsize.system.memory import promised, resident, settle
+from outsize.system.memory import collect, promised, resident
 
 TOKENS, WIDTH, HEAD = 64, 256, 64
 # oneDNN compiles a product for each shape, and torch keeps a thousand of them: prompts of many lengths would
@@ -33,7 +33,7 @@ def runtime_bytes(kernels: Kernels | None = None) -> int:
     """What this process takes, measured after everything that computes has run once; with what models that
     are open in it have yet to take."""
     wake(kernels)
-    settle()
+    collect()
     return resident() + promised()
 
 

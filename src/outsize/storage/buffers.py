@@ -1,4 +1,4 @@
-"""Memory to read records into: page-aligned, in huge pages where the system has them.
+"""A buffer pool to read records into: page-aligned memory, in huge pages where the system has them.
 
 Huge pages are what makes direct reads fast: a device is handed a few long runs of memory instead of
 hundreds of single pages (docs/decisions.md: 2.3 to 3.0 GB/s against 1.0 to 1.6 on one virtual disk).
@@ -24,7 +24,7 @@ _DROP: int | None = getattr(mmap, "MADV_DONTNEED", None)
 
 
 def huge_bytes(size: int) -> int:
-    """What `size` bytes take in huge pages."""
+    """Bytes of memory that a pool of `size` bytes takes: whole huge pages, where it has any."""
     return -(-size // HUGE) * HUGE if size >= SMALL else size
 
 
@@ -48,7 +48,7 @@ class BufferPool:
         stop = start + self._size
         return self._whole[start:stop], self._view[start:stop]
 
-    def settle(self) -> None:
+    def populate(self) -> None:
         """Take all memory now, in huge pages even if the system must first make room for them: under a
         memory cap it would else silently fall back to single pages."""
         used = huge_bytes(self._count * self._size)
@@ -58,7 +58,7 @@ class BufferPool:
                 self._map.madvise(_COLLAPSE, self._start, used)
 
     def drop(self, index: int) -> None:
-        """Give a buffer's memory back to the system; what it held is lost."""
+        """Return a buffer's memory to the system; its content is lost."""
         if _DROP is not None:
             self._map.madvise(_DROP, self._start + index * self._size, self._size)
 

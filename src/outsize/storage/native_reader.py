@@ -1,4 +1,4 @@
-"""The reading threads of reads.c."""
+"""Bindings of kernels/csrc/reads.c: threads in C that read records, without Python's lock."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ WAITING, GOOD, FAILED, CANCELLED = range(4)
 
 
 class Job(ctypes.Structure):
-    """A record, or a part of it, on its way. Must outlive its reading."""
+    """C's `Job`: a record, or a part of it, to be read. Must outlive its reading."""
 
     _fields_ = (
         ("after", _P), ("out", _P), ("size", _L), ("offset", _L), ("piece", _L), ("taken", _L), ("left", _L),
@@ -17,8 +17,8 @@ class Job(ctypes.Structure):
     )  # fmt: skip
 
 
-class Reads:
-    """A pool of threads; close it."""
+class NativeReader:
+    """A pool of reading threads in C; close it."""
 
     def __init__(self, library: ctypes.CDLL, threads: int) -> None:
         self._open, self._close = library.reads_open, library.reads_close
@@ -41,11 +41,11 @@ class Reads:
         self._submit(self._pool, at)
 
     def promote(self, job: Job) -> None:
-        """What was read ahead is now waited for."""
+        """Read it before what is read ahead."""
         self._promote(self._pool, ctypes.addressof(job))
 
     def cancel(self, job: Job) -> bool:
-        """True if nobody had begun it."""
+        """Do not read it; False if a thread has begun to."""
         at = ctypes.addressof(job)
         if not self._cancel(self._pool, at):
             return False
@@ -53,6 +53,7 @@ class Reads:
         return True
 
     def wait(self, job: Job) -> None:
+        """Wait until it is read, or has failed."""
         at = ctypes.addressof(job)
         if job.state == WAITING:
             self._wait(self._pool, at)
@@ -68,11 +69,3 @@ class Reads:
         """End what is queued, then the threads."""
         self._close(self._pool)
         self._under_way.clear()
-
-
-def checksum(library: ctypes.CDLL, data: memoryview) -> int:
-    """What zlib.crc32 gives."""
-    function = library.checksum
-    function.argtypes, function.restype = [_P, _L], ctypes.c_uint32
-    at = ctypes.addressof(ctypes.c_char.from_buffer(data)) if len(data) else None
-    return int(function(at, len(data)))

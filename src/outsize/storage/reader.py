@@ -1,5 +1,5 @@
-"""A few threads that read records. A record is cut into pieces, so that one read uses all of them;
-what is waited for goes before what is read ahead. Reading holds no core: the threads sleep in the kernel.
+"""A thread pool that reads records. A record is cut into pieces, so that one read uses all threads; what is
+waited for goes before what is read ahead. Reading holds no core: the threads sleep in the kernel.
 
 A record of a small model is read in half a millisecond, so that handing it over must cost little: where
 there are compiled kernels, threads of theirs read (kernels/csrc/reads.c), which never wait for Python;
@@ -14,27 +14,27 @@ from collections import deque
 from queue import SimpleQueue
 
 from outsize.kernels.native import Kernels
-from outsize.storage.native_reader import Reads
+from outsize.storage.native_reader import NativeReader
 from outsize.storage.table import Table
-from outsize.storage.tickets import NativeTicket, PlainTicket, Ticket
+from outsize.storage.tickets import NativeTicket, PlainTicket, Request, Ticket
 
 THREADS = 4
 
 
 class _Queues:
-    """What the threads of Python are to do."""
+    """The work of the threads of Python."""
 
     def __init__(self) -> None:
         self.urgent: deque[PlainTicket] = deque()  # once for each piece
         self.ahead: deque[PlainTicket] = deque()
-        self.work: SimpleQueue[bool] = SimpleQueue()  # True for each of them; False: go home
+        self.work: SimpleQueue[bool] = SimpleQueue()  # True for each of them; False: end
 
     def put(self, ticket: PlainTicket, urgent: bool) -> None:
         (self.urgent if urgent else self.ahead).append(ticket)
         self.work.put(True)
 
     def next(self) -> PlainTicket:
-        """There is one for each True, but another thread may take it from under our eyes."""
+        """The first ticket in line. There is one for each True, but another thread may take it meanwhile."""
         while True:
             for queue in (self.urgent, self.ahead):
                 if queue:
@@ -44,7 +44,7 @@ class _Queues:
                         pass
 
     def serve(self) -> None:
-        """A thread's life."""
+        """Read until there is a False: what a thread runs."""
         while self.work.get():
             ticket = self.next()
             if (start := ticket.take()) is not None:
@@ -52,26 +52,30 @@ class _Queues:
 
 
 class Reader:
-    """The threads, of C where there are kernels, and else or for unusual media of Python; close it."""
+    """Reading threads: in C where there are compiled kernels, else, or for unusual files, in Python.
+    `kernels` also run the matrices that are read. Close it."""
 
     def __init__(self, threads: int = THREADS, kernels: Kernels | None = None) -> None:
+        self.kernels = kernels
         self._queues = _Queues()
         self._count, self._threads = threads, list[threading.Thread]()
-        self._reads = None if kernels is None else Reads(kernels.library, threads)
+        self._native = None if kernels is None else NativeReader(kernels.library, threads)
 
     def submit(
         self, table: Table, index: int, out: memoryview, start: int = 0, urgent: bool = True
     ) -> Ticket:
-        """Start reading; `out` must stay until the ticket is done. Whole records are checked."""
-        handle = None if self._reads is None else table.handle()
-        if self._reads is not None and handle is not None:
-            return NativeTicket(self._reads, handle, table, index, out, start, urgent)
-        ticket = PlainTicket(self.queue, table, index, out, start)
+        """Start reading a record, or from byte `start` on as much as `out` holds, which must stay until the
+        ticket is done. `urgent`: it is waited for."""
+        request = Request(table, index, out, start, urgent)
+        handle = None if self._native is None else table.handle()
+        if self._native is not None and handle is not None:
+            return NativeTicket(self._native, handle, request)
+        ticket = PlainTicket(self.queue, request)
         self.queue(ticket, urgent)
         return ticket
 
     def queue(self, ticket: PlainTicket, urgent: bool) -> None:
-        """Once for each of its pieces."""
+        """Put a ticket in line, once for each of its pieces."""
         if not self._threads:
             self._start()
         for _ in range(len(ticket.pieces)):
@@ -85,12 +89,11 @@ class Reader:
             thread.start()
 
     def restart(self) -> None:
-        """Nothing is being read any more, and what was queued is forgotten: after a call that an exception
-        broke off, wherever that was."""
+        """End all reads and drop the queues: after a call that an exception broke off, wherever that was."""
         self._end_threads()
         self._queues = _Queues()
-        if self._reads is not None:
-            self._reads.drain()
+        if self._native is not None:
+            self._native.drain()
 
     def _end_threads(self) -> None:
         for _ in self._threads:
@@ -103,9 +106,9 @@ class Reader:
     def close(self) -> None:
         """Finish what is under way, and end the threads."""
         self._end_threads()
-        if self._reads is not None:
-            reads, self._reads = self._reads, None
-            reads.close()
+        if self._native is not None:
+            native, self._native = self._native, None
+            native.close()
 
     def __enter__(self) -> Reader:
         return self

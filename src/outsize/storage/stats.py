@@ -1,4 +1,4 @@
-"""What was asked for, and what was read."""
+"""I/O statistics: cache hits and misses, bytes read, seconds waited."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 
 @dataclass(slots=True)
 class IOStats:
-    """Of all tables of one model. Bytes and seconds."""
+    """Counters of the tables that share it, since the model was opened. Bytes and seconds."""
 
     bytes_read: int = 0
     hits: int = 0  # records that were in memory when asked for
@@ -28,13 +28,13 @@ class IOStats:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __add__(self, other: IOStats) -> IOStats:
-        return _traffic([x + y for x, y in zip(self.numbers(), other.numbers(), strict=True)])
+        return _from_numbers([x + y for x, y in zip(self.numbers(), other.numbers(), strict=True)])
 
     def __sub__(self, other: IOStats) -> IOStats:
-        return _traffic([x - y for x, y in zip(self.numbers(), other.numbers(), strict=True)])
+        return _from_numbers([x - y for x, y in zip(self.numbers(), other.numbers(), strict=True)])
 
     def numbers(self) -> list[float]:
-        """All counts, in their order (the seconds among them, too)."""
+        """All counters, in the order of the fields."""
         return [getattr(self, f.name) for f in fields(self) if f.name != "lock"]
 
     def to_json(self) -> dict[str, float]:
@@ -43,16 +43,17 @@ class IOStats:
 
     @property
     def hit_rate(self) -> float:
-        """Of what was asked for, what did not have to be read; 1 if nothing was."""
+        """The share of requests that were hits; 1 if there were none."""
         asked = self.hits + self.misses
         return self.hits / asked if asked else 1.0
 
     def count(self, size: int) -> None:
+        """Add to the bytes read. Thread-safe."""
         with self.lock:
             self.bytes_read += size
 
 
-def _traffic(numbers: list[float]) -> IOStats:
+def _from_numbers(numbers: list[float]) -> IOStats:
     made = IOStats()
     for name, number in zip(made.to_json(), numbers, strict=True):
         setattr(made, name, number)

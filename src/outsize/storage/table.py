@@ -1,12 +1,17 @@
-"""A table: equally long records in one file, read whole or in part, checked, and counted."""
+"""A record table: equally long records in one file. A record is the smallest thing that is moved between disk
+and memory: a layer's attention or feed-forward, an expert, or a block of an embedding's rows. Records are
+read whole or in part, compared with their checksums, and counted; `view` makes weights of the bytes.
+"""
 
 from __future__ import annotations
 
 import threading
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from outsize.encoding.find import encoding
@@ -15,7 +20,7 @@ from outsize.errors import OptionError, PackError, ReadError
 from outsize.kernels.native import Kernels
 from outsize.kernels.structs import NativeMatrix
 from outsize.pack.format import Matrix, TableHeader, damaged, field_bytes
-from outsize.storage.file import PAGE, File, FileBackend
+from outsize.storage.file import PAGE, File
 from outsize.storage.stats import IOStats
 
 VERIFY = ("first", "always", "never")
@@ -24,7 +29,7 @@ RETRIES = 3
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One encoded matrix in memory. Rows beyond `num_rows` are padding."""
+    """One encoded matrix in memory: encoding and stored fields. Rows beyond `num_rows` are padding."""
 
     encoding: Encoding
     fields: Fields
@@ -35,55 +40,57 @@ class Weight:
         return self.encoding.stored_rows(self.fields) != self.num_rows
 
     def native(self) -> NativeMatrix | None:
-        """For kernels that run several matrices at once; None if this is not for them."""
+        """What kernels that run several matrices at once take; None if this one is not for them."""
         return None if self.is_padded else self.encoding.native(self.fields)
 
 
-Weights = dict[str, tuple[Weight, ...]]
+Weights = dict[str, tuple[Weight, ...]]  # a record's tensors by name, each in one piece or several
 
 
 class Table:
-    """The records of one file. Law: the same bytes twice; what is wrong names file, record, offset."""
+    """The records of one file. Law: the same bytes twice; an error names file, record and offset.
+
+    `verify` says when checksums are compared: at the "first" read of each record, "always" or "never"."""
 
     def __init__(
         self,
         folder: Path,
         header: TableHeader,
-        traffic: IOStats,
+        stats: IOStats,
         verify: str = "first",
-        backend: FileBackend | None = None,
+        file: File | None = None,
     ) -> None:
         if verify not in VERIFY:
             raise OptionError(f"verify is {verify!r}; known are {', '.join(VERIFY)}")
-        self.header, self.traffic, self.folder, self._verify = header, traffic, folder, verify
-        self._medium = backend or _opened(folder / header.file)
-        self._stamp = self._medium.stamp()
+        self.header, self.stats, self.folder, self._verify = header, stats, folder, verify
+        self._file = file or _opened(folder / header.file)
+        self._stamp = self._file.stamp()
         self._seen: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.header.keys)
 
     def close(self) -> None:
-        self._medium.close()
+        self._file.close()
 
     @property
     def is_direct(self) -> bool:
-        """As a backend's."""
-        return self._medium.is_direct
+        """Do reads bypass the page cache?"""
+        return self._file.is_direct
 
     def handle(self) -> int | None:
-        """As a backend's."""
-        return self._medium.handle()
+        """An open file for threads of C; None: read through `read`."""
+        return self._file.handle()
 
     def passed(self, index: int) -> None:
-        """A record matched its checksum."""
+        """Remember that a record matched its checksum."""
         self._seen.add(index)
 
     def is_verified(self, index: int) -> bool:
         """May this record be read in part? False once the file has been written to."""
         if self._verify == "never":
             return True
-        stamp = self._medium.stamp()
+        stamp = self._file.stamp()
         if stamp != self._stamp:
             self._seen = set()  # first: broken off here, it is looked at again
             self._stamp = stamp
@@ -102,13 +109,13 @@ class Table:
             if got == 0:
                 raise self._damaged(index, f"ends {size - done:,} bytes early")
             done = size if done + got >= size else (done + got) // PAGE * PAGE
-        self.traffic.count(size)
+        self.stats.count(size)
 
     def _read(self, index: int, out: memoryview, start: int) -> int:
         offset = index * self.header.stride + start
         for attempt in range(RETRIES + 1):
             try:
-                return self._medium.read(out, offset)
+                return self._file.read(out, offset)
             except OSError as e:
                 if attempt == RETRIES:
                     raise ReadError(
@@ -147,7 +154,7 @@ def _opened(path: Path) -> File:
 
 
 def view(raw: Tensor, matrix: Matrix, kernels: Kernels | None) -> Weight:
-    """A matrix's fields as views of its record: no copy."""
+    """One matrix of a record: views of the record's bytes, no copy."""
     fields = {}
     for (name, spec), offset in zip(matrix.specs.items(), matrix.offsets().values(), strict=True):
         fields[name] = raw[offset : offset + field_bytes(spec)].view(spec.dtype).view(spec.shape)
@@ -155,5 +162,12 @@ def view(raw: Tensor, matrix: Matrix, kernels: Kernels | None) -> Weight:
 
 
 def views(raw: Tensor, header: TableHeader, kernels: Kernels | None) -> Weights:
-    """All tensors of a record."""
+    """All tensors of a record, as views of its bytes."""
     return {k: tuple(view(raw, m, kernels) for m in ms) for k, ms in header.tensors.items()}
+
+
+def activation_type(matrices: Sequence[Matrix] | Sequence[Weight]) -> torch.dtype:
+    """The type of activations: fp32 packs run in fp32, all others in bf16."""
+    first = matrices[0]
+    name = first.encoding if isinstance(first, Matrix) else first.encoding.name
+    return torch.float32 if name == "fp32" else torch.bfloat16

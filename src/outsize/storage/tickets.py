@@ -1,78 +1,87 @@
-"""A record on its way into a buffer: read by threads of Python, or by those of kernels/csrc/reads.c."""
+"""A pending read of one record (a future): by threads of Python, or by those of kernels/csrc/reads.c."""
 
 from __future__ import annotations
 
 import ctypes
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError
-from typing import Protocol
+from typing import NamedTuple
 
-from outsize.storage.native_reader import FAILED, Job, Reads
+from outsize.storage.native_reader import FAILED, Job, NativeReader
 from outsize.storage.table import Table
 
-PIECE = 1 << 20
+PIECE = 1 << 20  # bytes that one thread reads at a time
 
 
-class Ticket(Protocol):
-    """A record, or from byte `start` on a part of it, on its way into a buffer."""
+class Request(NamedTuple):
+    """Read a record of a table into `out`: from byte `start` on, as much as `out` holds."""
+
+    table: Table
+    record: int
+    out: memoryview
+    start: int
+    urgent: bool  # waited for, and so read before what is read ahead
 
     @property
-    def is_done(self) -> bool: ...
+    def is_whole(self) -> bool:
+        """Whole records are checked."""
+        return len(self.out) == self.table.header.stride
+
+
+class Ticket(ABC):
+    """What a reader returns for a request: wait for it, or cancel it."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._error: BaseException | None = None
+
     @property
     def error(self) -> BaseException | None:
         """Why it failed, once it is done."""
-        ...
+        return self._error
 
     def wait(self) -> None:
-        """Until the record is there and checked. Raises PackError, ReadError."""
-        ...
+        """Wait until the record is there and checked. Raises PackError, ReadError."""
+        self.wait_quietly()
+        if (error := self.error) is not None:
+            raise error
 
+    @property
+    @abstractmethod
+    def is_done(self) -> bool:
+        """Is the record there, or has reading it failed?"""
+
+    @abstractmethod
     def wait_quietly(self) -> None:
-        """Until it is there or has failed."""
-        ...
+        """Wait until it is done."""
 
+    @abstractmethod
     def cancel(self) -> bool:
-        """Give up what nobody has begun; False if it is too late for that."""
-        ...
+        """Do not read what no thread has begun to read; False if it is too late for that."""
 
+    @abstractmethod
     def promote(self) -> None:
         """What was read ahead is now waited for."""
-        ...
 
 
-class PlainTicket:
-    """Read by the threads of reader.py."""
+class PlainTicket(Ticket):
+    """Read by the threads of reader.py. Each takes pieces from a deque, whose operations are atomic."""
 
-    __slots__ = (
-        "_count", "_done", "_ends", "_queue", "error", "index", "out", "pieces", "start", "table",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        queue: Callable[[PlainTicket, bool], None],
-        table: Table,
-        index: int,
-        out: memoryview,
-        start: int,
-    ) -> None:
-        self._queue, self.table, self.index, self.out, self.start = queue, table, index, out, start
-        self.pieces = deque(range(0, len(out), PIECE))
+    def __init__(self, queue: Callable[[PlainTicket, bool], None], request: Request) -> None:
+        super().__init__(request)
+        self._queue = queue
+        self.pieces = deque(range(0, len(request.out), PIECE))
         self._count = len(self.pieces)
-        self._ends = deque([True] + [False] * (len(self.pieces) - 1))  # who pops True ends last
+        self._ends = deque([True] + [False] * (self._count - 1))  # who pops True ends last
         self._done = threading.Lock()  # free once the record is there
         self._done.acquire()
-        self.error: BaseException | None = None
 
     @property
     def is_done(self) -> bool:
         return not self._done.locked()
-
-    def wait(self) -> None:
-        self.wait_quietly()
-        if self.error is not None:
-            raise self.error
 
     def wait_quietly(self) -> None:
         with self._done:
@@ -83,7 +92,7 @@ class PlainTicket:
         self._queue(self, True)
 
     def take(self) -> int | None:
-        """A piece that nobody has begun."""
+        """The first byte of a piece that nobody has begun."""
         try:
             return self.pieces.popleft()
         except IndexError:
@@ -95,58 +104,47 @@ class PlainTicket:
             for at in mine:
                 self.run(at)
             return False
-        self.error = CancelledError()
+        self._error = CancelledError()
         self._done.release()
         return True
 
     def run(self, at: int) -> None:
         """Read one piece; whoever ends last checks the record."""
+        table, record, out, start, _ = self._request
         try:
-            if self.error is None:
-                piece = self.out[at : at + PIECE]
-                self.table.read_part(self.index, piece, self.start + at)
+            if self._error is None:
+                table.read_part(record, out[at : at + PIECE], start + at)
         except BaseException as e:
-            self.error = e
+            self._error = e
         if self._ends.pop():
             self._finish()
 
     def _finish(self) -> None:
         try:
-            if self.error is None and len(self.out) == self.table.header.stride:
-                self.table.check(self.index, self.out)
+            if self._error is None and self._request.is_whole:
+                self._request.table.check(self._request.record, self._request.out)
         except BaseException as e:
-            self.error = e
+            self._error = e
         self._done.release()
 
 
-class NativeTicket:
-    """Read by threads of kernels/csrc/reads.c."""
+class NativeTicket(Ticket):
+    """Read by threads of kernels/csrc/reads.c; what fails there is read again here, with retries."""
 
-    __slots__ = ("_error", "_job", "_reads", "_tried", "index", "out", "start", "table")
-
-    def __init__(
-        self,
-        reads: Reads,
-        handle: int,
-        table: Table,
-        index: int,
-        out: memoryview,
-        start: int,
-        urgent: bool,
-    ) -> None:
-        self._reads, self.table, self.index, self.out, self.start = reads, table, index, out, start
-        self._error: BaseException | None = None
-        self._tried = False
+    def __init__(self, reader: NativeReader, handle: int, request: Request) -> None:
+        table, record, out, start, urgent = request
+        super().__init__(request)
+        self._reader, self._is_retried = reader, False
         kept = ctypes.c_char.from_buffer(out)  # the buffer stays as long as this
-        size, stride = len(out), table.header.stride
-        check = size == stride and not table.is_verified(index)
+        size, header = len(out), table.header
+        check = size == header.stride and not table.is_verified(record)
         self._job = Job(
-            out=ctypes.addressof(kept), size=size, offset=index * stride + start, piece=PIECE,
-            left=-(-size // PIECE), fd=handle, check=check, crc=table.header.checksums[index],
+            out=ctypes.addressof(kept), size=size, offset=record * header.stride + start, piece=PIECE,
+            left=-(-size // PIECE), fd=handle, check=check, crc=header.checksums[record],
             urgent=urgent,
         )  # fmt: skip
-        table.traffic.count(size)
-        reads.submit(self._job, kept)
+        table.stats.count(size)
+        reader.submit(self._job, kept)
 
     @property
     def is_done(self) -> bool:
@@ -154,37 +152,35 @@ class NativeTicket:
 
     @property
     def error(self) -> BaseException | None:
-        if self._job.state == FAILED and not self._tried:
-            self._tried = True
-            self._again()
+        if self._job.state == FAILED and not self._is_retried:
+            self._is_retried = True
+            self._retry()
         return self._error
 
-    def wait(self) -> None:
-        self._reads.wait(self._job)
-        if self.error is not None:
-            raise self.error
-        if self._job.check:
-            self.table.passed(self.index)
-
     def wait_quietly(self) -> None:
-        self._reads.wait(self._job)
+        self._reader.wait(self._job)
+
+    def wait(self) -> None:
+        super().wait()
+        if self._job.check:
+            self._request.table.passed(self._request.record)
 
     def promote(self) -> None:
-        self._reads.promote(self._job)
+        self._reader.promote(self._job)
 
     def cancel(self) -> bool:
-        if not self._reads.cancel(self._job):
+        if not self._reader.cancel(self._job):
             return False
         self._error = CancelledError()
-        self.table.traffic.count(-len(self.out))
+        self._request.table.stats.count(-len(self._request.out))
         return True
 
-    def _again(self) -> None:
-        """With retries, and words for what is wrong."""
-        self.table.traffic.count(-len(self.out))
+    def _retry(self) -> None:
+        table, record, out, start, _ = self._request
+        table.stats.count(-len(out))
         try:
-            self.table.read_part(self.index, self.out, self.start)
+            table.read_part(record, out, start)
             if self._job.check:
-                self.table.check(self.index, self.out)
+                table.check(record, out)
         except BaseException as e:
             self._error = e

@@ -20,8 +20,8 @@ def limits() -> list[tuple[str, int, int]]:
     import resource
 
     kinds = {"ulimit -v": resource.RLIMIT_AS, "ulimit -d": resource.RLIMIT_DATA}
-    told = {name: resource.getrlimit(kind)[0] for name, kind in kinds.items()}
-    found = {name: limit for name, limit in told.items() if limit != resource.RLIM_INFINITY}
+    set_to = {name: resource.getrlimit(kind)[0] for name, kind in kinds.items()}
+    found = {name: limit for name, limit in set_to.items() if limit != resource.RLIM_INFINITY}
     if not found:
         return []
     import psutil
@@ -38,7 +38,7 @@ def mappable(resident: int) -> int:
 
 
 def bounds() -> str:
-    """The limits, to be told where memory is short; nothing where none is set."""
+    """The limits in words, for errors where memory is short; "" where none is set."""
     return "".join(
         f"; {name} lets this process map {limit / MB:,.0f} MB, of which {size / MB:,.0f} MB are taken"
         for name, limit, size in limits()
@@ -46,11 +46,11 @@ def bounds() -> str:
 
 
 def refusal(arguments: Sequence[str], error: BaseException | None = None) -> str:
-    """Why a command cannot run under these limits, or, after an error, has failed; nothing if they are not
-    to blame."""
+    """Why a command cannot run under these limits, or, after an error, has failed; "" if they are not to
+    blame."""
     if not limits() or (error is None and set(LIGHT) & set(arguments)):
         return ""
-    name, limit, _ = min(limits(), key=lambda told: told[1])
+    name, limit, _ = min(limits(), key=lambda found: found[1])
     least = LIBRARIES if name == "ulimit -v" else BEYOND
     if error is None and limit >= least:
         return ""

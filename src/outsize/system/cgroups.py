@@ -27,7 +27,7 @@ def groups(controller: str) -> Iterator[tuple[Path, int]]:
 
 
 def number(path: Path) -> int | None:
-    """What a file says; None if it is not there or says no number."""
+    """The number in a file; None if there is none."""
     try:
         text = path.read_text().strip()
         return UNLIMITED if text == "max" else int(text)
@@ -46,8 +46,8 @@ def _quota(group: Path, version: int) -> float | None:
         most, period = number(group / "cpu.cfs_quota_us"), number(group / "cpu.cfs_period_us")
     else:
         try:
-            told = (group / "cpu.max").read_text().split()
-            most, period = (None if told[0] == "max" else int(told[0])), int(told[1])
+            words = (group / "cpu.max").read_text().split()
+            most, period = (None if words[0] == "max" else int(words[0])), int(words[1])
         except (OSError, ValueError, IndexError):
             return None
     return most / period if most is not None and period and most > 0 else None

@@ -1,5 +1,5 @@
-"""How much memory there is for this process, and how much it has: the control group counts, where there
-is one."""
+"""Memory of this process: how much it has, and how much it may have by the machine, its control groups and
+`ulimit`. All in bytes."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def promise(owner: object, size: int) -> None:
     _later[owner] = size
 
 
-def settle() -> None:
+def collect() -> None:
     """Return what models that were closed have left: objects that only a collection finds, and holes."""
     if _later:
         gc.collect()
@@ -153,7 +153,7 @@ def _positive(size: int, text: object) -> int:
 
 
 class Watch:
-    """Tells, now and then, how many bytes must be given up: for others, or to keep the promise."""
+    """Watches memory while a model runs: how many bytes must be freed, for others or to keep the budget."""
 
     def __init__(self, budget: int) -> None:
         self._budget, self._next = budget, 0.0

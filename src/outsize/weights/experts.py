@@ -1,86 +1,79 @@
-"""One layer's experts, in slots that all layers share: asked for by the router, some read ahead.
+"""The table kind "experts": a record is one expert of one layer, and all layers share one cache. An expert
+bank is one layer's view of it: the router asks for experts, and some are prefetched for the next layer
+(SpecMD, arXiv 2602.03921).
 
 Ids count through the layers of a table: layer * count + expert.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from outsize.caching.misses import Missing, count, fetch
-from outsize.caching.prefetcher import Prefetcher, Scored, Seen, most_ahead
-from outsize.storage.table import Weights
-from outsize.weights.cached import Cached
+from outsize.caching.misses import count, fetch
+from outsize.caching.policy import Hints, make
+from outsize.caching.prefetcher import Scored, Seen, most_ahead
+from outsize.pack.format import Pack, TableHeader
+from outsize.storage.table import Weights, activation_type
+from outsize.weights.open_pack import OpenPack
+from outsize.weights.residency import RoutedCache
+from outsize.weights.spec import CacheSettings
 
-Recorder = Callable[[int, Sequence[Sequence[int]], Sequence[Sequence[float]], Scored], None]
-
-
-@dataclass(slots=True)
-class ExpertHandling:
-    """How experts are cached, for all layers of a model."""
-
-    prefetcher: Prefetcher | None = None
-    missing: Missing = fetch
-    favour: float = (
-        0.0  # of experts in memory when choosing, in ranges of the gate's logits (lossy)
-    )
-    uses: Counter[int] = field(default_factory=Counter)
-    recorder: Recorder | None = None  # told of every layer's choices
+LEAST_EXPERTS = 2  # times those that a token uses: slots that there must be
 
 
 class Copies(NamedTuple):
     """A layer's experts at fewer bits: its first one is record `base` of the cache."""
 
-    cache: Cached
+    cache: RoutedCache
     base: int
 
 
 @dataclass(slots=True)
 class ExpertBank:
-    """The experts of one layer. `number`: the layer's place in its table; `following`: the next layer's."""
+    """The experts of one layer, by number. `number`: the layer's place in its table; `following`: the next
+    layer's bank."""
 
-    cache: Cached
+    cache: RoutedCache
     activation_type: torch.dtype
-    capacity: int  # slots, of all layers together
     layer: int
     number: int
     count: int
-    handling: ExpertHandling
+    settings: CacheSettings
     following: ExpertBank | None = None
     copies: Copies | None = None
 
     def stream(
         self, rows: Sequence[Sequence[int]], early: Scored, in_order: bool
     ) -> Iterator[list[tuple[int, Weights]]]:
-        """The experts that these tokens chose, as they are there; `early`: what the next layer's gate makes
-        of its experts already now. `in_order`: as they were first chosen. ~e is the copy of e."""
+        """The experts that these tokens chose (`rows`: by token), as they arrive; `early`: the scores of the
+        next layer's gate, asked now. `in_order`: as they were first chosen. ~e is the copy of e."""
         base, slot_table = self.number * self.count, self.cache.slot_table
         chosen = list(dict.fromkeys(e for row in rows for e in row))
         ids, copies = [base + e for e in chosen if e >= 0], [~e for e in chosen if e < 0]
         wanted = [[base + (e if e >= 0 else ~e) for e in row] for row in rows]
         slot_table.policy.observe(self.number, wanted)
-        self.handling.uses.update({e for row in wanted for e in row})
+        self.settings.uses.update({e for row in wanted for e in row})
 
         def then() -> None:
-            self._look_ahead(ids, early)
-            slot_table.policy.settle()
+            self._prefetch_next(ids, early)
+            slot_table.policy.finish_ranking()
 
-        self._begin(copies)
+        self._prefetch_copies(copies)
         room = slot_table.policy.room
         for at in range(0, len(ids), room):
             wave, last = ids[at : at + room], at + room >= len(ids)
-            for found in self.cache.stream(wave, in_order, then if last else self._forget):
+            for found in self.cache.stream(wave, in_order, then if last else self._cancel_stale):
                 yield [(id - base, weights) for id, weights in found]
             self.cache.release()
         yield from self._copied(copies, in_order)
 
     def _copied(self, chosen: Sequence[int], in_order: bool) -> Iterator[list[tuple[int, Weights]]]:
-        """Copies at fewer bits; by then they are being read."""
+        """Their copies at fewer bits, which are being read by then."""
         if self.copies is None or not chosen:
             return
         cache, base = self.copies
@@ -91,35 +84,36 @@ class ExpertBank:
                 yield [(~(id - base), weights) for id, weights in found]
             cache.release()
 
-    def _begin(self, chosen: Sequence[int]) -> None:
-        """Copies are on their way while the others are computed."""
+    def _prefetch_copies(self, chosen: Sequence[int]) -> None:
+        """So that they are read while the others are computed."""
         if self.copies is not None:
             cache, base = self.copies
             cache.prefetch([base + e for e in chosen])
 
-    def favour(self) -> torch.Tensor | None:
-        """(N,) by how much each expert is favoured for being in memory; None: routing is the model's own."""
-        if not self.handling.favour:
+    def routing_bias(self) -> torch.Tensor | None:
+        """(N,) added to each expert's logit, in ranges of the logits, for being resident (lossy); None:
+        routing is the model's own."""
+        if not self.settings.routing_bias:
             return None
         base, there = self.number * self.count, self.cache.slot_table.slot_of
-        favours = [self.handling.favour * (base + e in there) for e in range(self.count)]
-        return torch.tensor(favours, dtype=torch.float32, device="cpu")
+        biases = [self.settings.routing_bias * (base + e in there) for e in range(self.count)]
+        return torch.tensor(biases, dtype=torch.float32, device="cpu")
 
-    def handled(
+    def resolve_misses(
         self, rows: list[list[int]], weights: list[list[float]]
     ) -> tuple[list[list[int]], list[list[float]]]:
-        """The choices after misses were handled. A no-op when they are fetched."""
-        if self.handling.missing is fetch:
+        """Each token's experts and weights after misses were handled; the same when they are fetched."""
+        if self.settings.missing is fetch:
             return rows, weights
-        base, traffic = self.number * self.count, self.cache.traffic
+        base = self.number * self.count
         best: dict[int, float] = {}
         for ids, ws in zip(rows, weights, strict=True):
             for e, w in zip(ids, ws, strict=True):
                 best[base + e] = max(w, best.get(base + e, 0.0))
-        instead = self.handling.missing(
-            list(best.items()), self.cache.slot_table.slot_of, self.handling.uses, self.count
+        instead = self.settings.missing(
+            list(best.items()), self.cache.slot_table.slot_of, self.settings.uses, self.count
         )
-        count(traffic, list(best), instead)
+        count(self.cache.stats, list(best), instead)
         new = {w - base: _local(i, base) for w, i in zip(best, instead, strict=True)}
         kept = [
             [(new[e], w) for e, w in zip(ids, ws, strict=True)]
@@ -130,20 +124,20 @@ class ExpertBank:
             [[w for e, w in row if e is not None] for row in kept],
         )
 
-    def _forget(self) -> None:
-        """What was expected of this layer and not asked for is not expected any more."""
+    def _cancel_stale(self) -> None:
+        """What was prefetched for this layer and not asked for is not read any more."""
         stale = [i for i in self.cache.slot_table.ahead if i // self.count == self.number]
         if stale:
-            self.cache.give_up(stale)
+            self.cache.cancel(stale)
 
-    def _look_ahead(self, ids: Sequence[int], early: Scored) -> None:
-        self._forget()
-        prefetcher, after = self.handling.prefetcher, self.following
+    def _prefetch_next(self, ids: Sequence[int], early: Scored) -> None:
+        self._cancel_stale()
+        prefetcher, after = self.settings.prefetcher, self.following
         if prefetcher is not None and after is not None:
             wanted = prefetcher(
                 Seen(self.layer, ids, after.layer, after.number * after.count, early)
             )
-            after.cache.expect(wanted, most_ahead(after.capacity))
+            after.cache.prefetch_some(wanted, most_ahead(after.cache.slots))
 
 
 def _local(id: int | None, base: int) -> int | None:
@@ -151,3 +145,42 @@ def _local(id: int | None, base: int) -> int | None:
     if id is None:
         return None
     return id - base if id >= 0 else ~(~id - base)
+
+
+def least_slots(header: TableHeader, used: int) -> int:
+    """The fewest for a table of experts; copies get no more. `used`: by a token in a layer."""
+    return min(len(header.keys), LEAST_EXPERTS * used)
+
+
+def load(pack: OpenPack) -> tuple[ExpertBank, ...]:
+    """Every layer's expert bank, in order. A table whose records all have slots is read now."""
+    mixture, options = pack.pack.description.mixture, pack.plan.experts
+    assert mixture is not None
+    count, banks = mixture.count, dict[int, ExpertBank]()
+    for table, share in pack.open("experts", pack.expert_stats):
+        header, slots = table.header, max(1, share.ring)
+        hints = Hints(per_layer=count, layers=len(table) // count, ranked=options.ranked)
+        cache = RoutedCache(table, pack.reader, partial(options.policy, slots, hints), slots)
+        pack.caches.append(cache)
+        if slots == len(table):
+            cache.load(range(len(table)), pack.on_read)
+        dtype, settings = activation_type(header.tensors["gate_up"]), options.settings(count)
+        for number, key in enumerate(header.keys[::count]):
+            layer = key // count
+            banks[layer] = ExpertBank(cache, dtype, layer, number, count, settings)
+    for layer, bank in banks.items():
+        bank.following = banks[(layer + 1) % len(banks)]
+    if pack.plan.copies is not None:
+        _load_copies(pack, pack.plan.copies, banks, mixture.used)
+    return tuple(banks[layer] for layer in sorted(banks))
+
+
+def _load_copies(pack: OpenPack, copies: Pack, banks: Mapping[int, ExpertBank], used: int) -> None:
+    """Give each bank its copies: another pack's experts, which pass through a few slots."""
+    for header in (t for t in copies.tables if t.kind == "experts"):
+        table, slots = pack.open_table(copies, header, pack.stats), least_slots(header, used)
+        cache = RoutedCache(table, pack.reader, partial(make, "lru", slots, Hints()), slots)
+        pack.caches.append(cache)
+        count = next(iter(banks.values())).count
+        for at in range(0, len(header.keys), count):
+            banks[header.keys[at] // count].copies = Copies(cache, at)

@@ -1,61 +1,252 @@
-"""Where weights live. `Resident`: all of a table, held. `Cached`: slots, a policy, and reads ahead.
+"""Where weights live: some of a table's records in slots of memory, the others on disk until asked for.
 
-Law: what `fetch` gives is what a fully resident table gives, bit for bit, for any trace and any
+A cache is its slots, each a buffer allocated once, the slot table (caching/slots.py: which record is in which
+slot, by a policy), and reads on their way. Two kinds, by how records are asked for:
+`ScanCache` (scan.py): in order, over and over, as layers are: some pinned, the others through a ring.
+`RoutedCache`: by a router, as experts are: an eviction policy.
+
+Law: what `fetch` returns is what a fully resident table returns, bit-identical, for any trace and any
 capacity that holds the request (tests/laws/test_residency.py). Ids are record numbers of the table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from outsize.caching.eviction.pin_and_ring import PinAndRing
-from outsize.kernels.native import Kernels
+from torch import Tensor
+
+from outsize.caching.policy import Policy
+from outsize.caching.slots import Load, SlotTable
+from outsize.pack.format import TableHeader
+from outsize.storage.buffers import BufferPool
 from outsize.storage.reader import Reader
-from outsize.storage.stats import IOStats
-from outsize.storage.table import Table, Weights
-from outsize.weights.cached import Cached, Tick
+from outsize.storage.table import Table, Weights, views
+from outsize.storage.tickets import Ticket
+
+OnRead = Callable[[int], None]  # progress callback: bytes that were read
 
 
-class Residency(Protocol):
-    """Records in fast memory, by id."""
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What of a table stays in memory: record numbers, and a ring of slots for the others to pass through."""
 
-    traffic: IOStats
+    pinned: tuple[int, ...]
+    ring: int
+    lent: int = 0  # more slots, while no long span needs its scratch
+
+
+Shares = Mapping[str, Share]  # by table
+
+
+def all_of(header: TableHeader) -> Share:
+    """Fully resident."""
+    if header.kind == "experts":
+        return Share((), len(header.keys))
+    return Share(tuple(range(len(header.keys))), 0)
+
+
+class SlotCounts(NamedTuple):
+    """Slots by what they are for: those filled once, those written over and over, and lent ones."""
+
+    fixed: int
+    ring: int
+    lent: int = 0
+
+
+class RecordCache(ABC):
+    """Slots for a table's records. What is fetched is valid until `release`."""
+
+    def __init__(self, table: Table, reader: Reader, counts: SlotCounts) -> None:
+        stride, starts = table.header.stride, (0, counts.fixed, counts.fixed + counts.ring)
+        self.table, self.stats, self._reader = table, table.stats, reader
+        self.slots = starts[2]  # that there are now, without lent ones
+        self._depth = counts.ring  # slots to read ahead into
+        self._lent = range(self.slots, sum(counts))
+        self._pools = [(at, BufferPool(n, stride)) for at, n in zip(starts, counts, strict=True)]
+        self._pools[1][1].populate()
+        self._views: list[Weights] = [{}] * sum(counts)  # by slot; empty until it is used
+        self._tickets: dict[int, Ticket] = {}  # by slot, until waited for
+        self._whole: dict[int, int] = {}  # slot -> id, of records that are surely there
+        self.slot_table = SlotTable(self._new_policy(), table.stats, stride)
+
+    @abstractmethod
+    def _new_policy(self) -> Policy:
+        """One for the slots that there are now, all empty."""
+
+    def load(self, ids: Sequence[int], on_read: OnRead) -> dict[int, Weights]:
+        """Fill slots at the beginning: many records in flight, none counted as a miss."""
+        placed = self.slot_table.load(ids)
+        self._read(placed.loads, True)
+        for i in ids:
+            self._wait(placed.slots[i])
+            on_read(self.table.header.stride)
+        return {i: self._views[placed.slots[i]] for i in ids}
 
     def fetch(self, ids: Sequence[int]) -> list[Weights]:
-        """All of these at once, valid until `release`. Raises CapacityError, PackError, ReadError."""
-        ...
+        """All of these at once. Raises CapacityError, PackError, ReadError."""
+        slots = self._demand(ids)
+        for slot in slots.values():
+            self._wait(slot)
+        return [self._views[slots[i]] for i in ids]
+
+    def stream(
+        self, ids: Sequence[int], in_order: bool = False, then: Callable[[], None] | None = None
+    ) -> Iterator[list[tuple[int, Weights]]]:
+        """The same, a few at a time as they arrive, those in memory first. `in_order`: one by one as asked;
+        `then`: called once all are being read."""
+        waiting = self._demand(ids)
+        if then is not None:
+            then()
+        while waiting:
+            ready = [] if in_order else [i for i, s in waiting.items() if self._is_there(s)]
+            found = []
+            for i in ready or [next(iter(waiting))]:
+                slot = waiting.pop(i)
+                self._wait(slot)
+                found.append((i, self._views[slot]))
+            yield found
+
+    def prefetch(self, ids: Sequence[int]) -> None:
+        """Read ahead as many as there are slots for, in this order."""
+        missing = [i for i in ids if i not in self.slot_table.slot_of]
+        self.prefetch_some(missing, self._depth - len(self.slot_table.in_use))
+
+    def prefetch_some(self, ids: Sequence[int], most: int) -> None:
+        """Read ahead, in this order, as long as no more than `most` are read ahead and not yet asked for."""
+        self._read(self.slot_table.prefetch(ids, most), False)
+
+    def cancel(self, ids: Sequence[int]) -> None:
+        """These were read ahead in vain: those that nobody has begun to read are not read."""
+        waiting = {i: self._tickets.get(self.slot_table.slot_of[i]) for i in ids}
+        begun = [i for i, ticket in waiting.items() if ticket is None or not ticket.cancel()]
+        self.slot_table.cancel(ids, begun)
 
     def release(self) -> None:
         """What was fetched has been used."""
-        ...
+        self.slot_table.release()
 
-    def stream(self, ids: Sequence[int]) -> Iterator[list[tuple[int, Weights]]]:
-        """The same, a few at a time as they are there: those in memory first."""
-        ...
+    def start(self) -> None:  # noqa: B027  only a scan knows
+        """Loading is over: read ahead what is known to be next."""
 
-    def prefetch(self, ids: Sequence[int]) -> None:
-        """Read ahead as many as can be, in this order."""
-        ...
+    @property
+    def lends(self) -> bool:
+        """Are there slots that can be lent to it?"""
+        return bool(self._lent)
+
+    def borrow_scratch(self) -> None:  # noqa: B027  only a scan can
+        """Read further ahead from now on, in memory that long spans do not need for a while."""
+
+    def return_scratch(self) -> int:
+        """The end of it; the bytes this frees. What was read ahead into that memory is lost."""
+        return 0
+
+    def drain(self) -> None:
+        """Wait for what is still being read."""
+        for ticket in list(self._tickets.values()):
+            ticket.wait_quietly()
+
+    def restore(self) -> None:
+        """After a call that an exception broke off, wherever that was, and once nothing is being read any
+        more: only what is surely there is known, and nothing is lent. Broken off itself, it may be called
+        again."""
+        self.slot_table = SlotTable(self._new_policy(), self.stats, self.table.header.stride)
+        self.slot_table.adopt({id: slot for slot, id in self._whole.items()})
+        self._tickets = {}
+
+    def _demand(self, ids: Sequence[int]) -> dict[int, int]:
+        placed = self.slot_table.demand(ids, self._is_there)
+        self._read(placed.loads, True)
+        return placed.slots
+
+    def _is_there(self, slot: int) -> bool:
+        return slot not in self._tickets or self._tickets[slot].is_done
+
+    def _read(self, loads: Sequence[Load], urgent: bool) -> None:
+        """Start reading. Whatever was on its way to a slot is over first."""
+        for id, slot in loads:
+            self._whole.pop(slot, None)
+            if (ticket := self._tickets.pop(slot, None)) is not None:
+                ticket.wait_quietly()
+            self._tickets[slot] = self._submit(id, slot, urgent)
+
+    def _submit(self, index: int, slot: int, urgent: bool) -> Ticket:
+        raw, out = self._buffer(slot)
+        if not self._views[slot]:
+            self._views[slot] = views(raw, self.table.header, self._reader.kernels)
+        return self._reader.submit(self.table, index, out, urgent=urgent)
+
+    def _buffer(self, slot: int) -> tuple[Tensor, memoryview]:
+        first, pool = self._pool(slot)
+        return pool[slot - first]
+
+    def _pool(self, slot: int) -> tuple[int, BufferPool]:
+        """The slot's pool, and that one's first slot."""
+        return next(found for found in reversed(self._pools) if slot >= found[0])
+
+    def _wait(self, slot: int) -> None:
+        """Wait until a slot's record is there; one that failed earlier is tried again."""
+        ticket = self._tickets.get(slot)
+        if ticket is None:
+            return
+        if ticket.is_done and ticket.error is not None:
+            ticket = self._tickets[slot] = self._submit(self.slot_table.id_in[slot], slot, True)
+        if not ticket.is_done:
+            started = time.perf_counter()
+            ticket.promote()
+            ticket.wait_quietly()
+            self.stats.waited_s += time.perf_counter() - started
+        ticket.wait()
+        self._whole[slot] = self.slot_table.id_in[slot]
+        del self._tickets[slot]
+
+    def _empty(self, slot: int) -> None:
+        """Nothing is in it, nor on its way."""
+        if (ticket := self._tickets.pop(slot, None)) is not None and not ticket.cancel():
+            ticket.wait_quietly()
+        self._whole.pop(slot, None)
+
+    def _drop_memory(self, slot: int) -> None:
+        """Return a slot's memory to the system."""
+        self._views[slot] = {}
+        first, pool = self._pool(slot)
+        pool.drop(slot - first)
 
 
-class Resident:
-    """Every record, read at once; the plain twin."""
+class RoutedCache(RecordCache):
+    """For records that a router names, as experts: an eviction policy fills so many slots."""
 
-    def __init__(self, table: Table, reader: Reader, kernels: Kernels | None, tick: Tick) -> None:
-        self.traffic = table.traffic
-        ids = range(len(table))
-        made = Cached(table, reader, kernels, len(table), PinAndRing(len(table), ids))
-        self._weights = made.load(ids, tick)
+    def __init__(
+        self, table: Table, reader: Reader, make_policy: Callable[[], Policy], slots: int
+    ) -> None:
+        self._make_policy, self._num_dropped = make_policy, 0
+        is_resident = slots == len(table)  # then they are filled once
+        super().__init__(
+            table, reader, SlotCounts(slots, 0) if is_resident else SlotCounts(0, slots)
+        )
+        self._depth = slots
 
-    def fetch(self, ids: Sequence[int]) -> list[Weights]:
-        return [self._weights[i] for i in ids]
+    def _new_policy(self) -> Policy:
+        policy = self._make_policy()
+        for _ in range(self._num_dropped):  # no more slots than before, maybe others
+            if (found := policy.drop_slot(0)) is not None:
+                self._whole.pop(found[0], None)
+                self._drop_memory(found[0])
+        return policy
 
-    def release(self) -> None:
-        """Nothing to do."""
-
-    def stream(self, ids: Sequence[int]) -> Iterator[list[tuple[int, Weights]]]:
-        yield [(i, self._weights[i]) for i in ids]
-
-    def prefetch(self, ids: Sequence[int]) -> None:
-        """Nothing to do."""
+    def shrink(self, size: int, least: int) -> int:
+        """Drop slots until `size` bytes are free, or `least` slots are left; the bytes this frees."""
+        freed = 0
+        while freed < size and (found := self.slot_table.policy.drop_slot(least)) is not None:
+            slot, id = found
+            if id is not None:
+                self.slot_table.drop(id)
+            self._empty(slot)
+            self.slots -= 1
+            self._drop_memory(slot)
+            self._num_dropped += 1
+            freed += self.table.header.stride
+        return freed

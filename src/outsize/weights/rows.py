@@ -1,5 +1,5 @@
-"""An embedding or a head: its leading rows joined in memory, the rest on disk. Rows are read by id, and
-blocks of rows in order, for a product with all of them.
+"""The table kind "rows", an embedding or a head (the output matrix): its leading rows resident, the others on
+disk. Rows are read by id, and blocks of rows in order, for a product with all of them.
 
 Shapes: T ids, K numbers a row.
 """
@@ -8,98 +8,87 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from outsize.caching.eviction.pin_and_ring import PinAndRing
 from outsize.encoding.find import encoding
 from outsize.encoding.plain import Plain
-from outsize.kernels.native import Kernels
 from outsize.pack.format import PAGE, Matrix, aligned, field_bytes
 from outsize.storage.buffers import BufferPool, buffer
 from outsize.storage.reader import Reader
 from outsize.storage.table import Table, Weight, view
-from outsize.weights.cached import Cached, Tick
+from outsize.weights.open_pack import OpenPack
+from outsize.weights.residency import OnRead, Share
+from outsize.weights.scan import ScanCache
 
 FEW = 8  # rows of one record: up to here they are read one by one
 IN_FLIGHT = 4
-RING = 2  # records of a head that nothing is held of: one in use, the next on its way
+RING = 2  # slots of a head with no resident rows: one in use, the next being read
 
 
 class RowTable:
-    """`joined`: the first records as one matrix. `cached`: the others, in a scan; None: by id only."""
+    """A matrix by rows. `joined`: its first records as one matrix in memory. `cache`: the others, in a scan;
+    None: they are read by id only."""
 
     def __init__(
-        self,
-        table: Table,
-        reader: Reader,
-        kernels: Kernels | None,
-        joined: Weight | None,
-        cached: Cached | None,
+        self, table: Table, reader: Reader, joined: Weight | None, cache: ScanCache | None
     ) -> None:
-        self._table, self._reader, self._kernels = table, reader, kernels
+        self._table, self._reader = table, reader
         (self._matrix,) = next(iter(table.header.tensors.values()))
-        self.encoding = encoding(self._matrix.encoding, kernels)
-        self._joined, self.cached = joined, cached
+        self.encoding = encoding(self._matrix.encoding, reader.kernels)
+        self._joined, self.cache = joined, cache
         self._num_joined = 0 if joined is None else joined.num_rows
         # A float matmul's bits depend on how many rows it has, so floats are always taken by blocks.
         self._by_blocks = isinstance(self.encoding, Plain)
 
     @property
     def is_resident(self) -> bool:
+        """Are all rows in memory?"""
         return self._num_joined >= self._table.header.num_rows
 
     @property
-    def held_bytes(self) -> int:
-        """Of what is joined in memory."""
+    def resident_bytes(self) -> int:
+        """Bytes of what is joined in memory."""
         return 0 if self._joined is None else sum(f.nbytes for f in self._joined.fields.values())
 
     @property
     def ring_bytes(self) -> int:
-        """What blocks need to pass through, if nothing is held."""
-        if self.cached is not None:
+        """Bytes of slots that `drop` must take for blocks to pass through."""
+        if self.cache is not None:
             return 0
         return min(RING, len(self._table)) * self._table.header.stride
 
-    def give_up(self, is_head: bool) -> tuple[int, Cached | None]:
-        """Read all rows from disk from now on; a head's in blocks. The bytes this frees, and slots that were
-        made for it."""
-        freed, made = self.held_bytes - (self.ring_bytes if is_head else 0), None
+    def drop(self, is_head: bool) -> int:
+        """Read all rows from disk from now on; a head's in blocks. The bytes this frees."""
+        freed = self.resident_bytes - (self.ring_bytes if is_head else 0)
         if freed <= 0:
-            return 0, None
+            return 0
         everything = range(len(self._table))
-        if self.cached is not None:
-            self.cached.scan(everything)
+        if self.cache is not None:
+            self.cache.set_scan(everything)
         elif is_head:
-            ring = min(RING, len(self._table))
-            anew = partial(PinAndRing, ring, ())
-            made = Cached(
-                self._table, self._reader, self._kernels, ring, anew(), everything, anew=anew
-            )
-            self.cached = made
+            ring = Share((), min(RING, len(self._table)))
+            self.cache = ScanCache(self._table, self._reader, ring, everything)
         self._joined, self._num_joined = None, 0  # last: broken off before, all is as it was
-        return freed, made
+        return freed
 
     def blocks(self) -> Iterator[Weight]:
         """All rows, in order; each block is valid until the next is asked for."""
-        size, traffic = self._matrix.num_rows, self._table.traffic
+        size, stats = self._matrix.num_rows, self._table.stats
         first = -(-self._num_joined // size)
-        traffic.hits += first
+        stats.hits += first
         if self._joined is not None:
-            yield from self._split(size) if self._by_blocks else [self._joined]
+            yield from self._split(self._joined, size) if self._by_blocks else [self._joined]
         for i in range(first, len(self._table)):
-            assert self.cached is not None
-            (weights,) = self.cached.fetch([i])
+            assert self.cache is not None
+            (weights,) = self.cache.fetch([i])
             yield next(iter(weights.values()))[0]
-            self.cached.release()
+            self.cache.release()
 
-    def _split(self, size: int) -> Iterator[Weight]:
-        assert self._joined is not None
-        fields = self._joined.fields
+    def _split(self, joined: Weight, size: int) -> Iterator[Weight]:
         for start in range(0, self._num_joined, size):
-            part = {k: f[start : start + size] for k, f in fields.items()}
+            part = {k: f[start : start + size] for k, f in joined.fields.items()}
             yield Weight(self.encoding, part, size)
 
     def rows(self, ids_T: Tensor) -> Tensor:
@@ -107,22 +96,23 @@ class RowTable:
         if self._joined is not None and (self.is_resident or int(ids_T.max()) < self._num_joined):
             return self.encoding.rows(self._joined.fields, ids_T)
         out_TK = torch.empty(len(ids_T), self._matrix.width, dtype=torch.float32, device="cpu")
-        held_T = ids_T < self._num_joined
-        if self._joined is not None and bool(held_T.any()):
-            out_TK[held_T] = self.encoding.rows(self._joined.fields, ids_T[held_T])
+        resident_T = ids_T < self._num_joined
+        if self._joined is not None and bool(resident_T.any()):
+            out_TK[resident_T] = self.encoding.rows(self._joined.fields, ids_T[resident_T])
         started = time.perf_counter()
         by_record: dict[int, list[int]] = {}
-        for at in (~held_T).nonzero()[:, 0].tolist():
+        for at in (~resident_T).nonzero()[:, 0].tolist():
             by_record.setdefault(int(ids_T[at]) // self._matrix.num_rows, []).append(at)
         few = [r for r, places in by_record.items() if self._are_few(r, places)]
         for record in few:
             places = by_record.pop(record)
             out_TK[places] = self._few(record, self._local(record, ids_T[places]))
-        for record, raw in self._whole(list(by_record)):
+        for record, raw in read_in_turn(self._table, self._reader, list(by_record)):
+            self._table.stats.bytes_demanded += self._table.header.stride
             places = by_record[record]
             fields = view(raw, self._matrix, None).fields
             out_TK[places] = self.encoding.rows(fields, self._local(record, ids_T[places]))
-        self._table.traffic.waited_s += time.perf_counter() - started
+        self._table.stats.waited_s += time.perf_counter() - started
         return out_TK
 
     def _local(self, record: int, ids_T: Tensor) -> Tensor:
@@ -130,25 +120,6 @@ class RowTable:
 
     def _are_few(self, record: int, places: Sequence[int]) -> bool:
         return len(places) <= FEW and by_row(self._matrix) and self._table.is_verified(record)
-
-    def _whole(self, records: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        """Whole records, a few in flight; each is valid until the next."""
-        stride = self._table.header.stride
-        buffers = BufferPool(IN_FLIGHT, stride)
-        raws = [buffers[i] for i in range(min(IN_FLIGHT, len(records)))]
-        reads = [
-            self._reader.submit(self._table, r, out)
-            for r, (_, out) in zip(records, raws, strict=False)
-        ]
-        for i, record in enumerate(records):
-            slot = i % len(raws)
-            reads[slot].wait()
-            self._table.traffic.bytes_demanded += stride
-            yield record, raws[slot][0]
-            if i + len(raws) < len(records):
-                reads[slot] = self._reader.submit(
-                    self._table, records[i + len(raws)], raws[slot][1]
-                )
 
     def _few(self, record: int, local_T: Tensor) -> Tensor:
         """Only the pages that these rows lie in; neighbours in one read."""
@@ -162,7 +133,7 @@ class RowTable:
             at += stop - start
         for ticket in tickets:
             ticket.wait()
-        self._table.traffic.bytes_demanded += at
+        self._table.stats.bytes_demanded += at
         fields = _gather(self._matrix, raw, places, local_T.tolist())
         return self.encoding.rows(
             fields, torch.arange(len(local_T), dtype=torch.int64, device="cpu")
@@ -211,9 +182,20 @@ def _gather(
     }
 
 
-def join(
-    table: Table, reader: Reader, kernels: Kernels | None, count: int, tick: Tick
-) -> Weight | None:
+def load(pack: OpenPack) -> dict[str, RowTable]:
+    """The tables of kind "rows", by name. Their pinned records are their first ones."""
+    out = {}
+    for table, share in pack.open("rows", pack.stats):
+        count = len(share.pinned)
+        joined, cache = join(table, pack.reader, count, pack.on_read), None
+        if share.ring:
+            rest = range(count, len(table))
+            cache = ScanCache(table, pack.reader, Share((), share.ring), rest)
+        out[table.header.name] = RowTable(table, pack.reader, joined, cache)
+    return out
+
+
+def join(table: Table, reader: Reader, count: int, on_read: OnRead) -> Weight | None:
     """The first `count` records as one matrix, joined as they are read."""
     if count == 0:
         return None
@@ -221,18 +203,26 @@ def join(
     (matrix,) = next(iter(header.tensors.values()))
     whole = Matrix(matrix.encoding, matrix.num_rows * count, matrix.width, 0)
     fields = {k: torch.empty(s.shape, dtype=s.dtype, device="cpu") for k, s in whole.specs.items()}
-    buffers = BufferPool(IN_FLIGHT, header.stride)
-    raws = [buffers[i] for i in range(min(IN_FLIGHT, count))]
-    tickets = [reader.submit(table, i, out) for i, (_, out) in enumerate(raws)]
-    for i in range(count):
-        slot = i % len(raws)
-        tickets[slot].wait()
-        _copy(fields, view(raws[slot][0], matrix, kernels), matrix, i)
-        tick(header.stride)
-        if i + len(raws) < count:
-            tickets[slot] = reader.submit(table, i + len(raws), raws[slot][1])
+    for i, raw in read_in_turn(table, reader, range(count)):
+        _copy(fields, view(raw, matrix, None), matrix, i)
+        on_read(header.stride)
     num_rows = min(matrix.num_rows * count, header.num_rows)
-    return Weight(encoding(matrix.encoding, kernels), fields, num_rows)
+    return Weight(encoding(matrix.encoding, reader.kernels), fields, num_rows)
+
+
+def read_in_turn(
+    table: Table, reader: Reader, records: Sequence[int]
+) -> Iterator[tuple[int, Tensor]]:
+    """Whole records, a few in flight; each is valid until the next."""
+    pool = BufferPool(IN_FLIGHT, table.header.stride)
+    buffers = [pool[i] for i in range(min(IN_FLIGHT, len(records)))]
+    tickets = [reader.submit(table, r, out) for r, (_, out) in zip(records, buffers, strict=False)]
+    for i, record in enumerate(records):
+        slot = i % len(buffers)
+        tickets[slot].wait()
+        yield record, buffers[slot][0]
+        if i + len(buffers) < len(records):
+            tickets[slot] = reader.submit(table, records[i + len(buffers)], buffers[slot][1])
 
 
 def _copy(fields: dict[str, Tensor], block: Weight, matrix: Matrix, index: int) -> None:

@@ -1,5 +1,5 @@
-"""What is next used farthest in the future goes first: the optimum, for tests and replay, since it
-must be told the future (L. Belady, 1966)."""
+"""Belady's optimum: what is next used farthest in the future is evicted first. For tests and replay, since it
+must be given the future (L. Belady, 1966)."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 
 from outsize.caching.order import Order
-from outsize.caching.policy import Hints, Placed, Policy, Slots
+from outsize.caching.policy import EvictionPolicy, Hints, Placed
 
 NEVER = 1 << 62
 
 
-class Belady(Slots):
-    def __init__(self, capacity: int, future: Sequence[Sequence[int]]) -> None:
-        super().__init__(capacity)
+class Belady(EvictionPolicy):
+    def __init__(self, capacity: int, hints: Hints) -> None:
+        super().__init__(capacity, hints)
         self._now, self._order = 0, Order()
         self._uses: dict[int, list[int]] = defaultdict(list)
-        for time, ids in enumerate(future):
+        for time, ids in enumerate(hints.future):
             for i in dict.fromkeys(ids):
                 self._uses[i].append(time)
 
@@ -27,7 +27,7 @@ class Belady(Slots):
         self._now += not ahead
         return placed
 
-    def used(self, id: int, is_hit: bool) -> None:
+    def used(self, id: int) -> None:
         now = self._now - 1 if self.is_ahead else self._now
         uses = self._uses[id]
         at = bisect_right(uses, now)
@@ -37,5 +37,4 @@ class Belady(Slots):
         return self._order.pop(staying)
 
 
-def policy(capacity: int, hints: Hints) -> Policy:
-    return Belady(capacity, hints.future)
+policy = Belady

@@ -1,14 +1,14 @@
-"""Ours: what is least likely to be wanted soon goes first, judged by what followed when routing looked like
-this before.
+"""Echo, our default for experts: a frequency mixture with nearest-neighbour routing history. The expert least
+likely to be used soon is evicted first.
 
-Text repeats itself, and so does routing: the tokens whose experts so far were most like the present
-token's tell what it will ask for in the next layers, and the tokens that came after them what the next
-token will ask for. That echo is mixed with how often each expert was used of late (the mean of four
-decaying frequencies). A candidate's worth is its chance at its layer's next visit, and then its mean
-rate, over how long it must be kept: (p + b) / (d + L), for d layers until that visit and L layers.
+The remembered tokens (nearest neighbours) whose experts so far were most like the present token's predict
+what it will ask for in the next layers, and the tokens that came after them what the next token will ask
+for. That is mixed with each expert's recent frequency (the mean of four exponentially decaying ones). A
+candidate's worth is its probability at its layer's next visit plus its mean rate, over how long it must be
+kept: (p + b) / (d + L), for d layers until that visit and L layers. Hit rates: docs/results/specmd.md.
 
-All this takes longer than a record's way to memory allows to wait. So a layer's routing is thought about, and
-the next layer's victims are ranked, while what the layer asked for is being read.
+This takes longer than reading a record allows to wait. So the history is updated, and the next layer's
+victims are ranked, while what a layer asked for is being read (`finish_ranking`).
 
 Shapes: W remembered tokens, L layers, E experts of a layer, I = L * E.
 """
@@ -20,23 +20,27 @@ from collections.abc import Collection, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from outsize.caching.policy import Hints, Policy, Slots
+from outsize.caching.policy import EvictionPolicy, Hints
 
 Floats = NDArray[np.float32]
 
 DECAYS = np.array([0.3, 0.7, 0.9, 0.97], np.float32)  # of the frequencies, a token
-PRIOR = 1.0  # tokens' worth of belief that all experts are alike
+PRIOR = 1.0  # tokens' worth of prior belief that all experts are alike
 WINDOW = 256  # tokens remembered, at least half of them at any time
-SHARPNESS, FADING = 9.0, 0.9  # how much likeness counts, and how fast older layers' likeness fades
-TRUST, AFTER = 0.8, 0.7  # of the echo, for this token's next layers and for the next token
+SHARPNESS, FADING = 9.0, 0.9  # of similarity: its weight, and its decay by layer
+TRUST, AFTER = (
+    0.8,
+    0.7,
+)  # of the history in the mixture, for this token's next layers and for the next token
 BYTES = 4 * (WINDOW + 9) + 16  # of memory for each expert
-REACH = 2  # layers ahead that this token's echo is told for
+REACH = 2  # layers ahead that are predicted for this token
 RANKED = 32  # victims at a time
 
 
-class Echo(Slots):
-    def __init__(self, capacity: int, layers: int, experts: int) -> None:
-        super().__init__(capacity)
+class Echo(EvictionPolicy):
+    def __init__(self, capacity: int, hints: Hints) -> None:
+        super().__init__(capacity, hints)
+        layers, experts = hints.layers, hints.per_layer
         self._layers, self._experts, self._layer, self._used = layers, experts, 0, 1.0
         size = layers * experts
         self._of_layer = np.arange(size) // experts
@@ -50,7 +54,7 @@ class Echo(Slots):
         self._alike, self._most = np.zeros(WINDOW, np.float32), 0.0
         self._victims: list[int] = []
         self._later = self._next[0]
-        self._told: tuple[int, Sequence[Sequence[int]]] | None = None
+        self._observed: tuple[int, Sequence[Sequence[int]]] | None = None
 
     def begin_pass(self) -> None:
         """The last pass's tokens are remembered."""
@@ -63,14 +67,14 @@ class Echo(Slots):
         self._alike[:], self._most = 0, 0.0
 
     def observe(self, layer: int, rows: Sequence[Sequence[int]]) -> None:
-        self._told = layer, rows
+        self._observed = layer, rows
 
-    def settle(self) -> None:
+    def finish_ranking(self) -> None:
         if self._capacity >= len(self._resident):
-            return  # nothing will ever have to go
-        if self._told is not None:
-            self._learn(*self._told)
-            self._told = None
+            return  # nothing will ever be evicted
+        if self._observed is not None:
+            self._learn(*self._observed)
+            self._observed = None
         self._victims = self._worst((), self._layer + 1)
 
     def _learn(self, layer: int, rows: Sequence[Sequence[int]]) -> None:
@@ -90,10 +94,10 @@ class Echo(Slots):
         often = (self._often[:, layer] + belief) / (self._seen[:, layer, None] + PRIOR)
         self._rate[layer] = self._next[layer] = often.sum(0) / len(DECAYS)
         self._later = self._next[(layer + 1) % self._layers]
-        self._listen(layer, chosen)
+        self._predict(layer, chosen)
 
-    def _listen(self, layer: int, chosen: NDArray[np.intp]) -> None:
-        """Update the chances of this token's next layers, and of this layer for the next token."""
+    def _predict(self, layer: int, chosen: NDArray[np.intp]) -> None:
+        """Update the probabilities of this token's next layers, and of this layer for the next token."""
         count = self._num_past
         self._alike[:count] *= FADING
         chosen_E = np.zeros(self._experts, np.float32)
@@ -112,12 +116,12 @@ class Echo(Slots):
             self._later = both[1]
 
     def _mixed(self, layers: slice, trust: float, weight: Floats, past: Floats) -> Floats:
-        """(L, E): what remembered tokens of these weights tell, and the rates."""
-        told = np.matmul(weight / weight.sum(), past)
-        mixed: Floats = (1 - trust) * self._rate[layers] + trust * told
+        """(L, E) probabilities: the weighted mean of remembered tokens, mixed with the rates."""
+        seen = np.matmul(weight / weight.sum(), past)
+        mixed: Floats = (1 - trust) * self._rate[layers] + trust * seen
         return mixed
 
-    def used(self, id: int, is_hit: bool) -> None:
+    def used(self, id: int) -> None:
         self._resident[id] = True
 
     def victim(self, staying: Collection[int]) -> int:
@@ -129,7 +133,7 @@ class Echo(Slots):
         return found
 
     def _ready(self, staying: Collection[int]) -> Iterator[int]:
-        """Those ranked before that may go."""
+        """Of those ranked before, the ones that may be evicted."""
         while self._victims:
             id = self._victims.pop()
             if id not in staying and self._resident[id]:
@@ -142,7 +146,9 @@ class Echo(Slots):
         ids = np.flatnonzero(is_free)
         away = (self._of_layer[ids] - layer - 1) % self._layers + 1
         soon = self._next.reshape(-1)[ids]
-        if layer != self._layer:  # of its own experts, those that it will not have asked for can go
+        if (
+            layer != self._layer
+        ):  # of its own experts, those that it will not have asked for can be evicted
             own = away == self._layers
             soon[own] = self._later[ids[own] % self._experts]
         chance = soon + self._rate.reshape(-1)[ids]
@@ -155,5 +161,4 @@ class Echo(Slots):
         return found
 
 
-def policy(capacity: int, hints: Hints) -> Policy:
-    return Echo(capacity, hints.layers, hints.per_layer)
+policy = Echo

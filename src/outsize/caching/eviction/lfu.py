@@ -1,4 +1,4 @@
-"""Least frequently used goes first, counted since the beginning; among equals the least recent."""
+"""LFU: the least frequently used since the beginning is evicted first; among equals the least recent."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ from collections import Counter
 from collections.abc import Collection
 
 from outsize.caching.order import Order
-from outsize.caching.policy import Hints, Policy, Slots
+from outsize.caching.policy import EvictionPolicy, Hints
 
 
-class Lfu(Slots):
-    def __init__(self, capacity: int) -> None:
-        super().__init__(capacity)
+class Lfu(EvictionPolicy):
+    def __init__(self, capacity: int, hints: Hints) -> None:
+        super().__init__(capacity, hints)
         self._count: Counter[int] = Counter()
-        self._order = Order()
-        self._clock = 0
+        self._order, self._clock = Order(), 0
 
-    def used(self, id: int, is_hit: bool) -> None:
+    def used(self, id: int) -> None:
         self._clock += 1
         self._count[id] += 1
         self._order.set(id, (self._count[id], self._clock))
@@ -25,5 +24,4 @@ class Lfu(Slots):
         return self._order.pop(staying)
 
 
-def policy(capacity: int, hints: Hints) -> Policy:
-    return Lfu(capacity)
+policy = Lfu

@@ -1,4 +1,4 @@
-"""Least recently used goes first. Good for reuse in time; the worst there is for a cyclic scan."""
+"""LRU: the least recently used is evicted first. Good for reuse in time; the worst for a cyclic scan."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections import OrderedDict
 from collections.abc import Collection
 
 from outsize.caching.order import take_first
-from outsize.caching.policy import Hints, Policy, Slots
+from outsize.caching.policy import EvictionPolicy, Hints
 
 
-class Lru(Slots):
-    def __init__(self, capacity: int) -> None:
-        super().__init__(capacity)
+class Lru(EvictionPolicy):
+    def __init__(self, capacity: int, hints: Hints) -> None:
+        super().__init__(capacity, hints)
         self._order: OrderedDict[int, None] = OrderedDict()  # the least recently used first
 
-    def used(self, id: int, is_hit: bool) -> None:
+    def used(self, id: int) -> None:
         self._order.pop(id, None)
         self._order[id] = None
 
@@ -22,5 +22,4 @@ class Lru(Slots):
         return take_first([self._order], staying)
 
 
-def policy(capacity: int, hints: Hints) -> Policy:
-    return Lru(capacity)
+policy = Lru

@@ -1,4 +1,4 @@
-"""For a cyclic scan: a fixed set stays, all others pass through the slots that are left, in turn.
+"""For a cyclic scan, as of the layers: a fixed set is pinned, all others pass through a ring buffer of slots.
 
 A scan of n records through c slots hits c - ring of n; least recently used would hit none.
 """
@@ -10,13 +10,13 @@ from collections.abc import Collection, Mapping, Sequence
 from outsize.caching.policy import Hints, Placed, Policy, too_many
 
 
-class PinAndRing:
+class PinAndRing(Policy):
     """The first slots belong to the pinned ids, the others form the ring."""
 
     def __init__(self, capacity: int, pinned: Sequence[int]) -> None:
         self._home = {i: slot for slot, i in enumerate(dict.fromkeys(pinned[:capacity]))}
         self._capacity = capacity
-        self._loaded: set[int] = set()  # pinned ids that are there
+        self._loaded: set[int] = set()  # pinned ids that are resident
         self._ring = dict.fromkeys(range(len(self._home), capacity), -1)  # slot -> id, oldest first
         self._slot_of: dict[int, int] = {}
 
@@ -30,15 +30,6 @@ class PinAndRing:
             if slot in self._ring:
                 self._ring[slot], self._slot_of[id] = id, slot
 
-    def begin_pass(self) -> None:
-        """A scan needs no telling."""
-
-    def observe(self, layer: int, rows: Sequence[Sequence[int]]) -> None:
-        """All are alike."""
-
-    def settle(self) -> None:
-        """Nothing to think about."""
-
     def place(self, ids: Sequence[int], keep: Collection[int] = (), ahead: bool = False) -> Placed:
         wanted = dict.fromkeys(ids)
         passing = [i for i in wanted if i not in self._home]
@@ -51,8 +42,8 @@ class PinAndRing:
         return Placed({i: self._home.get(i, self._slot_of.get(i, -1)) for i in wanted}, loads)
 
     def unpin(self, id: int) -> int | None:
-        """Let a pinned id pass like the others: its slot, no longer used; None where the slot was made
-        the ring, since there was none."""
+        """Let a pinned id pass like the others. Returns its slot, no longer used; None if there was no ring,
+        and the slot became it."""
         slot = self._home.pop(id)
         self._loaded.discard(id)
         if self._ring:
@@ -60,23 +51,23 @@ class PinAndRing:
         self._ring[slot] = -1
         return None
 
-    def give_up(self, least: int) -> tuple[int, int | None] | None:
+    def drop_slot(self, least: int) -> tuple[int, int | None] | None:
         if self._home and self._ring:
             id, slot = self._home.popitem()
-            was_there = id in self._loaded
+            was_loaded = id in self._loaded
             self._loaded.discard(id)
-            return slot, id if was_there else None
+            return slot, id if was_loaded else None
         if len(self._ring) <= least:
             return None
         slot = next(iter(self._ring))
         return slot, next(iter(self.shorten([slot])), None)
 
     def lengthen(self, slots: Sequence[int]) -> None:
-        """More slots to pass through: the next to be used."""
+        """Add slots to the ring: the next to be used."""
         self._ring = dict.fromkeys(slots, -1) | self._ring
 
     def shorten(self, slots: Sequence[int]) -> list[int]:
-        """Use these no longer; the ids that were in them."""
+        """Remove slots from the ring; the ids that were in them."""
         ids = [i for slot in slots if (i := self._ring.pop(slot)) >= 0]
         for id in ids:
             del self._slot_of[id]

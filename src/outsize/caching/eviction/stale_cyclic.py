@@ -7,16 +7,16 @@ from collections import OrderedDict
 from collections.abc import Collection
 
 from outsize.caching.order import take_first
-from outsize.caching.policy import Hints, Policy, Slots
+from outsize.caching.policy import EvictionPolicy, Hints
 
 
-class StaleCyclic(Slots):
+class StaleCyclic(EvictionPolicy):
     def __init__(self, capacity: int, hints: Hints) -> None:
-        super().__init__(capacity)
+        super().__init__(capacity, hints)
         self._per_layer, self._layer = hints.per_layer, 0
         self._of_layer = [OrderedDict[int, None]() for _ in range(hints.layers)]
 
-    def used(self, id: int, is_hit: bool) -> None:
+    def used(self, id: int) -> None:
         layer = id // self._per_layer
         if not self.is_ahead:
             self._layer = layer
@@ -30,5 +30,4 @@ class StaleCyclic(Slots):
         return take_first(farthest, staying)
 
 
-def policy(capacity: int, hints: Hints) -> Policy:
-    return StaleCyclic(capacity, hints)
+policy = StaleCyclic

@@ -1,4 +1,4 @@
-"""The most used of a profile stay; all others pass through the few slots that are left."""
+"""The most used of a profile are pinned; all others pass through the few slots that are left."""
 
 from __future__ import annotations
 

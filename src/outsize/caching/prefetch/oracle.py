@@ -1,5 +1,5 @@
 """What the next layer will ask for, each with probability `amount`, and in the place of those left out
-others of that layer: for replay only, since it must be told the future."""
+others of that layer: for replay only, since it must be given the future."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes the routing of an open model as a trace (CSV), which `caching/replay/trace.py` reads."""
+"""Records the routing of an open model as a trace (CSV), which `caching/replay/trace.py` reads."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ COLUMNS = ("turn", "phase", "step", "layer", "slot", "expert", "weight", "early"
 
 
 class Recorder:
-    """Writes what each layer chooses. The early gate of a layer is told with the layer before it."""
+    """Writes what each layer chooses. What a layer's gate says early arrives with the layer before it."""
 
     def __init__(self, out: TextIO) -> None:
         self._write = csv.writer(out, lineterminator="\n").writerow
         self._turn, self._phase, self._step, self._tokens = 0, 0, 0, 0
-        self._early: Scored = ()  # told with the layer before
+        self._early: Scored = ()  # arrived with the layer before
 
     def begin(self, turn: int) -> None:
         """A new prompt."""
@@ -35,14 +35,14 @@ class Recorder:
             self._step += self._tokens
             self._phase = int(self._step > 0)
             self._tokens = len(rows)
-        told, self._early = self._early, early
+        mine, self._early = self._early, early
         for at, (ids, ws) in enumerate(zip(rows, weights, strict=True)):
             last = at == len(rows) - 1  # the early gate speaks of the last token
-            for slot in range(max(len(ids), len(told) if last else 0)):
+            for slot in range(max(len(ids), len(mine) if last else 0)):
                 chosen = (ids[slot], round(ws[slot], 6)) if slot < len(ids) else (-1, 0)
                 ahead = (
-                    (told[slot][0], round(told[slot][1], 6))
-                    if last and slot < len(told)
+                    (mine[slot][0], round(mine[slot][1], 6))
+                    if last and slot < len(mine)
                     else (-1, 0)
                 )
                 self._write(

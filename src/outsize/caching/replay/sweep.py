@@ -1,4 +1,4 @@
-"""Many replays: every trace under every policy, capacity, prefetcher, way with misses and bandwidth."""
+"""A sweep of replays: every trace under every policy, capacity, prefetcher, miss handler and bandwidth."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from multiprocessing import get_context
 
 from outsize.caching import misses, prefetcher
 from outsize.caching.policy import Hints, make
-from outsize.caching.replay.simulate import Link, Outcome, Replay
+from outsize.caching.replay.simulate import Link, Outcome, Replay, ReplaySetup
 from outsize.caching.replay.trace import Trace, waves
 from outsize.errors import OptionError, TraceError
 
@@ -46,16 +46,32 @@ class Setting:
 Row = dict[str, float | int | str]
 
 
-def cells(
-    count: int, capacities: Sequence[float], evictions: Sequence[str], prefetches: Sequence[str],
-    missings: Sequence[str], rates: Sequence[float], per_layer: bool,
-) -> list[Cell]:  # fmt: skip
-    axes = product(range(count), capacities, evictions, prefetches, missings, rates)
-    return [Cell(*axis, per_layer) for axis in axes]
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What is combined with what: all values of each setting."""
+
+    capacities: Sequence[float]
+    evictions: Sequence[str]
+    prefetches: Sequence[str]
+    missings: Sequence[str]
+    rates: Sequence[float]
+    per_layer: bool
+
+    def cells(self, traces: int) -> list[Cell]:
+        """Every combination, for each of so many traces."""
+        axes = product(
+            range(traces),
+            self.capacities,
+            self.evictions,
+            self.prefetches,
+            self.missings,
+            self.rates,
+        )
+        return [Cell(*axis, self.per_layer) for axis in axes]
 
 
 def check(setting: Setting, cells: Sequence[Cell]) -> None:
-    """Raises TraceError if a capacity cannot hold what one token needs, or a trace tells not what a
+    """Raises TraceError if a capacity cannot hold what one token needs, or a trace lacks what a
     prefetcher reads; OptionError for prefetching where each layer is by itself."""
     for cell in cells:
         trace = setting.traces[cell.trace]
@@ -112,13 +128,11 @@ def one(setting: Setting, cell: Cell) -> list[Row]:
     link = Link(cell.bytes_per_s, size, layer_s=setting.layer_s, expert_s=setting.expert_s)
     slots = int(cell.capacity * trace.size)
     found = (
-        _layers(trace, cell, link, slots) if cell.per_layer else _whole(trace, cell, link, slots)
+        _layers(trace, cell, link, slots)
+        if cell.per_layer
+        else _replay(trace, cell, link, slots, trace)
     )
     return [_row(trace, cell, slots, PHASES[phase], out) for phase, out in sorted(found.items())]
-
-
-def _whole(trace: Trace, cell: Cell, link: Link, slots: int) -> dict[int, Outcome]:
-    return _replay(trace, cell, link, slots, trace)
 
 
 def _layers(trace: Trace, cell: Cell, link: Link, slots: int) -> dict[int, Outcome]:
@@ -130,8 +144,8 @@ def _layers(trace: Trace, cell: Cell, link: Link, slots: int) -> dict[int, Outco
             tuple(e for e in trace.events if e.layer == layer),
         )  # fmt: skip
         for phase, out in _replay(trace, cell, link, slots // trace.layers, part).items():
-            so_far = total.setdefault(phase, Outcome(out.traffic - out.traffic))
-            so_far.traffic += out.traffic
+            so_far = total.setdefault(phase, Outcome(out.stats - out.stats))
+            so_far.stats += out.stats
             so_far.seconds += out.seconds
             so_far.tokens = max(so_far.tokens, out.tokens)
     return total
@@ -145,7 +159,8 @@ def _replay(trace: Trace, cell: Cell, link: Link, slots: int, part: Trace) -> di
         policy = make(cell.eviction, slots, Hints(future=[e.ids for e in events]))
     ahead = prefetcher.make(cell.prefetch, trace.experts)
     missing = misses.make(cell.missing)
-    return Replay(policy, slots, link, ahead, missing, trace.experts).run(events)
+    setup = ReplaySetup(policy, slots, link, ahead, missing, trace.experts)
+    return Replay(setup).run(events)
 
 
 def _ranked(trace: Trace) -> list[int]:
@@ -155,7 +170,7 @@ def _ranked(trace: Trace) -> list[int]:
 
 
 def _row(trace: Trace, cell: Cell, slots: int, phase: str, out: Outcome) -> Row:
-    t, tokens = out.traffic, max(1, out.tokens)
+    t, tokens = out.stats, max(1, out.tokens)
     asked = max(1, t.hits + t.misses)
     return {
         "trace": trace.name, "eviction": cell.eviction, "prefetch": cell.prefetch,

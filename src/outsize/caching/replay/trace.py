@@ -2,7 +2,7 @@
 
 Columns, in any order: turn, phase (0 prompt, 1 decoding), step (the token), layer, slot, expert, weight;
 and, if the recorder had them, early and early_weight: the expert that this layer's gate would have put in
-this slot had it been asked one layer earlier. Others are ignored. Expert -1: only `early` is told.
+this slot had it been asked one layer earlier. Others are ignored. Expert -1: only `early` is given.
 """
 
 from __future__ import annotations

@@ -39,19 +39,19 @@ class Router:
         self._bias_N = w_ND.new_zeros(len(w_ND)) if bias_N is None else bias_N
 
     def __call__(
-        self, x_TD: Tensor, wide: bool, favour_N: Tensor | None = None
+        self, x_TD: Tensor, wide: bool, routing_bias_N: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(T, K) ids and weights, the heaviest first. `favour_N`: added to each expert's logit, in ranges
-        of the row's logits, when choosing (lossy); weights are the model's own."""
+        """(T, K) ids and weights, the heaviest first. `routing_bias_N`: added to each expert's logit, in
+        ranges of the row's logits, when choosing (lossy); weights are the model's own."""
         x = x_TD.float()
         rows = [x @ self._w_ND.T] if wide else [(self._w_ND @ row)[None] for row in x]
         z_TN = torch.cat(rows) + self._bias_N
         p_TN = z_TN.softmax(-1)
-        if favour_N is None:
+        if routing_bias_N is None:
             weights_TK, ids_TK = p_TN.topk(self._used, dim=-1)
         else:
             range_T1 = z_TN.amax(-1, keepdim=True) - z_TN.amin(-1, keepdim=True)
-            ids_TK = (z_TN + range_T1 * favour_N).topk(self._used, dim=-1).indices
+            ids_TK = (z_TN + range_T1 * routing_bias_N).topk(self._used, dim=-1).indices
             weights_TK = p_TN.gather(1, ids_TK)
         if self._renorm:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
@@ -105,15 +105,15 @@ class Mixture:
     def run(self, chunks: Chunks) -> None:
         """Changes the chunks' h_TD."""
         xs = [self.router.norm(h) for h, _ in chunks]
-        favour = self._bank.favour()
+        bias = self._bank.routing_bias()
         routed = [
-            self.router(x, step.wide, None if step.wide else favour)
+            self.router(x, step.wide, None if step.wide else bias)
             for x, (_, step) in zip(xs, chunks, strict=True)
         ]
         rows = [row for ids, _ in routed for row in ids.tolist()]
         weights = [row for _, w in routed for row in w.tolist()]
         early = self._early(chunks)
-        rows, weights = self._handled(rows, weights, early)
+        rows, weights = self._resolved(rows, weights, early)
         sums = _Sums(chunks, xs, self._used, kind_of(self._activation))
         in_order = any(step.wide for _, step in chunks)
         places = _places(rows, weights)
@@ -136,20 +136,20 @@ class Mixture:
 
     def _early(self, chunks: Chunks) -> Scored:
         """Only for few rows: a prompt wants nearly all experts anyway."""
-        handling, router = self._bank.handling, self.ahead()
-        if router is None or (handling.prefetcher is None and handling.recorder is None):
+        settings, router = self._bank.settings, self.ahead()
+        if router is None or (settings.prefetcher is None and settings.recorder is None):
             return ()
         last = torch.cat([h[-1:] if step.wide else h for h, step in chunks])
         return router.early(last, EARLY * self._used)
 
-    def _handled(
+    def _resolved(
         self, rows: list[list[int]], weights: list[list[float]], early: Scored
     ) -> tuple[list[list[int]], list[list[float]]]:
         """After misses were handled, and the choices recorded."""
-        bank, handling = self._bank, self._bank.handling
-        if handling.recorder is not None:
-            handling.recorder(bank.layer, rows, weights, early)
-        return bank.handled(rows, weights)
+        bank, settings = self._bank, self._bank.settings
+        if settings.recorder is not None:
+            settings.recorder(bank.layer, rows, weights, early)
+        return bank.resolve_misses(rows, weights)
 
 
 Places = list[tuple[int, int, float]]  # row, slot, weight
