@@ -16,9 +16,9 @@ from lossless import answers
 
 import outsize
 from outsize.bench.speculate import read
-from outsize.draft.auto import kind_of
 from outsize.draft.drafter import Draft
 from outsize.draft.mtp import block_of
+from outsize.draft.stats import kind_of
 from outsize.forward.full import full
 from outsize.forward.span import Span
 
@@ -28,7 +28,7 @@ AT_ONCE = 5  # tokens, with masks after each of them
 
 def guesses(model, prompt: list[int], answer: list[int]):  # type: ignore[no-untyped-def]
     """(number of the answer's token after the anchor, what the block there guesses) for each token."""
-    t, masks, known = model.transformer, model.drafting.masks, prompt + answer
+    t, masks, known = model.transformer, model.drafting.mtp, prompt + answer
     kv, first = model.new_kv(len(known) + AT_ONCE * masks.k), len(prompt) - 1
     full(t, [Span(0, known[:first], 1)], [kv])
     for start in range(0, len(answer), AT_ONCE):
@@ -43,7 +43,7 @@ def guesses(model, prompt: list[int], answer: list[int]):  # type: ignore[no-unt
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("model")
-    p.add_argument("--draft", default="auto", help="masks:FILE, or auto for the one that ships")
+    p.add_argument("--draft", default="auto", help="mtp:FILE, or auto for the one that ships")
     p.add_argument("--prompts", type=Path, required=True)
     p.add_argument("--per-category", type=int, default=3)
     p.add_argument("--longest", type=int, default=900, help="tokens of a prompt")
@@ -52,7 +52,7 @@ def main() -> None:
     with outsize.load(a.model, draft=a.draft, context=a.longest + a.new + 64, quiet=True) as model:
         texts = [text for _, text in read(a.prompts, a.per_category)]
         prompts = [x for x in model._encode(texts, outsize.Options()) if len(x) <= a.longest]
-        counts = [[[0, 0] for _ in BINS] for _ in range(model.drafting.masks.k)]
+        counts = [[[0, 0] for _ in BINS] for _ in range(model.drafting.mtp.k)]
         steps = tokens = 0
         for prompt, (answer, _) in zip(prompts, answers(model, prompts, a.new)[0], strict=True):
             for number, block in guesses(model, prompt, answer):

@@ -125,10 +125,10 @@ def test_a_drafter_is_no_adapter_and_the_other_way_round(
 ) -> None:
     model = open_tiny("llama")
     masks = write_masks(model, tmp_path / "masks.safetensors")
-    with pytest.raises(AdapterError, match=f"is a mask drafter.*--draft masks:{masks}"):
+    with pytest.raises(AdapterError, match=f"is a mask-token drafter.*--draft mtp:{masks}"):
         model.load_adapter("a", masks)
     lora = write_peft(model, tmp_path / "lora", 1)
-    with pytest.raises(AdapterError, match=f"is no mask drafter.*--adapter NAME={lora}"):
+    with pytest.raises(AdapterError, match=f"is no mask-token drafter.*--adapter NAME={lora}"):
         outsize.load(str(model.pack.path), draft=f"masks:{lora}", quiet=True)
 
 

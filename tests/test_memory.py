@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 import outsize
 from outsize.bench import speculate
 from outsize.bench.synthetic import shapes
-from outsize.draft import load as drafting
 from outsize.draft import spec
 from outsize.engine import load as loading
 from outsize.engine.load import LoadOptions
@@ -35,6 +34,7 @@ from outsize.pack import fetch
 from outsize.pack.outline import Outline, of_checkpoint, of_pack
 from outsize.plan import make as planning
 from outsize.plan import place
+from outsize.plan.drafts import with_drafting
 from outsize.plan.placement import MEMORY, Placement
 from outsize.plan.warmup import runtime_bytes
 from outsize.report import plan_text
@@ -346,7 +346,7 @@ def test_half_residency_is_half(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     wanted = speculate.Wanted(tmp_path, draft="none", held=0.5, context=1024)
     found = int(speculate.memory_for("m", wanted))
     drafted = int(speculate.memory_for("m", replace(wanted, draft="ngram")))
-    drafts = drafting.with_drafting(spec.parse_draft("ngram"), outline)
+    drafts = with_drafting(spec.parse_draft("ngram"), outline)
     assert abs(drafted - found - drafts.drafting) < 2_000_000
     streamed = [
         place.place(outline, size, runtime, 9_000_000, 1024).streamed

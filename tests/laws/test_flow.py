@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outsize.draft.auto import AutoDraft, DraftStats
-from outsize.draft.drafter import Draft, Drafter
+from outsize.draft.auto import AutoDraft
+from outsize.draft.drafter import Draft, Drafter, NoDraft
 from outsize.draft.ngram import NgramDraft
-from outsize.draft.none import NoDraft
+from outsize.draft.stats import DraftStats
 from outsize.draft.verify import Check, reject, rejecting, verify
 from outsize.engine import decode as flow
 from outsize.forward.span import Out, Span

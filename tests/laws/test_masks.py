@@ -20,16 +20,16 @@ from outsize.adapt.mtp.losses import (
     ordinary,
 )
 from outsize.adapt.trainable import TrainableModel
-from outsize.draft.drafter import Drafter
-from outsize.draft.load import mask_model
+from outsize.draft import mtp_file
+from outsize.draft.drafter import Drafter, NoDraft
 from outsize.draft.mtp import MtpDraft
-from outsize.draft.none import NoDraft
 from outsize.engine import decode as flow
 from outsize.engine.model import Model
 from outsize.engine.scheduler import drive
 from outsize.forward.full import NARROW, full
 from outsize.forward.span import Masks, Span
 from outsize.model.lora import Adapter
+from outsize.pack.outline import of_pack
 from outsize.progress import silent
 from outsize.sampling.sample import greedy
 from tests.drafts import random_parameters, write_masks
@@ -118,9 +118,8 @@ def test_kept_keys_and_values_are_a_plain_runs(
     layout: str, encoding: str, open_tiny: Callable[..., Model], tmp_path: Path
 ) -> None:
     model = open_tiny("llama", encoding)
-    masks = mask_model(
-        write_masks(model, tmp_path / "m.safetensors"), 0, model.pack, model.transformer
-    )
+    file = write_masks(model, tmp_path / "m.safetensors")
+    masks = mtp_file.read(file, 0, of_pack(model.pack), model.transformer)
     kept = [run(model, drafter) for drafter in (NoDraft(), MtpDraft(masks, 3, layout))]
     assert kept[0][0] == kept[1][0]
     for plain, drafted in zip(kept[0][1], kept[1][1], strict=True):

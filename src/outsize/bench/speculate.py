@@ -158,7 +158,7 @@ def _serve(pipe: Connection, model: str, wanted: Wanted, threads: int | None) ->
         held = round(1 - m.placement.streamed / max(1, m.pack.size), 4)
         pipe.send(
             {"model": m.name, "held_share": held, "context": m.context, "drafts": m.drafting.spec.kind,
-             "masks": m.drafting.masks is not None, "memory": m.placement.budget,
+             "mtp": m.drafting.mtp is not None, "memory": m.placement.budget,
              "weights_bytes": m.pack.size}
         )  # fmt: skip
         while text := pipe.recv():

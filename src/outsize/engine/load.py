@@ -15,14 +15,17 @@ import torch
 from outsize import arguments
 from outsize.checkpoint.tokenizer import lean
 from outsize.draft import load as drafting
-from outsize.draft.auto import DraftStats
+from outsize.draft import mtp_file
+from outsize.draft.model import DraftModel
 from outsize.draft.spec import DraftSpec, parse_draft
-from outsize.draft.union import Union
+from outsize.draft.stats import DraftStats
+from outsize.draft.step_time import Union
 from outsize.engine.model import Model
 from outsize.engine.turns import check_fork
 from outsize.home import expanded, home
 from outsize.kernels.native import Kernels, kernels
 from outsize.log import silent, warn, warn_once
+from outsize.model.lora_file import read_adapter
 from outsize.model.transformer import Transformer
 from outsize.options import DEFAULT_MODEL
 from outsize.pack import fetch
@@ -189,9 +192,7 @@ def _open(
         warn(f"{expert_options.lossy} changes the model's answers; leave it out for the exact ones")
     if tell is not None:
         tell(outline, placement)
-    known = {
-        n: drafting.read_adapter(made, n, expanded(p)) for n, p in load_options.adapters.items()
-    }
+    known = {n: read_adapter(made, n, expanded(p)) for n, p in load_options.adapters.items()}
     budget.trim()
     with ExitStack() as opened:
         smaller = None
@@ -219,9 +220,7 @@ def _open(
     return model
 
 
-def _draft_model(
-    pack: Pack, load_options: LoadOptions, placement: Placement
-) -> drafting.DraftModel:
+def _draft_model(pack: Pack, load_options: LoadOptions, placement: Placement) -> DraftModel:
     """The smaller model, fully resident: the plan has a row for it."""
     native, outline = compiled(load_options), of_pack(pack)
     context = min(placement.context, outline.description.context)
@@ -230,7 +229,7 @@ def _draft_model(
         loaded = weights.load(pack, native, IOStats(), progress, own.shares, load_options.verify)
     threads = load_options.kernel_threads(pack, native)
     transformer = Transformer(pack.description, loaded, native, None, threads)
-    return drafting.DraftModel(transformer, own.context, loaded.close_with(transformer))
+    return DraftModel(transformer, own.context, loaded.close_with(transformer))
 
 
 def _drafting(
@@ -238,19 +237,19 @@ def _drafting(
     load_options: LoadOptions,
     placement: Placement,
     transformer: Transformer,
-    smaller: drafting.DraftModel | None,
+    smaller: DraftModel | None,
 ) -> drafting.Drafting:
     """What guesses ahead. Raises AdapterError, OptionError."""
     asked, outline = parse_draft(load_options.draft), of_pack(made)
     kind = placement.drafts
     spec = asked if asked.kind == kind else DraftSpec(kind)
-    file = drafting.mask_file(spec, outline)
-    masks = None if file is None else drafting.mask_model(file, spec.k, made, transformer)
-    if masks is not None:
+    file = mtp_file.find(spec, outline)
+    mtp = None if file is None else mtp_file.read(file, spec.k, outline, transformer)
+    if mtp is not None:
         budget.trim()  # what making it took for a moment
     mixture = made.description.mixture
     union = None if mixture is None else Union(mixture.count, mixture.used)
-    return drafting.Drafting(spec if kind == "none" else asked, DraftStats(masks, union), smaller)
+    return drafting.Drafting(spec if kind == "none" else asked, DraftStats(mtp, union), smaller)
 
 
 def _warn_slow(made: Pack, native: Kernels | None) -> None:

@@ -12,7 +12,7 @@ import torch
 from typing_extensions import Unpack
 
 from outsize import arguments
-from outsize.draft.load import SPARE, Drafting
+from outsize.draft.load import Drafting
 from outsize.engine import decode as flow
 from outsize.engine import exits, room
 from outsize.engine.conversation import Conversation
@@ -212,8 +212,7 @@ class Model:
 
     def new_kv(self, tokens: int) -> KV:
         """An empty cache for so many tokens, and what is drafted behind them."""
-        spare = SPARE if self.drafting.spec.kind != "none" else 0
-        return self.transformer.new_kv(tokens + spare)
+        return self.transformer.new_kv(tokens + self.drafting.spare)
 
     def load_adapter(self, name: str, path: str | PathLike[str]) -> None:
         """Make a LoRA adapter (PEFT's safetensors) known under a name, for requests to use. Weights make room
@@ -236,7 +235,7 @@ class Model:
     def _drive(self, runs: Sequence[Run], options: Options) -> Iterator[None]:
         """Step by step."""
         flows = [self._flow(run, options, len(runs) - 1) for run in runs]
-        steps = drive(self.transformer, flows, [run.kv for run in runs], self.drafting.pace)
+        steps = drive(self.transformer, flows, [run.kv for run in runs], self.drafting.step_times)
         while self._turns.take(partial(self._step, steps, runs)):
             yield
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from outsize.draft.load import read_adapter
+from outsize.model.lora_file import read_adapter
 from outsize.plan import beside
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from outsize import arguments
-from outsize.draft import load as drafting
 from outsize.draft.spec import DraftSpec, parse_draft
 from outsize.encoding.find import NATIVE
 from outsize.errors import BudgetError, ContextError, OptionError
@@ -21,7 +20,7 @@ from outsize.model_config import Description
 from outsize.pack import fetch
 from outsize.pack.format import Pack
 from outsize.pack.outline import Outline
-from outsize.plan import beside
+from outsize.plan import beside, drafts
 from outsize.plan.place import copy_bytes, place
 from outsize.plan.placement import Placement
 from outsize.storage.table import VERIFY
@@ -117,12 +116,12 @@ class LoadOptions:
                 f"context is {self.context:,}; this model holds from 2 to {longest:,} tokens"
             )
         asked = parse_draft(self.draft)
-        named = outline if asked.kind == "auto" else drafting.with_drafting(asked, outline)
+        named = outline if asked.kind == "auto" else drafts.with_drafting(asked, outline)
         without = place(named, size, runtime, tokenizer, self.context, self.force)
         if asked.kind != "auto":
             return replace(without, drafts=asked.kind)
-        for spec, worth in drafting.choices(outline):
-            wanted = drafting.with_drafting(spec, outline)
+        for spec, worth in drafts.choices(outline):
+            wanted = drafts.with_drafting(spec, outline)
             with suppress(BudgetError):
                 made = place(wanted, size, runtime, tokenizer, self.context)
                 if _pays(spec, made, without, worth):
@@ -134,4 +133,4 @@ def _pays(spec: DraftSpec, made: Placement, without: Placement, worth: float) ->
     """Does what drafting takes from the weights cost less than it brings?"""
     if made.context != without.context or made.streamed > worth * without.streamed:
         return False
-    return spec.kind != "masks" or made.holds_head  # each guess would read the head again
+    return spec.kind != "mtp" or made.holds_head  # each guess would read the head again

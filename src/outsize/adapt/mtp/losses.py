@@ -27,7 +27,7 @@ from outsize.adapt.mtp.head_loss import head_loss
 from outsize.adapt.trainable import Deltas, Rows, Stored, TrainableModel
 from outsize.arguments import real, whole
 from outsize.draft import mtp_head
-from outsize.draft.auto import MOST
+from outsize.draft.drafter import MOST
 from outsize.errors import OptionError
 from outsize.model.lora import widths
 from outsize.model_config import Description
