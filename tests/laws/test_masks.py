@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import outsize
+from outsize.adapt.examples import Example
 from outsize.adapt.mtp.losses import (
-    Example,
-    Recipe,
+    MtpRecipe,
     all_anchors,
     collate,
     deltas,
@@ -35,7 +35,7 @@ from outsize.sampling.sample import greedy
 from tests.drafts import random_parameters, write_masks
 from tests.golden import tiny
 
-RECIPE = Recipe(k=3, rank=4)
+RECIPE = MtpRecipe(k=3, rank=4)
 DENSE = ("llama", "qwen2", "qwen3", "gemma3", "mistral")
 SCALE = 2.0
 

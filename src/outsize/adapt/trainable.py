@@ -1,5 +1,5 @@
-"""A dense pack as plain tensors on a device, for training: differentiable in its inputs and in what is
-added to its linear maps. The weights themselves never change.
+"""Trainable model: a differentiable copy of a dense pack, as plain tensors on a device. Gradients reach its
+inputs and what is added to its linear maps; the weights themselves never change.
 
 Shapes: B sequences, T new rows, S stored rows, D width, H query heads, J key heads, E numbers a head,
 V vocabulary, R rank.
@@ -21,6 +21,7 @@ from outsize.model.layers import turns
 from outsize.model.sublayer import vector
 from outsize.model_config import Description, Rope
 from outsize.pack.format import Pack
+from outsize.plan.probe import instruction_sets
 from outsize.progress import Progress
 from outsize.storage.stats import IOStats
 from outsize.storage.table import Weight, Weights
@@ -53,6 +54,12 @@ class Rows(NamedTuple):
     h_BTD: Tensor
     positions_BT: Tensor
     allow_BTS: Tensor
+
+
+def matmul_type(device: torch.device) -> torch.dtype:
+    """What a device multiplies fastest: bf16, or fp32 on processors without instructions for it."""
+    quick = {"avx512_bf16", "amx_bf16", "bf16"} & set(instruction_sets())
+    return torch.bfloat16 if quick or device.type == "cuda" else torch.float32
 
 
 class TrainableModel:
