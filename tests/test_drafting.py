@@ -320,8 +320,8 @@ def test_drafts_are_measured_against_none(
     prompts = tmp_path / "prompts.jsonl"
     lines = [{"turns": [f"say {i}"], "category": "ab"[i % 2]} for i in range(3)]
     prompts.write_text("\n".join(map(json.dumps, lines)))
-    wanted = speculate.Wanted(prompts, "ngram", new_tokens=12, context=64)
-    speculate.show(str(folder_of("llama")), wanted, True, None, True)
+    options = speculate.SpeculateOptions(prompts, "ngram", new_tokens=12, context=64, quiet=True)
+    speculate.show(str(folder_of("llama")), options, True)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(r["category"], r.get("prompts")) for r in rows] == [("a", 2), ("b", 1), ("mean", None)]
     for row in rows:

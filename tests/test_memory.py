@@ -343,7 +343,7 @@ def test_half_residency_is_half(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         loading.compiled(LoadOptions())
     )  # differs by MB from one measurement to the next
     monkeypatch.setattr(speculate, "runtime_bytes", lambda _: runtime)
-    wanted = speculate.Wanted(tmp_path, draft="none", held=0.5, context=1024)
+    wanted = speculate.SpeculateOptions(tmp_path, draft="none", held=0.5, context=1024)
     found = int(speculate.memory_for("m", wanted))
     drafted = int(speculate.memory_for("m", replace(wanted, draft="ngram")))
     drafts = with_drafting(spec.parse_draft("ngram"), outline)
@@ -356,8 +356,8 @@ def test_half_residency_is_half(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 def test_shares_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
-    def wanted(**told: Any) -> speculate.Wanted:
-        return speculate.Wanted(tmp_path, **told)
+    def wanted(**told: Any) -> speculate.SpeculateOptions:
+        return speculate.SpeculateOptions(tmp_path, **told)
 
     for refused, words in (
         (wanted(each=True), "give --held below 1"),
@@ -368,7 +368,7 @@ def test_shares_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
         with pytest.raises(OptionError, match=words):
             refused.check()
         with pytest.raises(OptionError, match=words):
-            speculate.show("m", refused, True, None, True)
+            speculate.show("m", refused, True)
     wanted(held=0.5, each=True).check()
 
 
