@@ -37,7 +37,7 @@ def guesses(model, prompt: list[int], answer: list[int]):  # type: ignore[no-unt
         (out,) = full(t, [Span(first + start, fed, len(fed), blocks)], [kv])
         for place in range(len(fed)):
             states = block_of(Draft(masks=blocks), place, out)
-            yield start + place, masks.guess(states, answer[start + place])
+            yield start + place, masks.predict(states, answer[start + place])
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
                 steps, tokens = steps + 1, tokens + 1
                 for place, guess in enumerate(block[: len(answer) - number - 1]):
                     good = guess.token == answer[number + 1 + place]
-                    found = counts[place][kind_of(guess.chance, BINS)]
+                    found = counts[place][kind_of(guess.prob, BINS)]
                     found[0], found[1], tokens = found[0] + 1, found[1] + good, tokens + good
                     if not good:
                         break

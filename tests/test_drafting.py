@@ -21,7 +21,7 @@ from outsize.checkpoint import lora as adapters
 from outsize.draft import mtp_file
 from outsize.draft.auto import AutoDraft
 from outsize.draft.drafter import Draft
-from outsize.draft.mtp import Guess, MtpModel
+from outsize.draft.mtp import MtpModel, Prediction
 from outsize.draft.ngram import FURTHEST, MOST_TOKENS, Index, Match
 from outsize.draft.spec import parse_draft
 from outsize.draft.stats import DraftStats
@@ -193,13 +193,13 @@ class Foreseen:
     k = 2
 
     def __init__(self, *chances: float) -> None:
-        self._guesses = tuple(Guess(7, chance) for chance in chances)
+        self._ready = tuple(Prediction(7, chance) for chance in chances)
 
     def masks(self, anchors: tuple[int, ...], depth: int) -> Masks:
         return Masks(anchors, torch.zeros(depth, 1), cast(Adapter, None))
 
-    def guess(self, states_KD: Tensor, last: int) -> tuple[Guess, ...]:
-        return self._guesses
+    def predict(self, states_KD: Tensor, last: int) -> tuple[Prediction, ...]:
+        return self._ready
 
 
 def after_a_step(pace: StepTimes, *chances: float) -> Draft:

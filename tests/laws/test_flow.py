@@ -130,7 +130,7 @@ class Guesser(NoDraft):
     def propose(self, tokens: Sequence[int], most: int) -> Draft:
         known, self.drawn_from = list(tokens), []
         for _ in range(min(2, most)):
-            self.drawn_from.append(self.sampler.chances(self.table[known[-2], known[-1]], known))
+            self.drawn_from.append(self.sampler.probs(self.table[known[-2], known[-1]], known))
             known.append(self.drawn_from[-1].draw(self.sampler.random))
         return Draft(tuple(known[len(tokens) :]))
 

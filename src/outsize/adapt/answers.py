@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from outsize.adapt.trainable import Rows, Stored, TrainableModel
+from outsize.adapt.trainable import Rows, Stored, TrainableModel, joined
 
 
 @torch.no_grad()
@@ -56,10 +56,7 @@ def _step(
     rows = Rows(model.embed(ids_BT), positions.expand(count, -1), allow)
     x, made = model.run(rows, stored)
     if stored is not None:
-        made = [
-            (torch.cat([k, new_k], dim=2), torch.cat([v, new_v], dim=2))
-            for (k, v), (new_k, new_v) in zip(stored, made, strict=True)
-        ]
+        made = [joined(old, new) for old, new in zip(stored, made, strict=True)]
     return x, made
 
 

@@ -41,10 +41,8 @@ def _run(options: TrainOptions, recipe: loop.Recipe, make: MakeTask, device: tor
         model = TrainableModel(pack, device, matmul_type(device), progress)
     found = prepare(options, recipe.length, pack, model)
     count = min(HELD_OUT, len(found) // HELD_OUT_SHARE)
-    task, about = (
-        make(model, found[count:], found[:count]),
-        (pack.source.sha256, fingerprint(found)),
-    )
+    task = make(model, found[count:], found[:count])
+    about = pack.source.sha256, fingerprint(found)
     training = (
         loop.resume(task, options.checkpoint, *about)
         if options.resume

@@ -81,10 +81,8 @@ class TrainableModel:
             tied = loaded.head is loaded.embed
             self.head_VD = self.embed_VD if tied else self._table(loaded.head, d)
             self.final_norm = self._vector(loaded.final_norm["final_norm"])
-            self._layers = [
-                self._matrices(attn.pinned or {}) | self._matrices(ffn.pinned or {})
-                for attn, ffn in loaded.layers
-            ]
+            pinned = ({**(a.pinned or {}), **(f.pinned or {})} for a, f in loaded.layers)
+            self._layers = [self._matrices(weights) for weights in pinned]
         finally:
             loaded.close()
         self._turns: dict[Rope, Tensor] = {}
@@ -116,9 +114,8 @@ class TrainableModel:
         """The residual stream after the last layer (B, T, D), normed; and each layer's new keys and
         values."""
         h, made = rows.h_BTD, []
-        rotations = {
-            rope: self._rotation(rope, rows.positions_BT) for rope in self.description.ropes
-        }
+        ropes = self.description.ropes
+        rotations = {rope: self._rotation(rope, rows.positions_BT) for rope in ropes}
         masks = self._masks(rows)
         for i, layer in enumerate(self.description.layers):
             past = None if stored is None else stored[i]
@@ -189,7 +186,7 @@ class TrainableModel:
             k = rms_norm(k, k.shape[-1:], weights["k_norm"], d.norm_eps)
         q, k = _rotate(q, turn), _rotate(k, turn)
         q, k, v = (t.transpose(1, 2).to(self.dtype) for t in (q, k, v))
-        keys, values = (k, v) if past is None else _joined(past, (k, v))
+        keys, values = (k, v) if past is None else joined(past, (k, v))
         group = d.num_heads // d.num_kv_heads
         keys, values = (t.repeat_interleave(group, dim=1) for t in (keys, values))
         out = scaled_dot_product_attention(q, keys, values, mask, scale=d.attn_scale)
@@ -207,7 +204,8 @@ class TrainableModel:
         return down + weights["down_bias"] if d.mlp_bias else down
 
 
-def _joined(past: Stored, new: Stored) -> Stored:
+def joined(past: Stored, new: Stored) -> Stored:
+    """Stored keys and values, then new ones."""
     return torch.cat([past[0], new[0]], dim=2), torch.cat([past[1], new[1]], dim=2)
 
 

@@ -61,9 +61,7 @@ class SpeculateOptions:
                 f"held {self.held} and memory {self.memory} are two budgets; give only one of them"
             )
         if self.each and not self.by_share:
-            raise OptionError(
-                "each needs a share of the weights to hold; give --held below 1 with it"
-            )
+            raise OptionError("each needs a share of the weights; give --held below 1 with it")
 
 
 class Answer(NamedTuple):
@@ -161,10 +159,8 @@ def _serve(pipe: Connection, model: str, options: SpeculateOptions) -> None:
              "weights_bytes": m.pack.size}
         )  # fmt: skip
         while text := pipe.recv():
-            (r,) = m.generate(text, max_tokens=options.new_tokens)
-            pipe.send(
-                (r.text, r.new_tokens, r.tokens_per_s, r.tokens_per_step, r.accepted, r.drafted)
-            )
+            (reply,) = m.generate(text, max_tokens=options.new_tokens)
+            pipe.send([getattr(reply, name) for name in Answer._fields])
         pipe.send(m.given_up)
 
 

@@ -118,10 +118,8 @@ def show(name: str, options: SpeedOptions) -> None:
         measure(model, o.prompt_tokens, 4, o.batch)
         runs = [measure(model, o.prompt_tokens, o.new_tokens, o.batch) for _ in range(o.repeats)]
     prefill, decode = zip(*runs, strict=True)
-    of_prefill, of_decode = (
-        statistics.median(prefill) / c.prefill,
-        statistics.median(decode) / c.decode,
-    )
+    of_prefill = statistics.median(prefill) / c.prefill
+    of_decode = statistics.median(decode) / c.decode
     batch = f" (batch of {o.batch})" if o.batch > 1 else ""
     print(f"  prefill of {o.prompt_tokens}: {spread(prefill)}, {of_prefill:.0%} of the ceiling")
     print(f"  decode of {o.new_tokens}: {spread(decode)}, {of_decode:.0%} of the ceiling{batch}")

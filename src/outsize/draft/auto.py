@@ -13,20 +13,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from outsize.draft.drafter import MOST, Draft, Drafter
-from outsize.draft.mtp import Guess, block_of
+from outsize.draft.mtp import Prediction, block_of
 from outsize.draft.ngram import Index
-from outsize.draft.stats import (
-    SURE_STEPS,
-    TEXT_STEPS,
-    DraftCost,
-    DraftStats,
-    Rates,
-    kind_of,
-)
+from outsize.draft.stats import SURE_STEPS, TEXT_STEPS, DraftCost, DraftStats, Rates, kind_of
 from outsize.forward.span import Out
 
 MARGIN = 1.01  # drafts must promise so much more than none
-AHEAD = 0.6  # what counts of the tokens that guesses may bring the next step: they take rows there
+AHEAD = 0.6  # what counts of the tokens that the next step may get: they take rows there
 PATIENCE, MOST_PATIENT = 24, 200  # steps until mask tokens that did not pay are tried again
 
 
@@ -46,30 +39,26 @@ class AutoDraft(Drafter):
         """`others`: sequences that share the steps."""
         self._stats, self._others = draft_stats, others
         self._step_times, self._mtp = draft_stats.step_times, draft_stats.mtp
-        self._index, self._guesses = Index(), tuple[Guess, ...]()
+        self._index, self._ready = Index(), tuple[Prediction, ...]()
         self._text, self._sure = draft_stats.text.fresh(), draft_stats.sure.fresh()
-        self._masked = draft_stats.masked.fresh()  # of mask tokens' guesses, however sure
-        self._idle, self._patience = (
-            0,
-            PATIENCE,
-        )  # steps without mask tokens, and how many to let pass
+        self._masked = draft_stats.masked.fresh()  # of mask tokens' predictions, however sure
+        # Steps without mask tokens, and how many to let pass.
+        self._idle, self._patience = 0, PATIENCE
         # Of the last draft: kinds of its tokens, whether the text's, rows.
         self._kinds, self._by_text, self._own = tuple[int, ...](), False, 1
-        self._cost, self._right = (
-            DraftCost(),
-            -1,
-        )  # tokens of it that were right; -1: it is accounted
+        # Seconds it cost, and tokens of it that were right; -1: that is accounted.
+        self._cost, self._right = DraftCost(), -1
 
     def propose(self, tokens: Sequence[int], most: int) -> Draft:
         self._index.extend(tokens)
         self._account()
         if not self._cost.allows(self._seconds(1, False)):
             return self._drafted(Plan(), 0, False)
-        match, own = self._index.match(min(most, MOST)), self._guesses[:most]
+        match, own = self._index.match(min(most, MOST)), self._ready[:most]
         agreed = range(match.length, match.length + len(match.tokens))
         text_kinds = tuple(kind_of(n, TEXT_STEPS) for n in agreed)
-        own_tokens = tuple(guess.token for guess in own)
-        own_kinds = tuple(kind_of(guess.chance, SURE_STEPS) for guess in own)
+        own_tokens = tuple(p.token for p in own)
+        own_kinds = tuple(kind_of(p.prob, SURE_STEPS) for p in own)
         depth, ahead = self._block()
         by_text = self._plan(match.tokens, text_kinds, self._text, depth, ahead)
         by_mtp = self._plan(own_tokens, own_kinds, self._sure, depth, ahead)
@@ -89,8 +78,8 @@ class AutoDraft(Drafter):
         self._right = -1
 
     def _probing(self) -> bool:
-        """Is it time to see whether mask tokens would pay by now? Two steps: one makes guesses, the next uses
-        them; ever more rarely."""
+        """Is it time to see whether mask tokens would pay by now? Two steps: one predicts, the next
+        drafts that; ever more rarely."""
         self._idle += 1
         if self._idle <= self._patience:
             return False
@@ -110,8 +99,8 @@ class AutoDraft(Drafter):
         return self._step_times.seconds(rows + others, masked)
 
     def _block(self) -> tuple[int, float]:
-        """How many mask tokens a block should have, and what their guesses count in tokens of the next step.
-        None where they do not pay after a step of one token: after a better one they would pay less."""
+        """How many mask tokens a block should have, and what they count in tokens of the next step. None
+        where they do not pay after a step of one token: after a better one they would pay less."""
         best, most, ahead = (0, 0.0), (1 + self._others) / self._seconds(1, False), 0.0
         for depth in range(1, (self._mtp.k if self._mtp else 0) + 1):
             ahead += AHEAD * self._masked.now[0] ** depth
@@ -164,8 +153,8 @@ class AutoDraft(Drafter):
             for rates in (self._text, self._sure, self._masked):
                 rates.drift()
         states = block_of(draft, accepted, out)
-        self._guesses = (
-            () if states is None or self._mtp is None else self._mtp.guess(states, kept[-1])
+        self._ready = (
+            self._mtp.predict(states, kept[-1]) if self._mtp and states is not None else ()
         )
 
     def close(self) -> None:

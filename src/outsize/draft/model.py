@@ -49,13 +49,13 @@ class ModelDraft(Drafter):
         for _ in range(count):
             (out,) = full(self._model, [Span(start, fed)], [self._kv])
             start += len(fed)
-            fed = [self._guess(out.logits_KV[-1], [*tokens, *drafted])]
+            fed = [self._pick(out.logits_KV[-1], [*tokens, *drafted])]
             drafted += fed
         self._known = [*tokens, *drafted[:-1]]
         return Draft(tuple(drafted))
 
-    def _guess(self, logits_V: Tensor, tokens: Sequence[int]) -> int:
+    def _pick(self, logits_V: Tensor, tokens: Sequence[int]) -> int:
         if self._sampler is None:
             return int(logits_V.argmax())
-        self.drawn_from.append(self._sampler.chances(logits_V, tokens))
+        self.drawn_from.append(self._sampler.probs(logits_V, tokens))
         return self.drawn_from[-1].draw(self._sampler.random)

@@ -22,15 +22,15 @@ from outsize.model.lora import Adapter
 from outsize.model.transformer import Transformer
 
 CANDIDATES = (
-    32  # of a mask token, which one pass of the head finds for all; among them is chosen exactly
+    32  # of a mask token, found by one pass of the head for all; of them one is chosen exactly
 )
 
 
-class Guess(NamedTuple):
+class Prediction(NamedTuple):
     """A predicted token, and how likely it is held to be, those before it being right."""
 
     token: int
-    chance: float
+    prob: float
 
 
 class MtpModel:
@@ -52,19 +52,18 @@ class MtpModel:
         return Masks(tuple(anchors), self.rows_KD[:depth], self.adapter)
 
     @torch.inference_mode()
-    def guess(self, states_KD: Tensor, last: int) -> tuple[Guess, ...]:
+    def predict(self, states_KD: Tensor, last: int) -> tuple[Prediction, ...]:
         """What a block predicts after `last`, the token after its anchor."""
         out = []
-        for state_D, ids_C in zip(
-            states_KD, self._model.likely(states_KD, CANDIDATES), strict=True
-        ):
+        likely_KC = self._model.likely(states_KD, CANDIDATES)
+        for state_D, ids_C in zip(states_KD, likely_KC, strict=True):
             mixed = state_D[None]
             if self._head:
                 mixed = mtp_head.mix(mixed, self._model.embed([last]), self._head)
-            shares_C = (self._model.head_rows(ids_C) @ mixed[0]).float().softmax(0)
-            place = int(shares_C.argmax())
+            probs_C = (self._model.head_rows(ids_C) @ mixed[0]).float().softmax(0)
+            place = int(probs_C.argmax())
             last = int(ids_C[place])
-            out.append(Guess(last, float(shares_C[place])))
+            out.append(Prediction(last, float(probs_C[place])))
         return tuple(out)
 
 
@@ -78,17 +77,17 @@ def block_of(draft: Draft, anchor: int, out: Out) -> Tensor | None:
 
 
 class MtpDraft(Drafter):
-    """Always drafts all guesses that are ready."""
+    """Always drafts all predictions that are ready."""
 
     def __init__(self, model: MtpModel, k: int, layout: str) -> None:
         self._model, self._k, self._layout = model, k, layout
-        self._guesses: tuple[Guess, ...] = ()
+        self._ready: tuple[Prediction, ...] = ()
 
     def propose(self, tokens: Sequence[int], most: int) -> Draft:
-        guesses = tuple(guess.token for guess in self._guesses[:most])
-        anchors = range(len(guesses) + 1) if self._layout == "quadratic" else [len(guesses)]
-        return Draft(guesses, self._model.masks(tuple(anchors), self._k))
+        drafted = tuple(p.token for p in self._ready[:most])
+        anchors = range(len(drafted) + 1) if self._layout == "quadratic" else [len(drafted)]
+        return Draft(drafted, self._model.masks(tuple(anchors), self._k))
 
     def observe(self, draft: Draft, kept: Sequence[int], out: Out) -> None:
         states = block_of(draft, len(kept) - 1, out)
-        self._guesses = () if states is None else self._model.guess(states, kept[-1])
+        self._ready = () if states is None else self._model.predict(states, kept[-1])

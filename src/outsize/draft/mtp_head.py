@@ -76,8 +76,8 @@ def plainly(weight: Tensor) -> Product:
 
 
 def mix(z: Tensor, previous: Tensor, head: Sequence[Stage]) -> Tensor:
-    """(..., D): a mask's normed state and the embedding of the token before its guess -> the state whose
-    logits are the guess's."""
+    """(..., D): a mask token's normed state and the embedding of the token before its prediction -> the state
+    whose logits are the prediction's."""
     x = torch.cat([_unit(previous).to(z.dtype), _unit(z)], dim=-1)
     for stage in head:
         x = silu(stage.product(x) + stage.bias.to(x.dtype))

@@ -12,10 +12,8 @@ from outsize.errors import OptionError
 KINDS = ("auto", "none", "ngram", "model", "mtp")
 ALIASES = {"masks": "mtp"}  # earlier names
 KEYS = {"ngram": ("k",), "model": ("k", "verify"), "mtp": ("k", "layout")}
-WORDS = {
-    "layout": ("quadratic", "linear"),
-    "verify": ("pick", "rejection"),
-}  # the first is the default
+# Values that are words; the first is the default.
+WORDS = {"layout": ("quadratic", "linear"), "verify": ("pick", "rejection")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +57,6 @@ def _values(text: str, kind: str, told: Mapping[str, str]) -> tuple[int, str, st
     for name, words in WORDS.items():
         out[name] = told.get(name, words[0])
         if out[name] not in words:
-            raise OptionError(
-                f"draft is {text!r}: {name} is {out[name]}; known are {', '.join(words)}"
-            )
+            known = ", ".join(words)
+            raise OptionError(f"draft is {text!r}: {name} is {out[name]}; known are {known}")
     return int(k or 0), out["layout"], out["verify"]

@@ -12,10 +12,10 @@ from outsize.draft.step_time import StepTimes, Union
 LEARN, DRIFT, HAND_ON = 0.1, 0.004, 0.3
 TEXT_STEPS = (1, 2, 3, 5, 9, 17)  # tokens that agree, by which matches are told apart
 TEXT_PRIOR = (0.12, 0.25, 0.45, 0.65, 0.8, 0.92)
-# Probabilities that mask tokens give, by which their guesses are told apart.
+# Probabilities that mask tokens give, by which their predictions are told apart.
 SURE_STEPS = (0.0, 0.3, 0.5, 0.7, 0.85, 0.95)
 SURE_PRIOR = (0.2, 0.35, 0.55, 0.7, 0.85, 0.97)
-MTP_PRIOR = (0.65,)  # of mask tokens' guesses, as long as none has been made
+MTP_PRIOR = (0.65,)  # of mask tokens' predictions, as long as none has been made
 LOSS_SHARE = 0.03  # of a reply's time, that drafts may have lost
 LOSS_GRACE = 1.0  # steps without drafts, that they may have lost beside: something has to be tried
 

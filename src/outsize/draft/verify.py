@@ -56,11 +56,11 @@ def reject(
     """One to K new tokens."""
     known, random = list(tokens), sampler.random
     for logits_V, drafted, theirs in zip(logits_KV, draft.tokens, drawn_from, strict=False):
-        ours = sampler.chances(logits_V, known)
+        ours = sampler.probs(logits_V, known)
         if random.random() * theirs.of(drafted) >= ours.of(drafted):
             return [*known[len(tokens) :], _more(ours, theirs).draw(random)]
         known.append(drafted)
-    last = sampler.chances(logits_KV[len(known) - len(tokens)], known)
+    last = sampler.probs(logits_KV[len(known) - len(tokens)], known)
     return [*known[len(tokens) :], last.draw(random)]
 
 

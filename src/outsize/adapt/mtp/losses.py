@@ -65,7 +65,7 @@ class MtpRecipe(Recipe):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Padded on the right. Anchors are indices of ordinary tokens."""
+    """Sequences padded on the right, and anchors: indices of ordinary tokens after which mask tokens go."""
 
     tokens_BS: Tensor
     length_B: Tensor
@@ -76,7 +76,7 @@ class Batch:
 
 
 def new_parameters(d: Description, recipe: MtpRecipe, embed_VD: Tensor) -> dict[str, Tensor]:
-    """Additions that add nothing yet; masks as large as the model's own tokens."""
+    """What training begins with: additions that add nothing yet, mask tokens as large as the model's own."""
     generator = torch.Generator().manual_seed(recipe.seed)
     out: dict[str, Tensor] = {}
     for layer in range(d.num_layers):
@@ -107,7 +107,7 @@ def sample_batch(
 
 
 def _anchors(example: Example, count: int, generator: torch.Generator) -> list[int]:
-    """Of the tokens before the answer's end, some at random: the last of the prompt on."""
+    """Random tokens to put mask tokens after, from the prompt's last to the one before the answer's end."""
     first, last = example.num_prompt - 1, len(example.tokens) - 2
     size = max(1, last - first)
     order = torch.randperm(size, generator=generator)[:count].sort().values + first
@@ -119,7 +119,7 @@ def all_anchors(example: Example) -> list[int]:
 
 
 def collate(examples: Sequence[Example], anchors: Sequence[Sequence[int]]) -> Batch:
-    """A short sequence's missing anchors are -1: no labels."""
+    """A padded batch. A short sequence's missing anchors are -1: no labels."""
     longest, most = max(len(e.tokens) for e in examples), max(len(a) for a in anchors)
     tokens = torch.zeros(len(examples), longest, dtype=torch.long)
     places = torch.full((len(examples), most), -1)
@@ -141,7 +141,7 @@ def ordinary(
 
 
 def mask_rows(model: TrainableModel, batch: Batch, masks_KD: Tensor) -> Rows:
-    """The masks after every anchor, block by block."""
+    """The mask tokens after every anchor, block by block."""
     count, size = batch.tokens_BS.shape
     num_masks, num_anchors = len(masks_KD), batch.anchor_BA.shape[1]
     anchor_BM = batch.anchor_BA.clamp_min(0).repeat_interleave(num_masks, dim=1)
@@ -155,7 +155,7 @@ def mask_rows(model: TrainableModel, batch: Batch, masks_KD: Tensor) -> Rows:
 
 
 class Labels(NamedTuple):
-    """For each mask that has a label: its place among all masks, label, the token before, and the
+    """For each mask token that has a label: its place among all of them, label, the token before, and the
     ordinary state that predicts the same."""
 
     place_N: Tensor
@@ -168,9 +168,8 @@ def labels(batch: Batch, num_masks: int) -> Labels:
     device, size = batch.tokens_BS.device, batch.tokens_BS.shape[1]
     offset_K = torch.arange(1, num_masks + 1, device=device)
     target_BM = (batch.anchor_BA[:, :, None] + offset_K + 1).flatten(1)
-    good = (target_BM < batch.length_B[:, None]) & (
-        batch.anchor_BA.repeat_interleave(num_masks, dim=1) >= 0
-    )
+    has_anchor_BM = batch.anchor_BA.repeat_interleave(num_masks, dim=1) >= 0
+    good = (target_BM < batch.length_B[:, None]) & has_anchor_BM
     place_N = good.flatten().nonzero()[:, 0]
     row_BM = torch.arange(len(target_BM), device=device)[:, None].expand_as(target_BM)
     at_N = (row_BM * size + target_BM).flatten()[place_N]
@@ -188,7 +187,7 @@ class Losses(NamedTuple):
 def losses(
     model: TrainableModel, parameters: Parameters, recipe: MtpRecipe, batch: Batch
 ) -> Losses:
-    """Cross-entropies of the masks' guesses by the plain head and by the sampler; and how far their
+    """Cross-entropies of the mask tokens' predictions by the plain head and by the sampler; and how far their
     states are from those of the ordinary tokens that predict the same, relative to these."""
     added = deltas(parameters, recipe.scale)
     with torch.set_grad_enabled(not recipe.gated):

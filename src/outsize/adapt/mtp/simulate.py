@@ -1,6 +1,6 @@
-"""Simulates what drafts would be accepted: the decoding loop over known answers, with the guesses after every
-token computed at once. Exact for greedy answers of the same weights, since a step's mask tokens always follow
-a true prefix.
+"""Simulates what drafts would be accepted: the decoding loop over known answers, with the predictions after
+every token computed at once. Exact for greedy answers of the same weights, since a step's mask tokens always
+follow a true prefix.
 
 Shapes: B sequences, A anchors, K mask tokens.
 """
@@ -43,7 +43,7 @@ class Simulated:
         return self.tokens / max(1, self.linear)
 
     def add(self, accepted: Sequence[int], k: int) -> None:
-        """`accepted[i]`: leading correct guesses after anchor i."""
+        """`accepted[i]`: leading correct predictions after anchor i."""
         self.tokens += len(accepted)
         at = 0
         while at < len(accepted):
@@ -81,7 +81,7 @@ def predictions(
 
 
 def leading(example: Example, guess_AK: Tensor) -> list[int]:
-    """For each anchor, how many of its guesses in a row are the answer's own tokens."""
+    """For each anchor, how many of its predictions in a row are the answer's own tokens."""
     size, k = len(example.tokens), guess_AK.shape[1]
     out = []
     for row, anchor in enumerate(all_anchors(example)):
