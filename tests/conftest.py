@@ -11,7 +11,6 @@ import filelock
 import pytest
 
 import outsize
-from outsize.draft import load as drafting
 from outsize.draft.spec import parse_draft
 from outsize.engine import load as loading
 from outsize.engine.model import Model
@@ -19,6 +18,7 @@ from outsize.kernels.native import Kernels, kernels
 from outsize.pack import fetch
 from outsize.pack.outline import of_pack
 from outsize.plan import decide, place
+from outsize.plan.drafts import with_drafting
 from outsize.system import memory as budget
 from tests import IS_WORKER
 from tests.golden import tiny
@@ -112,7 +112,7 @@ def open_paged(
         if spec.kind == "model":
             smaller = of_pack(fetch.pack(spec.source, quiet=True))
             outline = decide.with_all(outline, {}, smaller, None)
-        outline = outline if spec.kind == "auto" else drafting.with_drafting(spec, outline)
+        outline = outline if spec.kind == "auto" else with_drafting(spec, outline)
         least = place.least_bytes(outline, 0, 0, 256)
         opened.append(
             outsize.load(

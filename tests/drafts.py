@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from outsize.adapt import checkpoints
-from outsize.adapt.mtp.losses import Recipe, new_parameters
+from outsize.adapt.mtp.losses import MtpRecipe, new_parameters
 from outsize.engine.model import Model
 from outsize.model.lora import widths
 from outsize.model_config import Description
@@ -20,7 +20,7 @@ PEFT = {
 }  # fmt: skip
 
 
-def random_parameters(model: Model, recipe: Recipe) -> dict[str, torch.Tensor]:
+def random_parameters(model: Model, recipe: MtpRecipe) -> dict[str, torch.Tensor]:
     """As training begins, but with additions and a sampler that do something."""
     d = model.pack.description
     made = new_parameters(d, recipe, torch.randn(d.vocab_size, d.width))
@@ -31,9 +31,9 @@ def random_parameters(model: Model, recipe: Recipe) -> dict[str, torch.Tensor]:
     return made
 
 
-def write_masks(model: Model, path: Path, recipe: Recipe | None = None, **about: object) -> Path:
+def write_masks(model: Model, path: Path, recipe: MtpRecipe | None = None, **about: object) -> Path:
     """A mask drafter for a model."""
-    recipe = recipe or Recipe(k=3, rank=4)
+    recipe = recipe or MtpRecipe(k=3, rank=4)
     base = {"kind": "masks", "base": model.pack.source.sha256, "rows": "adjacent", "scale": 2.0}
     checkpoints.save(path, random_parameters(model, recipe), base | about)
     return path

@@ -37,7 +37,7 @@ def answers(model: outsize.Model, prompts: list[list[int]], new: int) -> tuple[l
         account, kv = flow.DraftCounts(), model.new_kv(len(ids) + new)
         drafter, _ = model.drafting.new(Sampler(Options(), 0))
         life = flow.decode(seq, (drafter, verify), pick, account)
-        for _ in drive(model.transformer, [life], [kv], model.drafting.pace):
+        for _ in drive(model.transformer, [life], [kv], model.drafting.step_times):
             pass
         out.append((seq.new_tokens, sums[: len(seq.new_tokens)]))  # a draft may go on after the end
         steps, made = steps + account.steps, made + len(seq.new_tokens) - 1

@@ -20,9 +20,8 @@ from pathlib import Path
 import torch
 
 from experiments.runs import arguments
-from outsize.adapt.answers import in_batches
-from outsize.adapt.mtp import run as adapting
-from outsize.adapt.trainable import TrainableModel
+from outsize.adapt.answers import answer, batches
+from outsize.adapt.trainable import TrainableModel, matmul_type
 from outsize.engine import load as loading
 from outsize.options import DEFAULT_MODEL
 from outsize.pack import fetch
@@ -71,7 +70,7 @@ def own(model: str, count: int, seed: int, device: torch.device) -> list[str]:
     """What the model itself would ask."""
     made = fetch.pack(model, quiet=True)
     tokens = loading.tokens(made)
-    twin = TrainableModel(made, device, adapting.matmul_type(device), silent)
+    twin = TrainableModel(made, device, matmul_type(device), silent)
     opening = "<|im_start|>user\n"
     picked = [STARTS[i % len(STARTS)] for i in range(count)]
     prompts = [tokens.encode(opening + start, special=True) for start in picked]
@@ -79,12 +78,11 @@ def own(model: str, count: int, seed: int, device: torch.device) -> list[str]:
     generator = torch.Generator(device).manual_seed(seed)
     at_once = 512 if device.type == "cuda" else 8
 
-    def done(rows: list[int], answers: list[list[int]]) -> None:
-        for row, answer in zip(rows, answers, strict=True):
-            if answer[-1] in made.eos and len(answer) > 3:
-                out.append(picked[row] + tokens.decode(answer))
-
-    in_batches(twin, prompts, 120, frozenset(made.eos), at_once, done, generator)
+    for rows in batches(prompts, range(count), at_once):
+        asked = answer(twin, [prompts[i] for i in rows], 120, frozenset(made.eos), generator)
+        for row, text in zip(rows, asked, strict=True):
+            if text[-1] in made.eos and len(text) > 3:
+                out.append(picked[row] + tokens.decode(text))
     return out
 
 

@@ -1,5 +1,5 @@
 """How right is a mask drafter, and does it know?
-`python -m experiments.drafting.mtp_sure MODEL --draft masks:FILE --prompts FILE.jsonl [--per-category 3]`.
+`python -m experiments.drafting.mtp_sure MODEL --draft mtp:FILE --prompts FILE.jsonl [--per-category 3]`.
 
 Greedy answers are walked over once more with masks after every token, whatever a step would have used. One
 JSON object: tokens a step if a step began everywhere, and for each of a block's guesses, those before it
@@ -14,9 +14,9 @@ import outsize
 from experiments.drafting.lossless import answers
 from experiments.runs import arguments, record
 from outsize.bench.speculate import read
-from outsize.draft.auto import kind_of
 from outsize.draft.drafter import Draft
 from outsize.draft.mtp import block_of
+from outsize.draft.stats import kind_of
 from outsize.forward.full import full
 from outsize.forward.span import Span
 
@@ -26,7 +26,7 @@ AT_ONCE = 5  # tokens, with masks after each of them
 
 def guesses(model, prompt: list[int], answer: list[int]):  # type: ignore[no-untyped-def]
     """(number of the answer's token after the anchor, what the block there guesses) for each token."""
-    t, masks, known = model.transformer, model.drafting.masks, prompt + answer
+    t, masks, known = model.transformer, model.drafting.mtp, prompt + answer
     kv, first = model.new_kv(len(known) + AT_ONCE * masks.k), len(prompt) - 1
     full(t, [Span(0, known[:first], 1)], [kv])
     for start in range(0, len(answer), AT_ONCE):
@@ -35,25 +35,25 @@ def guesses(model, prompt: list[int], answer: list[int]):  # type: ignore[no-unt
         (out,) = full(t, [Span(first + start, fed, len(fed), blocks)], [kv])
         for place in range(len(fed)):
             states = block_of(Draft(masks=blocks), place, out)
-            yield start + place, masks.guess(states, answer[start + place])
+            yield start + place, masks.predict(states, answer[start + place])
 
 
 def main() -> None:
     a = arguments(
-        __doc__, "model", draft=("auto", "masks:FILE, or auto for the one that ships"), prompts=Path,
+        __doc__, "model", draft=("auto", "mtp:FILE, or auto for the one that ships"), prompts=Path,
         per_category=3, longest=(900, "tokens of a prompt"), new=128,
     )  # fmt: skip
     with outsize.load(a.model, draft=a.draft, context=a.longest + a.new + 64, quiet=True) as model:
         texts = [text for _, text in read(a.prompts, a.per_category)]
         prompts = [x for x in model.encode(texts, outsize.Options()) if len(x) <= a.longest]
-        counts = [[[0, 0] for _ in BINS] for _ in range(model.drafting.masks.k)]
+        counts = [[[0, 0] for _ in BINS] for _ in range(model.drafting.mtp.k)]
         steps = tokens = 0
         for prompt, (answer, _) in zip(prompts, answers(model, prompts, a.new)[0], strict=True):
             for number, block in guesses(model, prompt, answer):
                 steps, tokens = steps + 1, tokens + 1
                 for place, guess in enumerate(block[: len(answer) - number - 1]):
                     good = guess.token == answer[number + 1 + place]
-                    found = counts[place][kind_of(guess.chance, BINS)]
+                    found = counts[place][kind_of(guess.prob, BINS)]
                     found[0], found[1], tokens = found[0] + 1, found[1] + good, tokens + good
                     if not good:
                         break

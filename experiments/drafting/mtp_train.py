@@ -27,28 +27,27 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from experiments.runs import Row, arguments, fresh, record
-from outsize.adapt.mtp import run as adapting
-from outsize.adapt.mtp import train
-from outsize.adapt.mtp.losses import Example, Recipe, all_anchors, collate, deltas, ordinary
-from outsize.adapt.mtp.simulate import walk
-from outsize.adapt.trainable import TrainableModel
+from outsize.adapt import loop
+from outsize.adapt.examples import Example, TrainOptions, prepare
+from outsize.adapt.mtp.losses import MtpRecipe, all_anchors, collate, deltas, ordinary
+from outsize.adapt.mtp.simulate import simulate
+from outsize.adapt.mtp.task import MtpTask
+from outsize.adapt.trainable import TrainableModel, matmul_type
 from outsize.options import DEFAULT_MODEL
 from outsize.pack import fetch
 from outsize.progress import silent
 
 
-def answered(twin, made, path: Path, args, recipe: Recipe) -> list[Example]:
+def answered(twin, made, path: Path, args, recipe: MtpRecipe) -> list[Example]:
     at_once = 256 if twin.device.type == "cuda" else 8
     beside = args.output / f"{path.stem}.safetensors"  # answers are kept beside what this would be
-    wish = adapting.TrainOptions(
-        args.model, (path,), beside, True, args.max_tokens, at_once, quiet=True
-    )
-    return adapting.prepare(wish, recipe, made, twin)
+    wish = TrainOptions(args.model, (path,), beside, True, args.max_tokens, at_once, quiet=True)
+    return prepare(wish, recipe.length, made, twin)
 
 
 @torch.no_grad()
 def base_loss(
-    twin: TrainableModel, parameters, recipe: Recipe, found: list[Example], added: bool
+    twin: TrainableModel, parameters, recipe: MtpRecipe, found: list[Example], added: bool
 ) -> float:
     """Of the answers' own tokens, in nats."""
     total, count = 0.0, 0
@@ -87,7 +86,7 @@ def peak_flops(device: torch.device, kind: torch.dtype) -> float:
     return 2 * size**3 / seconds(lambda: a @ a, device, 3)
 
 
-def step_flops(twin: TrainableModel, recipe: Recipe, tokens: float, masks: float) -> float:
+def step_flops(twin: TrainableModel, recipe: MtpRecipe, tokens: float, masks: float) -> float:
     """Of a step: ordinary tokens forward; masks forward and back to their inputs; two heads likewise."""
     d = twin.description
     layer = d.width * d.qkv_rows + d.num_heads * d.head_dim * d.width + 3 * d.width * d.ffn_width
@@ -99,28 +98,28 @@ def step_flops(twin: TrainableModel, recipe: Recipe, tokens: float, masks: float
     return ordinary_part + 2 * masks * (body + heads * head)
 
 
-def run(args, twin, made, data, held, recipe: Recipe) -> dict:
+def run(args, twin, made, data, held, recipe: MtpRecipe) -> dict:
     rest, mixed = data[: -args.mixed], data[-args.mixed :]
     if args.seconds:
-        state = train.start(twin, recipe, made.source.sha256)
-        step_s = seconds(lambda: state.run_step(rest), twin.device, 5)
+        trial = loop.start(MtpTask(recipe, twin, rest), made.source.sha256)
+        step_s = seconds(trial.run_step, twin.device, 5)
         recipe = replace(recipe, steps=int(args.seconds / step_s))
-    state = train.start(twin, recipe, made.source.sha256)
+    state = loop.start(MtpTask(recipe, twin, rest, held[:32]), made.source.sha256)
     sizes = [len(e.tokens) for e in rest]
     num_tokens = recipe.batch * sum(sizes) / len(sizes)
     num_masks = recipe.batch * recipe.anchors * recipe.k
     started = time.perf_counter()
     seen = []
 
-    def tell(now: train.Seen) -> None:
+    def tell(now: loop.Training) -> None:
         if now.step % 50 == 0:
             seen.append((now.step, round(now.loss, 4)))
             if now.step % 400 == 0:
                 state.write(args.output / f"{args.name}.safetensors")
-            print(json.dumps({"recipe": args.name, "step": now.step, "of": now.steps,
+            print(json.dumps({"recipe": args.name, "step": now.step, "of": recipe.steps,
                               "loss": round(now.loss, 4)}), file=sys.stderr, flush=True)  # fmt: skip
 
-    train.train(state, rest, held[:32], args.output / f"{args.name}.checkpoint", 1 << 30, tell)
+    loop.train(state, args.output / f"{args.name}.checkpoint", 1 << 30, tell)
     took = time.perf_counter() - started
     (args.output / f"{args.name}.checkpoint").unlink(missing_ok=True)
     out = {"name": args.name, "recipe": recipe.to_json(), "steps": recipe.steps, "took_s": took,
@@ -130,10 +129,10 @@ def run(args, twin, made, data, held, recipe: Recipe) -> dict:
            "loss": state.loss, "curve": seen}  # fmt: skip
     for name, found in (("gsm8k", held), ("mix", mixed)):
         for k in range(1, recipe.k + 1):
-            w = walk(twin, state.parameters, recipe.scale, found, k, 16)
+            w = simulate(twin, state.task.parameters, recipe.scale, found, k, 16)
             out |= {f"{name}_k{k}_quadratic": w.by_quadratic, f"{name}_k{k}_linear": w.by_linear}
-    out["base_loss_before"] = base_loss(twin, state.parameters, recipe, held, False)
-    out["base_loss_after"] = base_loss(twin, state.parameters, recipe, held, True)
+    out["base_loss_before"] = base_loss(twin, state.task.parameters, recipe, held, False)
+    out["base_loss_after"] = base_loss(twin, state.task.parameters, recipe, held, True)
     state.write(args.output / f"{args.name}.safetensors")
     return out
 
@@ -141,8 +140,8 @@ def run(args, twin, made, data, held, recipe: Recipe) -> dict:
 def one(args) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made = fetch.pack(args.model, quiet=True)
-    twin = TrainableModel(made, device, adapting.matmul_type(device), silent)
-    recipe = Recipe(**json.loads(args.recipes[0]))
+    twin = TrainableModel(made, device, matmul_type(device), silent)
+    recipe = MtpRecipe(**json.loads(args.recipes[0]))
     data = answered(twin, made, args.data, args, recipe)
     held = answered(twin, made, args.held_out, args, recipe)[: args.count]
     if args.answers_only:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,15 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import outsize
-from outsize.adapt import checkpoints
+from outsize.adapt import checkpoints, head_loss, loop, trainable
 from outsize.adapt.answers import answer
-from outsize.adapt.mtp import head_loss, train
-from outsize.adapt.mtp import run as adapting
-from outsize.adapt.mtp.answered import Kept
-from outsize.adapt.mtp.losses import Example, Recipe, deltas, draw, losses, ordinary
-from outsize.adapt.mtp.simulate import Walk, leading, walk
-from outsize.adapt.trainable import TrainableModel
+from outsize.adapt.examples import Example, Kept, TrainOptions, prepare
+from outsize.adapt.mtp.losses import MtpRecipe, deltas, losses, ordinary, sample_batch
+from outsize.adapt.mtp.simulate import Simulated, leading, simulate
+from outsize.adapt.mtp.task import MtpTask
+from outsize.adapt.processes import join
+from outsize.adapt.run import run
+from outsize.adapt.trainable import TrainableModel, matmul_type
 from outsize.checkpoint.lora import raw
 from outsize.engine.model import Model
 from outsize.errors import AdapterError, DataError, DiskFullError, OptionError, UnsupportedError
@@ -35,7 +37,7 @@ from outsize.text.prompt_file import read
 from tests.command import outsize as outsize_here
 from tests.golden import tiny
 
-RECIPE = Recipe(k=2, rank=2, steps=8, batch=2, anchors=4, length=80)
+RECIPE = MtpRecipe(k=2, rank=2, steps=8, batch=2, anchors=4, length=80)
 EXAMPLES = [Example([(7 * i * j + i) % 250 for j in range(30)], 6) for i in range(5)]
 
 
@@ -43,7 +45,11 @@ def twin_of(model: Model) -> TrainableModel:
     return TrainableModel(model.pack, torch.device("cpu"), torch.float32, silent)
 
 
-def quiet(seen: train.Seen) -> None:
+def task_of(twin: TrainableModel, recipe: MtpRecipe = RECIPE) -> MtpTask:
+    return MtpTask(recipe, twin, EXAMPLES)
+
+
+def quiet(now: loop.Training) -> None:
     """Nobody looks."""
 
 
@@ -51,21 +57,21 @@ def test_a_resumed_training_gives_the_same_weights(
     open_tiny: Callable[..., Model], tmp_path: Path
 ) -> None:
     twin, path = twin_of(open_tiny("llama", "int8")), tmp_path / "c"
-    whole = train.start(twin, RECIPE, "base")
-    train.train(whole, EXAMPLES, [], tmp_path / "w", 100, quiet)
-    part = train.start(twin, RECIPE, "base")
+    whole = loop.start(task_of(twin), "base")
+    loop.train(whole, tmp_path / "w", 100, quiet)
+    part = loop.start(task_of(twin), "base")
     for _ in range(5):
-        part.run_step(EXAMPLES)
+        part.run_step()
     part.save(path)
-    again = train.resume(twin, RECIPE, "base", path)
+    again = loop.resume(task_of(twin), path, "base")
     assert again.step == 5
-    train.train(again, EXAMPLES, [], path, 100, quiet)
-    for name, value in whole.parameters.items():
-        assert torch.equal(value, again.parameters[name]), name
+    loop.train(again, path, 100, quiet)
+    for name, value in whole.task.parameters.items():
+        assert torch.equal(value, again.task.parameters[name]), name
     with pytest.raises(AdapterError, match="another model or recipe"):
-        train.resume(twin, Recipe(k=2, rank=4), "base", path)
+        loop.resume(task_of(twin, MtpRecipe(k=2, rank=4)), path, "base")
     with pytest.raises(AdapterError, match="another model or recipe"):
-        train.resume(twin, RECIPE, "other", path)
+        loop.resume(task_of(twin), path, "other")
 
 
 def test_training_lowers_the_loss_and_leaves_the_base_alone(
@@ -73,20 +79,20 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(
 ) -> None:
     """Gated additions never reach ordinary tokens; ordinary ones do."""
     twin = twin_of(open_tiny("llama", "int8"))
-    recipe = Recipe(k=2, rank=4, steps=60, batch=4, anchors=8, length=80, rate=5e-3)
-    state = train.start(twin, recipe, "base")
-    batch = draw(EXAMPLES, recipe, 0, 0, 1)
+    recipe = MtpRecipe(k=2, rank=4, steps=60, batch=4, anchors=8, length=80, rate=5e-3)
+    state = loop.start(task_of(twin, recipe), "base")
+    batch = sample_batch(EXAMPLES, recipe, 0)
     with torch.no_grad():
-        before = losses(twin, state.parameters, recipe, batch)
+        before = losses(twin, state.task.parameters, recipe, batch)
         base, _ = ordinary(twin, batch)
     for _ in range(60):
-        state.run_step(EXAMPLES)
+        state.run_step()
     with torch.no_grad():
-        after = losses(twin, state.parameters, recipe, batch)
+        after = losses(twin, state.task.parameters, recipe, batch)
         assert torch.equal(base, ordinary(twin, batch)[0])
     assert after.base < 0.8 * before.base
     assert after.sampled < 0.8 * before.sampled
-    found = walk(twin, state.parameters, recipe.scale, EXAMPLES, 2)
+    found = simulate(twin, state.task.parameters, recipe.scale, EXAMPLES, 2)
     assert found.by_quadratic >= found.by_linear >= 1
 
 
@@ -94,34 +100,36 @@ def test_ordinary_lora_has_the_ordinary_loss(open_tiny: Callable[..., Model]) ->
     """The term is the plain cross-entropy of the tokens after the anchors; it has a gradient, and training
     with it keeps that loss where training without it does not."""
     twin = twin_of(open_tiny("llama", "int8"))
-    recipe = Recipe(k=2, rank=4, steps=40, batch=4, anchors=8, length=80, rate=5e-3, gated=False)
+    recipe = MtpRecipe(k=2, rank=4, steps=40, batch=4, anchors=8, length=80, rate=5e-3, gated=False)
     spoken = replace(recipe, next_token=1.0)
-    state = train.start(twin, spoken, "base")
+    state = loop.start(task_of(twin, spoken), "base")
     with torch.no_grad():  # additions that add nothing have a gradient in one factor only
-        for name, value in state.parameters.items():
+        for name, value in state.task.parameters.items():
             if name.endswith(".B"):
                 value.normal_(0, 0.02, generator=torch.Generator().manual_seed(1))
-    batch = draw(EXAMPLES, recipe, 0, 0, 1)
-    found = losses(twin, state.parameters, spoken, batch)
-    x, _ = ordinary(twin, batch, deltas(state.parameters, spoken.scale))
+    batch = sample_batch(EXAMPLES, recipe, 0)
+    found = losses(twin, state.task.parameters, spoken, batch)
+    x, _ = ordinary(twin, batch, deltas(state.task.parameters, spoken.scale))
     plain = torch.stack([
         cross_entropy(twin.logits(x[b, at]), batch.tokens_BS[b, at + 1])
         for b in range(len(x)) for at in batch.anchor_BA[b].tolist() if at >= 0
     ]).mean()  # fmt: skip
     torch.testing.assert_close(found.ordinary, plain)
     found.ordinary.backward()  # type: ignore[no-untyped-call]
-    grads = {n: float(p.grad.norm()) for n, p in state.parameters.items() if p.grad is not None}
+    grads = {
+        n: float(p.grad.norm()) for n, p in state.task.parameters.items() if p.grad is not None
+    }
     assert grads["0.q.A"] > 0
     assert grads["1.down.B"] > 0
     assert not {"masks", "sampler.first.weight"} & grads.keys()
-    assert float(losses(twin, state.parameters, recipe, batch).ordinary) == 0
+    assert float(losses(twin, state.task.parameters, recipe, batch).ordinary) == 0
     ends = []
     for arm in (recipe, spoken):
-        trained = train.start(twin, arm, "base")
+        trained = loop.start(task_of(twin, arm), "base")
         for _ in range(40):
-            trained.run_step(EXAMPLES)
+            trained.run_step()
         with torch.no_grad():
-            ends.append(float(losses(twin, trained.parameters, spoken, batch).ordinary))
+            ends.append(float(losses(twin, trained.task.parameters, spoken, batch).ordinary))
     assert ends[1] < 0.9 * ends[0]
     with pytest.raises(OptionError, match="never reach ordinary tokens"):
         replace(spoken, gated=True)
@@ -144,13 +152,13 @@ def test_a_loss_in_chunks_is_the_plain_loss(chunk: int, monkeypatch: pytest.Monk
 
 def test_training_multiplies_in_bf16_where_that_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for sets, kind in ((["avx2", "avx512_bf16"], torch.bfloat16), (["avx2"], torch.float32)):
-        monkeypatch.setattr(adapting, "instruction_sets", lambda sets=sets: sets)
-        assert adapting.matmul_type(torch.device("cpu")) == kind
-        assert adapting.matmul_type(torch.device("cuda")) == torch.bfloat16
+        monkeypatch.setattr(trainable, "instruction_sets", lambda sets=sets: sets)
+        assert matmul_type(torch.device("cpu")) == kind
+        assert matmul_type(torch.device("cuda")) == torch.bfloat16
 
 
 def test_a_walk_counts_steps_as_decoding_takes_them() -> None:
-    found = Walk()
+    found = Simulated()
     found.add([2, 0, 1, 0, 0], k=2)
     # Quadratic: three tokens, one, one. Linear: all right, one, then a step without guesses.
     assert (found.tokens, found.quadratic, found.linear) == (5, 3, 3)
@@ -198,14 +206,14 @@ def test_other_prompts_have_other_answers(open_tiny: Callable[..., Model], tmp_p
     model = open_tiny("llama", "int8")
     wish = wish_of(model, tmp_path)
     twin = twin_of(model)
-    first = adapting.prepare(wish, RECIPE, model.pack, twin)
+    first = prepare(wish, RECIPE.length, model.pack, twin)
     (wish.data[0]).write_text("\n".join(f"tell me {i}" for i in range(9)))
-    second = adapting.prepare(wish, RECIPE, model.pack, twin)
-    fresh = adapting.prepare(
-        replace(wish, output=tmp_path / "fresh.safetensors"), RECIPE, model.pack, twin
+    second = prepare(wish, RECIPE.length, model.pack, twin)
+    fresh = prepare(
+        replace(wish, output=tmp_path / "fresh.safetensors"), RECIPE.length, model.pack, twin
     )
     assert second == fresh != first
-    longer = adapting.prepare(replace(wish, max_tokens=14), RECIPE, model.pack, twin)
+    longer = prepare(replace(wish, max_tokens=14), RECIPE.length, model.pack, twin)
     assert longer != second
 
 
@@ -213,11 +221,11 @@ def test_a_resumed_training_has_the_same_data(
     open_tiny: Callable[..., Model], tmp_path: Path
 ) -> None:
     twin, path = twin_of(open_tiny("llama", "int8")), tmp_path / "c"
-    train.start(twin, RECIPE, "base", "data").save(path)
+    loop.start(task_of(twin), "base", "data").save(path)
     with pytest.raises(AdapterError, match="the prompts or answers differ"):
-        train.resume(twin, RECIPE, "base", path, "other")
+        loop.resume(task_of(twin), path, "base", "other")
     with pytest.raises(AdapterError, match="rank was 2, is 4"):
-        train.resume(twin, replace(RECIPE, rank=4), "base", path, "data")
+        loop.resume(task_of(twin, replace(RECIPE, rank=4)), path, "base", "data")
 
 
 def free_port() -> int:
@@ -235,7 +243,7 @@ def test_two_processes_train_one_drafter(open_tiny: Callable[..., Model], tmp_pa
     model = open_tiny("llama", "int8")
     wish, port = wish_of(model, tmp_path), free_port()
     command = [
-        sys.executable, "-m", "outsize.cli.main", "adapt", "masks", wish.model, "--data", str(wish.data[0]),
+        sys.executable, "-m", "outsize.cli.main", "adapt", "mtp", wish.model, "--data", str(wish.data[0]),
         "-o", str(wish.output), "--steps", "6", "--k", "2", "--rank", "2", "--batch", "3", "--anchors",
         "4", "-n", "12", "--at-once", "1", "-t", "1", "--device", "cpu",
     ]  # fmt: skip
@@ -251,9 +259,9 @@ def test_two_processes_train_one_drafter(open_tiny: Callable[..., Model], tmp_pa
     rows = [json.loads(line) for line in wish.answers.read_text().splitlines()[1:]]
     assert sorted(i for i, _ in rows) == list(range(9))
     alone = replace(wish, output=tmp_path / "alone.safetensors", at_once=1)
-    kind = adapting.matmul_type(torch.device("cpu"))
+    kind = matmul_type(torch.device("cpu"))
     twin = TrainableModel(model.pack, torch.device("cpu"), kind, silent)
-    adapting.prepare(alone, RECIPE, model.pack, twin)
+    prepare(alone, RECIPE.length, model.pack, twin)
     lines = alone.answers.read_text().splitlines()[1:]
     assert dict(map(json.loads, lines)) == dict(rows)
     assert raw(wish.output)[1]["step"] == 6
@@ -298,11 +306,15 @@ def test_data_is_refused_with_its_line(tmp_path: Path) -> None:
         read([tmp_path / "nothing.txt"])
 
 
-def wish_of(model: Model, folder: Path, **more: object) -> adapting.TrainOptions:
+def wish_of(model: Model, folder: Path, **more: object) -> TrainOptions:
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(f"say {i} and {i * i}" for i in range(9)))
     told = {"max_tokens": 12, "at_once": 4, "quiet": True} | more
-    return adapting.TrainOptions(str(model.pack.path), (prompts,), folder / "a.safetensors", **told)  # type: ignore[arg-type]
+    return TrainOptions(str(model.pack.path), (prompts,), folder / "a.safetensors", **told)  # type: ignore[arg-type]
+
+
+def train(options: TrainOptions, recipe: MtpRecipe = RECIPE) -> None:
+    run(options, recipe, partial(MtpTask, recipe))
 
 
 def test_the_whole_recipe_makes_a_drafter_that_loads(
@@ -310,20 +322,20 @@ def test_the_whole_recipe_makes_a_drafter_that_loads(
 ) -> None:
     model = open_tiny("llama", "int8")
     wish = wish_of(model, tmp_path)
-    adapting.masks(wish, RECIPE)
+    train(wish)
     assert not wish.checkpoint.exists()
-    with outsize.load(str(model.pack.path), draft=f"masks:{wish.output}", quiet=True) as drafted:
+    with outsize.load(str(model.pack.path), draft=f"mtp:{wish.output}", quiet=True) as drafted:
         (ours,) = drafted.generate("say 3", max_tokens=20)
     assert ours.text == model.generate("say 3", max_tokens=20)[0].text
     assert ours.drafted > 0
     with pytest.raises(OptionError, match="no checkpoint"):
-        adapting.masks(wish_of(model, tmp_path, resume=True), RECIPE)
+        train(wish_of(model, tmp_path, resume=True))
     with pytest.raises(DataError, match="every prompt is longer"):
-        adapting.masks(wish_of(model, tmp_path), Recipe(length=14))
+        train(wish_of(model, tmp_path), MtpRecipe(length=14))
     with pytest.raises(DataError, match="has no answer"):
-        adapting.masks(wish_of(model, tmp_path, own_answers=False), RECIPE)
+        train(wish_of(model, tmp_path, own_answers=False))
     with pytest.raises(OptionError, match="auto, cpu or cuda"):
-        adapting.join("tpu")
+        join("tpu")
 
 
 def test_experts_are_refused(open_tiny: Callable[..., Model]) -> None:
@@ -332,14 +344,14 @@ def test_experts_are_refused(open_tiny: Callable[..., Model]) -> None:
 
 
 def test_an_interrupt_saves(open_tiny: Callable[..., Model], tmp_path: Path) -> None:
-    state = train.start(twin_of(open_tiny("llama", "int8")), RECIPE, "base")
+    state = loop.start(task_of(twin_of(open_tiny("llama", "int8"))), "base")
 
-    def stop(seen: train.Seen) -> None:
-        if seen.step == 3:
+    def stop(now: loop.Training) -> None:
+        if now.step == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train.train(state, EXAMPLES, [], tmp_path / "c", 100, stop)
+        loop.train(state, tmp_path / "c", 100, stop)
     assert raw(tmp_path / "c")[1]["step"] == 3
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from outsize.bench.cache import Wanted, choose, replay
+from outsize.bench.cache import CacheOptions, choose, replay
 from outsize.caching import prefetcher
 from outsize.caching.policy import EvictionPolicy, Hints, make
 from outsize.caching.replay.simulate import Link, Replay, ReplaySetup
@@ -143,25 +143,29 @@ def test_prefetch_and_link_in_virtual_time() -> None:
 
 def test_the_grid_and_its_choice(tmp_path: Path) -> None:
     trace = read(write(tmp_path / "a.csv", made(60)))
-    wanted = Wanted(
+    options = CacheOptions(
         capacity="40%,60%", eviction="lru,fifo,echo,belady,static", bandwidth="1MB/s,2MB/s"
     )
-    rows = replay((trace,), wanted, quiet=True)
+    rows = replay((trace,), options, quiet=True)
     assert len(rows) == 2 * 5 * 2 * 2  # capacities, policies, rates, phases
     assert all(0 <= float(r["reuse_hit_rate"]) <= float(r["hit_rate"]) <= 1 for r in rows)
     best, why = choose(rows)
     assert best.split(",")[0] in ("lru", "fifo", "echo")
     assert "use here" in why
     assert choose([r for r in rows if r["eviction"] == "belady"])[0] == ""
-    layered = replay((trace,), Wanted(capacity="50%", eviction="lru", per_layer=True), quiet=True)
+    layered = replay(
+        (trace,), CacheOptions(capacity="50%", eviction="lru", per_layer=True), quiet=True
+    )
     assert {r["pool"] for r in layered} == {"layer"}
     with pytest.raises(TraceError, match=r"fewer than the 2 experts .* at least"):
-        replay((trace,), Wanted(capacity="1%"), quiet=True)
+        replay((trace,), CacheOptions(capacity="1%"), quiet=True)
     for bad in ({"capacity": "many"}, {"bandwidth": "0GB/s"}, {"miss": "pray"}):
         with pytest.raises(OptionError):
-            replay((trace,), Wanted(**{"capacity": "50%", "eviction": "lru"} | bad), quiet=True)
+            replay(
+                (trace,), CacheOptions(**{"capacity": "50%", "eviction": "lru"} | bad), quiet=True
+            )
     with pytest.raises(UnsupportedError, match="did you mean"):
-        replay((trace,), Wanted(capacity="50%", eviction="lruu"), quiet=True)
+        replay((trace,), CacheOptions(capacity="50%", eviction="lruu"), quiet=True)
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,18 +18,19 @@ from torch import Tensor
 import outsize
 from outsize.bench import speculate
 from outsize.checkpoint import lora as adapters
-from outsize.draft.auto import AutoDraft, DraftStats
+from outsize.draft import mtp_file
+from outsize.draft.auto import AutoDraft
 from outsize.draft.drafter import Draft
-from outsize.draft.load import mask_model
-from outsize.draft.mtp import Guess, MtpModel
+from outsize.draft.mtp import MtpModel, Prediction
 from outsize.draft.ngram import FURTHEST, MOST_TOKENS, Index, Match
 from outsize.draft.spec import parse_draft
-from outsize.draft.step_time import StepTimes
-from outsize.draft.union import Union
+from outsize.draft.stats import DraftStats
+from outsize.draft.step_time import StepTimes, Union
 from outsize.engine.model import Model
 from outsize.errors import AdapterError, OptionError
 from outsize.forward.span import Masks, Out
 from outsize.model.lora import Adapter
+from outsize.pack.outline import of_pack
 from tests.drafts import write_masks
 
 
@@ -97,13 +98,13 @@ def test_what_bad_guesses_lose_is_bounded() -> None:
     """Guesses that are always wrong, each of which costs a whole step though the pace does not see it
     coming: a reply loses 3 % of its time, and a step or two to find out."""
     draft_stats = DraftStats()
-    draft_stats.pace = Costs(0.01, 0.0)  # promises that rows cost nothing
+    draft_stats.step_times = Costs(0.01, 0.0)  # promises that rows cost nothing
     drafter, text, seconds = AutoDraft(draft_stats), [1, 2, 3, 1, 2, 3], 0.0
     for i in range(400):
         draft = drafter.propose(text, 8)
         took = 0.02 if draft.tokens else 0.01
         seconds += took
-        draft_stats.pace.last_s = took
+        draft_stats.step_times.last_s = took
         new = text[-3] if not draft.tokens else 1000 + i % 7
         drafter.observe(draft, [new], Out(torch.zeros(1, 9), None))
         text.append(new)
@@ -112,11 +113,11 @@ def test_what_bad_guesses_lose_is_bounded() -> None:
 
 def test_good_guesses_are_never_bounded() -> None:
     draft_stats = DraftStats()
-    draft_stats.pace = Costs(0.01, 0.001)
+    draft_stats.step_times = Costs(0.01, 0.001)
     drafter, text, drafted = AutoDraft(draft_stats), [1, 2, 3, 1, 2, 3], 0
     for _ in range(50):
         draft = drafter.propose(text, 3)
-        draft_stats.pace.last_s = 0.01 + 0.001 * len(draft.tokens)
+        draft_stats.step_times.last_s = 0.01 + 0.001 * len(draft.tokens)
         kept = [text[-3], text[-2], text[-1], text[-3]][: len(draft.tokens) + 1]
         drafted += bool(draft.tokens)
         drafter.observe(draft, kept, Out(torch.zeros(4, 9), None))
@@ -172,7 +173,7 @@ def test_pace_foresees_more_rows_than_it_has_seen() -> None:
 
 def test_auto_drafts_where_reading_rules_and_not_where_guesses_fail() -> None:
     draft_stats = DraftStats()
-    pace = draft_stats.pace
+    pace = draft_stats.step_times
     for _ in range(60):
         pace.step(1, False, 0.05, 0.045)
         pace.step(9, False, 0.05, 0.035)
@@ -180,7 +181,7 @@ def test_auto_drafts_where_reading_rules_and_not_where_guesses_fail() -> None:
     assert drafter.propose(text, 8).tokens[:2] == (5, 6)
     slow = DraftStats()
     for rows in [1, 9] * 60:
-        slow.pace.step(rows, False, 0.01 * rows, 0.0)
+        slow.step_times.step(rows, False, 0.01 * rows, 0.0)
     never = AutoDraft(slow)
     assert not never.propose([5, 1, 7, 5], 8).tokens
 
@@ -191,19 +192,19 @@ class Foreseen:
     k = 2
 
     def __init__(self, *chances: float) -> None:
-        self._guesses = tuple(Guess(7, chance) for chance in chances)
+        self._ready = tuple(Prediction(7, chance) for chance in chances)
 
     def masks(self, anchors: tuple[int, ...], depth: int) -> Masks:
         return Masks(anchors, torch.zeros(depth, 1), cast(Adapter, None))
 
-    def guess(self, states_KD: Tensor, last: int) -> tuple[Guess, ...]:
-        return self._guesses
+    def predict(self, states_KD: Tensor, last: int) -> tuple[Prediction, ...]:
+        return self._ready
 
 
 def after_a_step(pace: StepTimes, *chances: float) -> Draft:
     """What is drafted where masks have just made guesses of these chances."""
     draft_stats = DraftStats(cast(MtpModel, Foreseen(*chances)))
-    draft_stats.pace = pace
+    draft_stats.step_times = pace
     drafter = AutoDraft(draft_stats)
     drafter.observe(drafter.propose([1, 2, 3], 8), [4], Out(torch.zeros(1, 9), torch.zeros(2, 1)))
     return drafter.propose([1, 2, 3, 4], 8)
@@ -236,7 +237,8 @@ def test_masks_go_where_a_step_may_end() -> None:
     ("spec", "words"),
     [
         ("fast", "known are auto, none, ngram"), ("ngram:k=0", "from 1 to 15"),
-        ("ngram:k=99", "from 1 to 15"), ("ngram:width=3", "ngram takes k"), ("masks", "a path"),
+        ("ngram:k=99", "from 1 to 15"), ("ngram:width=3", "ngram takes k"), ("mtp", "a path"),
+        ("masks", "a path, as in mtp:FILE"),
         ("none:k=2", "none takes nothing"), ("ngram:file", "no path"),
         ("masks:f.safetensors:layout=cubic", "known are quadratic, linear"),
         ("model:m:verify=hope", "verify is hope; known are pick, rejection"),
@@ -250,7 +252,8 @@ def test_specs_that_are_not(spec: str, words: str) -> None:
 
 def test_specs_that_are() -> None:
     assert parse_draft("ngram:k=8").k == 8
-    masks = parse_draft("masks:/a/b.safetensors:k=2,layout=linear")
+    masks = parse_draft("mtp:/a/b.safetensors:k=2,layout=linear")
+    assert parse_draft("masks:/a/b.safetensors:k=2,layout=linear") == masks
     assert (masks.source, masks.k, masks.layout) == ("/a/b.safetensors", 2, "linear")
     assert parse_draft("model:hf:org/repo:k=3").source == "hf:org/repo"
 
@@ -275,12 +278,12 @@ def test_mask_drafters_that_do_not_fit(open_tiny: Callable[..., Model], tmp_path
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(good.read_bytes()[:500])
     for path, k, words in (
-        (foreign, 0, "trained for another model"), (lora, 0, "is no mask drafter"),
+        (foreign, 0, "trained for another model"), (lora, 0, "is no mask-token drafter"),
         (broken, 0, "not a readable safetensors"), (good, 9, "has 3 masks"),
         (tmp_path / "none", 0, "cannot be read"),
     ):  # fmt: skip
         with pytest.raises(AdapterError, match=words):
-            mask_model(path, k, model.pack, model.transformer)
+            mtp_file.read(path, k, of_pack(model.pack), model.transformer)
     tensors, about = adapters.raw(good)
     assert about["kind"] == "masks"
     assert tensors["masks"].shape[0] == 3
@@ -316,8 +319,8 @@ def test_drafts_are_measured_against_none(
     prompts = tmp_path / "prompts.jsonl"
     lines = [{"turns": [f"say {i}"], "category": "ab"[i % 2]} for i in range(3)]
     prompts.write_text("\n".join(map(json.dumps, lines)))
-    wanted = speculate.Wanted(prompts, "ngram", new_tokens=12, context=64)
-    speculate.show(str(folder_of("llama")), wanted, True, None, True)
+    options = speculate.SpeculateOptions(prompts, "ngram", new_tokens=12, context=64, quiet=True)
+    speculate.show(str(folder_of("llama")), options, True)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(r["category"], r.get("prompts")) for r in rows] == [("a", 2), ("b", 1), ("mean", None)]
     for row in rows:

@@ -95,17 +95,17 @@ def test_prefetching_by_scores_that_a_trace_does_not_tell(tmp_path: Path) -> Non
     path.write_text(TRACE + "".join(f"1,{s},{la},0,{s % 4},1\n" for s in range(6) for la in (0, 1)))
     for prefetch in ("top", "score:0.2", "quantile"):
         with pytest.raises(TraceError, match="a does not tell that: it would be the same as none"):
-            cache.replay((cache.read(path),), cache.Wanted("50%", "lru", prefetch), True)
+            cache.replay((cache.read(path),), cache.CacheOptions("50%", "lru", prefetch), True)
     traces = (cache.read(path),)
-    assert cache.replay(traces, cache.Wanted("50%", "lru", "previous,none"), True)
+    assert cache.replay(traces, cache.CacheOptions("50%", "lru", "previous,none"), True)
     for wanted, words in (
         (
-            cache.Wanted("50%", "lru", "previous", per_layer=True),
+            cache.CacheOptions("50%", "lru", "previous", per_layer=True),
             "with --per-layer each is replayed",
         ),
-        (cache.Wanted("50%", "lru", "previous:1.5"), "a whole number from 1"),
-        (cache.Wanted("50%", "lru", record_bytes=0), "record_bytes is 0"),
-        (cache.Wanted("50%", "lru", layer_ms=-1.0), "layer_ms is -1.0"),
+        (cache.CacheOptions("50%", "lru", "previous:1.5"), "a whole number from 1"),
+        (cache.CacheOptions("50%", "lru", record_bytes=0), "record_bytes is 0"),
+        (cache.CacheOptions("50%", "lru", layer_ms=-1.0), "layer_ms is -1.0"),
     ):
         with pytest.raises(OptionError, match=words):
             cache.replay(traces, wanted, True)
@@ -117,7 +117,7 @@ def test_a_share_for_each_needs_one() -> None:
         ({"held": 0.5, "memory": "1GB"}, "two budgets"),
     ):
         with pytest.raises(OptionError, match=words):
-            speculate.Wanted(Path("p"), **more).check()  # type: ignore[arg-type]
+            speculate.SpeculateOptions(Path("p"), **more).check()  # type: ignore[arg-type]
 
 
 def test_a_drafter_is_no_adapter_and_the_other_way_round(
@@ -125,10 +125,10 @@ def test_a_drafter_is_no_adapter_and_the_other_way_round(
 ) -> None:
     model = open_tiny("llama")
     masks = write_masks(model, tmp_path / "masks.safetensors")
-    with pytest.raises(AdapterError, match=f"is a mask drafter.*--draft masks:{masks}"):
+    with pytest.raises(AdapterError, match=f"is a mask-token drafter.*--draft mtp:{masks}"):
         model.load_adapter("a", masks)
     lora = write_peft(model, tmp_path / "lora", 1)
-    with pytest.raises(AdapterError, match=f"is no mask drafter.*--adapter NAME={lora}"):
+    with pytest.raises(AdapterError, match=f"is no mask-token drafter.*--adapter NAME={lora}"):
         outsize.load(str(model.pack.path), draft=f"masks:{lora}", quiet=True)
 
 

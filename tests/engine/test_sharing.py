@@ -274,10 +274,9 @@ def test_a_closed_model_keeps_no_memory(folder_of: Callable[[str], Path], tmp_pa
         folder_of("llama"), draft=f"masks:{file}", adapters={"a": adapter}, quiet=True
     )
     answer(model, "abc")
-    assert model.drafting.masks is not None
+    assert model.drafting.mtp is not None
     kept = [
-        weakref.ref(thing)
-        for thing in (model.transformer, model.drafting.masks, model.adapters["a"])
+        weakref.ref(thing) for thing in (model.transformer, model.drafting.mtp, model.adapters["a"])
     ]
     model.close()
     assert [there() for there in kept] == [None] * 3

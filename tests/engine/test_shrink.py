@@ -17,13 +17,13 @@ import torch
 import outsize
 from outsize.caching.eviction.pin_and_ring import PinAndRing
 from outsize.caching.policy import Hints, make
-from outsize.draft import load as drafting
 from outsize.engine import adapters
 from outsize.engine.model import Model
 from outsize.errors import BudgetError
 from outsize.forward.full import full
 from outsize.forward.span import Span
 from outsize.model.lora import Adapter, widths
+from outsize.model.lora_file import read_adapter
 from outsize.pack.outline import of_pack
 from outsize.plan import beside, place
 from tests.drafts import write_peft
@@ -138,7 +138,7 @@ def test_adapters_that_two_threads_load_are_counted_both(
 ) -> None:
     """Each saw only those that were there when it began."""
     with outsize.load(str(folder_of("llama")), context=64, quiet=True) as model:
-        folder, real = write_peft(model, tmp_path / "a", 1), drafting.read_adapter
+        folder, real = write_peft(model, tmp_path / "a", 1), read_adapter
 
         def slowly(*about: Any) -> Adapter:
             time.sleep(0.2)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from experiments.drafting import mtp_rank
-from outsize.adapt.mtp.losses import Recipe
+from outsize.adapt.mtp.losses import MtpRecipe
 from outsize.checkpoint import lora as adapters
 from outsize.engine.model import Model
 from tests.drafts import write_masks
@@ -40,7 +40,7 @@ def test_a_file_is_cut(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    file = write_masks(open_tiny("llama", "auto"), tmp_path / "whole", Recipe(k=3, rank=4))
+    file = write_masks(open_tiny("llama", "auto"), tmp_path / "whole", MtpRecipe(k=3, rank=4))
     monkeypatch.setattr(sys, "argv", ["cut", str(file), str(tmp_path / "cut"), "--rank", "2"])
     mtp_rank.main()
     told = json.loads(capsys.readouterr().out)

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outsize.draft.auto import AutoDraft, DraftStats
-from outsize.draft.drafter import Draft, Drafter
+from outsize.draft.auto import AutoDraft
+from outsize.draft.drafter import Draft, Drafter, NoDraft
 from outsize.draft.ngram import NgramDraft
-from outsize.draft.none import NoDraft
+from outsize.draft.stats import DraftStats
 from outsize.draft.verify import Check, reject, rejecting, verify
 from outsize.engine import decode as flow
 from outsize.forward.span import Out, Span
@@ -132,7 +132,7 @@ class Guesser(NoDraft):
     def propose(self, tokens: Sequence[int], most: int) -> Draft:
         known, self.drawn_from = list(tokens), []
         for _ in range(min(2, most)):
-            self.drawn_from.append(self.sampler.chances(self.table[known[-2], known[-1]], known))
+            self.drawn_from.append(self.sampler.probs(self.table[known[-2], known[-1]], known))
             known.append(self.drawn_from[-1].draw(self.sampler.random))
         return Draft(tuple(known[len(tokens) :]))
 

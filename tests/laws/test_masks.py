@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import outsize
+from outsize.adapt.examples import Example
 from outsize.adapt.mtp.losses import (
-    Example,
-    Recipe,
+    MtpRecipe,
     all_anchors,
     collate,
     deltas,
@@ -20,10 +20,9 @@ from outsize.adapt.mtp.losses import (
     ordinary,
 )
 from outsize.adapt.trainable import TrainableModel
-from outsize.draft.drafter import Drafter
-from outsize.draft.load import mask_model
+from outsize.draft import mtp_file
+from outsize.draft.drafter import Drafter, NoDraft
 from outsize.draft.mtp import MtpDraft
-from outsize.draft.none import NoDraft
 from outsize.draft.verify import verify
 from outsize.engine import decode as flow
 from outsize.engine.model import Model
@@ -31,12 +30,13 @@ from outsize.engine.scheduler import drive
 from outsize.forward.full import NARROW, full
 from outsize.forward.span import Masks, Span
 from outsize.model.lora import Adapter
+from outsize.pack.outline import of_pack
 from outsize.progress import silent
 from outsize.sampling.sample import greedy
 from tests.drafts import random_parameters, write_masks
 from tests.golden import tiny
 
-RECIPE = Recipe(k=3, rank=4)
+RECIPE = MtpRecipe(k=3, rank=4)
 DENSE = ("llama", "qwen2", "qwen3", "gemma3", "mistral")
 SCALE = 2.0
 
@@ -119,9 +119,8 @@ def test_kept_keys_and_values_are_a_plain_runs(
     layout: str, encoding: str, open_tiny: Callable[..., Model], tmp_path: Path
 ) -> None:
     model = open_tiny("llama", encoding)
-    masks = mask_model(
-        write_masks(model, tmp_path / "m.safetensors"), 0, model.pack, model.transformer
-    )
+    file = write_masks(model, tmp_path / "m.safetensors")
+    masks = mtp_file.read(file, 0, of_pack(model.pack), model.transformer)
     kept = [run(model, drafter) for drafter in (NoDraft(), MtpDraft(masks, 3, layout))]
     assert kept[0][0] == kept[1][0]
     for plain, drafted in zip(kept[0][1], kept[1][1], strict=True):

@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 import outsize
 from outsize.bench import speculate
 from outsize.bench.synthetic import shapes
-from outsize.draft import load as drafting
 from outsize.draft import spec
 from outsize.engine import load as loading
 from outsize.engine.model import Model
@@ -35,6 +34,7 @@ from outsize.pack import fetch
 from outsize.pack.outline import Outline, of_checkpoint, of_pack
 from outsize.plan import decide, place
 from outsize.plan import make as planning
+from outsize.plan.drafts import with_drafting
 from outsize.plan.placement import MEMORY, Placement
 from outsize.plan.warmup import runtime_bytes
 from outsize.report import plan_text
@@ -352,10 +352,10 @@ def test_half_residency_is_half(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         decide.compiled(LoadOptions())
     )  # differs by MB from one measurement to the next
     monkeypatch.setattr(speculate, "runtime_bytes", lambda _: runtime)
-    wanted = speculate.Wanted(tmp_path, draft="none", held=0.5, context=1024)
+    wanted = speculate.SpeculateOptions(tmp_path, draft="none", held=0.5, context=1024)
     found = int(speculate.memory_for("m", wanted))
     drafted = int(speculate.memory_for("m", replace(wanted, draft="ngram")))
-    drafts = drafting.with_drafting(spec.parse_draft("ngram"), outline)
+    drafts = with_drafting(spec.parse_draft("ngram"), outline)
     assert abs(drafted - found - drafts.drafting) < 2_000_000
     streamed = [
         place.place(outline, size, runtime, 9_000_000, 1024).streamed
@@ -365,8 +365,8 @@ def test_half_residency_is_half(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 def test_shares_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
-    def wanted(**told: Any) -> speculate.Wanted:
-        return speculate.Wanted(tmp_path, **told)
+    def wanted(**told: Any) -> speculate.SpeculateOptions:
+        return speculate.SpeculateOptions(tmp_path, **told)
 
     for refused, words in (
         (wanted(each=True), "give --held below 1"),
@@ -377,7 +377,7 @@ def test_shares_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
         with pytest.raises(OptionError, match=words):
             refused.check()
         with pytest.raises(OptionError, match=words):
-            speculate.show("m", refused, True, None, True)
+            speculate.show("m", refused, True)
     wanted(held=0.5, each=True).check()
 
 

@@ -130,9 +130,7 @@ def test_a_closed_model_keeps_no_weights(pack_of: Callable[..., Pack]) -> None:
     """A mask drafter held on to the network: each opening found less room than the one before."""
     with outsize.load(str(pack_of(SMALL).path), quiet=True, draft="ngram") as model:
         parts = weakref.ref(model.transformer)
-        model.drafting.draft_stats.masks = cast(
-            "Any", SimpleNamespace(embed=model.transformer.embed)
-        )
+        model.drafting.draft_stats.mtp = cast("Any", SimpleNamespace(embed=model.transformer.embed))
     gc.collect()
     assert parts() is None
 

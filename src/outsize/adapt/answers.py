@@ -1,21 +1,21 @@
-"""A model's own answers, many at once: what it is trained to foresee.
+"""Generation by a trainable model: many prompts at once, padded, with keys and values stored.
 
 Shapes: B prompts, S tokens stored (padded on the left), V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from outsize.adapt.trainable import Rows, Stored, TrainableModel
+from outsize.adapt.trainable import Rows, Stored, TrainableModel, joined
 
 
 @torch.no_grad()
 def answer(
-    twin: TrainableModel,
+    model: TrainableModel,
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     ends: frozenset[int],
@@ -25,15 +25,15 @@ def answer(
     where a generator is given."""
     width = max(len(p) for p in prompts)
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    pad_B = torch.tensor([width - len(p) for p in prompts], device=twin.device)
+    pad_B = torch.tensor([width - len(p) for p in prompts], device=model.device)
     for i, prompt in enumerate(prompts):
         ids[i, width - len(prompt) :] = torch.tensor(prompt)
     made: list[list[int]] = [[] for _ in prompts]
     stored: list[Stored] | None = None
-    fed = ids.to(twin.device)
+    fed = ids.to(model.device)
     for _ in range(max_tokens):
-        x, stored = _step(twin, fed, pad_B, stored)
-        chosen = _choose(twin.logits(x[:, -1]), generator)
+        x, stored = _step(model, fed, pad_B, stored)
+        chosen = _choose(model.logits(x[:, -1]), generator)
         for tokens, token in zip(made, chosen.tolist(), strict=True):
             if not (tokens and tokens[-1] in ends):
                 tokens.append(token)
@@ -44,44 +44,32 @@ def answer(
 
 
 def _step(
-    twin: TrainableModel, ids_BT: Tensor, pad_B: Tensor, stored: list[Stored] | None
+    model: TrainableModel, ids_BT: Tensor, pad_B: Tensor, stored: list[Stored] | None
 ) -> tuple[Tensor, list[Stored]]:
     """Padding shifts a sequence's positions, which rotary attention does not see."""
     before = 0 if stored is None else stored[0][0].shape[2]
     count, new = ids_BT.shape
-    positions = torch.arange(before, before + new, device=twin.device)
-    keys = torch.arange(before + new, device=twin.device)
+    positions = torch.arange(before, before + new, device=model.device)
+    keys = torch.arange(before + new, device=model.device)
     allow = (keys[None, None] <= positions[None, :, None]) & (keys >= pad_B[:, None])[:, None]
     allow = allow | (keys[None, None] == positions[None, :, None])  # padding sees itself: no nan
-    rows = Rows(twin.embed(ids_BT), positions.expand(count, -1), allow)
-    x, made = twin.run(rows, stored)
+    rows = Rows(model.embed(ids_BT), positions.expand(count, -1), allow)
+    x, made = model.run(rows, stored)
     if stored is not None:
-        made = [
-            (torch.cat([k, new_k], dim=2), torch.cat([v, new_v], dim=2))
-            for (k, v), (new_k, new_v) in zip(stored, made, strict=True)
-        ]
+        made = [joined(old, new) for old, new in zip(stored, made, strict=True)]
     return x, made
 
 
 def _choose(logits_BV: Tensor, generator: torch.Generator | None) -> Tensor:
     if generator is None:
         return logits_BV.argmax(1)
-    share = logits_BV.float().softmax(1)
-    return torch.multinomial(share, 1, generator=generator)[:, 0]
+    return torch.multinomial(logits_BV.float().softmax(1), 1, generator=generator)[:, 0]
 
 
-def in_batches(
-    twin: TrainableModel,
-    prompts: Sequence[Sequence[int]],
-    max_tokens: int,
-    ends: frozenset[int],
-    at_once: int,
-    done: Callable[[list[int], list[list[int]]], None],
-    generator: torch.Generator | None = None,
-) -> None:
-    """Prompts of like length together; `done` is told the indices and answers of each batch."""
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+def batches(
+    prompts: Sequence[Sequence[int]], indices: Iterable[int], at_once: int
+) -> Iterator[list[int]]:
+    """Indices of prompts to be answered together: those of like length."""
+    order = sorted(indices, key=lambda i: (len(prompts[i]), i))
     for start in range(0, len(order), at_once):
-        rows = order[start : start + at_once]
-        made = answer(twin, [prompts[i] for i in rows], max_tokens, ends, generator)
-        done(rows, made)
+        yield order[start : start + at_once]

@@ -1,14 +1,17 @@
 """Several processes that train together, as torchrun starts them: each takes every `world`-th of what
-there is to do. Only tensors are exchanged.
+there is to do. Only tensors are exchanged (data parallelism).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from outsize.errors import OptionError
 
 
 def processes() -> tuple[int, int]:
@@ -38,6 +41,18 @@ def shared(
         row[: len(made)] = torch.tensor(made)
     dist.all_reduce(rows, dist.ReduceOp.MAX)
     return [row[row >= 0].tolist() for row in rows]
+
+
+def join(device: str) -> torch.device:
+    """The device to train on; joins the other processes if torchrun started several. Raises OptionError."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise OptionError(f"device is {device!r}; auto, cpu or cuda is expected")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise OptionError("device is cuda, but torch sees none here; use --device cpu")
+    kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if kind == "cuda" else kind)
 
 
 def leave() -> None:

@@ -1,5 +1,5 @@
-"""A dense pack as plain tensors on a device, for training: differentiable in its inputs and in what is
-added to its linear maps. The weights themselves never change.
+"""Trainable model: a differentiable copy of a dense pack, as plain tensors on a device. Gradients reach its
+inputs and what is added to its linear maps; the weights themselves never change.
 
 Shapes: B sequences, T new rows, S stored rows, D width, H query heads, J key heads, E numbers a head,
 V vocabulary, R rank.
@@ -21,6 +21,7 @@ from outsize.model.layers import turns
 from outsize.model.sublayer import vector
 from outsize.model_config import Description, Rope
 from outsize.pack.format import Pack
+from outsize.plan.probe import instruction_sets
 from outsize.progress import Progress
 from outsize.storage.table import Weight, Weights
 from outsize.weights.load import load
@@ -54,6 +55,12 @@ class Rows(NamedTuple):
     allow_BTS: Tensor
 
 
+def matmul_type(device: torch.device) -> torch.dtype:
+    """What a device multiplies fastest: bf16, or fp32 on processors without instructions for it."""
+    quick = {"avx512_bf16", "amx_bf16", "bf16"} & set(instruction_sets())
+    return torch.bfloat16 if quick or device.type == "cuda" else torch.float32
+
+
 class TrainableModel:
     """The network. `dtype` is what enters a matmul; the residual stream is fp32 (fp64 in fp64)."""
 
@@ -73,10 +80,8 @@ class TrainableModel:
             tied = loaded.head is loaded.embed
             self.head_VD = self.embed_VD if tied else self._table(loaded.head, d)
             self.final_norm = self._vector(loaded.final_norm["final_norm"])
-            self._layers = [
-                self._matrices(attn.pinned or {}) | self._matrices(ffn.pinned or {})
-                for attn, ffn in loaded.layers
-            ]
+            pinned = ({**(a.pinned or {}), **(f.pinned or {})} for a, f in loaded.layers)
+            self._layers = [self._matrices(weights) for weights in pinned]
         finally:
             loaded.close()
         self._turns: dict[Rope, Tensor] = {}
@@ -108,9 +113,8 @@ class TrainableModel:
         """The residual stream after the last layer (B, T, D), normed; and each layer's new keys and
         values."""
         h, made = rows.h_BTD, []
-        rotations = {
-            rope: self._rotation(rope, rows.positions_BT) for rope in self.description.ropes
-        }
+        ropes = self.description.ropes
+        rotations = {rope: self._rotation(rope, rows.positions_BT) for rope in ropes}
         masks = self._masks(rows)
         for i, layer in enumerate(self.description.layers):
             past = None if stored is None else stored[i]
@@ -181,7 +185,7 @@ class TrainableModel:
             k = rms_norm(k, k.shape[-1:], weights["k_norm"], d.norm_eps)
         q, k = _rotate(q, turn), _rotate(k, turn)
         q, k, v = (t.transpose(1, 2).to(self.dtype) for t in (q, k, v))
-        keys, values = (k, v) if past is None else _joined(past, (k, v))
+        keys, values = (k, v) if past is None else joined(past, (k, v))
         group = d.num_heads // d.num_kv_heads
         keys, values = (t.repeat_interleave(group, dim=1) for t in (keys, values))
         out = scaled_dot_product_attention(q, keys, values, mask, scale=d.attn_scale)
@@ -199,7 +203,8 @@ class TrainableModel:
         return down + weights["down_bias"] if d.mlp_bias else down
 
 
-def _joined(past: Stored, new: Stored) -> Stored:
+def joined(past: Stored, new: Stored) -> Stored:
+    """Stored keys and values, then new ones."""
     return torch.cat([past[0], new[0]], dim=2), torch.cat([past[1], new[1]], dim=2)
 
 

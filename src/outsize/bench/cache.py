@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 from outsize.arguments import real, whole
 from outsize.caching.replay import sweep
@@ -22,7 +23,7 @@ NOT_CAUSAL = (*REPLAYED, PROFILED)  # the latter is told the trace's own profile
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class CacheOptions:
     """The axes as a user writes them, comma-separated."""
 
     capacity: str = CAPACITIES
@@ -45,7 +46,7 @@ class Wanted:
 
 def show(
     paths: Sequence[Path],
-    wanted: Wanted,
+    options: CacheOptions,
     as_json: bool,
     html: Path | None,
     config: Path | None,
@@ -53,7 +54,7 @@ def show(
 ) -> None:
     """Replay, print, write the page; with `config`, make the engine use the best."""
     traces = tuple(read(path) for path in paths)
-    rows = replay(traces, wanted, quiet)
+    rows = replay(traces, options, quiet)
     best, why = choose(rows)
     if html is not None:
         html.write_text(page(traces, rows, why), encoding="utf-8")
@@ -68,14 +69,14 @@ def show(
         _write(config, best)
 
 
-def replay(traces: tuple[Trace, ...], wanted: Wanted, quiet: bool) -> list[Row]:
+def replay(traces: tuple[Trace, ...], options: CacheOptions, quiet: bool) -> list[Row]:
     """All rows. Raises OptionError, UnsupportedError, TraceError."""
-    wanted.check()
-    setting = Setting(traces, wanted.record_bytes, wanted.layer_ms / 1e3, wanted.expert_ms / 1e3)
+    options.check()
+    setting = Setting(traces, options.record_bytes, options.layer_ms / 1e3, options.expert_ms / 1e3)
     grid = sweep.Grid(
-        [_share(c) for c in _split(wanted.capacity)], _split(wanted.eviction),
-        _split(wanted.prefetch), _split(wanted.miss), [_rate(b) for b in _split(wanted.bandwidth)],
-        wanted.per_layer,
+        [_share(c) for c in _split(options.capacity)], _split(options.eviction),
+        _split(options.prefetch), _split(options.miss), [_rate(b) for b in _split(options.bandwidth)],
+        options.per_layer,
     )  # fmt: skip
     cells = grid.cells(len(traces))
     sweep.check(setting, cells)
@@ -119,21 +120,18 @@ def choose(rows: Sequence[Row]) -> tuple[str, str]:
         stalls.setdefault(name, []).append(float(row["stall_s_per_token"]))
         hits.setdefault(name, []).append(float(row["hit_rate"]))
     usable = {
-        name: sum(v) / len(v)
-        for name, v in stalls.items()
+        name: mean(found)
+        for name, found in stalls.items()
         if not name.startswith(NOT_CAUSAL) and "oracle" not in name
     }
     if not usable:
-        return (
-            "",
-            "nothing that an engine could use was replayed: add a causal policy, misses fetched",
-        )
-    order = sorted(usable, key=lambda name: usable[name])
-    best = order[0]
-    mean = sum(hits[best]) / len(hits[best])
-    why = f"use here: {_short(best)}: a mean stall of {usable[best] * 1e3:.3g} ms a token, {mean:.1%} there"
-    if len(order) > 1:
-        why += f"; next best {_short(order[1])} with {usable[order[1]] * 1e3:.3g} ms"
+        why = "nothing that an engine could use was replayed: add a causal policy, misses fetched"
+        return "", why
+    best, *rest = sorted(usable, key=lambda name: usable[name])
+    why = f"use here: {_short(best)}: a mean stall of {usable[best] * 1e3:.3g} ms a token, "
+    why += f"{mean(hits[best]):.1%} there"
+    if rest:
+        why += f"; next best {_short(rest[0])} with {usable[rest[0]] * 1e3:.3g} ms"
     return best, why
 
 

@@ -10,11 +10,13 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from outsize.engine import load as loading
 from outsize.engine.model import Model
@@ -42,10 +44,8 @@ class Quality:
 
 
 def _need(module: str) -> Any:
-    import importlib
-
     try:
-        return importlib.import_module(module)
+        return import_module(module)
     except ImportError:
         raise OptionError(
             f"this needs the package {module!r}: pip install 'outsize[bench]'"
@@ -84,10 +84,8 @@ def evaluate(model: Model, tokens: Sequence[int], reference_TV: Tensor, steps: i
         rows = slice(start, min(start + ROWS, count))
         ours, reference = transformer.logits(h_TD[rows]), reference_TV[rows].clone()
         target = torch.tensor(tokens[rows.start + 1 : rows.stop + 1])
-        nll += float(torch.nn.functional.cross_entropy(ours, target, reduction="sum"))
-        reference_nll += float(
-            torch.nn.functional.cross_entropy(reference, target, reduction="sum")
-        )
+        nll += float(cross_entropy(ours, target, reduction="sum"))
+        reference_nll += float(cross_entropy(reference, target, reduction="sum"))
         more_kl, more_agree = compare(reference, ours)
         kl, agree = kl + more_kl, agree + more_agree
     step_kl, step_agree = _stepwise(model, tokens, reference_TV, steps)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from outsize.arguments import whole
 from outsize.engine import load as loading
 from outsize.engine.model import Model
 from outsize.forward.full import full
@@ -22,33 +23,52 @@ TEXT = "The quick brown fox jumps over the lazy dog while the sea keeps its own 
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
-    """What the model asks of a machine, and what this machine can give."""
+class SpeedOptions:
+    """What to measure."""
+
+    prompt_tokens: int = 512
+    new_tokens: int = 64
+    repeats: int = 5
+    batch: int = 1  # sequences decoded at once
+    threads: int | None = None
+    native: bool = True
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "new_tokens", "repeats", "batch"):
+            whole(name, getattr(self, name), 1, 1 << 20)
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """The roofline: what a token asks of this machine, and what the machine can give."""
 
     bytes_per_token: int  # weights read for one token
     flops_per_token: int
     memory_bytes_per_s: float
-    flops: float
+    matmul_flops: float
 
     @property
-    def decode_ceiling(self) -> float:
+    def decode(self) -> float:
+        """Tokens/s, one by one."""
         return self.memory_bytes_per_s / self.bytes_per_token
 
     @property
-    def prefill_ceiling(self) -> float:
-        return self.flops / self.flops_per_token
+    def prefill(self) -> float:
+        """Tokens/s of a prompt."""
+        return self.matmul_flops / self.flops_per_token
 
 
-def card(pack: Pack) -> Card:
+def ceilings(pack: Pack) -> Ceilings:
     """Measures the machine; a second or two."""
     d = pack.description
     matrices = d.num_layers * d.width * (d.qkv_rows + d.num_heads * d.head_dim + 3 * d.ffn_width)
     tables = [t for t in pack.tables if t.name != "embed" or d.tied]
-    return Card(
+    return Ceilings(
         bytes_per_token=sum(t.size for t in tables),
         flops_per_token=2 * matrices,
         memory_bytes_per_s=probe.memory_bandwidth(),
-        flops=max(map(probe.matmul_speed, (torch.bfloat16, torch.float32))),
+        matmul_flops=max(map(probe.matmul_speed, (torch.bfloat16, torch.float32))),
     )
 
 
@@ -80,50 +100,36 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):,.1f} tokens/s ({low:,.1f} to {high:,.1f})"
 
 
-def show(
-    name: str,
-    prompt_tokens: int,
-    new_tokens: int,
-    repeats: int,
-    batch: int,
-    threads: int | None,
-    native: bool,
-    quiet: bool,
-) -> None:
-    """Print card, measurement and one JSON object."""
-    with loading.load(name, threads=threads, native=native, quiet=quiet) as model:
-        c = card(model.pack)
+def show(name: str, options: SpeedOptions) -> None:
+    """Print the ceilings, the measurement and, last, one JSON object."""
+    o = options
+    with loading.load(name, threads=o.threads, native=o.native, quiet=o.quiet) as model:
+        c = ceilings(model.pack)
         print(f"{model.name} on {probe.processor()}, {torch.get_num_threads()} threads")
-        print(f"  a token reads {c.bytes_per_token / 1e6:,.1f} MB of weights;", end=" ")
-        print(f"memory gives {c.memory_bytes_per_s / 1e9:.1f} GB/s:", end=" ")
-        print(f"at most {c.decode_ceiling:,.1f} tokens/s decoded one by one")
-        print(f"  a token takes {c.flops_per_token / 1e9:.2f} GFLOP;", end=" ")
-        print(f"matrix products give {c.flops / 1e9:,.0f} GFLOP/s:", end=" ")
-        print(f"at most {c.prefill_ceiling:,.0f} tokens/s of prompt", flush=True)
-        measure(model, prompt_tokens, 4, batch)
-        runs = [measure(model, prompt_tokens, new_tokens, batch) for _ in range(repeats)]
-    prefill, decode = [r[0] for r in runs], [r[1] for r in runs]
-    of_prefill = statistics.median(prefill) / c.prefill_ceiling
-    of_decode = statistics.median(decode) / c.decode_ceiling
-    print(f"  prefill of {prompt_tokens}: {spread(prefill)}, {of_prefill:.0%} of the ceiling")
-    print(f"  decode of {new_tokens}: {spread(decode)}, {of_decode:.0%} of the ceiling", end="")
-    print(f" (batch of {batch})" if batch > 1 else "")
-    result = {
-        "model": model.name,
-        "threads": torch.get_num_threads(),
-        "native": native,
-        "batch": batch,
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
+        print(
+            f"  a token reads {c.bytes_per_token / 1e6:,.1f} MB of weights; memory gives "
+            f"{c.memory_bytes_per_s / 1e9:.1f} GB/s: at most {c.decode:,.1f} tokens/s decoded one by one"
+        )
+        print(
+            f"  a token takes {c.flops_per_token / 1e9:.2f} GFLOP; matrix products give "
+            f"{c.matmul_flops / 1e9:,.0f} GFLOP/s: at most {c.prefill:,.0f} tokens/s of prompt",
+            flush=True,
+        )
+        measure(model, o.prompt_tokens, 4, o.batch)
+        runs = [measure(model, o.prompt_tokens, o.new_tokens, o.batch) for _ in range(o.repeats)]
+    prefill, decode = zip(*runs, strict=True)
+    of_prefill = statistics.median(prefill) / c.prefill
+    of_decode = statistics.median(decode) / c.decode
+    batch = f" (batch of {o.batch})" if o.batch > 1 else ""
+    print(f"  prefill of {o.prompt_tokens}: {spread(prefill)}, {of_prefill:.0%} of the ceiling")
+    print(f"  decode of {o.new_tokens}: {spread(decode)}, {of_decode:.0%} of the ceiling{batch}")
+    print(json.dumps({
+        "model": model.name, "threads": torch.get_num_threads(), "native": o.native, "batch": o.batch,
+        "prompt_tokens": o.prompt_tokens, "new_tokens": o.new_tokens,
         "prefill_tokens_per_s": round(statistics.median(prefill), 2),
         "decode_tokens_per_s": round(statistics.median(decode), 3),
-        "prefill_all": [round(v, 2) for v in prefill],
-        "decode_all": [round(v, 3) for v in decode],
-        "prefill_share": round(of_prefill, 4),
-        "decode_share": round(of_decode, 4),
-        "bytes_per_token": c.bytes_per_token,
-        "memory_bytes_per_s": round(c.memory_bytes_per_s),
-        "matmul_flops": round(c.flops),
-        "peak_memory_bytes": peak(),
-    }
-    print(json.dumps(result))
+        "prefill_all": [round(v, 2) for v in prefill], "decode_all": [round(v, 3) for v in decode],
+        "prefill_share": round(of_prefill, 4), "decode_share": round(of_decode, 4),
+        "bytes_per_token": c.bytes_per_token, "memory_bytes_per_s": round(c.memory_bytes_per_s),
+        "matmul_flops": round(c.matmul_flops), "peak_memory_bytes": peak(),
+    }))  # fmt: skip

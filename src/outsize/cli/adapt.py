@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,8 +22,9 @@ def recipes() -> None:
     """Train what makes a model faster or better."""
 
 
+@app.command("masks", hidden=True)  # its earlier name
 @app.command()
-def masks(
+def mtp(
     ctx: typer.Context,
     data: Annotated[list[Path], option("--data", text="Prompts: .txt or .jsonl (repeatable).")],
     output: Annotated[Path, option("-o", "--output", text="The adapter, .safetensors.")],
@@ -47,9 +49,11 @@ def masks(
     threads: Threads = None,
     quiet: Quiet = False,
 ) -> None:
-    """A drafter out of any dense model: mask tokens that foresee what it will say."""
-    from outsize.adapt.mtp import run as adapting
-    from outsize.adapt.mtp.losses import Recipe
+    """Multi-token prediction: train mask tokens with which a dense model drafts for itself."""
+    from outsize.adapt.examples import TrainOptions
+    from outsize.adapt.mtp.losses import MtpRecipe
+    from outsize.adapt.mtp.task import MtpTask
+    from outsize.adapt.run import run
     from outsize.engine import load as loading
 
     for name in ("max_tokens", "at_once"):
@@ -59,11 +63,11 @@ def masks(
                 f"--{flag} is of own answers; leave it out, or leave --given-answers out"
             )
     loading.set_threads(threads)
-    recipe = Recipe(
+    recipe = MtpRecipe(
         k=k, rank=rank, steps=num_steps, batch=batch, anchors=anchors, rate=rate, length=length,
         seed=seed,
     )  # fmt: skip
-    wish = adapting.TrainOptions(
+    options = TrainOptions(
         model, tuple(data), output, own_answers, max_tokens, at_once, every, resume, device, quiet
     )
-    adapting.masks(wish, recipe)
+    run(options, recipe, partial(MtpTask, recipe))

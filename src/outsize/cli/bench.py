@@ -40,15 +40,11 @@ def speed(
     native: Native = True,
     quiet: Quiet = False,
 ) -> None:
-    """Ceilings first, then prefill and decode as tokens/s and as a share of the ceiling."""
+    """Ceilings first, then prefill and decode as tokens/s and as a share of the ceiling; JSON last."""
     from outsize.bench import speed as measure
 
-    for name, value in (
-        ("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("repeats", repeats),
-        ("batch", batch),
-    ):  # fmt: skip
-        whole(name, value, 1, 1 << 20)
-    measure.show(model, prompt_tokens, new_tokens, repeats, batch, threads, native, quiet)
+    options = prompt_tokens, new_tokens, repeats, batch, threads, native, quiet
+    measure.show(model, measure.SpeedOptions(*options))
 
 
 @app.command()
@@ -108,8 +104,10 @@ def speculate(
 
     if prompts is None:
         raise OptionError("give --prompts FILE")
-    wanted = measure.Wanted(prompts, draft, new_tokens, per_category, memory, held, each, context)
-    measure.show(model, wanted, as_json, threads, quiet)
+    options = measure.SpeculateOptions(
+        prompts, draft, new_tokens, per_category, memory, held, each, context, threads, quiet
+    )
+    measure.show(model, options, as_json)
 
 
 @app.command()
@@ -161,7 +159,7 @@ def cache(
     from outsize.bench import cache as measure
     from outsize.cli.settings import config_path
 
-    wanted = measure.Wanted(
+    options = measure.CacheOptions(
         capacity, eviction, prefetch, miss, bandwidth, record_bytes, layer_ms, expert_ms, per_layer
     )
-    measure.show(traces, wanted, as_json, html, config_path() if write_config else None, quiet)
+    measure.show(traces, options, as_json, html, config_path() if write_config else None, quiet)

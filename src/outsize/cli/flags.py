@@ -77,7 +77,7 @@ ExpertsFlag = Annotated[
 ]
 DraftFlag = Annotated[
     str,
-    option("--draft", text="What guesses ahead: auto, none, ngram[:k=], model:PATH, masks:FILE."),
+    option("--draft", text="What guesses ahead: auto, none, ngram[:k=], model:PATH, mtp:FILE."),
 ]
 AdapterFlag = Annotated[
     list[str] | None,

@@ -1,34 +1,42 @@
-"""What a drafter is: it proposes draft tokens and is told what became of them."""
+"""The drafter interface: propose draft tokens, then learn which of them were kept."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from outsize.forward.span import Masks, Out
+
+MOST = 15  # draft tokens: with the last known token, as many as run through kernels of few rows
+SPARE = 64  # slots of keys and values for draft tokens that are not kept
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Guessed next tokens, possibly none; and masks to run after some of the step's tokens (number 0 is
-    the last known token, 1 the first guess), whose states the drafter is shown."""
+    """Draft tokens, possibly none; and mask tokens to run after some of the step's tokens (number 0 is the
+    last known token, 1 the first draft token), whose states the drafter is shown."""
 
     tokens: tuple[int, ...] = ()
     masks: Masks | None = None
 
 
-class Drafter(Protocol):
-    """Guesses what comes next. May be wrong; may never change the answer."""
+class Drafter(ABC):
+    """Proposes what one sequence may say next. May be wrong; may never change the answer."""
+
+    @abstractmethod
+    def propose(self, tokens: Sequence[int], most: int) -> Draft:
+        """At most `most` draft tokens after `tokens`."""
+
+    def observe(self, draft: Draft, kept: Sequence[int], out: Out) -> None:  # noqa: B027
+        """Learn from the last step: its draft, the tokens that it yielded and its outputs."""
+
+    def close(self) -> None:  # noqa: B027
+        """The sequence has ended."""
+
+
+class NoDraft(Drafter):
+    """Plain decoding: always an empty draft."""
 
     def propose(self, tokens: Sequence[int], most: int) -> Draft:
-        """At most `most` guesses of what follows `tokens`."""
-        ...
-
-    def observe(self, draft: Draft, kept: Sequence[int], out: Out) -> None:
-        """What became of the last draft: the tokens that the step yielded."""
-        ...
-
-    def close(self) -> None:
-        """The sequence has ended."""
-        ...
+        return Draft()

@@ -1,6 +1,6 @@
-"""The sampler head of mask drafts: what a mask saw, and the token chosen just before, mixed into a state
-that the model's own head reads (arXiv 2507.11851, section 3.4; the way around the mixer is ours: it starts
-as the plain head, and a short training can only add to it).
+"""The sampler head of multi-token prediction: mixes a mask token's state and the token chosen just before
+into a state that the model's own head reads (arXiv 2507.11851, section 3.4; the way around the mixer is ours:
+it starts as the plain head, and a short training can only add to it).
 
 Shapes: D width. Leading axes are free.
 """
@@ -76,8 +76,8 @@ def plainly(weight: Tensor) -> Product:
 
 
 def mix(z: Tensor, previous: Tensor, head: Sequence[Stage]) -> Tensor:
-    """(..., D): a mask's normed state and the embedding of the token before its guess -> the state whose
-    logits are the guess's."""
+    """(..., D): a mask token's normed state and the embedding of the token before its prediction -> the state
+    whose logits are the prediction's."""
     x = torch.cat([_unit(previous).to(z.dtype), _unit(z)], dim=-1)
     for stage in head:
         x = silu(stage.product(x) + stage.bias.to(x.dtype))

@@ -1,5 +1,5 @@
-"""Prompt lookup: what followed the last time that the text ended like this (arXiv 2311.08252 and 2304.04487
-draw drafts from a text likewise).
+"""Prompt lookup: draft what followed the last time that the text ended like this (arXiv 2311.08252 and
+2304.04487 draw drafts from a text likewise).
 
 Every run of three tokens, and of two and one, is chained to the place before where it ended, as compressors
 chain theirs (LZ77). Of the longest known run's places the latest LOOKS are compared, and the one whose past
@@ -13,8 +13,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from outsize.draft.drafter import Draft
-from outsize.forward.span import Out
+from outsize.draft.drafter import Draft, Drafter
 
 RUN, FURTHEST = 3, 32
 LOOKS = 512  # places that are compared, a tenth of a millisecond
@@ -23,7 +22,7 @@ MOST_TOKENS = 1 << 16  # remembered; a longer text forgets its past
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """Guesses, and how many tokens before them agree."""
+    """Draft tokens, and how many tokens before them agree."""
 
     tokens: tuple[int, ...] = ()
     length: int = 0
@@ -34,12 +33,9 @@ class Index:
 
     def __init__(self) -> None:
         self._tokens: list[int] = []
-        self._latest: list[dict[tuple[int, ...], int]] = [
-            {} for _ in range(RUN)
-        ]  # by size, less one
-        self._before = [
-            array("q") for _ in range(RUN)
-        ]  # of each place: where its run ended before; 0: nowhere
+        # By a run's size, less one: where it ended last; and of each place, where its run ended before.
+        self._latest = [dict[tuple[int, ...], int]() for _ in range(RUN)]
+        self._before = [array("q") for _ in range(RUN)]  # 0: nowhere
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Take the text as it is now; it has only grown."""
@@ -61,11 +57,10 @@ class Index:
         best, furthest = self._furthest()
         if not furthest:
             return Match()
-        guesses = text[best : best + most]
-        period = len(text) - best
-        while len(guesses) < most:  # the text runs into itself: it repeats
-            guesses.append(guesses[len(guesses) - period])
-        return Match(tuple(guesses), furthest)
+        found, period = text[best : best + most], len(text) - best
+        while len(found) < most:  # the text runs into itself: it repeats
+            found.append(found[len(found) - period])
+        return Match(tuple(found), furthest)
 
     def _furthest(self) -> tuple[int, int]:
         """The place, and how many tokens agree; 0: none does."""
@@ -93,8 +88,8 @@ class Index:
         return count
 
 
-class NgramDraft:
-    """Always the best match, as long as `k`."""
+class NgramDraft(Drafter):
+    """Always drafts the best match, `k` tokens of it."""
 
     def __init__(self, k: int) -> None:
         self._k, self._index = k, Index()
@@ -102,9 +97,3 @@ class NgramDraft:
     def propose(self, tokens: Sequence[int], most: int) -> Draft:
         self._index.extend(tokens)
         return Draft(self._index.match(min(self._k, most)).tokens)
-
-    def observe(self, draft: Draft, kept: Sequence[int], out: Out) -> None:
-        """Nothing to learn."""
-
-    def close(self) -> None:
-        """Nothing to end."""

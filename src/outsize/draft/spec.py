@@ -6,13 +6,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from outsize.draft.auto import MOST
-from outsize.draft.mtp import LAYOUTS
+from outsize.draft.drafter import MOST
 from outsize.errors import OptionError
 
-KINDS = ("auto", "none", "ngram", "model", "masks")
-CHECKS = ("pick", "rejection")  # how guesses are checked
-KEYS = {"ngram": ("k",), "model": ("k", "verify"), "masks": ("k", "layout")}
+KINDS = ("auto", "none", "ngram", "model", "mtp")
+ALIASES = {"masks": "mtp"}  # earlier names
+KEYS = {"ngram": ("k",), "model": ("k", "verify"), "mtp": ("k", "layout")}
+# Values that are words; the first is the default.
+WORDS = {"layout": ("quadratic", "linear"), "verify": ("pick", "rejection")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,34 +28,35 @@ class DraftSpec:
 
 
 def parse_draft(text: str) -> DraftSpec:
-    """Raises OptionError."""
+    """The specification that `text` states. Raises OptionError."""
     kind, _, rest = text.partition(":")
+    kind = ALIASES.get(kind, kind)
     if kind not in KINDS:
         raise OptionError(f"draft is {text!r}; known are {', '.join(KINDS)} (as in ngram:k=8)")
     match = re.fullmatch(r"(?:(.*?):)?(\w+=[^:,]+(?:,\w+=[^:,]+)*)", rest)
     source, pairs = (match.group(1) or "", match.group(2)) if match else (rest, "")
     told = dict(pair.split("=", 1) for pair in pairs.split(",") if pair)
-    spec = DraftSpec(kind, source, *_told(text, kind, told))
-    if bool(source) != (kind in ("model", "masks")):
-        need = "a path, as in masks:FILE" if kind in ("model", "masks") else f"no path: {kind}"
+    spec = DraftSpec(kind, source, *_values(text, kind, told))
+    if bool(source) != (kind in ("model", "mtp")):
+        need = f"no path: {kind}" if source else f"a path, as in {kind}:FILE"
         raise OptionError(f"draft is {text!r}; {kind} takes {need}")
     return spec
 
 
-def _told(text: str, kind: str, told: Mapping[str, str]) -> tuple[int, str, str]:
+def _values(text: str, kind: str, told: Mapping[str, str]) -> tuple[int, str, str]:
     """k, layout, verify. Raises OptionError."""
     allowed = KEYS.get(kind, ())
-    unknown = sorted(told.keys() - set(allowed))
-    if unknown:
+    if unknown := sorted(told.keys() - set(allowed)):
         known = ", ".join(sorted(allowed)) or "nothing"
         raise OptionError(f"draft is {text!r}: {unknown[0]} is not known; {kind} takes {known}")
-    k, words = told.get("k", ""), {"layout": LAYOUTS, "verify": CHECKS}
+    k, out = told.get("k", ""), {}
     if k and not (k.isdecimal() and 1 <= int(k) <= MOST):
         raise OptionError(
             f"draft is {text!r}: k is {k}; a whole number from 1 to {MOST} is expected"
         )
-    for name, known_words in words.items():
-        if told.get(name, known_words[0]) not in known_words:
-            expected = ", ".join(known_words)
-            raise OptionError(f"draft is {text!r}: {name} is {told[name]}; known are {expected}")
-    return int(k or 0), told.get("layout", LAYOUTS[0]), told.get("verify", CHECKS[0])
+    for name, words in WORDS.items():
+        out[name] = told.get(name, words[0])
+        if out[name] not in words:
+            known = ", ".join(words)
+            raise OptionError(f"draft is {text!r}: {name} is {out[name]}; known are {known}")
+    return int(k or 0), out["layout"], out["verify"]

@@ -1,9 +1,9 @@
-"""How long a step takes: reading, which does not depend on its rows, or computing, which does, whichever is
-longer. Where rows choose experts, both follow the union of what they choose.
+"""Step-time model: how long a step of so many rows takes. Reading, which does not depend on its rows, or
+computing, which does, whichever is longer. Where rows choose experts, both follow the union of their choices.
 
 Computing is a plane over rows and whether masks are among them, fitted as steps go by and slowly
-forgetting; what a step waited for the disk tells the two apart. One pace serves all sequences of a model,
-since they share its steps.
+forgetting; what a step waited for the disk tells the two apart. One serves all sequences of a model, since
+they share its steps.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from outsize.draft.union import Union
-
-FORGET, LEARN = 0.98, 0.2
+FORGET, LEARN, LEARN_UNION = 0.98, 0.2, 0.1
 ROW, MASKED = 0.1, 0.7  # what another row, and any masks, cost, in steps, before any was seen
 FAR = 16  # rows
 TRUST = 0.3  # weight of that prior
@@ -25,6 +23,37 @@ Vector = NDArray[np.float64]
 START = np.array([1 - ROW, ROW, MASKED])
 PRIOR = np.array([[1.0, 1.0, 0.0], [1.0, 1.0 + FAR, 0.0], [1.0, 1.0, 1.0]])
 TERMS = ((0, 1, 2), (0, 1), (0, 2), (0,))  # of the plane, as many as come out positive
+
+
+class Union:
+    """How many experts the rows of a step choose together: those are read and multiplied. In units of
+    what one token chooses: between tokens that choose alike (1, whatever the rows) and those that choose for
+    themselves; which it is, is followed."""
+
+    def __init__(self, count: int, used: int) -> None:
+        """`count` experts a layer, of which a token chooses `used`."""
+        self._count, self._used = count, used
+        self._one = 0.0  # experts that one row asks for, over all layers
+        self._apart = 1.0  # 0: tokens choose alike, 1: each for itself
+
+    def saw(self, rows: int, asked: int) -> None:
+        """A step asked for so many experts, over all layers."""
+        if not asked:
+            return
+        if rows == 1:
+            self._one = float(asked)
+        elif self._one and (most := self._alone(rows) - 1) > 0:
+            now = min(1.0, max(0.0, (asked / self._one - 1) / most))
+            self._apart += LEARN_UNION * (now - self._apart)
+
+    def units(self, rows: float) -> float:
+        """Of a step of so many rows."""
+        return 1 + self._apart * (self._alone(rows) - 1)
+
+    def _alone(self, rows: float) -> float:
+        """If each chose for itself."""
+        missed: float = (1 - self._used / self._count) ** rows
+        return self._count / self._used * (1 - missed)
 
 
 class StepTimes:

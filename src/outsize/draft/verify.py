@@ -1,9 +1,10 @@
-"""Which tokens a step yields.
+"""Checks a draft against the model: which tokens a step yields (speculative decoding).
 
 `verify`: the target picks at each position; a draft is kept while it agrees. Exact for any drafter, greedy or
 sampled: every kept token is the target's own pick, so a seed's answer is the same with drafts and without.
-`reject`: where the drafter drew its guesses from known chances, each is kept with chance min(1, p / q), and
-the first that is not is replaced by a draw from what p has more than q (arXiv 2211.17192, algorithm 1).
+`reject`: where the drafter drew its tokens from known distributions, each is kept with probability
+min(1, p / q), and the first that is not is replaced by a draw from what p has more than q (speculative
+sampling, arXiv 2211.17192, algorithm 1).
 Exact in distribution; more is kept, but a seed's answer is another one than without drafts.
 
 Shapes: K positions, V vocabulary.
@@ -27,17 +28,17 @@ Check = Callable[[Draft, Tensor, Sequence[int], Pick], list[int]]  # with logits
 def verify(draft: Draft, logits_KV: Tensor, tokens: Sequence[int], pick: Pick) -> list[int]:
     """One to K new tokens. `pick` is called once for each of them."""
     known, kept = list(tokens), []
-    for logits_V, guess in zip(logits_KV, (*draft.tokens, None), strict=True):
+    for logits_V, drafted in zip(logits_KV, (*draft.tokens, None), strict=True):
         token = pick(logits_V, known)
         known.append(token)
         kept.append(token)
-        if token != guess:
+        if token != drafted:
             break
     return kept
 
 
 def rejecting(sampler: Sampler, drawn_from: Callable[[], Sequence[Probs]]) -> Check:
-    """`reject`, for a sequence whose drafter tells what its last guesses were drawn from."""
+    """`reject`, for a drafter that knows what its last draft was drawn from."""
 
     def check(draft: Draft, logits_KV: Tensor, tokens: Sequence[int], pick: Pick) -> list[int]:
         return reject(draft, drawn_from(), logits_KV, tokens, sampler)
@@ -54,12 +55,12 @@ def reject(
 ) -> list[int]:
     """One to K new tokens."""
     known, random = list(tokens), sampler.random
-    for logits_V, guess, theirs in zip(logits_KV, draft.tokens, drawn_from, strict=False):
-        ours = sampler.chances(logits_V, known)
-        if random.random() * theirs.of(guess) >= ours.of(guess):
+    for logits_V, drafted, theirs in zip(logits_KV, draft.tokens, drawn_from, strict=False):
+        ours = sampler.probs(logits_V, known)
+        if random.random() * theirs.of(drafted) >= ours.of(drafted):
             return [*known[len(tokens) :], _more(ours, theirs).draw(random)]
-        known.append(guess)
-    last = sampler.chances(logits_KV[len(known) - len(tokens)], known)
+        known.append(drafted)
+    last = sampler.probs(logits_KV[len(known) - len(tokens)], known)
     return [*known[len(tokens) :], last.draw(random)]
 
 

@@ -6,8 +6,8 @@ import threading
 from functools import partial
 from pathlib import Path
 
-from outsize.draft.load import read_adapter
 from outsize.engine.scheduler import Scheduler
+from outsize.model.lora_file import read_adapter
 from outsize.pack.format import Pack
 from outsize.plan import beside
 

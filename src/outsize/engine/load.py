@@ -15,9 +15,11 @@ from typing_extensions import Unpack
 from outsize import arguments
 from outsize.checkpoint.tokenizer import lean
 from outsize.draft import load as drafting
-from outsize.draft.auto import DraftStats
+from outsize.draft import mtp_file
+from outsize.draft.model import DraftModel
 from outsize.draft.spec import DraftSpec, parse_draft
-from outsize.draft.union import Union
+from outsize.draft.stats import DraftStats
+from outsize.draft.step_time import Union
 from outsize.encoding.find import NATIVE
 from outsize.engine.model import Model
 from outsize.engine.scheduler import Scheduler
@@ -26,6 +28,7 @@ from outsize.home import expanded
 from outsize.kernels.native import Kernels
 from outsize.kernels.threads import Threads, look
 from outsize.log import warn
+from outsize.model.lora_file import read_adapter
 from outsize.model.transformer import Transformer
 from outsize.options import DEFAULT_MODEL, LoadChanges, LoadOptions
 from outsize.pack import fetch
@@ -151,7 +154,7 @@ def _open(
         warn(f"{experts.lossy} changes the model's answers; leave it out for the exact ones")
     if tell is not None:
         tell(outline, placement)
-    known = {n: drafting.read_adapter(made, n, expanded(p)) for n, p in options.adapters.items()}
+    known = {n: read_adapter(made, n, expanded(p)) for n, p in options.adapters.items()}
     memory.trim()
     with ExitStack() as opened:
         smaller = None
@@ -171,7 +174,7 @@ def _open(
     return Model(made, found, scheduler)
 
 
-def _draft_model(pack: Pack, options: LoadOptions, placement: Placement) -> drafting.DraftModel:
+def _draft_model(pack: Pack, options: LoadOptions, placement: Placement) -> DraftModel:
     """The smaller model, fully resident: the plan has a row for it."""
     native, outline = compiled(options), of_pack(pack)
     context = min(placement.context, outline.description.context)
@@ -181,7 +184,7 @@ def _draft_model(pack: Pack, options: LoadOptions, placement: Placement) -> draf
         loaded = weights.load(pack, native, plan, progress)
     threads = kernel_threads(options, pack, native)
     transformer = Transformer(pack.description, loaded, native, None, threads)
-    return drafting.DraftModel(transformer, own.context, loaded.close_with(transformer))
+    return DraftModel(transformer, own.context, loaded.close_with(transformer))
 
 
 def _drafting(
@@ -189,19 +192,19 @@ def _drafting(
     options: LoadOptions,
     placement: Placement,
     transformer: Transformer,
-    smaller: drafting.DraftModel | None,
+    smaller: DraftModel | None,
 ) -> drafting.Drafting:
     """What guesses ahead. Raises AdapterError, OptionError."""
     asked, outline = parse_draft(options.draft), of_pack(made)
     kind = placement.drafts
     spec = asked if asked.kind == kind else DraftSpec(kind)
-    file = drafting.mask_file(spec, outline)
-    masks = None if file is None else drafting.mask_model(file, spec.k, made, transformer)
-    if masks is not None:
+    file = mtp_file.find(spec, outline)
+    mtp = None if file is None else mtp_file.read(file, spec.k, outline, transformer)
+    if mtp is not None:
         memory.trim()  # what making it took for a moment
     mixture = made.description.mixture
     union = None if mixture is None else Union(mixture.count, mixture.used)
-    return drafting.Drafting(spec if kind == "none" else asked, DraftStats(masks, union), smaller)
+    return drafting.Drafting(spec if kind == "none" else asked, DraftStats(mtp, union), smaller)
 
 
 def _warn_slow(made: Pack, native: Kernels | None) -> None:

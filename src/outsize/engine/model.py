@@ -11,7 +11,7 @@ from typing import NoReturn
 from typing_extensions import Unpack
 
 from outsize import arguments
-from outsize.draft.load import SPARE, Drafting
+from outsize.draft.load import Drafting
 from outsize.engine import adapters, decode, shutdown
 from outsize.engine.conversation import Conversation
 from outsize.engine.reply import Reply, Score
@@ -235,8 +235,7 @@ class Model:
 
     def new_kv(self, tokens: int) -> KV:
         """An empty cache for so many tokens, and what is drafted behind them."""
-        spare = SPARE if self.drafting.spec.kind != "none" else 0
-        return self.transformer.new_kv(tokens + spare)
+        return self.transformer.new_kv(tokens + self.drafting.spare)
 
     def load_adapter(self, name: str, path: str | PathLike[str]) -> None:
         """Make a LoRA adapter (PEFT's safetensors) known under a name, for requests to use. Weights make room

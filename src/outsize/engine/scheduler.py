@@ -127,7 +127,7 @@ class Scheduler:
         """Run requests together to their ends, yielding after each step."""
         flows = [self._flow(request, options, len(requests) - 1) for request in requests]
         kvs = [request.kv for request in requests]
-        steps = drive(self.transformer, flows, kvs, self.drafting.pace)
+        steps = drive(self.transformer, flows, kvs, self.drafting.step_times)
         while self.take(partial(self._step, steps, requests)):
             yield
 

@@ -17,7 +17,7 @@ from outsize.model_config import Description
 from outsize.options import LoadOptions
 from outsize.pack import fetch
 from outsize.pack.outline import Outline
-from outsize.plan import beside
+from outsize.plan import beside, drafts
 from outsize.plan.place import copy_bytes, place, tokenizer_bytes
 from outsize.plan.placement import Placement
 from outsize.storage.table import VERIFY
@@ -93,12 +93,12 @@ def decide(
     if context is not None and context > longest:
         raise ContextError(f"context is {context:,}; this model holds from 2 to {longest:,} tokens")
     asked = parse_draft(options.draft)
-    named = outline if asked.kind == "auto" else drafting.with_drafting(asked, outline)
+    named = outline if asked.kind == "auto" else drafts.with_drafting(asked, outline)
     without = place(named, size, runtime, tokenizer, context, options.force)
     if asked.kind != "auto":
         return replace(without, drafts=asked.kind)
-    for spec, worth in drafting.choices(outline):
-        wanted = drafting.with_drafting(spec, outline)
+    for spec, worth in drafts.choices(outline):
+        wanted = drafts.with_drafting(spec, outline)
         with suppress(BudgetError):
             made = place(wanted, size, runtime, tokenizer, context)
             if _pays(spec, made, without, worth):
@@ -110,4 +110,4 @@ def _pays(spec: DraftSpec, made: Placement, without: Placement, worth: float) ->
     """Does what drafting takes from the weights cost less than it brings?"""
     if made.context != without.context or made.streamed > worth * without.streamed:
         return False
-    return spec.kind != "masks" or made.holds_head  # each draft token would read the head again
+    return spec.kind != "mtp" or made.holds_head  # each draft token would read the head again

@@ -15,11 +15,10 @@ class Probs(NamedTuple):
     weight: NDArray[np.float64]
 
     def of(self, id: int) -> float:
-        """One token's chance."""
+        """One token's probability."""
         return float(self.weight[self.ids == id].sum() / self.weight.sum())
 
     def draw(self, random: np.random.Generator) -> int:
-        place = np.searchsorted(
-            np.cumsum(self.weight), random.random() * self.weight.sum(), side="right"
-        )
+        at = random.random() * self.weight.sum()
+        place = np.searchsorted(np.cumsum(self.weight), at, side="right")
         return int(self.ids[min(int(place), len(self.ids) - 1)])

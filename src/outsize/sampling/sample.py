@@ -1,4 +1,4 @@
-"""From logits to a token: plain functions, one draw a token from the sequence's own generator."""
+"""Samples a token from logits: plain functions, one draw a token from the sequence's own generator."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ def keep_min_p(prob: Floats, p: float) -> Floats:
     return prob[: int(np.count_nonzero(prob >= p * prob[0]))]
 
 
-def chances(logits_V: Tensor, options: Options) -> Probs:
-    """Cut at temperature 1 (top-k, top-p, min-p), then heated or cooled; at 0 the likeliest token alone."""
+def probs(logits_V: Tensor, options: Options) -> Probs:
+    """The distribution to draw from: cut at temperature 1 (top-k, top-p, min-p), then heated or cooled; at 0
+    the likeliest token alone."""
     if options.temperature == 0:
         return Probs(np.array([greedy(logits_V, ())]), np.ones(1))
     logits = logits_V.double().numpy()
@@ -64,13 +65,13 @@ class Sampler:
         self._options = options
         self.random = np.random.Generator(np.random.PCG64(seed))
 
-    def chances(self, logits_V: Tensor, tokens: Sequence[int]) -> Probs:
-        return chances(self._penalized(logits_V, tokens), self._options)
+    def probs(self, logits_V: Tensor, tokens: Sequence[int]) -> Probs:
+        return probs(self._penalized(logits_V, tokens), self._options)
 
     def __call__(self, logits_V: Tensor, tokens: Sequence[int]) -> int:
         if self._options.temperature == 0:
             return greedy(self._penalized(logits_V, tokens), tokens)
-        return self.chances(logits_V, tokens).draw(self.random)
+        return self.probs(logits_V, tokens).draw(self.random)
 
     def _penalized(self, logits_V: Tensor, tokens: Sequence[int]) -> Tensor:
         penalty = self._options.repeat_penalty

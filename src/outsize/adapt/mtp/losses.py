@@ -1,69 +1,60 @@
-"""Any dense model its own drafter: mask tokens, gated low-rank additions and a sampler head, trained on the
-model's answers (arXiv 2507.11851).
+"""Losses of multi-token prediction: mask tokens, gated low-rank additions and a sampler head make a dense
+model its own drafter, trained on the model's answers (arXiv 2507.11851).
 
-After an ordinary token at position a come masks m_1..m_k at positions a+1..a+k; mask j learns the token at
-a+1+j. Masks see ordinary tokens up to their anchor a, and the masks of their own block before them; the
-additions act on masks alone, so that ordinary tokens compute what they always did. That is why they run
-first, without gradients, and masks afterwards over their stored keys and values.
+After an ordinary token at position a come mask tokens m_1..m_k at positions a+1..a+k; mask j learns the token
+at a+1+j. They see ordinary tokens up to their anchor a, and those of their own block before them; the
+additions act on mask tokens alone, so that ordinary tokens compute what they always did. These run first,
+without gradients, and mask tokens afterwards over their stored keys and values.
 
-Ours, where the paper is silent: the masks' vectors learn too; the sampler is fed the true token before its
-label; the consistency loss is relative to the target's size; anchors are drawn at random. The paper
-adds the ordinary tokens' own loss, which under gated additions has no gradient: `next_token` is for those
-that are not gated (docs/drafting.md).
-Shapes: B sequences, S tokens, A anchors a sequence, K masks an anchor, M = A * K, D width, N labels.
+Ours, where the paper is silent: the mask tokens' vectors learn too; the sampler is fed the true token before
+its label; the consistency loss is relative to the target's size; anchors are drawn at random. The paper adds
+the ordinary tokens' own loss, which under gated additions has no gradient: `next_token` is for those that are
+not gated (docs/drafting.md).
+Shapes: B sequences, S tokens, A anchors a sequence, K mask tokens an anchor, M = A * K, D width, N labels.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from outsize.adapt.mtp.head_loss import head_loss
+from outsize.adapt.examples import Example
+from outsize.adapt.head_loss import head_loss
+from outsize.adapt.loop import Recipe
 from outsize.adapt.trainable import Deltas, Rows, Stored, TrainableModel
 from outsize.arguments import real, whole
 from outsize.draft import mtp_head
-from outsize.draft.auto import MOST
+from outsize.draft.drafter import MOST
 from outsize.errors import OptionError
 from outsize.model.lora import widths
 from outsize.model_config import Description
 
-Parameters = dict[str, Tensor]
+Parameters = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
-    """How to train. What it says decides the result: the same recipe, data and device give the same
-    weights."""
+class MtpRecipe(Recipe):
+    """How to train mask tokens."""
 
-    k: int = 4
-    rank: int = 16
-    steps: int = 2000
-    batch: int = 8  # sequences a step
-    anchors: int = 32  # of each
-    rate: float = 1e-3
-    warmup: float = 0.1  # of the steps; then down to nothing along a cosine
-    length: int = 512  # tokens of a sequence; longer ones are left out
-    seed: int = 0
+    k: int = 4  # mask tokens
+    rank: int = 16  # of the additions
+    anchors: int = 32  # of each sequence
     scale: float = 2.0  # of the additions
     sampler: bool = True
     consistency: float = 1.0  # weight of that loss
     gated: bool = True
-    next_token: float = (
-        0.0  # weight of the ordinary tokens' own loss; only what is not gated moves it
-    )
+    # Weight of the ordinary tokens' own loss; only what is not gated moves it.
+    next_token: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, most in (
-            ("k", MOST), ("rank", 1 << 14), ("steps", 1 << 30), ("batch", 1 << 16),
-            ("anchors", 1 << 16), ("length", 1 << 24),
-        ):  # fmt: skip
+        Recipe.__post_init__(self)
+        for name, most in (("k", MOST), ("rank", 1 << 14), ("anchors", 1 << 16)):
             whole(name, getattr(self, name), 1, most)
-        real("rate", self.rate, 0.0, 1.0)
         real("next_token", self.next_token, 0.0, 1e3)
         if self.gated and self.next_token:
             raise OptionError(
@@ -71,26 +62,10 @@ class Recipe:
                 "their loss has no gradient; leave it out, or train with gated false"
             )
 
-    def to_json(self) -> dict[str, object]:
-        return asdict(self)
-
-    def rate_at(self, step: int) -> float:
-        warm = max(1, int(self.warmup * self.steps))
-        if step < warm:
-            return self.rate * (step + 1) / warm
-        return self.rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
-
-
-class Example(NamedTuple):
-    """A prompt and its answer, as tokens."""
-
-    tokens: list[int]
-    num_prompt: int
-
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Padded on the right. Anchors are indices of ordinary tokens."""
+    """Sequences padded on the right, and anchors: indices of ordinary tokens after which mask tokens go."""
 
     tokens_BS: Tensor
     length_B: Tensor
@@ -100,10 +75,10 @@ class Batch:
         return Batch(*(t.to(device) for t in (self.tokens_BS, self.length_B, self.anchor_BA)))
 
 
-def new_parameters(d: Description, recipe: Recipe, embed_VD: Tensor) -> Parameters:
-    """Additions that add nothing yet; masks as large as the model's own tokens."""
+def new_parameters(d: Description, recipe: MtpRecipe, embed_VD: Tensor) -> dict[str, Tensor]:
+    """What training begins with: additions that add nothing yet, mask tokens as large as the model's own."""
     generator = torch.Generator().manual_seed(recipe.seed)
-    out: Parameters = {}
+    out: dict[str, Tensor] = {}
     for layer in range(d.num_layers):
         for name, (num_rows, width) in widths(d).items():
             a = torch.empty(recipe.rank, width)
@@ -115,22 +90,24 @@ def new_parameters(d: Description, recipe: Recipe, embed_VD: Tensor) -> Paramete
     return out | {mtp_head.PREFIX + name: value for name, value in made.items()}
 
 
-def deltas(parameters: Mapping[str, Tensor], scale: float) -> Deltas:
+def deltas(parameters: Parameters, scale: float) -> Deltas:
     names = [name[:-2] for name in parameters if name.endswith(".A")]
     return Deltas({n: (parameters[f"{n}.A"], parameters[f"{n}.B"]) for n in names}, scale)
 
 
-def draw(examples: Sequence[Example], recipe: Recipe, step: int, rank: int, world: int) -> Batch:
-    """The batch of one step for one of `world` processes: by step and seed alone."""
+def sample_batch(
+    examples: Sequence[Example], recipe: MtpRecipe, step: int, part: slice = slice(None)
+) -> Batch:
+    """The batch of one step, or a part of it: by step and seed alone."""
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
     rows = torch.randint(len(examples), (recipe.batch,), generator=generator).tolist()
     picked = [examples[i] for i in rows]
     anchors = [_anchors(e, recipe.anchors, generator) for e in picked]
-    return collate(picked[rank::world], anchors[rank::world])
+    return collate(picked[part], anchors[part])
 
 
 def _anchors(example: Example, count: int, generator: torch.Generator) -> list[int]:
-    """Of the tokens before the answer's end, some at random: the last of the prompt on."""
+    """Random tokens to put mask tokens after, from the prompt's last to the one before the answer's end."""
     first, last = example.num_prompt - 1, len(example.tokens) - 2
     size = max(1, last - first)
     order = torch.randperm(size, generator=generator)[:count].sort().values + first
@@ -142,12 +119,10 @@ def all_anchors(example: Example) -> list[int]:
 
 
 def collate(examples: Sequence[Example], anchors: Sequence[Sequence[int]]) -> Batch:
-    """A short sequence's missing anchors are -1: no labels."""
+    """A padded batch. A short sequence's missing anchors are -1: no labels."""
     longest, most = max(len(e.tokens) for e in examples), max(len(a) for a in anchors)
-    tokens, places = (
-        torch.zeros(len(examples), longest).long(),
-        torch.full((len(examples), most), -1),
-    )
+    tokens = torch.zeros(len(examples), longest, dtype=torch.long)
+    places = torch.full((len(examples), most), -1)
     for i, (example, found) in enumerate(zip(examples, anchors, strict=True)):
         tokens[i, : len(example.tokens)] = torch.tensor(example.tokens)
         places[i, : len(found)] = torch.tensor(found)
@@ -155,32 +130,32 @@ def collate(examples: Sequence[Example], anchors: Sequence[Sequence[int]]) -> Ba
 
 
 def ordinary(
-    twin: TrainableModel, batch: Batch, added: Deltas | None = None
+    model: TrainableModel, batch: Batch, added: Deltas | None = None
 ) -> tuple[Tensor, list[Stored]]:
     """Normed states of ordinary tokens, and their keys and values."""
     count, size = batch.tokens_BS.shape
-    positions = torch.arange(size, device=twin.device).expand(count, -1)
-    allow = torch.ones(size, size, dtype=torch.bool, device=twin.device).tril()
-    rows = Rows(twin.embed(batch.tokens_BS), positions, allow.expand(count, -1, -1))
-    return twin.run(rows, deltas=added)
+    positions = torch.arange(size, device=model.device).expand(count, -1)
+    allow = torch.ones(size, size, dtype=torch.bool, device=model.device).tril()
+    rows = Rows(model.embed(batch.tokens_BS), positions, allow.expand(count, -1, -1))
+    return model.run(rows, deltas=added)
 
 
-def mask_rows(twin: TrainableModel, batch: Batch, masks_KD: Tensor) -> Rows:
-    """The masks after every anchor, block by block."""
+def mask_rows(model: TrainableModel, batch: Batch, masks_KD: Tensor) -> Rows:
+    """The mask tokens after every anchor, block by block."""
     count, size = batch.tokens_BS.shape
     num_masks, num_anchors = len(masks_KD), batch.anchor_BA.shape[1]
     anchor_BM = batch.anchor_BA.clamp_min(0).repeat_interleave(num_masks, dim=1)
-    offset_M = torch.arange(num_masks, device=twin.device).repeat(num_anchors)
-    block_M = torch.arange(num_anchors, device=twin.device).repeat_interleave(num_masks)
-    before = torch.arange(size, device=twin.device) <= anchor_BM[:, :, None]
+    offset_M = torch.arange(num_masks, device=model.device).repeat(num_anchors)
+    block_M = torch.arange(num_anchors, device=model.device).repeat_interleave(num_masks)
+    before = torch.arange(size, device=model.device) <= anchor_BM[:, :, None]
     same = (block_M[:, None] == block_M) & (offset_M[:, None] >= offset_M)
     allow = torch.cat([before, same.expand(count, -1, -1)], dim=2)
-    h = masks_KD.to(twin.residual).repeat(num_anchors, 1).expand(count, -1, -1)
+    h = masks_KD.to(model.residual).repeat(num_anchors, 1).expand(count, -1, -1)
     return Rows(h, anchor_BM + offset_M + 1, allow)
 
 
 class Labels(NamedTuple):
-    """For each mask that has a label: its place among all masks, label, the token before, and the
+    """For each mask token that has a label: its place among all of them, label, the token before, and the
     ordinary state that predicts the same."""
 
     place_N: Tensor
@@ -193,9 +168,8 @@ def labels(batch: Batch, num_masks: int) -> Labels:
     device, size = batch.tokens_BS.device, batch.tokens_BS.shape[1]
     offset_K = torch.arange(1, num_masks + 1, device=device)
     target_BM = (batch.anchor_BA[:, :, None] + offset_K + 1).flatten(1)
-    good = (target_BM < batch.length_B[:, None]) & (
-        batch.anchor_BA.repeat_interleave(num_masks, dim=1) >= 0
-    )
+    has_anchor_BM = batch.anchor_BA.repeat_interleave(num_masks, dim=1) >= 0
+    good = (target_BM < batch.length_B[:, None]) & has_anchor_BM
     place_N = good.flatten().nonzero()[:, 0]
     row_BM = torch.arange(len(target_BM), device=device)[:, None].expand_as(target_BM)
     at_N = (row_BM * size + target_BM).flatten()[place_N]
@@ -207,28 +181,28 @@ class Losses(NamedTuple):
     base: Tensor
     sampled: Tensor
     consistent: Tensor
-    ordinary: (
-        Tensor  # of the tokens after the anchors, by the ordinary tokens; nothing if not asked for
-    )
+    ordinary: Tensor  # of the tokens after the anchors, by the ordinary ones; 0 if not asked for
 
 
-def losses(twin: TrainableModel, parameters: Parameters, recipe: Recipe, batch: Batch) -> Losses:
-    """Cross-entropies of the masks' guesses by the plain head and by the sampler; and how far their
+def losses(
+    model: TrainableModel, parameters: Parameters, recipe: MtpRecipe, batch: Batch
+) -> Losses:
+    """Cross-entropies of the mask tokens' predictions by the plain head and by the sampler; and how far their
     states are from those of the ordinary tokens that predict the same, relative to these."""
     added = deltas(parameters, recipe.scale)
     with torch.set_grad_enabled(not recipe.gated):
-        x_BSD, stored = ordinary(twin, batch, None if recipe.gated else added)
-    z_BMD, _ = twin.run(mask_rows(twin, batch, parameters["masks"]), stored, added)
+        x_BSD, stored = ordinary(model, batch, None if recipe.gated else added)
+    z_BMD, _ = model.run(mask_rows(model, batch, parameters["masks"]), stored, added)
     found = labels(batch, recipe.k)
     z_ND = z_BMD.flatten(0, 1)[found.place_N]
-    base = head_loss(z_ND, found.label_N, twin.head_VD)
-    nothing = torch.zeros((), device=twin.device)
+    base = head_loss(z_ND, found.label_N, model.head_VD)
+    nothing = torch.zeros((), device=model.device)
     sampled = nothing
     if recipe.sampler:
         head = mtp_head.stages(mtp_head.of(parameters), mtp_head.plainly)
-        mixed = mtp_head.mix(z_ND, twin.embed(found.previous_N), head)
-        sampled = head_loss(mixed, found.label_N, twin.head_VD)
-    spoken = next_token_loss(twin, x_BSD, batch) if recipe.next_token else nothing
+        mixed = mtp_head.mix(z_ND, model.embed(found.previous_N), head)
+        sampled = head_loss(mixed, found.label_N, model.head_VD)
+    spoken = next_token_loss(model, x_BSD, batch) if recipe.next_token else nothing
     if not recipe.consistency:
         return Losses(base, sampled, nothing, spoken)
     target = x_BSD.detach().flatten(0, 1)[found.state_N]
@@ -236,14 +210,14 @@ def losses(twin: TrainableModel, parameters: Parameters, recipe: Recipe, batch: 
     return Losses(base, sampled, consistent, spoken)
 
 
-def next_token_loss(twin: TrainableModel, x_BSD: Tensor, batch: Batch) -> Tensor:
+def next_token_loss(model: TrainableModel, x_BSD: Tensor, batch: Batch) -> Tensor:
     """Cross-entropy of the token after each anchor under the model's own head: what ordinary training lowers,
     and additions that are not gated may raise."""
     row_N, column_N = (batch.anchor_BA >= 0).nonzero(as_tuple=True)
     at_N = batch.anchor_BA[row_N, column_N]
-    return head_loss(x_BSD[row_N, at_N], batch.tokens_BS[row_N, at_N + 1], twin.head_VD)
+    return head_loss(x_BSD[row_N, at_N], batch.tokens_BS[row_N, at_N + 1], model.head_VD)
 
 
-def total(found: Losses, recipe: Recipe) -> Tensor:
+def total(found: Losses, recipe: MtpRecipe) -> Tensor:
     masked = found.base + found.sampled + recipe.consistency * found.consistent
     return masked + recipe.next_token * found.ordinary

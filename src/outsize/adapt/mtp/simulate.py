@@ -1,8 +1,8 @@
-"""How many tokens a step drafts would yield on given answers: the decoding loop walked over guesses that are
-all computed at once. Exact for greedy answers of the same weights, since a step's masks always follow a
-true prefix.
+"""Simulates what drafts would be accepted: the decoding loop over known answers, with the predictions after
+every token computed at once. Exact for greedy answers of the same weights, since a step's mask tokens always
+follow a true prefix.
 
-Shapes: B sequences, A anchors, K masks.
+Shapes: B sequences, A anchors, K mask tokens.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from outsize.adapt.examples import Example
 from outsize.adapt.mtp.losses import (
-    Example,
     Parameters,
     all_anchors,
     collate,
@@ -27,8 +27,8 @@ from outsize.draft import mtp_head
 
 
 @dataclass(slots=True)
-class Walk:
-    """Tokens and steps so far, with guesses after every token (quadratic) or after the last (linear)."""
+class Simulated:
+    """Tokens and steps so far, with mask tokens after every token (quadratic) or after the last (linear)."""
 
     tokens: int = 0
     quadratic: int = 0
@@ -43,7 +43,7 @@ class Walk:
         return self.tokens / max(1, self.linear)
 
     def add(self, accepted: Sequence[int], k: int) -> None:
-        """`accepted[i]`: leading correct guesses after anchor i."""
+        """`accepted[i]`: leading correct predictions after anchor i."""
         self.tokens += len(accepted)
         at = 0
         while at < len(accepted):
@@ -58,14 +58,14 @@ class Walk:
 
 
 @torch.no_grad()
-def guesses(
-    twin: TrainableModel, parameters: Parameters, scale: float, examples: Sequence[Example], k: int
+def predictions(
+    model: TrainableModel, parameters: Parameters, scale: float, examples: Sequence[Example], k: int
 ) -> Tensor:
-    """(B, A, K): what the masks after each token of an answer guess, each given the guess before."""
-    batch = collate(examples, [all_anchors(e) for e in examples]).to(twin.device)
-    _, stored = ordinary(twin, batch)
-    z, _ = twin.run(
-        mask_rows(twin, batch, parameters["masks"][:k]), stored, deltas(parameters, scale)
+    """(B, A, K): what the mask tokens after each token of an answer predict, each given the one before."""
+    batch = collate(examples, [all_anchors(e) for e in examples]).to(model.device)
+    _, stored = ordinary(model, batch)
+    z, _ = model.run(
+        mask_rows(model, batch, parameters["masks"][:k]), stored, deltas(parameters, scale)
     )
     z_BAKD = z.unflatten(1, (-1, k))
     head = mtp_head.stages(mtp_head.of(parameters), mtp_head.plainly)
@@ -74,14 +74,14 @@ def guesses(
     for j in range(k):
         state = z_BAKD[:, :, j]
         if head:
-            state = mtp_head.mix(state, twin.embed(chosen), head)
-        chosen = torch.stack([twin.logits(row).argmax(-1) for row in state])
+            state = mtp_head.mix(state, model.embed(chosen), head)
+        chosen = torch.stack([model.logits(row).argmax(-1) for row in state])
         out.append(chosen)
     return torch.stack(out, dim=-1).cpu()
 
 
 def leading(example: Example, guess_AK: Tensor) -> list[int]:
-    """For each anchor, how many of its guesses in a row are the answer's own tokens."""
+    """For each anchor, how many of its predictions in a row are the answer's own tokens."""
     size, k = len(example.tokens), guess_AK.shape[1]
     out = []
     for row, anchor in enumerate(all_anchors(example)):
@@ -91,19 +91,19 @@ def leading(example: Example, guess_AK: Tensor) -> list[int]:
     return out
 
 
-def walk(
-    twin: TrainableModel,
+def simulate(
+    model: TrainableModel,
     parameters: Parameters,
     scale: float,
     examples: Sequence[Example],
     k: int,
     at_once: int = 8,
-) -> Walk:
+) -> Simulated:
     """Tokens a step over all examples."""
-    found = Walk()
+    found = Simulated()
     for start in range(0, len(examples), at_once):
         part = examples[start : start + at_once]
-        made = guesses(twin, parameters, scale, part, k)
+        made = predictions(model, parameters, scale, part, k)
         for example, guess in zip(part, made, strict=True):
             found.add(leading(example, guess), k)
     return found

@@ -6,14 +6,15 @@ import json
 import math
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
 from outsize.bench.synthetic.shapes import Size, recipe, tensors, values
 
 
 def write_folder(folder: Path, family: str, size: Size, seed: int) -> int:
     """The safetensors folder, a file a layer; its bytes."""
-    import torch
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True)
     made, generator = recipe(family, size, "safetensors"), torch.Generator().manual_seed(seed)
     shards: dict[str, dict[str, torch.Tensor]] = {}
@@ -37,16 +38,11 @@ def write_folder(folder: Path, family: str, size: Size, seed: int) -> int:
 
 
 def _folder_config(folder: Path, family: str, size: Size) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    config = values(size) | {"model_type": family, "vocab_size": size.vocab, "hidden_act": "silu"}
-    config |= {
-        "tie_word_embeddings": False,
-        "eos_token_id": size.vocab - 1,
-        "torch_dtype": "bfloat16",
-    }
-    if size.experts:  # under each family's names
-        config |= {"num_local_experts": size.experts, "norm_topk_prob": True}
+    config = values(size) | {
+        "model_type": family, "vocab_size": size.vocab, "hidden_act": "silu",
+        "tie_word_embeddings": False, "eos_token_id": size.vocab - 1, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    config |= {"norm_topk_prob": True} if size.experts else {}
     config["architectures"] = [f"{family.capitalize()}ForCausalLM"]
     (folder / "config.json").write_text(json.dumps(config))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

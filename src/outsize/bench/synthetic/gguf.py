@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import pre_tokenizers
 
 from outsize.bench.synthetic.shapes import ARCHITECTURES, Size, recipe, tensors
 from outsize.errors import OptionError
@@ -88,13 +89,11 @@ def _config(writer: Any, size: Size) -> None:
 
 def _tokenizer(writer: Any, vocab: int) -> None:
     """Bytes, and names that no text yields."""
-    from tokenizers import pre_tokenizers
-
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     fillers = [f"<|{i}|>" for i in range(vocab - len(alphabet) - 2)]
     writer.add_token_list([*alphabet, "Ġa", *fillers, "<|end|>"])
-    writer.add_token_types([1] * (len(alphabet) + 1) + [1] * len(fillers) + [3])
+    writer.add_token_types([1] * (vocab - 1) + [3])
     writer.add_token_merges(["Ġ a"])
     writer.add_eos_token_id(vocab - 1)

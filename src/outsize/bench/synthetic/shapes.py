@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import outsize.family as family_folder
 from outsize import registry
 from outsize.errors import OptionError
 from outsize.family.config import GGUF_KEYS, Config
@@ -51,31 +52,20 @@ ARCHITECTURES = {"qwen3_moe": "qwen3moe", "mixtral": "llama", "gpt_oss": "gpt-os
 
 def values(size: Size) -> dict[str, object]:
     """The config, under Hugging Face's names."""
-    mixed: dict[str, object] = {}
-    if size.experts:
-        mixed = {
-            "num_local_experts": size.experts,
-            "num_experts_per_tok": size.used,
-            "moe_intermediate_size": size.ffn,
-        }
-    return mixed | {
-        "num_hidden_layers": size.layers,
-        "hidden_size": size.width,
-        "intermediate_size": size.ffn,
-        "num_attention_heads": size.heads,
-        "num_key_value_heads": size.kv_heads,
-        "head_dim": size.head,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10_000.0,
-        "max_position_embeddings": size.context,
-    }
+    mixed = {
+        "num_local_experts": size.experts, "num_experts_per_tok": size.used,
+        "moe_intermediate_size": size.ffn,
+    }  # fmt: skip
+    return (mixed if size.experts else {}) | {
+        "num_hidden_layers": size.layers, "hidden_size": size.width, "intermediate_size": size.ffn,
+        "num_attention_heads": size.heads, "num_key_value_heads": size.kv_heads, "head_dim": size.head,
+        "rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "max_position_embeddings": size.context,
+    }  # fmt: skip
 
 
 def recipe(family: str, size: Size, format: str = "gguf") -> Recipe:
     """As the family describes a checkpoint of these numbers. Raises UnsupportedError."""
-    import outsize.family as package
-
-    made = registry.module(package, family, "architecture", families())
+    made = registry.module(family_folder, family, "architecture", families())
     keys, architecture = {**made.DEFAULTS, **values(size), "vocab_size": size.vocab}, family
     if format == "gguf":
         architecture = ARCHITECTURES.get(family, family)
@@ -106,12 +96,9 @@ def shapes(d: Description) -> dict[str, tuple[int, ...]]:
     q, kv = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
     out: dict[str, tuple[int, ...]] = {
         "attn_norm": (d.width,),
-        "q": (q, d.width),
-        "k": (kv, d.width),
-        "v": (kv, d.width),
-        "o": (d.width, q),
+        "q": (q, d.width), "k": (kv, d.width), "v": (kv, d.width), "o": (d.width, q),
         "ffn_norm": (d.width,),
-    }
+    }  # fmt: skip
     if d.mixture is None:
         up, down = (d.ffn_width, d.width), (d.width, d.ffn_width)
         out |= {"gate": up, "up": up, "down": down}

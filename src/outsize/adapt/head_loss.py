@@ -28,9 +28,9 @@ class _HeadLoss(torch.autograd.Function):
             logits = linear(z.to(head_VD.dtype), head_VD).to(kind)
             logits -= logits.logsumexp(-1, keepdim=True)
             loss -= logits.gather(1, label[:, None]).sum()
-            chance = logits.exp_()
-            chance[torch.arange(len(label), device=z.device), label] -= 1
-            grad.copy_(chance.to(head_VD.dtype) @ head_VD)
+            probs = logits.exp_()
+            probs[torch.arange(len(label), device=z.device), label] -= 1
+            grad.copy_(probs.to(head_VD.dtype) @ head_VD)
         ctx.save_for_backward(grad_ND.div_(len(label_N)))
         return loss / len(label_N)
 

@@ -1,0 +1,47 @@
+"""The training task of multi-token prediction: mask tokens that predict what the model will say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from outsize.adapt.examples import Example
+from outsize.adapt.mtp.losses import MtpRecipe, losses, new_parameters, sample_batch, total
+from outsize.adapt.mtp.simulate import simulate
+from outsize.adapt.trainable import TrainableModel
+from outsize.model.lora_file import MTP
+
+
+class MtpTask:
+    """A `Task` of the training loop."""
+
+    use = "--draft mtp:"
+
+    def __init__(
+        self,
+        recipe: MtpRecipe,
+        model: TrainableModel,
+        examples: Sequence[Example],
+        held_out: Sequence[Example] = (),
+    ) -> None:
+        self.recipe, self.model = recipe, model
+        self._examples, self._held_out = examples, held_out
+        made = new_parameters(model.description, recipe, model.embed_VD)
+        self.parameters = {k: v.to(model.device).requires_grad_() for k, v in made.items()}
+
+    def loss(self, step: int, part: slice) -> Tensor:
+        batch = sample_batch(self._examples, self.recipe, step, part).to(self.model.device)
+        return total(losses(self.model, self.parameters, self.recipe, batch), self.recipe)
+
+    def evaluate(self) -> dict[str, float]:
+        """Tokens a step on answers that are not trained on; 0: there are none."""
+        rate, r = 0.0, self.recipe
+        if self._held_out:
+            found = simulate(self.model, self.parameters, r.scale, self._held_out, r.k)
+            rate = round(found.by_quadratic, 4)
+        return {"held_out_tokens_per_step": rate}
+
+    def about(self) -> dict[str, object]:
+        r = self.recipe
+        return {"kind": MTP, "rows": "adjacent", "k": r.k, "scale": r.scale}

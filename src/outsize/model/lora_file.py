@@ -1,0 +1,44 @@
+"""Reads a LoRA adapter's file for a model, and checks its factors against the model's shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from outsize.checkpoint import lora as files
+from outsize.checkpoint.bases import are_other
+from outsize.checkpoint.lora import AdapterFile, Factors
+from outsize.errors import AdapterError
+from outsize.log import warn
+from outsize.model.lora import Adapter, check_shapes
+from outsize.pack.format import Pack
+from outsize.pack.outline import Outline, of_pack
+
+MTP = "masks"  # what the header of a multi-token prediction drafter says it is
+
+
+def read_adapter(pack: Pack, name: str, path: Path) -> Adapter:
+    """A LoRA adapter for a dense model, for which `plan.beside` has found room. Raises AdapterError."""
+    file = files.load(path)
+    if file.about.get("kind") == MTP:
+        raise AdapterError(
+            f"{path} is a mask-token drafter (mtp), which drafts and does not change answers; use it with "
+            f"--draft mtp:{path}"
+        )
+    base, ours = file.about.get("base_name"), (pack.source.spec, pack.source.files[0][0])
+    if isinstance(base, str) and are_other(base, ours):
+        warn(
+            f"{path} says that it was trained on {base}, and this model is {pack.source.spec}: its "
+            "shapes fit, but over another base an adapter may do anything; use its own"
+        )
+    return additions(name, file, of_pack(pack))
+
+
+def additions(name: str, file: AdapterFile, model: Outline, coarse: bool = False) -> Adapter:
+    """A file's low-rank factors, if they are finite and this model's (its base's hash is compared where it is
+    known). `coarse`: kept in eight bits. Raises AdapterError."""
+    if model.sha256:
+        files.same_base(file, model.sha256, model.name)
+    factors = Factors(file, model.description.head_dim)
+    check_shapes(name, model.description, factors.shapes)
+    files.finite(file, [f"{name}.{factor}" for name in factors for factor in "AB"])
+    return Adapter(name, model.description, factors, file.scale, coarse)
