@@ -85,7 +85,7 @@ def test_unknown_architecture_is_named_with_the_known(tmp_path: Path) -> None:
 
 def test_unsupported_type_is_named_with_its_tensor(tmp_path: Path) -> None:
     from outsize.family.find import recipe
-    from outsize.pack.plan import plan
+    from outsize.pack.layout import plan
 
     folder = tiny.write_folder(tmp_path / "m", "llama")
     path = folder / "model.safetensors"

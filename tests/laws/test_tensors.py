@@ -16,7 +16,7 @@ from outsize.checkpoint.checkpoint import Checkpoint
 from outsize.checkpoint.source import open_checkpoint
 from outsize.errors import CheckpointError, UnsupportedError
 from outsize.family.find import families, recipe
-from outsize.pack.plan import plan
+from outsize.pack.layout import plan
 from tests.golden import tiny
 from tests.golden.test_golden import logits, write_gguf
 

@@ -42,7 +42,7 @@ from outsize.pack.format import (
 from outsize.pack.identity import Progress, hash_files, identity, layout
 from outsize.pack.lock import locked
 from outsize.pack.parts import Record, TablePlan
-from outsize.pack.plan import lossy_tensors, plan
+from outsize.pack.layout import lossy_tensors, plan
 from outsize.pack.source import Source, file_stats
 
 SLACK = 64 << 20  # bytes that a file system wants for itself
