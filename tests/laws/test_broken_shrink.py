@@ -16,7 +16,7 @@ import outsize
 from outsize.engine import load as loading
 from outsize.engine.model import Model
 from outsize.kernels.native import kernels
-from outsize.pack import layout
+from outsize.pack.kinds import rows
 from outsize.weights.cached import Cached
 from tests.laws import test_interrupts as interrupts
 from tests.laws.test_interrupts import Place, answer, broken_off, places, watched
@@ -31,7 +31,7 @@ SHRINKING = tuple(
 @pytest.fixture(autouse=True)
 def many_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: Path) -> None:
     """Of a head, so that there is something of it to give up."""
-    monkeypatch.setattr(layout, "ROW_RECORD", 1)
+    monkeypatch.setattr(rows, "ROW_RECORD", 1)
     monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path))
     monkeypatch.setattr(loading, "compiled", lambda load_options: kernels(home / "native"))
 

@@ -23,9 +23,10 @@ from outsize.model.paged import PagedLayer, link
 from outsize.model.step import Segment, Step
 from outsize.model.sublayer import attention_sublayer, ffn_sublayer, mixture_sublayer, vector
 from outsize.model_config import Description, Rope
+from outsize.pack.kinds.experts import least_slots
 from outsize.system import memory as budget
 from outsize.weights.cached import Cached
-from outsize.weights.load import Loaded, least_slots
+from outsize.weights.load import Loaded
 
 REFINED = 64
 SLACK = 4 << 20  # over what cannot be returned, before returning is tried again

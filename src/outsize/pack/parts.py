@@ -1,28 +1,18 @@
-"""What goes into a record: foreign tensors, how their rows are reordered, the encoding that holds them."""
+"""What is written into a record: checkpoint tensors, how rows are reordered, the encoding that holds them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from outsize.checkpoint.checkpoint import Tensor
-from outsize.encoding import int4
-from outsize.errors import UnsupportedError
-from outsize.pack.format import TableHeader
+from outsize.pack.tables import TableHeader
 
-# With our kernels; of types of more bits, group8.
-GROUPED = {
-    "Q4_0": "group4",
-    "Q5_0": "group5",
-    "MXFP4": "group5",
-}
-CODED = {"Q4_0": "int4", "Q4_1": "int4", "Q4_K": "int4", "Q2_K": "int4", "Q3_K": "int4"}
-BYTES = ("Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0")
 LOSSY = ("Q2_K", "Q3_K")
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One foreign tensor that goes into a matrix, and how its rows must be reordered."""
+    """One checkpoint tensor that goes into a matrix, and how its rows must be reordered."""
 
     tensor: Tensor
     head_dim: int = 0  # > 0: heads in halves, to be interleaved
@@ -66,22 +56,3 @@ class TablePlan:
 
     header: TableHeader
     records: tuple[Record, ...]
-
-
-def encoding_for(tensor: Tensor, wanted: str, grouped: bool) -> str:
-    """The encoding of a matrix of this type. Raises UnsupportedError, naming type and tensor."""
-    kind = tensor.kind
-    if kind.read is None:
-        raise UnsupportedError(
-            f"{tensor.path.name}: tensor {tensor.name!r} has type {kind.name}, which outsize cannot "
-            "read; use F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K"
-        )
-    if wanted != "auto":
-        return wanted
-    fits = grouped and tensor.shape[-1] % 64 == 0
-    tiles = grouped or int4.supported()
-    if kind.name in CODED and tiles and not (fits and kind.name in GROUPED):
-        return CODED[kind.name]
-    if kind.name not in BYTES and kind.name not in CODED and kind.name not in GROUPED:
-        return "bf16"
-    return GROUPED.get(kind.name, "group8") if fits else "int8"

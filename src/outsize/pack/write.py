@@ -40,9 +40,9 @@ from outsize.pack.format import (
     write_header,
 )
 from outsize.pack.identity import Progress, hash_files, identity, layout
+from outsize.pack.layout import lossy_tensors, plan
 from outsize.pack.lock import locked
 from outsize.pack.parts import Record, TablePlan
-from outsize.pack.layout import lossy_tensors, plan
 from outsize.pack.source import Source, file_stats
 
 SLACK = 64 << 20  # bytes that a file system wants for itself

@@ -14,6 +14,7 @@ from outsize.caching.eviction.pin_and_ring import PinAndRing
 from outsize.caching.policy import Hints, make
 from outsize.kernels.native import Kernels
 from outsize.pack.format import Matrix, Pack, TableHeader
+from outsize.pack.kinds.experts import least_slots
 from outsize.storage.reader import Reader
 from outsize.storage.stats import IOStats
 from outsize.storage.table import Table, Weight, Weights
@@ -23,7 +24,6 @@ from outsize.weights.rows import RowTable, join
 from outsize.weights.spec import ExpertOptions
 
 Progress = Callable[[str, int, int], None]
-LEAST_EXPERTS = 2  # times those that a token uses: slots that there must be
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +36,6 @@ class Share:
 
 
 Shares = Mapping[str, Share]
-
-
-def least_slots(header: TableHeader, used: int) -> int:
-    """The fewest for a table of experts; copies get no more. `used`: by a token in a layer."""
-    return min(len(header.keys), LEAST_EXPERTS * used)
 
 
 def all_of(header: TableHeader) -> Share:
