@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from outsize.checkpoint.names import (
+from outsize.checkpoint.file_names import (
     Quantization,
     base_name,
     cut_files,
@@ -27,7 +27,7 @@ from outsize.checkpoint.names import (
     quantization,
 )
 from outsize.checkpoint.quantized import QUANTIZED
-from outsize.checkpoint.shards import INDEX, weights
+from outsize.checkpoint.safetensors_shards import INDEX, weights
 from outsize.checkpoint.spec import is_inside
 from outsize.errors import CheckpointError, SourceError, UnsupportedError
 

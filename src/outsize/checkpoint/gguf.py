@@ -17,10 +17,10 @@ from pathlib import Path
 
 from outsize.checkpoint.bounded import open_regular
 from outsize.checkpoint.checkpoint import Checkpoint, Tensor
-from outsize.checkpoint.cursor import Cursor
+from outsize.checkpoint.file_names import PART, parts_of
 from outsize.checkpoint.ggml import TYPES, other_type
-from outsize.checkpoint.names import PART, parts_of
-from outsize.checkpoint.text import of_gguf
+from outsize.checkpoint.gguf_cursor import Cursor
+from outsize.checkpoint.tokenizer_settings import of_gguf
 from outsize.errors import CheckpointError, UnsupportedError
 
 MAX_RANK = 4

@@ -10,8 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from outsize.checkpoint import lora as adapters
-from outsize.checkpoint.bases import are_other
 from outsize.checkpoint.lora import AdapterFile, Factors
+from outsize.checkpoint.lora_base import are_other
 from outsize.draft import mtp_head
 from outsize.draft.auto import MOST, AutoDraft, DraftStats
 from outsize.draft.drafter import Drafter

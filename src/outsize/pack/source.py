@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from outsize.checkpoint.text import sidecars
+from outsize.checkpoint.tokenizer_settings import sidecars
 
 FileStat = tuple[str, int, int, int]  # path, bytes, time of the last change in ns, inode
 

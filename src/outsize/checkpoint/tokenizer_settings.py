@@ -14,7 +14,7 @@ from typing import cast
 
 import numpy as np
 
-from outsize.checkpoint import templates, tokenizer_json
+from outsize.checkpoint import chat_templates, tokenizer_json
 from outsize.checkpoint.bounded import read_regular
 from outsize.checkpoint.checkpoint import TokenizerSpec
 from outsize.checkpoint.pretokenizers import default_add_bos
@@ -112,14 +112,14 @@ def of_folder(folder: Path, config: Mapping[str, object]) -> TokenizerSpec:
         add_bos=leading is not None
         or (settings.get("add_bos_token") is True and tokenizer.get("post_processor") is None),
         names=names,
-        templates=templates.of_folder(folder, settings),
+        templates=chat_templates.of_folder(folder, settings),
         added_tokens=more,
     )
 
 
 def sidecars(folder: Path) -> tuple[Path, ...]:
     """The files of a folder, beside its weights, that decide an answer."""
-    more = sorted((folder / templates.MORE_TEMPLATES).glob("*.jinja"))
+    more = sorted((folder / chat_templates.MORE_TEMPLATES).glob("*.jinja"))
     return tuple(p for p in (*(folder / name for name in SIDECARS), *more) if p.is_file())
 
 
@@ -244,7 +244,7 @@ def of_gguf(head: Mapping[str, object]) -> TokenizerSpec:
             names[f"{short}_token"] = tokens[i]
     return TokenizerSpec(
         arrays=arrays, bos=bos, eos=ends, add_bos=_gguf_starts(arrays), names=names,
-        templates=templates.of_gguf(head),
+        templates=chat_templates.of_gguf(head),
     )  # fmt: skip
 
 
