@@ -26,7 +26,7 @@ from outsize.checkpoint import bounded, read_json
 from outsize.checkpoint import lora as adapters
 from outsize.checkpoint import tokenizer as tokenizers
 from outsize.checkpoint.checkpoint import TokenizerSpec
-from outsize.checkpoint.source import open_checkpoint
+from outsize.checkpoint.opening import open_checkpoint
 from outsize.cli.trace import _prompts
 from outsize.errors import (
     AdapterError,

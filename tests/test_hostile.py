@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from outsize.checkpoint import gguf, safetensors
-from outsize.checkpoint.source import open_checkpoint, parse
+from outsize.checkpoint.opening import open_checkpoint
+from outsize.checkpoint.spec import parse
 from outsize.errors import CheckpointError, SourceError, UnsupportedError
 from tests.golden import tiny
 from tests.golden.test_golden import write_gguf

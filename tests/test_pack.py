@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 import outsize
-from outsize.checkpoint.source import check_hash, open_checkpoint
+from outsize.checkpoint.opening import open_checkpoint
+from outsize.checkpoint.source import check_hash
 from outsize.errors import DiskFullError, HashError, PackError, SourceError
 from outsize.family.find import recipe
 from outsize.options import DEFAULT_MODEL, DEFAULT_MODEL_SHA256

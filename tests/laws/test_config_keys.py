@@ -16,7 +16,7 @@ import pytest
 from outsize import registry
 from outsize.checkpoint import gguf
 from outsize.checkpoint.checkpoint import Checkpoint
-from outsize.checkpoint.source import open_checkpoint
+from outsize.checkpoint.opening import open_checkpoint
 from outsize.errors import CheckpointError, OutsizeError, UnsupportedError
 from outsize.family import keys
 from outsize.family.find import families, recipe

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 import outsize
 from outsize.checkpoint import gguf
 from outsize.checkpoint.checkpoint import Checkpoint
-from outsize.checkpoint.source import open_checkpoint
+from outsize.checkpoint.opening import open_checkpoint
 from outsize.errors import CheckpointError, UnsupportedError
 from outsize.family.find import families, recipe
 from outsize.pack.layout import plan

@@ -9,27 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from outsize.checkpoint.bounded import open_regular, read_regular
+from outsize.checkpoint.bounded import read_regular
 from outsize.checkpoint.read_json import MAX_JSON
 from outsize.pack.parts import Record, TablePlan
-
-Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
-
-
-def hash_files(files: Sequence[Path], progress: Progress) -> str:
-    """SHA-256 over the files' bytes, in order."""
-    total = sum(p.stat().st_size for p in files)
-    digest, done = hashlib.sha256(), 0
-    for path in files:
-        with open_regular(path) as f:
-            while chunk := f.read(8 << 20):
-                digest.update(chunk)
-                done += len(chunk)
-                progress("checking", done, total)
-    return digest.hexdigest()
 
 
 def identity(weights: str, beside: Iterable[Path]) -> str:

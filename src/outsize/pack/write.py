@@ -24,6 +24,7 @@ from torch import Tensor
 
 from outsize.checkpoint import tokenizer as tokenizers
 from outsize.checkpoint.checkpoint import Checkpoint, TokenizerSpec
+from outsize.checkpoint.source import hash_files
 from outsize.errors import CheckpointError, DiskFullError, PackError, SourceError
 from outsize.family.find import recipe as find_recipe
 from outsize.model_config import Description
@@ -39,11 +40,12 @@ from outsize.pack.format import (
     read_header,
     write_header,
 )
-from outsize.pack.identity import Progress, hash_files, identity, layout
+from outsize.pack.identity import identity, layout
 from outsize.pack.layout import lossy_tensors, plan
 from outsize.pack.lock import locked
 from outsize.pack.parts import Record, TablePlan
 from outsize.pack.source import Source, file_stats
+from outsize.progress import Progress
 
 SLACK = 64 << 20  # bytes that a file system wants for itself
 
