@@ -58,12 +58,6 @@ class Pack:
     made_by: str
 
     @property
-    def chat_template(self) -> str | None:
-        """The one to use where none is named."""
-        templates = dict(self.chat_templates)
-        return templates.get("default", next(iter(templates.values()), None))
-
-    @property
     def size(self) -> int:
         return sum(table.size for table in self.tables)
 
