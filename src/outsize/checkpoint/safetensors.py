@@ -15,12 +15,13 @@ from pathlib import Path
 
 from outsize.checkpoint.bounded import open_regular, refuse_dangling
 from outsize.checkpoint.checkpoint import Checkpoint, Tensor, pread
+from outsize.checkpoint.file_names import SIDECARS
 from outsize.checkpoint.ggml import BY_NAME
 from outsize.checkpoint.quantized import refuse_quantized
 from outsize.checkpoint.read_json import fail as _fail
 from outsize.checkpoint.read_json import parse_json, read_json
 from outsize.checkpoint.safetensors_shards import weights
-from outsize.checkpoint.tokenizer_settings import SIDECARS, of_folder, sidecars
+from outsize.checkpoint.tokenizer_settings import of_folder, sidecars
 from outsize.errors import CheckpointError, UnsupportedError
 
 MAX_HEADER = 64 << 20

@@ -17,6 +17,7 @@ import numpy as np
 from outsize.checkpoint import chat_templates, tokenizer_json
 from outsize.checkpoint.bounded import read_regular
 from outsize.checkpoint.checkpoint import TokenizerSpec
+from outsize.checkpoint.file_names import MORE_TEMPLATES, SIDECARS
 from outsize.checkpoint.pretokenizers import default_add_bos
 from outsize.checkpoint.read_json import MAX_JSON, optional_json, parse_json
 from outsize.errors import CheckpointError
@@ -28,11 +29,6 @@ ENDS = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "<|endoftext|>",
     "<|end_of_text|>", "<|eom_id|>", "<|return|>", "<|call|>", "<|eot|>", "<|EOT|>", "<EOT>",
     "<｜end▁of▁sentence｜>", "<end_of_utterance>", "<turn|>", "<|turn_end|>",
-)  # fmt: skip
-# Files beside the weights that decide an answer.
-SIDECARS = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 
 
@@ -119,7 +115,7 @@ def of_folder(folder: Path, config: Mapping[str, object]) -> TokenizerSpec:
 
 def sidecars(folder: Path) -> tuple[Path, ...]:
     """The files of a folder, beside its weights, that decide an answer."""
-    more = sorted((folder / chat_templates.MORE_TEMPLATES).glob("*.jinja"))
+    more = sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
     return tuple(p for p in (*(folder / name for name in SIDECARS), *more) if p.is_file())
 
 
