@@ -1,4 +1,4 @@
-"""Foreign numbers -> the fields of an encoded matrix: read, shifted, reordered, stacked, encoded."""
+"""Source numbers -> the fields of an encoded matrix: read, shifted, reordered, stacked, encoded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from outsize.checkpoint.ggml import Floats
 from outsize.encoding.find import encoding
 from outsize.encoding.group import Group
 from outsize.encoding.int4 import Int4
-from outsize.pack.parts import Part, Piece
+from outsize.pack.tensors import Part, Piece
 
 
 def encode(piece: Piece, num_rows: int) -> dict[str, Tensor]:

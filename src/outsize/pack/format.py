@@ -100,14 +100,16 @@ def read_header(folder: Path) -> Pack:
     body = _body(folder)
     version, layouts = body.get("version"), body.get("layouts")
     if version != VERSION:
-        raise damaged(folder, f"it has format version {str(version)[:80]}, this is {VERSION}")
+        raise damaged(folder, _other_version(version))
     if layouts != LAYOUTS:
         raise damaged(folder, f"it was packed for another machine's kernels ({str(layouts)[:80]})")
     stated = {k: v for k, v in body.items() if k not in ("version", "layouts")}
     try:
         pack = Pack(**_typed(stated), path=folder)
     except ValueError as e:
-        raise damaged(folder, f"its header is malformed ({e})") from None
+        raise damaged(
+            folder, f"its header is of another version of outsize, or malformed ({e})"
+        ) from None
     if problem := _fault(pack):
         raise damaged(folder, problem)
     return pack
@@ -132,6 +134,11 @@ def _body(folder: Path) -> dict[str, Any]:
     if not good or not isinstance(body, dict):
         raise damaged(folder, "its header does not match its checksum")
     return body
+
+
+def _other_version(version: object) -> str:
+    age = "an older" if isinstance(version, int) and version < VERSION else "another"
+    return f"{age} outsize made it (format version {str(version)[:80]}, this is {VERSION})"
 
 
 def _beginning(path: Path) -> bytes:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from outsize.checkpoint.bounded import read_regular
 from outsize.checkpoint.read_json import MAX_JSON
-from outsize.pack.parts import Record, TablePlan
+from outsize.pack.tensors import Record, TablePlan
 
 
 def identity(weights: str, beside: Iterable[Path]) -> str:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from outsize.checkpoint.checkpoint import Checkpoint
 from outsize.model_config import Recipe
 from outsize.pack.kinds.find import groups
-from outsize.pack.parts import LOSSY, TablePlan
 from outsize.pack.strangers import refuse_strangers
-from outsize.pack.tensors import SourceTensors
+from outsize.pack.tensors import LOSSY, SourceTensors, TablePlan
 
 
 def plan(checkpoint: Checkpoint, recipe: Recipe, wanted: str, grouped: bool) -> list[TablePlan]:

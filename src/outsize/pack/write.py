@@ -43,8 +43,8 @@ from outsize.pack.format import (
 from outsize.pack.identity import identity, layout
 from outsize.pack.layout import lossy_tensors, plan
 from outsize.pack.lock import locked
-from outsize.pack.parts import Record, TablePlan
 from outsize.pack.source import Source, file_stats
+from outsize.pack.tensors import Record, TablePlan
 from outsize.progress import Progress
 
 SLACK = 64 << 20  # bytes that a file system wants for itself

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from outsize.model_config import Description
 from outsize.pack.kinds.kind import Group, Kind
 from outsize.pack.kinds.layers import gated, keys_fault, kind_fault, tables_of
-from outsize.pack.parts import Part, Piece, Record, TablePlan
 from outsize.pack.records import FLOATS, Specs, matrix
 from outsize.pack.tables import TableHeader
-from outsize.pack.tensors import SourceTensors
+from outsize.pack.tensors import Part, Piece, Record, SourceTensors, TablePlan
 
 LEAST_EXPERTS = 2  # times those that a token uses: slots that there must be
 FUSED = "expert_gate_up"  # a family's name of gate and up in one tensor

@@ -12,10 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from outsize.model_config import Description
-from outsize.pack.parts import TablePlan
 from outsize.pack.records import Specs
 from outsize.pack.tables import TableHeader
-from outsize.pack.tensors import SourceTensors
+from outsize.pack.tensors import SourceTensors, TablePlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,9 @@ from collections.abc import Iterator, Sequence
 from outsize.errors import UnsupportedError
 from outsize.model_config import Description
 from outsize.pack.kinds.kind import Group, Kind
-from outsize.pack.parts import Record, TablePlan
 from outsize.pack.records import Specs, TensorSpec, lay_out, matrix, record_fault, vector
 from outsize.pack.tables import Matrix, TableHeader
-from outsize.pack.tensors import SourceTensors
+from outsize.pack.tensors import Record, SourceTensors, TablePlan
 
 GOLDEN = 0.6180339887498949
 FINAL = "final"

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 from outsize.checkpoint.checkpoint import Tensor
 from outsize.model_config import Description
 from outsize.pack.kinds.kind import Group, Kind
-from outsize.pack.parts import Part, Piece, Record, TablePlan
 from outsize.pack.records import lay_out, matrix, record_fault
 from outsize.pack.tables import Matrix, TableHeader, aligned
-from outsize.pack.tensors import SourceTensors
+from outsize.pack.tensors import Part, Piece, Record, SourceTensors, TablePlan
 
 ROW_RECORD = 2 << 20  # bytes of a record, about
 BLOCK = 64  # a record has a multiple of so many rows
