@@ -23,7 +23,7 @@ from outsize.family.find import recipe
 from outsize.options import DEFAULT_MODEL, DEFAULT_MODEL_SHA256
 from outsize.pack import fetch, store, write
 from outsize.pack.format import HEADER, read_header
-from outsize.pack.kinds.find import groups, kinds
+from outsize.pack.kinds.kind import groups, kinds
 from outsize.pack.layout import plan
 from outsize.progress import silent
 from tests.golden import tiny

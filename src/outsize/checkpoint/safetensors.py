@@ -87,22 +87,17 @@ def _tensor(path: Path, name: str, info: object, data: int, size: int) -> Tensor
     return Tensor(name, kind, shape, path, data + begin, end - begin)
 
 
-def shard_paths(folder: Path, file: str = "") -> list[Path]:
-    """The weight files of a folder; `file` is one of them, or to be read alone."""
-    names = {p.name for p in folder.iterdir() if p.is_file()}
-    found = weights(names, lambda name: read_json(folder / name), file, str(folder))
-    return [folder / name for name in found]
-
-
 def load(folder: Path, file: str = "") -> Checkpoint:
-    """Parse a folder, or of its weights one file. Reads headers and JSON only."""
+    """Parse a folder; `file` is one of its weights, or to be read alone. Reads headers and JSON only."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json in this folder, so it is not a model")
     refuse_dangling(folder, SIDECARS)
     config = read_json(folder / "config.json")
     refuse_quantized(config, folder)
     tensors: dict[str, Tensor] = {}
-    paths = shard_paths(folder, file)
+    names = {p.name for p in folder.iterdir() if p.is_file()}
+    found = weights(names, lambda name: read_json(folder / name), file, str(folder))
+    paths = [folder / name for name in found]
     for path in paths:
         part = parse(path)
         twice = tensors.keys() & part.keys()

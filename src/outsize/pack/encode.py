@@ -18,7 +18,7 @@ from outsize.pack.tensors import Part, Piece
 
 def encode(piece: Piece, num_rows: int) -> dict[str, Tensor]:
     """The fields of a piece, padded to `num_rows` rows (the last block of a row table). Codes are
-    kept where the foreign type has the encoding's codes."""
+    kept where the source type has the encoding's codes."""
     if piece.encoding in ("int4", "group4", "group5", "group8"):
         found = [read_codes(part.tensor, piece.encoding) for part in piece.parts]
         codes = [c for c in found if c is not None]

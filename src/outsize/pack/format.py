@@ -8,7 +8,7 @@ A table holds layers (a record is one layer's attention, or feed-forward), exper
 of one layer) or rows (a record is a block of consecutive rows of an embedding or a head). A record's
 checksum is the CRC-32 of all of it.
 
-A header is read as a foreign file is: its types, bounds, shapes and places are checked (pack/contents.py)
+A header is read as a foreign file is: its types, bounds, shapes and places are checked (pack/layout.py)
 before anything relies on them.
 """
 
@@ -27,7 +27,7 @@ from outsize.encoding import int4
 from outsize.errors import PackError
 from outsize.family import bounds
 from outsize.model_config import Description
-from outsize.pack import contents
+from outsize.pack import layout
 from outsize.pack.source import Source
 from outsize.pack.tables import PAGE, Matrix, TableHeader, aligned, field_bytes
 
@@ -161,7 +161,7 @@ def damaged(folder: Path, problem: str) -> PackError:
 def _fault(pack: Pack) -> str:
     """What is wrong with a header, beside its types, or with the files' sizes; "" if nothing is."""
     d = pack.description
-    problem = bounds.fault(d) or contents.fault(d, pack.tables)
+    problem = bounds.fault(d) or layout.fault(d, pack.tables)
     problem = problem or next((p for t in pack.tables if (p := _file_fault(pack.path, t))), "")
     if problem:
         return problem

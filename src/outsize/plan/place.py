@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 from outsize.errors import BudgetError, OptionError
 from outsize.pack.format import TableHeader
-from outsize.pack.kinds.find import kinds
+from outsize.pack.kinds.kind import kinds
 from outsize.pack.outline import Outline
 from outsize.plan.fixed import FRAGMENTS, all_bytes, experts, fixed_costs, token_bytes
 from outsize.plan.placement import BY_ID, BY_ROUTER, DISK, MEMORY, Placement

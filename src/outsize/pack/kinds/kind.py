@@ -8,9 +8,12 @@ plainest. How its records are fetched is in weights/load.py.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
+import outsize.pack.kinds as package
+from outsize import registry
 from outsize.model_config import Description
 from outsize.pack.records import Specs
 from outsize.pack.tables import TableHeader
@@ -54,3 +57,16 @@ class Kind(ABC):
     def least_slots(self, d: Description, table: TableHeader) -> int:
         """Slots without which nothing runs, of what is routed."""
         return 0
+
+
+@cache
+def kinds() -> Mapping[str, Kind]:
+    """Every kind of table, by name."""
+    known = [name for name in registry.names(package) if name != "kind"]
+    return {name: registry.module(package, name, "table kind", known).KIND for name in known}
+
+
+def groups(d: Description) -> list[tuple[Kind, Group]]:
+    """The groups of tables that a model's pack has, in the order of its tables."""
+    found = [(kind, group) for kind in kinds().values() for group in kind.groups(d)]
+    return sorted(found, key=lambda pair: pair[1].place)
