@@ -1,4 +1,4 @@
-"""A folder and a name -> the object in that folder's file of that name. The file is the registry."""
+"""Find a module of a folder by its name, or say what there is: to add a file is to register it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What a checkpoint's files say about text beside the tokenizer itself: where text begins and ends, what the
-special tokens are called in a chat template, and the templates.
+"""Start and end tokens, the names of special tokens and the chat templates, as a checkpoint's files state
+them beside the tokenizer itself.
 
 Every file that can name an end of text is asked, and all that they name end it: a fine-tune corrects one of
 them and forgets the others.

@@ -1,5 +1,5 @@
-"""The tables of a model's pack: worked out from a checkpoint's headers, and checked in a pack's. What each kind
-of table holds, pack/kinds/ says."""
+"""The tables of a model's pack: worked out from a checkpoint's headers, and checked in a pack's. What each
+kind of table holds, pack/kinds/ says."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from outsize.checkpoint.checkpoint import Checkpoint
 from outsize.model_config import Description, Recipe
 from outsize.pack.kinds.kind import groups
 from outsize.pack.records import mixed_fault
-from outsize.pack.strangers import refuse_strangers
 from outsize.pack.tables import TableHeader
 from outsize.pack.tensors import LOSSY, SourceTensors, TablePlan
+from outsize.pack.unused import refuse_unused
 
 NAME = re.compile(r"[a-z]+(-[0-9]{1,6})?")  # of a table; its file is called so
 
@@ -21,7 +21,7 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, wanted: str, grouped: bool) -> 
     """Every table of the pack. Reads nothing. Raises CheckpointError, UnsupportedError."""
     tensors = SourceTensors(checkpoint, recipe, wanted, grouped)
     made = [kind.plan(group, tensors) for kind, group in groups(recipe.description)]
-    refuse_strangers(checkpoint.tensors, tensors.used, recipe)
+    refuse_unused(checkpoint.tensors, tensors.used, recipe)
     return [table for tables in made for table in tables]
 
 

@@ -10,8 +10,8 @@ from outsize.encoding.find import encoding_for
 from outsize.errors import CheckpointError
 from outsize.model_config import Recipe
 from outsize.pack.records import FIXED, FLOATS, Specs, TensorSpec
-from outsize.pack.strangers import missing
 from outsize.pack.tables import TableHeader
+from outsize.pack.unused import missing
 
 LOSSY = ("Q2_K", "Q3_K")
 

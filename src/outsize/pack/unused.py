@@ -20,7 +20,7 @@ QUANTIZED = re.compile(
 )
 
 
-def refuse_strangers(names: Collection[str], used: Collection[str], recipe: Recipe) -> None:
+def refuse_unused(names: Collection[str], used: Collection[str], recipe: Recipe) -> None:
     """Raises UnsupportedError if a tensor is neither used nor a known spare."""
     unused = [n for n in names if n not in used and not _is_spare(n, recipe)]
     if not unused:
