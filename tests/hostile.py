@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from outsize.checkpoint.source import open_checkpoint
+from outsize.checkpoint.opening import open_checkpoint
 from outsize.errors import OutsizeError
 from outsize.log import warn
 from outsize.pack import write

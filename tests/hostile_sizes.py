@@ -23,7 +23,7 @@ from pathlib import Path
 
 from outsize.caching.replay import trace
 from outsize.checkpoint import lora as adapters
-from outsize.checkpoint.source import open_checkpoint
+from outsize.checkpoint.opening import open_checkpoint
 from outsize.errors import OutsizeError
 from outsize.pack.outline import of_checkpoint
 from outsize.text import prompt_file

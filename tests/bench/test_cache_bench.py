@@ -221,7 +221,7 @@ def test_tracing_a_model(
     with out.open() as f:
         rows = list(csv.DictReader(line for line in f if not line.startswith("#")))
     assert {r["turn"] for r in rows} == {"0", "1"}
-    for bad, message in (("", "holds no prompts"), ('{"a": 1}\n', ":1: a JSON object")):
+    for bad, message in (("", "holds no prompts"), ('{"a": 1}\n', "line 1: no text under prompt")):
         prompts.write_text(bad)
         done = runner.invoke(app, arguments)
         assert message in str(done.exception)

@@ -26,8 +26,7 @@ from outsize.checkpoint import bounded, read_json
 from outsize.checkpoint import lora as adapters
 from outsize.checkpoint import tokenizer as tokenizers
 from outsize.checkpoint.checkpoint import TokenizerSpec
-from outsize.checkpoint.source import open_checkpoint
-from outsize.cli.trace import _prompts
+from outsize.checkpoint.opening import open_checkpoint
 from outsize.errors import (
     AdapterError,
     CheckpointError,
@@ -134,7 +133,6 @@ def test_only_regular_files_are_opened(
     [
         (trace.read, TraceError),
         (lambda p: prompt_file.read([p]), DataError),
-        (_prompts, OptionError),
         (lambda p: speculate.read(p, 0), OptionError),
     ],
 )
@@ -189,7 +187,6 @@ def test_deep_json_is_refused_wherever_it_is(text: str, tmp_path: Path) -> None:
     calls: list[tuple[Callable[[], object], type[Exception]]] = [
         (lambda: read_json.read_json(path), CheckpointError),
         (lambda: prompt_file.read([path]), DataError),
-        (lambda: _prompts(path), OptionError),
         (lambda: speculate.read(path, 0), OptionError),
         (lambda: tokenizers.from_json(text), CheckpointError),
     ]

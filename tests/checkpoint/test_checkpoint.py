@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from outsize.checkpoint import ggml
 from outsize.checkpoint import gguf as ours
-from outsize.checkpoint.source import open_checkpoint
+from outsize.checkpoint.opening import open_checkpoint
 from outsize.errors import CheckpointError
 from outsize.pack import fetch
 from outsize.storage.buffers import buffer

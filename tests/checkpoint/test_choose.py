@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from outsize.checkpoint.choose import PREFERRED, Choice, Place, choose
-from outsize.checkpoint.names import base_name, cut_files, quantization
+from outsize.checkpoint.file_names import base_name, cut_files, quantization
 from outsize.checkpoint.opening import open_checkpoint
 from outsize.checkpoint.spec import parse
 from outsize.errors import CheckpointError, SourceError, UnsupportedError, UserError

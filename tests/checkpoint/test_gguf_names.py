@@ -12,7 +12,7 @@ import pytest
 
 from outsize.checkpoint.checkpoint import Checkpoint, Tensor, TokenizerSpec
 from outsize.checkpoint.ggml import BY_NAME
-from outsize.checkpoint.source import open_checkpoint
+from outsize.checkpoint.opening import open_checkpoint
 from outsize.family.find import families, recipe
 from tests.golden import tiny
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from outsize.checkpoint import gguf, safetensors
-from outsize.checkpoint.source import open_checkpoint, parse
+from outsize.checkpoint.opening import open_checkpoint
+from outsize.checkpoint.spec import parse
 from outsize.errors import CheckpointError, SourceError, UnsupportedError
 from tests.golden import tiny
 from tests.golden.test_golden import write_gguf
@@ -85,7 +86,7 @@ def test_unknown_architecture_is_named_with_the_known(tmp_path: Path) -> None:
 
 def test_unsupported_type_is_named_with_its_tensor(tmp_path: Path) -> None:
     from outsize.family.find import recipe
-    from outsize.pack.plan import plan
+    from outsize.pack.layout import plan
 
     folder = tiny.write_folder(tmp_path / "m", "llama")
     path = folder / "model.safetensors"

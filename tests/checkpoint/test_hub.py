@@ -1,4 +1,4 @@
-"""Models of the hub: planned from their hub_headers, fetched, and found in its cache without a network."""
+"""Models of the hub: planned from their hub, fetched, and found in its cache without a network."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from outsize.checkpoint import hub_headers
-from outsize.checkpoint.hub import fetch_hub, hub_patterns
+from outsize.checkpoint.hub import Remote, fetch_headers, fetch_hub, hub_patterns, local_name
 from outsize.checkpoint.opening import open_checkpoint
 from outsize.checkpoint.spec import parse
 from outsize.errors import (
@@ -84,7 +83,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name: made.bring(name))
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a, **o: None)
     monkeypatch.setattr(
-        hub_headers.Remote,
+        Remote,
         "read",
         lambda self, start, stop: (made.repo / self.name).read_bytes()[start:stop],
     )
@@ -141,14 +140,14 @@ def test_plan_and_run_and_cache_find_the_same(
 ) -> None:
     make(hub.repo)
     spec = parse("hf:org/repo" + wish)
-    planned = open_checkpoint(hub_headers.fetch_headers(spec, tmp_path / "headers"))
+    planned = open_checkpoint(fetch_headers(spec, tmp_path / "headers"))
     assert hub.fetched == []
     run = open_checkpoint(fetch_hub(spec, True))
     assert [f for f in hub.fetched if f.endswith(("gguf", "safetensors"))] == weights
     assert [f.relative_to(hub.cache).as_posix() for f in run.files] == weights
     assert not [f for f in hub.fetched if "original" in f]
     hub.offline = True
-    for path in (fetch_hub(spec, True), hub_headers.fetch_headers(spec, tmp_path / "offline")):
+    for path in (fetch_hub(spec, True), fetch_headers(spec, tmp_path / "offline")):
         assert open_checkpoint(path).files == run.files
     assert [(t.name, t.kind, t.shape) for t in planned.tensors.values()] == [
         (t.name, t.kind, t.shape) for t in run.tensors.values()
@@ -161,7 +160,7 @@ def test_the_shards_of_the_index_are_fetched(hub: Hub, tmp_path: Path) -> None:
     run = open_checkpoint(fetch_hub(parse("hf:org/repo"), True))
     assert [f.name for f in run.files] == names
     assert not {"consolidated.safetensors", "model.fp16.safetensors"} & set(hub.fetched)
-    planned = open_checkpoint(hub_headers.fetch_headers(parse("hf:org/repo"), tmp_path / "headers"))
+    planned = open_checkpoint(fetch_headers(parse("hf:org/repo"), tmp_path / "headers"))
     assert planned.tensors.keys() == run.tensors.keys()
 
 
@@ -242,12 +241,12 @@ def test_names_that_lead_out_of_the_repository(
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, repo, **o: info)
     inner = tmp_path / "outer" / "inner"
     with pytest.raises(OutsizeError, match="is not in the folder"):
-        hub_headers.fetch_headers(parse("hf:org/repo"), inner)
+        fetch_headers(parse("hf:org/repo"), inner)
     for name in evil:
         with pytest.raises(OutsizeError):
-            hub_headers.fetch_headers(parse("hf:org/repo:" + name), inner)
+            fetch_headers(parse("hf:org/repo:" + name), inner)
         with pytest.raises(CheckpointError, match="leads out of its repository"):
-            hub_headers.local_name(inner, name)
+            local_name(inner, name)
     assert not list(tmp_path.rglob("evil*"))
     assert not Path("/tmp/evil.gguf").exists()
 

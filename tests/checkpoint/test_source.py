@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import outsize
-from outsize.checkpoint import source
+from outsize.checkpoint.spec import names_model
 from outsize.errors import FetchError, HashError, UserError
 from outsize.pack import fetch
 from tests.golden import tiny
@@ -105,8 +105,7 @@ def test_a_model_from_the_hubs_cache(tmp_path: Path, own_home: Path) -> None:
 FIND = """
 import sys
 from pathlib import Path
-from outsize.checkpoint.hub_headers import fetch_headers
-from outsize.checkpoint.hub import fetch_hub
+from outsize.checkpoint.hub import fetch_headers, fetch_hub
 from outsize.checkpoint.spec import parse
 for text in sys.argv[1:]:
     found = fetch_hub(parse(text), True)
@@ -136,11 +135,11 @@ def test_tags_and_folders_in_the_hubs_cache(tmp_path: Path) -> None:
 
 
 def test_names_that_are_models() -> None:
-    assert source.names_model("hf:a/b")
-    assert source.names_model(str(Path(__file__).parent))
-    assert not source.names_model("Why is the sky blue?")
-    assert not source.names_model("x" * 5000)
-    assert not source.names_model("")
+    assert names_model("hf:a/b")
+    assert names_model(str(Path(__file__).parent))
+    assert not names_model("Why is the sky blue?")
+    assert not names_model("x" * 5000)
+    assert not names_model("")
 
 
 @pytest.mark.network

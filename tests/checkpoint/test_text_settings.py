@@ -11,10 +11,10 @@ import pytest
 from tokenizers import Tokenizer, models, processors
 
 import outsize
+from outsize.checkpoint.chat_templates import MAX_TEMPLATE
 from outsize.checkpoint.checkpoint import TokenizerSpec
-from outsize.checkpoint.templates import MAX_TEMPLATE
-from outsize.checkpoint.text import of_folder, of_gguf, sidecars
 from outsize.checkpoint.tokenizer import build
+from outsize.checkpoint.tokenizer_settings import of_folder, of_gguf, sidecars
 from outsize.errors import CheckpointError
 from tests.golden import tiny
 

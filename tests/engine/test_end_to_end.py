@@ -231,7 +231,7 @@ def test_chats_of_real_models(encoding: str, gap: float, share: float, home: Pat
     seen = []
     for path in sorted(Path(MODELS).glob("*.gguf")):
         with outsize.load(str(path), encoding=encoding, quiet=True) as ours:
-            if ours.pack.chat_template is None:
+            if not ours.pack.chat_templates:
                 continue
             how = {"gguf_file": path.name}
             model = transformers.AutoModelForCausalLM.from_pretrained(

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import outsize
 from outsize.bench import cache, speculate
-from outsize.checkpoint.bases import are_other
+from outsize.checkpoint.lora_base import are_other
 from outsize.cli import run as terminal
 from outsize.cli.main import app
 from outsize.engine import load as loading

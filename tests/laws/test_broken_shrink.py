@@ -14,7 +14,7 @@ import torch
 
 import outsize
 from outsize.engine.model import Model
-from outsize.pack import plan
+from outsize.pack.kinds import rows
 from outsize.weights.residency import RecordCache
 from tests.laws import test_interrupts as interrupts
 from tests.laws.test_interrupts import Place, answer, broken_off, places, watched
@@ -29,7 +29,7 @@ SHRINKING = tuple(
 @pytest.fixture(autouse=True)
 def many_records(monkeypatch: pytest.MonkeyPatch, own_home: Path) -> None:
     """Of a head, so that there is something of it to give up."""
-    monkeypatch.setattr(plan, "ROW_RECORD", 1)
+    monkeypatch.setattr(rows, "ROW_RECORD", 1)
 
 
 def opened(folder: Path, draft: str = "none") -> Model:

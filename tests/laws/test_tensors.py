@@ -13,10 +13,10 @@ from safetensors.numpy import load_file, save_file
 import outsize
 from outsize.checkpoint import gguf
 from outsize.checkpoint.checkpoint import Checkpoint
-from outsize.checkpoint.source import open_checkpoint
+from outsize.checkpoint.opening import open_checkpoint
 from outsize.errors import CheckpointError, UnsupportedError
 from outsize.family.find import families, recipe
-from outsize.pack.plan import plan
+from outsize.pack.layout import plan
 from tests.golden import tiny
 from tests.golden.test_golden import logits, write_gguf
 

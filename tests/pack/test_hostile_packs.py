@@ -22,7 +22,7 @@ from outsize.engine import load as loading
 from outsize.engine.model import Model
 from outsize.errors import CheckpointError, OptionError, PackError, ReadError
 from outsize.family.find import recipe
-from outsize.pack import contents, fetch
+from outsize.pack import fetch, layout
 from outsize.pack.format import HEADER, TOKENIZER, read_header
 from outsize.storage.stats import IOStats
 from outsize.storage.table import Table
@@ -159,7 +159,7 @@ def test_many_tables_are_refused_in_no_time(open_tiny: Callable[..., Model]) -> 
     pack = open_tiny("llama", "auto").pack
     first, started = pack.table_of("attn-0"), time.process_time()
     many = [replace(first, name=f"attn-{i}") for i in range(20_000)]
-    assert contents.fault(pack.description, [*pack.tables[1:], *many])
+    assert layout.fault(pack.description, [*pack.tables[1:], *many])
     assert time.process_time() - started < 2
 
 
@@ -167,7 +167,7 @@ def test_many_tables_are_refused_in_no_time(open_tiny: Callable[..., Model]) -> 
 def test_a_tables_name_is_a_files_in_the_pack(name: str, open_tiny: Callable[..., Model]) -> None:
     pack = open_tiny("llama", "auto").pack
     tables = [t if t.name != "final-0" else replace(t, name=name) for t in pack.tables]
-    assert "has no place" in contents.fault(pack.description, tables)
+    assert "has no place" in layout.fault(pack.description, tables)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no pipes with names")

@@ -16,11 +16,15 @@ from pathlib import Path
 import pytest
 
 import outsize
+from outsize.checkpoint.opening import open_checkpoint
 from outsize.checkpoint.source import check_hash
 from outsize.errors import DiskFullError, HashError, PackError, SourceError
+from outsize.family.find import recipe
 from outsize.options import DEFAULT_MODEL, DEFAULT_MODEL_SHA256
 from outsize.pack import fetch, store, write
 from outsize.pack.format import HEADER, read_header
+from outsize.pack.kinds.kind import groups, kinds
+from outsize.pack.layout import plan
 from outsize.progress import silent
 from tests.golden import tiny
 from tests.golden.test_golden import write_gguf
@@ -270,3 +274,18 @@ def test_without_the_int4_kernel_four_bits_are_packed_in_eight(tmp_path: Path) -
         assert "int4" not in done.stdout
         assert "group" not in done.stdout
         assert done.stdout.endswith("3\n")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "qwen3_moe"])
+def test_each_kind_of_table_takes_what_it_makes(
+    family: str, folder_of: Callable[[str], Path]
+) -> None:
+    """Of every kind of table: its plan has no fault, and a table that is missing has one."""
+    checkpoint = open_checkpoint(folder_of(family))
+    d, tables = recipe(checkpoint).description, plan(checkpoint, recipe(checkpoint), "auto", False)
+    for kind, group in groups(d):
+        own = [t.header for t in tables if t.header.name.split("-")[0] == group.name]
+        assert own
+        assert all(kinds()[t.kind] is kind for t in own)
+        assert kind.fault(d, group, own) == ""
+        assert kind.fault(d, group, own[1:])

@@ -54,10 +54,11 @@ def changed_tokenizer(folder: Path) -> None:
 
 CHANGES: dict[str, tuple[Callable[[Path], object], Callable[[Pack], object], object]] = {
     "chat_template.jinja": (
-        lambda f: (f / "chat_template.jinja").write_text("new"), lambda p: p.chat_template, "new"
+        lambda f: (f / "chat_template.jinja").write_text("new"),
+        lambda p: p.chat_templates.get("default"), "new",
     ),
     "its removal": (
-        lambda f: (f / "chat_template.jinja").unlink(), lambda p: p.chat_template, None
+        lambda f: (f / "chat_template.jinja").unlink(), lambda p: p.chat_templates.get("default"), None
     ),
     "generation_config.json, which there was not": (
         lambda f: change_json(f / "generation_config.json", eos_token_id=[258]), lambda p: p.eos, (258, 257)
@@ -139,8 +140,11 @@ def test_a_copy_with_another_template_is_another_model(
     encodings.clear()
     second = fetch.pack(str(two), quiet=True)
     assert encodings == []
-    assert (first.chat_template, second.chat_template) == (tiny.TEMPLATE, "other")
-    assert fetch.pack(str(one), quiet=True).chat_template == tiny.TEMPLATE  # both stay
+    assert (first.chat_templates.get("default"), second.chat_templates.get("default")) == (
+        tiny.TEMPLATE,
+        "other",
+    )
+    assert fetch.pack(str(one), quiet=True).chat_templates["default"] == tiny.TEMPLATE  # both stay
     assert os.path.samefile(first.path / "embed.records", second.path / "embed.records")
     store.remove(packs, first.path.name)
     with outsize.load(str(two), quiet=True, verify="always") as model:
@@ -169,7 +173,7 @@ def test_a_pack_that_another_process_removes_meanwhile(
 
     monkeypatch.setattr(store, "same_records", then_gone)
     (folder / "chat_template.jinja").write_text("new")
-    assert fetch.pack(str(folder), quiet=True).chat_template == "new"
+    assert fetch.pack(str(folder), quiet=True).chat_templates["default"] == "new"
     assert encodings
     with pytest.raises(SourceError, match="no pack named"):
         store.remove(packs, first.path.name)
@@ -200,7 +204,7 @@ def test_records_are_copied_where_they_cannot_be_linked(
     monkeypatch.setattr(os, "link", no_links)
     (folder / "chat_template.jinja").write_text("new")
     with outsize.load(str(folder), quiet=True, verify="always") as model:
-        assert model.pack.chat_template == "new"
+        assert model.pack.chat_templates["default"] == "new"
 
 
 def test_a_gguf_is_told_by_its_bytes(packs: Path, encodings: list[str], tmp_path: Path) -> None:
@@ -231,7 +235,7 @@ def test_files_of_one_size_and_time(packs: Path, tmp_path: Path) -> None:
     template = folder / "chat_template.jinja"
     template.write_text("x" * len(tiny.TEMPLATE))
     os.utime(template, (1, 1))
-    assert fetch.pack(str(folder), quiet=True).chat_template == "x" * len(tiny.TEMPLATE)
+    assert fetch.pack(str(folder), quiet=True).chat_templates["default"] == "x" * len(tiny.TEMPLATE)
 
 
 def test_the_newest_pack_of_a_model_whose_newest_revision_is_not_whole(
@@ -248,11 +252,11 @@ def test_the_newest_pack_of_a_model_whose_newest_revision_is_not_whole(
     (repo / "refs" / "main").write_text("ccc")  # of which only a template was fetched
     found = store.find(packs, "hf:org/tiny", "auto", is_path=False)
     assert found is not None
-    assert found.chat_template == "aaa"
+    assert found.chat_templates["default"] == "aaa"
     (repo / "refs" / "main").write_text("bbb")
     found = store.find(packs, "hf:org/tiny", "auto", is_path=False)
     assert found is not None
-    assert found.chat_template == "bbb"
+    assert found.chat_templates["default"] == "bbb"
 
 
 def test_a_newer_revision_in_the_hubs_cache(

@@ -15,10 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-from outsize.checkpoint.bounded import text_lines
-from outsize.checkpoint.read_json import loads
 from outsize.engine import load as loading
 from outsize.errors import OptionError
 from outsize.options import LoadOptions
@@ -26,6 +24,7 @@ from outsize.plan import decide
 from outsize.plan.warmup import runtime_bytes
 from outsize.progress import steps
 from outsize.system import memory as budget
+from outsize.text import prompt_file
 
 LEAST_TOKENS = 8  # of an answer whose speed is compared
 STEP, NEAR = 200_000, 0.01  # bytes to which a budget is planned; how near a share may be
@@ -103,25 +102,11 @@ def read(path: Path, per_category: int) -> list[tuple[str, str]]:
     """(category, prompt) of each line. Raises OptionError with the line's number."""
     out: list[tuple[str, str]] = []
     counts: dict[str, int] = {}
-    for number, line in enumerate(text_lines(path, OptionError), 1):
-        category, prompt = _item(path, number, line)
-        counts[category] = counts.get(category, 0) + 1
-        if not per_category or counts[category] <= per_category:
-            out.append((category, prompt))
-    if not out:
-        raise OptionError(f"{path} holds no prompts; a JSON object a line is expected")
+    for line in prompt_file.read([path], OptionError):
+        counts[line.category] = counts.get(line.category, 0) + 1
+        if not per_category or counts[line.category] <= per_category:
+            out.append((line.category, line.prompt))
     return out
-
-
-def _item(path: Path, number: int, line: str) -> tuple[str, str]:
-    try:
-        item = cast("dict[str, Any]", loads(line))
-        text = item["turns"][0] if "turns" in item else item["prompt"]
-        return str(item.get("category", "all")), str(text)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise OptionError(
-            f"{path}, line {number}: an object with `turns` or `prompt`, and a `category`, is expected"
-        ) from None
 
 
 class Answerer:

@@ -1,4 +1,4 @@
-"""What every foreign checkpoint looks like to the rest of the house, whatever its file format."""
+"""A checkpoint as the rest of outsize sees it, whatever its file format: config, tensors, tokenizer."""
 
 from __future__ import annotations
 
@@ -83,13 +83,18 @@ def pread(f: BinaryIO, offset: int, size: int, what: str) -> bytearray:
     return out
 
 
-def read_floats(tensor: Tensor) -> Floats:
-    """A tensor's numbers as fp32 in its shape. Raises UnsupportedError, naming type and tensor."""
+def refuse_unreadable(tensor: Tensor) -> None:
+    """Raises UnsupportedError, naming type and tensor, for a type whose numbers outsize does not know."""
     if tensor.kind.read is None:
         raise UnsupportedError(
-            f"{tensor.path.name}: tensor {tensor.name!r} has type {tensor.kind.name}, which outsize "
-            "cannot read; use a file of type F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K"
+            f"{tensor.path.name}: tensor {tensor.name!r} has type {tensor.kind.name}, which outsize cannot "
+            "read; use a file of type F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K"
         )
+
+
+def read_floats(tensor: Tensor) -> Floats:
+    """A tensor's numbers as fp32 in its shape. Raises UnsupportedError."""
+    refuse_unreadable(tensor)
     return dequantize(tensor.kind, read_raw(tensor), tensor.shape)
 
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
-from outsize.checkpoint.names import (
+from outsize.checkpoint.file_names import (
+    SIDECARS,
     Quantization,
     base_name,
     cut_files,
@@ -22,12 +22,13 @@ from outsize.checkpoint.names import (
     is_never_a_model,
     is_rarely_a_model,
     is_shadow,
+    is_template,
     join_command,
     parts_of,
     quantization,
 )
 from outsize.checkpoint.quantized import QUANTIZED
-from outsize.checkpoint.shards import INDEX, weights
+from outsize.checkpoint.safetensors_shards import INDEX, weights
 from outsize.checkpoint.spec import is_inside
 from outsize.errors import CheckpointError, SourceError, UnsupportedError
 
@@ -36,12 +37,6 @@ PREFERRED = (
     "Q4_K_M", "Q4_K_S", "Q4_K_L", "Q4_K_XL", "Q4_K", "Q4_0", "Q4_1", "Q5_K_M", "Q5_K_S", "Q5_K_L", "Q5_K_XL",
     "Q5_K", "Q5_0", "Q5_1", "Q6_K", "Q6_K_L", "Q6_K_XL", "Q8_0", "Q8_K_XL", "MXFP4", "MXFP4_MOE", "BF16",
     "F16", "F32", "Q3_K_L", "Q3_K_XL", "Q3_K_M", "Q3_K", "Q3_K_S", "Q2_K_L", "Q2_K_XL", "Q2_K", "Q2_K_S",
-)  # fmt: skip
-# What is fetched beside safetensors: small files that decide what goes in and what comes out.
-SMALL = (
-    "config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
-    *QUANTIZED, INDEX,
 )  # fmt: skip
 SHOWN = 8  # names in an error
 
@@ -110,8 +105,7 @@ def _tensor_files(place: Place) -> list[str]:
 
 def _folder(place: Place, file: str = "") -> Choice:
     """A safetensors model; by one file of it where `file` is none of its own."""
-    small = [n for n in place.names if any(n == p or fnmatchcase(n, p) for p in SMALL)]
-    small = [n for n in small if n.count("/") == n.startswith("additional_chat_templates/")]
+    small = [n for n in place.names if n in (*SIDECARS, *QUANTIZED, INDEX) or is_template(n)]
     files = weights(place.names, place.read, file, place.text)
     return Choice(file, tuple(dict.fromkeys([*small, *files])))
 

@@ -14,13 +14,14 @@ import struct
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 from outsize.checkpoint.bounded import open_regular
 from outsize.checkpoint.checkpoint import Checkpoint, Tensor
-from outsize.checkpoint.cursor import Cursor
+from outsize.checkpoint.file_names import PART, parts_of
 from outsize.checkpoint.ggml import TYPES, other_type
-from outsize.checkpoint.names import PART, parts_of
-from outsize.checkpoint.text import of_gguf
+from outsize.checkpoint.gguf_cursor import Cursor
+from outsize.checkpoint.tokenizer_settings import of_gguf
 from outsize.errors import CheckpointError, UnsupportedError
 
 MAX_RANK = 4
@@ -78,7 +79,13 @@ def _metadata(c: Cursor, count: int) -> dict[str, object]:
     return out
 
 
-Info = tuple[str, int, tuple[int, ...], int]  # name, type, shape, offset
+class Info(NamedTuple):
+    """What a header says of a tensor."""
+
+    name: str
+    kind: int
+    shape: tuple[int, ...]
+    offset: int  # from where the data begin
 
 
 def _infos(c: Cursor, count: int) -> list[Info]:
@@ -91,24 +98,27 @@ def _infos(c: Cursor, count: int) -> list[Info]:
             raise c.fail(f"tensor {name!r} has {rank} dimensions, 1 to {MAX_RANK} are allowed")
         dims = struct.unpack(f"<{rank}Q", c.take(8 * rank, f"the shape of tensor {name!r}"))
         kind, offset = c.number("I", f"the type of {name!r}"), c.number("Q", f"offset of {name!r}")
-        out.append((name, kind, dims[::-1], offset))
+        out.append(Info(name, kind, dims[::-1], offset))
     return out
 
 
 def _place(c: Cursor, infos: list[Info], alignment: int) -> dict[str, Tensor]:
     data = -(-c.offset // alignment) * alignment
     out: dict[str, Tensor] = {}
-    for name, kind, shape, offset in infos:
-        if name in out:
-            raise c.fail(f"tensor {name!r} appears twice")
-        out[name] = _tensor(c, name, kind, shape, data, offset, alignment)
+    for info in infos:
+        if info.name in out:
+            raise c.fail(f"tensor {info.name!r} appears twice")
+        if info.offset % alignment:
+            raise c.fail(
+                f"tensor {info.name!r} starts at offset {info.offset}, not a multiple of {alignment}"
+            )
+        out[info.name] = _tensor(c, info, data)
     _refuse_overlap(c, list(out.values()))
     return out
 
 
-def _tensor(
-    c: Cursor, name: str, kind: int, shape: tuple[int, ...], data: int, offset: int, alignment: int
-) -> Tensor:
+def _tensor(c: Cursor, info: Info, data: int) -> Tensor:
+    name, kind, shape, offset = info
     if kind not in TYPES:
         raise UnsupportedError(
             f"{c.path.name}: tensor {name!r} has type {other_type(kind)}; outsize cannot read it: "
@@ -118,8 +128,6 @@ def _tensor(
     if count == 0 or shape[-1] % block.length:
         raise c.fail(f"tensor {name!r} of type {block.name} has shape {shape}")
     size = count // block.length * block.size
-    if offset % alignment:
-        raise c.fail(f"tensor {name!r} starts at offset {offset}, not a multiple of {alignment}")
     if size > c.size - data - offset:
         raise c.fail(
             f"tensor {name!r} {shape} needs bytes {data + offset:,} to {data + offset + size:,}"

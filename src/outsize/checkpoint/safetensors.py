@@ -15,12 +15,13 @@ from pathlib import Path
 
 from outsize.checkpoint.bounded import open_regular, refuse_dangling
 from outsize.checkpoint.checkpoint import Checkpoint, Tensor, pread
+from outsize.checkpoint.file_names import SIDECARS
 from outsize.checkpoint.ggml import BY_NAME
 from outsize.checkpoint.quantized import refuse_quantized
 from outsize.checkpoint.read_json import fail as _fail
 from outsize.checkpoint.read_json import parse_json, read_json
-from outsize.checkpoint.shards import weights
-from outsize.checkpoint.text import SIDECARS, of_folder, sidecars
+from outsize.checkpoint.safetensors_shards import weights
+from outsize.checkpoint.tokenizer_settings import of_folder, sidecars
 from outsize.errors import CheckpointError, UnsupportedError
 
 MAX_HEADER = 64 << 20
@@ -86,22 +87,17 @@ def _tensor(path: Path, name: str, info: object, data: int, size: int) -> Tensor
     return Tensor(name, kind, shape, path, data + begin, end - begin)
 
 
-def shard_paths(folder: Path, file: str = "") -> list[Path]:
-    """The weight files of a folder; `file` is one of them, or to be read alone."""
-    names = {p.name for p in folder.iterdir() if p.is_file()}
-    found = weights(names, lambda name: read_json(folder / name), file, str(folder))
-    return [folder / name for name in found]
-
-
 def load(folder: Path, file: str = "") -> Checkpoint:
-    """Parse a folder, or of its weights one file. Reads headers and JSON only."""
+    """Parse a folder; `file` is one of its weights, or to be read alone. Reads headers and JSON only."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json in this folder, so it is not a model")
     refuse_dangling(folder, SIDECARS)
     config = read_json(folder / "config.json")
     refuse_quantized(config, folder)
     tensors: dict[str, Tensor] = {}
-    paths = shard_paths(folder, file)
+    names = {p.name for p in folder.iterdir() if p.is_file()}
+    found = weights(names, lambda name: read_json(folder / name), file, str(folder))
+    paths = [folder / name for name in found]
     for path in paths:
         part = parse(path)
         twice = tensors.keys() & part.keys()

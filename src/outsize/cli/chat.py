@@ -28,7 +28,7 @@ HELP = (
 def chat(name: str, options: Options, how: DisplayOptions) -> None:
     """Turns until /bye, Ctrl-D, or Ctrl-C at the prompt."""
     with open_model(name, how) as model:
-        if model.pack.chat_template is None:
+        if not model.pack.chat_templates:
             raise TemplateError(
                 f"{model.name} has no chat template: it is a base model; "
                 "use `outsize run` with a text to continue"

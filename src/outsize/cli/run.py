@@ -13,8 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from outsize.checkpoint.source import names_model
-from outsize.checkpoint.spec import holds_model
+from outsize.checkpoint.spec import holds_model, names_model
 from outsize.cli import console
 from outsize.cli.settings import no_color
 from outsize.engine import load as loading

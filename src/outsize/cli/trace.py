@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
 
 from outsize.caching.replay.record import COLUMNS, Recorder
-from outsize.checkpoint.bounded import text_lines
-from outsize.checkpoint.read_json import loads
 from outsize.engine import load as loading
 from outsize.errors import OptionError, UnsupportedError
 from outsize.log import say
 from outsize.options import LoadOptions
 from outsize.pack.format import Pack
 from outsize.progress import bars
+from outsize.text import prompt_file
 
 
 def record(
@@ -26,7 +24,7 @@ def record(
     raw: bool,
 ) -> None:
     """Answer every prompt and write the trace. Raises OptionError, UnsupportedError."""
-    texts = _prompts(prompts)
+    texts = [line.prompt for line in prompt_file.read([prompts], OptionError)]
     with open(output, "w", encoding="utf-8", newline="") as out:
         recorder = Recorder(out)
         with loading.load(
@@ -57,24 +55,3 @@ def _header(pack: Pack) -> str:
         f"# model={pack.path.name} n_layer={d.num_layers} n_expert={d.mixture.count} "
         f"n_expert_used={d.mixture.used}\n# expert_bytes={stride}\n"
     )
-
-
-def _prompts(path: Path) -> list[str]:
-    """One a line: text, or JSON with a `prompt`, or the first of its `turns`."""
-    lines = [line for line in text_lines(path, OptionError) if line.strip()]
-    if not lines:
-        raise OptionError(f"{path} holds no prompts; one a line is expected")
-    return [_prompt(path, number, line) for number, line in enumerate(lines, 1)]
-
-
-def _prompt(path: Path, number: int, line: str) -> str:
-    if not line.lstrip().startswith("{"):
-        return line
-    try:
-        item = cast("dict[str, Any]", loads(line))
-        text = item["prompt"] if "prompt" in item else item["turns"][0]
-    except (ValueError, KeyError, IndexError, TypeError):
-        text = None
-    if not isinstance(text, str):
-        raise OptionError(f"{path}:{number}: a JSON object with a text `prompt` is expected")
-    return text

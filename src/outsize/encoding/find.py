@@ -25,3 +25,23 @@ def encoding(name: str, kernels: Kernels | None = None) -> Encoding:
         raise PackError(f"encoding {name!r} is not known; known are {', '.join(ENCODINGS)}")
     found = ENCODINGS[name]
     return replace(found, kernels=kernels) if isinstance(found, Group | Int4) else found
+
+
+# By a checkpoint tensor's type. With our kernels; of other types of more bits, group8.
+GROUPED = {"Q4_0": "group4", "Q5_0": "group5", "MXFP4": "group5"}
+CODED = ("Q4_0", "Q4_1", "Q4_K", "Q2_K", "Q3_K")
+BYTES = ("Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0")
+
+
+def encoding_for(source_type: str, width: int, wanted: str, grouped: bool) -> str:
+    """The encoding to pack a matrix of this type and width in. `wanted`: the one, or "auto"; `grouped`: do
+    our kernels run here?"""
+    if wanted != "auto":
+        return wanted
+    fits = grouped and width % 64 == 0
+    tiles = grouped or int4.supported()
+    if source_type in CODED and tiles and not (fits and source_type in GROUPED):
+        return "int4"
+    if source_type not in (*BYTES, *CODED, *GROUPED):
+        return "bf16"
+    return GROUPED.get(source_type, "group8") if fits else "int8"

@@ -15,7 +15,6 @@ DEFAULTS: dict[str, object] = {
     "rope_theta": 500_000.0,
     "tie_word_embeddings": True,
 }
-FIXED: dict[str, tuple[object, ...]] = {}
 
 
 def recipe(config: Config) -> Recipe:

@@ -9,68 +9,43 @@ from outsize.family import rope
 from outsize.family.config import Config
 from outsize.model_config import Description, Layer, Mixture
 
+GATED = ("gate", "up", "down")
 GGUF_NAMES: Mapping[str, str] = {
     "embed": "token_embd.weight",
     "head": "output.weight",
     "final_norm": "output_norm.weight",
     "attn_norm": "blk.{i}.attn_norm.weight",
-    "q": "blk.{i}.attn_q.weight",
-    "k": "blk.{i}.attn_k.weight",
-    "v": "blk.{i}.attn_v.weight",
+    **{n: f"blk.{{i}}.attn_{n}.weight" for n in "qkv"},
+    **{f"{n}_bias": f"blk.{{i}}.attn_{n}.bias" for n in "qkv"},
+    **{f"{n}_norm": f"blk.{{i}}.attn_{n}_norm.weight" for n in "qk"},
     "o": "blk.{i}.attn_output.weight",
-    "q_bias": "blk.{i}.attn_q.bias",
-    "k_bias": "blk.{i}.attn_k.bias",
-    "v_bias": "blk.{i}.attn_v.bias",
-    "q_norm": "blk.{i}.attn_q_norm.weight",
-    "k_norm": "blk.{i}.attn_k_norm.weight",
-    "attn_post_norm": "blk.{i}.post_attention_norm.weight",
-    "ffn_norm": "blk.{i}.ffn_norm.weight",
-    "gate": "blk.{i}.ffn_gate.weight",
-    "up": "blk.{i}.ffn_up.weight",
-    "down": "blk.{i}.ffn_down.weight",
-    "gate_bias": "blk.{i}.ffn_gate.bias",
-    "up_bias": "blk.{i}.ffn_up.bias",
-    "down_bias": "blk.{i}.ffn_down.bias",
-    "ffn_post_norm": "blk.{i}.post_ffw_norm.weight",
-    "router": "blk.{i}.ffn_gate_inp.weight",
-    "expert_gate": "blk.{i}.ffn_gate_exps.weight",
-    "expert_up": "blk.{i}.ffn_up_exps.weight",
-    "expert_down": "blk.{i}.ffn_down_exps.weight",
-    "router_bias": "blk.{i}.ffn_gate_inp.bias",
-    "expert_gate_bias": "blk.{i}.ffn_gate_exps.bias",
-    "expert_up_bias": "blk.{i}.ffn_up_exps.bias",
-    "expert_down_bias": "blk.{i}.ffn_down_exps.bias",
     "o_bias": "blk.{i}.attn_output.bias",
     "sinks": "blk.{i}.attn_sinks.weight",
+    "attn_post_norm": "blk.{i}.post_attention_norm.weight",
+    "ffn_norm": "blk.{i}.ffn_norm.weight",
+    **{n: f"blk.{{i}}.ffn_{n}.weight" for n in GATED},
+    **{f"{n}_bias": f"blk.{{i}}.ffn_{n}.bias" for n in GATED},
+    "ffn_post_norm": "blk.{i}.post_ffw_norm.weight",
+    "router": "blk.{i}.ffn_gate_inp.weight",
+    "router_bias": "blk.{i}.ffn_gate_inp.bias",
+    **{f"expert_{n}": f"blk.{{i}}.ffn_{n}_exps.weight" for n in GATED},
+    **{f"expert_{n}_bias": f"blk.{{i}}.ffn_{n}_exps.bias" for n in GATED},
 }
 GGUF_FUSED = "blk.{i}.ffn_gate_up_exps.weight"  # of each expert gate's rows, then up's
-GGUF_SINGLE = {f"expert_{k}": f"blk.{{i}}.ffn_{k}.{{e}}.weight" for k in ("gate", "up", "down")}
+GGUF_SINGLE = {f"expert_{k}": f"blk.{{i}}.ffn_{k}.{{e}}.weight" for k in GATED}
 EXPERTS = {
     "router": "mlp.gate.weight",
-    "expert_gate": "mlp.experts.{e}.gate_proj.weight",
-    "expert_up": "mlp.experts.{e}.up_proj.weight",
-    "expert_down": "mlp.experts.{e}.down_proj.weight",
+    **{f"expert_{n}": f"mlp.experts.{{e}}.{n}_proj.weight" for n in GATED},
 }
 FUSED = "mlp.experts.gate_up_proj"
 _LAYER = {
     "attn_norm": "input_layernorm.weight",
-    "q": "self_attn.q_proj.weight",
-    "k": "self_attn.k_proj.weight",
-    "v": "self_attn.v_proj.weight",
-    "o": "self_attn.o_proj.weight",
-    "q_bias": "self_attn.q_proj.bias",
-    "k_bias": "self_attn.k_proj.bias",
-    "v_bias": "self_attn.v_proj.bias",
-    "o_bias": "self_attn.o_proj.bias",
-    "q_norm": "self_attn.q_norm.weight",
-    "k_norm": "self_attn.k_norm.weight",
+    **{n: f"self_attn.{n}_proj.weight" for n in "qkvo"},
+    **{f"{n}_bias": f"self_attn.{n}_proj.bias" for n in "qkvo"},
+    **{f"{n}_norm": f"self_attn.{n}_norm.weight" for n in "qk"},
     "ffn_norm": "post_attention_layernorm.weight",
-    "gate": "mlp.gate_proj.weight",
-    "up": "mlp.up_proj.weight",
-    "down": "mlp.down_proj.weight",
-    "gate_bias": "mlp.gate_proj.bias",
-    "up_bias": "mlp.up_proj.bias",
-    "down_bias": "mlp.down_proj.bias",
+    **{n: f"mlp.{n}_proj.weight" for n in GATED},
+    **{f"{n}_bias": f"mlp.{n}_proj.bias" for n in GATED},
 }
 # What the usual configs heed. A family's DEFAULTS say what transformers' class takes for a key that is
 # left out (tests/laws/test_config_keys.py); the sizes of a published model come with it.
@@ -166,7 +141,7 @@ def _biases(config: Config) -> tuple[bool, bool, bool]:
     """Of query, key and value; of the output map; of a dense feed-forward. A GGUF's tensors tell."""
     if config.format == "gguf":
         qkv = any(config.has(f".attn_{k}.bias") for k in "qkv")
-        mlp = any(config.has(f".ffn_{k}.bias") for k in ("gate", "up", "down"))
+        mlp = any(config.has(f".ffn_{k}.bias") for k in GATED)
         return qkv, config.has(".attn_output.bias"), mlp
     attention = config.flag("attention_bias")
     return attention, attention, config.flag("mlp_bias")

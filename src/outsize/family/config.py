@@ -44,7 +44,7 @@ class Config:
     format: str
     architecture: str
     values: Mapping[str, object]
-    names: frozenset[str]  # foreign tensor names
+    names: frozenset[str]  # of the checkpoint's tensors
     vocab_size: int
     divisors: tuple[float, ...] = field(default=())  # rope divisors stored as a tensor (GGUF)
 

@@ -1,4 +1,8 @@
-"""A checkpoint -> its family's recipe."""
+"""Find the family of a checkpoint, and its recipe: what the model is, and what the file calls its tensors.
+
+A family is a file of this folder, named as `model_type` in config.json (or `general.architecture` in a GGUF);
+`qwen3.py` is the smallest.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +40,8 @@ def recipe(checkpoint: Checkpoint) -> Recipe:
     if checkpoint.format == "gguf":
         check_gguf(config)
     else:
-        check(name, _stated(checkpoint.config), family.DEFAULTS, family.FIXED)
+        fixed = getattr(family, "FIXED", {})  # most have none
+        check(name, _stated(checkpoint.config), family.DEFAULTS, fixed)
     made: Recipe = family.recipe(config)
     if problem := fault(made.description):
         raise CheckpointError(f"config: {problem}; the file is damaged: fetch it again")

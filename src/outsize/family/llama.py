@@ -18,7 +18,6 @@ DEFAULTS: dict[str, object] = {
     "attention_bias": False,
     "mlp_bias": False,
 }
-FIXED: dict[str, tuple[object, ...]] = {}
 
 
 def recipe(config: Config) -> Recipe:

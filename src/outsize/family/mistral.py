@@ -19,7 +19,6 @@ DEFAULTS: dict[str, object] = {
     "sliding_window": 4096,
     "layer_types": None,
 }
-FIXED: dict[str, tuple[object, ...]] = {}
 
 
 def recipe(config: Config) -> Recipe:

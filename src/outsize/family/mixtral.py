@@ -17,7 +17,6 @@ DEFAULTS: dict[str, object] = {
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
 }
-FIXED: dict[str, tuple[object, ...]] = {}
 HF_LAYER = with_names(
     {
         "router": "block_sparse_moe.gate.weight",

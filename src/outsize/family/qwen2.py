@@ -21,7 +21,6 @@ DEFAULTS: dict[str, object] = {
     "max_window_layers": 28,
     "layer_types": None,
 }  # fmt: skip
-FIXED: dict[str, tuple[object, ...]] = {}
 
 
 def recipe(config: Config) -> Recipe:

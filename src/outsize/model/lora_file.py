@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from outsize.checkpoint import lora as files
-from outsize.checkpoint.bases import are_other
 from outsize.checkpoint.lora import AdapterFile, Factors
+from outsize.checkpoint.lora_base import are_other
 from outsize.errors import AdapterError
 from outsize.log import warn
 from outsize.model.lora import Adapter, check_shapes

@@ -23,8 +23,8 @@ from outsize.model.paged import PagedLayer, link
 from outsize.model.step import Segment, Step
 from outsize.model.sublayer import attention_sublayer, ffn_sublayer, mixture_sublayer, vector
 from outsize.model_config import Description, Rope
+from outsize.pack.kinds.experts import least_slots
 from outsize.system import memory as budget
-from outsize.weights.experts import least_slots
 from outsize.weights.load import Loaded
 from outsize.weights.residency import RoutedCache
 

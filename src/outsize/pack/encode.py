@@ -1,4 +1,4 @@
-"""Foreign numbers -> the fields of an encoded matrix: read, shifted, reordered, stacked, encoded."""
+"""Source numbers -> the fields of an encoded matrix: read, shifted, reordered, stacked, encoded."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from outsize.checkpoint.ggml import Floats
 from outsize.encoding.find import encoding
 from outsize.encoding.group import Group
 from outsize.encoding.int4 import Int4
-from outsize.pack.parts import Part, Piece
+from outsize.pack.tensors import Part, Piece
 
 
 def encode(piece: Piece, num_rows: int) -> dict[str, Tensor]:
     """The fields of a piece, padded to `num_rows` rows (the last block of a row table). Codes are
-    kept where the foreign type has the encoding's codes."""
+    kept where the source type has the encoding's codes."""
     if piece.encoding in ("int4", "group4", "group5", "group8"):
         found = [read_codes(part.tensor, piece.encoding) for part in piece.parts]
         codes = [c for c in found if c is not None]

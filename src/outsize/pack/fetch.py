@@ -10,8 +10,9 @@ from pathlib import Path
 
 from outsize.arguments import place
 from outsize.checkpoint import source
-from outsize.checkpoint.hub import is_offline
-from outsize.checkpoint.hub_headers import fetch_headers
+from outsize.checkpoint.hub import fetch_headers, is_offline
+from outsize.checkpoint.opening import open_checkpoint
+from outsize.checkpoint.spec import Spec, parse
 from outsize.errors import OptionError, PackError
 from outsize.home import home
 from outsize.kernels.native import kernels
@@ -20,7 +21,7 @@ from outsize.options import DEFAULT_MODEL, DEFAULT_MODEL_SHA256
 from outsize.pack import leftovers, store, write
 from outsize.pack.format import Pack, read_header
 from outsize.pack.outline import Outline, of_checkpoint, of_pack
-from outsize.progress import bars
+from outsize.progress import Progress, bars
 from outsize.version import __version__
 
 ENCODINGS = ("auto", "bf16", "fp32", "int8", "int4")
@@ -38,10 +39,10 @@ def named(model: str | PathLike[str]) -> str:
 
 def is_pack(model: str | PathLike[str]) -> bool:
     """Is a model's name the folder of a pack?"""
-    return _is_pack(source.parse(named(model)))
+    return _is_pack(parse(named(model)))
 
 
-def _is_pack(spec: source.Spec) -> bool:
+def _is_pack(spec: Spec) -> bool:
     return spec.kind == "path" and (Path(spec.name) / "pack.json").is_file()
 
 
@@ -62,19 +63,19 @@ def check_packed(pack: Pack, encoding: str) -> Pack:
 def find(model: str | PathLike[str] = DEFAULT_MODEL, encoding: str = "auto") -> Pack | None:
     """The pack of a model, if it was made before. Raises SourceError, PackError."""
     check_encoding(encoding)
-    spec = source.parse(named(model))
+    spec = parse(named(model))
     if _is_pack(spec):
         return check_packed(read_header(Path(spec.name)), encoding)
     due = _expected(spec)
     return store.find(home() / "packs", spec.text, encoding, spec.kind == "path", due)
 
 
-def _expected(spec: source.Spec) -> str:
+def _expected(spec: Spec) -> str:
     """The SHA-256 that the model's file must have, where one was asked for; of the default model we do."""
     return spec.sha256.lower() or (DEFAULT_MODEL_SHA256 if spec.text == DEFAULT_MODEL else "")
 
 
-def _fetched(spec: source.Spec, scratch: Path, quiet: bool, progress: source.Progress) -> Path:
+def _fetched(spec: Spec, scratch: Path, quiet: bool, progress: Progress) -> Path:
     """The model on this machine, its file the one asked for. Raises HashError and what fetching raises."""
     path = source.fetch(spec, scratch, quiet, progress)
     if not spec.sha256 and (due := _expected(spec)):
@@ -99,14 +100,14 @@ def pack(
     found = None if refresh else find(model, encoding)
     if found is not None:
         return found
-    spec, folder = source.parse(model), home() / "packs"
+    spec, folder = parse(model), home() / "packs"
     with bars(quiet) as progress, _scratch(folder) as scratch:
         if (
             spec.kind == "hf" and not is_offline()
         ):  # what cannot be run is refused before it is fetched
             _outline_on_hub(spec, encoding)
         path = _fetched(spec, scratch, quiet, progress)
-        checkpoint = source.open_checkpoint(path)
+        checkpoint = open_checkpoint(path)
         how = write.PackOptions(spec.text, encoding, _grouped(), __version__)
         return write.write(checkpoint, how, folder, progress, warn, silent if quiet else say)
 
@@ -135,22 +136,22 @@ def outline(model: str | PathLike[str], encoding: str = "auto", quiet: bool = Fa
     if found is not None:
         return of_pack(found)
     model = named(model)
-    spec = source.parse(model)
+    spec = parse(model)
     if spec.kind == "hf":
         return _outline_on_hub(spec, encoding)
     with bars(quiet) as progress, _temporary(spec) as scratch:
         path = _fetched(spec, scratch, quiet, progress)
-        return of_checkpoint(source.open_checkpoint(path), model, encoding, _grouped())
+        return of_checkpoint(open_checkpoint(path), model, encoding, _grouped())
 
 
-def _outline_on_hub(spec: source.Spec, encoding: str) -> Outline:
+def _outline_on_hub(spec: Spec, encoding: str) -> Outline:
     with _temporary(spec) as scratch:
-        checkpoint = source.open_checkpoint(fetch_headers(spec, scratch))
+        checkpoint = open_checkpoint(fetch_headers(spec, scratch))
         return of_checkpoint(checkpoint, spec.text, encoding, _grouped())
 
 
 @contextmanager
-def _temporary(spec: source.Spec) -> Iterator[Path]:
+def _temporary(spec: Spec) -> Iterator[Path]:
     """A folder for what is fetched; files that are here need none. Raises OptionError."""
     if spec.kind == "path":
         yield Path()

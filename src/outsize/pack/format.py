@@ -8,7 +8,7 @@ A table holds layers (a record is one layer's attention, or feed-forward), exper
 of one layer) or rows (a record is a block of consecutive rows of an embedding or a head). A record's
 checksum is the CRC-32 of all of it.
 
-A header is read as a foreign file is: its types, bounds, shapes and places are checked (pack/contents.py)
+A header is read as a foreign file is: its types, bounds, shapes and places are checked (pack/layout.py)
 before anything relies on them.
 """
 
@@ -27,7 +27,7 @@ from outsize.encoding import int4
 from outsize.errors import PackError
 from outsize.family import bounds
 from outsize.model_config import Description
-from outsize.pack import contents
+from outsize.pack import layout
 from outsize.pack.source import Source
 from outsize.pack.tables import PAGE, Matrix, TableHeader, aligned, field_bytes
 
@@ -56,12 +56,6 @@ class Pack:
     chat_templates: Mapping[str, str]  # by name; "default" where there is one
     licence: str | None
     made_by: str
-
-    @property
-    def chat_template(self) -> str | None:
-        """The one to use where none is named."""
-        templates = dict(self.chat_templates)
-        return templates.get("default", next(iter(templates.values()), None))
 
     @property
     def size(self) -> int:
@@ -106,14 +100,16 @@ def read_header(folder: Path) -> Pack:
     body = _body(folder)
     version, layouts = body.get("version"), body.get("layouts")
     if version != VERSION:
-        raise damaged(folder, f"it has format version {str(version)[:80]}, this is {VERSION}")
+        raise damaged(folder, _other_version(version))
     if layouts != LAYOUTS:
         raise damaged(folder, f"it was packed for another machine's kernels ({str(layouts)[:80]})")
     stated = {k: v for k, v in body.items() if k not in ("version", "layouts")}
     try:
         pack = Pack(**_typed(stated), path=folder)
     except ValueError as e:
-        raise damaged(folder, f"its header is malformed ({e})") from None
+        raise damaged(
+            folder, f"its header is of another version of outsize, or malformed ({e})"
+        ) from None
     if problem := _fault(pack):
         raise damaged(folder, problem)
     return pack
@@ -140,6 +136,11 @@ def _body(folder: Path) -> dict[str, Any]:
     return body
 
 
+def _other_version(version: object) -> str:
+    age = "an older" if isinstance(version, int) and version < VERSION else "another"
+    return f"{age} outsize made it (format version {str(version)[:80]}, this is {VERSION})"
+
+
 def _beginning(path: Path) -> bytes:
     with open(path, "rb") as f:
         return f.read(MOST_HEADER + 1)
@@ -160,7 +161,7 @@ def damaged(folder: Path, problem: str) -> PackError:
 def _fault(pack: Pack) -> str:
     """What is wrong with a header, beside its types, or with the files' sizes; "" if nothing is."""
     d = pack.description
-    problem = bounds.fault(d) or contents.fault(d, pack.tables)
+    problem = bounds.fault(d) or layout.fault(d, pack.tables)
     problem = problem or next((p for t in pack.tables if (p := _file_fault(pack.path, t))), "")
     if problem:
         return problem

@@ -10,7 +10,7 @@ from outsize.checkpoint.checkpoint import Checkpoint
 from outsize.family.find import recipe
 from outsize.model_config import Description
 from outsize.pack.format import TOKENIZER, Pack, TableHeader
-from outsize.pack.plan import plan
+from outsize.pack.layout import plan
 
 PIECE_JSON = 9  # bytes that a piece, or a merge, takes in tokenizer.json beyond its text
 

@@ -1,13 +1,22 @@
-"""Where a pack came from, and whether that is still what it was."""
+"""Where a pack came from, whether that is still what it was, and which packs are of the same parts.
+
+A pack's identity is all that decides an answer: the weights, and beside them config, tokenizer, templates and
+generation settings. Its layout is what its records are made of, and how. Packs that differ in identity, but
+not in weights and layout, share their records.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from outsize.checkpoint.text import sidecars
+from outsize.checkpoint.bounded import read_regular
+from outsize.checkpoint.read_json import MAX_JSON
+from outsize.checkpoint.tokenizer_settings import sidecars
+from outsize.pack.tensors import Record, TablePlan
 
 FileStat = tuple[str, int, int, int]  # path, bytes, time of the last change in ns, inode
 
@@ -53,3 +62,34 @@ def file_stats(files: Iterable[Path]) -> tuple[FileStat, ...]:
     """What tells a changed file from an unchanged one. A link keeps its own name."""
     stats = [(os.path.abspath(p), os.stat(p)) for p in files]
     return tuple((p, s.st_size, max(s.st_mtime_ns, s.st_ctime_ns), s.st_ino) for p, s in stats)
+
+
+def identity(weights: str, beside: Iterable[Path]) -> str:
+    """Of weights with this hash and the files beside them."""
+    digest, files = hashlib.sha256(weights.encode()), list(beside)
+    for path in files:
+        content = read_regular(path, MAX_JSON)
+        digest.update(b"\n%b %d\n" % (os.fsencode(path.name), len(content)) + content)
+    return digest.hexdigest() if files else weights
+
+
+def layout_hash(tables: Sequence[TablePlan]) -> str:
+    """A hash of what goes into which record, in which encoding."""
+    digest = hashlib.sha256()
+    for table in tables:
+        header = table.header
+        digest.update(repr((header.name, header.kind, header.keys, header.stride)).encode())
+        for record in table.records:
+            digest.update(repr([*_contents(record)]).encode())
+    return digest.hexdigest()
+
+
+def _contents(record: Record) -> Iterable[object]:
+    for name, pieces in record.items():
+        for piece in pieces:
+            parts = [
+                (p.tensor.name, p.tensor.kind.name, p.tensor.shape, p.tensor.offset, p.head_dim, p.shift,
+                 p.transposed, p.first, p.step)
+                for p in piece.parts
+            ]  # fmt: skip
+            yield name, piece.encoding, parts

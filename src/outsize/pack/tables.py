@@ -44,7 +44,7 @@ class TableHeader:
     """One record file."""
 
     name: str
-    kind: str  # "layers", "experts" or "rows"
+    kind: str  # "layers", "experts" or "rows": a file of pack/kinds/
     keys: tuple[int, ...]  # layer numbers; layer * experts + expert; or first rows
     stride: int
     tensors: Mapping[str, tuple[Matrix, ...]]

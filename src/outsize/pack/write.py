@@ -24,10 +24,11 @@ from torch import Tensor
 
 from outsize.checkpoint import tokenizer as tokenizers
 from outsize.checkpoint.checkpoint import Checkpoint, TokenizerSpec
+from outsize.checkpoint.source import hash_files
 from outsize.errors import CheckpointError, DiskFullError, PackError, SourceError
 from outsize.family.find import recipe as find_recipe
 from outsize.model_config import Description
-from outsize.pack import contents, store
+from outsize.pack import store
 from outsize.pack.encode import encode
 from outsize.pack.folders import rename, safe, sync
 from outsize.pack.format import (
@@ -39,11 +40,11 @@ from outsize.pack.format import (
     read_header,
     write_header,
 )
-from outsize.pack.identity import Progress, hash_files, identity, layout
+from outsize.pack.layout import fault, lossy_tensors, plan
 from outsize.pack.lock import locked
-from outsize.pack.parts import Record, TablePlan
-from outsize.pack.plan import lossy_tensors, plan
-from outsize.pack.source import Source, file_stats
+from outsize.pack.source import Source, file_stats, identity, layout_hash
+from outsize.pack.tensors import Record, TablePlan
+from outsize.progress import Progress
 
 SLACK = 64 << 20  # bytes that a file system wants for itself
 
@@ -109,7 +110,7 @@ def write(
 
 def _check_plan(d: Description, tables: Sequence[TablePlan]) -> None:
     """What is written is held to what is read."""
-    if problem := contents.fault(d, [t.header for t in tables]):
+    if problem := fault(d, [t.header for t in tables]):
         raise PackError(f"this {d.family} model cannot be packed: {problem}")
 
 
@@ -141,7 +142,7 @@ def _source(
     digest = store.known_hash(home, stats) or hash_files(checkpoint.files, progress)
     return Source(
         how.spec, digest, sum(size for _, size, _, _ in stats), stats, how.wanted,
-        file_stats(beside), identity(digest, beside), layout(tables),
+        file_stats(beside), identity(digest, beside), layout_hash(tables),
     )  # fmt: skip
 
 

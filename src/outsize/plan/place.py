@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping
 
 from outsize.errors import BudgetError, OptionError
 from outsize.pack.format import TableHeader
+from outsize.pack.kinds.kind import kinds
 from outsize.pack.outline import Outline
 from outsize.plan.fixed import FRAGMENTS, all_bytes, experts, fixed_costs, token_bytes
 from outsize.plan.placement import BY_ID, BY_ROUTER, DISK, MEMORY, Placement
 from outsize.plan.scratch import lend, lent_bytes
 from outsize.storage.buffers import HUGE, SMALL, huge_bytes
 from outsize.system.address_space import bounds
-from outsize.weights.experts import least_slots
 from outsize.weights.residency import Share, all_of
 
 MB = 1_000_000
@@ -25,7 +25,6 @@ RESERVE_SHARE, RESERVE = 0.01, 20 * MB  # page cache of libraries, page tables, 
 IN_FLIGHT, IN_FLIGHT_LEAST = 8 << 20, 4 << 20  # bytes read ahead to keep the disk busy
 SHORTEST = 1024  # tokens of context that are always planned for, if the user asked for none
 KV_SHARE = 0.1  # of the room for weights, where a context must be shortened
-GOLDEN = 0.6180339887498949
 TOKENIZER_FACTOR = 8  # bytes in memory for a byte of tokenizer.json
 TOKENIZER_PEAK = 23  # and while it is read
 
@@ -68,13 +67,13 @@ def _reserve(budget: int) -> int:
 def least_bytes(o: Outline, runtime: int, tokenizer: int, context: int) -> int:
     """The smallest budget that runs: nothing held but the final norm, one slot for each table."""
     need = sum(fixed_costs(o, runtime, tokenizer, context).values()) + o.table("final-0").size
-    need += _ring_bytes(o, _rings(o, False)) + _least_experts(o) + RESERVE
+    need += _ring_bytes(o, _rings(o, False)) + _least_routed(o) + RESERVE
     return max(int(need / (1 - RESERVE_SHARE)) + 1, opening_peak(o, runtime))
 
 
 def giveable(o: Outline, p: Placement) -> int:
     """Of what a plan holds of the weights, the bytes that a run could do without."""
-    needed = o.table("final-0").size + _ring_bytes(o, _rings(o, False)) + _least_experts(o)
+    needed = o.table("final-0").size + _ring_bytes(o, _rings(o, False)) + _least_routed(o)
     return max(0, p.held - needed)
 
 
@@ -89,51 +88,45 @@ def copy_bytes(o: Outline, copy: Outline) -> int:
             f"misses=copy: the experts of {copy.name} take {there / MB:,.0f} MB, those of {o.name} "
             f"{size / MB:,.0f} MB; copies must be of the same model and smaller: name another encoding"
         )
-    return sum(huge_bytes(least_slots(t, mixture.used) * t.stride) for t in experts(copy))
+    return _least_routed(copy)
 
 
 def _least_slots(o: Outline, t: TableHeader) -> int:
-    assert o.description.mixture is not None
-    return least_slots(t, o.description.mixture.used)
+    return kinds()[t.kind].least_slots(o.description, t)
 
 
-def _least_experts(o: Outline) -> int:
-    return sum(huge_bytes(_least_slots(o, t) * t.stride) for t in experts(o))
+def _routed(o: Outline) -> list[TableHeader]:
+    """Tables whose records a router names."""
+    return [t for t in o.tables if kinds()[t.kind].routed]
 
 
-def _order(o: Outline) -> Iterator[tuple[str, int]]:
-    """Records in the order in which they are worth holding: the head, then layers spread evenly over
-    the depth, so that reading never pauses for long; an embedding of its own last."""
-    head = "embed" if o.description.tied else "head"
-    yield from ((head, i) for i in range(len(o.table(head).keys)))
-    of_layer: dict[int, list[tuple[str, int]]] = {}
-    for t in o.tables:
-        if t.kind == "layers" and t.name != "final-0":
-            for i, layer in enumerate(t.keys):
-                of_layer.setdefault(layer, []).append((t.name, i))
-    for layer in sorted(of_layer, key=lambda i: i * GOLDEN % 1):
-        yield from sorted(of_layer[layer], reverse=True)  # the feed-forward first: it is larger
-    if head != "embed" and not experts(o):  # else experts come before it
-        yield from (("embed", i) for i in range(len(o.table("embed").keys)))
+def _least_routed(o: Outline) -> int:
+    return sum(huge_bytes(_least_slots(o, t) * t.stride) for t in _routed(o))
+
+
+def _order(o: Outline) -> list[tuple[int, str, int]]:
+    """(rank, table, record) in the order in which records are worth holding."""
+    found: list[tuple[int, str, int]] = []
+    for name, kind in kinds().items():
+        found += kind.order(o.description, [t for t in o.tables if t.kind == name])
+    return sorted(found, key=lambda entry: entry[0])
 
 
 def _fill(o: Outline, room: int, rings: Mapping[str, int]) -> dict[str, Share]:
     """Hold as many records as fit; a table whose streamed records would all have slots is held whole."""
     held: dict[str, list[int]] = {t.name: [] for t in o.tables}
     held["final-0"] = [0]
-    room -= _least_experts(o)
+    room -= _least_routed(o)
     closed: set[str] = set()
-    for name, i in _order(o):
-        stride = o.table(name).stride
-        if name in closed or stride > room:
-            closed |= (
-                {name} if o.table(name).kind == "rows" else set()
-            )  # rows are held from the front
+    for _, name, i in _order(o):
+        table = o.table(name)
+        if name in closed or table.stride > room:
+            closed |= {name} if kinds()[table.kind].from_front else set()
             continue
         held[name].append(i)
-        room -= stride
-    out = _expert_shares(o, room)
-    for t in (t for t in o.tables if t.kind != "experts"):
+        room -= table.stride
+    out = _routed_shares(o, room)
+    for t in (t for t in o.tables if t.name not in out):
         ring = rings.get(t.name, 0)
         whole = len(held[t.name]) + ring >= len(t.keys)
         pinned = tuple(range(len(t.keys))) if whole else tuple(sorted(held[t.name]))
@@ -141,11 +134,11 @@ def _fill(o: Outline, room: int, rings: Mapping[str, int]) -> dict[str, Share]:
     return out
 
 
-def _expert_shares(o: Outline, room: int) -> dict[str, Share]:
-    """What is left goes to the experts' slots, to each table by its size."""
-    total = sum(t.size for t in experts(o))
+def _routed_shares(o: Outline, room: int) -> dict[str, Share]:
+    """What is left goes to the slots of what a router names, to each table by its size."""
+    total = sum(t.size for t in _routed(o))
     out = {}
-    for t in experts(o):
+    for t in _routed(o):
         least = _least_slots(o, t)
         given = huge_bytes(least * t.stride) + int(max(0, room) * t.size / total)
         out[t.name] = Share((), min(len(t.keys), max(least, _slots_in(given, t.stride))))
@@ -220,7 +213,7 @@ def _stream(o: Outline, room: int) -> dict[str, Share]:
         rings = _rings(o, False)
     head = o.table("embed" if o.description.tied else "head")
     others = {name: count for name, count in rings.items() if name != head.name}
-    if room >= _ring_bytes(o, others) + head.size + _least_experts(o):
+    if room >= _ring_bytes(o, others) + head.size + _least_routed(o):
         rings = others  # all of the head will be held, and needs no slots
     return _fill(o, room - _ring_bytes(o, rings), rings)
 
@@ -229,7 +222,7 @@ def _tiers(o: Outline, t: TableHeader, share: Share) -> Iterator[tuple[str, str,
     held = len(share.pinned) * t.stride + huge_bytes(share.ring * t.stride)
     yield t.name, MEMORY, held
     missing = len(t.keys) - len(share.pinned)
-    if t.kind == "experts":
+    if kinds()[t.kind].routed:
         if share.ring < len(t.keys):
             yield t.name, BY_ROUTER, (missing - share.ring) * t.stride
     elif missing:
@@ -238,7 +231,7 @@ def _tiers(o: Outline, t: TableHeader, share: Share) -> Iterator[tuple[str, str,
 
 
 def _too_little(o: Outline, fixed: Mapping[str, int], least: int, budget: int, context: int) -> str:
-    costs = dict(fixed) | {"slots": _ring_bytes(o, _rings(o, False)) + _least_experts(o)}
+    costs = dict(fixed) | {"slots": _ring_bytes(o, _rings(o, False)) + _least_routed(o)}
     table = ", ".join(f"{name} {size / MB:,.0f}" for name, size in costs.items())
     return (
         f"{o.name} needs at least {-(-least // MB):,} MB for {context:,} tokens of context "

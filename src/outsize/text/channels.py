@@ -1,4 +1,4 @@
-"""What a model thinks apart from what it answers.
+"""Split a reply into reasoning and answer, as its tokens come.
 
 Two formats. gpt-oss (harmony): control tokens open a header and a message, `<|start|>assistant<|channel|>
 analysis<|message|>...<|end|>`; the channel `final` is the answer, `analysis` is reasoning, and a `commentary`

@@ -1,4 +1,4 @@
-"""Training text: prompts, or prompts with answers, one a line."""
+"""Files of prompts, one a line, for training, tracing and benchmarks: plain text, or JSON objects."""
 
 from __future__ import annotations
 
@@ -8,49 +8,54 @@ from typing import NamedTuple
 
 from outsize.checkpoint.bounded import text_lines
 from outsize.checkpoint.read_json import loads
-from outsize.errors import DataError
+from outsize.errors import DataError, OutsizeError
 
 PROMPT_KEYS = ("prompt", "question", "instruction")
 ANSWER_KEYS = ("answer", "response", "output", "completion")
 
 
 class Line(NamedTuple):
-    """One example, as text."""
+    """One prompt, as text."""
 
     prompt: str
-    answer: str | None
+    answer: str | None = None
+    category: str = "all"
 
 
-def read(paths: Sequence[Path]) -> list[Line]:
-    """Lines of all files: plain text is a prompt a line; .jsonl has objects with a prompt (or question,
-    instruction, turns, messages) and maybe an answer. .gz is unpacked. Raises DataError with the line."""
-    found = [line for path in paths for line in _file(path)]
+def read(paths: Sequence[Path], error: type[OutsizeError] = DataError) -> list[Line]:
+    """Lines of all files: a prompt a line. One that begins with {, and every one of a .jsonl, is an object
+    with a prompt (or question, instruction, turns, messages), maybe an answer and a category. .gz is
+    unpacked. Raises `error` with the line."""
+    found = [line for path in paths for line in _file(path, error)]
     if not found:
-        raise DataError(f"{', '.join(str(p) for p in paths)}: no prompts; one a line is expected")
+        names = ", ".join(str(p) for p in paths)
+        raise error(f"{names} holds no prompts; one a line is expected")
     return found
 
 
-def _file(path: Path) -> Iterator[Line]:
-    for number, text in enumerate(text_lines(path, DataError), 1):
+def _file(path: Path, error: type[OutsizeError]) -> Iterator[Line]:
+    for number, text in enumerate(text_lines(path, error), 1):
         if text.strip():
-            yield _line(path, number, text.strip())
+            try:
+                yield _line(text.strip(), ".jsonl" in path.suffixes)
+            except ValueError as e:
+                raise error(f"{path}, line {number}: {e}") from None
 
 
-def _line(path: Path, number: int, text: str) -> Line:
-    if ".jsonl" not in path.suffixes:
-        return Line(text, None)
+def _line(text: str, is_object: bool) -> Line:
+    """Raises ValueError."""
+    if not is_object and not text.startswith("{"):
+        return Line(text)
     try:
         item = loads(text)
     except ValueError as e:
-        raise DataError(f"{path}, line {number}: not JSON ({e})") from None
+        raise ValueError(f"not JSON ({e})") from None
     if not isinstance(item, dict):
-        raise DataError(f"{path}, line {number}: an object is expected, not {text[:40]!r}")
+        raise ValueError(f"an object is expected, not {text[:40]!r}")
     prompt, answer = _said(item)
     if not prompt:
-        raise DataError(
-            f"{path}, line {number}: no text under {', '.join(PROMPT_KEYS)}, turns or messages"
-        )
-    return Line(prompt, answer)
+        raise ValueError(f"no text under {', '.join(PROMPT_KEYS)}, turns or messages")
+    return Line(prompt, answer, str(item.get("category", "all")))
 
 
 def _said(item: Mapping[str, object]) -> tuple[str | None, str | None]:

@@ -17,13 +17,12 @@ import torch
 from outsize.caching.misses import count, fetch
 from outsize.caching.policy import Hints, make
 from outsize.caching.prefetcher import Scored, Seen, most_ahead
-from outsize.pack.format import Pack, TableHeader
+from outsize.pack.format import Pack
+from outsize.pack.kinds.experts import least_slots
 from outsize.storage.table import Weights, activation_type
 from outsize.weights.open_pack import OpenPack
 from outsize.weights.residency import RoutedCache
 from outsize.weights.spec import CacheSettings
-
-LEAST_EXPERTS = 2  # times those that a token uses: slots that there must be
 
 
 class Copies(NamedTuple):
@@ -145,11 +144,6 @@ def _local(id: int | None, base: int) -> int | None:
     if id is None:
         return None
     return id - base if id >= 0 else ~(~id - base)
-
-
-def least_slots(header: TableHeader, used: int) -> int:
-    """The fewest for a table of experts; copies get no more. `used`: by a token in a layer."""
-    return min(len(header.keys), LEAST_EXPERTS * used)
 
 
 def load(pack: OpenPack) -> tuple[ExpertBank, ...]:

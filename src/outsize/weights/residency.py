@@ -22,6 +22,7 @@ from torch import Tensor
 from outsize.caching.policy import Policy
 from outsize.caching.slots import Load, SlotTable
 from outsize.pack.format import TableHeader
+from outsize.pack.kinds.kind import kinds
 from outsize.storage.buffers import BufferPool
 from outsize.storage.reader import Reader
 from outsize.storage.table import Table, Weights, views
@@ -44,7 +45,7 @@ Shares = Mapping[str, Share]  # by table
 
 def all_of(header: TableHeader) -> Share:
     """Fully resident."""
-    if header.kind == "experts":
+    if kinds()[header.kind].routed:
         return Share((), len(header.keys))
     return Share(tuple(range(len(header.keys))), 0)
 

@@ -13,6 +13,12 @@ from outsize.errors import CheckpointError
 
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf|\.safetensors)", re.DOTALL)
 MAX_PARTS = 1024
+# Files beside safetensors that decide what goes in and what comes out, and a folder of templates.
+SIDECARS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+MORE_TEMPLATES = "additional_chat_templates"
 # The last of these in a name is its quantization: Q4_K_M, UD-Q4_K_XL, i1-IQ2_XXS, BF16, MXFP4_MOE.
 QUANTIZATION = re.compile(
     r"(?<![A-Za-z0-9])(?:(UD|i\d)[-_.])?"
@@ -81,6 +87,11 @@ def parts_of(name: str) -> list[str]:
 def is_shadow(name: str) -> bool:
     """A file that macOS keeps beside another on disks that are not its own."""
     return name.rsplit("/", 1)[-1].startswith("._")
+
+
+def is_template(name: str) -> bool:
+    """One of several chat templates, in a folder of their own."""
+    return folder_and_file(name)[0] == MORE_TEMPLATES and name.endswith(".jinja")
 
 
 def is_never_a_model(name: str) -> bool:

@@ -20,7 +20,7 @@ QUANTIZED = re.compile(
 )
 
 
-def refuse_strangers(names: Collection[str], used: Collection[str], recipe: Recipe) -> None:
+def refuse_unused(names: Collection[str], used: Collection[str], recipe: Recipe) -> None:
     """Raises UnsupportedError if a tensor is neither used nor a known spare."""
     unused = [n for n in names if n not in used and not _is_spare(n, recipe)]
     if not unused:
@@ -41,20 +41,20 @@ def refuse_strangers(names: Collection[str], used: Collection[str], recipe: Reci
     )
 
 
-def missing(foreign: str, names: Collection[str], recipe: Recipe) -> OutsizeError:
+def missing(name: str, names: Collection[str], recipe: Recipe) -> OutsizeError:
     """What to say of a tensor that is not there: tensors that nobody knows are a sign of another layout."""
     strange = [n for n in names if not _is_named(n, recipe) and not _is_spare(n, recipe)]
     if strange:
         return UnsupportedError(
-            f"tensor {foreign!r} is not there, but {min(strange)!r} is, which is not known in a "
+            f"tensor {name!r} is not there, but {min(strange)!r} is, which is not known in a "
             f"{recipe.description.family} model: a layout that outsize does not run"
         )
-    if foreign == recipe.names["head"]:
+    if name == recipe.names["head"]:
         return CheckpointError(
-            f"tensor {foreign!r} is missing, and tie_word_embeddings does not say that the embedding stands "
+            f"tensor {name!r} is missing, and tie_word_embeddings does not say that the embedding stands "
             "for it; the checkpoint is not complete"
         )
-    return CheckpointError(f"tensor {foreign!r} is missing; the checkpoint is not complete")
+    return CheckpointError(f"tensor {name!r} is missing; the checkpoint is not complete")
 
 
 def _is_spare(name: str, recipe: Recipe) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping
 
-from outsize.checkpoint.names import is_shadow, parts_of
+from outsize.checkpoint.file_names import is_shadow, parts_of
 from outsize.errors import CheckpointError, SourceError, UnsupportedError
 
 INDEX = "model.safetensors.index.json"

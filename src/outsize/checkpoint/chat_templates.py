@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from outsize.checkpoint.bounded import read_regular
+from outsize.checkpoint.file_names import MORE_TEMPLATES
 from outsize.checkpoint.read_json import optional_json
 from outsize.errors import CheckpointError
 
 MAX_TEMPLATE = 256 << 10  # bytes or characters; the longest published one has 30,000
-MORE_TEMPLATES = "additional_chat_templates"
 
 
 def of_folder(folder: Path, settings: Mapping[str, object]) -> dict[str, str]:

@@ -1,5 +1,5 @@
-"""What a checkpoint's files say about text beside the tokenizer itself: where text begins and ends, what the
-special tokens are called in a chat template, and the templates.
+"""Start and end tokens, the names of special tokens and the chat templates, as a checkpoint's files state
+them beside the tokenizer itself.
 
 Every file that can name an end of text is asked, and all that they name end it: a fine-tune corrects one of
 them and forgets the others.
@@ -10,29 +10,29 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
-from outsize.checkpoint import templates, tokenizer_json
+from outsize.checkpoint import chat_templates, tokenizer_json
 from outsize.checkpoint.bounded import read_regular
 from outsize.checkpoint.checkpoint import TokenizerSpec
+from outsize.checkpoint.file_names import MORE_TEMPLATES, SIDECARS
 from outsize.checkpoint.pretokenizers import default_add_bos
 from outsize.checkpoint.read_json import MAX_JSON, optional_json, parse_json
 from outsize.errors import CheckpointError
 
 MAX_ID = 1 << 31
+GGUF_NAMES = {
+    "bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "separator": "sep", "cls": "cls",
+    "mask": "mask",
+}  # fmt: skip
 # Tokens that end a turn or a text whichever model has them. Files that name only the end of a document are
 # common; llama.cpp goes by the texts, too.
 ENDS = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "<|endoftext|>",
     "<|end_of_text|>", "<|eom_id|>", "<|return|>", "<|call|>", "<|eot|>", "<|EOT|>", "<EOT>",
     "<｜end▁of▁sentence｜>", "<end_of_utterance>", "<turn|>", "<|turn_end|>",
-)  # fmt: skip
-# Files beside the weights that decide an answer.
-SIDECARS = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 
 
@@ -91,14 +91,9 @@ def of_folder(folder: Path, config: Mapping[str, object]) -> TokenizerSpec:
     names = _names(folder, settings)
     leading = _leading(tokenizer, vocabulary)
     ids = [s.get("bos_token_id") for s in sources]
-    bos = (
-        leading
-        if leading is not None
-        else vocabulary.first([vocabulary.named(names.get("bos_token")), *ids])
-    )
-    every = vocabulary.ends(
-        [vocabulary.named(names.get("eos_token")), *(s.get("eos_token_id") for s in sources)]
-    )
+    bos = vocabulary.first([leading, vocabulary.named(names.get("bos_token")), *ids])
+    ids = [s.get("eos_token_id") for s in sources]
+    every = vocabulary.ends([vocabulary.named(names.get("eos_token")), *ids])
     # An ordinary piece of text is the default of a config's class, where others are named.
     ends = tuple(i for i in every if i in vocabulary.added) or every
     by_id = {i: text for text, i in vocabulary.ids.items()}
@@ -112,14 +107,14 @@ def of_folder(folder: Path, config: Mapping[str, object]) -> TokenizerSpec:
         add_bos=leading is not None
         or (settings.get("add_bos_token") is True and tokenizer.get("post_processor") is None),
         names=names,
-        templates=templates.of_folder(folder, settings),
+        templates=chat_templates.of_folder(folder, settings),
         added_tokens=more,
     )
 
 
 def sidecars(folder: Path) -> tuple[Path, ...]:
     """The files of a folder, beside its weights, that decide an answer."""
-    more = sorted((folder / templates.MORE_TEMPLATES).glob("*.jinja"))
+    more = sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
     return tuple(p for p in (*(folder / name for name in SIDECARS), *more) if p.is_file())
 
 
@@ -151,10 +146,8 @@ def _further(
     more = dict(stated) if isinstance(stated, dict) else {}
     listed = {v.get("content") for v in more.values() if isinstance(v, dict)}
     named = {name for name in _special_names(folder, settings) if name not in listed}
-    older = (
-        {} if "added_tokens_decoder" in settings else optional_json(folder / "added_tokens.json")
-    )
-    tokens = {name: vocabulary.ids[name] for name in named if name in vocabulary.ids} | older
+    tokens = {name: vocabulary.ids[name] for name in named if name in vocabulary.ids}
+    tokens |= _older(folder, settings, "added_tokens.json")
     for name, id in tokens.items():
         if isinstance(id, int) and id not in vocabulary.added and name not in listed:
             special = name in named
@@ -164,11 +157,7 @@ def _further(
 
 def _special_names(folder: Path, settings: Mapping[str, object]) -> set[str]:
     """Everything that the tokenizer's own files call a special token."""
-    older = (
-        {}
-        if "added_tokens_decoder" in settings
-        else optional_json(folder / "special_tokens_map.json")
-    )
+    older = _older(folder, settings, "special_tokens_map.json")
     found: list[object] = list(_names(folder, settings).values())
     for source in (settings, older):
         for key in ("additional_special_tokens", "extra_special_tokens"):
@@ -177,6 +166,11 @@ def _special_names(folder: Path, settings: Mapping[str, object]) -> set[str]:
             found += value if isinstance(value, list) else []
     texts = (v.get("content") if isinstance(v, dict) else v for v in found)
     return {text for text in texts if isinstance(text, str) and text}
+
+
+def _older(folder: Path, settings: Mapping[str, object], name: str) -> dict[str, Any]:
+    """A file of older checkpoints; where tokenizer_config.json lists all added tokens, it says nothing."""
+    return {} if "added_tokens_decoder" in settings else optional_json(folder / name)
 
 
 def _leading(tokenizer: Mapping[str, object], vocabulary: Vocabulary) -> int | None:
@@ -201,13 +195,10 @@ def _leading(tokenizer: Mapping[str, object], vocabulary: Vocabulary) -> int | N
 
 def _names(folder: Path, settings: Mapping[str, object]) -> dict[str, str]:
     """bos_token, eos_token and the others, as the tokenizer's own files name them."""
-    older = (
-        {}
-        if "added_tokens_decoder" in settings
-        else optional_json(folder / "special_tokens_map.json")
-    )
     found = {}
-    for key, value in (dict(settings) | dict(older)).items():
+    for key, value in (
+        dict(settings) | _older(folder, settings, "special_tokens_map.json")
+    ).items():
         text = value.get("content") if isinstance(value, dict) else value
         if key.endswith("_token") and isinstance(text, str):
             found[key] = text
@@ -235,16 +226,14 @@ def of_gguf(head: Mapping[str, object]) -> TokenizerSpec:
     ends = tuple(i for i in vocabulary.ends(named) if i < len(tokens))
     bos = arrays.get("bos_token_id")
     bos = bos if isinstance(bos, int) and 0 <= bos < len(tokens) else None
-    kinds_named = ("bos", "eos", "unknown", "padding", "separator", "cls", "mask")
     names = {}
-    for kind in kinds_named:
+    for kind, short in GGUF_NAMES.items():
         i = arrays.get(f"{kind}_token_id")
         if isinstance(i, int) and 0 <= i < len(tokens):
-            short = {"unknown": "unk", "padding": "pad", "separator": "sep"}.get(kind, kind)
             names[f"{short}_token"] = tokens[i]
     return TokenizerSpec(
         arrays=arrays, bos=bos, eos=ends, add_bos=_gguf_starts(arrays), names=names,
-        templates=templates.of_gguf(head),
+        templates=chat_templates.of_gguf(head),
     )  # fmt: skip
 
 

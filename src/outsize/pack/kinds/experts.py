@@ -1,0 +1,80 @@
+"""Experts: a record is one expert of one layer, all of it together: it is used whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from outsize.model_config import Description
+from outsize.pack.kinds.kind import Group, Kind
+from outsize.pack.kinds.layers import gated, keys_fault, kind_fault, tables_of
+from outsize.pack.records import FLOATS, Specs, matrix
+from outsize.pack.tables import TableHeader
+from outsize.pack.tensors import Part, Piece, Record, SourceTensors, TablePlan
+
+LEAST_EXPERTS = 2  # times those that a token uses: slots that there must be
+FUSED = "expert_gate_up"  # a family's name of gate and up in one tensor
+
+
+def least_slots(header: TableHeader, used: int) -> int:
+    """The fewest for a table of experts; copies get no more. `used`: by a token in a layer."""
+    return min(len(header.keys), LEAST_EXPERTS * used)
+
+
+class Experts(Kind):
+    """The keys of a table's header are layer * experts + expert."""
+
+    routed = True
+
+    def groups(self, d: Description) -> Sequence[Group]:
+        return () if d.mixture is None else (Group("experts", 4, _specs(d)),)
+
+    def plan(self, group: Group, tensors: SourceTensors) -> list[TablePlan]:
+        d, specs = tensors.description, dict(group.specs)
+        if FUSED in tensors.recipe.names:
+            specs["gate_up"] = matrix(d.width, (FUSED, 2 * d.ffn_width))
+        count = _count(d)
+        records = [
+            _paired(tensors, i, e) if tensors.recipe.paired else tensors.record(i, specs, e)
+            for i in range(d.num_layers)
+            for e in range(count)
+        ]
+        return tables_of(group.name, "experts", records, count)
+
+    def fault(self, d: Description, group: Group, tables: Sequence[TableHeader]) -> str:
+        problem = kind_fault("experts", group, tables)
+        return problem or keys_fault(d, group.name, tables, _count(d))
+
+    def least_slots(self, d: Description, table: TableHeader) -> int:
+        assert d.mixture is not None
+        return least_slots(table, d.mixture.used)
+
+
+def _count(d: Description) -> int:
+    assert d.mixture is not None
+    return d.mixture.count
+
+
+def _specs(d: Description) -> Specs:
+    return gated(d, d.mixture is not None and d.mixture.bias, "expert_")
+
+
+def _paired(tensors: SourceTensors, i: int, e: int) -> Record:
+    """An expert whose gate and up lie row by row in one tensor; transposed, if it is not in MXFP4."""
+    width, inner = tensors.description.width, tensors.description.ffn_width
+    stack = tensors.all.get(tensors.source_name(FUSED, i))
+    turned = stack is None or stack.kind.name != "MXFP4"
+    way = -1 if turned else 1
+    both = tensors.find(FUSED, i, (2 * inner, width)[::way], e)
+    down = tensors.find("expert_down", i, (width, inner)[::way], e)
+    bias = tensors.find(f"{FUSED}_bias", i, (2 * inner,), e)
+    down_bias = tensors.find("expert_down_bias", i, (width,), e)
+    halves = tuple(Part(both, transposed=turned, first=k, step=2) for k in (0, 1))
+    return {
+        "gate_up": (Piece(tensors.encoding(both), halves),),
+        "down": (Piece(tensors.encoding(down), (Part(down, transposed=turned),)),),
+        "gate_up_bias": tuple(Piece(FLOATS, (Part(bias, first=k, step=2),)) for k in (0, 1)),
+        "down_bias": (Piece(FLOATS, (Part(down_bias),)),),
+    }
+
+
+KIND = Experts()

@@ -1,0 +1,156 @@
+"""Layers: a record is one layer's attention, or its feed-forward (with experts: its router). The model's last
+norm is one record of a table of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from outsize.errors import UnsupportedError
+from outsize.model_config import Description
+from outsize.pack.kinds.kind import Group, Kind
+from outsize.pack.records import Specs, TensorSpec, lay_out, matrix, record_fault, vector
+from outsize.pack.tables import Matrix, TableHeader
+from outsize.pack.tensors import Record, SourceTensors, TablePlan
+
+GOLDEN = 0.6180339887498949
+FINAL = "final"
+
+
+class Layers(Kind):
+    """The keys of a table's header are its layers' numbers. Layers of equal encodings make one table."""
+
+    def groups(self, d: Description) -> Sequence[Group]:
+        return (
+            Group("attn", 2, _attention(d)),
+            Group("ffn", 3, _feed_forward(d)),
+            Group(FINAL, 5, {"final_norm": vector(("final_norm", d.width))}),
+        )
+
+    def plan(self, group: Group, tensors: SourceTensors) -> list[TablePlan]:
+        count = 1 if group.name == FINAL else tensors.description.num_layers
+        return tables_of(
+            group.name, "layers", [tensors.record(i, group.specs) for i in range(count)]
+        )
+
+    def fault(self, d: Description, group: Group, tables: Sequence[TableHeader]) -> str:
+        names = [t.name for t in tables]
+        if problem := kind_fault("layers", group, tables):
+            return problem
+        if group.name == FINAL:
+            whole = names == ["final-0"] and tables[0].keys == (0,)
+            return "" if whole else "the final norm is not one record of table final-0"
+        if problem := keys_fault(d, group.name, tables):
+            return problem
+        return "there is no table attn-0" if group.name == "attn" and "attn-0" not in names else ""
+
+    def order(
+        self, d: Description, tables: Sequence[TableHeader]
+    ) -> Iterator[tuple[int, str, int]]:
+        """Spread evenly over the depth, so that reading never pauses for long; of a layer, the feed-forward
+        first: it is larger."""
+        of_layer: dict[int, list[tuple[str, int]]] = {}
+        for t in tables:
+            for i, layer in enumerate(t.keys if t.name != "final-0" else ()):
+                of_layer.setdefault(layer, []).append((t.name, i))
+        for layer in sorted(of_layer, key=lambda i: i * GOLDEN % 1):
+            yield from ((1, name, i) for name, i in sorted(of_layer[layer], reverse=True))
+
+
+def _attention(d: Description) -> Specs:
+    q, kv = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
+    specs = {
+        "attn_norm": vector(("attn_norm", d.width)),
+        "qkv": matrix(d.width, ("q", q), ("k", kv), ("v", kv)),
+        "o": matrix(q, ("o", d.width)),
+    }
+    if d.qkv_bias:
+        specs["qkv_bias"] = vector(("q_bias", q), ("k_bias", kv), ("v_bias", kv))
+    if d.o_bias:
+        specs["o_bias"] = vector(("o_bias", d.width))
+    if d.sinks:
+        specs["sinks"] = vector(("sinks", d.num_heads))
+    if d.qk_norm or d.qk_norm_whole:
+        sizes = (d.head_dim, d.head_dim) if d.qk_norm else (q, kv)
+        specs |= {n: vector((n, size)) for n, size in zip(("q_norm", "k_norm"), sizes, strict=True)}
+    if d.post_norm:
+        specs["attn_post_norm"] = vector(("attn_post_norm", d.width))
+    return specs
+
+
+def _feed_forward(d: Description) -> Specs:
+    norm = {"ffn_norm": vector(("ffn_norm", d.width))}
+    if d.mixture is not None:
+        specs = norm | {"router": matrix(d.width, ("router", d.mixture.count))}
+        if d.mixture.bias:
+            specs["router_bias"] = vector(("router_bias", d.mixture.count))
+        return specs
+    specs = norm | gated(d, d.mlp_bias)
+    if d.post_norm:
+        specs["ffn_post_norm"] = vector(("ffn_post_norm", d.width))
+    return specs
+
+
+def gated(d: Description, bias: bool, prefix: str = "") -> dict[str, TensorSpec]:
+    """A gated feed-forward, or one expert: gate and up as one matrix, and down."""
+    inner, up, down = d.ffn_width, f"{prefix}up", f"{prefix}down"
+    specs = {
+        "gate_up": matrix(d.width, (f"{prefix}gate", inner), (up, inner)),
+        "down": matrix(inner, (down, d.width)),
+    }
+    if bias:
+        specs["gate_up_bias"] = vector((f"{prefix}gate_bias", inner), (f"{up}_bias", inner))
+        specs["down_bias"] = vector((f"{down}_bias", d.width))
+    return specs
+
+
+def tables_of(name: str, kind: str, records: Sequence[Record], each: int = 1) -> list[TablePlan]:
+    """Records of one shape make one table, since its records are equally long. `each`: records of a layer,
+    which stay together. Raises UnsupportedError."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for first in range(0, len(records), each):
+        layer = range(first, first + each)
+        shapes = {_shape(records[i]) for i in layer}
+        if len(shapes) > 1:
+            raise UnsupportedError(f"{name} {first // each}: experts of several types in one layer")
+        groups.setdefault(shapes.pop(), []).extend(layer)
+    plans = []
+    for number, keys in enumerate(groups.values()):
+        matrices = {
+            k: tuple(Matrix(p.encoding, p.num_rows, p.width, 0) for p in pieces)
+            for k, pieces in records[keys[0]].items()
+        }
+        layout, stride = lay_out(matrices)
+        header = TableHeader(f"{name}-{number}", kind, tuple(keys), stride, layout, ())
+        plans.append(TablePlan(header, tuple(records[i] for i in keys)))
+    return plans
+
+
+def _shape(record: Record) -> tuple[object, ...]:
+    return tuple((k, p.encoding, p.num_rows) for k, ps in record.items() for p in ps)
+
+
+def kind_fault(kind: str, group: Group, tables: Sequence[TableHeader]) -> str:
+    """Are the tables of this kind, their records sound?"""
+    for table in tables:
+        if table.kind != kind or table.num_rows:
+            return f"table {table.name} is of kind {table.kind[:80]!r}, {kind!r} is due"
+        if problem := record_fault(table, group.specs):
+            return f"table {table.name}: {problem}"
+    return ""
+
+
+def keys_fault(d: Description, name: str, tables: Sequence[TableHeader], each: int = 1) -> str:
+    """Is every layer in one table, with all its `each` records in order?"""
+    layers = [k // each for table in tables for k in table.keys[::each]]
+    whole = all(
+        table.keys[at : at + each] == tuple(range(table.keys[at], table.keys[at] + each))
+        and table.keys[at] % each == 0
+        for table in tables
+        for at in range(0, len(table.keys), each)
+    )
+    if whole and sorted(layers) == list(range(d.num_layers)):
+        return ""
+    return f"the tables of {name!r} do not hold each of {d.num_layers:,} layers once"
+
+
+KIND = Layers()

@@ -1,0 +1,141 @@
+"""What is written into a record: a checkpoint's tensors under our names, found, checked, stacked, and how
+their rows are reordered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from outsize.checkpoint.checkpoint import Checkpoint, Tensor, refuse_unreadable
+from outsize.encoding.find import encoding_for
+from outsize.errors import CheckpointError
+from outsize.model_config import Recipe
+from outsize.pack.records import FIXED, FLOATS, Specs, TensorSpec
+from outsize.pack.tables import TableHeader
+from outsize.pack.unused import missing
+
+LOSSY = ("Q2_K", "Q3_K")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One checkpoint tensor that goes into a matrix, and how its rows must be reordered."""
+
+    tensor: Tensor
+    head_dim: int = 0  # > 0: heads in halves, to be interleaved
+    shift: float = 0.0  # added to every number
+    transposed: bool = False
+    first: int = 0  # of its rows (of a vector: its numbers), every `step`th from this one on
+    step: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, width) of what it gives; a vector is one row."""
+        shape = self.tensor.shape
+        if len(shape) == 1:
+            return 1, len(range(self.first, shape[0], self.step))
+        rows, width = shape[::-1] if self.transposed else shape
+        return len(range(self.first, rows, self.step)), width
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A matrix to be written, and what it is made of, stacked along rows."""
+
+    encoding: str
+    parts: tuple[Part, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(part.shape[0] for part in self.parts)
+
+    @property
+    def width(self) -> int:
+        return self.parts[0].shape[1]
+
+
+Record = dict[str, tuple[Piece, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class TablePlan:
+    """A table to be written: its header without checksums, and each record's contents."""
+
+    header: TableHeader
+    records: tuple[Record, ...]
+
+
+class SourceTensors:
+    """Finds and checks every tensor that a recipe names. `wanted`: an encoding, or "auto"; `grouped`: do
+    our kernels for grouped encodings run here?"""
+
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, wanted: str, grouped: bool) -> None:
+        self.all, self.recipe = checkpoint.tensors, recipe
+        self.wanted, self.grouped = wanted, grouped
+        self.description = recipe.description
+        self.used: set[str] = set()  # the checkpoint's names of those that were found
+
+    def source_name(self, name: str, layer: int) -> str:
+        """What the checkpoint calls a tensor of a layer."""
+        return self.recipe.names[name].replace("{i}", str(layer))
+
+    def find(
+        self, name: str, layer: int, shape: tuple[int, ...], expert: int | None = None
+    ) -> Tensor:
+        """One tensor of a layer; of an expert, by its own name or out of the stack of all. Raises
+        CheckpointError, UnsupportedError."""
+        source = self.source_name(name, layer)
+        if expert is not None and "{e}" in source:
+            source = source.replace("{e}", str(expert))
+        elif expert is not None:
+            assert self.description.mixture is not None
+            return _unstack(
+                self.find(name, layer, (self.description.mixture.count, *shape)), expert
+            )
+        found = self.all.get(source)
+        if found is None:
+            raise missing(source, self.all, self.recipe)
+        self.used.add(source)
+        if found.shape != shape:
+            raise CheckpointError(f"tensor {source!r} has shape {found.shape}, not {shape}")
+        refuse_unreadable(found)
+        return found
+
+    def encoding(self, tensor: Tensor, wanted: str | None = None) -> str:
+        """The encoding that a matrix is packed in."""
+        wanted = wanted or self.wanted
+        return encoding_for(tensor.kind.name, tensor.shape[-1], wanted, self.grouped)
+
+    def record(self, layer: int, specs: Specs, expert: int | None = None) -> Record:
+        """All that a record is made of."""
+        return {name: self._pieces(name, spec, layer, expert) for name, spec in specs.items()}
+
+    def _pieces(
+        self, name: str, spec: TensorSpec, layer: int, expert: int | None
+    ) -> tuple[Piece, ...]:
+        """The parts of a tensor; of a matrix, those of one encoding as one."""
+        pieces: list[Piece] = []
+        for part, rows in spec.parts:
+            shape = (rows, spec.width) if spec.width else (rows,)
+            tensor = self.find(part, layer, shape, expert)
+            is_fixed = name in FIXED or not spec.width
+            encoding = FLOATS if is_fixed else self.encoding(tensor)
+            made = self._part(part, tensor)
+            if pieces and spec.width and pieces[-1].encoding == encoding:
+                pieces[-1] = Piece(encoding, (*pieces[-1].parts, made))
+            else:
+                pieces.append(Piece(encoding, (made,)))
+        return tuple(pieces)
+
+    def _part(self, name: str, tensor: Tensor) -> Part:
+        """Query and key rows, their biases and norms rotate in adjacent pairs in a pack."""
+        halves = name.split("_")[0] in ("q", "k") and not self.recipe.interleaved
+        shift = self.recipe.norm_shift if name.endswith("norm") else 0.0
+        return Part(tensor, self.description.head_dim if halves else 0, shift)
+
+
+def _unstack(stack: Tensor, index: int) -> Tensor:
+    """One of the equal tensors that a stacked one is made of."""
+    size = stack.size // stack.shape[0]
+    name, offset = f"{stack.name}[{index}]", stack.offset + index * size
+    scales = None if stack.scales is None else _unstack(stack.scales, index)
+    return Tensor(name, stack.kind, stack.shape[1:], stack.path, offset, size, scales)
