@@ -18,7 +18,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from outsize.plan.load_options import LoadOptions
 from safetensors.torch import save_file
 
 import outsize
@@ -28,6 +27,7 @@ from outsize.model.lora import widths
 from outsize.pack import fetch
 from outsize.pack.format import Pack
 from outsize.plan import probe
+from outsize.plan.load_options import LoadOptions
 from outsize.plan.warmup import runtime_bytes
 from outsize.system.memory import peak
 

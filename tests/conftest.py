@@ -13,7 +13,9 @@ from outsize.draft import load as drafting
 from outsize.draft.spec import parse_draft
 from outsize.engine import load as loading
 from outsize.engine.model import Model
-from outsize.kernels.native import Kernels, kernels
+from outsize.kernels.backend import Backend
+from outsize.kernels.find import native_in
+from outsize.kernels.plain import PLAIN
 from outsize.pack import fetch
 from outsize.pack.outline import of_pack
 from outsize.plan import place
@@ -100,9 +102,9 @@ def open_paged(
 
 
 @pytest.fixture(scope="session", params=["python", "native"])
-def reading(request: pytest.FixtureRequest, home: Path) -> Kernels | None:
+def reading(request: pytest.FixtureRequest, home: Path) -> Backend:
     """Who reads records: threads of Python, or of the compiled kernels."""
     if request.param == "python":
-        return None
-    found = kernels(home / "native")
+        return PLAIN
+    found = native_in(home / "native")
     return found if found is not None else pytest.skip("no C compiler here")

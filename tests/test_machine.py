@@ -11,13 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from outsize.plan.load_options import LoadOptions
 
 import outsize
 from outsize import home
 from outsize.pack.outline import of_pack
 from outsize.plan import cores, cost, machine, probe
 from outsize.plan import make as planning
+from outsize.plan.load_options import LoadOptions
 from outsize.plan.machine import Compute, Machine, Sitting
 from outsize.report import doctor
 from outsize.storage.reader import THREADS

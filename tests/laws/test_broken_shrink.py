@@ -15,7 +15,8 @@ import torch
 import outsize
 from outsize.engine import load as loading
 from outsize.engine.model import Model
-from outsize.kernels.native import kernels
+from outsize.kernels.find import native_in
+from outsize.kernels.plain import PLAIN
 from outsize.pack import plan
 from outsize.weights.cached import Cached
 from tests.laws import test_interrupts as interrupts
@@ -33,7 +34,9 @@ def many_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: Path) ->
     """Of a head, so that there is something of it to give up."""
     monkeypatch.setattr(plan, "ROW_RECORD", 1)
     monkeypatch.setenv("OUTSIZE_HOME", str(tmp_path))
-    monkeypatch.setattr(loading, "compiled", lambda load_options: kernels(home / "native"))
+    monkeypatch.setattr(
+        loading, "compiled", lambda load_options: native_in(home / "native") or PLAIN
+    )
 
 
 def opened(folder: Path, draft: str = "none") -> Model:

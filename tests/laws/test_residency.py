@@ -17,7 +17,8 @@ from outsize.caching import eviction
 from outsize.caching.eviction.pin_and_ring import PinAndRing
 from outsize.caching.policy import Hints, make
 from outsize.errors import CapacityError
-from outsize.kernels.native import Kernels
+from outsize.kernels.backend import Backend
+from outsize.kernels.plain import PLAIN
 from outsize.storage.buffers import buffer
 from outsize.storage.reader import Reader
 from outsize.storage.table import Table
@@ -31,11 +32,11 @@ Fixture = tuple[Table, Reader, Resident]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, reading: Kernels | None) -> Iterator[Fixture]:
+def made(tmp_path_factory: pytest.TempPathFactory, reading: Backend) -> Iterator[Fixture]:
     folder = tmp_path_factory.mktemp("table")
     table = open_table(folder, write_table(folder, COUNT))
-    with Reader(kernels=reading) as reader:
-        yield table, reader, Resident(table, reader, None, lambda _: None)
+    with Reader(backend=reading) as reader:
+        yield table, reader, Resident(table, reader, PLAIN, lambda _: None)
     table.close()
 
 
@@ -61,7 +62,7 @@ def test_fetch(
     table, reader, resident = made
     hints = Hints(pinned=(1, 4), future=[ids for ids, _, _ in trace])
     depth = capacity - 2 if name == "pin_and_ring" else None
-    cached = Cached(table, reader, None, capacity, make(name, capacity, hints), (), depth)
+    cached = Cached(table, reader, PLAIN, capacity, make(name, capacity, hints), (), depth)
     before, asked = table.traffic.hits + table.traffic.misses, 0
     for ids, ahead, by_stream in trace:
         ids = list(dict.fromkeys(ids))
@@ -80,19 +81,19 @@ def test_fetch(
 
 def test_a_request_that_cannot_fit(made: Fixture) -> None:
     table, reader, _ = made
-    cached = Cached(table, reader, None, 2, make("lru", 2, Hints()))
+    cached = Cached(table, reader, PLAIN, 2, make("lru", 2, Hints()))
     with pytest.raises(CapacityError, match="3 records are wanted at once, there are slots for 2"):
         cached.fetch([1, 2, 3])
     assert len(cached.fetch([1, 2])) == 2
 
 
-def test_a_scan_reads_ahead_and_wastes_nothing(tmp_path: Path, reading: Kernels | None) -> None:
+def test_a_scan_reads_ahead_and_wastes_nothing(tmp_path: Path, reading: Backend) -> None:
     table = open_table(tmp_path, write_table(tmp_path, COUNT))
     pinned, ring, turns = (0, 4), 2, 6
     scan = [i for i in range(COUNT) if i not in pinned]
     policy = PinAndRing(len(pinned) + ring, pinned)
-    with Reader(kernels=reading) as reader:
-        cached = Cached(table, reader, None, len(pinned) + ring, policy, scan, ring)
+    with Reader(backend=reading) as reader:
+        cached = Cached(table, reader, PLAIN, len(pinned) + ring, policy, scan, ring)
         cached.load(pinned, lambda _: None)
         cached.start()
         for _ in range(turns):
@@ -110,7 +111,7 @@ def test_a_scan_reads_ahead_and_wastes_nothing(tmp_path: Path, reading: Kernels 
 def test_a_lent_ring_is_right_whenever_it_goes(made: Fixture) -> None:
     """Slots come and go, with reads on their way into them; what is fetched stays right."""
     table, reader, resident = made
-    cached = Cached(table, reader, None, 3, PinAndRing(3, [0]), range(1, COUNT), 2, lent=4)
+    cached = Cached(table, reader, PLAIN, 3, PinAndRing(3, [0]), range(1, COUNT), 2, lent=4)
     assert cached.lends
     cached.start()
     for turn in range(40):
@@ -128,7 +129,7 @@ def test_a_lent_ring_is_right_whenever_it_goes(made: Fixture) -> None:
 
 def test_unpinning_frees_and_stays_right(made: Fixture) -> None:
     table, reader, resident = made
-    cached = Cached(table, reader, None, COUNT, PinAndRing(COUNT, range(COUNT)), (), 0)
+    cached = Cached(table, reader, PLAIN, COUNT, PinAndRing(COUNT, range(COUNT)), (), 0)
     cached.load(range(COUNT), lambda _: None)
     assert cached.unpin(8) == 0, "its slot becomes the ring"
     assert cached.unpin(7) == STRIDE
@@ -143,15 +144,15 @@ def test_rows(tmp_path: Path, held: int) -> None:
     """By id, few and many, and by blocks: as if all were in memory."""
     table = open_table(tmp_path, write_table(tmp_path, COUNT, "rows"))
     with Reader() as reader:
-        whole = join(table, reader, None, COUNT, lambda _: None)
+        whole = join(table, reader, PLAIN, COUNT, lambda _: None)
         assert whole is not None
         expected = whole.fields["w"]
-        joined = join(table, reader, None, held, lambda _: None)
+        joined = join(table, reader, PLAIN, held, lambda _: None)
         rest = range(held, COUNT)
         cached = (
-            Cached(table, reader, None, 2, PinAndRing(2, ()), rest, 2) if held < COUNT else None
+            Cached(table, reader, PLAIN, 2, PinAndRing(2, ()), rest, 2) if held < COUNT else None
         )
-        rows = RowTable(table, reader, None, joined, cached)
+        rows = RowTable(table, reader, PLAIN, joined, cached)
         for ids in ([5], [0, 143, 70, 70], list(range(144)), [ROWS * 4 + 1, ROWS * 4 + 2]):
             for _ in range(2):  # the second time, records are known to be sound: parts are read
                 assert torch.equal(rows.rows(torch.tensor(ids)), expected[ids])
@@ -164,7 +165,7 @@ def test_rows(tmp_path: Path, held: int) -> None:
 def test_reading_few_rows_reads_few_pages(tmp_path: Path) -> None:
     table = open_table(tmp_path, write_table(tmp_path, COUNT, "rows"))
     with Reader() as reader:
-        rows = RowTable(table, reader, None, None, None)
+        rows = RowTable(table, reader, PLAIN, None, None)
         rows.rows(torch.tensor([3]))
         before = table.traffic.bytes_read
         rows.rows(torch.tensor([3, 4]))
@@ -172,7 +173,7 @@ def test_reading_few_rows_reads_few_pages(tmp_path: Path) -> None:
     table.close()
 
 
-def test_threads_end(tmp_path: Path, reading: Kernels | None) -> None:
+def test_threads_end(tmp_path: Path, reading: Backend) -> None:
     def count() -> int:
         tasks = Path("/proc/self/task")
         return len(list(tasks.iterdir())) if tasks.is_dir() else threading.active_count()

@@ -23,10 +23,11 @@ from outsize.draft.spec import DraftSpec
 from outsize.draft.step_time import StepTimes
 from outsize.draft.verify import Check, rejecting, verify
 from outsize.encoding.find import encoding
-from outsize.encoding.group import BLOCK
 from outsize.errors import AdapterError, UnsupportedError
 from outsize.home import expanded, home
-from outsize.kernels.native import Kernels
+from outsize.kernels.backend import Backend
+from outsize.kernels.layouts import BLOCK
+from outsize.kernels.plain import PLAIN
 from outsize.log import warn
 from outsize.model.lora import Adapter, check_shapes
 from outsize.model.transformer import Transformer
@@ -195,15 +196,15 @@ def mask_model(path: Path, k: int, pack: Pack, transformer: Transformer) -> MtpM
     """Read and check a mask drafter. Raises AdapterError."""
     t, d = transformer, pack.description
     file, adapter, masks = _checked_masks(path, k, d, pack.source.sha256, pack.path.name)
-    head = mtp_head.stages(_head(file, d), partial(_product, t.kernels))
+    head = mtp_head.stages(_head(file, d), partial(_product, t.backend))
     return MtpModel(masks, adapter, head, t.likely, t.embed, t.head_rows)
 
 
-def _product(kernels: Kernels | None, weight: Tensor) -> mtp_head.Product:
+def _product(backend: Backend, weight: Tensor) -> mtp_head.Product:
     """With a matrix of the sampler head, in eight bits where there are kernels for that, else in bf16."""
-    if kernels is None or weight.shape[1] % BLOCK:
+    if backend is PLAIN or weight.shape[1] % BLOCK:
         return mtp_head.plainly(weight.bfloat16())
-    coded = encoding("group8", kernels)
+    coded = encoding("group8", backend)
     fields = coded.encode(weight)
     return lambda x: coded.linear(x, fields, False)
 

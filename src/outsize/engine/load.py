@@ -20,8 +20,10 @@ from outsize.draft.spec import DraftSpec, parse_draft
 from outsize.draft.union import Union
 from outsize.engine.model import Model
 from outsize.engine.turns import check_fork
-from outsize.home import expanded, home
-from outsize.kernels.native import Kernels, kernels
+from outsize.home import expanded
+from outsize.kernels.backend import Backend
+from outsize.kernels.find import find
+from outsize.kernels.plain import PLAIN
 from outsize.log import silent, warn, warn_once
 from outsize.model.transformer import Transformer
 from outsize.options import DEFAULT_MODEL
@@ -145,10 +147,10 @@ def foresee(
     return outline, load_options.place(outline, size, runtime, tokenizer_bytes(outline))
 
 
-def compiled(load_options: LoadOptions) -> Kernels | None:
-    """The compiled kernels, if they are wished for and can be had; what is wrong with them is said once."""
+def compiled(load_options: LoadOptions) -> Backend:
+    """The backend: compiled, if that is wished for and can be had; what is wrong with it is said once."""
     tell = silent if load_options.quiet else warn_once
-    return kernels(home() / "native", tell) if load_options.native else None
+    return find(load_options.native, tell)
 
 
 class Packs(NamedTuple):
@@ -253,9 +255,9 @@ def _drafting(
     return drafting.Drafting(spec if kind == "none" else asked, DraftStats(masks, union), smaller)
 
 
-def _warn_slow(made: Pack, native: Kernels | None) -> None:
+def _warn_slow(made: Pack, native: Backend) -> None:
     grouped = [name for name in made.encodings if name.startswith("group")]
-    if grouped and native is None:
+    if grouped and native is PLAIN:
         warn(
             f"{made.path.name} holds {', '.join(grouped)}, which without compiled kernels runs about "
             "20 times slower; install a C compiler, or pack again with --encoding int8"

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from outsize.forward.span import Out, Span
+from outsize.kernels.attention import CHUNK
+from outsize.kernels.rows import Segment
 from outsize.kv.kv import KV
-from outsize.model.attention import CHUNK
 from outsize.model.lora import Adapter
-from outsize.model.step import Segment, Step
+from outsize.model.step import Step
 from outsize.model.transformer import Transformer
 
 NARROW = 16

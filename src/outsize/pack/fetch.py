@@ -14,7 +14,8 @@ from outsize.checkpoint.hub import is_offline
 from outsize.checkpoint.hub_headers import fetch_headers
 from outsize.errors import OptionError, PackError
 from outsize.home import home
-from outsize.kernels.native import kernels
+from outsize.kernels.find import find as find_backend
+from outsize.kernels.plain import PLAIN
 from outsize.log import say, silent, warn
 from outsize.options import DEFAULT_MODEL, DEFAULT_MODEL_SHA256
 from outsize.pack import leftovers, store, write
@@ -167,4 +168,4 @@ def _temporary(spec: source.Spec) -> Iterator[Path]:
 
 
 def _grouped() -> bool:
-    return kernels(home() / "native") is not None
+    return find_backend() is not PLAIN

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from outsize.checkpoint.checkpoint import Tensor
-from outsize.encoding import int4
 from outsize.errors import UnsupportedError
+from outsize.kernels.layouts import torch_reads_tiles
 from outsize.pack.format import TableHeader
 
 # With our kernels; of types of more bits, group8.
@@ -79,7 +79,7 @@ def encoding_for(tensor: Tensor, wanted: str, grouped: bool) -> str:
     if wanted != "auto":
         return wanted
     fits = grouped and tensor.shape[-1] % 64 == 0
-    tiles = grouped or int4.supported()
+    tiles = grouped or torch_reads_tiles()
     if kind.name in CODED and tiles and not (fits and kind.name in GROUPED):
         return CODED[kind.name]
     if kind.name not in BYTES and kind.name not in CODED and kind.name not in GROUPED:

@@ -7,8 +7,8 @@ Shapes in names of sizes: T tokens of context, C tokens of a chunk, D width.
 from __future__ import annotations
 
 from outsize.caching.eviction.echo import BYTES as ECHO_BYTES
-from outsize.encoding.plain import WIDE_BYTES
-from outsize.model.attention import CHUNK, score_bytes
+from outsize.kernels.attention import CHUNK, score_bytes
+from outsize.kernels.plain import WIDE_BYTES
 from outsize.pack.format import TableHeader
 from outsize.pack.outline import Outline
 from outsize.plan.placement import ADAPTER, TEMPLATE

@@ -15,7 +15,8 @@ from outsize.draft.spec import DraftSpec, parse_draft
 from outsize.encoding.find import NATIVE
 from outsize.errors import BudgetError, ContextError, OptionError
 from outsize.home import expanded
-from outsize.kernels.native import Kernels
+from outsize.kernels.backend import Backend
+from outsize.kernels.plain import PLAIN
 from outsize.kernels.threads import Threads, look
 from outsize.model_config import Description
 from outsize.pack import fetch
@@ -50,10 +51,10 @@ class LoadOptions:
     # Names of these that are defaults (of the environment or config.toml): left out where they do not apply.
     defaults: Collection[str] = ()
 
-    def kernel_threads(self, made: Pack, native: Kernels | None) -> Threads:
+    def kernel_threads(self, made: Pack, native: Backend) -> Threads:
         """As many as the user says, or as the machine has free."""
         looks = look if self.threads is None else (lambda: None)
-        alone = native is not None and made.share_of(NATIVE) > MOSTLY
+        alone = native is not PLAIN and made.share_of(NATIVE) > MOSTLY
         return Threads(torch.get_num_threads(), looks, alone=alone)
 
     def check(self) -> None:

@@ -2,7 +2,7 @@
 what is waited for goes before what is read ahead. Reading holds no core: the threads sleep in the kernel.
 
 A record of a small model is read in half a millisecond, so that handing it over must cost little: where
-there are compiled kernels, threads of theirs read (kernels/csrc/reads.c), which never wait for Python;
+there is a compiled backend, threads of its read (kernels/csrc/reads.c), which never wait for Python;
 here is the plain twin, with queues and flags whose single operations are atomic, and no locks around
 them. What fails in C is read again here, with retries and a typed error.
 """
@@ -13,7 +13,8 @@ import threading
 from collections import deque
 from queue import SimpleQueue
 
-from outsize.kernels.native import Kernels
+from outsize.kernels.backend import Backend
+from outsize.kernels.plain import PLAIN
 from outsize.storage.native_reader import Reads
 from outsize.storage.table import Table
 from outsize.storage.tickets import NativeTicket, PlainTicket, Ticket
@@ -52,12 +53,12 @@ class _Queues:
 
 
 class Reader:
-    """The threads, of C where there are kernels, and else or for unusual media of Python; close it."""
+    """The threads, of C where the backend has some, and else or for unusual media of Python; close it."""
 
-    def __init__(self, threads: int = THREADS, kernels: Kernels | None = None) -> None:
+    def __init__(self, threads: int = THREADS, backend: Backend = PLAIN) -> None:
         self._queues = _Queues()
         self._count, self._threads = threads, list[threading.Thread]()
-        self._reads = None if kernels is None else Reads(kernels.library, threads)
+        self._reads = None if backend.library is None else Reads(backend.library, threads)
 
     def submit(
         self, table: Table, index: int, out: memoryview, start: int = 0, urgent: bool = True

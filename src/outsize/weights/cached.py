@@ -11,7 +11,7 @@ from torch import Tensor
 from outsize.caching.eviction.pin_and_ring import PinAndRing
 from outsize.caching.policy import Policy
 from outsize.caching.slots import Load, SlotTable
-from outsize.kernels.native import Kernels
+from outsize.kernels.backend import Backend
 from outsize.storage.buffers import BufferPool
 from outsize.storage.reader import Reader
 from outsize.storage.table import Table, Weights, views
@@ -27,7 +27,7 @@ class Cached:
         self,
         table: Table,
         reader: Reader,
-        kernels: Kernels | None,
+        backend: Backend,
         capacity: int,
         policy: Policy,
         scan: Sequence[int] = (),
@@ -40,8 +40,8 @@ class Cached:
         `give_back`. `anew` makes a policy as this one was, for `restore`."""
         self.table, self.traffic, self._reader = table, table.traffic, reader
         self.slot_table = SlotTable(policy, table.traffic, table.header.stride)
-        self._kernels, self._scan, self._depth = (
-            kernels,
+        self._backend, self._scan, self._depth = (
+            backend,
             sorted(scan),
             capacity if depth is None else depth,
         )
@@ -256,7 +256,7 @@ class Cached:
     def _submit(self, index: int, slot: int, urgent: bool) -> Ticket:
         raw, out = self._buffer(slot)
         if self._views[slot] is None:
-            self._views[slot] = views(raw, self.table.header, self._kernels)
+            self._views[slot] = views(raw, self.table.header, self._backend)
         return self._reader.submit(self.table, index, out, urgent=urgent)
 
     def _buffer(self, slot: int) -> tuple[Tensor, memoryview]:

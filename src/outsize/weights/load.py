@@ -12,7 +12,7 @@ import torch
 
 from outsize.caching.eviction.pin_and_ring import PinAndRing
 from outsize.caching.policy import Hints, make
-from outsize.kernels.native import Kernels
+from outsize.kernels.backend import Backend
 from outsize.pack.format import Matrix, Pack, TableHeader
 from outsize.storage.reader import Reader
 from outsize.storage.stats import IOStats
@@ -120,7 +120,7 @@ class _Loading:
     """The state of one load."""
 
     pack: Pack
-    kernels: Kernels | None
+    backend: Backend
     traffic: IOStats
     verify: str
     tick: Tick
@@ -131,7 +131,7 @@ class _Loading:
     caches: list[Cached] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.reader = Reader(kernels=self.kernels)
+        self.reader = Reader(backend=self.backend)
 
     def open(self, header: TableHeader) -> Table:
         traffic = self.expert_traffic if header.kind == "experts" else self.traffic
@@ -144,7 +144,7 @@ class _Loading:
         anew = partial(PinAndRing, capacity, share.pinned)
         scan = sorted(set(range(len(table))) - set(share.pinned)) if share.ring else []
         made = Cached(
-            table, self.reader, self.kernels, capacity, anew(), scan, share.ring, share.lent, anew
+            table, self.reader, self.backend, capacity, anew(), scan, share.ring, share.lent, anew
         )
         self.caches.append(made)
         return made
@@ -161,7 +161,7 @@ class _Loading:
         hints = Hints(per_layer=count, layers=len(table) // count, ranked=self.experts.ranked)
         anew = partial(self.experts.policy, capacity, hints)
         cache = Cached(
-            table, self.reader, self.kernels, capacity, anew(),
+            table, self.reader, self.backend, capacity, anew(),
             depth=0 if capacity == len(table) else None, anew=anew,
         )  # fmt: skip
         self.caches.append(cache)
@@ -182,7 +182,7 @@ class _Loading:
             self.tables.append(table)
             slots = least_slots(header, mixture.used)
             anew = partial(make, "lru", slots, Hints())
-            cache = Cached(table, self.reader, self.kernels, slots, anew(), anew=anew)
+            cache = Cached(table, self.reader, self.backend, slots, anew(), anew=anew)
             self.caches.append(cache)
             for at in range(0, len(header.keys), mixture.count):
                 out[header.keys[at] // mixture.count] = Copies(cache, at)
@@ -191,14 +191,14 @@ class _Loading:
     def rows(self, header: TableHeader, share: Share) -> RowTable:
         """A row table: its pinned records are its first ones."""
         table, count = self.open(header), len(share.pinned)
-        joined = join(table, self.reader, self.kernels, count, self.tick)
+        joined = join(table, self.reader, self.backend, count, self.tick)
         cache = None
         if share.ring:
             rest = range(count, len(table))
             anew = partial(PinAndRing, share.ring, ())
-            cache = Cached(table, self.reader, self.kernels, share.ring, anew(), rest, anew=anew)
+            cache = Cached(table, self.reader, self.backend, share.ring, anew(), rest, anew=anew)
             self.caches.append(cache)
-        return RowTable(table, self.reader, self.kernels, joined, cache)
+        return RowTable(table, self.reader, self.backend, joined, cache)
 
 
 def _at_once(header: TableHeader, share: Share) -> int:
@@ -210,7 +210,7 @@ def _at_once(header: TableHeader, share: Share) -> int:
 
 def load(
     pack: Pack,
-    kernels: Kernels | None,
+    backend: Backend,
     traffic: IOStats,
     progress: Progress,
     shares: Shares | None = None,
@@ -231,7 +231,7 @@ def load(
         done += size
         progress("loading", done, total)
 
-    state = _Loading(pack, kernels, traffic, verify, tick, experts or ExpertOptions())
+    state = _Loading(pack, backend, traffic, verify, tick, experts or ExpertOptions())
     try:
         loaded = _load(state, whole)
         for layer, found in (state.copies(copies) if copies is not None else {}).items():

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from outsize.caching.eviction.pin_and_ring import PinAndRing
-from outsize.kernels.native import Kernels
+from outsize.kernels.backend import Backend
 from outsize.storage.reader import Reader
 from outsize.storage.stats import IOStats
 from outsize.storage.table import Table, Weights
@@ -42,10 +42,10 @@ class Residency(Protocol):
 class Resident:
     """Every record, read at once; the plain twin."""
 
-    def __init__(self, table: Table, reader: Reader, kernels: Kernels | None, tick: Tick) -> None:
+    def __init__(self, table: Table, reader: Reader, backend: Backend, tick: Tick) -> None:
         self.traffic = table.traffic
         ids = range(len(table))
-        made = Cached(table, reader, kernels, len(table), PinAndRing(len(table), ids))
+        made = Cached(table, reader, backend, len(table), PinAndRing(len(table), ids))
         self._weights = made.load(ids, tick)
 
     def fetch(self, ids: Sequence[int]) -> list[Weights]:

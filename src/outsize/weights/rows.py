@@ -15,8 +15,9 @@ from torch import Tensor
 
 from outsize.caching.eviction.pin_and_ring import PinAndRing
 from outsize.encoding.find import encoding
-from outsize.encoding.plain import Plain
-from outsize.kernels.native import Kernels
+from outsize.encoding.plain import Plain, slice_rows
+from outsize.kernels.backend import Backend
+from outsize.kernels.plain import PLAIN
 from outsize.pack.format import PAGE, Matrix, aligned, field_bytes
 from outsize.storage.buffers import BufferPool, buffer
 from outsize.storage.reader import Reader
@@ -35,13 +36,13 @@ class RowTable:
         self,
         table: Table,
         reader: Reader,
-        kernels: Kernels | None,
+        backend: Backend,
         joined: Weight | None,
         cached: Cached | None,
     ) -> None:
-        self._table, self._reader, self._kernels = table, reader, kernels
+        self._table, self._reader, self._backend = table, reader, backend
         (self._matrix,) = next(iter(table.header.tensors.values()))
-        self.encoding = encoding(self._matrix.encoding, kernels)
+        self.encoding = encoding(self._matrix.encoding, backend)
         self._joined, self.cached = joined, cached
         self._num_joined = 0 if joined is None else joined.num_rows
         # A float matmul's bits depend on how many rows it has, so floats are always taken by blocks.
@@ -76,7 +77,7 @@ class RowTable:
             ring = min(RING, len(self._table))
             anew = partial(PinAndRing, ring, ())
             made = Cached(
-                self._table, self._reader, self._kernels, ring, anew(), everything, anew=anew
+                self._table, self._reader, self._backend, ring, anew(), everything, anew=anew
             )
             self.cached = made
         self._joined, self._num_joined = None, 0  # last: broken off before, all is as it was
@@ -99,8 +100,8 @@ class RowTable:
         assert self._joined is not None
         fields = self._joined.fields
         for start in range(0, self._num_joined, size):
-            part = {k: f[start : start + size] for k, f in fields.items()}
-            yield Weight(self.encoding, part, size)
+            some = slice_rows(self._matrix.specs, fields, start, start + size)
+            yield Weight(self.encoding, some, size)
 
     def rows(self, ids_T: Tensor) -> Tensor:
         """(T, K) fp32."""
@@ -120,7 +121,7 @@ class RowTable:
             out_TK[places] = self._few(record, self._local(record, ids_T[places]))
         for record, raw in self._whole(list(by_record)):
             places = by_record[record]
-            fields = view(raw, self._matrix, None).fields
+            fields = view(raw, self._matrix, PLAIN).fields
             out_TK[places] = self.encoding.rows(fields, self._local(record, ids_T[places]))
         self._table.traffic.waited_s += time.perf_counter() - started
         return out_TK
@@ -211,9 +212,7 @@ def _gather(
     }
 
 
-def join(
-    table: Table, reader: Reader, kernels: Kernels | None, count: int, tick: Tick
-) -> Weight | None:
+def join(table: Table, reader: Reader, backend: Backend, count: int, tick: Tick) -> Weight | None:
     """The first `count` records as one matrix, joined as they are read."""
     if count == 0:
         return None
@@ -227,15 +226,16 @@ def join(
     for i in range(count):
         slot = i % len(raws)
         tickets[slot].wait()
-        _copy(fields, view(raws[slot][0], matrix, kernels), matrix, i)
+        _copy(fields, view(raws[slot][0], matrix, backend), matrix, i)
         tick(header.stride)
         if i + len(raws) < count:
             tickets[slot] = reader.submit(table, i + len(raws), raws[slot][1])
     num_rows = min(matrix.num_rows * count, header.num_rows)
-    return Weight(encoding(matrix.encoding, kernels), fields, num_rows)
+    return Weight(encoding(matrix.encoding, backend), fields, num_rows)
 
 
 def _copy(fields: dict[str, Tensor], block: Weight, matrix: Matrix, index: int) -> None:
-    for name, spec in matrix.specs.items():
-        step = spec.shape[spec.row_axis]
-        fields[name].narrow(spec.row_axis, index * step, step).copy_(block.fields[name])
+    count = block.encoding.stored_rows(block.fields)
+    some_rows = slice_rows(matrix.specs, fields, index * count, (index + 1) * count)
+    for name, some in some_rows.items():
+        some.copy_(block.fields[name])
