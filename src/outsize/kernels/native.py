@@ -20,6 +20,7 @@ from outsize.kernels.plain import TILE_ROWS, Plain, tile_product, wide_linear
 from outsize.kernels.rows import Rows
 from outsize.kernels.structs import ExpertMatrices, LowRankMatrix, NativeMatrix, Place, address
 
+SMALL = 256 << 10  # bytes of scratch that are kept for single tokens
 PASS = 48  # rows that a kernel multiplies at once, as in numbers.h
 GROUP_ROWS = 16  # beyond, with fast bf16, decoding every weight once and one matmul are faster
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # their numbers in rows.c
@@ -40,9 +41,13 @@ SIGNATURES: dict[str, list[Any]] = {
 }
 
 
+_LIKE = {kind: torch.empty(0, dtype=kind, device="cpu") for kind in (BF16, FP32, torch.uint8)}
+
+
 def _empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
-    """For C, whatever torch's default type and device are."""
-    return torch.empty(shape, dtype=dtype, device="cpu")
+    """For C, whatever torch's default type and device are. A step calls this some 400 times: `new_empty`
+    takes 1 us where `torch.empty` takes 4."""
+    return _LIKE[dtype].new_empty(shape)
 
 
 def _function(lib: ctypes.CDLL, name: str) -> Callable[..., None]:
@@ -52,7 +57,7 @@ def _function(lib: ctypes.CDLL, name: str) -> Callable[..., None]:
 
 
 class Native(Plain):
-    """The functions of the C files."""
+    """The functions of the C files. One thread at a time: they share memory to compute in."""
 
     name = "native"
     library: ctypes.CDLL
@@ -67,7 +72,7 @@ class Native(Plain):
         self._tile_linear, self._tile_decode = found["tile_linear"], found["tile_decode"]
         self._expert_rows = found["expert_rows"]
         self._multiplies_bf16 = bool(lib.bf16_products())  # else in fp32, as fast as torch does
-        self._kept = _empty(0)
+        self._kept, self._small = _empty(0), _empty(SMALL, dtype=torch.uint8)
 
     def set_threads(self, count: int) -> None:
         self._set_threads(count)
@@ -83,7 +88,7 @@ class Native(Plain):
             return wide_linear(x_TK, m.rows, lambda a, b: self._some_groups(m, a, b).to(x_TK.dtype))
         x_TK, is_fp32 = x_TK.contiguous(), x_TK.dtype is FP32
         out = _empty(rows, m.rows, dtype=FP32 if is_fp32 else BF16)
-        scratch = _empty(min(rows, PASS) * m.width * 4, dtype=torch.uint8)
+        scratch = self._scratch(min(rows, PASS) * m.width * 4)
         x = address(x_TK, out.dtype)
         self._group_linear(m.pointer, x, out.data_ptr(), rows, is_fp32, scratch.data_ptr())
         return out
@@ -103,7 +108,7 @@ class Native(Plain):
             return wide_linear(x_TK, m.rows, partial(self._some_tiles, m))
         x_TK, room = x_TK.contiguous(), m.width // 32 * (1 if self._multiplies_bf16 else 18)
         out = _empty(count, m.rows)
-        scratch = _empty(min(count, PASS) * room, dtype=FP32)
+        scratch = self._scratch(4 * min(count, PASS) * room)
         self._tile_linear(
             m.codes, m.scale, address(x_TK, BF16), out.data_ptr(), m.rows, m.width, count,
             scratch.data_ptr(),
@@ -115,6 +120,10 @@ class Native(Plain):
         out = self._room(m.width, stop - start)
         self._tile_decode(m.codes, m.scale, out.data_ptr(), m.rows, m.width, start, stop - start)
         return out.T
+
+    def _scratch(self, size: int) -> Tensor:
+        """Bytes that a C function computes in."""
+        return self._small if size <= SMALL else _empty(size, dtype=torch.uint8)
 
     def _room(self, rows: int, width: int) -> Tensor:
         """(rows, width) bf16 of memory that is kept from call to call: taken anew each time, a few MB
@@ -151,9 +160,8 @@ class Native(Plain):
         count, most = len(qkv), table.most_chunks
         width, task = spec.num_heads * spec.head_dim, spec.num_heads // spec.num_kv_heads
         task *= spec.head_dim + 2
-        scratch = _empty(
-            (count * width + 1) // 2 + count * spec.num_kv_heads * most * task, dtype=FP32
-        )
+        queries = (count * width + 1) // 2
+        scratch = self._scratch(4 * (queries + count * spec.num_kv_heads * most * task))
         out = _empty(count, width)
         self._attend(
             spec.pointer, address(qkv, BF16), address(cos_sin, COMPLEX), table.pointer, count, most,
@@ -168,7 +176,7 @@ class Native(Plain):
             super().lowrank(matrix, x_TK, y_TN, rows, wide)
             return
         count = rows.stop - rows.start
-        scratch = _empty(count * matrix.inner + matrix.room)
+        scratch = self._scratch(2 * (count * matrix.inner + matrix.room))
         x = address(x_TK, BF16) + 2 * rows.start * x_TK.shape[1]
         y = address(y_TN, BF16) + 2 * rows.start * y_TN.shape[1]
         self._lowrank(matrix.pointer, x, y, count, scratch.data_ptr())
@@ -189,7 +197,7 @@ class Native(Plain):
         pointers = (_P * num)(*[e.pointer for e in some])
         counts = (_L * num)(*[len(p) for p in places])
         cells = (Place * sum(counts))(*[Place(*cell) for p in places for cell in p])
-        scratch = _empty(most * (2 * max(width, inner) + 2 * width + 3 * inner))
+        scratch = self._scratch(2 * most * (2 * max(width, inner) + 2 * width + 3 * inner))
         self._expert_rows(
             pointers, counts, cells, num, address(x_TD, BF16), address(out_TKD, FP32), out_TKD.shape[1],
             most, kind, scratch.data_ptr(),
