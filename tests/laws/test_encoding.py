@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from outsize.encoding.find import ENCODINGS, encoding
-from outsize.encoding.plain import Encoding
+from outsize.encoding.plain import Encoding, slice_rows
+from outsize.errors import UnsupportedError
 from outsize.kernels import layouts
 from outsize.kernels.backend import Backend
 from outsize.kernels.find import native_in
@@ -112,3 +113,19 @@ def test_int4_without_a_kernel_is_decoded_row_by_row(monkeypatch: pytest.MonkeyP
     y = e.linear(x, fields, False)
     assert (y.float() - exact).norm() <= e.tolerance * exact.norm()
     assert torch.equal(y, torch.cat([e.linear(row, fields, False) for row in x.split(1)]))
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+@pytest.mark.parametrize(("start", "stop"), [(0, 64), (64, 192), (128, 192)])
+def test_sliced_rows_are_rows_of_decode(name: str, start: int, stop: int) -> None:
+    e, fields = made(name, PLAIN, (192, 128))
+    some = slice_rows(e.specs(192, 128), fields, start, stop)
+    assert torch.equal(e.decode(some), e.decode(fields)[start:stop])
+    assert all(f.untyped_storage().data_ptr() == fields[k].untyped_storage().data_ptr()
+               for k, f in some.items())  # fmt: skip
+
+
+def test_a_slice_cuts_no_block_of_rows() -> None:
+    e, fields = made("int4", PLAIN, (192, 128))
+    with pytest.raises(UnsupportedError, match="cut blocks of 64 rows"):
+        slice_rows(e.specs(192, 128), fields, 32, 96)
