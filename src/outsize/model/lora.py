@@ -45,8 +45,8 @@ class Adapter:
         self._stacks = {
             (layer, stack): made
             for layer in range(d.num_layers)
-            for stack, parts in STACKS.items()
-            if (made := _stack(layer, parts, d, factors, scale, coarse)) is not None
+            for stack, projections in STACKS.items()
+            if (made := _stack(layer, projections, d, factors, scale, coarse)) is not None
         }
 
     def factors(self, layer: int, name: str) -> LowRankMatrix | None:
@@ -63,11 +63,11 @@ def stack_bytes(d: Description, shapes: Shapes) -> list[int]:
     """What each stack will hold in bf16, from shapes alone."""
     known, out = widths(d), []
     for layer in range(d.num_layers):
-        for parts in STACKS.values():
-            keys = [f"{layer}.{p}" for p in parts if f"{layer}.{p}" in shapes]
+        for projections in STACKS.values():
+            keys = [f"{layer}.{p}" for p in projections if f"{layer}.{p}" in shapes]
             rank = _even(max((shapes[k][0][0] for k in keys), default=0))
-            inputs, outputs = known[parts[0]][1], sum(known[p][0] for p in parts)
-            out.append(2 * rank * (len(parts) * inputs + outputs))
+            inputs, outputs = known[projections[0]][1], sum(known[p][0] for p in projections)
+            out.append(2 * rank * (len(projections) * inputs + outputs))
     return out
 
 
@@ -79,8 +79,8 @@ def check_shapes(name: str, d: Description, shapes: Shapes) -> None:
     """Raises AdapterError where a shape is not the model's."""
     known = widths(d)
     for key, (a, b) in shapes.items():
-        layer, _, part = key.partition(".")
-        want = known.get(part)
+        layer, _, projection = key.partition(".")
+        want = known.get(projection)
         if want is None or not layer.isdigit() or int(layer) >= d.num_layers:
             raise AdapterError(
                 f"{name} changes {key}, which this model does not have; train it again"
@@ -94,25 +94,25 @@ def check_shapes(name: str, d: Description, shapes: Shapes) -> None:
 
 def _stack(
     layer: int,
-    parts: Sequence[str],
+    projections: Sequence[str],
     d: Description,
     factors: Factors,
     scale: float,
     coarse: bool,
 ) -> LowRankMatrix | None:
-    """Parts that are missing, or have a lower rank, are filled up with zeros."""
-    found = {p: factors[f"{layer}.{p}"] for p in parts if f"{layer}.{p}" in factors}
+    """Projections that are missing, or have a lower rank, are filled up with zeros."""
+    found = {p: factors[f"{layer}.{p}"] for p in projections if f"{layer}.{p}" in factors}
     if not found:
         return None
     rank = _even(max(a.shape[0] for a, _ in found.values()))
     known = widths(d)
-    sizes = [known[p] for p in parts]
+    sizes = [known[p] for p in projections]
     kind = torch.float32 if coarse else torch.bfloat16
-    a_PRK = torch.zeros(len(parts), rank, sizes[0][1], dtype=kind, device="cpu")
+    a_PRK = torch.zeros(len(projections), rank, sizes[0][1], dtype=kind, device="cpu")
     split = [torch.zeros(rows, rank, dtype=kind, device="cpu") for rows, _ in sizes]
-    for i, part in enumerate(parts):
-        if part in found:
-            a, b = found[part]
+    for i, projection in enumerate(projections):
+        if projection in found:
+            a, b = found[projection]
             a_PRK[i, : len(a)] = a
             split[i][:, : b.shape[1]] = b.float() * scale
     return _packed(a_PRK, split, coarse)

@@ -1,8 +1,7 @@
-"""One decoder-only transformer, built from a description and its weights.
+"""One decoder-only transformer, built from a description and its weights: embedding, sub-layers, head.
 
-Its forward is a loop over blocks, written outside (`forward/`). The residual stream h_TD is fp32 and
-is changed in place.
-Shapes: T tokens, D model width, H query heads, J key heads, E numbers a head, V vocabulary.
+What runs the sub-layers, one after another, is a `Forward` (forward/full.py). The residual stream h_TD is
+fp32 and is changed in place. Shapes: T tokens, K tokens whose logits are wanted, D model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,12 +29,13 @@ from outsize.system import memory as budget
 from outsize.weights.cached import Cached
 from outsize.weights.load import Loaded, least_slots
 
-REFINED = 64
+REFINED = 64  # tokens of the highest logits, which are computed again in fp32
 SLACK = 4 << 20  # over what cannot be returned, before returning is tried again
 
 
 class Transformer:
-    """Embedding, blocks, head. Holds no sequence's state."""
+    """Embedding, sub-layers (two a layer, `paged_layers`), head. Holds no sequence's state: that is a KV
+    cache."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Transformer:
             cache.slot_table.begin_pass()
 
     def shrink(self, size: int) -> int:
-        """Give up what was lent, and then held weights, until `size` bytes are free; the bytes of held ones.
+        """Give up what was lent, and then resident weights, until `size` bytes are free; the bytes of those.
         The order is that in which they are least missed: an embedding of its own, slots for experts, layers
         from the last one on, the head."""
         lent, self._lends = self._give_back(), False

@@ -199,7 +199,7 @@ def _sublayer_times(
 ) -> tuple[float, float]:
     d, dtype = o.description, activation_type(_first_matrix(t))
     made = dict(_random(t, backend))
-    half = (attention_sublayer if "qkv" in made else ffn_sublayer)(d, t.keys[0], made)
+    sublayer = (attention_sublayer if "qkv" in made else ffn_sublayer)(d, t.keys[0], made)
     own = PLAIN if dtype == torch.float32 else backend
     kv = KV(t.keys[0] + 1, d.num_kv_heads, d.head_dim, dtype)
     h_TD = torch.randn(tokens, d.width, dtype=torch.float32, device="cpu")
@@ -212,14 +212,14 @@ def _sublayer_times(
 
     def run_chunk() -> None:
         kv.truncate(0)
-        half(h_TD, chunk)
+        sublayer(h_TD, chunk)
 
     chunk_s = median_s(run_chunk, CHUNKS)
     at = iter(range(tokens, tokens + STEPS + 1))
 
     def run_step() -> None:
         i = next(at)
-        half(h_TD[:1], step(range(i, i + 1), False))
+        sublayer(h_TD[:1], step(range(i, i + 1), False))
 
     return median_s(run_step, STEPS), chunk_s
 

@@ -22,7 +22,7 @@ DRAFT = "draft model"
 
 
 def kv_bytes(o: Outline) -> int:
-    """Of one token: its keys and values in all layers, its residual row, its rotations, its id."""
+    """Of one token: its keys and values in all layers, its residual row, its rotary angles, its id."""
     d = o.description
     kv = 2 * d.num_layers * d.num_kv_heads * d.head_dim * o.activation_bytes
     ropes = len({layer.rope for layer in d.layers})

@@ -51,18 +51,18 @@ def wake(backend: Backend) -> None:
         plain = name == "fp32"
         kv = KV(1, d.num_kv_heads, d.head_dim, torch.float32 if plain else torch.bfloat16)
         h_TD = torch.ones(TOKENS, WIDTH, dtype=torch.float32, device="cpu")
-        for half in (attention_sublayer(d, 0, weights), ffn_sublayer(d, 0, weights)):
-            _run(d, half, kv, h_TD, PLAIN if plain else backend)
+        for sublayer in (attention_sublayer(d, 0, weights), ffn_sublayer(d, 0, weights)):
+            _run(d, sublayer, kv, h_TD, PLAIN if plain else backend)
 
 
-def _run(d: Description, half: SubLayer, kv: KV, h_TD: Tensor, backend: Backend) -> None:
+def _run(d: Description, sublayer: SubLayer, kv: KV, h_TD: Tensor, backend: Backend) -> None:
     """A long span, then one token."""
     kv.truncate(0)
     for first, last in ((0, TOKENS), (TOKENS, TOKENS + 1)):
         positions, wide = range(first, last), last - first > 1
         angles = rotary_angles(d.ropes, d.head_dim, positions)
         step = Step(Rows([Segment(kv, positions)], wide), angles, PLAIN if wide else backend)
-        half(h_TD[: last - first], step)
+        sublayer(h_TD[: last - first], step)
 
 
 def _weights(d: Description, name: str, backend: Backend) -> Weights:

@@ -1,4 +1,4 @@
-"""The feed-forward of a mixture: a router names a few experts for each token, their outputs are weighed
+"""The feed-forward of a mixture of experts: a router names a few for each token, their outputs are weighed
 and summed.
 
 Few rows: experts are computed in the order in which they are in memory, the missing ones arriving
