@@ -14,7 +14,9 @@ import outsize
 from outsize.draft.spec import parse_draft
 from outsize.engine import load as loading
 from outsize.engine.model import Model
-from outsize.kernels.native import Kernels, kernels
+from outsize.kernels.backend import Backend
+from outsize.kernels.find import native_in
+from outsize.kernels.plain import PLAIN
 from outsize.pack import fetch
 from outsize.pack.outline import of_pack
 from outsize.plan import decide, place
@@ -43,7 +45,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     if IS_WORKER:  # alone, the first test that needs kernels builds them
         shared = tmp_path_factory.getbasetemp().parent / "kernels"
         with filelock.FileLock(shared.with_suffix(".lock")):
-            kernels(shared / "native")
+            native_in(shared / "native")
         link_kernels(shared, folder)
     yield folder
     os.environ |= kept
@@ -59,7 +61,7 @@ def link_kernels(compiled: Path, home: Path) -> None:
 def own_home(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home in which there is nothing but compiled kernels."""
     folder = tmp_path / "home"
-    kernels(home / "native")
+    native_in(home / "native")
     link_kernels(home, folder)
     monkeypatch.setenv("OUTSIZE_HOME", str(folder))
     return folder
@@ -132,9 +134,9 @@ def open_paged(
 
 
 @pytest.fixture(scope="session", params=["python", "native"])
-def reading(request: pytest.FixtureRequest, home: Path) -> Kernels | None:
+def reading(request: pytest.FixtureRequest, home: Path) -> Backend:
     """Who reads records: threads of Python, or of the compiled kernels."""
     if request.param == "python":
-        return None
-    found = kernels(home / "native")
+        return PLAIN
+    found = native_in(home / "native")
     return found if found is not None else pytest.skip("no C compiler here")

@@ -1,7 +1,6 @@
-"""What a model is, as data: the pack carries a `Description`, and one `Transformer` is built from it.
+"""A model's configuration, as data: the pack carries a `Description`, and one `Transformer` is built from it.
 
-A family file reads a config, names the foreign tensors and states its true deviations; it is needed
-to pack, never to run. The file name is the registry.
+A family file (family/) makes it from a published config; that is needed to pack, never to run.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", BIASED)
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary positions: pair i turns by position * base ** (-i / (head_dim / 2)) / divisors[i], and is
-    made `scale` times as long."""
+    """Rotary position embedding (arXiv 2104.09864): pair i of a head is rotated by the angle
+    position * base ** (-i / (head_dim / 2)) / divisors[i], and multiplied by `scale`."""
 
     base: float
     divisors: tuple[float, ...] = ()
@@ -25,7 +24,7 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What differs from layer to layer: attention reach (None: everything) and rope."""
+    """What differs from layer to layer: the rope, and how many tokens attention sees (None: all)."""
 
     rope: Rope
     window: int | None = None
@@ -33,7 +32,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """A feed-forward of `count` experts, of which each token uses `used`."""
+    """A mixture of `count` experts as feed-forward, of which each token uses `used`."""
 
     count: int
     used: int

@@ -16,6 +16,7 @@ from outsize.checkpoint import ggml
 from outsize.checkpoint import gguf as ours
 from outsize.checkpoint.opening import open_checkpoint
 from outsize.errors import CheckpointError
+from outsize.kernels.plain import PLAIN
 from outsize.pack import fetch
 from outsize.storage.buffers import buffer
 from outsize.storage.stats import IOStats
@@ -143,7 +144,7 @@ def test_mxfp4_in_safetensors(tmp_path: Path, encoding: str) -> None:
         table = Table(pack.path, header, IOStats())
         raw, out = buffer(header.stride)
         table.read(3, out)
-        weights = views(raw, header, None)
+        weights = views(raw, header, PLAIN)
         decoded.append({k: weights[k][0].encoding.decode(weights[k][0].fields)[: weights[k][0].num_rows]
                         for k in ("gate_up", "down")})  # fmt: skip
     if encoding == "auto":

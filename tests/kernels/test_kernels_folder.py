@@ -14,7 +14,7 @@ import outsize
 from outsize import log
 from outsize.errors import PackError
 from outsize.kernels import build
-from outsize.kernels.native import kernels
+from outsize.kernels.find import native_in
 from outsize.pack import fetch
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C compiler on this machine")
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C compiler 
 @pytest.fixture
 def compiled(home: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Instead of compiling, copies what was compiled before; where to, in order."""
-    assert kernels(home / "native") is not None
+    assert native_in(home / "native") is not None
     (known,) = (home / "native").glob("*.so")
     made: list[Path] = []
 
@@ -50,7 +50,7 @@ def test_the_folder_is_the_users_alone(tmp_path: Path, compiled: list[Path]) -> 
     folder, before = tmp_path / "native", os.umask(0)
     try:
         for _ in range(3):
-            assert kernels(folder, pytest.fail) is not None
+            assert native_in(folder, pytest.fail) is not None
     finally:
         os.umask(before)
     assert len(compiled) == 1, "kept"
@@ -60,7 +60,7 @@ def test_the_folder_is_the_users_alone(tmp_path: Path, compiled: list[Path]) -> 
 
 def test_what_is_not_as_it_was_built_is_not_run(tmp_path: Path, compiled: list[Path]) -> None:
     folder = tmp_path / "native"
-    kernels(folder)
+    native_in(folder)
     file, whole = file_in(folder), file_in(folder).read_bytes()
 
     def cut() -> None:
@@ -79,7 +79,7 @@ def test_what_is_not_as_it_was_built_is_not_run(tmp_path: Path, compiled: list[P
 
     for number, change in enumerate((cut, open_to_others, linked, without_hash), 2):
         change()
-        assert kernels(folder, pytest.fail) is not None
+        assert native_in(folder, pytest.fail) is not None
         assert len(compiled) == number, change.__name__
         assert file.read_bytes() == whole
         assert not file.is_symlink()
@@ -89,9 +89,9 @@ def test_a_folder_that_others_could_write_to_is_emptied(
     tmp_path: Path, compiled: list[Path]
 ) -> None:
     folder = tmp_path / "native"
-    kernels(folder)
+    native_in(folder)
     folder.chmod(0o777)
-    assert kernels(folder, pytest.fail) is not None
+    assert native_in(folder, pytest.fail) is not None
     assert len(compiled) == 2
     assert mode(folder) == 0o700
 
@@ -101,14 +101,14 @@ def test_a_folder_of_others_is_left_alone(
     whose: str, tmp_path: Path, compiled: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, notes = tmp_path / "native", list[str]()
-    kernels(folder)
+    native_in(folder)
     if whose == "a link":
         folder.rename(tmp_path / "real")
         folder.symlink_to(tmp_path / "real")
     else:
         monkeypatch.setattr(build, "_trusted", lambda: (os.geteuid() + 1,))
     for _ in range(3):
-        assert kernels(folder, notes.append) is not None
+        assert native_in(folder, notes.append) is not None
     assert len(compiled) == 2, "once for this process"
     assert not compiled[1].exists()
     assert set(notes) == {
@@ -138,7 +138,7 @@ def test_without_a_home_a_pack_runs_at_full_speed(
     request.getfixturevalue("no_home")
     for _ in range(2):
         with outsize.load(str(pack)) as model:
-            assert model.transformer.kernels is not None
+            assert model.transformer.backend.name == "native"
             assert model.generate("a", raw=True, max_tokens=2)[0].new_tokens == 2
     said = [s for s in capsys.readouterr().err.splitlines() if "kernels" in s]
     assert len(said) == 1, said
@@ -169,9 +169,9 @@ def test_without_a_compiler_kernels_built_before_are_used(
     tmp_path: Path, compiled: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in an image: built with one, run without."""
-    kernels(tmp_path / "native")
+    native_in(tmp_path / "native")
     monkeypatch.setattr(build, "compiler", lambda: None)
-    assert kernels(tmp_path / "native", pytest.fail) is not None
+    assert native_in(tmp_path / "native", pytest.fail) is not None
 
 
 def test_without_a_home_no_pack_is_made(

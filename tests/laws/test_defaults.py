@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from outsize.kernels.native import kernels
-from outsize.kernels.structs import GroupMatrix, address
+from outsize.kernels.find import native_in
+from outsize.kernels.layouts import CodedMatrix
+from outsize.kernels.structs import NativeMatrix, address
 from tests.golden.test_golden import write_gguf
 
 ROOT = Path(__file__).parents[2]
@@ -122,7 +123,7 @@ print("done")
 def test_packs_do_not_depend_on_defaults(
     folder_of: Callable[[str], Path], home: Path, tmp_path: Path
 ) -> None:
-    kernels(home / "native")
+    native_in(home / "native")
     for what in ("None", "torch.float16", "torch.bfloat16", "meta"):
         shutil.copytree(home / "native", tmp_path / what / "native")
     done = subprocess.run(
@@ -144,4 +145,4 @@ def test_what_c_would_misread_is_not_handed_over() -> None:
     with pytest.raises(
         TypeError, match=r"torch\.float16 on the CPU, and was handed torch\.float32"
     ):
-        GroupMatrix(4, codes, None, scale)
+        NativeMatrix(CodedMatrix(4, 4, 64, codes, None, scale))

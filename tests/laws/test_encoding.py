@@ -7,28 +7,32 @@ from pathlib import Path
 import pytest
 import torch
 
-from outsize.encoding import int4
 from outsize.encoding.find import ENCODINGS, encoding
-from outsize.encoding.plain import Encoding
-from outsize.kernels.native import Kernels, kernels
+from outsize.encoding.plain import Encoding, slice_rows
+from outsize.errors import UnsupportedError
+from outsize.kernels import layouts
+from outsize.kernels.backend import Backend
+from outsize.kernels.find import native_in
+from outsize.kernels.native import Native
+from outsize.kernels.plain import PLAIN
 
 SHAPES = [(64, 64), (192, 128), (80, 192), (48, 576)]
 
 
 @pytest.fixture(scope="module")
-def compiled(home: Path) -> Kernels | None:
-    return kernels(home / "native")
+def compiled(home: Path) -> Native | None:
+    return native_in(home / "native")
 
 
 @pytest.fixture(params=["plain", "native"])
-def kernel(request: pytest.FixtureRequest, compiled: Kernels | None) -> Kernels | None:
+def kernel(request: pytest.FixtureRequest, compiled: Native | None) -> Backend:
     if request.param == "native" and compiled is None:
         pytest.skip("no C compiler on this machine")
-    return compiled if request.param == "native" else None
+    return compiled if compiled is not None and request.param == "native" else PLAIN
 
 
 def made(
-    name: str, kernel: Kernels | None, shape: tuple[int, int]
+    name: str, kernel: Backend, shape: tuple[int, int]
 ) -> tuple[Encoding, dict[str, torch.Tensor]]:
     torch.manual_seed(shape[0])
     e = encoding(name, kernel)
@@ -38,9 +42,7 @@ def made(
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ENCODINGS)
 @pytest.mark.parametrize("rows", [1, 5, 16, 70])
-def test_linear_is_decode(
-    name: str, kernel: Kernels | None, shape: tuple[int, int], rows: int
-) -> None:
+def test_linear_is_decode(name: str, kernel: Backend, shape: tuple[int, int], rows: int) -> None:
     e, fields = made(name, kernel, shape)
     x = torch.randn(rows, shape[1]).to(torch.float32 if name == "fp32" else torch.bfloat16)
     exact = x.float() @ e.decode(fields).T
@@ -52,7 +54,7 @@ def test_linear_is_decode(
 
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_fields_match_their_specs(name: str) -> None:
-    e, fields = made(name, None, (80, 192))
+    e, fields = made(name, PLAIN, (80, 192))
     specs = e.specs(80, 192)
     assert list(specs) == list(fields)
     for key, spec in specs.items():
@@ -62,7 +64,7 @@ def test_fields_match_their_specs(name: str) -> None:
 
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_rows_are_rows_of_decode(name: str) -> None:
-    e, fields = made(name, None, (192, 64))
+    e, fields = made(name, PLAIN, (192, 64))
     ids = torch.tensor([0, 191, 63, 64, 31, 32, 5])
     assert torch.equal(e.rows(fields, ids), e.decode(fields)[ids])
 
@@ -87,7 +89,7 @@ def test_decode_of_encode(name: str, error: float) -> None:
 
 @pytest.mark.parametrize("name", ENCODINGS)
 @pytest.mark.parametrize("wide", [False, True])
-def test_gradient_reaches_the_input(name: str, wide: bool, kernel: Kernels | None) -> None:
+def test_gradient_reaches_the_input(name: str, wide: bool, kernel: Backend) -> None:
     e, fields = made(name, kernel, (64, 64))
     x = torch.randn(70, 64).to(torch.float32 if name == "fp32" else torch.bfloat16)
     x.requires_grad_(True)
@@ -104,10 +106,26 @@ def test_zero_rows_stay_zero() -> None:
 
 
 def test_int4_without_a_kernel_is_decoded_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int4, "supported", lambda: False)
-    e, fields = made("int4", None, (80, 192))
+    monkeypatch.setattr(layouts, "torch_reads_tiles", lambda: False)
+    e, fields = made("int4", PLAIN, (80, 192))
     x = torch.randn(3, 192).bfloat16()
     exact = x.float() @ e.decode(fields).T
     y = e.linear(x, fields, False)
     assert (y.float() - exact).norm() <= e.tolerance * exact.norm()
     assert torch.equal(y, torch.cat([e.linear(row, fields, False) for row in x.split(1)]))
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+@pytest.mark.parametrize(("start", "stop"), [(0, 64), (64, 192), (128, 192)])
+def test_sliced_rows_are_rows_of_decode(name: str, start: int, stop: int) -> None:
+    e, fields = made(name, PLAIN, (192, 128))
+    some = slice_rows(e.specs(192, 128), fields, start, stop)
+    assert torch.equal(e.decode(some), e.decode(fields)[start:stop])
+    assert all(f.untyped_storage().data_ptr() == fields[k].untyped_storage().data_ptr()
+               for k, f in some.items())  # fmt: skip
+
+
+def test_a_slice_cuts_no_block_of_rows() -> None:
+    e, fields = made("int4", PLAIN, (192, 128))
+    with pytest.raises(UnsupportedError, match="cut blocks of 64 rows"):
+        slice_rows(e.specs(192, 128), fields, 32, 96)

@@ -25,7 +25,9 @@ from outsize.errors import OptionError, UnsupportedError
 from outsize.forward.full import full
 from outsize.forward.span import Span
 from outsize.home import home as home_folder
-from outsize.kernels.native import kernels as compiled
+from outsize.kernels.find import native_in
+from outsize.kernels.plain import PLAIN
+from outsize.kernels.rows import Rows
 from outsize.model.ffn.dense import Dense
 from outsize.model.ffn.experts import Built, add, native_experts
 from outsize.model.layers import Linear
@@ -52,7 +54,7 @@ def opened(
     shares = {t.name: all_of(t) for t in pack.tables}
     if capacity is not None:
         shares |= {t.name: Share((), capacity) for t in pack.tables if t.kind == "experts"}
-    loaded = weights.load(pack, None, LoadPlan(shares, "first", expert_options, copies))
+    loaded = weights.load(pack, PLAIN, LoadPlan(shares, "first", expert_options, copies))
     try:
         yield Transformer(pack.description, loaded)
     finally:
@@ -123,7 +125,7 @@ def test_rows_do_not_see_company(packs: dict[str, Pack]) -> None:
 
 @pytest.mark.parametrize("encoding", ["int4", "group4", "group5", "group8"])
 def test_experts_in_one_call_are_the_single_ones(encoding: str) -> None:
-    kernels = compiled(home_folder() / "native")
+    kernels = native_in(home_folder() / "native")
     if kernels is None:
         pytest.skip("no C compiler on this machine")
     width, inner, rows, used = 128, 192, 5, 3
@@ -134,7 +136,7 @@ def test_experts_in_one_call_are_the_single_ones(encoding: str) -> None:
         w = {k: (Weight(kind, kind.encode(m), len(m)),) for k, m in pair.items()}
         return Built(w, Dense(Linear(w["gate_up"]), Linear(w["down"]), "silu"), native_experts(w))
 
-    x, step = torch.randn(rows, width).bfloat16(), Step([], {}, False, kernels)
+    x, step = torch.randn(rows, width).bfloat16(), Step(Rows([], False), {}, kernels)
     built = [expert() for _ in range(4)]
     places = [
         [(0, 0, 0.5), (3, 2, 0.25)],
@@ -147,7 +149,7 @@ def test_experts_in_one_call_are_the_single_ones(encoding: str) -> None:
         add(e.ffn, p, x, step, one)
     native = [e.native for e in built if e.native is not None]
     assert len(native) == len(built)
-    kernels.experts(native, places, x, all_at_once, 0)
+    assert kernels.experts(native, places, x, all_at_once, "silu")
     assert torch.equal(one, all_at_once)
     assert one.any()
 
@@ -157,13 +159,13 @@ def test_same_bits_with_kernels(family: str, open_tiny: Callable[..., Model]) ->
     """The model with all its experts held, and with few, both through the native kernels."""
     model = open_tiny(family, "int4")
     pack = model.pack
-    kernels = compiled(home_folder() / "native")
+    backend = native_in(home_folder() / "native") or PLAIN
     expected = logits(model.transformer)
     shares = {t.name: all_of(t) for t in pack.tables}
     shares |= {t.name: Share((), 12) for t in pack.tables if t.kind == "experts"}
-    loaded = weights.load(pack, kernels, LoadPlan(shares))
+    loaded = weights.load(pack, backend, LoadPlan(shares))
     try:
-        few = Transformer(pack.description, loaded, kernels)
+        few = Transformer(pack.description, loaded, backend)
         assert torch.equal(logits(few), expected)
     finally:
         loaded.close()

@@ -67,11 +67,12 @@ def test_a_batch_gives_the_text_of_single_runs(
 def test_grouped_kernels_are_invariant(home: object) -> None:
     from outsize.encoding.group import Group
     from outsize.home import home as folder
-    from outsize.kernels.native import kernels
+    from outsize.kernels.find import native_in
+    from outsize.kernels.plain import PLAIN
 
-    compiled = kernels(folder() / "native")
+    compiled = native_in(folder() / "native")
     for bits in (4, 5, 8):
-        for kernel in (None, compiled):
+        for kernel in (PLAIN, compiled or PLAIN):
             e = Group(bits, kernel)
             fields, x = e.encode(torch.randn(96, 192)), torch.randn(13, 192)
             rows = torch.cat([e.linear(x[i : i + 1], fields, False) for i in range(13)])

@@ -15,7 +15,8 @@ from outsize.encoding.group import Group
 from outsize.encoding.int4 import Int4
 from outsize.engine.model import Model
 from outsize.kernels import build
-from outsize.kernels.native import kernels
+from outsize.kernels.find import native_in
+from outsize.kernels.plain import PLAIN
 from outsize.model.ffn.experts import Mixture, Router
 from tests.golden import tiny
 from tests.golden.test_golden import logits
@@ -29,8 +30,8 @@ TOLERANCE = 0.03
 @pytest.mark.parametrize("lengths", [[1] * 20, [16, 3, 16], [30, 1, 1, 4]])
 def test_native_is_plain(family: str, lengths: list[int], open_tiny: Callable[..., Model]) -> None:
     native, plain = open_tiny(family, "bf16", True), open_tiny(family, "bf16", False)
-    assert native.transformer.kernels is not None
-    assert plain.transformer.kernels is None
+    assert native.transformer.backend.name == "native"
+    assert plain.transformer.backend is PLAIN
     with routed_alike(plain, native):
         twin, ours = logits(plain, lengths), logits(native, lengths)
     assert np.linalg.norm(ours - twin) <= TOLERANCE * np.linalg.norm(twin)
@@ -75,7 +76,8 @@ class Replaying(Recording):
 
 @pytest.mark.skipif(build.compiler() is None, reason="no C compiler on this machine")
 def test_decoding_kernels_are_exact(home: Path) -> None:
-    compiled = kernels(home / "native")
+    compiled = native_in(home / "native")
+    assert compiled is not None
     torch.manual_seed(2)
     w = torch.randn(192, 320)
     for bits in (5, 8):
@@ -93,7 +95,7 @@ def test_without_a_compiler_the_plain_path_runs(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert build.compiler() is None
-    assert kernels(tmp_path / "native") is None
+    assert native_in(tmp_path / "native") is None
 
 
 def test_a_failing_compiler_is_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -101,7 +103,7 @@ def test_a_failing_compiler_is_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_
     fake.write_text("#!/bin/sh\nexit 1\n")
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert kernels(tmp_path / "native") is None
+    assert native_in(tmp_path / "native") is None
     assert not list((tmp_path / "native").glob("*.so"))
 
 
@@ -109,18 +111,18 @@ def test_a_failing_compiler_is_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_
 @pytest.mark.parametrize("shape", [(64, 32), (128, 96), (320, 576)])
 def test_int4_rows_are_decoded_products_and_alone(shape: tuple[int, int], home: Path) -> None:
     """tiles.c: any number of rows gives each row the bits it has alone."""
-    found = kernels(home / "native")
+    found = native_in(home / "native")
     assert found is not None
     torch.manual_seed(sum(shape))
     plain = Int4()
     fields = plain.encode(torch.randn(shape) * 0.1)
-    w_NK = plain.decode(fields)
+    w_NK, product = plain.decode(fields), Int4(found).product(fields)
     for rows in (1, 2, 5, 6, 7, 13, 25, 50):
         x = torch.randn(rows, shape[1]).bfloat16()
-        y = found.tile_linear(fields["packed"], fields["scales"], x)
+        y = product(x, False)
         want = x.float() @ w_NK.T
         assert (y.float() - want).norm() <= 0.005 * want.norm()
-        alone = [found.tile_linear(fields["packed"], fields["scales"], row) for row in x.split(1)]
+        alone = [product(row, False) for row in x.split(1)]
         assert torch.equal(torch.cat(alone), y)
 
 
@@ -128,17 +130,17 @@ def test_int4_rows_are_decoded_products_and_alone(shape: tuple[int, int], home: 
 def test_int4_rows_keep_their_size_and_what_is_no_number(home: Path) -> None:
     """tiles.c: however large a row is, it has the same bits but for the exponent; rows of nothing give
     nothing, and what is no number stays visible, in its own row."""
-    found = kernels(home / "native")
+    found = native_in(home / "native")
     assert found is not None
     torch.manual_seed(5)
-    fields = Int4().encode(torch.randn(128, 96) * 0.1)
+    product = Int4(found).product(Int4().encode(torch.randn(128, 96) * 0.1))
     x = torch.randn(4, 96).bfloat16()
-    y = found.tile_linear(fields["packed"], fields["scales"], x)
+    y = product(x, False)
     for power in (-60, 40, 90):
-        big = found.tile_linear(fields["packed"], fields["scales"], x * 2.0**power)
+        big = product(x * 2.0**power, False)
         assert torch.equal(big, y * 2.0**power)
     x[0], x[1, 40], x[2, 95] = 0, torch.nan, -torch.inf
-    bad = found.tile_linear(fields["packed"], fields["scales"], x)
+    bad = product(x, False)
     assert not bad[0].any()
     assert not bad[1:3].isfinite().any()
     assert torch.equal(bad[3], y[3])

@@ -18,7 +18,7 @@ from outsize import registry
 from outsize.caching import eviction
 from outsize.caching.policy import Hints, make
 from outsize.errors import CapacityError
-from outsize.kernels.native import Kernels
+from outsize.kernels.backend import Backend
 from outsize.storage.buffers import buffer
 from outsize.storage.reader import Reader
 from outsize.storage.table import Table, Weights
@@ -33,10 +33,10 @@ Fixture = tuple[Table, Reader, dict[int, Weights]]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, reading: Kernels | None) -> Iterator[Fixture]:
+def made(tmp_path_factory: pytest.TempPathFactory, reading: Backend) -> Iterator[Fixture]:
     folder = tmp_path_factory.mktemp("table")
     table = open_table(folder, write_table(folder, COUNT))
-    with Reader(kernels=reading) as reader:
+    with Reader(backend=reading) as reader:
         yield table, reader, ScanCache(table, reader, WHOLE).load(range(COUNT), lambda _: None)
     table.close()
 
@@ -87,11 +87,11 @@ def test_a_request_that_cannot_fit(made: Fixture) -> None:
     assert len(cached.fetch([1, 2])) == 2
 
 
-def test_a_scan_reads_ahead_and_wastes_nothing(tmp_path: Path, reading: Kernels | None) -> None:
+def test_a_scan_reads_ahead_and_wastes_nothing(tmp_path: Path, reading: Backend) -> None:
     table = open_table(tmp_path, write_table(tmp_path, COUNT))
     pinned, ring, turns = (0, 4), 2, 6
     scan = [i for i in range(COUNT) if i not in pinned]
-    with Reader(kernels=reading) as reader:
+    with Reader(backend=reading) as reader:
         cached = ScanCache(table, reader, Share(pinned, ring))
         cached.load(pinned, lambda _: None)
         cached.start()
@@ -170,7 +170,7 @@ def test_reading_few_rows_reads_few_pages(tmp_path: Path) -> None:
     table.close()
 
 
-def test_threads_end(tmp_path: Path, reading: Kernels | None) -> None:
+def test_threads_end(tmp_path: Path, reading: Backend) -> None:
     def count() -> int:
         tasks = Path("/proc/self/task")
         return len(list(tasks.iterdir())) if tasks.is_dir() else threading.active_count()

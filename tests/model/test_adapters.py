@@ -18,7 +18,8 @@ from outsize.errors import AdapterError, OptionError
 from outsize.forward.full import full
 from outsize.forward.span import Span
 from outsize.kernels import build
-from outsize.kernels.native import kernels
+from outsize.kernels.find import native_in
+from outsize.kernels.plain import PLAIN
 from outsize.model.lora import Adapter, widths
 from outsize.model_config import Description
 from tests.drafts import write_peft
@@ -116,18 +117,21 @@ def test_the_kernel_is_its_plain_twin_and_rows_are_alone(
 ) -> None:
     d = open_tiny("llama", "int4").pack.description
     adapter = Adapter("k", d, random_factors(d, rank), 0.5, coarse)
-    found = kernels(home / "native")
+    found = native_in(home / "native")
+    assert found is not None
     x = torch.randn(7, d.width).bfloat16()
     for name, width in (("qkv", d.qkv_rows), ("gate_up", 2 * d.ffn_width)):
         y = torch.randn(7, width).bfloat16()
         plain, native = y.clone(), y.clone()
-        adapter.add(1, name, x, plain, slice(2, 6), False, None)
-        adapter.add(1, name, x, native, slice(2, 6), False, found)
+        factors = adapter.factors(1, name)
+        assert factors is not None
+        PLAIN.lowrank(factors, x, plain, slice(2, 6), False)
+        found.lowrank(factors, x, native, slice(2, 6), False)
         assert (plain.float() - native.float()).norm() / plain.float().norm() < 0.01
         assert torch.equal(native[:2], y[:2])
         for row in range(2, 6):
             one = y.clone()
-            adapter.add(1, name, x, one, slice(row, row + 1), False, found)
+            found.lowrank(factors, x, one, slice(row, row + 1), False)
             assert torch.equal(one[row], native[row])
 
 
@@ -140,7 +144,9 @@ def test_codes_of_eight_bits_are_near_the_factors(
     made = []
     for coarse in (False, True):
         y = torch.zeros(3, d.qkv_rows, dtype=torch.bfloat16)
-        Adapter("k", d, factors, 0.5, coarse).add(0, "qkv", x, y, slice(0, 3), False, None)
+        stack = Adapter("k", d, factors, 0.5, coarse).factors(0, "qkv")
+        assert stack is not None
+        PLAIN.lowrank(stack, x, y, slice(0, 3), False)
         made.append(y.float())
     assert 0 < (made[0] - made[1]).norm() / made[0].norm() < 0.02
 

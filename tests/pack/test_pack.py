@@ -20,6 +20,7 @@ from outsize.checkpoint.opening import open_checkpoint
 from outsize.checkpoint.source import check_hash
 from outsize.errors import DiskFullError, HashError, PackError, SourceError
 from outsize.family.find import recipe
+from outsize.kernels.plain import PLAIN
 from outsize.options import DEFAULT_MODEL, DEFAULT_MODEL_SHA256
 from outsize.pack import fetch, store, write
 from outsize.pack.format import HEADER, read_header
@@ -189,7 +190,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
 ) -> None:
     monkeypatch.setenv("OUTSIZE_HOME", str(small_disk))
     monkeypatch.setattr(write, "_check_room", lambda home, size: None)  # as if it filled meanwhile
-    monkeypatch.setattr("outsize.pack.fetch.kernels", lambda folder: None)
+    monkeypatch.setattr("outsize.pack.fetch.find_backend", lambda: PLAIN)
     with pytest.raises(DiskFullError, match="make room"):
         fetch.pack(str(folder_of("llama")), encoding="fp32", quiet=True)
     assert [p for p in small_disk.rglob("*") if p.is_file() and p.suffix != ".lock"] == []
@@ -256,9 +257,10 @@ def test_without_the_int4_kernel_four_bits_are_packed_in_eight(tmp_path: Path) -
     """A process without a compiler whose torch is held to AVX2, whose int4 layout is another."""
     code = (
         "import sys, outsize\n"
-        "from outsize.encoding import int4\n"
+        "from outsize.kernels.layouts import torch_reads_tiles\n"
         "with outsize.load(sys.argv[1], quiet=True) as m:\n"
-        "    print(int4.supported(), m.pack.encodings, m.generate('a', raw=True, max_tokens=3)[0].new_tokens)"
+        "    reply, = m.generate('a', raw=True, max_tokens=3)\n"
+        "    print(torch_reads_tiles(), m.pack.encodings, reply.new_tokens)"
     )
     path = write_gguf(tmp_path / "m.gguf", "llama", quantized="Q4_0")
     for capability in ("avx2", "default"):

@@ -22,7 +22,9 @@ from hypothesis import strategies as st
 from outsize.engine import conversation
 from outsize.engine.model import Model
 from outsize.errors import PackError, ReadError
-from outsize.kernels.native import Kernels, kernels
+from outsize.kernels.backend import Backend
+from outsize.kernels.find import native_in
+from outsize.kernels.plain import PLAIN
 from outsize.options import Options
 from outsize.report.reply_text import summary
 from outsize.storage import file as medium
@@ -48,9 +50,9 @@ def read(table: Table, index: int) -> bytes:
     return raw.numpy().tobytes()
 
 
-def scan(table: Table, turns: int = 1, kernels: Kernels | None = None) -> list[bytes]:
+def scan(table: Table, turns: int = 1, backend: Backend = PLAIN) -> list[bytes]:
     """All records, in turn, through a ring of two, with reads ahead."""
-    with Reader(kernels=kernels) as reader:
+    with Reader(backend=backend) as reader:
         cached = ScanCache(table, reader, Share((), 2))
         out = []
         for i in list(range(COUNT)) * turns:
@@ -100,14 +102,14 @@ def test_a_bit_flipped_on_the_way_is_read_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("verify", ["first", "always"])
-def test_a_bit_flipped_on_the_disk(tmp_path: Path, verify: str, reading: Kernels | None) -> None:
+def test_a_bit_flipped_on_the_disk(tmp_path: Path, verify: str, reading: Backend) -> None:
     header = write_table(tmp_path, COUNT)
     with open(tmp_path / header.file, "r+b") as f:
         f.seek(2 * STRIDE + 100)
         f.write(b"\xff")
     table = open_table(tmp_path, header, verify)
     with pytest.raises(PackError, match=rf"record 2 at byte {2 * STRIDE:,} of t.records does not"):
-        scan(table, kernels=reading)
+        scan(table, backend=reading)
 
 
 def test_always_checks_later_reads_too(tmp_path: Path) -> None:
@@ -132,36 +134,36 @@ def test_a_file_truncated_while_open(tmp_path: Path) -> None:
         read(table, 3)
 
 
-def test_a_file_truncated_between_reads(tmp_path: Path, reading: Kernels | None) -> None:
+def test_a_file_truncated_between_reads(tmp_path: Path, reading: Backend) -> None:
     header = write_table(tmp_path, COUNT)
     table = open_table(tmp_path, header)
-    scan(table, kernels=reading)
+    scan(table, backend=reading)
     os.truncate(tmp_path / header.file, 3 * STRIDE + 4096)
     with pytest.raises(PackError, match=r"record 3 at byte .* ends 4,096 bytes early"):
-        scan(table, kernels=reading)
+        scan(table, backend=reading)
 
 
-def test_a_file_written_to_while_open(tmp_path: Path, reading: Kernels | None) -> None:
+def test_a_file_written_to_while_open(tmp_path: Path, reading: Backend) -> None:
     """What was verified once is verified again when the file changes under us."""
     header = write_table(tmp_path, COUNT)
     table = open_table(tmp_path, header)
-    scan(table, kernels=reading)
+    scan(table, backend=reading)
     time.sleep(0.02)  # a file system's clock has steps
     with open(tmp_path / header.file, "r+b") as f:
         f.seek(STRIDE)
         f.write(os.urandom(64))
     with pytest.raises(PackError, match=r"record 1 .* does not match its checksum"):
-        scan(table, kernels=reading)
+        scan(table, backend=reading)
 
 
-def test_a_file_replaced_while_open(tmp_path: Path, reading: Kernels | None) -> None:
+def test_a_file_replaced_while_open(tmp_path: Path, reading: Backend) -> None:
     """The open handle keeps the old bytes, and they are right."""
     header = write_table(tmp_path, COUNT)
     before = [expected(tmp_path, i) for i in range(COUNT)]
     table = open_table(tmp_path, header)
     (tmp_path / "new").write_bytes(os.urandom(COUNT * STRIDE))
     os.replace(tmp_path / "new", tmp_path / header.file)
-    assert scan(table, turns=2, kernels=reading) == before * 2
+    assert scan(table, turns=2, backend=reading) == before * 2
 
 
 def test_a_slow_disk(tmp_path: Path) -> None:
@@ -201,7 +203,7 @@ def test_a_conversation_goes_on_after_a_failed_turn(
 
 
 def test_direct_reads_that_are_refused_at_reading(
-    tmp_path: Path, reading: Kernels | None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, reading: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As FUSE and network mounts do: read through the page cache from then on, without tries in vain."""
     if sys.platform != "linux":
@@ -221,7 +223,7 @@ def test_direct_reads_that_are_refused_at_reading(
     rest = [expected(tmp_path, i) for i in range(COUNT)]
     assert read(table, 2) == rest[2]
     assert (refused, table.is_direct, table.handle()) == (1, False, None)
-    assert scan(table, turns=2, kernels=reading) == rest * 2
+    assert scan(table, turns=2, backend=reading) == rest * 2
     assert refused == 1
     table.close()
 
@@ -241,7 +243,7 @@ def test_the_account_says_that_reads_are_cached(
 
 def test_the_native_pool_gives_up_and_hurries(tmp_path: Path, home: Path) -> None:
     """What nobody has begun can be cancelled, and what was read ahead can overtake; each ends once."""
-    found = kernels(home / "native")
+    found = native_in(home / "native")
     if found is None:
         pytest.skip("no C compiler here")
     table = open_table(tmp_path, write_table(tmp_path, COUNT))
@@ -268,7 +270,7 @@ def test_the_native_pool_gives_up_and_hurries(tmp_path: Path, home: Path) -> Non
 @given(data=st.binary(max_size=700))
 @example(data=bytes(range(256)) * 9 + b"and some")  # many times 256 bytes, which are taken at once
 def test_the_native_checksum(data: bytes, home: Path) -> None:
-    found = kernels(home / "native")
+    found = native_in(home / "native")
     if found is None:
         pytest.skip("no C compiler here")
     checksum, held = found.library.checksum, ctypes.create_string_buffer(data, len(data) or 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from outsize.kernels.native import kernels
+from outsize.kernels.find import native_in
 from outsize.storage.native_reader import NativeReader
 
 # The numbers of sched_getattr; sched_setattr's are one less.
@@ -44,7 +44,7 @@ def may_ask() -> bool:
 )
 def test_readers_have_short_turns(home: Path) -> None:
     """So that they are let in while others compute."""
-    if (made := kernels(home / "native")) is None:
+    if (made := native_in(home / "native")) is None:
         pytest.skip("no compiler: the readers are Python's")
     if not slice_of(0):
         pytest.skip("Linux before 6.12 has no turns of a thread's own")

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 
 from outsize.errors import UnsupportedError
-from outsize.model.ffn.dense import ACTIVATIONS
-from outsize.model.layers import turns
+from outsize.kernels.plain import ACTIVATIONS
+from outsize.model.layers import cos_sin
 from outsize.model.sublayer import vector
 from outsize.model_config import Description, Rope
 from outsize.pack.format import Pack
@@ -84,7 +84,7 @@ class TrainableModel:
             self._layers = [self._matrices(weights) for weights in pinned]
         finally:
             loaded.close()
-        self._turns: dict[Rope, Tensor] = {}
+        self._cos_sin: dict[Rope, Tensor] = {}
 
     def _table(self, table: RowTable, d: Description) -> Tensor:
         parts = torch.arange(d.vocab_size).split(ROWS)
@@ -141,11 +141,11 @@ class TrainableModel:
         return {w: (allow if w is None else allow & (apart < w))[:, None] for w in windows}
 
     def _rotation(self, rope: Rope, positions_BT: Tensor) -> Tensor:
-        known = self._turns.get(rope)
+        known = self._cos_sin.get(rope)
         need = int(positions_BT.max()) + 1
         if known is None or len(known) < need:
-            made = turns(rope, self.description.head_dim, torch.arange(2 * need))[:, 0]
-            self._turns[rope] = known = torch.view_as_real(made).to(self.device, self.residual)
+            made = cos_sin(rope, self.description.head_dim, torch.arange(2 * need))[:, 0]
+            self._cos_sin[rope] = known = torch.view_as_real(made).to(self.device, self.residual)
         return known[positions_BT][:, :, None]  # (B, T, 1, E/2, 2)
 
     def _norm(self, h: Tensor, layer: int, name: str) -> Tensor:

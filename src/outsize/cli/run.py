@@ -139,8 +139,9 @@ def open_model(name: str, how: DisplayOptions) -> Model:
     if how.verbose:
         pack = model.pack
         note(f"{pack.path}: {pack.size / 1e6:,.0f} MB as {', '.join(pack.encodings)}")
-        kernels = "native" if model.transformer.kernels is not None else "plain"
-        note(f"opened in {time.perf_counter() - started:.2f} s; {kernels} row kernels")
+        note(
+            f"opened in {time.perf_counter() - started:.2f} s; {model.transformer.backend.name} row kernels"
+        )
     return model
 
 

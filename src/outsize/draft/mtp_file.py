@@ -14,10 +14,11 @@ from outsize.draft import mtp_head
 from outsize.draft.mtp import MtpModel
 from outsize.draft.spec import DraftSpec
 from outsize.encoding.find import encoding
-from outsize.encoding.group import BLOCK
 from outsize.errors import AdapterError, UnsupportedError
 from outsize.home import expanded, home
-from outsize.kernels.native import Kernels
+from outsize.kernels.backend import Backend
+from outsize.kernels.layouts import BLOCK
+from outsize.kernels.plain import PLAIN
 from outsize.model.lora import Adapter
 from outsize.model.lora_file import MTP, additions
 from outsize.model.transformer import Transformer
@@ -71,14 +72,14 @@ def read(path: Path, k: int, model: Outline, transformer: Transformer) -> MtpMod
     if weights and {name: tuple(w.shape) for name, w in weights.items()} != want:
         width = model.description.width
         raise AdapterError(f"{path}: its sampler head does not fit a width of {width:,}")
-    head = mtp_head.stages(weights, partial(_product, t.kernels))
+    head = mtp_head.stages(weights, partial(_product, t.backend))
     return MtpModel(masks, adapter, head, t)
 
 
-def _product(kernels: Kernels | None, weight: Tensor) -> mtp_head.Product:
+def _product(backend: Backend, weight: Tensor) -> mtp_head.Product:
     """With a matrix of the sampler head, in eight bits where there are kernels for that, else in bf16."""
-    if kernels is None or weight.shape[1] % BLOCK:
+    if backend is PLAIN or weight.shape[1] % BLOCK:
         return mtp_head.plainly(weight.bfloat16())
-    coded = encoding("group8", kernels)
+    coded = encoding("group8", backend)
     fields = coded.encode(weight)
     return lambda x: coded.linear(x, fields, False)

@@ -9,22 +9,25 @@ from outsize.encoding.group import Group
 from outsize.encoding.int4 import Int4
 from outsize.encoding.plain import Encoding
 from outsize.errors import PackError
-from outsize.kernels.native import Kernels
+from outsize.kernels.backend import Backend
+from outsize.kernels.layouts import torch_reads_tiles
+from outsize.kernels.plain import PLAIN
 
 ENCODINGS: dict[str, Encoding] = {
     e.name: e for e in (*plain.ENCODINGS, *int8.ENCODINGS, *int4.ENCODINGS, *group.ENCODINGS)
 }
 NATIVE = frozenset(
     n for n, e in ENCODINGS.items() if isinstance(e, Group | Int4)
-)  # kernels compute them
+)  # a compiled backend computes them
 
 
-def encoding(name: str, kernels: Kernels | None = None) -> Encoding:
-    """Raises PackError for a name this version does not have. `kernels` None: the plain twin."""
+def encoding(name: str, backend: Backend = PLAIN) -> Encoding:
+    """The encoding of that name, computed by `backend`. Raises PackError for a name this version does not
+    have."""
     if name not in ENCODINGS:
         raise PackError(f"encoding {name!r} is not known; known are {', '.join(ENCODINGS)}")
     found = ENCODINGS[name]
-    return replace(found, kernels=kernels) if isinstance(found, Group | Int4) else found
+    return replace(found, backend=backend) if isinstance(found, Group | Int4) else found
 
 
 # By a checkpoint tensor's type. With our kernels; of other types of more bits, group8.
@@ -39,7 +42,7 @@ def encoding_for(source_type: str, width: int, wanted: str, grouped: bool) -> st
     if wanted != "auto":
         return wanted
     fits = grouped and width % 64 == 0
-    tiles = grouped or int4.supported()
+    tiles = grouped or torch_reads_tiles()
     if source_type in CODED and tiles and not (fits and source_type in GROUPED):
         return "int4"
     if source_type not in (*BYTES, *CODED, *GROUPED):

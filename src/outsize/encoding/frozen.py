@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from outsize.kernels.backend import Product
+
 
 class _Frozen(torch.autograd.Function):
     @staticmethod
@@ -23,9 +25,13 @@ class _Frozen(torch.autograd.Function):
         return (grad_TN.float() @ ctx.decode()).to(grad_TN.dtype), None, None
 
 
-def frozen_linear(
-    x_TK: Tensor, run: Callable[[Tensor], Tensor], decode: Callable[[], Tensor]
-) -> Tensor:
-    """run(x), with the gradient of x @ decode().T."""
-    out: Tensor = _Frozen.apply(x_TK, run, decode)  # type: ignore[no-untyped-call]
-    return out
+def frozen(run: Product, decode: Callable[[], Tensor]) -> Product:
+    """run(x, wide), with the gradient of x @ decode().T where x wants one."""
+
+    def product(x_TK: Tensor, wide: bool) -> Tensor:
+        if not x_TK.requires_grad:
+            return run(x_TK, wide)
+        out: Tensor = _Frozen.apply(x_TK, lambda x: run(x, wide), decode)  # type: ignore[no-untyped-call]
+        return out
+
+    return product

@@ -1,10 +1,9 @@
 """int4 in groups of 32: w = step * (code - 8) + zero, codes in 0..15.
 
-The layout is the one that torch's AVX-512 kernel reads, `tile64`: rows in blocks of 64; in a block,
-for each input, 32 bytes whose low nibbles are rows 0-31 and whose high nibbles are rows 32-63. A
-matrix of the GGUF types Q4_0, Q4_1 and Q4_K keeps its codes; only step and zero are rounded to bf16.
-Narrow: our kernel, or torch's where it reads this layout; row-invariant. Wide: the same where products of
-bf16 are slow, else decode to bf16 once, then one matmul. The plain twin, much slower, runs anywhere.
+The layout is `tile64` (kernels/layouts.py), the one that torch's AVX-512 kernel reads. A matrix of the GGUF
+types Q4_0, Q4_1 and Q4_K keeps its codes; only step and zero are rounded to bf16. Narrow: our kernel, or
+torch's where it reads this layout; row-invariant. Wide: the same where products of bf16 are slow, else decode
+to bf16 once, then one matmul. Without any kernel, decoding, much slower, runs anywhere.
 
 Shapes: B blocks of 64 rows, G groups of 32 inputs.
 """
@@ -12,37 +11,26 @@ Shapes: B blocks of 64 rows, G groups of 32 inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from outsize.encoding.frozen import frozen_linear
-from outsize.encoding.plain import Encoding, Fields, FieldSpec, by_rows, wide_linear
+from outsize.encoding.frozen import frozen
+from outsize.encoding.plain import Encoding, Fields, FieldSpec
 from outsize.errors import UnsupportedError
-from outsize.kernels.native import Kernels
-from outsize.kernels.structs import TILES, NativeMatrix
+from outsize.kernels.backend import Backend, Product
+from outsize.kernels.layouts import BLOCK, GROUP, TILES, CodedMatrix, decode_tiles, tile
+from outsize.kernels.plain import PLAIN
 
-BLOCK, GROUP = 64, 32
-NARROW_ROWS = 48  # up to here the kernel beats decoding every weight, even for one long span
 LAYOUT = "tile64"
-_INT4_MM = torch.ops.aten._weight_int4pack_mm_for_cpu.default
-
-
-@cache
-def supported() -> bool:
-    """Does torch's kernel on this machine read our layout? Elsewhere it would misread every weight, and
-    without our own only the plain twin is left."""
-    codes = torch.arange(BLOCK * GROUP, dtype=torch.int32, device="cpu").view(BLOCK, GROUP) * 7 % 16
-    theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    return torch.equal(theirs.flatten(), _tile(codes.to(torch.uint8)).flatten())
 
 
 @dataclass(frozen=True, slots=True)
 class Int4:
-    """`kernels` None: the plain way to decode."""
+    """`backend`: what computes with the codes."""
 
-    kernels: Kernels | None = None
+    backend: Backend = PLAIN
     name: str = "int4"
     tolerance: float = 2e-2
 
@@ -53,7 +41,7 @@ class Int4:
             )
         padded = -(-num_rows // BLOCK) * BLOCK
         return {
-            "packed": FieldSpec(torch.uint8, (padded // BLOCK, width, BLOCK // 2), 0),
+            "packed": FieldSpec(torch.uint8, (padded // BLOCK, width, BLOCK // 2), 0, BLOCK),
             "scales": FieldSpec(torch.bfloat16, (width // GROUP, padded, 2), 1),
         }
 
@@ -80,41 +68,18 @@ class Int4:
         scales[:num_rows, :, 0] = step_NG
         scales[:num_rows, :, 1] = low_NG + 8 * step_NG
         return {
-            "packed": _tile(codes),
+            "packed": tile(codes),
             "scales": scales.to(torch.bfloat16).transpose(0, 1).contiguous(),
         }
 
     def decode(self, fields: Fields) -> Tensor:
-        return _decode_KN(fields, torch.float32).T
+        return decode_tiles(fields["packed"], fields["scales"], torch.float32).T
+
+    def product(self, fields: Fields) -> Product:
+        return frozen(self.backend.product(self.coded(fields)), partial(self.decode, fields))
 
     def linear(self, x_TK: Tensor, fields: Fields, wide: bool) -> Tensor:
-        if x_TK.requires_grad:
-            return frozen_linear(
-                x_TK, lambda x: self._run(x, fields, wide), lambda: self.decode(fields)
-            )
-        return self._run(x_TK, fields, wide)
-
-    def _run(self, x_TK: Tensor, fields: Fields, wide: bool) -> Tensor:
-        scales = fields["scales"]
-        kernels = self.kernels if x_TK.dtype == torch.bfloat16 else None
-        if wide and len(x_TK) > NARROW_ROWS and (kernels is None or kernels.multiplies_bf16):
-            dtype = x_TK.dtype
-            return wide_linear(x_TK, scales.shape[1], lambda a, b: self._part(fields, dtype, a, b))
-        if kernels is not None:
-            return kernels.tile_linear(fields["packed"], scales, x_TK)
-        if not supported():
-            return by_rows(x_TK, self.decode(fields), wide)
-        packed = fields["packed"].view(scales.shape[1], -1)
-        out: Tensor = _INT4_MM(x_TK, packed, GROUP, scales)
-        return out
-
-    def _part(self, fields: Fields, dtype: torch.dtype, start: int, stop: int) -> Tensor:
-        """(n, K): some rows, decoded."""
-        packed, scales = fields["packed"], fields["scales"]
-        if self.kernels is not None and dtype == torch.bfloat16:
-            return self.kernels.tile_decode(packed, scales, start, stop - start).T
-        blocks = slice(start // BLOCK, stop // BLOCK)
-        return _decode_KN({"packed": packed[blocks], "scales": scales[:, start:stop]}, dtype).T
+        return self.product(fields)(x_TK, wide)
 
     def rows(self, fields: Fields, ids_T: Tensor) -> Tensor:
         lane_T = ids_T % BLOCK
@@ -124,30 +89,9 @@ class Int4:
         grouped = codes_TK.float().view(len(ids_T), -1, GROUP) - 8
         return (grouped * step_TG[:, :, None] + zero_TG[:, :, None]).flatten(1)
 
-    def native(self, fields: Fields) -> NativeMatrix | None:
-        if self.kernels is None:
-            return None
+    def coded(self, fields: Fields) -> CodedMatrix:
         packed, scales = fields["packed"], fields["scales"]
-        return NativeMatrix(TILES, scales.shape[1], packed.shape[1], packed, None, scales)
-
-
-def _tile(code_NK: Tensor) -> Tensor:
-    """(N, K) codes -> (B, K, 32) bytes."""
-    blocks = code_NK.view(-1, 2, BLOCK // 2, code_NK.shape[1])
-    return (blocks[:, 0] | blocks[:, 1] << 4).transpose(1, 2).contiguous()
-
-
-def _decode_KN(fields: Fields, dtype: torch.dtype) -> Tensor:
-    """(K, N) numbers. Flipping each nibble's top bit makes it a signed code - 8."""
-    packed, scales = fields["packed"], fields["scales"]
-    signed_KBb = (packed ^ 0x88).view(torch.int8).transpose(0, 1)
-    num_inputs, num_blocks, half = signed_KBb.shape
-    codes = torch.empty(num_inputs, num_blocks, BLOCK, dtype=dtype, device="cpu")
-    codes[:, :, :half] = (signed_KBb << 4) >> 4
-    codes[:, :, half:] = signed_KBb >> 4
-    step, zero = scales.to(dtype).unbind(2)
-    grouped = codes.view(-1, GROUP, num_blocks * BLOCK)
-    return torch.addcmul(zero[:, None], grouped, step[:, None]).view(num_inputs, -1)
+        return CodedMatrix(TILES, scales.shape[1], packed.shape[1], packed, None, scales)
 
 
 ENCODINGS: tuple[Encoding, ...] = (Int4(),)

@@ -8,13 +8,16 @@ runs on them as they are and its output is scaled.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from outsize.encoding.frozen import frozen_linear
-from outsize.encoding.plain import Encoding, Fields, FieldSpec, wide_linear
-from outsize.kernels.structs import NativeMatrix
+from outsize.encoding.frozen import frozen
+from outsize.encoding.plain import Encoding, Fields, FieldSpec
+from outsize.kernels.backend import Product
+from outsize.kernels.layouts import CodedMatrix
+from outsize.kernels.plain import wide_linear
 
 NARROW_ROWS = 48  # up to here the kernel beats decoding every weight, even for one long span
 ROW_STEP = 16  # the kernel's blocks of rows; a last partial one is padded with zero rows
@@ -45,25 +48,25 @@ class Int8:
     def decode(self, fields: Fields) -> Tensor:
         return fields["codes"].float() * fields["scale"].float()[:, None]
 
-    def linear(self, x_TK: Tensor, fields: Fields, wide: bool) -> Tensor:
-        if x_TK.requires_grad:
-            return frozen_linear(
-                x_TK, lambda x: self._run(x, fields, wide), lambda: self.decode(fields)
-            )
-        return self._run(x_TK, fields, wide)
+    def product(self, fields: Fields) -> Product:
+        return frozen(partial(_product, fields), partial(self.decode, fields))
 
-    def _run(self, x_TK: Tensor, fields: Fields, wide: bool) -> Tensor:
-        if wide and len(x_TK) > NARROW_ROWS:
-            codes = fields["codes"]
-            product = wide_linear(x_TK, len(codes), lambda a, b: codes[a:b].to(x_TK.dtype))
-            return product.mul_(fields["scale"])
-        return torch._weight_int8pack_mm(x_TK, fields["codes"], fields["scale"])
+    def linear(self, x_TK: Tensor, fields: Fields, wide: bool) -> Tensor:
+        return self.product(fields)(x_TK, wide)
 
     def rows(self, fields: Fields, ids_T: Tensor) -> Tensor:
         return fields["codes"][ids_T].float() * fields["scale"][ids_T].float()[:, None]
 
-    def native(self, fields: Fields) -> NativeMatrix | None:
+    def coded(self, fields: Fields) -> CodedMatrix | None:
         return None
+
+
+def _product(fields: Fields, x_TK: Tensor, wide: bool) -> Tensor:
+    codes, scale = fields["codes"], fields["scale"]
+    if wide and len(x_TK) > NARROW_ROWS:
+        product = wide_linear(x_TK, len(codes), lambda a, b: codes[a:b].to(x_TK.dtype))
+        return product.mul_(scale)
+    return torch._weight_int8pack_mm(x_TK, codes, scale)
 
 
 def _pad_rows(w_NK: Tensor, step: int) -> Tensor:

@@ -9,7 +9,7 @@ Shapes: T rows of x, N outputs, K inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from outsize.kernels.structs import NativeMatrix
+from outsize.errors import UnsupportedError
+from outsize.kernels.backend import Product
+from outsize.kernels.layouts import CodedMatrix
 
 Fields = Mapping[str, Tensor]
-WIDE_BYTES = 8 << 20  # decoded at once: it stays in the cache until the matmul has read it
 
 
 class FieldSpec(NamedTuple):
@@ -29,6 +30,7 @@ class FieldSpec(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     row_axis: int  # the axis that grows with N
+    rows: int = 1  # of the matrix, for one step along it
 
 
 class Encoding(Protocol):
@@ -54,36 +56,36 @@ class Encoding(Protocol):
         """(N, K) fp32; N may be padded with zero rows."""
         ...
 
+    def product(self, fields: Fields) -> Product:
+        """(x (T, K), wide) -> (T, N) in the type of x; differentiable in x. For a matrix that stays where it
+        is: fields are checked here, once."""
+        ...
+
     def linear(self, x_TK: Tensor, fields: Fields, wide: bool) -> Tensor:
-        """(T, N) in the type of x. Differentiable in x."""
+        """The same, once."""
         ...
 
     def rows(self, fields: Fields, ids_T: Tensor) -> Tensor:
         """(T, K) fp32: some rows of the matrix, decoded."""
         ...
 
-    def native(self, fields: Fields) -> NativeMatrix | None:
-        """For kernels that run several matrices at once, with the bits of narrow `linear` in bf16."""
+    def coded(self, fields: Fields) -> CodedMatrix | None:
+        """For a backend that computes with its codes; None: torch does."""
         ...
 
 
-def wide_linear(x_TK: Tensor, num_rows: int, decode: Callable[[int, int], Tensor]) -> Tensor:
-    """x @ w.T with `decode(start, stop)` giving rows of w (n, K) in the type of x, block by block, so
-    that a large matrix is never whole in its decoded form. Blocks are multiples of 64 rows."""
-    step = max(64, WIDE_BYTES // (x_TK.shape[1] * x_TK.element_size()) // 64 * 64)
-    if num_rows <= step:
-        return linear(x_TK, decode(0, num_rows))
-    out_TN = x_TK.new_empty(len(x_TK), num_rows)
-    for start in range(0, num_rows, step):
-        stop = min(start + step, num_rows)
-        out_TN[:, start:stop] = linear(x_TK, decode(start, stop))
-    return out_TN
-
-
-def by_rows(x_TK: Tensor, w_NK: Tensor, wide: bool) -> Tensor:
-    """x @ w.T in fp32, in the type of x. Unless wide, row by row: then a row's bits are its own."""
-    rows = [linear(x, w_NK) for x in x_TK.float().split(len(x_TK) if wide else 1)]
-    return torch.cat(rows).to(x_TK.dtype)
+def slice_rows(
+    specs: Mapping[str, FieldSpec], fields: Fields, start: int, stop: int
+) -> dict[str, Tensor]:
+    """The fields of some rows of a matrix: views, no copy. Raises UnsupportedError where a stored block of
+    rows would be cut."""
+    out = {}
+    for name, spec in specs.items():
+        if start % spec.rows or stop % spec.rows:
+            raise UnsupportedError(f"rows {start} to {stop} cut blocks of {spec.rows} rows")
+        count = (stop - start) // spec.rows
+        out[name] = fields[name].narrow(spec.row_axis, start // spec.rows, count)
+    return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +108,17 @@ class Plain:
     def decode(self, fields: Fields) -> Tensor:
         return fields["w"].float()
 
+    def product(self, fields: Fields) -> Product:
+        w_NK = fields["w"]
+        return lambda x_TK, wide: linear(x_TK, w_NK.to(x_TK.dtype))
+
     def linear(self, x_TK: Tensor, fields: Fields, wide: bool) -> Tensor:
-        return linear(x_TK, fields["w"].to(x_TK.dtype))
+        return self.product(fields)(x_TK, wide)
 
     def rows(self, fields: Fields, ids_T: Tensor) -> Tensor:
         return fields["w"][ids_T].float()
 
-    def native(self, fields: Fields) -> NativeMatrix | None:
+    def coded(self, fields: Fields) -> CodedMatrix | None:
         return None
 
 

@@ -25,7 +25,8 @@ from outsize.engine.model import Model
 from outsize.engine.scheduler import Scheduler
 from outsize.engine.step_lock import check_fork
 from outsize.home import expanded
-from outsize.kernels.native import Kernels
+from outsize.kernels.backend import Backend
+from outsize.kernels.plain import PLAIN
 from outsize.kernels.threads import Threads, look
 from outsize.log import warn
 from outsize.model.lora_file import read_adapter
@@ -103,10 +104,10 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(arguments.whole("threads", threads, 1, 1024))
 
 
-def kernel_threads(options: LoadOptions, made: Pack, native: Kernels | None) -> Threads:
+def kernel_threads(options: LoadOptions, made: Pack, native: Backend) -> Threads:
     """As many as the user says, or as the machine has free."""
     looks = look if options.threads is None else (lambda: None)
-    alone = native is not None and made.share_of(NATIVE) > MOSTLY
+    alone = native is not PLAIN and made.share_of(NATIVE) > MOSTLY
     return Threads(torch.get_num_threads(), looks, alone=alone)
 
 
@@ -207,9 +208,9 @@ def _drafting(
     return drafting.Drafting(spec if kind == "none" else asked, DraftStats(mtp, union), smaller)
 
 
-def _warn_slow(made: Pack, native: Kernels | None) -> None:
+def _warn_slow(made: Pack, native: Backend) -> None:
     grouped = [name for name in made.encodings if name.startswith("group")]
-    if grouped and native is None:
+    if grouped and native is PLAIN:
         warn(
             f"{made.path.name} holds {', '.join(grouped)}, which without compiled kernels runs about "
             "20 times slower; install a C compiler, or pack again with --encoding int8"

@@ -20,6 +20,7 @@ from outsize.engine.reply import Reply, Usage, account
 from outsize.engine.request import Counts, Request
 from outsize.engine.step_lock import StepLock
 from outsize.errors import OptionError
+from outsize.forward.forward import Forward
 from outsize.forward.full import full, is_narrow
 from outsize.forward.span import Out, Span
 from outsize.kv.kv import KV
@@ -37,10 +38,14 @@ T = TypeVar("T")
 
 
 def drive(
-    model: Transformer, flows: Sequence[Flow], kvs: Sequence[KV], times: StepTimes | None = None
+    model: Transformer,
+    flows: Sequence[Flow],
+    kvs: Sequence[KV],
+    times: StepTimes | None = None,
+    forward: Forward = full,
 ) -> Iterator[None]:
     """Run flows to their ends, yielding after each step. A finished flow leaves the batch. `times` learns
-    how long steps took that had no prompt to run."""
+    how long steps took that had no prompt to run; `forward` runs the spans of a step."""
     waiting = [
         (flow, kv, span) for flow, kv in zip(flows, kvs, strict=True) for span in _first(flow)
     ]
@@ -49,7 +54,7 @@ def drive(
         waited, asked = model.waited_s, model.asked
         narrow = all(is_narrow(span) for span in spans)
         with model.threads.narrow(narrow):
-            outs = full(model, spans, [kv for _, kv, _ in waiting])
+            outs = forward(model, spans, [kv for _, kv, _ in waiting])
             answered = zip(waiting, outs, strict=True)
             waiting = [(flow, kv, s) for (flow, kv, _), out in answered for s in _next(flow, out)]
         if times is not None and narrow:
@@ -78,9 +83,15 @@ class Scheduler:
     step, the next step finds everything as it must be."""
 
     def __init__(
-        self, name: str, transformer: Transformer, placement: Placement, drafting: Drafting
+        self,
+        name: str,
+        transformer: Transformer,
+        placement: Placement,
+        drafting: Drafting,
+        forward: Forward = full,
     ) -> None:
         self.name, self.placement, self.drafting = name, placement, drafting
+        self._forward = forward
         self.adapters: dict[str, Adapter] = {}
         self.given_up = 0  # bytes of weights that were resident at first, and had to go
         self._transformer: Transformer | None = transformer
@@ -127,7 +138,7 @@ class Scheduler:
         """Run requests together to their ends, yielding after each step."""
         flows = [self._flow(request, options, len(requests) - 1) for request in requests]
         kvs = [request.kv for request in requests]
-        steps = drive(self.transformer, flows, kvs, self.drafting.step_times)
+        steps = drive(self.transformer, flows, kvs, self.drafting.step_times, self._forward)
         while self.take(partial(self._step, steps, requests)):
             yield
 

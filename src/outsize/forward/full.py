@@ -1,10 +1,12 @@
-"""The plain pass: every token of every span through every block. All other passes are held to it.
+"""The full forward pass: every token of every span through every layer. All other passes are held to it.
 
-It goes part by part (attention, feed-forward, attention, ...), each over all tokens of all spans, so that a
-part's weights are fetched once, however long the prompt or large the batch. Within a part, spans of up to
-NARROW tokens run as one ragged batch through kernels whose rows do not see each other; a longer span runs
-alone, CHUNK tokens at a time, as one matmul a weight. So a token's bits never depend on company, and
-scratch never grows with the prompt.
+It runs one sub-layer after another (attention, feed-forward, attention, ...), each over all tokens of all
+spans, so that a sub-layer's weights are fetched once, however long the prompt or large the batch. Within a
+sub-layer, spans of up to NARROW tokens run as one ragged batch through kernels that compute each row as if
+alone; a longer span runs by itself, CHUNK tokens at a time, as one matmul a weight. So a token's bits never
+depend on what else is in the batch, and scratch memory never grows with the prompt.
+
+Shapes: T tokens, D model width, K tokens whose logits are wanted, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,20 +17,21 @@ import torch
 from torch import Tensor
 
 from outsize.forward.span import Out, Span
+from outsize.kernels.attention import CHUNK
+from outsize.kernels.rows import Segment
 from outsize.kv.kv import KV
-from outsize.model.attention import CHUNK
 from outsize.model.lora import Adapter
-from outsize.model.step import Segment, Step
+from outsize.model.step import Step
 from outsize.model.transformer import Transformer
 
-NARROW = 16
+NARROW = 16  # tokens: the longest span that runs row by row
 
 Pair = tuple[Span, KV]
 
 
 @torch.inference_mode()
 def full(model: Transformer, spans: Sequence[Span], kvs: Sequence[KV]) -> list[Out]:
-    """One step of a ragged batch. Appends to the caches."""
+    """The `Forward` that computes everything: one step of a ragged batch. Appends to the caches."""
     rows = hidden(model, list(zip(spans, kvs, strict=True)))
     ends = [len(span.tokens) for span in spans]
     wanted = [h[e - s.want : e] for h, e, s in zip(rows, ends, spans, strict=True)]
@@ -59,25 +62,26 @@ def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:
 
 
 def is_narrow(span: Span) -> bool:
-    """Does it run through kernels whose rows do not see each other? What is drafted always does."""
+    """Is each of its rows computed as if alone? A drafting step's always are."""
     return len(span.tokens) <= NARROW or span.masks is not None
 
 
 def _embedded(model: Transformer, spans: Sequence[Span]) -> Tensor:
-    """Of each span, its tokens, then the masks of every block. Tokens are looked up all at once."""
+    """(T, D) fp32: of each span, its tokens' rows of the embedding (all looked up at once), then its mask
+    tokens' own, block by block."""
     h_TD = model.embed([token for span in spans for token in span.tokens])
     if all(span.masks is None for span in spans):
         return h_TD
-    parts: list[Tensor] = []
+    rows: list[Tensor] = []
     for span, h in zip(spans, h_TD.split([len(span.tokens) for span in spans]), strict=True):
-        parts.append(h)
+        rows.append(h)
         if span.masks is not None:
-            parts.append(span.masks.rows_KD.repeat(len(span.masks.anchors), 1))
-    return torch.cat(parts)
+            rows.append(span.masks.rows_KD.repeat(len(span.masks.anchors), 1))
+    return torch.cat(rows)
 
 
 def _added(segments: Sequence[Segment], spans: Sequence[Span]) -> Iterator[tuple[slice, Adapter]]:
-    """Which rows of a step have something added: all of a span's by its adapter, its masks by theirs."""
+    """Which rows of a step an adapter adds to: all of a span's by its own, its mask tokens' by theirs."""
     at = 0
     for segment, span in zip(segments, spans, strict=True):
         end = at + segment.length
@@ -89,17 +93,18 @@ def _added(segments: Sequence[Segment], spans: Sequence[Span]) -> Iterator[tuple
 
 
 def _run(model: Transformer, h_TD: Tensor, steps: Sequence[tuple[slice, Step]]) -> None:
+    """All sub-layers, in order, each over all chunks of rows. Changes h_TD."""
     chunks = [(h_TD[rows], step) for rows, step in steps]
     is_long = any(step.wide for _, step in steps)
-    for part in model.paged_layers:
-        part(chunks)
+    for layer in model.paged_layers:
+        layer(chunks)
         if is_long:
             model.tidy()
     model.end_pass()
 
 
 def _groups(pairs: Sequence[Pair]) -> Iterator[tuple[list[Segment], bool, list[Span]]]:
-    """What runs together, and whether as matmuls: long spans in chunks, then all short ones."""
+    """What runs together, and whether it is wide: each long span in chunks, then all short ones at once."""
     short, spans = [], []
     for span, kv in pairs:
         if is_narrow(span):

@@ -1,4 +1,4 @@
-"""What a flow asks for, and what it is sent back."""
+"""What a sequence asks of one step (a span of tokens), and what it is sent back (logits)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from outsize.model.lora import Adapter
 
 @dataclass(frozen=True, slots=True)
 class Masks:
-    """Mask tokens after some tokens of a span: they see their anchor's past and their own block, and
-    nothing ever sees them."""
+    """Mask tokens of a multi-token draft, a block of them after some tokens of a span (its anchors): they see
+    what their anchor sees and their own block so far, and nothing ever sees them."""
 
     anchors: tuple[int, ...]  # numbers of tokens in the span
     rows_KD: Tensor  # fp32: what the masks of a block are
@@ -22,8 +22,8 @@ class Masks:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Run these tokens from position `start` on (whatever was there is forgotten), and give the
-    logits of the last `want`."""
+    """Run these tokens from position `start` on (the cache forgets whatever was there), and give the
+    logits of the last `want` of them."""
 
     start: int
     tokens: Sequence[int]

@@ -142,15 +142,23 @@ def _trusted() -> tuple[int, ...]:
 def _is_as_built(path: Path) -> bool:
     """Is this file what was compiled here: no link, ours, writable by nobody else, with the hash noted?"""
     try:
+        seen = []
         for p in (path, _hash_file(path)):
             found = p.lstat()
             if not stat.S_ISREG(found.st_mode) or found.st_uid not in _trusted():
                 return False
             if found.st_mode & OTHERS_WRITE:
                 return False
-        return _digest(path) == _hash_file(path).read_text(encoding="ascii", errors="replace")
+            seen.append((found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+        return _matches_hash(path, tuple(seen))
     except OSError:
         return False
+
+
+@cache
+def _matches_hash(path: Path, seen: tuple[tuple[int, ...], ...]) -> bool:
+    """Once a process for files in the state `seen`. Raises OSError."""
+    return _digest(path) == _hash_file(path).read_text(encoding="ascii", errors="replace")
 
 
 def _hash_file(path: Path) -> Path:
@@ -176,7 +184,9 @@ def mapped(name: str) -> str | None:
     return next((path for path in paths if name in Path(path).name), None)
 
 
+@cache
 def _key(flags: tuple[str, ...]) -> str:
+    """Names what is built: a hash of sources, flags and processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else [platform.processor()]
     processor = sorted({line for line in lines if line.startswith(("flags", "model name"))})

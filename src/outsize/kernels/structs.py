@@ -1,4 +1,8 @@
-"""Matrices as the C files see them: structures of pointers, beside the tensors that they point into."""
+"""What the C files are handed: structures of sizes and pointers, beside the tensors that they point into.
+
+A tensor that stays where it is (weights, factors, constants) is checked once, when its structure is made;
+what a step computes is checked at each call.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,14 @@ import ctypes
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_P, _L = ctypes.c_void_p, ctypes.c_long
+from outsize.kernels.layouts import TILES, CodedMatrix
+
+CHUNK = 256  # entries of a cache that attention reads at once, as in attend.c
+_P, _L, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
 
 def address(tensor: Tensor, dtype: torch.dtype) -> int:
@@ -23,13 +31,9 @@ def address(tensor: Tensor, dtype: torch.dtype) -> int:
     return tensor.data_ptr()
 
 
-def _parts(
-    bits: int, codes: Tensor, high: Tensor | None, scale: Tensor
-) -> tuple[int, int | None, int]:
-    """Addresses of a matrix's fields."""
-    kind = torch.bfloat16 if bits == TILES else torch.float16
-    fifth = None if high is None else address(high, torch.uint8)
-    return address(codes, torch.uint8), fifth, address(scale, kind)
+def address_if(tensor: Tensor | None, dtype: torch.dtype) -> int | None:
+    """The same; None (C's null) for no tensor."""
+    return None if tensor is None else address(tensor, dtype)
 
 
 class _Matrix(ctypes.Structure):
@@ -38,7 +42,19 @@ class _Matrix(ctypes.Structure):
     )  # fmt: skip
 
 
-TILES = 0  # the number of bits that says int4 tiles
+class NativeMatrix:
+    """An encoded matrix as groups.c and tiles.c want it, checked; keeps its tensors alive."""
+
+    __slots__ = ("coded", "codes", "pointer", "rows", "scale", "struct", "width")
+
+    def __init__(self, coded: CodedMatrix) -> None:
+        self.coded, self.rows, self.width = coded, coded.rows, coded.width
+        self.codes = address(coded.codes, torch.uint8)
+        high = address_if(coded.high, torch.uint8)
+        kind = torch.bfloat16 if coded.bits == TILES else torch.float16
+        self.scale = address(coded.scale, kind)
+        self.struct = _Matrix(coded.bits, self.rows, self.width, self.codes, high, self.scale)
+        self.pointer = ctypes.addressof(self.struct)
 
 
 class _Expert(ctypes.Structure):
@@ -51,43 +67,15 @@ class Place(ctypes.Structure):
     _fields_ = (("row", _L), ("slot", _L), ("weight", ctypes.c_double))
 
 
-class NativeMatrix(NamedTuple):
-    """A matrix in memory that stays where it is: (rows, width) in groups of so many bits, or tiles."""
-
-    bits: int
-    rows: int
-    width: int
-    codes: Tensor
-    high: Tensor | None
-    scale: Tensor
-
-    def struct(self) -> _Matrix:
-        parts = _parts(self.bits, self.codes, self.high, self.scale)
-        return _Matrix(self.bits, self.rows, self.width, *parts)
-
-
 class ExpertMatrices:
     """One expert, as experts.c wants it; keeps its tensors alive."""
 
     __slots__ = ("_kept", "inner", "pointer", "struct", "width")
 
-    def __init__(self, gate_up: NativeMatrix, down: NativeMatrix) -> None:
+    def __init__(self, gate_up: CodedMatrix, down: CodedMatrix) -> None:
         self._kept = gate_up, down
         self.width, self.inner = gate_up.width, down.width
-        self.struct = _Expert(gate_up.struct(), down.struct())
-        self.pointer = ctypes.addressof(self.struct)
-
-
-class GroupMatrix:
-    """A matrix in groups, as groups.c wants it. Valid while its tensors are."""
-
-    __slots__ = ("num_rows", "pointer", "struct", "width")
-
-    def __init__(self, bits: int, codes: Tensor, high: Tensor | None, scale: Tensor) -> None:
-        self.num_rows, groups = scale.shape
-        self.width = groups * 32
-        parts = _parts(bits, codes, high, scale)
-        self.struct = _Matrix(bits, self.num_rows, self.width, *parts)
+        self.struct = _Expert(NativeMatrix(gate_up).struct, NativeMatrix(down).struct)
         self.pointer = ctypes.addressof(self.struct)
 
 
@@ -99,20 +87,76 @@ class _LowRank(ctypes.Structure):
 
 
 class LowRankMatrix:
-    """Factors of stacked maps, as lowrank.c wants them: A (parts * R, K), B (R / 2, N, 2), bf16, or int8
-    codes with the scales of A's rows, fp32. `room`: bf16 numbers that codes are decoded into."""
+    """Factors of P stacked linear maps (LoRA), for any backend: A (P * R, K) and B in pairs of ranks by
+    output (R / 2, N, 2), bf16, or int8 codes with the scales of A's rows, fp32. `ends`: of each map's
+    outputs.
 
-    __slots__ = ("_kept", "inner", "pointer", "room", "struct")
+    `pointer`: as lowrank.c wants them; 0 where it cannot, since sizes are not multiples of its registers'.
+    `room`: bf16 numbers that codes are decoded into.
+    """
+
+    __slots__ = ("_table", "a", "b", "ends", "inner", "pointer", "room", "scale", "struct")
 
     def __init__(self, a: Tensor, b: Tensor, scale: Tensor | None, ends: Sequence[int]) -> None:
-        parts, (half, outputs, _) = len(ends), b.shape
-        table = (_L * parts)(*ends)
-        self._kept, self.inner = (a, b, scale, table), len(a)
+        self.a, self.b, self.scale, self.ends = a, b, scale, tuple(ends)
+        self.inner, width = a.shape
+        self.pointer, (half, outputs, _) = 0, b.shape
         self.room = 0 if scale is None else max(a.numel(), b.numel())
-        scales = None if scale is None else address(scale, torch.float32)
+        if width % 32 or any(end % 16 for end in ends):
+            return
+        self._table = (_L * len(ends))(*ends)
         kind = torch.bfloat16 if scale is None else torch.int8
         self.struct = _LowRank(
-            parts, 2 * half, a.shape[1], outputs, ctypes.addressof(table), address(a, kind),
-            address(b, kind), scales
+            len(ends), 2 * half, width, outputs, ctypes.addressof(self._table), address(a, kind),
+            address(b, kind), address_if(scale, torch.float32),
         )  # fmt: skip
         self.pointer = ctypes.addressof(self.struct)
+
+    @property
+    def nbytes(self) -> int:
+        return self.a.nbytes + self.b.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+
+class Attention(ctypes.Structure):
+    """A layer's attention, as attend.c wants it."""
+
+    _fields_ = (
+        ("heads", _L), ("kv_heads", _L), ("head_dim", _L), ("window", _L),
+        ("scale", _F), ("eps", _F), ("bias", _P), ("norm", _P), ("sinks", _P),
+    )  # fmt: skip
+
+
+class AttentionSpan(NamedTuple):
+    """What one row of attention sees: entries [first, seen) of its sequence's cache, and its own block
+    [start, slot], which is empty for ordinary rows. `slot`: where its own entry goes."""
+
+    slot: int
+    first: int
+    seen: int
+    start: int
+
+    @property
+    def num_chunks(self) -> int:
+        """Runs of up to CHUNK entries that it reads."""
+        chunks = (self.seen - 1) // CHUNK - self.first // CHUNK + 1
+        return chunks + (self.start <= self.slot)
+
+
+class AttentionTable:
+    """The attention spans of a step's rows, as attend.c wants them; `store` says where each sequence's
+    entries are."""
+
+    def __init__(self, spans: Sequence[Sequence[AttentionSpan]]) -> None:
+        """`spans`: of each sequence's rows."""
+        flat = [(0, s.slot, 0, s.first, s.seen, s.start) for rows in spans for s in rows]
+        self._cells = np.array(flat, dtype=np.int64)
+        self.most_chunks = max(s.num_chunks for rows in spans for s in rows)
+        self.pointer = self._cells.ctypes.data
+        ends = np.cumsum([len(rows) for rows in spans]).tolist()
+        self._rows = [slice(end - len(rows), end) for end, rows in zip(ends, spans, strict=True)]
+
+    def store(self, number: int, stored: Tensor) -> None:
+        """Sequence `number` keeps its entries in `stored` (2J, capacity, E)."""
+        rows = self._rows[number]
+        self._cells[rows, 0] = stored.data_ptr()
+        self._cells[rows, 2] = stored.shape[1]

@@ -1,5 +1,5 @@
-"""Keys and values of one sequence, ragged by layer: each layer keeps its own entries and their
-positions, so that a pass may store different tokens in different layers.
+"""The KV cache of one sequence, ragged by layer: each layer keeps its own entries and their positions, so
+that a pass may store different tokens in different layers.
 
 A layer's storage is (C, capacity, E): key heads, then value heads, each head's entries in a row, so that
 reading a head is one sequential run.

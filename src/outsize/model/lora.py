@@ -9,15 +9,12 @@ Shapes: T rows, K inputs, N outputs, P stacked projections, R rank.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from outsize.errors import AdapterError
-from outsize.kernels.native import Kernels
 from outsize.kernels.structs import LowRankMatrix
 from outsize.model_config import Description
 
@@ -36,28 +33,8 @@ def widths(d: Description) -> dict[str, tuple[int, int]]:
     }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Stack:
-    """Factors of stacked maps. `matrix`: as the kernels want them, or None."""
-
-    a_RK: Tensor  # P * R rows
-    b_PN2: Tensor  # pairs of ranks by output (R / 2, N, 2)
-    scale_R: Tensor | None  # of A's rows, if the factors are codes
-    ends: tuple[int, ...]  # of each part's outputs
-    matrix: LowRankMatrix | None
-
-    def product(self, x_TK: Tensor) -> Tensor:
-        inner = linear(x_TK.float(), self.a_RK.float())
-        inner = inner if self.scale_R is None else inner * self.scale_R
-        inner = inner.to(x_TK.dtype).float()
-        b_NR = self.b_PN2.transpose(0, 1).flatten(1).float()
-        sizes = [end - start for start, end in zip((0, *self.ends), self.ends, strict=False)]
-        split = zip(inner.chunk(len(sizes), dim=1), b_NR.split(sizes), strict=True)
-        return torch.cat([linear(i, b) for i, b in split], dim=1)
-
-
 class Adapter:
-    """One set of additions."""
+    """One adapter's factors, for all layers of a model."""
 
     def __init__(
         self, name: str, d: Description, factors: Factors, scale: float, coarse: bool = False
@@ -68,47 +45,29 @@ class Adapter:
         self._stacks = {
             (layer, stack): made
             for layer in range(d.num_layers)
-            for stack, parts in STACKS.items()
-            if (made := _stack(layer, parts, d, factors, scale, coarse)) is not None
+            for stack, projections in STACKS.items()
+            if (made := _stack(layer, projections, d, factors, scale, coarse)) is not None
         }
 
-    def add(
-        self,
-        layer: int,
-        name: str,
-        x_TK: Tensor,
-        y_TN: Tensor,
-        rows: slice,
-        wide: bool,
-        kernels: Kernels | None,
-    ) -> None:
-        """Changes some rows of y."""
-        stack = self._stacks.get((layer, name))
-        if stack is None:
-            return
-        if kernels is not None and stack.matrix is not None:
-            kernels.lowrank(stack.matrix, x_TK, y_TN, rows.start, rows.stop - rows.start)
-            return
-        some = x_TK[rows]
-        made = torch.cat([stack.product(x) for x in ([some] if wide else some.split(1))])
-        y_TN[rows] = (y_TN[rows].float() + made).to(y_TN.dtype)
+    def factors(self, layer: int, name: str) -> LowRankMatrix | None:
+        """What is added to a layer's stacked maps; None: nothing."""
+        return self._stacks.get((layer, name))
 
     @property
     def nbytes(self) -> int:
         """What it holds."""
-        kept = (t for s in self._stacks.values() for t in (s.a_RK, s.b_PN2, s.scale_R))
-        return sum(t.nbytes for t in kept if t is not None)
+        return sum(stack.nbytes for stack in self._stacks.values())
 
 
 def stack_bytes(d: Description, shapes: Shapes) -> list[int]:
     """What each stack will hold in bf16, from shapes alone."""
     known, out = widths(d), []
     for layer in range(d.num_layers):
-        for parts in STACKS.values():
-            keys = [f"{layer}.{p}" for p in parts if f"{layer}.{p}" in shapes]
+        for projections in STACKS.values():
+            keys = [f"{layer}.{p}" for p in projections if f"{layer}.{p}" in shapes]
             rank = _even(max((shapes[k][0][0] for k in keys), default=0))
-            inputs, outputs = known[parts[0]][1], sum(known[p][0] for p in parts)
-            out.append(2 * rank * (len(parts) * inputs + outputs))
+            inputs, outputs = known[projections[0]][1], sum(known[p][0] for p in projections)
+            out.append(2 * rank * (len(projections) * inputs + outputs))
     return out
 
 
@@ -120,8 +79,8 @@ def check_shapes(name: str, d: Description, shapes: Shapes) -> None:
     """Raises AdapterError where a shape is not the model's."""
     known = widths(d)
     for key, (a, b) in shapes.items():
-        layer, _, part = key.partition(".")
-        want = known.get(part)
+        layer, _, projection = key.partition(".")
+        want = known.get(projection)
         if want is None or not layer.isdigit() or int(layer) >= d.num_layers:
             raise AdapterError(
                 f"{name} changes {key}, which this model does not have; train it again"
@@ -135,31 +94,31 @@ def check_shapes(name: str, d: Description, shapes: Shapes) -> None:
 
 def _stack(
     layer: int,
-    parts: Sequence[str],
+    projections: Sequence[str],
     d: Description,
     factors: Factors,
     scale: float,
     coarse: bool,
-) -> Stack | None:
-    """Parts that are missing, or have a lower rank, are filled up with zeros."""
-    found = {p: factors[f"{layer}.{p}"] for p in parts if f"{layer}.{p}" in factors}
+) -> LowRankMatrix | None:
+    """Projections that are missing, or have a lower rank, are filled up with zeros."""
+    found = {p: factors[f"{layer}.{p}"] for p in projections if f"{layer}.{p}" in factors}
     if not found:
         return None
     rank = _even(max(a.shape[0] for a, _ in found.values()))
     known = widths(d)
-    sizes = [known[p] for p in parts]
+    sizes = [known[p] for p in projections]
     kind = torch.float32 if coarse else torch.bfloat16
-    a_PRK = torch.zeros(len(parts), rank, sizes[0][1], dtype=kind, device="cpu")
+    a_PRK = torch.zeros(len(projections), rank, sizes[0][1], dtype=kind, device="cpu")
     split = [torch.zeros(rows, rank, dtype=kind, device="cpu") for rows, _ in sizes]
-    for i, part in enumerate(parts):
-        if part in found:
-            a, b = found[part]
+    for i, projection in enumerate(projections):
+        if projection in found:
+            a, b = found[projection]
             a_PRK[i, : len(a)] = a
             split[i][:, : b.shape[1]] = b.float() * scale
     return _packed(a_PRK, split, coarse)
 
 
-def _packed(a_PRK: Tensor, b_NR: Sequence[Tensor], coarse: bool) -> Stack:
+def _packed(a_PRK: Tensor, b_NR: Sequence[Tensor], coarse: bool) -> LowRankMatrix:
     """As they are kept. A code's step is that of its row of A, or of its column of B."""
     scale_R = None
     if coarse:
@@ -172,9 +131,7 @@ def _packed(a_PRK: Tensor, b_NR: Sequence[Tensor], coarse: bool) -> Stack:
     pairs_NP = torch.cat(list(b_NR)).to(kind).view(pair)
     paired = pairs_NP.t().contiguous().view(kind).unflatten(1, (-1, 2))
     ends = tuple(accumulate(len(b) for b in b_NR))
-    fit = a_RK.shape[1] % 32 == 0 and all(end % 16 == 0 for end in ends)
-    matrix = LowRankMatrix(a_RK, paired, scale_R, ends) if fit else None
-    return Stack(a_RK, paired, scale_R, ends, matrix)
+    return LowRankMatrix(a_RK, paired, scale_R, ends)
 
 
 def _codes(w: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,6 @@
-"""Half a block, over weights that are held or fetched."""
+"""A paged sub-layer: half a layer (attention, or feed-forward) whose weights are in memory, or are fetched
+from disk each time it runs. A model is a list of them; what runs them (forward/full.py) need not know which
+is which."""
 
 from __future__ import annotations
 
@@ -15,49 +17,53 @@ from outsize.weights.layers import LayerRecord
 
 
 class PagedLayer:
-    """A half whose weights are held in memory, and then built once, or fetched at each use."""
+    """One sub-layer and where its weights come from. Resident weights: it is built once, and running it costs
+    nothing more. Otherwise it is built over each buffer slot that the weights are read into, once a slot."""
 
     def __init__(self, make: Callable[[Weights], Runnable], source: LayerRecord) -> None:
+        """`make` builds the sub-layer over weights in memory."""
         self._make, self.source = make, source
-        self._half = None if source.pinned is None else make(source.pinned)
-        self._built: dict[int, tuple[Weights, Runnable]] = {}
+        self._resident = None if source.pinned is None else make(source.pinned)
+        self._by_slot: dict[int, tuple[Weights, Runnable]] = {}
 
     @property
     def is_held(self) -> bool:
-        return self._half is not None
+        """Are its weights resident?"""
+        return self._resident is not None
+
+    @property
+    def held(self) -> Runnable | None:
+        """The sub-layer, if its weights are resident."""
+        return self._resident
 
     def __call__(self, chunks: Sequence[tuple[Tensor, Step]]) -> None:
-        """Run all chunks, in order. Changes their tensors."""
-        if self._half is not None:
-            self._half.run(chunks)
+        """Run all chunks of rows, in order, with the weights fetched once. Changes the residual streams (T,
+        D)."""
+        if self._resident is not None:
+            self._resident.run(chunks)
             return
         with self.source as weights:
             self._in_slot(weights).run(chunks)
 
-    @property
-    def held(self) -> Runnable | None:
-        """What was built once, if its weights are held."""
-        return self._half
-
     def _in_slot(self, weights: Weights) -> Runnable:
-        """The half built over a slot's views. The same record in the same slot needs no new one."""
-        found = self._built.get(id(weights))
+        """The sub-layer over a slot's views: another record in the same slot needs no new one."""
+        found = self._by_slot.get(id(weights))
         if found is None:
-            found = self._built[id(weights)] = weights, self._make(weights)
+            found = self._by_slot[id(weights)] = weights, self._make(weights)
         return found[1]
 
     def unpin(self) -> int:
-        """Fetch the weights from now on; the bytes this frees."""
-        self._half = None
+        """Fetch the weights from now on; the bytes that this frees."""
+        self._resident = None
         return self.source.unpin()
 
 
-def link(parts: Sequence[PagedLayer]) -> None:
-    """Each layer of experts may ask the next one's router, where that is in memory."""
+def link(layers: Sequence[PagedLayer]) -> None:
+    """Each mixture may ask the next one's router early, where that is in memory."""
 
-    def router(part: PagedLayer) -> Router | None:
-        return part.held.router if isinstance(part.held, Mixture) else None
+    def router(layer: PagedLayer) -> Router | None:
+        return layer.held.router if isinstance(layer.held, Mixture) else None
 
-    for i, part in enumerate(parts):
-        if isinstance(part.held, Mixture):
-            part.held.ahead = partial(router, parts[(i + 1) % len(parts)])
+    for i, layer in enumerate(layers):
+        if isinstance(layer.held, Mixture):
+            layer.held.ahead = partial(router, layers[(i + 1) % len(layers)])

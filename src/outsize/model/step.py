@@ -1,93 +1,53 @@
-"""What the parts of a model need to know of a step: whose rows, at which positions, how wide."""
+"""What every sub-layer is told of one step: whose rows it runs, at which rotary angles, on which backend.
+
+A step is one call of the model for some rows: a few (a token, a draft, a batch), each computed as if alone,
+or a chunk of one long span, computed as matmuls ("wide").
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from outsize.kernels.native import AttentionSpan, AttentionTable, Kernels
-from outsize.kv.kv import KV
+from outsize.kernels.backend import Backend
+from outsize.kernels.norm import RMSNorm
+from outsize.kernels.rows import Rows
 from outsize.model.lora import Adapter
 from outsize.model_config import Rope
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
-    """The rows of one sequence in a step: its tokens; then, block by block, `depth` masks after each of
-    the tokens with the numbers `anchors`."""
-
-    kv: KV
-    positions: range
-    anchors: tuple[int, ...] = ()
-    depth: int = 0
-
-    @property
-    def num_masks(self) -> int:
-        return len(self.anchors) * self.depth
-
-    @property
-    def length(self) -> int:
-        return len(self.positions) + self.num_masks
-
-    def all_positions(self) -> list[int]:
-        """Masks stand at the positions after their anchors."""
-        masks = [self.positions[a] + j + 1 for a in self.anchors for j in range(self.depth)]
-        return [*self.positions, *masks]
-
-    def reaches(self, start: int, window: int | None) -> list[AttentionSpan]:
-        """What each row sees, if its tokens' entries go to slots from `start` on, and masks' behind them."""
-        far = window or 1 << 60
-        out = []
-        for slot in range(start, start + len(self.positions)):
-            out.append(AttentionSpan(slot, max(0, slot + 1 - far), slot + 1, slot + 1))
-        block = start + len(self.positions)
-        for a in self.anchors:
-            seen = start + a + 1
-            for j in range(self.depth):
-                first = min(seen - 1, max(0, seen + j + 1 - far))
-                out.append(AttentionSpan(block + j, first, seen, block))
-            block += self.depth
-        return out
-
-
-@dataclass(frozen=True, slots=True)
 class Step:
-    """What the blocks need to know of a step: whose rows, at which positions, how wide; and which rows
-    have something added to their linear maps."""
+    """One step. Shapes: T rows, D model width, K inputs, N outputs, E numbers a head."""
 
-    segments: Sequence[Segment]
-    turns: Mapping[Rope, Tensor]
-    wide: bool
-    kernels: Kernels | None  # None: the plain path
-    added: Sequence[tuple[slice, Adapter]] = ()
-    _tables: dict[object, AttentionTable] = field(default_factory=dict)
+    rows: Rows
+    cos_sin: Mapping[Rope, Tensor]  # rotary angles (T, 1, E/2), complex, for each kind of rope
+    backend: Backend  # the plain one for wide steps
+    added: Sequence[tuple[slice, Adapter]] = ()  # rows that an adapter adds to
 
-    def table(self, layer: int, window: int | None) -> AttentionTable:
-        """What each row sees in a layer, with room made for its entry. Layers alike share it."""
-        found = [s.kv.reserve(layer, s.positions, s.num_masks) for s in self.segments]
-        key = window, *(start for _, start in found)
-        if key not in self._tables:
-            pairs = zip(self.segments, found, strict=True)
-            self._tables[key] = AttentionTable(
-                [s.reaches(start, window) for s, (_, start) in pairs]
-            )
-        table = self._tables[key]
-        for number, (stored, _) in enumerate(found):
-            table.store(number, stored)
-        return table
+    @property
+    def wide(self) -> bool:
+        return self.rows.wide
 
-    def add(self, layer: int, name: str, x_TD: Tensor, y_TN: Tensor) -> Tensor:
-        """y with what adapters add to this map; changed in place."""
+    def add(self, layer: int, name: str, x_TK: Tensor, y_TN: Tensor) -> Tensor:
+        """y with what adapters add to this linear map of x; changed in place."""
         if not self.added:
             return y_TN
-        x_TD, y_TN = x_TD.contiguous(), y_TN.contiguous()
+        x_TK, y_TN = x_TK.contiguous(), y_TN.contiguous()
         for rows, adapter in self.added:
-            adapter.add(layer, name, x_TD, y_TN, rows, self.wide, self.kernels)
+            factors = adapter.factors(layer, name)
+            if factors is not None:
+                self.backend.lowrank(factors, x_TK, y_TN, rows, self.wide)
         return y_TN
 
-
-def gather(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    def residual(
+        self, h_TD: Tensor, y_TD: Tensor, post: RMSNorm | None = None, bias_D: Tensor | None = None
+    ) -> None:
+        """h += post(y + bias), in place: every sub-layer's output passes here. Where several ranks each hold
+        a part of a sub-layer's weights, y is a partial sum, and here, before anything else, is the place to
+        add them up."""
+        if bias_D is not None:
+            y_TD = (y_TD + bias_D).to(y_TD.dtype)
+        self.backend.residual(h_TD, y_TD, post)

@@ -1,8 +1,7 @@
-"""One decoder-only transformer, built from a description and its weights.
+"""One decoder-only transformer, built from a description and its weights: embedding, sub-layers, head.
 
-Its forward is a loop over blocks, written outside (`forward/`). The residual stream h_TD is fp32 and
-is changed in place.
-Shapes: T tokens, D model width, H query heads, J key heads, E numbers a head, V vocabulary.
+What runs the sub-layers, one after another, is a `Forward` (forward/full.py). The residual stream h_TD is
+fp32 and is changed in place. Shapes: T tokens, K tokens whose logits are wanted, D model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,13 +13,16 @@ import torch
 from torch import Tensor
 
 from outsize.encoding.group import Group
-from outsize.kernels.native import Kernels
+from outsize.kernels.backend import Backend
+from outsize.kernels.norm import RMSNorm
+from outsize.kernels.plain import PLAIN
+from outsize.kernels.rows import Rows, Segment
 from outsize.kernels.threads import Threads
 from outsize.kv.kv import KV
-from outsize.model.layers import RMSNorm, turns
+from outsize.model.layers import cos_sin
 from outsize.model.lora import Adapter
 from outsize.model.paged import PagedLayer, link
-from outsize.model.step import Segment, Step
+from outsize.model.step import Step
 from outsize.model.sublayer import attention_sublayer, ffn_sublayer, mixture_sublayer, vector
 from outsize.model_config import Description, Rope
 from outsize.pack.kinds.experts import least_slots
@@ -28,23 +30,24 @@ from outsize.system import memory as budget
 from outsize.weights.load import Loaded
 from outsize.weights.residency import RoutedCache
 
-REFINED = 64
+REFINED = 64  # tokens of the highest logits, which are computed again in fp32
 SLACK = 4 << 20  # over what cannot be returned, before returning is tried again
 
 
 class Transformer:
-    """Embedding, blocks, head. Holds no sequence's state."""
+    """Embedding, sub-layers (two a layer, `paged_layers`), head. Holds no sequence's state: that is a KV
+    cache."""
 
     def __init__(
         self,
         description: Description,
         loaded: Loaded,
-        kernels: Kernels | None = None,
+        backend: Backend = PLAIN,
         ceiling: int | None = None,
         threads: Threads | None = None,
     ) -> None:
         """`ceiling`: bytes that the process should not exceed, if returning free memory helps. `threads`:
-        how many the kernels use; None: as many as OpenMP has."""
+        how many the backend uses; None: as many as torch has."""
         self.description, self.loaded, self._ceiling = description, loaded, ceiling
         self._embed, self._head = loaded.embed, loaded.head
         self.dtype = loaded.activation_type
@@ -62,16 +65,16 @@ class Transformer:
         norm = vector(loaded.final_norm["final_norm"])
         self._norm = RMSNorm(norm, description.norm_eps, torch.float32)
         self._ropes = description.ropes
-        self.kernels = kernels if self.dtype == torch.bfloat16 else None
-        self._native, self.threads = kernels, threads or Threads(torch.get_num_threads())
+        self.backend = backend if self.dtype == torch.bfloat16 else PLAIN
+        self._own, self.threads = backend, threads or Threads(torch.get_num_threads())
         self._num_held = self._count_held()
         self._lends, self._is_lent = any(cache.lends for cache in loaded.caches), False
 
     def _count_held(self) -> int:
-        return sum(part.is_held for part in self.paged_layers)
+        return sum(layer.is_held for layer in self.paged_layers)
 
     def end_pass(self) -> None:
-        """Resident layers are hits that nobody else counts; experts' policies count passes."""
+        """Resident sub-layers are hits that nobody else sees; experts' policies count passes."""
         self.loaded.stats.hits += self._num_held
         for cache in {bank.cache for bank in self.loaded.banks}:
             cache.slot_table.begin_pass()
@@ -85,7 +88,7 @@ class Transformer:
         for drop in (
             self._shrink_embed,
             self._shrink_experts,
-            self._shrink_parts,
+            self._shrink_layers,
             self._shrink_head,
         ):
             if freed < size:
@@ -104,12 +107,12 @@ class Transformer:
             freed += cache.shrink(size - freed, least)
         return freed
 
-    def _shrink_parts(self, size: int) -> int:
+    def _shrink_layers(self, size: int) -> int:
         freed = 0
-        for part in reversed(self.paged_layers):
+        for layer in reversed(self.paged_layers):
             if freed >= size:
                 break
-            freed += part.unpin() if part.is_held else 0
+            freed += layer.unpin() if layer.is_held else 0
         return freed
 
     def restore(self) -> None:
@@ -131,7 +134,7 @@ class Transformer:
     @property
     def giveable(self) -> int:
         """Bytes that shrinking could free."""
-        held = [part.source for part in self.paged_layers if part.is_held]
+        held = [layer.source for layer in self.paged_layers if layer.is_held]
         out = sum(s.cache.table.header.stride for s in held)
         whole = {s.cache for s in held if not s.cache.streams}  # keep a slot to stream through
         out -= sum(cache.table.header.stride for cache in whole)
@@ -143,8 +146,7 @@ class Transformer:
 
     def begin(self, is_large: bool) -> None:
         """A step begins: a long span, or a batch, needs the scratch, which is else lent to slots."""
-        if self._native is not None:
-            self._native.set_threads(self.threads.now())
+        self._own.set_threads(self.threads.now())
         if is_large:
             self._return_scratch()
             self._is_lent = False
@@ -193,10 +195,10 @@ class Transformer:
     def step(
         self, segments: Sequence[Segment], wide: bool, added: Sequence[tuple[slice, Adapter]] = ()
     ) -> Step:
-        """The positions of a step, turned into rotations once for all layers."""
+        """A step of these rows; its rotary angles are computed once for all layers."""
         positions = [p for s in segments for p in s.all_positions()]
-        made = rotations(self._ropes, self.description.head_dim, positions)
-        return Step(segments, made, wide, None if wide else self.kernels, added)
+        angles = rotary_angles(self._ropes, self.description.head_dim, positions)
+        return Step(Rows(segments, wide), angles, PLAIN if wide else self.backend, added)
 
     def normed(self, h_TD: Tensor) -> Tensor:
         """What the head reads."""
@@ -237,10 +239,12 @@ class Transformer:
         return out_KV
 
 
-def rotations(ropes: Sequence[Rope], head_dim: int, positions: Sequence[int]) -> dict[Rope, Tensor]:
-    """How far each position turns, for each kind of rope."""
+def rotary_angles(
+    ropes: Sequence[Rope], head_dim: int, positions: Sequence[int]
+) -> dict[Rope, Tensor]:
+    """(T, 1, E/2) complex for each kind of rope: cosine and sine of each position's angles."""
     positions_T = torch.tensor(positions, dtype=torch.int64, device="cpu")
-    return {rope: turns(rope, head_dim, positions_T) for rope in ropes}
+    return {rope: cos_sin(rope, head_dim, positions_T) for rope in ropes}
 
 
 def _best(row_V: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from outsize.checkpoint.opening import open_checkpoint
 from outsize.checkpoint.spec import Spec, parse
 from outsize.errors import OptionError, PackError
 from outsize.home import home
-from outsize.kernels.native import kernels
+from outsize.kernels.find import find as find_backend
+from outsize.kernels.plain import PLAIN
 from outsize.log import say, silent, warn
 from outsize.options import DEFAULT_MODEL, DEFAULT_MODEL_SHA256
 from outsize.pack import leftovers, store, write
@@ -168,4 +169,4 @@ def _temporary(spec: Spec) -> Iterator[Path]:
 
 
 def _grouped() -> bool:
-    return kernels(home() / "native") is not None
+    return find_backend() is not PLAIN

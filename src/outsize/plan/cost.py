@@ -14,15 +14,18 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from outsize.kernels.native import Kernels
+from outsize.kernels.attention import CHUNK
+from outsize.kernels.backend import Backend
+from outsize.kernels.norm import RMSNorm
+from outsize.kernels.plain import PLAIN
+from outsize.kernels.rows import Rows, Segment
 from outsize.kv.kv import KV
-from outsize.model.attention import CHUNK
 from outsize.model.ffn.dense import Dense
 from outsize.model.ffn.experts import Router
-from outsize.model.layers import Linear, RMSNorm
-from outsize.model.step import Segment, Step
+from outsize.model.layers import Linear
+from outsize.model.step import Step
 from outsize.model.sublayer import attention_sublayer, ffn_sublayer
-from outsize.model.transformer import rotations
+from outsize.model.transformer import rotary_angles
 from outsize.pack.format import Matrix, TableHeader
 from outsize.pack.outline import Outline
 from outsize.plan.fixed import experts
@@ -163,26 +166,26 @@ def _head(o: Outline) -> str:
 
 
 @torch.inference_mode()
-def measure(o: Outline, kernels: Kernels | None) -> Compute:
+def measure(o: Outline, backend: Backend) -> Compute:
     """Time one random record of each table: a second or two, in no more memory than a run needs."""
     steps: dict[str, float] = {}
     chunks: dict[str, float] = {}
     tokens = min(CHUNK, o.description.context - STEPS - 1)
     for t in o.tables:
         if t.kind == "experts" or "router" in t.tensors:
-            steps[t.name], chunks[t.name] = _expert_times(o, t, kernels, tokens)
+            steps[t.name], chunks[t.name] = _expert_times(o, t, backend, tokens)
         elif t.kind == "layers" and t.name != "final-0":
-            steps[t.name], chunks[t.name] = _sublayer_times(o, t, kernels, tokens)
+            steps[t.name], chunks[t.name] = _sublayer_times(o, t, backend, tokens)
         elif t.name == _head(o):
-            steps[t.name] = _head_time(o, t, kernels)
+            steps[t.name] = _head_time(o, t, backend)
     return Compute(steps, chunks, tokens)
 
 
-def _random(t: TableHeader, kernels: Kernels | None) -> Mapping[str, tuple[Weight, ...]]:
+def _random(t: TableHeader, backend: Backend) -> Mapping[str, tuple[Weight, ...]]:
     """A record with random codes and tame scales."""
     raw, _ = buffer(t.stride)
     raw.random_(0, 256)
-    made = views(raw, t, kernels)
+    made = views(raw, t, backend)
     for weight in (w for ws in made.values() for w in ws):
         for field in weight.fields.values():
             if field.dtype.is_floating_point:
@@ -191,40 +194,38 @@ def _random(t: TableHeader, kernels: Kernels | None) -> Mapping[str, tuple[Weigh
 
 
 def _sublayer_times(
-    o: Outline, t: TableHeader, kernels: Kernels | None, tokens: int
+    o: Outline, t: TableHeader, backend: Backend, tokens: int
 ) -> tuple[float, float]:
     d, dtype = o.description, activation_type(_first_matrix(t))
-    made = dict(_random(t, kernels))
-    half = (attention_sublayer if "qkv" in made else ffn_sublayer)(d, t.keys[0], made)
-    plain = None if dtype == torch.float32 else kernels
+    made = dict(_random(t, backend))
+    sublayer = (attention_sublayer if "qkv" in made else ffn_sublayer)(d, t.keys[0], made)
+    own = PLAIN if dtype == torch.float32 else backend
     kv = KV(t.keys[0] + 1, d.num_kv_heads, d.head_dim, dtype)
     h_TD = torch.randn(tokens, d.width, dtype=torch.float32, device="cpu")
 
     def step(positions: range, wide: bool) -> Step:
-        turns = rotations(d.ropes, d.head_dim, positions)
-        return Step([Segment(kv, positions)], turns, wide, None if wide else plain)
+        angles = rotary_angles(d.ropes, d.head_dim, positions)
+        return Step(Rows([Segment(kv, positions)], wide), angles, PLAIN if wide else own)
 
     chunk = step(range(tokens), True)
 
     def run_chunk() -> None:
         kv.truncate(0)
-        half(h_TD, chunk)
+        sublayer(h_TD, chunk)
 
     chunk_s = median_s(run_chunk, CHUNKS)
     at = iter(range(tokens, tokens + STEPS + 1))
 
     def run_step() -> None:
         i = next(at)
-        half(h_TD[:1], step(range(i, i + 1), False))
+        sublayer(h_TD[:1], step(range(i, i + 1), False))
 
     return median_s(run_step, STEPS), chunk_s
 
 
-def _expert_times(
-    o: Outline, t: TableHeader, kernels: Kernels | None, tokens: int
-) -> tuple[float, float]:
+def _expert_times(o: Outline, t: TableHeader, backend: Backend, tokens: int) -> tuple[float, float]:
     """One expert, or one router, for a token and for its share of a chunk."""
-    d, mixture, made = o.description, o.description.mixture, _random(t, kernels)
+    d, mixture, made = o.description, o.description.mixture, _random(t, backend)
     assert mixture is not None
     if "router" in made:
         router = Router(
@@ -241,8 +242,8 @@ def _expert_times(
     dtype = activation_type(made["gate_up"])
     rows = max(1, tokens * mixture.used // mixture.count)
     x_TD = torch.randn(rows, d.width, dtype=torch.float32, device="cpu").to(dtype)
-    native = None if dtype == torch.float32 else kernels
-    one, many = Step([], {}, False, native), Step([], {}, True, None)
+    own = PLAIN if dtype == torch.float32 else backend
+    one, many = Step(Rows([], False), {}, own), Step(Rows([], True), {}, PLAIN)
     return median_s(lambda: ffn(x_TD[:1], one), STEPS), median_s(lambda: ffn(x_TD, many), CHUNKS)
 
 
@@ -250,8 +251,8 @@ def _first_matrix(t: TableHeader) -> tuple[Matrix, ...]:
     return t.tensors["qkv" if "qkv" in t.tensors else "gate_up"]
 
 
-def _head_time(o: Outline, t: TableHeader, kernels: Kernels | None) -> float:
-    (weight,) = next(iter(_random(t, kernels).values()))
+def _head_time(o: Outline, t: TableHeader, backend: Backend) -> float:
+    (weight,) = next(iter(_random(t, backend).values()))
     x_KD: Tensor = torch.randn(1, o.description.width, dtype=torch.float32, device="cpu")
     x_KD = (
         x_KD

@@ -10,8 +10,9 @@ from pathlib import Path
 from outsize.draft import load as drafting
 from outsize.draft.spec import DraftSpec, parse_draft
 from outsize.errors import BudgetError, ContextError, OptionError
-from outsize.home import expanded, home
-from outsize.kernels.native import Kernels, kernels
+from outsize.home import expanded
+from outsize.kernels.backend import Backend
+from outsize.kernels.find import find
 from outsize.log import silent, warn_once
 from outsize.model_config import Description
 from outsize.options import LoadOptions
@@ -32,10 +33,10 @@ def check(options: LoadOptions) -> None:
         raise OptionError(f"verify is {options.verify!r}; known are {', '.join(VERIFY)}")
 
 
-def compiled(options: LoadOptions) -> Kernels | None:
-    """The compiled kernels, if they are asked for and can be had; what is wrong with them is said once."""
+def compiled(options: LoadOptions) -> Backend:
+    """The backend: compiled, if that is asked for and can be had; what is wrong with it is said once."""
     tell = silent if options.quiet else warn_once
-    return kernels(home() / "native", tell) if options.native else None
+    return find(options.native, tell)
 
 
 def for_model(options: LoadOptions, model: str) -> LoadOptions:

@@ -7,8 +7,8 @@ Shapes in names of sizes: T tokens of context, C tokens of a chunk, D width.
 from __future__ import annotations
 
 from outsize.caching.eviction.echo import BYTES as ECHO_BYTES
-from outsize.encoding.plain import WIDE_BYTES
-from outsize.model.attention import CHUNK, score_bytes
+from outsize.kernels.attention import CHUNK, score_bytes
+from outsize.kernels.plain import WIDE_BYTES
 from outsize.pack.format import TableHeader
 from outsize.pack.outline import Outline
 from outsize.plan.placement import ADAPTER, TEMPLATE
@@ -22,7 +22,7 @@ DRAFT = "draft model"
 
 
 def kv_bytes(o: Outline) -> int:
-    """Of one token: its keys and values in all layers, its residual row, its rotations, its id."""
+    """Of one token: its keys and values in all layers, its residual row, its rotary angles, its id."""
     d = o.description
     kv = 2 * d.num_layers * d.num_kv_heads * d.head_dim * o.activation_bytes
     ropes = len({layer.rope for layer in d.layers})

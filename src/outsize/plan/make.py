@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from outsize.arguments import whole
 from outsize.caching.replay.trace import read
 from outsize.home import home
-from outsize.kernels.native import Kernels
+from outsize.kernels.backend import Backend
+from outsize.kernels.plain import PLAIN
 from outsize.log import say, silent
 from outsize.options import LoadOptions
 from outsize.pack.outline import Outline
@@ -90,12 +91,12 @@ def _prompt(told: int | None, context: int) -> int:
 
 
 def _compute(
-    outline: Outline, here: Machine, native: Kernels | None, anew: bool = False
+    outline: Outline, here: Machine, native: Backend, anew: bool = False
 ) -> tuple[Machine, Compute]:
     """How long this model computes: as kept, else measured now on random weights, and kept. `anew`: now
     in any case, since a processor's speed changes by a third within an hour where others share it."""
     folder = home()
-    key = cost.key(outline) + ("" if native else "-plain")
+    key = cost.key(outline) + ("" if native is not PLAIN else "-plain")
     if anew or key not in here.models:
         with Watch() as watch:
             made = cost.measure(outline, native)

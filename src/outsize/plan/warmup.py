@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from outsize.encoding.find import encoding
-from outsize.kernels.native import Kernels
+from outsize.kernels.backend import Backend
+from outsize.kernels.plain import PLAIN
+from outsize.kernels.rows import Rows, Segment
 from outsize.kv.kv import KV
-from outsize.model.step import Segment, Step
+from outsize.model.step import Step
 from outsize.model.sublayer import SubLayer, attention_sublayer, ffn_sublayer
-from outsize.model.transformer import rotations
+from outsize.model.transformer import rotary_angles
 from outsize.model_config import Description, Layer, Rope
 from outsize.storage.table import Weight, Weights
 from outsize.system.memory import collect, promised, resident
@@ -29,52 +31,52 @@ COMPILED, COMPILED_BYTES = 24, 300_000  # how many are kept, and what one takes
 CACHES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"
 
 
-def runtime_bytes(kernels: Kernels | None = None) -> int:
+def runtime_bytes(backend: Backend = PLAIN) -> int:
     """What this process takes, measured after everything that computes has run once; with what models that
     are open in it have yet to take."""
-    wake(kernels)
+    wake(backend)
     collect()
     return resident() + promised()
 
 
 @torch.inference_mode()
-def wake(kernels: Kernels | None) -> None:
+def wake(backend: Backend) -> None:
     """Run one layer of each kind of linear map, as prompts and as single tokens run."""
     for name in CACHES:  # read at the first product; what a user has set stays
         os.environ.setdefault(name, str(COMPILED))
     layer = Layer(Rope(10000.0))
     d = Description("wake", WIDTH, 4, 2, HEAD, WIDTH, WIDTH, 2 * TOKENS, 1e-5, 0.125, (layer,))
-    for name in ("int4", "int8", *(("group8",) if kernels else ()), "fp32"):
-        weights = _weights(d, name, kernels)
+    for name in ("int4", "int8", *(("group8",) if backend.name == "native" else ()), "fp32"):
+        weights = _weights(d, name, backend)
         plain = name == "fp32"
         kv = KV(1, d.num_kv_heads, d.head_dim, torch.float32 if plain else torch.bfloat16)
         h_TD = torch.ones(TOKENS, WIDTH, dtype=torch.float32, device="cpu")
-        for half in (attention_sublayer(d, 0, weights), ffn_sublayer(d, 0, weights)):
-            _run(d, half, kv, h_TD, None if plain else kernels)
+        for sublayer in (attention_sublayer(d, 0, weights), ffn_sublayer(d, 0, weights)):
+            _run(d, sublayer, kv, h_TD, PLAIN if plain else backend)
 
 
-def _run(d: Description, half: SubLayer, kv: KV, h_TD: Tensor, kernels: Kernels | None) -> None:
+def _run(d: Description, sublayer: SubLayer, kv: KV, h_TD: Tensor, backend: Backend) -> None:
     """A long span, then one token."""
     kv.truncate(0)
     for first, last in ((0, TOKENS), (TOKENS, TOKENS + 1)):
         positions, wide = range(first, last), last - first > 1
-        turns = rotations(d.ropes, d.head_dim, positions)
-        step = Step([Segment(kv, positions)], turns, wide, None if wide else kernels)
-        half(h_TD[: last - first], step)
+        angles = rotary_angles(d.ropes, d.head_dim, positions)
+        step = Step(Rows([Segment(kv, positions)], wide), angles, PLAIN if wide else backend)
+        sublayer(h_TD[: last - first], step)
 
 
-def _weights(d: Description, name: str, kernels: Kernels | None) -> Weights:
+def _weights(d: Description, name: str, backend: Backend) -> Weights:
     heads = d.num_heads * d.head_dim
     shapes = {
         "qkv": (d.qkv_rows, d.width), "o": (d.width, heads),
         "gate_up": (2 * d.ffn_width, d.width), "down": (d.width, d.ffn_width),
     }  # fmt: skip
-    made: Weights = {k: (_weight(name, shape, kernels),) for k, shape in shapes.items()}
-    norm = (_weight("fp32", (1, d.width), None),)
+    made: Weights = {k: (_weight(name, shape, backend),) for k, shape in shapes.items()}
+    norm = (_weight("fp32", (1, d.width), PLAIN),)
     return made | {"attn_norm": norm, "ffn_norm": norm}
 
 
-def _weight(name: str, shape: tuple[int, int], kernels: Kernels | None) -> Weight:
+def _weight(name: str, shape: tuple[int, int], backend: Backend) -> Weight:
     w_NK = torch.ones(shape, dtype=torch.float32, device="cpu")
-    e = encoding(name, kernels)
+    e = encoding(name, backend)
     return Weight(e, e.encode(w_NK), len(w_NK))

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import psutil
 import torch
 
-from outsize.encoding import int4
 from outsize.home import home
 from outsize.kernels import build
-from outsize.kernels.native import kernels
+from outsize.kernels.find import native_in
+from outsize.kernels.layouts import torch_reads_tiles
 from outsize.plan import machine, probe
 
 
@@ -41,10 +41,10 @@ def examine() -> dict[str, object]:
         "disk": [[size, threads, round(rate)] for size, threads, rate in here.disk],
         "torch": torch.__version__,
         "torch_kernels": torch.backends.cpu.get_cpu_capability(),
-        "int4_kernel": int4.supported(),
+        "int4_kernel": torch_reads_tiles(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "compiler": build.compiler(),
-        "native_kernels": kernels(folder / "native", notes.append) is not None,
+        "native_kernels": native_in(folder / "native", notes.append) is not None,
         "native_note": notes[0] if notes else "",
         "home": str(folder),
     }

@@ -2,7 +2,7 @@
 waited for goes before what is read ahead. Reading holds no core: the threads sleep in the kernel.
 
 A record of a small model is read in half a millisecond, so that handing it over must cost little: where
-there are compiled kernels, threads of theirs read (kernels/csrc/reads.c), which never wait for Python;
+there is a compiled backend, threads of its read (kernels/csrc/reads.c), which never wait for Python;
 here is the plain twin, with queues and flags whose single operations are atomic, and no locks around
 them. What fails in C is read again here, with retries and a typed error.
 """
@@ -13,7 +13,8 @@ import threading
 from collections import deque
 from queue import SimpleQueue
 
-from outsize.kernels.native import Kernels
+from outsize.kernels.backend import Backend
+from outsize.kernels.plain import PLAIN
 from outsize.storage.native_reader import NativeReader
 from outsize.storage.table import Table
 from outsize.storage.tickets import NativeTicket, PlainTicket, Request, Ticket
@@ -52,14 +53,15 @@ class _Queues:
 
 
 class Reader:
-    """Reading threads: in C where there are compiled kernels, else, or for unusual files, in Python.
-    `kernels` also run the matrices that are read. Close it."""
+    """Reading threads: in C where the backend is compiled, else, or for unusual files, in Python. The
+    `backend` also runs the matrices that are read. Close it."""
 
-    def __init__(self, threads: int = THREADS, kernels: Kernels | None = None) -> None:
-        self.kernels = kernels
+    def __init__(self, threads: int = THREADS, backend: Backend = PLAIN) -> None:
+        self.backend = backend
         self._queues = _Queues()
         self._count, self._threads = threads, list[threading.Thread]()
-        self._native = None if kernels is None else NativeReader(kernels.library, threads)
+        library = backend.library
+        self._native = None if library is None else NativeReader(library, threads)
 
     def submit(
         self, table: Table, index: int, out: memoryview, start: int = 0, urgent: bool = True

@@ -17,8 +17,8 @@ from torch import Tensor
 from outsize.encoding.find import encoding
 from outsize.encoding.plain import Encoding, Fields
 from outsize.errors import OptionError, PackError, ReadError
-from outsize.kernels.native import Kernels
-from outsize.kernels.structs import NativeMatrix
+from outsize.kernels.backend import Backend
+from outsize.kernels.layouts import CodedMatrix
 from outsize.pack.format import Matrix, TableHeader, damaged, field_bytes
 from outsize.storage.file import PAGE, File
 from outsize.storage.stats import IOStats
@@ -39,9 +39,9 @@ class Weight:
     def is_padded(self) -> bool:
         return self.encoding.stored_rows(self.fields) != self.num_rows
 
-    def native(self) -> NativeMatrix | None:
+    def coded(self) -> CodedMatrix | None:
         """What kernels that run several matrices at once take; None if this one is not for them."""
-        return None if self.is_padded else self.encoding.native(self.fields)
+        return None if self.is_padded else self.encoding.coded(self.fields)
 
 
 Weights = dict[str, tuple[Weight, ...]]  # a record's tensors by name, each in one piece or several
@@ -153,17 +153,17 @@ def _opened(path: Path) -> File:
         ) from None
 
 
-def view(raw: Tensor, matrix: Matrix, kernels: Kernels | None) -> Weight:
+def view(raw: Tensor, matrix: Matrix, backend: Backend) -> Weight:
     """One matrix of a record: views of the record's bytes, no copy."""
     fields = {}
     for (name, spec), offset in zip(matrix.specs.items(), matrix.offsets().values(), strict=True):
         fields[name] = raw[offset : offset + field_bytes(spec)].view(spec.dtype).view(spec.shape)
-    return Weight(encoding(matrix.encoding, kernels), fields, matrix.num_rows)
+    return Weight(encoding(matrix.encoding, backend), fields, matrix.num_rows)
 
 
-def views(raw: Tensor, header: TableHeader, kernels: Kernels | None) -> Weights:
+def views(raw: Tensor, header: TableHeader, backend: Backend) -> Weights:
     """All tensors of a record, as views of its bytes."""
-    return {k: tuple(view(raw, m, kernels) for m in ms) for k, ms in header.tensors.items()}
+    return {k: tuple(view(raw, m, backend) for m in ms) for k, ms in header.tensors.items()}
 
 
 def activation_type(matrices: Sequence[Matrix] | Sequence[Weight]) -> torch.dtype:

@@ -18,7 +18,8 @@ from typing import Any
 
 from outsize import registry
 from outsize import weights as package
-from outsize.kernels.native import Kernels
+from outsize.kernels.backend import Backend
+from outsize.kernels.plain import PLAIN
 from outsize.pack.format import Pack
 from outsize.progress import Progress, silent
 from outsize.storage.table import activation_type
@@ -81,13 +82,13 @@ def _close_in(process: int, close: Callable[[], None]) -> None:
 
 def load(
     pack: Pack,
-    kernels: Kernels | None = None,
+    backend: Backend = PLAIN,
     plan: LoadPlan | None = None,
     progress: Progress = silent,
 ) -> Loaded:
     """Open a pack's tables and read what stays in memory: by default, everything. Raises ReadError, and
     PackError if a record is damaged."""
-    opened = OpenPack(pack, kernels, plan or LoadPlan(), progress)
+    opened = OpenPack(pack, backend, plan or LoadPlan(), progress)
     try:
         kinds = dict.fromkeys(table.kind for table in pack.tables)
         loaders = (registry.module(package, kind, "table kind") for kind in kinds)

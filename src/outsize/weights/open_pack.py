@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from outsize.kernels.native import Kernels
+from outsize.kernels.backend import Backend
 from outsize.pack.format import Pack, TableHeader
 from outsize.progress import Progress
 from outsize.storage.reader import Reader
@@ -28,10 +28,8 @@ class LoadPlan:
 class OpenPack:
     """What the loaders of table kinds share; close it."""
 
-    def __init__(
-        self, pack: Pack, kernels: Kernels | None, plan: LoadPlan, progress: Progress
-    ) -> None:
-        self.pack, self.plan, self.reader = pack, plan, Reader(kernels=kernels)
+    def __init__(self, pack: Pack, backend: Backend, plan: LoadPlan, progress: Progress) -> None:
+        self.pack, self.plan, self.reader = pack, plan, Reader(backend=backend)
         self.stats, self.expert_stats = IOStats(), IOStats()
         self.tables: list[Table] = []
         self.caches: list[RecordCache] = []

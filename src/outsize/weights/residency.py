@@ -177,7 +177,7 @@ class RecordCache(ABC):
     def _submit(self, index: int, slot: int, urgent: bool) -> Ticket:
         raw, out = self._buffer(slot)
         if not self._views[slot]:
-            self._views[slot] = views(raw, self.table.header, self._reader.kernels)
+            self._views[slot] = views(raw, self.table.header, self._reader.backend)
         return self._reader.submit(self.table, index, out, urgent=urgent)
 
     def _buffer(self, slot: int) -> tuple[Tensor, memoryview]:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from outsize.encoding.find import encoding
-from outsize.encoding.plain import Plain
+from outsize.encoding.plain import Plain, slice_rows
+from outsize.kernels.plain import PLAIN
 from outsize.pack.format import PAGE, Matrix, aligned, field_bytes
 from outsize.storage.buffers import BufferPool, buffer
 from outsize.storage.reader import Reader
@@ -36,7 +37,7 @@ class RowTable:
     ) -> None:
         self._table, self._reader = table, reader
         (self._matrix,) = next(iter(table.header.tensors.values()))
-        self.encoding = encoding(self._matrix.encoding, reader.kernels)
+        self.encoding = encoding(self._matrix.encoding, reader.backend)
         self._joined, self.cache = joined, cache
         self._num_joined = 0 if joined is None else joined.num_rows
         # A float matmul's bits depend on how many rows it has, so floats are always taken by blocks.
@@ -88,8 +89,8 @@ class RowTable:
 
     def _split(self, joined: Weight, size: int) -> Iterator[Weight]:
         for start in range(0, self._num_joined, size):
-            part = {k: f[start : start + size] for k, f in joined.fields.items()}
-            yield Weight(self.encoding, part, size)
+            some = slice_rows(self._matrix.specs, joined.fields, start, start + size)
+            yield Weight(self.encoding, some, size)
 
     def rows(self, ids_T: Tensor) -> Tensor:
         """(T, K) fp32."""
@@ -110,7 +111,7 @@ class RowTable:
         for record, raw in read_in_turn(self._table, self._reader, list(by_record)):
             self._table.stats.bytes_demanded += self._table.header.stride
             places = by_record[record]
-            fields = view(raw, self._matrix, None).fields
+            fields = view(raw, self._matrix, PLAIN).fields
             out_TK[places] = self.encoding.rows(fields, self._local(record, ids_T[places]))
         self._table.stats.waited_s += time.perf_counter() - started
         return out_TK
@@ -204,10 +205,10 @@ def join(table: Table, reader: Reader, count: int, on_read: OnRead) -> Weight | 
     whole = Matrix(matrix.encoding, matrix.num_rows * count, matrix.width, 0)
     fields = {k: torch.empty(s.shape, dtype=s.dtype, device="cpu") for k, s in whole.specs.items()}
     for i, raw in read_in_turn(table, reader, range(count)):
-        _copy(fields, view(raw, matrix, None), matrix, i)
+        _copy(fields, view(raw, matrix, PLAIN), matrix, i)
         on_read(header.stride)
     num_rows = min(matrix.num_rows * count, header.num_rows)
-    return Weight(encoding(matrix.encoding, reader.kernels), fields, num_rows)
+    return Weight(encoding(matrix.encoding, reader.backend), fields, num_rows)
 
 
 def read_in_turn(
@@ -226,6 +227,7 @@ def read_in_turn(
 
 
 def _copy(fields: dict[str, Tensor], block: Weight, matrix: Matrix, index: int) -> None:
-    for name, spec in matrix.specs.items():
-        step = spec.shape[spec.row_axis]
-        fields[name].narrow(spec.row_axis, index * step, step).copy_(block.fields[name])
+    count = block.encoding.stored_rows(block.fields)
+    some_rows = slice_rows(matrix.specs, fields, index * count, (index + 1) * count)
+    for name, some in some_rows.items():
+        some.copy_(block.fields[name])

@@ -5,7 +5,7 @@
  * so that the cuts depend on the row alone; rows of one sequence share the reading of a chunk. Everything
  * else happens in a fixed order a row, so that its bits do not depend on its company. Keys of 16 entries
  * are turned, so that a lane is an entry and no sum crosses lanes (without products of bf16 they are not: a key
- * becomes floats once for up to eight queries). The plain twin is model/attention.py.
+ * becomes floats once for up to eight queries). The plain twin is kernels/attention.py.
  */
 #include "numbers.h"
 #include <stdlib.h>
@@ -32,7 +32,7 @@ typedef struct {
 } Task;
 
 /* One row's query (scaled) and cache entry from its projections. */
-static void prepare(const Attention *a, const bf16 *qkv, const float *turns, Row row, bf16 *q) {
+static void prepare(const Attention *a, const bf16 *qkv, const float *cos_sin, Row row, bf16 *q) {
     long E = a->head_dim, H = a->heads, J = a->kv_heads;
     float x[E];
     for (long c = 0; c < H + 2 * J; c++) {
@@ -43,8 +43,8 @@ static void prepare(const Attention *a, const bf16 *qkv, const float *turns, Row
                 for (long i = 0; i < E; i++) x[i] *= r * a->norm[c * E + i];
             }
             for (long i = 0; i < E; i += 2) {
-                float re = x[i] * turns[i] - x[i + 1] * turns[i + 1];
-                x[i + 1] = x[i] * turns[i + 1] + x[i + 1] * turns[i];
+                float re = x[i] * cos_sin[i] - x[i + 1] * cos_sin[i + 1];
+                x[i + 1] = x[i] * cos_sin[i + 1] + x[i + 1] * cos_sin[i];
                 x[i] = re;
             }
         }
@@ -316,10 +316,10 @@ static long plan(const Row *row, long rows, long J, Task *task) {
     return count;
 }
 
-/* (rows, qkv) -> (rows, heads * head_dim). turns is (rows, head_dim): cosine and sine of each pair. scratch
+/* (rows, qkv) -> (rows, heads * head_dim). cos_sin is (rows, head_dim): cosine and sine of each pair. scratch
  * holds rows * heads * head_dim bf16 queries, then rows * kv_heads * max_parts parts of G * (head_dim + 2)
  * floats. */
-void attend_rows(const Attention *a, const bf16 *qkv, const float *turns, const Row *row, long rows,
+void attend_rows(const Attention *a, const bf16 *qkv, const float *cos_sin, const Row *row, long rows,
                  long max_parts, float *scratch, bf16 *out) {
     long E = a->head_dim, H = a->heads, J = a->kv_heads, G = H / J, stride = G * (E + 2);
     bf16 *q = (bf16 *)scratch;
@@ -333,7 +333,7 @@ void attend_rows(const Attention *a, const bf16 *qkv, const float *turns, const 
     {
 #pragma omp for schedule(static)
         for (long t = 0; t < rows; t++)
-            prepare(a, qkv + t * (H + 2 * J) * E, turns + t * E, row[t], q + t * H * E);
+            prepare(a, qkv + t * (H + 2 * J) * E, cos_sin + t * E, row[t], q + t * H * E);
 #pragma omp for schedule(dynamic, 1)
         for (long i = 0; i < count; i++) run(a, task[i], row, q, part, max_parts);
 #pragma omp for schedule(static)

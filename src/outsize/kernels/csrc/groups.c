@@ -430,7 +430,7 @@ static inline void tile_input(const uint8_t *p, const float *step, const float *
 }
 #endif
 
-/* The int4 layout of encoding/int4.py: blocks of 64 rows, for each input 32 bytes whose low nibbles are
+/* The int4 layout of kernels/layouts.py: blocks of 64 rows, for each input 32 bytes whose low nibbles are
  * rows 0-31 and high nibbles rows 32-63. scales is (width / 32, rows, 2) bf16: step and zero.
  * out is (width, count) bf16: rows first to first + count, multiples of 64. */
 void tile_decode(const uint8_t *packed, const bf16 *scales, bf16 *out, long rows, long width, long first,

@@ -1,7 +1,7 @@
 /* Low-rank additions to a linear map that stands for several, stacked: y += B_p S_p (A_p x) for each part p.
  * A is (parts * rank, width); B is pairs of ranks by output, (rank / 2, outputs, 2). Both are bf16, and there is
  * no S; or both are codes of eight bits, and S has their scales. A row's bits do not depend on how many others
- * there are. The plain twin is model/lora.py. */
+ * there are. The plain twin is kernels/plain.py. */
 #include "numbers.h"
 
 enum { LANES = 32, AT_ONCE = 4 }; /* numbers of 16 bits in a register; rows of A */

@@ -1,8 +1,8 @@
 /* Row kernels: what stands between the matrix products of a step of few rows.
  *
  * Every function treats each row by itself and in a fixed order, so a row's bits do not depend on the
- * other rows nor on the number of threads. Sums are fp32. The plain twins are in model/layers.py and
- * model/attention.py; tests/laws/test_native.py holds the two together.
+ * other rows nor on the number of threads. Sums are fp32. The plain twins are kernels/plain.py and
+ * kernels/norm.py; tests/laws/test_native.py holds the two together.
  */
 #include "numbers.h"
 

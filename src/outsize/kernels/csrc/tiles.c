@@ -1,4 +1,4 @@
-/* Products with int4 weights in the layout of encoding/int4.py: blocks of 64 rows, for each input 32 bytes
+/* Products with int4 weights in the layout of kernels/layouts.py: blocks of 64 rows, for each input 32 bytes
  * whose low nibbles are rows 0-31 and high nibbles rows 32-63; w = step * (code - 8) + zero in groups of 32.
  *
  * Where the processor has products of bf16, codes become such numbers by a table in a register (exact) and two

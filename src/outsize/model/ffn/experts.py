@@ -1,4 +1,4 @@
-"""The feed-forward of a mixture: a router names a few experts for each token, their outputs are weighed
+"""The feed-forward of a mixture of experts: a router names a few for each token, their outputs are weighed
 and summed.
 
 Few rows: experts are computed in the order in which they are in memory, the missing ones arriving
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from outsize.caching.prefetcher import Scored
+from outsize.kernels.norm import RMSNorm
 from outsize.kernels.structs import ExpertMatrices
-from outsize.model.ffn.dense import Biased, Dense, kind_of
-from outsize.model.layers import Linear, RMSNorm
+from outsize.model.ffn.dense import Biased, Dense
+from outsize.model.layers import Linear
 from outsize.model.step import Step
 from outsize.model_config import Description
 from outsize.storage.table import Weights
@@ -80,7 +81,7 @@ class Built:
 
 def native_experts(w: Weights) -> ExpertMatrices | None:
     """None where a matrix is in pieces or in another encoding."""
-    found = [w[k][0].native() if len(w[k]) == 1 else None for k in ("gate_up", "down")]
+    found = [w[k][0].coded() if len(w[k]) == 1 else None for k in ("gate_up", "down")]
     gate_up, down = found
     return None if gate_up is None or down is None else ExpertMatrices(gate_up, down)
 
@@ -114,7 +115,7 @@ class Mixture:
         weights = [row for _, w in routed for row in w.tolist()]
         early = self._early(chunks)
         rows, weights = self._resolved(rows, weights, early)
-        sums = _Sums(chunks, xs, self._used, kind_of(self._activation))
+        sums = _Sums(chunks, xs, self._used, self._activation)
         in_order = any(step.wide for _, step in chunks)
         places = _places(rows, weights)
         for found in self._bank.stream(rows, early, in_order):
@@ -130,8 +131,7 @@ class Mixture:
         found = self._built.get(id(w))
         if found is None:
             made = Dense(Linear(w["gate_up"]), Linear(w["down"]), self._activation)
-            native = native_experts(w) if kind_of(self._activation) >= 0 else None
-            found = self._built[id(w)] = Built(w, made, native)
+            found = self._built[id(w)] = Built(w, made, native_experts(w))
         return found
 
     def _early(self, chunks: Chunks) -> Scored:
@@ -167,8 +167,8 @@ def _places(rows: Sequence[Sequence[int]], weights: Sequence[Sequence[float]]) -
 class _Sums:
     """Collects the experts' outputs for all chunks."""
 
-    def __init__(self, chunks: Chunks, xs: Sequence[Tensor], used: int, kind: int) -> None:
-        self._chunks, self._xs, self._kind = chunks, xs, kind
+    def __init__(self, chunks: Chunks, xs: Sequence[Tensor], used: int, activation: str) -> None:
+        self._chunks, self._xs, self._activation = chunks, xs, activation
         self._starts, at = [], 0
         for h, _ in chunks:
             self._starts.append(at)
@@ -186,22 +186,23 @@ class _Sums:
             rows = range(start, start + len(h))
             mine = [(e, [(t - start, k, w) for t, k, w in p if t in rows]) for e, p in experts]
             mine = [(e, p) for e, p in mine if p]
-            native = [e.native for e, _ in mine if e.native is not None]
-            if mine and step.kernels is not None and len(native) == len(mine):
-                step.kernels.experts(native, [p for _, p in mine], x, out, self._kind)
+            native, theirs = [e.native for e, _ in mine], [p for _, p in mine]
+            if step.backend.experts(native, theirs, x, out, self._activation):
                 continue
             for e, places in mine:
                 add(e.ffn, places, x, step, out)
 
     def finish(self) -> None:
         for (h, step), out in zip(self._chunks, self._outs, strict=True):
-            if step.wide:
-                h.add_(out)
-                continue
-            total = out[:, 0].clone()
-            for k in range(1, out.shape[1]):
-                total += out[:, k]
-            h.add_(total)
+            step.residual(h, out if step.wide else _in_order(out))
+
+
+def _in_order(out_TKD: Tensor) -> Tensor:
+    """(T, D): each row's outputs, summed in the order of its choices."""
+    total = out_TKD[:, 0].clone()
+    for k in range(1, out_TKD.shape[1]):
+        total += out_TKD[:, k]
+    return total
 
 
 def add(ffn: Expert, places: Places, x_TD: Tensor, step: Step, out: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Attention of new tokens over a sequence's cache: one token at a time, or a long span at once.
+"""Attention in torch: new tokens over a sequence's cache, one token at a time, or a long span at once.
 
 One at a time, the query heads that share a key head are laid out as that head's rows, so that each key
 is read once and the problem is the same whatever else is in the step: a row's bits depend on its own
@@ -10,13 +10,15 @@ Shapes: T new tokens, S stored, H query heads, J key heads, C = 2J, G = H / J, E
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from outsize.kernels.backend import AttentionSpec
+from outsize.kernels.rows import Rows, Segment
 from outsize.model_config import Description
 
 BLOCK, LEAST_BLOCK = 128, 16  # queries at once in the blocked way
@@ -26,6 +28,59 @@ WIDE_HEAD = 128
 CHUNK = 512  # tokens of a long span that attend at once
 FILLED = 64  # queries and keys at once are multiples of it, where their kernels are kept
 MASK_BYTES = 6  # of one cell of a mask, in the forms that torch makes of it
+
+
+def attend(spec: AttentionSpec, qkv: Tensor, cos_sin: Tensor, rows: Rows) -> Tensor:
+    """(T, H*E) of the projections: bias, norms, rotation, storing of keys and values, attention."""
+    dtype, num_rotated = qkv.dtype, spec.num_heads + spec.num_kv_heads
+    if spec.bias is not None:
+        qkv = qkv + spec.bias  # fp32
+    heads = qkv.view(len(qkv), -1, spec.head_dim)
+    qk = heads[:, :num_rotated].float()
+    if spec.norm is not None:
+        qk = spec.norm(qk)
+    qk = rotate(qk, cos_sin)
+    q_THE, k_TJE = qk[:, : spec.num_heads].to(dtype), qk[:, spec.num_heads :]
+    v_TJE, out, at = heads[:, num_rotated:], list[Tensor](), 0
+    for s in rows.segments:
+        some = slice(at, at + s.length)
+        out += _segment(spec, s, (q_THE[some], k_TJE[some], v_TJE[some]), rows.wide)
+        at += s.length
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def rotate(heads_THE: Tensor, cos_sin_T1P: Tensor) -> Tensor:
+    """Rotate adjacent pairs (RoPE, arXiv 2104.09864). fp32; changes its input where its layout allows."""
+    pairs = torch.view_as_complex(heads_THE.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs.mul_(cos_sin_T1P)).flatten(-2)
+
+
+def _segment(
+    spec: AttentionSpec, s: Segment, qkv: tuple[Tensor, Tensor, Tensor], wide: bool
+) -> Iterator[Tensor]:
+    """One sequence's rows: its tokens, then its mask tokens."""
+    (q_THE, k_TJE, v_TJE), count = qkv, len(s.positions)
+    kv_CSE = s.kv.append(spec.layer, k_TJE[:count], v_TJE[:count], s.positions)
+    if wide:
+        seen = s.kv.positions[spec.layer]
+        yield attend_span(q_THE[:count], kv_CSE, seen, spec.scale, spec.window, spec.sinks)
+    else:
+        yield attend_rows(q_THE[:count], kv_CSE, spec.scale, spec.window, spec.sinks)
+    if s.num_masks:
+        yield from _masks(spec, s, (q_THE[count:], k_TJE[count:], v_TJE[count:]), kv_CSE)
+
+
+def _masks(
+    spec: AttentionSpec, s: Segment, qkv: tuple[Tensor, Tensor, Tensor], kv_CSE: Tensor
+) -> Iterator[Tensor]:
+    """Each mask token over what it sees: its anchor's past, then its own block so far."""
+    q_MHE, k_MJE, v_MJE = qkv
+    own_CME = torch.cat([k_MJE, v_MJE], dim=1).transpose(0, 1).to(kv_CSE.dtype)
+    size, count = kv_CSE.shape[1], len(s.positions)
+    for row, span in enumerate(s.spans(size - count, spec.window)[count:]):
+        own = own_CME[:, span.start - size : span.slot + 1 - size]
+        seen_CSE = torch.cat([kv_CSE[:, span.first : span.seen], own], dim=1)
+        yield attend_rows(q_MHE[row : row + 1], seen_CSE, spec.scale, None, spec.sinks)
 
 
 def attend_rows(

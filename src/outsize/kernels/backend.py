@@ -1,0 +1,110 @@
+"""The seam between the model and what computes it: every function that `encoding/`, `weights/` and `model/`
+hand to a backend. plain.py is torch alone and runs anywhere; native.py is C compiled for this machine.
+
+Law: a backend equals `plain` within the rounding of its activations (tests/laws/test_native.py), and in a
+narrow step a row's bits do not depend on the other rows (tests/laws/test_invariance.py). Shapes: T rows, D
+model width, K inputs and N outputs of a linear map, H query heads, E numbers a head.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from outsize.kernels.layouts import CodedMatrix
+from outsize.kernels.norm import RMSNorm
+from outsize.kernels.rows import Rows
+from outsize.kernels.structs import Attention, ExpertMatrices, LowRankMatrix, address_if
+
+Product = Callable[[Tensor, bool], Tensor]  # (x (T, K), is it wide?) -> (T, N) in the type of x
+Places = Sequence[tuple[int, int, float]]  # row, number among its choices, weight
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One layer's attention, for any backend: sizes, and tensors that never change, fp32. `window`: how many
+    entries a row sees, itself among them (None: all); `bias` of query, key and value; `norm` of query and key
+    heads; `sinks`: each head's score of attending to nothing."""
+
+    layer: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None
+    bias: Tensor | None = None
+    norm: RMSNorm | None = None
+    sinks: Tensor | None = None
+    struct: Attention = field(init=False)
+    pointer: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        norm, eps = (None, 0.0) if self.norm is None else (self.norm.pointer, self.norm.eps)
+        bias, sinks = address_if(self.bias, torch.float32), address_if(self.sinks, torch.float32)
+        struct = Attention(
+            self.num_heads, self.num_kv_heads, self.head_dim, self.window or 0, self.scale, eps, bias,
+            norm, sinks,
+        )  # fmt: skip
+        object.__setattr__(self, "struct", struct)
+        object.__setattr__(self, "pointer", ctypes.addressof(struct))
+
+
+class Backend(Protocol):
+    """Where numbers are computed."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def library(self) -> ctypes.CDLL | None:
+        """The compiled C files, whose threads read records (storage/reader.py); None without them."""
+        ...
+
+    def set_threads(self, count: int) -> None:
+        """How many threads compute from now on, for the process."""
+        ...
+
+    def product(self, matrix: CodedMatrix) -> Product:
+        """x -> x @ w.T. The matrix is checked here, once; valid while its tensors are where they are."""
+        ...
+
+    def norm(self, h_TD: Tensor, norm: RMSNorm) -> Tensor:
+        """What enters a linear map: the residual stream (fp32), normed, in the type of activations."""
+        ...
+
+    def residual(self, h_TD: Tensor, y_TD: Tensor, post: RMSNorm | None) -> None:
+        """h += y, or h += post(y). Changes h (fp32)."""
+        ...
+
+    def gate(self, gate_up: Tensor, activation: str) -> Tensor:
+        """activation(gate) * up: (T, 2F) -> (T, F)."""
+        ...
+
+    def attend(self, spec: AttentionSpec, qkv: Tensor, cos_sin: Tensor, rows: Rows) -> Tensor:
+        """(T, H*E) of the projections (T, (H + 2J)*E): bias, norms, rotation by `cos_sin` (T, 1, E/2)
+        complex, storing of keys and values in each sequence's cache, attention."""
+        ...
+
+    def lowrank(
+        self, matrix: LowRankMatrix, x_TK: Tensor, y_TN: Tensor, rows: slice, wide: bool
+    ) -> None:
+        """Add the factors' product to some rows of y. Both contiguous; changes y."""
+        ...
+
+    def experts(
+        self,
+        experts: Sequence[ExpertMatrices | None],
+        places: Sequence[Places],
+        x_TD: Tensor,
+        out_TKD: Tensor,
+        activation: str,
+    ) -> bool:
+        """Several experts in one call: fill `out` (fp32) at each place's (row, choice) with that expert's
+        output times the weight. False where there is no kernel for these: then the caller runs them one by
+        one."""
+        ...
