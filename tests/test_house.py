@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,50 +16,98 @@ from outsize.family.find import NOT_FAMILIES
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "outsize"
 FILES = sorted(SOURCE.rglob("*.py"))
-# A room imports only from rooms before it in this list; the first are modules that stand alone.
+TREES = {path: ast.parse(path.read_text()) for path in FILES}
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+# A room imports only from rooms before it in this list. The first are modules that stand alone, the last is
+# the package itself, the public surface.
 ORDER = [
     "version", "errors", "arguments", "options", "home", "log", "progress", "registry", "model_config",
-    "system", "kv", "kernels",
-    "checkpoint", "family", "encoding", "pack", "storage", "sampling", "text", "caching", "weights", "model",
-    "forward", "draft", "plan", "engine", "report", "adapt", "bench", "cli",
+    "system", "kv", "kernels", "checkpoint", "family", "encoding", "pack", "storage", "sampling", "text",
+    "caching", "weights", "model", "forward", "draft", "plan", "engine", "report", "adapt", "bench", "cli",
+    "__main__", "__init__",
 ]  # fmt: skip
+# Imported within a function, so that --help and `import outsize` are instant, or because a system lacks them.
+LATE = {
+    "fcntl", "gguf", "huggingface_hub", "importlib", "jinja2", "platformdirs", "psutil", "readline",
+    "resource", "rich", "safetensors", "tokenizers", "tomllib", "torch",
+}  # fmt: skip
+MOST_PARAMETERS = 6
 
 
-def folder_of(path: Path) -> str:
-    parts = path.relative_to(SOURCE).parts
-    return parts[0] if len(parts) > 1 else path.stem
+def name_of(path: Path) -> str:
+    """A module's dotted name below outsize; of a folder's __init__.py, the folder's."""
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path) -> list[str]:
-    """Top-level names below outsize that a file imports, anywhere in it."""
-    out = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("outsize"):
-            parts = node.module.split(".")
-            out += [parts[1]] if len(parts) > 1 else [a.name for a in node.names]
+MODULES = {name_of(path) for path in FILES}
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Modules below outsize that some code imports, anywhere in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "outsize":
+            folder = (node.module or "").removeprefix("outsize").lstrip(".")
+            for name in node.names:
+                inner = f"{folder}.{name.name}".lstrip(".")
+                yield inner if inner in MODULES else folder or "__init__"
         elif isinstance(node, ast.Import):
-            out += [a.name.split(".")[1] for a in node.names if a.name.startswith("outsize.")]
-    return out
+            yield from (n.name[8:] for n in node.names if n.name.startswith("outsize."))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
-def test_layers(path: Path) -> None:
-    here = folder_of(path)
-    if here == "__init__":
-        return
-    for there in imports(path):
-        if there != here:
-            assert ORDER.index(there) < ORDER.index(here), f"{here} imports {there} to its right"
+@each_file
+def test_order(path: Path) -> None:
+    here = name_of(path).split(".")[0]
+    for there in {name.split(".")[0] for name in imports(TREES[path])} - {here}:
+        assert ORDER.index(there) < ORDER.index(here), f"{here} imports {there}, a later room"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_no_circles() -> None:
+    left = {name_of(path): set(imports(TREES[path])) & MODULES for path in FILES}
+    while free := {name for name, needs in left.items() if not needs - {name}}:
+        left = {name: needs - free for name, needs in left.items() if name not in free}
+    assert not left, "these import each other, or what does"
+
+
+@each_file
+def test_imports_within_functions_are_for_start_up(path: Path) -> None:
+    for node in functions(path):
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.ImportFrom | ast.Import):
+                first = getattr(inner, "module", None) or inner.names[0].name
+                assert first.split(".")[0] in LATE or name_of(path).startswith("cli."), first
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+@each_file
 def test_sizes(path: Path) -> None:
-    text = path.read_text()
-    assert text.count("\n") <= 300
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            length = (node.end_lineno or 0) - node.lineno + 1
-            assert length <= 60, f"{node.name} has {length} lines"
+    assert path.read_text().count("\n") <= 300
+    for node in functions(path):
+        length = (node.end_lineno or 0) - node.lineno + 1
+        assert length <= 60, f"{node.name} has {length} lines"
+        told = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        told += [a for a in (node.args.vararg, node.args.kwarg) if a is not None]
+        count = sum(a.arg not in ("self", "cls") for a in told)
+        assert count <= MOST_PARAMETERS, f"{node.name} has {count} parameters"
+
+
+@each_file
+def test_privacy(path: Path) -> None:
+    """No class reaches into another's private parts, and types say what an assertion would."""
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
+            of = ast.unparse(node.value)
+            assert of in ("self", "cls") or of.startswith("torch") or node.attr == "_replace", (
+                f"{of}.{node.attr}"
+            )
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("outsize"):
+            assert not [n.name for n in node.names if re.match(r"_[a-z]", n.name)]
+        assert not (isinstance(node, ast.Assert) and "isinstance" in ast.unparse(node.test))
 
 
 def test_functions_are_short_and_families_shorter() -> None:
@@ -75,7 +124,7 @@ def test_functions_are_short_and_families_shorter() -> None:
             assert path.read_text().count("\n") < 90
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+@each_file
 def test_habits(path: Path) -> None:
     tree = ast.parse(path.read_text())
     if path.name != "__init__.py":
@@ -92,20 +141,6 @@ def test_habits(path: Path) -> None:
     assert "utils" not in path.stem
 
 
-def test_caching_knows_integers_only() -> None:
-    """No tensors, no files but the traces of a replay: the same policies run live and in virtual time."""
-    known = {"caching", "errors", "registry", "storage.stats"}
-    for path in (SOURCE / "caching").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                assert "torch" not in [a.name for a in node.names], path
-            elif isinstance(node, ast.ImportFrom):
-                name = (node.module or "").removeprefix("outsize.")
-                of_ours = (node.module or "").startswith("outsize.")
-                is_trace = path.stem == "trace" and name == "checkpoint.bounded"
-                assert not of_ours or name.split(".")[0] in known or name in known or is_trace, path
-
-
 FACTORIES = {
     "arange", "as_tensor", "asarray", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn",
     "randperm", "scalar_tensor", "tensor", "zeros",
@@ -113,7 +148,9 @@ FACTORIES = {
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in FILES if folder_of(p) not in ("adapt", "bench")], ids=lambda p: p.stem
+    "path",
+    [p for p in FILES if name_of(p).split(".")[0] not in ("adapt", "bench")],
+    ids=lambda p: p.stem,
 )
 def test_tensors_state_type_and_device(path: Path) -> None:
     """torch's defaults are the user's to set, and C takes a tensor for what it should be."""
@@ -191,3 +228,30 @@ def test_readme_commands_are_the_ci_commands() -> None:
     assert "README.md" in gate
     assert "ruff" in gate
     assert "mypy" in gate
+
+
+DOCUMENTS = [
+    ROOT / "README.md",
+    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "docs" / "results").glob("*.md"),
+]
+OF_THEIR_TIME = ("decisions.md", "reports.md")  # name files as they were then
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in DOCUMENTS if p.name not in OF_THEIR_TIME], ids=lambda p: p.name
+)
+def test_documents_name_files_that_are_there(path: Path) -> None:
+    known = [
+        str(p) for place in ("src", "tests", "experiments") for p in (ROOT / place).rglob("*.*")
+    ]
+    for named in re.findall(r"[`( /]([\w./-]+\.(?:py|c|h|npz))\b", path.read_text()):
+        tail = "/" + named.lstrip("./")
+        assert (ROOT / named).is_file() or any(k.endswith(tail) for k in known), named
+
+
+def test_the_way_of_a_token_is_six_short_files() -> None:
+    text = (ROOT / "docs" / "reading.md").read_text()
+    named = re.findall(r"^## \d\. `([\w/.]+)`", text, re.MULTILINE)
+    assert len(named) == 6
+    assert sum((SOURCE / name).read_text().count("\n") for name in named) <= 700
