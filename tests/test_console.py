@@ -14,7 +14,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from outsize.cli import console, settings
+from outsize.cli import console, session, settings
 from outsize.cli import run as terminal
 from outsize.cli.console import arguments, text_of
 from outsize.cli.main import app
@@ -70,8 +70,8 @@ def test_prompts_that_are_not_utf8(encoding: dict[str, str], tiny: str) -> None:
 def test_a_console_that_lacks_characters(tiny: str) -> None:
     """Pieces of an answer, and of JSON, at a console of ASCII or a Windows code page."""
     code = (
-        "from outsize.cli import console; from outsize.cli import run as terminal; console.prepare()\n"
-        "terminal.show(iter([('text', 'caf\\xe9 \\u03a9 '), ('text', '\\ud83d')]), True)\n"
+        "from outsize.cli import console; from outsize.cli import session; console.prepare()\n"
+        "session.show(iter([('text', 'caf\\xe9 \\u03a9 '), ('text', '\\ud83d')]), True)\n"
         "from outsize.cli.main import app\n"
     )
     for name, shown in (("ascii", b"caf? ? ?\n"), ("cp1252", b"caf\xe9 ? ?\n")):
@@ -160,7 +160,7 @@ def test_variables_that_are_empty_or_malformed(
     """An empty one is none; one that is no number is named."""
     command = of_command(variable)
     seen: list[object] = []
-    monkeypatch.setattr(terminal, "answer", lambda *a: seen.append(a))
+    monkeypatch.setattr(session, "answer", lambda *a: seen.append(a))
     if command == "run":
         done = CliRunner().invoke(app, ["run", tiny, "hi"], env={variable: ""})
         assert done.exit_code == 0, done.output
@@ -318,5 +318,5 @@ def test_a_refused_turn_prints_no_empty_answer(capsys: pytest.CaptureFixture[str
 
     for said, printed in (((), ""), (("a",), "a\n")):
         with pytest.raises(OptionError):
-            terminal.show(parts(*said), shown=True)
+            session.show(parts(*said), shown=True)
         assert capsys.readouterr().out == printed

@@ -20,7 +20,7 @@ ORDER = [
     "version", "errors", "arguments", "options", "home", "log", "progress", "registry", "model_config",
     "system", "kv", "kernels",
     "checkpoint", "family", "encoding", "pack", "storage", "sampling", "text", "caching", "weights", "model",
-    "forward", "draft", "plan", "engine", "report", "adapt", "bench", "cli",
+    "forward", "draft", "plan", "engine", "report", "adapt", "bench", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from outsize.checkpoint.read_json import loads
 from outsize.engine import load as loading
 from outsize.errors import OptionError
 from outsize.options import LoadOptions
-from outsize.plan import decide
+from outsize.plan import decide, probe
 from outsize.plan.warmup import runtime_bytes
 from outsize.progress import steps
 from outsize.system import memory as budget
@@ -152,7 +152,7 @@ class Answerer:
 
 def _serve(pipe: Connection, model: str, wanted: Wanted, threads: int | None) -> None:
     """The other process: texts in, answers out, until an empty one."""
-    loading.set_threads(threads)
+    probe.set_threads(threads)
     with loading.load(
         model, memory=wanted.memory, context=wanted.context, draft=wanted.draft, quiet=True
     ) as m:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from outsize.cli.flags import Quiet, Threads, option, told
+from outsize.cli.command import only, with_flags
+from outsize.cli.flags import Flag
 from outsize.errors import OptionError
-from outsize.options import DEFAULT_MODEL
+from outsize.options import DEFAULT_MODEL, LoadOptions
 
 app = typer.Typer(
     rich_markup_mode=None, no_args_is_help=True, help="Train what makes a model faster or better."
@@ -21,49 +23,57 @@ def recipes() -> None:
     """Train what makes a model faster or better."""
 
 
-@app.command()
-def masks(
-    ctx: typer.Context,
-    data: Annotated[list[Path], option("--data", text="Prompts: .txt or .jsonl (repeatable).")],
-    output: Annotated[Path, option("-o", "--output", text="The adapter, .safetensors.")],
-    model: Annotated[str, typer.Argument()] = DEFAULT_MODEL,
-    k: Annotated[int, option("--k", text="Mask tokens.")] = 4,
-    rank: Annotated[int, option("--rank", text="Of the low-rank additions.")] = 16,
-    num_steps: Annotated[int, option("--steps", text="Steps.")] = 2000,
-    batch: Annotated[int, option("--batch", text="Sequences a step.")] = 4,
-    anchors: Annotated[int, option("--anchors", text="Tokens of each that get masks.")] = 32,
-    rate: Annotated[float, option("--rate", text="Highest learning rate.")] = 1e-3,
-    length: Annotated[int, option("--length", text="Most tokens of a sequence.")] = 512,
+@dataclass(frozen=True, slots=True)
+class RecipeFlags:
+    """How to train; fields are those of the recipe."""
+
+    k: Annotated[int, Flag("--k", "Mask tokens.")] = 4
+    rank: Annotated[int, Flag("--rank", "Of the low-rank additions.")] = 16
+    steps: Annotated[int, Flag("--steps", "Steps.")] = 2000
+    batch: Annotated[int, Flag("--batch", "Sequences a step.")] = 4
+    anchors: Annotated[int, Flag("--anchors", "Tokens of each that get masks.")] = 32
+    rate: Annotated[float, Flag("--rate", "Highest learning rate.")] = 1e-3
+    length: Annotated[int, Flag("--length", "Most tokens of a sequence.")] = 512
+    seed: Annotated[int, Flag("--seed", "The same seed trains the same adapter.")] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TrainFlags:
+    """What to train on, and where."""
+
+    data: Annotated[list[Path], Flag("--data", "Prompts: .txt or .jsonl (repeatable).")]
+    output: Annotated[Path, Flag("-o --output", "The adapter, .safetensors.")]
     own_answers: Annotated[
-        bool,
-        option("--own-answers/--given-answers", text="Let the model answer the prompts first."),
-    ] = True,
-    max_tokens: Annotated[int, option("-n", "--max-tokens", text="Of an own answer.")] = 128,
-    at_once: Annotated[int, option("--at-once", text="Own answers made at once.")] = 16,
-    every: Annotated[int, option("--every", text="Steps between checkpoints.")] = 100,
-    resume: Annotated[bool, option("--resume", text="Go on from the checkpoint.")] = False,
-    device: Annotated[str, option("--device", text="auto, cpu or cuda.")] = "auto",
-    seed: Annotated[int, option("--seed", text="The same seed trains the same adapter.")] = 0,
-    threads: Threads = None,
-    quiet: Quiet = False,
+        bool, Flag("--own-answers/--given-answers", "Let the model answer the prompts first.")
+    ] = True
+    max_tokens: Annotated[int, Flag("-n --max-tokens", "Of an own answer.")] = 128
+    at_once: Annotated[int, Flag("--at-once", "Own answers made at once.")] = 16
+    every: Annotated[int, Flag("--every", "Steps between checkpoints.")] = 100
+    resume: Annotated[bool, Flag("--resume", "Go on from the checkpoint.")] = False
+    device: Annotated[str, Flag("--device", "auto, cpu or cuda.")] = "auto"
+
+
+@app.command()
+@with_flags
+def masks(
+    train: TrainFlags,
+    recipe: RecipeFlags,
+    load: Annotated[LoadOptions, only("threads", "quiet")],
+    given: frozenset[str],
+    model: Annotated[str, typer.Argument()] = DEFAULT_MODEL,
 ) -> None:
     """A drafter out of any dense model: mask tokens that foresee what it will say."""
     from outsize.adapt.mtp import run as adapting
     from outsize.adapt.mtp.losses import Recipe
-    from outsize.engine import load as loading
+    from outsize.plan.probe import set_threads
 
     for name in ("max_tokens", "at_once"):
-        if name in told(ctx) and not own_answers:
+        if name in given and not train.own_answers:
             flag = name.replace("_", "-")
             raise OptionError(
                 f"--{flag} is of own answers; leave it out, or leave --given-answers out"
             )
-    loading.set_threads(threads)
-    recipe = Recipe(
-        k=k, rank=rank, steps=num_steps, batch=batch, anchors=anchors, rate=rate, length=length,
-        seed=seed,
-    )  # fmt: skip
-    wish = adapting.TrainOptions(
-        model, tuple(data), output, own_answers, max_tokens, at_once, every, resume, device, quiet
-    )
-    adapting.masks(wish, recipe)
+    set_threads(load.threads)
+    options = asdict(train) | {"data": tuple(train.data)}
+    wish = adapting.TrainOptions(model=model, quiet=load.quiet, **options)
+    adapting.masks(wish, Recipe(**asdict(recipe)))

@@ -85,23 +85,21 @@ def default_map(app: typer.Typer) -> dict[str, Any]:
     commands = getattr(group, "commands", {})
     known = kinds(commands)
     for key in values:
-        name = "as_json" if key == "json" else key
-        if name not in known:
+        if key not in known:
             close = difflib.get_close_matches(key, known, 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise OptionError(f"{path}: setting {key!r} is not known{hint}")
-        values[key] = _value(path, key, values[key], known[name])
-    if "json" in values:
-        values["as_json"] = values.pop("json")
+        values[key] = _value(path, key, values[key], known[key])
     return {name: _for(command, values) for name, command in commands.items()}
 
 
 def kinds(commands: dict[str, Any]) -> dict[str, type]:
-    """Of each setting: bool, int, float, str, Path or list, as its command's function says."""
+    """Of each setting, which is a flag's long name: bool, int, float, str, Path or list."""
     out: dict[str, type] = {}
     for command in _leaves(commands):
-        for name, hint in get_type_hints(command.callback).items():
-            inner = [k for k in get_args(hint) if k is not type(None)] or [hint]
+        hints = get_type_hints(command.callback)
+        for name in (p.name for p in command.params if p.envvar):
+            inner = [k for k in get_args(hints[name]) if k is not type(None)] or [hints[name]]
             out[name] = get_origin(inner[0]) or inner[0]
     return out
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from outsize.arguments import whole
 from outsize.caching.replay.trace import read
@@ -21,12 +20,10 @@ from outsize.plan.hit_rates import PRIOR, recorded
 from outsize.plan.machine import Compute, Machine
 from outsize.plan.place import least_bytes, place, tokenizer_bytes
 from outsize.plan.placement import Placement
+from outsize.plan.probe import set_threads
 from outsize.plan.warmup import runtime_bytes
 from outsize.system import memory as budget
 from outsize.weights.spec import parse_experts
-
-if TYPE_CHECKING:
-    pass
 
 POINTS = 24
 PROMPT = 512  # tokens, or as many as the context holds
@@ -58,6 +55,7 @@ def make(model: str, options: LoadOptions, prompt: int | None, trace: Path | Non
     """Plan a run from headers alone; experts by what a recorded `trace` tells of them, if there is one.
     Raises BudgetError, TraceError and what finding a model raises."""
     check(options)
+    set_threads(options.threads)
     native = compiled(options)
     size, runtime = budget.parse(options.memory), runtime_bytes(native)
     outline, placed = foresee(model, options, size, runtime)

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from outsize.arguments import whole
 from outsize.kernels.threads import affinity
 from outsize.plan.cores import Watch
 from outsize.storage.buffers import BufferPool
@@ -63,9 +64,12 @@ def cores() -> int:
     return min(allowed(), psutil.cpu_count(logical=False) or allowed())
 
 
-def follow_quota() -> None:
-    """No more threads than that, unless the environment names a number."""
-    if not os.environ.get("OMP_NUM_THREADS") and torch.get_num_threads() > allowed():
+def set_threads(threads: int | None = None) -> None:
+    """Set torch's threads for the process; None: no more than `allowed`, unless the environment names a
+    number. Raises OptionError."""
+    if threads is not None:
+        torch.set_num_threads(whole("threads", threads, 1, 1024))
+    elif not os.environ.get("OMP_NUM_THREADS") and torch.get_num_threads() > allowed():
         torch.set_num_threads(allowed())
 
 

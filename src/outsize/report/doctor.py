@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import psutil
 import torch
@@ -22,7 +21,7 @@ def examine() -> dict[str, object]:
     notes: list[str] = []
     there = next(p for p in (folder, *folder.parents) if p.is_dir())
     memory = psutil.virtual_memory()
-    probe.follow_quota()
+    probe.set_threads()
     here = machine.measured(folder)
     return {
         "processor": probe.processor(),
@@ -50,7 +49,7 @@ def examine() -> dict[str, object]:
     }
 
 
-def complaints(seen: dict[str, object]) -> list[str]:
+def complaints(seen: Mapping[str, object]) -> list[str]:
     """What would run slowly here, why, and what helps."""
     out = []
     if seen["busy"]:
@@ -82,12 +81,8 @@ def complaints(seen: dict[str, object]) -> list[str]:
     return out
 
 
-def show(as_json: bool) -> None:
-    """Print the examination."""
-    seen = examine()
-    if as_json:
-        print(json.dumps(seen | {"complaints": complaints(seen)}))
-        return
+def lines(seen: Mapping[str, object]) -> Iterator[str]:
+    """The examination as text."""
     sets = ", ".join(str(s) for s in seen["instruction_sets"])  # type: ignore[attr-defined]
     gb = {k: float(str(v)) / 1e9 for k, v in seen.items() if k.endswith(("bytes", "_s", "flops"))}
     rows = {
@@ -102,17 +97,17 @@ def show(as_json: bool) -> None:
         "home": str(seen["home"]),
     }
     for name, value in rows.items():
-        print(f"{name:>12}  {value}")
-    _show_disk(seen["disk"])  # type: ignore[arg-type]
+        yield f"{name:>12}  {value}"
+    yield from _disk(seen["disk"])  # type: ignore[arg-type]
     for text in complaints(seen):
-        print(f"{'slow':>12}  {text}")
+        yield f"{'slow':>12}  {text}"
 
 
-def _show_disk(disk: Sequence[tuple[int, int, float]]) -> None:
+def _disk(disk: Sequence[tuple[int, int, float]]) -> Iterator[str]:
     """Direct reads in GB/s: a row for each size, a column for each number of threads."""
     counts = list(dict.fromkeys(n for _, n, _ in disk))
-    print(f"{'direct reads':>12}  " + "".join(f"{f'x{n}':>7}" for n in counts) + "  (threads)")
+    yield f"{'direct reads':>12}  " + "".join(f"{f'x{n}':>7}" for n in counts) + "  (threads)"
     for size in dict.fromkeys(s for s, _, _ in disk):
         rates = [rate for s, _, rate in disk if s == size]
         cells = "".join(f"{rate / 1e9:7.2f}" for rate in rates)
-        print(f"{f'{size >> 10} KiB':>12}  {cells}  GB/s")
+        yield f"{f'{size >> 10} KiB':>12}  {cells}  GB/s"

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from outsize.pack.outline import Outline
 from outsize.plan.cost import UNHIDDEN, Cost
 from outsize.plan.machine import Machine
+from outsize.plan.make import Plan
 from outsize.plan.placement import BY_ROUTER, Placement
 
 BAR = 40
@@ -51,10 +52,9 @@ def _fixed(p: Placement) -> Iterator[str]:
     return (f"{name} {mb(size)}" for name, size in p.fixed.items())
 
 
-def long(
-    o: Outline, p: Placement, cost: Cost, here: Machine, curve: Sequence[tuple[int, float]]
-) -> Iterator[str]:
-    """The whole table."""
+def long(plan: Plan) -> Iterator[str]:
+    """All that `outsize plan` shows, by lines."""
+    o, p = plan.outline, plan.placement
     state = "packed" if o.is_packed else "not packed yet"
     yield f"{o.name} ({mb(o.size)} of weights, {state}) in {mb(p.budget)}, context {p.context:,}"
     yield ""
@@ -66,9 +66,9 @@ def long(
     yield f"{'in memory':<26}{'':<18}{p.planned / 1e6:>10,.1f}"
     yield f"{'least that works':<26}{'':<18}{p.least / 1e6:>10,.1f}"
     yield ""
-    yield from _arithmetic(p, cost, here)
+    yield from _arithmetic(p, plan.cost, plan.machine)
     yield ""
-    yield from _curve(p, curve)
+    yield from _curve(p, plan.curve)
     yield from (f"note: {note}" for note in p.notes)
 
 
