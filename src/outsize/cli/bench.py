@@ -24,29 +24,28 @@ app = typer.Typer(
 
 @dataclass(frozen=True, slots=True)
 class SpeedFlags:
-    """How much to run."""
+    """How much to run. What `asdict` gives are the measurement's options, as in all that follow."""
 
     prompt_tokens: Annotated[int, Flag("--prompt-tokens", "Tokens to prefill.")] = 512
     new_tokens: Annotated[int, Flag("--new-tokens", "Tokens to decode.")] = 64
     repeats: Annotated[int, Flag("--repeats", "Measured runs.")] = 5
     batch: Annotated[int, Flag("--batch", "Sequences decoded at once.")] = 1
+    threads: int | None = None
+    native: bool = True
+    quiet: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            whole(name, value, 1, 1 << 20)
+        for name in ("prompt_tokens", "new_tokens", "repeats", "batch"):
+            whole(name, getattr(self, name), 1, 1 << 20)
 
 
 @app.command()
 @with_flags
-def speed(
-    own: SpeedFlags,
-    load: Annotated[LoadOptions, only("threads", "native", "quiet")],
-    model: Annotated[str, typer.Argument()] = DEFAULT_MODEL,
-) -> None:
+def speed(own: SpeedFlags, model: Annotated[str, typer.Argument()] = DEFAULT_MODEL) -> None:
     """Ceilings first, then prefill and decode as tokens/s and as a share of the ceiling."""
     from outsize.bench import speed as measure
 
-    measure.show(model, **asdict(own), threads=load.threads, native=load.native, quiet=load.quiet)
+    measure.show(model, **asdict(own))
 
 
 @dataclass(frozen=True, slots=True)

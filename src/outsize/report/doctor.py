@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import psutil
 import torch
@@ -15,8 +16,8 @@ from outsize.kernels.native import kernels
 from outsize.plan import machine, probe
 
 
-def examine() -> dict[str, object]:
-    """Everything, measured now, and kept for `plan`: some seconds."""
+def examine() -> dict[str, Any]:
+    """Measure this machine (some seconds), and keep it for `plan`. Sizes in bytes, rates a second."""
     folder = home()
     notes: list[str] = []
     there = next(p for p in (folder, *folder.parents) if p.is_dir())
@@ -31,7 +32,7 @@ def examine() -> dict[str, object]:
         "memory_bytes": memory.total,
         "memory_free_bytes": memory.available,
         "busy": here.busy,
-        "sittings": len(here.sittings),
+        "measurements": len(here.measurements),
         "memory_bytes_per_s": here.memory_bytes_per_s,
         "bf16_flops": here.bf16_flops,
         "fp32_flops": here.fp32_flops,
@@ -49,13 +50,14 @@ def examine() -> dict[str, object]:
     }
 
 
-def complaints(seen: Mapping[str, object]) -> list[str]:
+def complaints(seen: Mapping[str, Any]) -> list[str]:
     """What would run slowly here, why, and what helps."""
     out = []
     if seen["busy"]:
         out.append(
             f"the machine was busy while it was measured ({seen['busy']}): the figures are the best of "
-            f"{seen['sittings']} sittings, and may be too low; run `outsize doctor` again when it is idle"
+            f"{seen['measurements']} measurements, and may be too low; run `outsize doctor` again when it is "
+            "idle"
         )
     if not seen["int4_kernel"] and not seen["native_kernels"]:
         out.append(
@@ -63,17 +65,16 @@ def complaints(seen: Mapping[str, object]) -> list[str]:
             "4-bit tensors are packed in 8 bits, twice the bytes; install gcc or clang"
         )
     if seen["native_note"]:
-        out.append(str(seen["native_note"]))
-    bf16, fp32 = float(str(seen["bf16_flops"])), float(str(seen["fp32_flops"]))
-    if bf16 < 1.5 * fp32:
+        out.append(seen["native_note"])
+    if seen["bf16_flops"] < 1.5 * seen["fp32_flops"]:
         out.append(
             "no fast bf16 arithmetic: products run in fp32, and long prompts take two to four times as long"
         )
-    if int(str(seen["threads"])) > int(str(seen["cores"])):
+    if seen["threads"] > seen["cores"]:
         out.append(f"{seen['threads']} threads on {seen['cores']} cores: use --threads")
-    if int(str(seen["disk_free_bytes"])) < 2e9:
+    if seen["disk_free_bytes"] < 2e9:
         out.append(f"little room in {seen['home']}: set OUTSIZE_HOME to another disk")
-    if "+cpu" not in str(seen["torch"]) and seen["gpu"] is None:
+    if "+cpu" not in seen["torch"] and seen["gpu"] is None:
         out.append(
             "torch is a GPU build without a GPU: it works, and takes 5 GB of disk that the CPU build "
             "does not (see README)"
@@ -81,24 +82,23 @@ def complaints(seen: Mapping[str, object]) -> list[str]:
     return out
 
 
-def lines(seen: Mapping[str, object]) -> Iterator[str]:
+def lines(seen: Mapping[str, Any]) -> Iterator[str]:
     """The examination as text."""
-    sets = ", ".join(str(s) for s in seen["instruction_sets"])  # type: ignore[attr-defined]
-    gb = {k: float(str(v)) / 1e9 for k, v in seen.items() if k.endswith(("bytes", "_s", "flops"))}
+    gb = {k: v / 1e9 for k, v in seen.items() if k.endswith(("bytes", "_s", "flops"))}
     rows = {
         "processor": f"{seen['processor']}, {seen['cores']} cores, {seen['threads']} threads used",
-        "instructions": sets or "none that matter here",
+        "instructions": ", ".join(seen["instruction_sets"]) or "none that matter here",
         "memory": f"{gb['memory_bytes']:.1f} GB, {gb['memory_free_bytes']:.1f} GB free, "
         f"{gb['memory_bytes_per_s']:.1f} GB/s",
         "compute": f"{gb['bf16_flops']:.0f} GFLOP/s bf16, {gb['fp32_flops']:.0f} fp32",
         "disk": f"{gb['disk_free_bytes']:.1f} GB free, {gb['disk_bytes_per_s']:.2f} GB/s direct reads",
         "torch": f"{seen['torch']}, {seen['torch_kernels']} kernels, GPU: {seen['gpu'] or 'none'}",
         "row kernels": "native" if seen["native_kernels"] else "plain",
-        "home": str(seen["home"]),
+        "home": seen["home"],
     }
     for name, value in rows.items():
         yield f"{name:>12}  {value}"
-    yield from _disk(seen["disk"])  # type: ignore[arg-type]
+    yield from _disk(seen["disk"])
     for text in complaints(seen):
         yield f"{'slow':>12}  {text}"
 

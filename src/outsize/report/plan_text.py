@@ -20,14 +20,13 @@ def mb(size: float) -> str:
 
 def short(o: Outline, p: Placement, cost: Cost | None) -> list[str]:
     """The first lines of a run."""
-    total = o.size
     out = [
         f"[plan: {mb(p.planned)} of {mb(p.budget)}: {', '.join(_fixed(p))}, weights {mb(p.held)}; "
         f"context {p.context:,}]"
     ]
     said = []
     if p.streamed:
-        share = 1 - p.streamed / total
+        share = 1 - p.streamed / o.size
         said.append(
             f"{mb(p.streamed)} a pass from disk ({share:.0%} of the weights stay in memory)"
         )
@@ -74,7 +73,7 @@ def long(plan: Plan) -> Iterator[str]:
 
 def _named(o: Outline, group: str) -> str:
     table = o.table(group)
-    unit = {"layers": "layers", "experts": "experts"}.get(table.kind, "blocks")
+    unit = table.kind if table.kind in ("layers", "experts") else "blocks"
     return f"{group} ({len(table.keys)} {unit})"
 
 
