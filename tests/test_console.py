@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,10 @@ from typer.testing import CliRunner
 from outsize.cli import console, session, settings
 from outsize.cli import run as terminal
 from outsize.cli.console import arguments, text_of
+from outsize.cli.flags import FLAGS
 from outsize.cli.main import app
 from outsize.errors import DiskFullError, OptionError, SourceError
+from outsize.options import LoadOptions, Options
 from outsize.text.channels import Piece
 
 CODE = "from outsize.cli.main import main; main()"
@@ -177,6 +180,11 @@ def test_empty_homes_are_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "")
     assert settings.config_path().name == "config.toml"
     assert settings.config_path() != Path("config.toml")
+
+
+def test_every_option_is_a_flag() -> None:
+    known = {f.name for kind in (LoadOptions, Options) for f in fields(kind)}
+    assert known - {"defaults"} == set(FLAGS)
 
 
 def test_a_variable_that_is_misspelled(monkeypatch: pytest.MonkeyPatch) -> None:

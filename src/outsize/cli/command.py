@@ -5,21 +5,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from functools import update_wrapper
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import typer
 
-from outsize.cli.flags import FLAGS, Flag
+from outsize.cli.flags import FLAGS, Flag, Texts
 from outsize.options import LoadOptions, Options
 
 CONTEXT, GIVEN = "ctx", "given"
 REQUIRED = inspect.Parameter.empty
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """Which fields of a dataclass a command has as flags: these only, or all but these."""
 
     names: tuple[str, ...]
@@ -46,10 +45,15 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
         if is_dataclass(kind):
             groups[name] = Group(kind, _note(hints[name], Choice), parameter.default)
         elif name != GIVEN:
-            plain[name] = _plain(name, hints[name], parameter.default)
+            flag, default = _note(hints[name], Flag), parameter.default
+            plain[name] = (
+                _parameter(name, hints[name], default)
+                if flag is None
+                else _of_flag(flag, kind, default)
+            )
 
     def call(values: dict[str, Any]) -> None:
-        given = told(values.pop(CONTEXT))
+        given = on_command_line(values.pop(CONTEXT))
         made = {name: group.make(values, given) for name, group in groups.items()}
         rest = {name: values[parameter.name] for name, parameter in plain.items()}
         command(**rest, **made, **({GIVEN: given} if GIVEN in hints else {}))
@@ -68,25 +72,13 @@ class Group:
     """The flags of one parameter that is a dataclass."""
 
     def __init__(self, kind: Any, choice: Choice | None, base: Any) -> None:
+        hints, defaults = get_type_hints(kind), inspect.signature(kind).parameters
         self._kind, self._base = kind, None if base is REQUIRED else base
-        flags = _flags(kind)
-        if choice is not None and choice.kept:
-            flags = {name: flags[name] for name in choice.names}
-        for name in () if choice is None or choice.kept else choice.names:
-            del flags[name]
-        self._flags, hints = flags, get_type_hints(kind)
-        made = [
-            _of_flag(flag, hints[name], self._default(name)) for name, flag in self._flags.items()
-        ]
-        self.parameters = {p.name: p for p in made}
-
-    def _default(self, name: str) -> Any:
-        if self._base is not None:
-            return getattr(self._base, name)
-        (field,) = (f for f in fields(self._kind) if f.name == name)
-        if field.default_factory is not MISSING:
-            return field.default_factory()
-        return REQUIRED if field.default is MISSING else field.default
+        self._flags = _flags(kind, choice)
+        self.parameters = {}
+        for name, flag in self._flags.items():
+            value = defaults[name].default if self._base is None else getattr(base, name)
+            self.parameters[flag.name] = _of_flag(flag, hints[name], value)
 
     def make(self, values: Mapping[str, Any], given: frozenset[str]) -> object:
         """The object. A flag that was given must be of use; a setting of the environment or of config.toml is
@@ -99,11 +91,11 @@ class Group:
             chosen["defaults"] = frozenset(self._flags) - given
         made = self._kind(**chosen) if self._base is None else replace(self._base, **chosen)
         if isinstance(made, Options):
-            made.check_told(given)
+            made.check_given(given)
         return made
 
 
-def told(context: typer.Context) -> frozenset[str]:
+def on_command_line(context: typer.Context) -> frozenset[str]:
     """Names of what stands on the command line itself, not in the environment or config.toml."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return frozenset(
@@ -111,10 +103,14 @@ def told(context: typer.Context) -> frozenset[str]:
     )
 
 
-def _flags(kind: Any) -> dict[str, Flag]:
+def _flags(kind: Any, choice: Choice | None) -> dict[str, Flag]:
     """By field: as its annotation has it, else as FLAGS has it under the field's name."""
     hints = get_type_hints(kind, include_extras=True)
     found = {name: _note(hint, Flag) or FLAGS.get(name) for name, hint in hints.items()}
+    if choice is not None and choice.kept:
+        found = {name: found[name] for name in choice.names}
+    for name in () if choice is None or choice.kept else choice.names:
+        del found[name]
     return {name: flag for name, flag in found.items() if flag is not None}
 
 
@@ -124,18 +120,8 @@ def _note(hint: Any, kind: type) -> Any:
     return next((note for note in notes if isinstance(note, kind)), None)
 
 
-def _plain(name: str, hint: Any, default: Any) -> inspect.Parameter:
-    flag = _note(hint, Flag)
-    return (
-        _parameter(name, hint, default)
-        if flag is None
-        else _of_flag(flag, get_args(hint)[0], default)
-    )
-
-
 def _of_flag(flag: Flag, hint: Any, default: Any) -> inspect.Parameter:
-    if flag.read is not None and not default:
-        default = None  # an empty tuple or mapping: nothing was read
+    default = None if flag.kind is Texts else default
     return _parameter(flag.name, Annotated[flag.kind or hint, flag.option()], default)
 
 
