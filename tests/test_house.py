@@ -102,9 +102,11 @@ def test_privacy(path: Path) -> None:
     for node in ast.walk(TREES[path]):
         if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
             of = ast.unparse(node.value)
-            assert of in ("self", "cls") or of.startswith("torch") or node.attr == "_replace", (
-                f"{of}.{node.attr}"
-            )
+            assert (
+                of in ("self", "cls")
+                or of.startswith("torch")
+                or node.attr in ("_replace", "_fields")
+            ), f"{of}.{node.attr}"
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("outsize"):
             assert not [n.name for n in node.names if re.match(r"_[a-z]", n.name)]
         assert not (isinstance(node, ast.Assert) and "isinstance" in ast.unparse(node.test))

@@ -1,5 +1,5 @@
-"""What a user may choose, with its default, once. Flags, environment, config file and keywords all
-end here."""
+"""What a user may choose, with its default, once: LoadOptions opens a model, Options are those of a request.
+Flags, environment, config file and keywords all end here."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Options:
         return replace(self, adapter=self.adapter_of(number))
 
     def check_adapters(self, prompts: int) -> None:
-        """Raises OptionError unless there is one adapter for all prompts, or one for each."""
+        """Raise OptionError unless there is one adapter for all prompts, or one for each."""
         if isinstance(self.adapter, tuple) and len(self.adapter) != prompts:
             few = "more" if len(self.adapter) < prompts else "fewer"
             raise OptionError(
@@ -108,11 +108,11 @@ class Options:
                 "for each, or one"
             )
 
-    def check_told(self, told: Collection[str]) -> None:
-        """Of the options that a caller gave, is each one used? Raises OptionError."""
+    def check_given(self, given: Collection[str]) -> None:
+        """Raise OptionError if one of the options that a caller gave would not be used."""
         for name, neutral in DRAWING.items():
             value = getattr(self, name)
-            if name in told and self.temperature == 0 and value not in neutral:
+            if name in given and self.temperature == 0 and value not in neutral:
                 raise OptionError(
                     f"{name} is {value}, but at temperature 0 no token is drawn: the likeliest is taken; "
                     f"give a temperature above 0, or leave {name} out"
@@ -122,7 +122,7 @@ class Options:
         """These options with some replaced. Raises OptionError for an unknown name or bad value."""
         check_names(changes, [f.name for f in fields(self)])
         made = replace(self, **changes)  # type: ignore[arg-type]
-        made.check_told(changes)
+        made.check_given(changes)
         return made
 
 
@@ -165,9 +165,8 @@ class LoadChanges(TypedDict, total=False):
 class LoadOptions:
     """How to open a model. Field names are the flags' and the keywords' names."""
 
-    memory: str | int = (
-        "auto"  # of the whole process: bytes, "4GB", "75%", or what is free, less a tenth
-    )
+    # Of the whole process: bytes, "4GB", "75%", or what is free, less a tenth.
+    memory: str | int = "auto"
     context: int | None = None  # tokens; None: as many as the model has, and fit
     threads: int | None = None  # None: as many as there are cores that other programs leave free
     encoding: str = "auto"  # of the weights, when a model is packed
@@ -206,20 +205,25 @@ class LoadOptions:
 
 
 def check_names(given: Collection[str], known: Sequence[str]) -> None:
-    """Raises OptionError for a name that is not known."""
+    """Raise OptionError for a name that is not known."""
     for name in given:
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            close = near(name, known)
+            hint = f"; did you mean {close!r}?" if close else ""
             raise OptionError(f"option {name!r} is not known; known are {', '.join(known)}{hint}")
+
+
+def near(name: str, known: Collection[str]) -> str:
+    """The known name that is nearest to a misspelled one; empty: none is."""
+    return next(iter(difflib.get_close_matches(name, known, 1)), "")
 
 
 WORDS = {"True": "true", "TRUE": "true", "False": "false", "FALSE": "false", "None": "null"}
 
 
 def parse_arguments(told: Sequence[str]) -> dict[str, object] | None:
-    """KEY=VALUE texts as template arguments; a value that is JSON, or
-    True, False or None, is what it says. Raises OptionError."""
+    """Variables for the chat template from KEY=VALUE texts; a value that is JSON, or True, False or None, is
+    what it says. Raises OptionError."""
     made: dict[str, object] = {}
     for text in told:
         key, equals, value = text.partition("=")

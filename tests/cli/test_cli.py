@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from outsize.cli.run import DisplayOptions, answer, interrupts, understand
+from outsize.cli.flags import DisplayOptions
+from outsize.cli.run import understand
+from outsize.cli.session import answer, interrupts
 from outsize.engine import stream as streaming
 from outsize.errors import OptionError
 from outsize.options import LoadOptions, Options
@@ -228,9 +230,8 @@ def test_an_interrupted_reply_is_shown_and_accounted(
             signal.raise_signal(signal.SIGINT) if not self.request.seq.finish else None
 
     monkeypatch.setattr(streaming.Streaming, "_go", interrupted)
-    how = DisplayOptions(LoadOptions(), None, False, False)
     with pytest.raises(SystemExit) as left:
-        answer(tiny, "hello", Options(max_tokens=50), how)
+        answer(tiny, "hello", LoadOptions(), Options(max_tokens=50), DisplayOptions())
     assert left.value.code == 130
     shown = capsys.readouterr()
     assert len(shown.out) > 1

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from outsize.cli import console, settings
+from outsize.cli import console, session, settings
 from outsize.cli import run as terminal
 from outsize.cli.console import arguments, text_of
+from outsize.cli.flags import FLAGS
 from outsize.cli.main import app
 from outsize.errors import DiskFullError, OptionError, SourceError
+from outsize.options import LoadOptions, Options
 from outsize.text.channels import Piece
 from tests.command import outsize
 
@@ -76,8 +79,8 @@ def test_prompts_that_are_not_utf8(
 def test_a_console_that_lacks_characters(tiny: str) -> None:
     """Pieces of an answer, and of JSON, at a console of ASCII or a Windows code page."""
     code = (
-        "from outsize.cli import console; from outsize.cli import run as terminal; console.prepare()\n"
-        "terminal.show(iter([('text', 'caf\\xe9 \\u03a9 '), ('text', '\\ud83d')]), True)\n"
+        "from outsize.cli import console; from outsize.cli import session; console.prepare()\n"
+        "session.show(iter([('text', 'caf\\xe9 \\u03a9 '), ('text', '\\ud83d')]), True)\n"
         f"{CODE}"
     )
     how = ("run", tiny, "a", "-n", "40", "-q", "--json", "--temperature", "2", "--seed", "1")
@@ -166,7 +169,7 @@ def test_variables_that_are_empty_or_malformed(
     """An empty one is none; one that is no number is named."""
     command = of_command(variable)
     seen: list[object] = []
-    monkeypatch.setattr(terminal, "answer", lambda *a: seen.append(a))
+    monkeypatch.setattr(session, "answer", lambda *a: seen.append(a))
     if command == "run":
         done = CliRunner().invoke(app, ["run", tiny, "hi"], env={variable: ""})
         assert done.exit_code == 0, done.output
@@ -183,6 +186,11 @@ def test_empty_homes_are_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "")
     assert settings.config_path().name == "config.toml"
     assert settings.config_path() != Path("config.toml")
+
+
+def test_every_option_is_a_flag() -> None:
+    known = {f.name for kind in (LoadOptions, Options) for f in fields(kind)}
+    assert known - {"defaults"} == set(FLAGS)
 
 
 def test_a_variable_that_is_misspelled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,5 +337,5 @@ def test_a_refused_turn_prints_no_empty_answer(capsys: pytest.CaptureFixture[str
 
     for said, printed in (((), ""), (("a",), "a\n")):
         with pytest.raises(OptionError):
-            terminal.show(parts(*said), shown=True)
+            session.show(parts(*said), shown=True)
         assert capsys.readouterr().out == printed

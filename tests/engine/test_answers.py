@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import outsize
-from outsize.cli import run as terminal
+from outsize.cli import session as terminal
 from outsize.cli.main import main
 from outsize.engine.conversation import Conversation
 from outsize.engine.model import Model

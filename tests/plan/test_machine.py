@@ -1,4 +1,4 @@
-"""What is kept of this machine: the best of several sittings, whatever else ran meanwhile."""
+"""What is kept of this machine: the best of several measurements, whatever else ran meanwhile."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from outsize.options import LoadOptions
 from outsize.pack.outline import of_pack
 from outsize.plan import cores, cost, machine, probe
 from outsize.plan import make as planning
-from outsize.plan.machine import Compute, Machine, Sitting
+from outsize.plan.machine import Compute, Machine, Measurement
 from outsize.report import doctor
 from outsize.storage.reader import THREADS
 from outsize.storage.tickets import PIECE
 
 DISK = [(128 << 10, 1, 5e8), (PIECE, THREADS, 2e9)]
-QUIET = Sitting(1.0, "", 40e9, 800e9, 100e9, DISK)
+QUIET = Measurement(1.0, "", 40e9, 800e9, 100e9, DISK)
 
 
 @pytest.fixture
@@ -53,15 +53,15 @@ def slow(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.3) -> None:
 
 @pytest.mark.skipif(not cores.STAT.is_file(), reason="this system does not tell of others")
 @pytest.mark.usefixtures("busy")
-def test_a_sitting_beside_busy_processes_lowers_nothing_and_says_so(
+def test_a_measurement_beside_busy_processes_lowers_nothing_and_says_so(
     own_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     machine.keep(Machine(machine.name(), (QUIET,), {}), own_home)
     slow(monkeypatch)
-    doctor.show(False)
+    print("\n".join(doctor.lines(doctor.examine())))
     shown = capsys.readouterr().out
     assert "the machine was busy while it was measured (other processes took" in shown
-    assert "best of 2 sittings" in shown
+    assert "best of 2 measurements" in shown
     found = machine.kept(own_home)
     assert found is not None
     assert (found.memory_bytes_per_s, found.bf16_flops, found.disk_bytes_per_s) == (
@@ -71,12 +71,12 @@ def test_a_sitting_beside_busy_processes_lowers_nothing_and_says_so(
     )
 
 
-def test_the_last_sittings_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_measurements_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that became slower is believed after a while."""
     slow(monkeypatch, 0.0)
     machine.keep(Machine(machine.name(), (QUIET,), {"m": Compute({}, {}, 1)}), tmp_path)
-    seen = [machine.measured(tmp_path).memory_bytes_per_s for _ in range(machine.SITTINGS)]
-    assert seen == [40e9] * (machine.SITTINGS - 1) + [4e9]
+    seen = [machine.measured(tmp_path).memory_bytes_per_s for _ in range(machine.MOST)]
+    assert seen == [40e9] * (machine.MOST - 1) + [4e9]
     found = machine.kept(tmp_path)
     assert found is not None
     assert found.models
@@ -106,8 +106,8 @@ def test_another_machine_is_measured_for_itself(
 
 
 @pytest.mark.parametrize(
-    "text", ["{broken", "[]", '{"machines": 3}', '{"machines": {"NAME": {"sittings": []}}}',
-             '{"machines": {"NAME": {"sittings": [{"disk": [1]}], "models": {}, "version": "0.1.0"}}}']
+    "text", ["{broken", "[]", '{"machines": 3}', '{"machines": {"NAME": {"measurements": []}}}',
+             '{"machines": {"NAME": {"measurements": [{"disk": [1]}], "models": {}, "version": "0.1.0"}}}']
 )  # fmt: skip
 def test_a_damaged_file_is_measured_again(text: str, tmp_path: Path) -> None:
     (tmp_path / machine.FILE).write_text(text.replace("NAME", machine.name()))

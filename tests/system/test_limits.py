@@ -11,7 +11,6 @@ import psutil
 import pytest
 import torch
 
-from outsize.engine import load as loading
 from outsize.plan import probe
 from outsize.system import address_space, cgroups
 from outsize.system import memory as budget
@@ -67,12 +66,12 @@ def test_threads_follow_the_quota(number: int, fake: Fake, monkeypatch: pytest.M
     set_to: list[int] = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
-    loading.set_threads(None)
+    probe.set_threads(None)
     assert set_to == [wanted]
-    loading.set_threads(5)
+    probe.set_threads(5)
     assert set_to == [wanted, 5]
     monkeypatch.setenv("OMP_NUM_THREADS", "16")
-    loading.set_threads(None)
+    probe.set_threads(None)
     assert set_to == [wanted, 5]
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from outsize.engine import load as loading
 from outsize.errors import OptionError
 from outsize.options import LoadOptions
-from outsize.plan import decide
+from outsize.plan import decide, probe
 from outsize.plan.warmup import runtime_bytes
 from outsize.progress import steps
 from outsize.system import memory as budget
@@ -134,7 +134,7 @@ class Answerer:
 
 def _serve(pipe: Connection, model: str, options: SpeculateOptions) -> None:
     """The other process: texts in, answers out, until an empty one."""
-    loading.set_threads(options.threads)
+    probe.set_threads(options.threads)
     with loading.load(
         model, memory=options.memory, context=options.context, draft=options.draft, quiet=True
     ) as m:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from outsize.arguments import whole
-from outsize.cli.flags import (
-    AsJson,
-    DraftFlag,
-    Encoding,
-    Memory,
-    Native,
-    Quiet,
-    Threads,
-    option,
-    told,
-)
+from outsize.cli.command import only, with_flags
+from outsize.cli.flags import DisplayOptions, Flag
+from outsize.cli.settings import config_path
 from outsize.errors import OptionError
-from outsize.options import CAPACITIES, DEFAULT_MODEL, EVICTIONS
+from outsize.options import CAPACITIES, DEFAULT_MODEL, EVICTIONS, LoadOptions
 
 app = typer.Typer(
     rich_markup_mode=None,
@@ -29,137 +22,168 @@ app = typer.Typer(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class SpeedFlags:
+    """How much to run. What `asdict` gives are the measurement's options, as in all that follow."""
+
+    prompt_tokens: Annotated[int, Flag("--prompt-tokens", "Tokens to prefill.")] = 512
+    new_tokens: Annotated[int, Flag("--new-tokens", "Tokens to decode.")] = 64
+    repeats: Annotated[int, Flag("--repeats", "Measured runs.")] = 5
+    batch: Annotated[int, Flag("--batch", "Sequences decoded at once.")] = 1
+    threads: int | None = None
+    native: bool = True
+    quiet: bool = False
+
+
 @app.command()
-def speed(
-    model: Annotated[str, typer.Argument()] = DEFAULT_MODEL,
-    prompt_tokens: Annotated[int, option("--prompt-tokens", text="Tokens to prefill.")] = 512,
-    new_tokens: Annotated[int, option("--new-tokens", text="Tokens to decode.")] = 64,
-    repeats: Annotated[int, option("--repeats", text="Measured runs.")] = 5,
-    batch: Annotated[int, option("--batch", text="Sequences decoded at once.")] = 1,
-    threads: Threads = None,
-    native: Native = True,
-    quiet: Quiet = False,
-) -> None:
+@with_flags
+def speed(own: SpeedFlags, model: Annotated[str, typer.Argument()] = DEFAULT_MODEL) -> None:
     """Ceilings first, then prefill and decode as tokens/s and as a share of the ceiling; JSON last."""
     from outsize.bench import speed as measure
 
-    options = prompt_tokens, new_tokens, repeats, batch, threads, native, quiet
-    measure.show(model, measure.SpeedOptions(*options))
+    measure.show(model, measure.SpeedOptions(**asdict(own)))
+
+
+@dataclass(frozen=True, slots=True)
+class QualityFlags:
+    """What to measure on."""
+
+    text: Annotated[Path | None, Flag("--text", "A text file to measure on.")] = None
+    tokens: Annotated[int, Flag("--tokens", "Leading tokens of it.")] = 1024
+    tasks: Annotated[str | None, Flag("--tasks", "lm-eval tasks, comma-separated.")] = None
+    limit: Annotated[int | None, Flag("--limit", "Examples a task.")] = None
+    include: Annotated[Path | None, Flag("--include", "Folder of task files.")] = None
 
 
 @app.command()
+@with_flags
 def quality(
-    ctx: typer.Context,
+    own: QualityFlags,
+    load: Annotated[LoadOptions, only("encoding", "native", "quiet")],
+    given: frozenset[str],
     model: Annotated[str, typer.Argument()] = DEFAULT_MODEL,
-    text: Annotated[Path | None, option("--text", text="A text file to measure on.")] = None,
-    tokens: Annotated[int, option("--tokens", text="Leading tokens of it.")] = 1024,
-    tasks: Annotated[str | None, option("--tasks", text="lm-eval tasks, comma-separated.")] = None,
-    limit: Annotated[int | None, option("--limit", text="Examples a task.")] = None,
-    include: Annotated[Path | None, option("--include", text="Folder of task files.")] = None,
-    encoding: Encoding = "auto",
-    native: Native = True,
-    quiet: Quiet = False,
 ) -> None:
     """Perplexity, KL divergence and top-1 agreement against transformers in fp32; lm-eval tasks."""
     from outsize.bench import quality as measure
-    from outsize.cli.run import load_options_of
 
-    if (tasks is None) == (text is None):
+    if (own.tasks is None) == (own.text is None):
         raise OptionError("give one of the two: --text FILE or --tasks NAMES")
-    for name in ("tokens",) if text is None else ("limit", "include"):
-        if name in told(ctx):
+    for name in ("tokens",) if own.text is None else ("limit", "include"):
+        if name in given:
             raise OptionError(
-                f"--{name} is for {'--text' if text is None else '--tasks'}; leave it out"
+                f"--{name} is for {'--text' if own.text is None else '--tasks'}; leave it out"
             )
-    whole("tokens", tokens, 32, 1 << 24)
-    load_options = load_options_of(told(ctx), "auto", None, encoding, "first", False, native, quiet)
-    if text is not None:
-        measure.show(model, text, tokens, load_options)
+    whole("tokens", own.tokens, 32, 1 << 24)
+    if own.text is not None:
+        measure.show(model, own.text, own.tokens, load)
     else:
-        measure.show_tasks(model, str(tasks).split(","), limit, include, load_options)
+        measure.show_tasks(model, str(own.tasks).split(","), own.limit, own.include, load)
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculateFlags:
+    """What is answered, and in what share of memory."""
+
+    prompts: Annotated[
+        Path | None, Flag("--prompts", "JSON lines with `category` and `turns` or `prompt`.")
+    ] = None
+    draft: str = "auto"
+    memory: str = "auto"
+    context: int = 2048
+    new_tokens: Annotated[int, Flag("--new-tokens", "Tokens of an answer.")] = 128
+    per_category: Annotated[int, Flag("--per-category", "Prompts of each; 0: all.")] = 0
+    held: Annotated[float, Flag("--held", "Share of the weights to hold in memory.")] = 1.0
+    each: Annotated[
+        bool, Flag("--each", "Hold it with drafts, too; else both have the budget of none.")
+    ] = False
 
 
 @app.command()
+@with_flags
 def speculate(
+    own: SpeculateFlags,
+    display: Annotated[DisplayOptions, only("json")],
+    load: Annotated[LoadOptions, only("threads", "quiet")],
     model: Annotated[str, typer.Argument()] = DEFAULT_MODEL,
-    prompts: Annotated[
-        Path | None, option("--prompts", text="JSON lines with `category` and `turns` or `prompt`.")
-    ] = None,
-    draft: DraftFlag = "auto",
-    new_tokens: Annotated[int, option("--new-tokens", text="Tokens of an answer.")] = 128,
-    per_category: Annotated[int, option("--per-category", text="Prompts of each; 0: all.")] = 0,
-    memory: Memory = "auto",
-    held: Annotated[float, option("--held", text="Share of the weights to hold in memory.")] = 1.0,
-    each: Annotated[
-        bool,
-        option("--each", text="Hold it with drafts, too; else both have the budget of none."),
-    ] = False,
-    context: Annotated[int, option("-c", "--context", text="Tokens of context.")] = 2048,
-    threads: Threads = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
 ) -> None:
     """Drafts against none, by category: tokens a step, tokens/s, ratio; texts must be the same."""
     from outsize.bench import speculate as measure
 
-    if prompts is None:
+    if own.prompts is None:
         raise OptionError("give --prompts FILE")
-    options = measure.SpeculateOptions(
-        prompts, draft, new_tokens, per_category, memory, held, each, context, threads, quiet
-    )
-    measure.show(model, options, as_json)
+    options = measure.SpeculateOptions(**asdict(own), threads=load.threads, quiet=load.quiet)
+    measure.show(model, options, display.json)
+
+
+@dataclass(frozen=True, slots=True)
+class SyntheticFlags:
+    """What is made up."""
+
+    family: Annotated[str, Flag("--family", "Any family we run.")] = "llama"
+    size: Annotated[
+        str, Flag("--size", "tiny, 0.5b ... 70b; with experts tiny-moe, 7b-a1b, 30b-a3b.")
+    ] = "7b"
+    seed: Annotated[int, Flag("--seed", "Of the random weights.")] = 0
 
 
 @app.command()
+@with_flags
 def synthetic(
     path: Annotated[Path, typer.Argument(metavar="FILE.gguf|FOLDER")],
-    family: Annotated[str, option("--family", text="Any family we run.")] = "llama",
-    size: Annotated[
-        str, option("--size", text="tiny, 0.5b ... 70b; with experts tiny-moe, 7b-a1b, 30b-a3b.")
-    ] = "7b",
-    seed: Annotated[int, option("--seed", text="Of the random weights.")] = 0,
-    encoding: Encoding = "auto",
-    quiet: Quiet = False,
+    own: SyntheticFlags,
+    load: Annotated[LoadOptions, only("encoding", "quiet")],
 ) -> None:
     """Write a model with random weights (4-bit GGUF, or a bf16 folder), and pack it."""
-
     from outsize.bench.synthetic import make
 
-    make.show(path, family, size, seed, encoding, quiet)
+    make.show(path, own.family, own.size, own.seed, load.encoding, load.quiet)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayFlags:
+    """The caches to try, and the link and processor they stand before."""
+
+    capacity: Annotated[str, Flag("--capacity", "Shares of all experts that have slots.")] = (
+        CAPACITIES
+    )
+    eviction: Annotated[str, Flag("--eviction", "Policies.")] = EVICTIONS
+    prefetch: Annotated[
+        str, Flag("--prefetch", "none, top:K, score:P, quantile:Q, previous, oracle:RECALL.")
+    ] = "none"
+    miss: Annotated[str, Flag("--miss", "fetch, drop:SHARE, substitute.")] = "fetch"
+    bandwidth: Annotated[str, Flag("--bandwidth", "Of the link.")] = "1GB/s"
+    record_bytes: Annotated[
+        int | None, Flag("--record-bytes", "Of an expert, if not the trace's.")
+    ] = None
+    layer_ms: Annotated[float, Flag("--layer-ms", "Computing a layer, for a token.")] = 0.0
+    expert_ms: Annotated[float, Flag("--expert-ms", "Computing an expert.")] = 0.0
+    per_layer: Annotated[bool, Flag("--per-layer/--global", "Each layer has slots of its own.")] = (
+        False
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayOutput:
+    """Where the result goes."""
+
+    html: Annotated[Path | None, Flag("--html", "Write a page with plots.")] = None
+    write_config: Annotated[
+        bool, Flag("--write-config/--no-write-config", "Make the engine use the best.")
+    ] = False
 
 
 @app.command()
+@with_flags
 def cache(
     traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="From `outsize trace`.")],
-    capacity: Annotated[
-        str, option("--capacity", text="Shares of all experts that have slots.")
-    ] = CAPACITIES,
-    eviction: Annotated[str, option("--eviction", text="Policies.")] = EVICTIONS,
-    prefetch: Annotated[
-        str, option("--prefetch", text="none, top:K, score:P, quantile:Q, previous, oracle:RECALL.")
-    ] = "none",
-    miss: Annotated[str, option("--miss", text="fetch, drop:SHARE, substitute.")] = "fetch",
-    bandwidth: Annotated[str, option("--bandwidth", text="Of the link.")] = "1GB/s",
-    record_bytes: Annotated[
-        int | None, option("--record-bytes", text="Of an expert, if not the trace's.")
-    ] = None,
-    layer_ms: Annotated[float, option("--layer-ms", text="Computing a layer, for a token.")] = 0.0,
-    expert_ms: Annotated[float, option("--expert-ms", text="Computing an expert.")] = 0.0,
-    per_layer: Annotated[
-        bool, option("--per-layer/--global", text="Each layer has slots of its own.")
-    ] = False,
-    as_json: AsJson = False,
-    html: Annotated[Path | None, option("--html", text="Write a page with plots.")] = None,
-    write_config: Annotated[
-        bool, option("--write-config/--no-write-config", text="Make the engine use the best.")
-    ] = False,
-    quiet: Quiet = False,
+    own: ReplayFlags,
+    display: Annotated[DisplayOptions, only("json")],
+    output: ReplayOutput,
+    load: Annotated[LoadOptions, only("quiet")],
 ) -> None:
     """Replay recorded routing under cache policies, in virtual time; name the one to use here."""
     from outsize.bench import cache as measure
-    from outsize.cli.settings import config_path
 
-    options = measure.CacheOptions(
-        capacity, eviction, prefetch, miss, bandwidth, record_bytes, layer_ms, expert_ms, per_layer
-    )
-    measure.show(traces, options, as_json, html, config_path() if write_config else None, quiet)
+    config = config_path() if output.write_config else None
+    options = measure.CacheOptions(**asdict(own))
+    measure.show(traces, options, display.json, output.html, config, load.quiet)

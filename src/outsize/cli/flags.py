@@ -1,96 +1,116 @@
-"""The flags that several commands have, once."""
+"""Every flag that several commands share, once: its names, its help, and the field that it sets."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-
-def option(*names: str, text: str, metavar: str | None = None) -> Any:
-    """A flag with its twin in the environment."""
-    long = next(n for n in names if n.startswith("--")).split("/")[0]
-    env = "OUTSIZE_" + long[2:].upper().replace("-", "_")
-    return typer.Option(*names, help=text, envvar=env, metavar=metavar)
+from outsize.cli.console import text_of
+from outsize.errors import OptionError
+from outsize.options import parse_arguments
 
 
-def told(context: typer.Context) -> frozenset[str]:
-    """Names of what stands on the command line itself, not in the environment or config.toml: those are
-    defaults for many commands and models, used where they apply; a flag is used or refused."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return frozenset(
-        name for name, found in sources.items() if found and found.name == "COMMANDLINE"
-    )
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One flag of the command line. Its long name is also its key in config.toml, and its name in the
+    environment after OUTSIZE_."""
+
+    names: str  # as "-n --max-tokens", or "--raw/--no-raw"
+    text: str  # its help
+    kind: Any = None  # what typer reads, where that is not what the field holds
+    read: Callable[[Any], Any] | None = None  # from what typer has read to what the field holds
+    metavar: str | None = None
+
+    @property
+    def name(self) -> str:
+        long = next(n for n in self.names.split() if n.startswith("--"))
+        return long.partition("/")[0][2:].replace("-", "_")
+
+    def option(self) -> Any:
+        """As typer takes it."""
+        env = f"OUTSIZE_{self.name.upper()}"
+        return typer.Option(*self.names.split(), help=self.text, envvar=env, metavar=self.metavar)
 
 
-ModelFlag = Annotated[str | None, option("-m", "--model", text="Model, if not the first argument.")]
-MaxTokens = Annotated[int, option("-n", "--max-tokens", text="Most tokens to answer with.")]
-Context = Annotated[int | None, option("-c", "--context", text="Tokens of context.")]
-Threads = Annotated[int | None, option("-t", "--threads", text="Processor threads.")]
-Temperature = Annotated[float, option("--temperature", text="0: always the likeliest token.")]
-TopK = Annotated[int, option("--top-k", text="Draw from the k likeliest; 0: from all.")]
-TopP = Annotated[float, option("--top-p", text="Draw from the likeliest that sum to p; 1: all.")]
-MinP = Annotated[float, option("--min-p", text="Draw from those at least p times the likeliest.")]
-Penalty = Annotated[float, option("--repeat-penalty", text="Above 1: repeat less.")]
-Seed = Annotated[int | None, option("--seed", text="The same seed draws the same answer.")]
-Stop = Annotated[list[str] | None, option("--stop", text="Stop before this text (repeatable).")]
-System = Annotated[str | None, option("--system", text="System prompt.")]
-Raw = Annotated[bool, option("--raw/--no-raw", text="The prompt as it is: no chat template.")]
-Special = Annotated[
-    bool,
-    option("--special/--no-special", text="In a raw prompt, read control tokens by their names."),
-]
-TemplateArgs = Annotated[
-    list[str] | None,
-    option(
-        "--template-arg",
-        text="A variable for the chat template, as enable_thinking=false (repeatable).",
-        metavar="KEY=VALUE",
+def named_adapters(given: Sequence[str] | None) -> dict[str, Path]:
+    """NAME=PATH texts, split. Raises OptionError."""
+    out: dict[str, Path] = {}
+    for text in given or ():
+        name, _, path = text.partition("=")
+        if not name or not path:
+            raise OptionError(f"--adapter is {text!r}; NAME=PATH is expected")
+        if name in out:
+            raise OptionError(f"--adapter names {name!r} twice; give each a name of its own")
+        out[name] = Path(path)
+    return out
+
+
+Texts = list[str] | None
+ADAPTER = "--adapter", "A LoRA adapter, NAME=PATH (repeatable; the first is used)."
+# By field of `LoadOptions` (opens a model) and of `Options` (a request).
+FLAGS = {
+    "memory": Flag(
+        "--memory", "The most this process may take: 900MB, 4GB, 75% or auto.", kind=str
     ),
-]
-ShowThinking = Annotated[
-    bool | None,
-    option(
-        "--show-thinking/--hide-thinking",
-        text="Print what the model thinks before it answers (at a terminal: dim).",
-    ),
-]
-Overflow = Annotated[
-    str,
-    option("--overflow", text="A chat that outgrows its context: error, or drop-oldest turns."),
-]
-Native = Annotated[
-    bool, option("--native/--no-native", text="Use the compiled row kernels, where they can be.")
-]
-Memory = Annotated[
-    str, option("--memory", text="The most this process may take: 900MB, 4GB, 75% or auto.")
-]
-Verify = Annotated[
-    str, option("--verify", text="Check weights read from disk: first (time), always or never.")
-]
-ExpertsFlag = Annotated[
-    str | None,
-    option(
+    "context": Flag("-c --context", "Tokens of context."),
+    "threads": Flag("-t --threads", "Processor threads."),
+    "encoding": Flag("--encoding", "auto (from the file), bf16, fp32, int8 or int4."),
+    "verify": Flag("--verify", "Check weights read from disk: first (time), always or never."),
+    "force": Flag("--force", "Run even in less memory than is needed."),
+    "native": Flag("--native/--no-native", "Use the compiled row kernels, where they can be."),
+    "quiet": Flag("-q --quiet", "No bars, no statistics."),
+    "experts": Flag(
         "--experts",
-        text="How experts are cached: POLICY,prefetch=...,misses=...,routing=... (docs).",
+        "How experts are cached: POLICY,prefetch=...,misses=...,routing=... (docs).",
     ),
-]
-DraftFlag = Annotated[
-    str,
-    option("--draft", text="What guesses ahead: auto, none, ngram[:k=], model:PATH, mtp:FILE."),
-]
-AdapterFlag = Annotated[
-    list[str] | None,
-    option(
-        "--adapter",
-        text="A LoRA adapter, NAME=PATH (repeatable; the first is used).",
-        metavar="NAME=PATH",
+    "draft": Flag(
+        "--draft", "What drafts tokens: auto, none, ngram[:k=], model:PATH, mtp:FILE."
     ),
-]
-Force = Annotated[bool, option("--force", text="Run even in less memory than is needed.")]
-AsJson = Annotated[bool, option("--json", text="Print one JSON object.")]
-Verbose = Annotated[bool, option("-v", "--verbose", text="Say more, on standard error.")]
-Quiet = Annotated[bool, option("-q", "--quiet", text="No bars, no statistics.")]
-Encoding = Annotated[
-    str, option("--encoding", text="auto (from the file), bf16, fp32, int8 or int4.")
-]
+    "adapters": Flag(*ADAPTER, Texts, named_adapters, "NAME=PATH"),
+    "max_tokens": Flag("-n --max-tokens", "Most tokens to answer with."),
+    "temperature": Flag("--temperature", "0: always the likeliest token."),
+    "top_k": Flag("--top-k", "Draw from the k likeliest; 0: from all."),
+    "top_p": Flag("--top-p", "Draw from the likeliest that sum to p; 1: all."),
+    "min_p": Flag("--min-p", "Draw from those at least p times the likeliest."),
+    "repeat_penalty": Flag("--repeat-penalty", "Above 1: repeat less."),
+    "seed": Flag("--seed", "The same seed draws the same answer."),
+    "stop": Flag(
+        "--stop", "Stop before this text (repeatable).",
+        Texts, lambda given: tuple(map(text_of, given or ())),
+    ),
+    "system": Flag("--system", "System prompt.", read=lambda s: None if s is None else text_of(s)),
+    "raw": Flag("--raw/--no-raw", "The prompt as it is: no chat template."),
+    "special": Flag(
+        "--special/--no-special", "In a raw prompt, read control tokens by their names."
+    ),
+    "template_args": Flag(
+        "--template-arg", "A variable for the chat template, as enable_thinking=false (repeatable).",
+        Texts, lambda given: parse_arguments(given or ()), "KEY=VALUE",
+    ),
+    "adapter": Flag(*ADAPTER, Texts, lambda given: next(iter(named_adapters(given)), None), "NAME=PATH"),
+}  # fmt: skip
+JSON = Flag("--json", "Print one JSON object.")
+MODEL = Flag("-m --model", "Model, if not the first argument.")
+
+
+@dataclass(frozen=True, slots=True)
+class DisplayOptions:
+    """What is shown of a reply, and how."""
+
+    show_thinking: Annotated[
+        bool | None,
+        Flag(
+            "--show-thinking/--hide-thinking",
+            "Print what the model thinks before it answers (at a terminal: dim).",
+        ),
+    ] = None  # None: where a person looks on
+    overflow: Annotated[
+        str,
+        Flag("--overflow", "A chat that outgrows its context: error, or drop-oldest turns."),
+    ] = "error"
+    json: Annotated[bool, JSON] = False
+    verbose: Annotated[bool, Flag("-v --verbose", "Say more, on standard error.")] = False

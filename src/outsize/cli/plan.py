@@ -3,38 +3,50 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from outsize.cli.command import only, with_flags, without
+from outsize.cli.flags import DisplayOptions, Flag
 from outsize.errors import BudgetError
 from outsize.log import say
-from outsize.options import LoadOptions
-from outsize.plan.make import make
-from outsize.report import plan_text
-from outsize.report.plan_page import page
+from outsize.options import DEFAULT_MODEL, LoadOptions
 
 
-def show(
-    model: str,
-    options: LoadOptions,
-    prompt: int | None,
-    as_json: bool,
-    html: Path | None,
-    trace: Path | None = None,
+@dataclass(frozen=True, slots=True)
+class PlanFlags:
+    """What a plan is for."""
+
+    prompt_tokens: Annotated[
+        int | None, Flag("--prompt-tokens", "Predict the first token after so many (512).")
+    ] = None
+    html: Annotated[Path | None, Flag("--html", "Write a page with the curve.")] = None
+    trace: Annotated[
+        Path | None, Flag("--trace", "Expect of experts what this recording tells.")
+    ] = None
+
+
+@with_flags
+def plan(
+    load: Annotated[LoadOptions, without("verify")],
+    own: PlanFlags,
+    display: Annotated[DisplayOptions, only("json")],
+    model: Annotated[str, typer.Argument()] = DEFAULT_MODEL,
 ) -> None:
-    """Print the plan; write the page."""
+    """What will be where and how fast it will be, from headers alone: before any download."""
+    from outsize.plan.make import make
+    from outsize.report import plan_page, plan_text
+
     try:
-        made = make(model, options, prompt, trace)
+        made = make(model, load, own.prompt_tokens, own.trace)
     except BudgetError as e:
-        if not as_json:
-            raise
-        print(json.dumps({"error": str(e)}))
+        if display.json:
+            print(json.dumps({"error": str(e)}))
         raise
-    if html is not None:
-        html.write_text(page(made.to_json()), encoding="utf-8")
-        say(f"wrote {html}")
-    if as_json:
-        print(json.dumps(made.to_json()))
-        return
-    print(
-        "\n".join(plan_text.long(made.outline, made.placement, made.cost, made.machine, made.curve))
-    )
+    if own.html is not None:
+        own.html.write_text(plan_page.page(made.to_json()), encoding="utf-8")
+        say(f"wrote {own.html}")
+    print(json.dumps(made.to_json()) if display.json else "\n".join(plan_text.long(made)))

@@ -1,18 +1,20 @@
-"""config.toml: defaults of flags. Precedence: flag > environment > config.toml > built-in."""
+"""Defaults of flags, from the environment and config.toml. Precedence: flag > environment > config.toml >
+built-in."""
 
 from __future__ import annotations
 
-import difflib
 import os
 import signal
 import sys
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+import platformdirs
 import typer
 
 from outsize.errors import OptionError
 from outsize.home import expanded
+from outsize.options import near
 
 NOT_FLAGS = (
     "OUTSIZE_HOME",
@@ -34,13 +36,12 @@ def no_color() -> bool:
 def check_environment(app: typer.Typer) -> None:
     """Raises OptionError for a variable that would be a setting's, and is none's: a budget that is misspelled
     would not be kept."""
-    group = typer.main.get_command(app)
-    flags = {p.envvar for c in _leaves(getattr(group, "commands", {})) for p in c.params}
+    flags = {p.envvar for c in _leaves(_commands(app)) for p in c.params}
     known = {*NOT_FLAGS, *filter(None, flags)}
     for name in os.environ:
         if name.startswith("OUTSIZE_") and name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {close[0]}?" if close else "unset it"
+            close = near(name, known)
+            hint = f"did you mean {close}?" if close else "unset it"
             raise OptionError(
                 f"{name} is set in the environment, and no setting is called so; {hint}"
             )
@@ -60,8 +61,6 @@ def config_path() -> Path:
     chosen = os.environ.get("OUTSIZE_CONFIG")
     if chosen:
         return expanded(chosen)
-    import platformdirs
-
     return Path(platformdirs.user_config_dir("outsize")) / "config.toml"
 
 
@@ -81,27 +80,24 @@ def default_map(app: typer.Typer) -> dict[str, Any]:
     except OSError as e:
         raise OptionError(f"{path} cannot be read: {e.strerror}") from None
     values = {key.replace("-", "_"): value for key, value in values.items()}
-    group = typer.main.get_command(app)
-    commands = getattr(group, "commands", {})
+    commands = _commands(app)
     known = kinds(commands)
     for key in values:
-        name = "as_json" if key == "json" else key
-        if name not in known:
-            close = difflib.get_close_matches(key, known, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+        if key not in known:
+            close = near(key, known)
+            hint = f"; did you mean {close!r}?" if close else ""
             raise OptionError(f"{path}: setting {key!r} is not known{hint}")
-        values[key] = _value(path, key, values[key], known[name])
-    if "json" in values:
-        values["as_json"] = values.pop("json")
+        values[key] = _value(path, key, values[key], known[key])
     return {name: _for(command, values) for name, command in commands.items()}
 
 
 def kinds(commands: dict[str, Any]) -> dict[str, type]:
-    """Of each setting: bool, int, float, str, Path or list, as its command's function says."""
+    """Of each setting, which is a flag's long name: bool, int, float, str, Path or list."""
     out: dict[str, type] = {}
     for command in _leaves(commands):
-        for name, hint in get_type_hints(command.callback).items():
-            inner = [k for k in get_args(hint) if k is not type(None)] or [hint]
+        hints = get_type_hints(command.callback)
+        for name in (p.name for p in command.params if p.envvar):
+            inner = [k for k in get_args(hints[name]) if k is not type(None)] or [hints[name]]
             out[name] = get_origin(inner[0]) or inner[0]
     return out
 
@@ -114,6 +110,11 @@ def _value(path: Path, key: str, value: object, kind: type) -> object:
     if not isinstance(value, good.get(kind, (kind,))) or isinstance(value, bool) != (kind is bool):
         raise OptionError(f"{path}: setting {key!r} is {value!r}; {WORDS[kind]} is expected")
     return value
+
+
+def _commands(app: typer.Typer) -> dict[str, Any]:
+    found: dict[str, Any] = getattr(typer.main.get_command(app), "commands", {})
+    return found
 
 
 def _leaves(commands: dict[str, Any]) -> list[Any]:

@@ -2,45 +2,61 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from outsize.caching.replay.record import COLUMNS, Recorder
-from outsize.engine import load as loading
+from outsize.cli.command import only, with_flags
+from outsize.cli.flags import Flag
 from outsize.errors import OptionError, UnsupportedError
 from outsize.log import say
-from outsize.options import LoadOptions
-from outsize.pack.format import Pack
+from outsize.options import LoadOptions, Options
 from outsize.progress import bars
 from outsize.text import prompt_file
 
+if TYPE_CHECKING:
+    from outsize.pack.format import Pack
 
-def record(
-    name: str,
-    load_options: LoadOptions,
-    threads: int | None,
-    prompts: Path,
-    output: Path,
-    new: int,
-    raw: bool,
+EXACT = LoadOptions(draft="none")  # a draft token is not what was said
+SHORT = Options(max_tokens=64)
+
+
+@dataclass(frozen=True, slots=True)
+class TraceFlags:
+    """What is answered, and where the trace goes."""
+
+    prompts: Annotated[Path, Flag("--prompts", "A prompt a line (or JSON with `prompt`).")]
+    output: Annotated[Path, Flag("-o --output", "The trace, as CSV.")]
+
+
+@with_flags
+def trace(
+    own: TraceFlags,
+    model: Annotated[str, typer.Argument()],
+    request: Annotated[Options, only("max_tokens", "raw")] = SHORT,
+    load: Annotated[LoadOptions, only("context", "threads", "memory", "experts", "quiet")] = EXACT,
 ) -> None:
-    """Answer every prompt and write the trace. Raises OptionError, UnsupportedError."""
-    texts = [line.prompt for line in prompt_file.read([prompts], OptionError)]
-    with open(output, "w", encoding="utf-8", newline="") as out:
+    """Record which experts a model uses on your own prompts, for `outsize bench cache`."""
+    from outsize.engine.load import open_model
+
+    texts = [line.prompt for line in prompt_file.read([own.prompts], OptionError)]
+    with open(own.output, "w", encoding="utf-8", newline="") as out:
         recorder = Recorder(out)
-        with loading.load(
-            name, memory=load_options.memory, context=load_options.context, threads=threads,
-            quiet=load_options.quiet,
-            experts=load_options.experts, defaults=load_options.defaults, recorder=recorder,
-            draft="none",  # a guess is not what was said
-        ) as model, bars(load_options.quiet) as progress:  # fmt: skip
-            out.write(_header(model.pack))
+        with open_model(model, load, recorder) as opened, bars(load.quiet) as progress:
+            out.write(_header(opened.pack))
             out.write(",".join(COLUMNS) + "\n")
             for turn, text in enumerate(texts):
                 recorder.begin(turn)
-                model.generate(text, max_tokens=new, raw=raw)
+                opened.generate(text, max_tokens=request.max_tokens, raw=request.raw)
                 progress("tracing", turn + 1, len(texts))
-    if not load_options.quiet:
-        say(f"wrote {output}: {len(texts)} prompts; replay it with `outsize bench cache {output}`")
+    if not load.quiet:
+        say(
+            f"wrote {own.output}: {len(texts)} prompts; "
+            f"replay it with `outsize bench cache {own.output}`"
+        )
 
 
 def _header(pack: Pack) -> str:

@@ -79,7 +79,7 @@ def open_model(
     before: Callable[[Outline, Placement], None] | None = None,
 ) -> Model:
     """As `load`, with the options as one object."""
-    set_threads(options.threads)
+    probe.set_threads(options.threads)
     decide.check(options)
     options = decide.for_model(options, source)
     for name, given in (("recorder", recorder), ("before", before)):
@@ -94,14 +94,6 @@ def open_model(
     low = experts.copies
     copies = fetch.pack(source, encoding=low, quiet=quiet) if low else None
     return _open(Packs(made, draft_pack(options), copies), options, size, experts, before)
-
-
-def set_threads(threads: int | None) -> None:
-    """For the process; by default as many as it may use."""
-    if threads is None:
-        probe.follow_quota()
-    else:
-        torch.set_num_threads(arguments.whole("threads", threads, 1, 1024))
 
 
 def kernel_threads(options: LoadOptions, made: Pack, native: Backend) -> Threads:

@@ -1,5 +1,5 @@
-"""What is loaded beside a model: adapters, and a smaller model that drafts. Their sizes, from headers alone;
-and whether there is room for one more adapter once a model is open."""
+"""Memory of what is loaded beside a model, from headers alone: LoRA adapters, a smaller model that drafts.
+Also whether one more adapter fits once a model is open."""
 
 from __future__ import annotations
 
@@ -20,26 +20,32 @@ ROUNDING = 8 << 10  # bytes that an allocator loses for a stack's tensors
 
 
 def adapter_bytes(name: str, path: Path, d: Description, model: str) -> tuple[int, int]:
-    """What an adapter will hold, and what reading it takes for a moment. Raises AdapterError,
+    """Bytes of a LoRA adapter: resident, and the peak while it is read. Raises AdapterError,
     UnsupportedError."""
     if d.mixture is not None:
         raise UnsupportedError(f"{path}: adapters are for dense models; {model} has experts")
-    factors = adapters.Factors(adapters.load(path), d.head_dim)
+    file = adapters.load(path)
+    if file.about.get("kind") == "masks":
+        raise AdapterError(
+            f"{path} is a mask drafter, which drafts and does not change answers; use it with "
+            f"--draft masks:{path}"
+        )
+    factors = adapters.Factors(file, d.head_dim)
     check_shapes(name, d, factors.shapes)
     stacks = stack_bytes(d, factors.shapes)
     return sum(stacks) + ROUNDING * len(stacks), MAKING * max(stacks)
 
 
 def with_adapters(o: Outline, paths: Mapping[str, Path]) -> Outline:
-    """A model with what its adapters take. Raises AdapterError, UnsupportedError."""
+    """The outline with the bytes of these adapters. Raises AdapterError, UnsupportedError."""
     found = {name: adapter_bytes(name, p, o.description, o.name) for name, p in paths.items()}
     making = max((most for _, most in found.values()), default=0)
     return replace(o, adapters={name: size for name, (size, _) in found.items()}, making=making)
 
 
 def same_vocabulary(smaller: Outline, model: Outline) -> None:
-    """Raises AdapterError unless a draft model has as many tokens as the model; packs are compared by their
-    tokenizers, too, once there are some."""
+    """Raise AdapterError unless a draft model has as many tokens as the model. Of packs, the tokenizers are
+    compared, too (draft/load.py)."""
     ours, theirs = model.description.vocab_size, smaller.description.vocab_size
     if ours != theirs:
         raise AdapterError(
@@ -49,12 +55,13 @@ def same_vocabulary(smaller: Outline, model: Outline) -> None:
 
 
 def missing(p: Placement, size: int, given_up: int) -> int:
-    """Bytes that must be freed before `size` more may be loaded; `given_up`: what weights have freed."""
+    """Bytes of weights to drop before `size` more may be loaded; `given_up`: those dropped before."""
     return max(0, p.planned + size - given_up - p.budget)
 
 
 def refusal(name: str, p: Placement, size: int, short: int, giveable: int) -> BudgetError:
-    """For an adapter that there is no room for."""
+    """The error for an adapter that there is no room for, in bytes: its size, what is missing, and what
+    dropping weights could free."""
     mb = 1e6
     return BudgetError(
         f"adapter {name} takes {size / mb:,.1f} MB, and of the budget of {p.budget / mb:,.0f} MB "
@@ -64,7 +71,7 @@ def refusal(name: str, p: Placement, size: int, short: int, giveable: int) -> Bu
 
 
 def with_sizes(p: Placement, sizes: Mapping[str, int], pack: Pack) -> Placement:
-    """The plan with these adapters, and no others; what they take is missing for keys and values of
+    """The placement with these adapters and no others: bytes by name, taken from keys and values of
     batches."""
     before = sum(size for name, size in p.fixed.items() if name.startswith(ADAPTER))
     fixed = {name: size for name, size in p.fixed.items() if not name.startswith(ADAPTER)}

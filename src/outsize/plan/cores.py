@@ -1,4 +1,4 @@
-"""Is something else busy on this machine? Figures that were measured meanwhile are too low, and say so."""
+"""Whether other programs use the processor while something is measured: figures are too low then."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ APART = 1.5  # times the best of several repeats, that their median may take
 
 
 class Times(NamedTuple):
-    """Seconds of processor time so far: of all processes on the cores that are ours, taken away by the host
-    of a virtual machine, and of this process."""
+    """Seconds of processor time so far: of all processes on our cores, stolen by the host of a virtual
+    machine, and of this process."""
 
     all: float
     stolen: float
@@ -27,7 +27,7 @@ class Times(NamedTuple):
 
 
 def times() -> Times:
-    """Zeros where the system does not tell."""
+    """The times now; where the system does not tell, as if this process were alone."""
     mine = psutil.Process().cpu_times()
     own = mine.user + mine.system + mine.children_user + mine.children_system
     busy, stolen = core_times(STAT) or (own, 0.0)
@@ -35,7 +35,7 @@ def times() -> Times:
 
 
 def running() -> int:
-    """Threads of the whole machine that run or want to, without the one that asks."""
+    """Runnable threads of the whole machine, without the one that asks; 0 where the system does not tell."""
     try:
         return max(0, int(AVERAGE.read_text().split()[3].partition("/")[0]) - 1)
     except (OSError, ValueError, IndexError):
@@ -43,7 +43,7 @@ def running() -> int:
 
 
 class Watch:
-    """What others took of the processors during a `with` block; `reason` says it afterwards."""
+    """Watches during a `with` block how many cores others took; `reason` says it afterwards."""
 
     def __init__(self) -> None:
         self.others = self.stolen = 0.0  # in cores
@@ -66,12 +66,12 @@ class Watch:
             self.stolen = max(0.0, now.stolen - then.stolen) / took
 
     def compare(self, best: float, median: float) -> None:
-        """Repeats of one piece of work, in seconds."""
+        """Note how far repeats of the same work lie apart, in seconds."""
         self._disagree = max(self._disagree, median / best)
 
     @property
     def reason(self) -> str:
-        """Why what was measured may be too low; nothing on a quiet machine."""
+        """Why what was measured may be too low; empty on a quiet machine."""
         said = []
         if self.others > OTHERS:
             said.append(f"other processes took {self.others:.1f} cores")

@@ -1,7 +1,7 @@
-"""What a placement will cost in time: per pass max(reading, computing).
+"""Predict tokens/s and the time to the first token of a placement: a pass takes max(reading, computing).
 
-Computing is measured, once a shape, on one random layer of each table as the model has it; reading is
-the missing bytes over the disk's measured rate for such reads. All times in seconds.
+Computing is measured, once for a model's shapes, on one random layer of each table; reading is the bytes that
+are not resident over the disk's measured rate for such reads. All times in seconds.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from outsize.storage.buffers import buffer
 from outsize.storage.table import Weight, activation_type, views
 
 STEPS, CHUNKS = 24, 2
-MISS_S = 150e-6  # handing a record from a reader to the computation
+MISS_S = 150e-6  # from a reader's last byte to the computation that waits for it
 # Fitted to capped runs of four models (docs/results/memory.md): what the shorter of reading and computing
 # adds to the longer, since they never overlap wholly; and what a process's first prompt takes more than
 # the same chunk again and again, in memory and with shapes that are new to the libraries.
@@ -46,7 +46,7 @@ UNHIDDEN, FRESH, FRESH_S = 0.25, 1.2, 0.05
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one run: a token, and the first token after a prompt of `prompt_tokens`."""
+    """The prediction: for a token, and for the first token after a prompt of `prompt_tokens`."""
 
     prompt_tokens: int
     bytes_per_token: int
@@ -55,7 +55,9 @@ class Cost:
     prompt_read_s: float
     prompt_compute_s: float
     prompt_rows_s: float  # embedding rows of the prompt, read before anything can be computed
-    hit_rates: tuple[float, float] | None = None  # expected of experts, the least and the most
+    hit_rates: tuple[float, float] | None = (
+        None  # expected of the expert cache, the least and the most
+    )
     hit_rates_from: str = ""
     expert_bytes: int = 0  # that a token would read if none were in memory
     disk_bytes_per_s: float = 0.0
@@ -66,8 +68,8 @@ class Cost:
 
     @property
     def range_s(self) -> tuple[float, float]:
-        """Seconds a token at the higher and at the lower hit rate of experts. Their reads wait for the
-        router, so that they come on top of computing."""
+        """Seconds a token at the higher and at the lower hit rate of experts. Reads of experts wait for the
+        router, so they come on top of computing."""
         plain = max(self.read_s, self.compute_s) + UNHIDDEN * min(self.read_s, self.compute_s)
         if self.hit_rates is None:
             return plain, plain
@@ -91,12 +93,11 @@ class Cost:
 
 
 def key(o: Outline) -> str:
-    """Names the shapes that computing depends on."""
+    """A hash of the shapes and encodings that computing times depend on."""
     tables = [(t.name, t.stride, {k: [m.encoding for m in ms] for k, ms in t.tensors.items()})
               for t in o.tables]  # fmt: skip
-    text = json.dumps(
-        [o.description.to_json(), tables], sort_keys=True
-    )  # a pack just made has its own order
+    # sorted: a pack just made has its own order
+    text = json.dumps([o.description.to_json(), tables], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -108,12 +109,10 @@ def predict(
     prompt: int,
     rates: HitRates = PRIOR,
 ) -> Cost:
-    """The arithmetic. `rates`: how often experts will be in memory."""
+    """The prediction for a placement. `rates`: hit rates of the expert cache."""
     count = {t.name: len(t.keys) for t in o.tables if t.name in compute.step_s}
-    used = {t.name: _used(o, t) for t in o.tables if t.name in compute.step_s}
     records = sum(len(o.table(g).keys) - len(s.pinned) for g, s in place.shares.items())
     rate = machine.disk_bytes_per_s
-    step_s = _step_s(compute, used)
     chunk_s = sum(compute.chunk_s[name] * n for name, n in count.items() if name in compute.chunk_s)
     head_s = compute.step_s[_head(o)] * count[_head(o)]
     read_s = place.streamed / rate
@@ -126,10 +125,10 @@ def predict(
         bytes_per_token=place.streamed,
         hit_rates=rates(1 - missing / total) if missing else None,
         hit_rates_from=rates.source if missing else "",
-        expert_bytes=sum(used[t.name] * t.stride for t in experts(o)),
+        expert_bytes=sum(_used(o, t) * t.stride for t in experts(o)),
         disk_bytes_per_s=rate,
         read_s=read_s + (2e-4 if by_id else 0.0),
-        compute_s=step_s + waits,
+        compute_s=step_s(o, compute) + waits,
         prompt_read_s=read_s + missing / rate,
         prompt_compute_s=FRESH * chunk_s * prompt / compute.chunk_tokens + FRESH_S + head_s + waits,
         prompt_rows_s=_rows_bytes(o, place, prompt) / rate,
@@ -137,12 +136,8 @@ def predict(
 
 
 def step_s(o: Outline, compute: Compute) -> float:
-    """Computing one token."""
-    return _step_s(compute, {t.name: _used(o, t) for t in o.tables if t.name in compute.step_s})
-
-
-def _step_s(compute: Compute, used: Mapping[str, int]) -> float:
-    return sum(compute.step_s[name] * n for name, n in used.items())
+    """Seconds of computing one token."""
+    return sum(compute.step_s[t.name] * _used(o, t) for t in o.tables if t.name in compute.step_s)
 
 
 def _used(o: Outline, t: TableHeader) -> int:
@@ -154,7 +149,7 @@ def _used(o: Outline, t: TableHeader) -> int:
 
 
 def _rows_bytes(o: Outline, place: Placement, prompt: int) -> int:
-    """Records of the embedding that a prompt's tokens lie in, if they are spread evenly."""
+    """Bytes of embedding records that a prompt of so many tokens reads, if tokens are spread evenly."""
     table, share = o.table("embed"), place.shares["embed"]
     count, missing = len(table.keys), len(table.keys) - len(share.pinned)
     touched = 1 - (1 - 1 / count) ** prompt

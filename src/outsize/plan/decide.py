@@ -1,4 +1,4 @@
-"""From what a user asks of a model to where its weights will be: the placement, from headers alone."""
+"""From load options to a placement, from headers alone: what will be in memory, and what drafts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from outsize.weights.spec import parse_experts
 
 
 def check(options: LoadOptions) -> None:
-    """Are the texts among the options understood? Raises OptionError, UnsupportedError."""
+    """Parse the options that are texts. Raises OptionError, UnsupportedError."""
     parse_experts(options.experts or "")
     parse_draft(options.draft)
     if options.verify not in VERIFY:
@@ -34,21 +34,22 @@ def check(options: LoadOptions) -> None:
 
 
 def compiled(options: LoadOptions) -> Backend:
-    """The backend: compiled, if that is asked for and can be had; what is wrong with it is said once."""
+    """The backend: compiled, if that is asked for and can be built; a warning says once why not."""
     tell = silent if options.quiet else warn_once
     return find(options.native, tell)
 
 
 def for_model(options: LoadOptions, model: str) -> LoadOptions:
-    """Without the default encoding, where a model's name is a pack, whose encoding is decided. Raises
-    SourceError."""
+    """The options for a model's name: a default encoding is left out where it names a pack, whose encoding is
+    decided. Raises SourceError."""
     if options.encoding != "auto" and "encoding" in options.defaults and fetch.is_pack(model):
         return replace(options, encoding="auto")
     return options
 
 
 def for_kind(options: LoadOptions, name: str, d: Description) -> LoadOptions:
-    """Without default settings for experts, where a model has none. Raises OptionError."""
+    """The options for a model: default cache settings are left out for a dense one. Raises OptionError where
+    they are no defaults."""
     if d.mixture is not None or options.experts is None:
         return options
     if "experts" in options.defaults:
@@ -59,8 +60,8 @@ def for_kind(options: LoadOptions, name: str, d: Description) -> LoadOptions:
 
 
 def foresee(model: str, options: LoadOptions, size: int, runtime: int) -> tuple[Outline, Placement]:
-    """What a model's pack holds, and the placement for a budget of `size` bytes, of which the interpreter
-    and libraries take `runtime`: from headers alone. Raises BudgetError."""
+    """The outline of a model's pack, made or not, and its placement for a budget of `size` bytes, of which
+    the interpreter and libraries take `runtime`. Raises BudgetError."""
     options = for_model(options, model)
     outline = fetch.outline(model, options.encoding, options.quiet)
     options = for_kind(options, outline.name, outline.description)
@@ -75,7 +76,7 @@ def foresee(model: str, options: LoadOptions, size: int, runtime: int) -> tuple[
 def with_all(
     outline: Outline, adapters: Mapping[str, Path], smaller: Outline | None, copy: Outline | None
 ) -> Outline:
-    """A model with everything that is loaded beside it: adapters, a `smaller` model that drafts, a `copy` of
+    """The outline with what is loaded beside the model: adapters, a `smaller` model that drafts, a `copy` of
     its experts at fewer bits. Raises AdapterError, OptionError."""
     if copy is not None:
         outline = replace(outline, copies=copy_bytes(outline, copy))
@@ -88,8 +89,8 @@ def with_all(
 def decide(
     outline: Outline, options: LoadOptions, size: int, runtime: int, tokenizer: int
 ) -> Placement:
-    """The placement for a budget of `size` bytes; with `--draft auto`, also what drafts: the best drafter
-    that takes less from the weights than it brings. Raises BudgetError, ContextError."""
+    """The placement for a budget of `size` bytes; with `--draft auto` also the kind of drafter: the best that
+    brings more than its memory takes from weights. Raises BudgetError, ContextError."""
     longest, context = outline.description.context, options.context
     if context is not None and context > longest:
         raise ContextError(f"context is {context:,}; this model holds from 2 to {longest:,} tokens")

@@ -1,4 +1,4 @@
-"""What a run takes of memory beside its model's own weights.
+"""Memory that a run needs beside the weights, in bytes: keys and values, scratch, adapters, tokenizer.
 
 The costs are those of the worst span that the context allows, not of the idle state.
 Shapes in names of sizes: T tokens of context, C tokens of a chunk, D width.
@@ -31,7 +31,7 @@ def kv_bytes(o: Outline) -> int:
 
 
 def scratch_bytes(o: Outline, context: int) -> int:
-    """The most that computing one chunk takes beyond the weights."""
+    """The peak of computing one chunk of a prompt, beside weights."""
     d, a, c = o.description, o.activation_bytes, min(CHUNK, context)
     heads = (d.num_heads + d.num_kv_heads) * d.head_dim
     queries = d.num_heads * d.head_dim
@@ -52,6 +52,7 @@ def token_bytes(o: Outline) -> int:
 
 
 def fixed_costs(o: Outline, runtime: int, tokenizer: int, context: int) -> dict[str, int]:
+    """Everything beside weights, by its name in the plan. `runtime`: of the interpreter and libraries."""
     rows = [t for t in o.tables if t.kind == "rows"]
     return {
         "runtime": runtime,
@@ -74,7 +75,7 @@ def fixed_costs(o: Outline, runtime: int, tokenizer: int, context: int) -> dict[
 
 
 def policy_bytes(o: Outline) -> int:
-    """What remembering routing takes."""
+    """What the eviction policy remembers of routing."""
     return sum(len(t.keys) * ECHO_BYTES for t in experts(o))
 
 
@@ -84,12 +85,12 @@ def experts(o: Outline) -> list[TableHeader]:
 
 
 def all_bytes(o: Outline) -> int:
-    """All weights in memory; experts' slots are in huge pages."""
+    """All weights, fully resident; experts' slots are in huge pages."""
     return o.size + sum(huge_bytes(t.size) - t.size for t in experts(o))
 
 
 def draft_bytes(smaller: Outline, context: int) -> int:
-    """Of a model that drafts: held whole, with its own keys, values and scratch."""
+    """Of a smaller model that drafts: fully resident, with its own keys, values and scratch."""
     tokens = min(context, smaller.description.context)
     routing = policy_bytes(smaller) if experts(smaller) else 0
     kept = tokens * kv_bytes(smaller) + scratch_bytes(smaller, tokens)

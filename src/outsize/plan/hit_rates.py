@@ -1,5 +1,5 @@
-"""How often experts are found in memory, by the share of them that has slots: from a recorded trace, or where
-there is none, what our policy reached in decoding on two of them (docs/results/specmd.md)."""
+"""Expected hit rate of the expert cache, by the share of experts that have slots: from a recorded trace of
+routing, or a prior, which is what our policy reached in decoding on two traces (docs/results/specmd.md)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SHARES = (0.01, 0.02, 0.05, 0.10, 0.20, 0.40)
 
 @dataclass(frozen=True, slots=True)
 class HitRates:
-    """(share, the lower rate, the higher), rising; `source` says where they are from."""
+    """Points (share of experts with slots, lower rate, higher rate), rising; `source`: where from."""
 
     source: str
     points: tuple[tuple[float, float, float], ...]
 
     def __call__(self, share: float) -> tuple[float, float]:
-        """Between the known shares on a straight line."""
+        """The lower and the higher hit rate at a share, interpolated."""
         for (x0, *y0), (x1, *y1) in pairwise(((0.0, 0.0, 0.0), *self.points, (1.0, 1.0, 1.0))):
             if share <= x1:
                 part = (share - x0) / (x1 - x0)
@@ -38,8 +38,8 @@ PRIOR = HitRates("a prior", tuple(zip(SHARES, LOW, HIGH, strict=True)))
 
 
 def recorded(trace: Trace, d: Description, eviction: str) -> HitRates:
-    """What a policy reaches in decoding on a trace of this very model, replayed at each share. Raises
-    TraceError for another model's."""
+    """The hit rates of an eviction policy on a trace of this model, replayed at each share. Raises TraceError
+    for another model's."""
     shape = None if d.mixture is None else (d.num_layers, d.mixture.count)
     if shape != (trace.layers, trace.experts):
         raise TraceError(

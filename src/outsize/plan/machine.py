@@ -1,4 +1,5 @@
-"""This machine, measured and kept: what the cost model predicts with."""
+"""The speed of this machine, measured and kept in a file of the home folder: what the cost model predicts
+with."""
 
 from __future__ import annotations
 
@@ -24,37 +25,37 @@ FILE = "machine.json"
 SIZES = (128 << 10, 512 << 10, 1 << 20, 4 << 20)
 COUNTS = (1, 2, 4, 8)
 NOTABLE = 0.95  # of a time: what is faster is news
-SITTINGS = 5  # that are kept
+MOST = 5  # measurements that are kept
 
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Seconds that one layer, or the head, of each table takes: by table name, for one token and for a
-    chunk of a long prompt. Measured on random weights of exactly those shapes."""
+    """Seconds that computing one record (a layer, an expert, the head) of each table takes, by the table's
+    name: for one token, and for a chunk of a prompt. Measured on random weights of exactly those shapes."""
 
     step_s: dict[str, float]
     chunk_s: dict[str, float]
     chunk_tokens: int
 
     def or_faster(self, other: Compute) -> Compute:
-        """The better time of each."""
+        """The lower time of each; `other` where they are of different tables."""
         if self.chunk_tokens != other.chunk_tokens or self.step_s.keys() != other.step_s.keys():
             return other
         steps = {k: min(v, other.step_s[k]) for k, v in self.step_s.items()}
         chunks = {k: min(v, other.chunk_s[k]) for k, v in self.chunk_s.items()}
         return replace(self, step_s=steps, chunk_s=chunks)
 
-    def at_most(self, told_s: float, took_s: float) -> Compute:
-        """A step that should take `told_s` took less."""
-        if took_s >= NOTABLE * told_s:
+    def at_most(self, expected_s: float, took_s: float) -> Compute:
+        """All times of a token scaled down, where a step took less than was expected."""
+        if took_s >= NOTABLE * expected_s:
             return self
-        return replace(self, step_s={k: v * took_s / told_s for k, v in self.step_s.items()})
+        return replace(self, step_s={k: v * took_s / expected_s for k, v in self.step_s.items()})
 
 
 @dataclass(frozen=True, slots=True)
-class Sitting:
-    """What was measured at one time. `busy`: why it may be too low. `disk`: (bytes a read, threads, bytes a
-    second) of direct reads."""
+class Measurement:
+    """One measurement. `busy`: why it may be too low. `disk`: (bytes a read, threads, bytes a second) of
+    direct reads."""
 
     measured_at: float  # seconds since 1970
     busy: str
@@ -66,47 +67,47 @@ class Sitting:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """A kind of processor, as `name` tells it. Its figures are the best of the last sittings: whatever else
-    runs can make a measurement slower, and none faster. `models`: by shape."""
+    """All that was measured here. A figure is the best of the last measurements: whatever else runs can
+    make one slower, and none faster. `name`: of the processor. `models`: times by shape of a model."""
 
     name: str
-    sittings: tuple[Sitting, ...]
+    measurements: tuple[Measurement, ...]
     models: dict[str, Compute]
     version: str = __version__
-    rate_now: float = 0.0  # of the disk, if it is to be another
+    rate_now: float = 0.0  # bytes a second of the disk, in place of what was measured; 0: none
 
     @property
     def measured_at(self) -> float:
-        return max(s.measured_at for s in self.sittings)
+        return max(s.measured_at for s in self.measurements)
 
     @property
     def busy(self) -> str:
-        """Why the last sitting may be too low."""
-        return self.sittings[-1].busy
+        """Why the last measurement may be too low; empty: it is not."""
+        return self.measurements[-1].busy
 
     @property
     def memory_bytes_per_s(self) -> float:
-        return max(s.memory_bytes_per_s for s in self.sittings)
+        return max(s.memory_bytes_per_s for s in self.measurements)
 
     @property
     def bf16_flops(self) -> float:
-        return max(s.bf16_flops for s in self.sittings)
+        return max(s.bf16_flops for s in self.measurements)
 
     @property
     def fp32_flops(self) -> float:
-        return max(s.fp32_flops for s in self.sittings)
+        return max(s.fp32_flops for s in self.measurements)
 
     @property
     def disk(self) -> list[tuple[int, int, float]]:
         """The best rate of each size and number of threads."""
         best: dict[tuple[int, int], float] = {}
-        for size, threads, rate in (cell for s in self.sittings for cell in s.disk):
+        for size, threads, rate in (cell for s in self.measurements for cell in s.disk):
             best[size, threads] = max(rate, best.get((size, threads), 0.0))
         return [(size, threads, rate) for (size, threads), rate in best.items()]
 
     @property
     def disk_bytes_per_s(self) -> float:
-        """Of the reads that the engine makes."""
+        """Of reads as the engine makes them."""
         found = [rate for size, threads, rate in self.disk if (size, threads) == (PIECE, THREADS)]
         return self.rate_now or found[0]
 
@@ -116,13 +117,13 @@ class Machine:
 
     def achieved(self, disk_bytes_per_s: float, memory_bytes_per_s: float) -> Machine:
         """With what a run has reached, where that is more than was ever measured."""
-        last = self.sittings[-1]
+        last = self.measurements[-1]
         if disk_bytes_per_s > self.disk_bytes_per_s:
             others = [cell for cell in last.disk if cell[:2] != (PIECE, THREADS)]
             last = replace(last, disk=[*others, (PIECE, THREADS, disk_bytes_per_s)])
         if memory_bytes_per_s > self.memory_bytes_per_s:
             last = replace(last, memory_bytes_per_s=memory_bytes_per_s)
-        return replace(self, sittings=(*self.sittings[:-1], last))
+        return replace(self, measurements=(*self.measurements[:-1], last))
 
     @property
     def age_s(self) -> float:
@@ -130,31 +131,31 @@ class Machine:
 
 
 def name() -> str:
-    """Of this machine: where it differs, nothing that was measured counts."""
+    """What names this machine: where it differs, nothing that was measured counts."""
     return f"{probe.processor()}, {probe.cores()} cores, {torch.get_num_threads()} threads"
 
 
-def measure(home: Path) -> Sitting:
-    """Some seconds."""
+def measure(home: Path) -> Measurement:
+    """Measure memory, processor and the disk of `home`: some seconds."""
     with Watch() as watch:
         memory = probe.memory_bandwidth(watch)
         bf16, fp32 = (probe.matmul_speed(t, watch) for t in (torch.bfloat16, torch.float32))
         disk = _disk(home)
-    return Sitting(time.time(), watch.reason, round(memory), round(bf16), round(fp32), disk)
+    return Measurement(time.time(), watch.reason, round(memory), round(bf16), round(fp32), disk)
 
 
 def measured(home: Path) -> Machine:
-    """This machine after one more sitting, kept."""
+    """Measure once more, and keep it."""
     found, now = kept(home), measure(home)
-    before = () if found is None else found.sittings
+    before = () if found is None else found.measurements
     models = {} if found is None else found.models
-    made = Machine(name(), (*before, now)[-SITTINGS:], models)
+    made = Machine(name(), (*before, now)[-MOST:], models)
     keep(made, home)
     return made
 
 
 def _all(home: Path) -> dict[str, object]:
-    """What is kept of all machines that share a home."""
+    """The file's entries: of all machines that share a home."""
     try:
         raw = json.loads((home / FILE).read_text(encoding="utf-8"))
         found = raw["machines"]
@@ -172,14 +173,15 @@ def _disk(home: Path) -> list[tuple[int, int, float]]:
 
 
 def kept(home: Path) -> Machine | None:
-    """What was measured before, if it was here and by this version."""
+    """What is kept of this machine by this version; None: nothing, or the file is damaged."""
     try:
         raw: Any = _all(home)[name()]
-        sittings = [
-            Sitting(**(s | {"disk": [_cell(*c) for c in s["disk"]]})) for s in raw["sittings"]
+        measurements = [
+            Measurement(**(s | {"disk": [_cell(*c) for c in s["disk"]]}))
+            for s in raw["measurements"]
         ]
         models = {k: Compute(**v) for k, v in raw["models"].items()}
-        found = Machine(name(), tuple(sittings), models, raw["version"])
+        found = Machine(name(), tuple(measurements), models, raw["version"])
         good = found.disk_bytes_per_s > 0 and found.memory_bytes_per_s > 0
     except (ValueError, TypeError, KeyError, AttributeError, IndexError):
         return None
@@ -191,7 +193,7 @@ def _cell(size: int, threads: int, rate: float) -> tuple[int, int, float]:
 
 
 def keep(machine: Machine, home: Path) -> None:
-    """Where the home can be written."""
+    """Write the file, where the home can be written."""
     machines = _all(home) | {machine.name: asdict(replace(machine, rate_now=0.0))}
     with suppress(OSError):
         home.mkdir(parents=True, exist_ok=True)
@@ -201,7 +203,7 @@ def keep(machine: Machine, home: Path) -> None:
 
 
 def known(home: Path, say: Callable[[str], None]) -> Machine:
-    """What is kept, else measured now, and kept."""
+    """What is kept; else measure, and keep that."""
     found = kept(home)
     if found is None:
         say("measuring this machine, once (again with `outsize doctor`)")
@@ -210,7 +212,7 @@ def known(home: Path, say: Callable[[str], None]) -> Machine:
 
 
 def with_model(machine: Machine, key: str, compute: Compute, home: Path) -> Machine:
-    """The machine with one more model's times, kept."""
+    """Keep the times of one more model."""
     made = replace(machine, models=machine.models | {key: compute})
     keep(made, home)
     return made

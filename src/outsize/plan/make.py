@@ -1,10 +1,9 @@
-"""The plan of a run: what will be where, how fast it will be, and what more memory would buy."""
+"""The plan of a run: its placement, its predicted speed, and the curve of speed against memory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from outsize.arguments import whole
 from outsize.caching.replay.trace import read
@@ -22,12 +21,10 @@ from outsize.plan.hit_rates import PRIOR, recorded
 from outsize.plan.machine import Compute, Machine
 from outsize.plan.place import least_bytes, place, tokenizer_bytes
 from outsize.plan.placement import Placement
+from outsize.plan.probe import set_threads
 from outsize.plan.warmup import runtime_bytes
 from outsize.system import memory as budget
 from outsize.weights.spec import parse_experts
-
-if TYPE_CHECKING:
-    pass
 
 POINTS = 24
 PROMPT = 512  # tokens, or as many as the context holds
@@ -59,31 +56,31 @@ def make(model: str, options: LoadOptions, prompt: int | None, trace: Path | Non
     """Plan a run from headers alone; experts by what a recorded `trace` tells of them, if there is one.
     Raises BudgetError, TraceError and what finding a model raises."""
     check(options)
+    set_threads(options.threads)
     native = compiled(options)
     size, runtime = budget.parse(options.memory), runtime_bytes(native)
     outline, placed = foresee(model, options, size, runtime)
     folder = home()
     here = machine.known(folder, silent if options.quiet else say)
     here, compute = _compute(outline, here, native, anew=True)
-    prompt = _prompt(prompt, placed.context)
+    context, tokenizer = placed.context, tokenizer_bytes(outline)
+    prompt = _prompt(prompt, context)
     rates = PRIOR
     if trace is not None:
         eviction = parse_experts(options.experts or "").eviction
         rates = recorded(read(trace), outline.description, eviction)
     predicted = cost.predict(outline, here, placed, compute, prompt, rates)
-    tokenizer, curve = tokenizer_bytes(outline), []
-    context = placed.context
     low = least_bytes(outline, runtime, tokenizer, context)
     high = int((sum(placed.fixed.values()) + outline.size) * 1.05)
-    for i in range(POINTS):
-        at = low + (high - low) * i // (POINTS - 1)
+    curve = []
+    for at in (low + (high - low) * i // (POINTS - 1) for i in range(POINTS)):
         there = place(outline, at, runtime, tokenizer, context)
         curve.append((at, cost.predict(outline, here, there, compute, prompt, rates).tokens_per_s))
     return Plan(outline, placed, predicted, here, curve)
 
 
 def _prompt(told: int | None, context: int) -> int:
-    """Tokens to predict the first one after. Raises OptionError."""
+    """Prompt tokens of the prediction. Raises OptionError."""
     if told is None:
         return min(PROMPT, context)
     whole("prompt_tokens", told, 1, context)
@@ -93,7 +90,7 @@ def _prompt(told: int | None, context: int) -> int:
 def _compute(
     outline: Outline, here: Machine, native: Backend, anew: bool = False
 ) -> tuple[Machine, Compute]:
-    """How long this model computes: as kept, else measured now on random weights, and kept. `anew`: now
+    """Computing times of this model: as kept, else measured now on random weights, and kept. `anew`: measured
     in any case, since a processor's speed changes by a third within an hour where others share it."""
     folder = home()
     key = cost.key(outline) + ("" if native is not PLAIN else "-plain")
@@ -109,8 +106,8 @@ def _compute(
 def cost_if_known(
     outline: Outline, placement: Placement, prompt: int = PROMPT, disk_rate: float | None = None
 ) -> Cost | None:
-    """A prediction for a run's first lines. It is measured for, if need be, only where weights will be
-    read from disk. `disk_rate` replaces the rate that is kept."""
+    """The prediction for a run's first lines. What it needs is measured, if it is not kept, only where
+    weights will be read from disk. `disk_rate`: in bytes a second, in place of what is kept."""
     here = machine.kept(home())
     if here is None and not placement.streamed:
         return None
@@ -124,6 +121,6 @@ def cost_if_known(
 
 
 def disk_rate() -> float | None:
-    """Bytes a second that the disk gave when it was measured."""
+    """Measured rate of the disk in bytes a second; None: never measured."""
     here = machine.kept(home())
     return None if here is None else here.disk_bytes_per_s

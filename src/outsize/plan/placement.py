@@ -1,4 +1,4 @@
-"""What goes where, worked out: the plan of one run."""
+"""The placement of a model for a budget: what is in memory, what is read from disk, in bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MEMORY, DISK, BY_ID, BY_ROUTER = "memory", "disk", "disk, rows by id", "disk, by
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The plan of one run. Bytes; the sum of `fixed` and `held` is what the process will have."""
+    """What is where. All sizes in bytes; the sum of `fixed` and `held` is what the process will have."""
 
     budget: int
     context: int
@@ -25,11 +25,12 @@ class Placement:
     groups: tuple[tuple[str, str, int], ...]  # (tensor group, tier, bytes)
     kv_tokens: int  # tokens of all sequences together that there is room for
     notes: tuple[str, ...] = field(default=())
-    opening: int = 0  # what opening the model takes for a moment
-    drafts: str = "none"  # what it leaves room for guessing ahead with
+    opening: int = 0  # the peak while the model is opened
+    drafts: str = "none"  # the kind of drafter that there is room for
 
     @property
     def held(self) -> int:
+        """Bytes of weights that are resident."""
         return sum(size for _, tier, size in self.groups if tier == MEMORY)
 
     @property
@@ -45,22 +46,23 @@ class Placement:
 
     @property
     def planned(self) -> int:
+        """Bytes of the budget that are used."""
         return max(sum(self.fixed.values()) + self.held, self.opening)
 
     @property
     def process(self) -> int:
-        """Of `planned`, what the process itself has: all but the reserve for the system's share, and the
-        process that renders chat templates."""
+        """Of `planned`, what this process has: all but the reserve for the system, and the process that
+        renders chat templates."""
         return self.planned - self.fixed["reserve"] - self.fixed.get(TEMPLATE, 0)
 
     @property
     def later(self) -> int:
-        """What is planned and taken only while answering."""
+        """What is planned, and only taken while answering."""
         return self.fixed["keys and values"] + self.fixed["scratch"]
 
     @property
     def ceiling(self) -> int:
-        """From here on, free memory that the allocator keeps is returned."""
+        """Where this process has more, free memory that the allocator keeps is returned to the system."""
         return self.process - int(TIDY_SHARE * self.fixed["scratch"])
 
     def to_json(self) -> dict[str, object]:

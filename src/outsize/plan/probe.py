@@ -1,4 +1,4 @@
-"""What this machine is and can do, measured."""
+"""Measure this machine: cores, memory bandwidth, arithmetic, disk. Times in seconds, rates a second."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from outsize.arguments import whole
 from outsize.kernels.threads import affinity
 from outsize.plan.cores import Watch
 from outsize.storage.buffers import BufferPool
@@ -34,43 +35,38 @@ def processor() -> str:
 
 
 def instruction_sets() -> list[str]:
-    """Those that decide which kernels run fast here."""
+    """Names of the instruction sets that matter to our kernels, of those that are here."""
     info = Path("/proc/cpuinfo")
     flags = info.read_text().split() if info.is_file() else []
     wanted = (
-        "avx2",
-        "fma",
-        "avx512f",
-        "avx512_bf16",
-        "avx512_vnni",
-        "amx_bf16",
-        "asimd",
-        "bf16",
-        "i8mm",
-    )
+        "avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16", "i8mm",
+    )  # fmt: skip
     return [name for name in wanted if name in flags]
 
 
 def allowed() -> int:
-    """Processors that this process may use: by its affinity, and by the quota of its control groups, to the
-    nearest. More threads than that would stand still together until the next period begins."""
+    """Logical processors that this process may use, by its affinity and the quota of its control groups. More
+    threads than that would stand still together until the quota's next period begins."""
     by_mask, share = affinity(), quota()
     return by_mask if share is None else max(1, min(by_mask, round(share)))
 
 
 def cores() -> int:
-    """Processor cores this process may use."""
+    """Physical cores that this process may use."""
     return min(allowed(), psutil.cpu_count(logical=False) or allowed())
 
 
-def follow_quota() -> None:
-    """No more threads than that, unless the environment names a number."""
-    if not os.environ.get("OMP_NUM_THREADS") and torch.get_num_threads() > allowed():
+def set_threads(threads: int | None = None) -> None:
+    """Set torch's threads for the process; None: no more than `allowed`, unless the environment names a
+    number. Raises OptionError."""
+    if threads is not None:
+        torch.set_num_threads(whole("threads", threads, 1, 1024))
+    elif not os.environ.get("OMP_NUM_THREADS") and torch.get_num_threads() > allowed():
         torch.set_num_threads(allowed())
 
 
 def median_s(work: Callable[[], object], repeats: int = 7) -> float:
-    """Seconds of a piece of work: the median, after one run that is not counted."""
+    """Median time of a piece of work, after one run that is not counted."""
     times = []
     work()
     for _ in range(repeats):
@@ -81,8 +77,8 @@ def median_s(work: Callable[[], object], repeats: int = 7) -> float:
 
 
 def best_s(work: Callable[[], object], watch: Watch | None = None) -> float:
-    """Seconds of a short piece of work, undisturbed: the best of many, since whatever else runs takes a few
-    milliseconds at a time. `watch` is told how far they lie apart."""
+    """Least time of a short piece of work over many runs: whatever else runs takes some milliseconds at a
+    time. `watch` is told how far they lie apart."""
     times, until = list[float](), time.perf_counter() + PATIENCE_S
     work()
     while len(times) < LEAST_REPEATS or time.perf_counter() < until:
@@ -95,7 +91,7 @@ def best_s(work: Callable[[], object], watch: Watch | None = None) -> float:
 
 
 def memory_bandwidth(watch: Watch | None = None) -> float:
-    """Bytes a second that all threads together read, from memory and not from caches."""
+    """Bytes a second that all threads together read from memory, past the caches."""
     pieces = torch.ones(8, 4 << 20, dtype=torch.int64, device="cpu")
     at = itertools.cycle(pieces)
     return pieces[0].nbytes / best_s(lambda: next(at).sum(), watch)
@@ -104,7 +100,7 @@ def memory_bandwidth(watch: Watch | None = None) -> float:
 def matmul_speed(
     dtype: torch.dtype, watch: Watch | None = None, rows: int = 512, width: int = 2048
 ) -> float:
-    """Operations a second of a large matrix product."""
+    """Floating-point operations a second of a large matrix product."""
     made = (torch.randn(n, width, dtype=torch.float32, device="cpu") for n in (rows, width))
     x, w = (m.to(dtype) for m in made)
     return 2 * rows * width * width / best_s(lambda: torch.nn.functional.linear(x, w), watch)
@@ -133,11 +129,11 @@ def disk_rate(path: Path, size: int, threads: int, most: int = DISK_BYTES) -> fl
         buffers[i][0].fill_(1)  # the engine's buffers have their memory, too
     try:
         with ThreadPoolExecutor(threads) as pool:
-            turns = [
-                (backend, buffers[i][1], range(i, count, threads), size) for i in range(threads)
-            ]
             started = time.perf_counter()
-            list(pool.map(lambda turn: _read(*turn), turns))
+            list(pool.map(
+                lambda i: _read(backend, buffers[i][1], range(i, count, threads), size),
+                range(threads),
+            ))  # fmt: skip
             return count * size / (time.perf_counter() - started)
     finally:
         backend.close()

@@ -1,5 +1,5 @@
-"""What a long span computes in is idle while tokens come one by one: it is lent to slots, so that reads run
-further ahead."""
+"""Scratch lending: memory that only long prompts compute in is idle while tokens are decoded one by one, so
+streamed layers get more slots there, and reads run further ahead."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from outsize.pack.outline import Outline
 from outsize.storage.buffers import huge_bytes
 from outsize.weights.residency import Share
 
-STEP = 2 << 20  # bytes that a step of a few tokens computes in, with no guesses
+STEP = 2 << 20  # bytes that a step of a few tokens computes in, with no draft tokens
 
 
 def lent_bytes(o: Outline, scratch: int, fragments: float) -> int:
-    """Of a plan's scratch, what is free between long spans: `fragments` times less, since an allocator
-    does not return its holes, and less what a step needs."""
+    """Bytes of a plan's scratch that decoding does not need: `fragments` times less, since an allocator does
+    not return its holes, and less what a step needs."""
     return max(0, int(scratch / fragments) - max(STEP, o.step_scratch))
 
 
 def lend(o: Outline, shares: Mapping[str, Share], size: int) -> dict[str, Share]:
-    """Shares with slots of `size` bytes more: one by one to the table that looks the least far ahead."""
+    """Add slots of `size` bytes in all, one by one to the table that reads the least far ahead."""
     out = dict(shares)
     tables = [t for t in o.tables if t.kind == "layers" and shares[t.name].ring]
 

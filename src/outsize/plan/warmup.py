@@ -1,8 +1,7 @@
-"""What this process takes before any model, and the libraries' code brought in from disk.
+"""Warm-up: run a tiny random model, so that libraries are loaded, and measure the memory that takes.
 
 A library's pages come from disk when they are first touched: on a cold file cache some tenths of a second,
-which the first prompt would pay, and some megabytes, which nobody would have counted. So a tiny random
-model runs first.
+which the first prompt would pay, and some megabytes, which no plan would have counted.
 """
 
 from __future__ import annotations
@@ -32,20 +31,19 @@ CACHES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"
 
 
 def runtime_bytes(backend: Backend = PLAIN) -> int:
-    """What this process takes, measured after everything that computes has run once; with what models that
-    are open in it have yet to take."""
-    wake(backend)
+    """Bytes of this process after a warm-up, with what models that are open in it have yet to take."""
+    warm_up(backend)
     collect()
     return resident() + promised()
 
 
 @torch.inference_mode()
-def wake(backend: Backend) -> None:
+def warm_up(backend: Backend) -> None:
     """Run one layer of each kind of linear map, as prompts and as single tokens run."""
     for name in CACHES:  # read at the first product; what a user has set stays
         os.environ.setdefault(name, str(COMPILED))
     layer = Layer(Rope(10000.0))
-    d = Description("wake", WIDTH, 4, 2, HEAD, WIDTH, WIDTH, 2 * TOKENS, 1e-5, 0.125, (layer,))
+    d = Description("warm-up", WIDTH, 4, 2, HEAD, WIDTH, WIDTH, 2 * TOKENS, 1e-5, 0.125, (layer,))
     for name in ("int4", "int8", *(("group8",) if backend.name == "native" else ()), "fp32"):
         weights = _weights(d, name, backend)
         plain = name == "fp32"

@@ -14,6 +14,7 @@ KINDS = ("ready", "late", "cold_misses", "capacity_misses", "collision_misses", 
 
 
 def page(traces: Sequence[Trace], rows: Sequence[Row], why: str) -> str:
+    """The page. `why`: what it advises."""
     parts = [f"<p><b>{escape(why)}</b></p>"]
     for trace in traces:
         mine = [r for r in rows if r["trace"] == trace.name and r["phase"] == "decode"]

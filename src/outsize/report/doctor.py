@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import psutil
 import torch
@@ -16,13 +16,13 @@ from outsize.kernels.layouts import torch_reads_tiles
 from outsize.plan import machine, probe
 
 
-def examine() -> dict[str, object]:
-    """Everything, measured now, and kept for `plan`: some seconds."""
+def examine() -> dict[str, Any]:
+    """Measure this machine (some seconds), and keep it for `plan`. Sizes in bytes, rates a second."""
     folder = home()
     notes: list[str] = []
     there = next(p for p in (folder, *folder.parents) if p.is_dir())
     memory = psutil.virtual_memory()
-    probe.follow_quota()
+    probe.set_threads()
     here = machine.measured(folder)
     return {
         "processor": probe.processor(),
@@ -32,7 +32,7 @@ def examine() -> dict[str, object]:
         "memory_bytes": memory.total,
         "memory_free_bytes": memory.available,
         "busy": here.busy,
-        "sittings": len(here.sittings),
+        "measurements": len(here.measurements),
         "memory_bytes_per_s": here.memory_bytes_per_s,
         "bf16_flops": here.bf16_flops,
         "fp32_flops": here.fp32_flops,
@@ -50,13 +50,14 @@ def examine() -> dict[str, object]:
     }
 
 
-def complaints(seen: dict[str, object]) -> list[str]:
+def complaints(seen: Mapping[str, Any]) -> list[str]:
     """What would run slowly here, why, and what helps."""
     out = []
     if seen["busy"]:
         out.append(
             f"the machine was busy while it was measured ({seen['busy']}): the figures are the best of "
-            f"{seen['sittings']} sittings, and may be too low; run `outsize doctor` again when it is idle"
+            f"{seen['measurements']} measurements, and may be too low; run `outsize doctor` again when it is "
+            "idle"
         )
     if not seen["int4_kernel"] and not seen["native_kernels"]:
         out.append(
@@ -64,17 +65,16 @@ def complaints(seen: dict[str, object]) -> list[str]:
             "4-bit tensors are packed in 8 bits, twice the bytes; install gcc or clang"
         )
     if seen["native_note"]:
-        out.append(str(seen["native_note"]))
-    bf16, fp32 = float(str(seen["bf16_flops"])), float(str(seen["fp32_flops"]))
-    if bf16 < 1.5 * fp32:
+        out.append(seen["native_note"])
+    if seen["bf16_flops"] < 1.5 * seen["fp32_flops"]:
         out.append(
             "no fast bf16 arithmetic: products run in fp32, and long prompts take two to four times as long"
         )
-    if int(str(seen["threads"])) > int(str(seen["cores"])):
+    if seen["threads"] > seen["cores"]:
         out.append(f"{seen['threads']} threads on {seen['cores']} cores: use --threads")
-    if int(str(seen["disk_free_bytes"])) < 2e9:
+    if seen["disk_free_bytes"] < 2e9:
         out.append(f"little room in {seen['home']}: set OUTSIZE_HOME to another disk")
-    if "+cpu" not in str(seen["torch"]) and seen["gpu"] is None:
+    if "+cpu" not in seen["torch"] and seen["gpu"] is None:
         out.append(
             "torch is a GPU build without a GPU: it works, and takes 5 GB of disk that the CPU build "
             "does not (see README)"
@@ -82,37 +82,32 @@ def complaints(seen: dict[str, object]) -> list[str]:
     return out
 
 
-def show(as_json: bool) -> None:
-    """Print the examination."""
-    seen = examine()
-    if as_json:
-        print(json.dumps(seen | {"complaints": complaints(seen)}))
-        return
-    sets = ", ".join(str(s) for s in seen["instruction_sets"])  # type: ignore[attr-defined]
-    gb = {k: float(str(v)) / 1e9 for k, v in seen.items() if k.endswith(("bytes", "_s", "flops"))}
+def lines(seen: Mapping[str, Any]) -> Iterator[str]:
+    """The examination as text."""
+    gb = {k: v / 1e9 for k, v in seen.items() if k.endswith(("bytes", "_s", "flops"))}
     rows = {
         "processor": f"{seen['processor']}, {seen['cores']} cores, {seen['threads']} threads used",
-        "instructions": sets or "none that matter here",
+        "instructions": ", ".join(seen["instruction_sets"]) or "none that matter here",
         "memory": f"{gb['memory_bytes']:.1f} GB, {gb['memory_free_bytes']:.1f} GB free, "
         f"{gb['memory_bytes_per_s']:.1f} GB/s",
         "compute": f"{gb['bf16_flops']:.0f} GFLOP/s bf16, {gb['fp32_flops']:.0f} fp32",
         "disk": f"{gb['disk_free_bytes']:.1f} GB free, {gb['disk_bytes_per_s']:.2f} GB/s direct reads",
         "torch": f"{seen['torch']}, {seen['torch_kernels']} kernels, GPU: {seen['gpu'] or 'none'}",
         "row kernels": "native" if seen["native_kernels"] else "plain",
-        "home": str(seen["home"]),
+        "home": seen["home"],
     }
     for name, value in rows.items():
-        print(f"{name:>12}  {value}")
-    _show_disk(seen["disk"])  # type: ignore[arg-type]
+        yield f"{name:>12}  {value}"
+    yield from _disk(seen["disk"])
     for text in complaints(seen):
-        print(f"{'slow':>12}  {text}")
+        yield f"{'slow':>12}  {text}"
 
 
-def _show_disk(disk: Sequence[tuple[int, int, float]]) -> None:
+def _disk(disk: Sequence[tuple[int, int, float]]) -> Iterator[str]:
     """Direct reads in GB/s: a row for each size, a column for each number of threads."""
     counts = list(dict.fromkeys(n for _, n, _ in disk))
-    print(f"{'direct reads':>12}  " + "".join(f"{f'x{n}':>7}" for n in counts) + "  (threads)")
+    yield f"{'direct reads':>12}  " + "".join(f"{f'x{n}':>7}" for n in counts) + "  (threads)"
     for size in dict.fromkeys(s for s, _, _ in disk):
         rates = [rate for s, _, rate in disk if s == size]
         cells = "".join(f"{rate / 1e9:7.2f}" for rate in rates)
-        print(f"{f'{size >> 10} KiB':>12}  {cells}  GB/s")
+        yield f"{f'{size >> 10} KiB':>12}  {cells}  GB/s"

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from outsize.pack.outline import Outline
 from outsize.plan.cost import UNHIDDEN, Cost
 from outsize.plan.machine import Machine
+from outsize.plan.make import Plan
 from outsize.plan.placement import BY_ROUTER, Placement
 
 BAR = 40
@@ -19,14 +20,13 @@ def mb(size: float) -> str:
 
 def short(o: Outline, p: Placement, cost: Cost | None) -> list[str]:
     """The first lines of a run."""
-    total = o.size
     out = [
         f"[plan: {mb(p.planned)} of {mb(p.budget)}: {', '.join(_fixed(p))}, weights {mb(p.held)}; "
         f"context {p.context:,}]"
     ]
     said = []
     if p.streamed:
-        share = 1 - p.streamed / total
+        share = 1 - p.streamed / o.size
         said.append(
             f"{mb(p.streamed)} a pass from disk ({share:.0%} of the weights stay in memory)"
         )
@@ -51,10 +51,9 @@ def _fixed(p: Placement) -> Iterator[str]:
     return (f"{name} {mb(size)}" for name, size in p.fixed.items())
 
 
-def long(
-    o: Outline, p: Placement, cost: Cost, here: Machine, curve: Sequence[tuple[int, float]]
-) -> Iterator[str]:
-    """The whole table."""
+def long(plan: Plan) -> Iterator[str]:
+    """All that `outsize plan` shows, by lines."""
+    o, p = plan.outline, plan.placement
     state = "packed" if o.is_packed else "not packed yet"
     yield f"{o.name} ({mb(o.size)} of weights, {state}) in {mb(p.budget)}, context {p.context:,}"
     yield ""
@@ -66,15 +65,15 @@ def long(
     yield f"{'in memory':<26}{'':<18}{p.planned / 1e6:>10,.1f}"
     yield f"{'least that works':<26}{'':<18}{p.least / 1e6:>10,.1f}"
     yield ""
-    yield from _arithmetic(p, cost, here)
+    yield from _arithmetic(p, plan.cost, plan.machine)
     yield ""
-    yield from _curve(p, curve)
+    yield from _curve(p, plan.curve)
     yield from (f"note: {note}" for note in p.notes)
 
 
 def _named(o: Outline, group: str) -> str:
     table = o.table(group)
-    unit = {"layers": "layers", "experts": "experts"}.get(table.kind, "blocks")
+    unit = table.kind if table.kind in ("layers", "experts") else "blocks"
     return f"{group} ({len(table.keys)} {unit})"
 
 

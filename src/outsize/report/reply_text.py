@@ -1,4 +1,4 @@
-"""The line that closes an answer."""
+"""The line of figures below an answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from outsize.engine.reply import Reply
 
 
 def summary(reply: Reply, disk_bytes_per_s: float | None = None) -> str:
-    """The closing line."""
+    """The line. `disk_bytes_per_s`: the measured rate of the disk, to compare with."""
     parts = [
         f"{reply.prompt_tokens} prompt tokens, first token after {reply.first_token_s:.2f} s",
         f"{reply.new_tokens} tokens at {reply.tokens_per_s:.1f}/s",
@@ -17,7 +17,8 @@ def summary(reply: Reply, disk_bytes_per_s: float | None = None) -> str:
     ]
     if reply.drafted:
         parts.append(
-            f"{reply.accepted} of {reply.drafted} guesses right, {reply.tokens_per_step:.2f} tokens a step"
+            f"{reply.accepted} of {reply.drafted} draft tokens accepted, "
+            f"{reply.tokens_per_step:.2f} tokens a step"
         )
     most = float(str(reply.options["threads"]))
     if 0 < reply.threads < 0.95 * most:

@@ -1,8 +1,8 @@
-"""Plots as text: inline SVG for pages that fetch nothing. Lines, stacked bars, heat maps."""
+"""HTML pages with plots as inline SVG, which fetch nothing: lines, stacked bars, heat maps, tables."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 760, 320, 64, 150, 44, 24
@@ -29,7 +29,7 @@ def page(title: str, parts: Sequence[str]) -> str:
 
 
 def lines(series: Mapping[str, Points], x_name: str, y_name: str, labels: Sequence[str]) -> str:
-    """Curves over evenly spaced places 0, 1, ... that are labelled."""
+    """Curves over evenly spaced places 0, 1, ...; those with a label have it below."""
     top = max((y for points in series.values() for _, y in points), default=1.0) * 1.06 or 1.0
     last = max(1, len(labels) - 1)
 
@@ -40,14 +40,15 @@ def lines(series: Mapping[str, Points], x_name: str, y_name: str, labels: Sequen
         return HEIGHT - BOTTOM - value / top * (HEIGHT - BOTTOM - TOP)
 
     out = _frame(y_name, x_name, top, y)
-    out += [_text(x(i), HEIGHT - BOTTOM + 18, label, "middle") for i, label in enumerate(labels)]
+    shown = [(i, label) for i, label in enumerate(labels) if label]
+    out += [text(x(i), HEIGHT - BOTTOM + 18, label, "middle") for i, label in shown]
     for number, (name, points) in enumerate(series.items()):
         colour, dash = COLOURS[number % len(COLOURS)], "5 4" if name == "belady" else "none"
         path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points)
         out.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" '
                    f'stroke-dasharray="{dash}" points="{path}"/>')  # fmt: skip
         out += [_dot(x(a), y(b), colour, f"{name}: {b:.4g}") for a, b in points]
-    return _svg(out + _legend(list(series)), HEIGHT)
+    return drawing(out + _legend(list(series)), HEIGHT)
 
 
 def stacks(bars: Mapping[str, Mapping[str, float]], y_name: str) -> str:
@@ -65,13 +66,12 @@ def stacks(bars: Mapping[str, Mapping[str, float]], y_name: str) -> str:
         for kind in kinds:
             value = parts.get(kind, 0.0)
             colour = COLOURS[kinds.index(kind) % len(COLOURS)]
-            out.append(f'<rect x="{left:.1f}" y="{y(base + value):.1f}" width="{step * 0.7:.1f}" '
-                       f'height="{y(base) - y(base + value):.1f}" fill="{colour}"><title>'
-                       f"{escape(f'{name}: {kind} {value:,.4g}')}</title></rect>")  # fmt: skip
+            at = (left, y(base + value), step * 0.7, y(base) - y(base + value))
+            out.append(box(at, colour, f"{name}: {kind} {value:,.4g}"))
             base += value
         shift = 18 + 13 * (place % 2)
-        out.append(_text(left + step * 0.35, HEIGHT - BOTTOM + shift, name, "middle"))
-    return _svg(out + _legend(kinds), HEIGHT)
+        out.append(text(left + step * 0.35, HEIGHT - BOTTOM + shift, name, "middle"))
+    return drawing(out + _legend(kinds), HEIGHT)
 
 
 def heat(values: Sequence[Sequence[float]], x_name: str, y_name: str) -> str:
@@ -80,14 +80,13 @@ def heat(values: Sequence[Sequence[float]], x_name: str, y_name: str) -> str:
     cell = (WIDTH - LEFT - 16) / columns
     tall = max(4.0, min(cell, 480 / len(values)))
     top = max(max(row) for row in values) or 1.0
-    out = [_text(LEFT, 14, f"{y_name} down, {x_name} across", "start")]
+    out = [text(LEFT, 14, f"{y_name} down, {x_name} across", "start")]
     for r, row in enumerate(values):
         for c, value in enumerate(row):
             if value:
-                out.append(f'<rect x="{LEFT + c * cell:.1f}" y="{TOP + r * tall:.1f}" '
-                           f'width="{cell:.1f}" height="{tall:.1f}" fill="#1f6feb" '
-                           f'fill-opacity="{(value / top) ** 0.5:.2f}"/>')  # fmt: skip
-    return _svg(out, int(TOP + len(values) * tall + 8))
+                at = (LEFT + c * cell, TOP + r * tall, cell, tall)
+                out.append(box(at, f"{COLOURS[0]}{round(255 * (value / top) ** 0.5):02x}"))
+    return drawing(out, int(TOP + len(values) * tall + 8))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -112,11 +111,11 @@ def _zeros(value: float) -> int:
 
 
 def _frame(y_name: str, x_name: str, top: float, y: Callable[[float], float]) -> list[str]:
-    out = [_text(LEFT - 8, 14, y_name, "start"), _text(WIDTH - RIGHT, HEIGHT - 6, x_name, "end")]
+    out = [text(LEFT - 8, 14, y_name, "start"), text(WIDTH - RIGHT, HEIGHT - 6, x_name, "end")]
     for value in ticks(top):
         out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" '
                    f'y2="{y(value):.1f}"/>')  # fmt: skip
-        out.append(_text(LEFT - 8, y(value) + 4, f"{value:,g}", "end"))
+        out.append(text(LEFT - 8, y(value) + 4, f"{value:,g}", "end"))
     return out
 
 
@@ -125,10 +124,8 @@ def _legend(names: Sequence[str]) -> list[str]:
     for i, name in enumerate(names):
         top = TOP + 18 * i
         colour = COLOURS[i % len(COLOURS)]
-        out.append(
-            f'<rect x="{WIDTH - RIGHT + 14}" y="{top}" width="10" height="10" fill="{colour}"/>'
-        )
-        out.append(_text(WIDTH - RIGHT + 30, top + 10, name, "start"))
+        out.append(box((WIDTH - RIGHT + 14, top, 10, 10), colour))
+        out.append(text(WIDTH - RIGHT + 30, top + 10, name, "start"))
     return out
 
 
@@ -136,9 +133,21 @@ def _dot(x: float, y: float, colour: str, title: str) -> str:
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"><title>{escape(title)}</title></circle>'
 
 
-def _text(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+def text(x: float, y: float, words: str, anchor: str, style: str = "") -> str:
+    more = f' style="{style}"' if style else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{escape(words)}</text>'
 
 
-def _svg(parts: Sequence[str], height: int) -> str:
+def box(at: tuple[float, float, float, float], colour: str, title: str = "") -> str:
+    """A rectangle; `at`: x, y, width, height."""
+    x, y, width, height = at
+    told = f"<title>{escape(title)}</title>" if title else ""
+    return (
+        f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{colour}">'
+        f"{told}</rect>"
+    )
+
+
+def drawing(parts: Iterable[str], height: int) -> str:
+    """A picture of WIDTH by `height`."""
     return f'<svg viewBox="0 0 {WIDTH} {height}" role="img">{"".join(parts)}</svg>'
