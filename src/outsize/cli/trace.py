@@ -8,15 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from outsize.caching.replay.record import COLUMNS, Recorder
-from outsize.checkpoint.bounded import text_lines
-from outsize.checkpoint.read_json import loads
 from outsize.cli.command import only, with_flags
 from outsize.cli.flags import Flag
 from outsize.errors import OptionError, UnsupportedError
 from outsize.log import say
 from outsize.options import LoadOptions, Options
-from outsize.progress import bars
 
 if TYPE_CHECKING:
     from outsize.pack.format import Pack
@@ -41,7 +37,9 @@ def trace(
     load: Annotated[LoadOptions, only("context", "threads", "memory", "experts", "quiet")] = EXACT,
 ) -> None:
     """Record which experts a model uses on your own prompts, for `outsize bench cache`."""
+    from outsize.caching.replay.record import COLUMNS, Recorder
     from outsize.engine.load import open_model
+    from outsize.progress import bars
 
     texts = _prompts(own.prompts)
     with open(own.output, "w", encoding="utf-8", newline="") as out:
@@ -76,6 +74,8 @@ def _header(pack: Pack) -> str:
 
 def _prompts(path: Path) -> list[str]:
     """One a line: text, or JSON with a `prompt`, or the first of its `turns`."""
+    from outsize.checkpoint.bounded import text_lines
+
     lines = [line for line in text_lines(path, OptionError) if line.strip()]
     if not lines:
         raise OptionError(f"{path} holds no prompts; one a line is expected")
@@ -85,6 +85,8 @@ def _prompts(path: Path) -> list[str]:
 def _prompt(path: Path, number: int, line: str) -> str:
     if not line.lstrip().startswith("{"):
         return line
+    from outsize.checkpoint.read_json import loads
+
     try:
         item = cast("dict[str, Any]", loads(line))
         text = item["prompt"] if "prompt" in item else item["turns"][0]
