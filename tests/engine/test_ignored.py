@@ -127,7 +127,7 @@ def test_a_drafter_is_no_adapter_and_the_other_way_round(
     masks = write_masks(model, tmp_path / "masks.safetensors")
     with pytest.raises(AdapterError, match=f"is a mask-token drafter.*--draft mtp:{masks}"):
         model.load_adapter("a", masks)
-    with pytest.raises(AdapterError, match="is a mask drafter"):
+    with pytest.raises(AdapterError, match="is a mask-token drafter"):
         planning.make(str(model.pack.path), LoadOptions(adapters={"a": masks}, quiet=True), 8)
     lora = write_peft(model, tmp_path / "lora", 1)
     with pytest.raises(AdapterError, match=f"is no mask-token drafter.*--adapter NAME={lora}"):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass, replace
-from functools import update_wrapper
+from functools import cache, update_wrapper
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import typer
@@ -41,7 +41,7 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     groups: dict[str, Group] = {}
     plain: dict[str, inspect.Parameter] = {}
     for name, parameter in inspect.signature(command).parameters.items():
-        kind = get_args(hints[name])[0] if get_origin(hints[name]) is Annotated else hints[name]
+        kind = _bare(hints[name])
         if is_dataclass(kind):
             groups[name] = Group(kind, _note(hints[name], Choice), parameter.default)
         elif name != GIVEN:
@@ -72,13 +72,18 @@ class Group:
     """The flags of one parameter that is a dataclass."""
 
     def __init__(self, kind: Any, choice: Choice | None, base: Any) -> None:
-        hints, defaults = get_type_hints(kind), inspect.signature(kind).parameters
+        found = dict(_parameters(kind))
+        if choice is not None and choice.kept:
+            found = {name: found[name] for name in choice.names}
+        for name in () if choice is None or choice.kept else choice.names:
+            del found[name]
         self._kind, self._base = kind, None if base is REQUIRED else base
-        self._flags = _flags(kind, choice)
-        self.parameters = {}
-        for name, flag in self._flags.items():
-            value = defaults[name].default if self._base is None else getattr(base, name)
-            self.parameters[flag.name] = _of_flag(flag, hints[name], value)
+        self._flags = {name: flag for name, (flag, _) in found.items()}
+        self.parameters: dict[str, inspect.Parameter] = {}
+        for name, (flag, parameter) in found.items():
+            if self._base is not None and flag.kind is not Texts:
+                parameter = parameter.replace(default=getattr(base, name))
+            self.parameters[flag.name] = parameter
 
     def make(self, values: Mapping[str, Any], given: frozenset[str]) -> object:
         """The object. A flag that was given must be of use; a setting of the environment or of config.toml is
@@ -103,15 +108,20 @@ def on_command_line(context: typer.Context) -> frozenset[str]:
     )
 
 
-def _flags(kind: Any, choice: Choice | None) -> dict[str, Flag]:
-    """By field: as its annotation has it, else as FLAGS has it under the field's name."""
-    hints = get_type_hints(kind, include_extras=True)
-    found = {name: _note(hint, Flag) or FLAGS.get(name) for name, hint in hints.items()}
-    if choice is not None and choice.kept:
-        found = {name: found[name] for name in choice.names}
-    for name in () if choice is None or choice.kept else choice.names:
-        del found[name]
-    return {name: flag for name, flag in found.items() if flag is not None}
+@cache
+def _parameters(kind: Any) -> dict[str, tuple[Flag, inspect.Parameter]]:
+    """By field of a dataclass: its flag, as its annotation has it, else FLAGS under the field's name."""
+    hints, defaults = get_type_hints(kind, include_extras=True), inspect.signature(kind).parameters
+    out: dict[str, tuple[Flag, inspect.Parameter]] = {}
+    for name, hint in hints.items():
+        flag = _note(hint, Flag) or FLAGS.get(name)
+        if flag is not None:
+            out[name] = flag, _of_flag(flag, _bare(hint), defaults[name].default)
+    return out
+
+
+def _bare(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
 def _note(hint: Any, kind: type) -> Any:

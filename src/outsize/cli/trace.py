@@ -8,14 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from outsize.caching.replay.record import COLUMNS, Recorder
 from outsize.cli.command import only, with_flags
 from outsize.cli.flags import Flag
 from outsize.errors import OptionError, UnsupportedError
 from outsize.log import say
 from outsize.options import LoadOptions, Options
-from outsize.progress import bars
-from outsize.text import prompt_file
 
 if TYPE_CHECKING:
     from outsize.pack.format import Pack
@@ -40,7 +37,10 @@ def trace(
     load: Annotated[LoadOptions, only("context", "threads", "memory", "experts", "quiet")] = EXACT,
 ) -> None:
     """Record which experts a model uses on your own prompts, for `outsize bench cache`."""
+    from outsize.caching.replay.record import COLUMNS, Recorder
     from outsize.engine.load import open_model
+    from outsize.progress import bars
+    from outsize.text import prompt_file
 
     texts = [line.prompt for line in prompt_file.read([own.prompts], OptionError)]
     with open(own.output, "w", encoding="utf-8", newline="") as out:

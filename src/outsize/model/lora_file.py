@@ -7,7 +7,6 @@ from pathlib import Path
 from outsize.checkpoint import lora as files
 from outsize.checkpoint.lora import AdapterFile, Factors
 from outsize.checkpoint.lora_base import are_other
-from outsize.errors import AdapterError
 from outsize.log import warn
 from outsize.model.lora import Adapter, check_shapes
 from outsize.pack.format import Pack
@@ -19,11 +18,6 @@ MTP = "masks"  # what the header of a multi-token prediction drafter says it is
 def read_adapter(pack: Pack, name: str, path: Path) -> Adapter:
     """A LoRA adapter for a dense model, for which `plan.beside` has found room. Raises AdapterError."""
     file = files.load(path)
-    if file.about.get("kind") == MTP:
-        raise AdapterError(
-            f"{path} is a mask-token drafter (mtp), which drafts and does not change answers; use it with "
-            f"--draft mtp:{path}"
-        )
     base, ours = file.about.get("base_name"), (pack.source.spec, pack.source.files[0][0])
     if isinstance(base, str) and are_other(base, ours):
         warn(

@@ -10,6 +10,7 @@ from pathlib import Path
 from outsize.checkpoint import lora as adapters
 from outsize.errors import AdapterError, BudgetError, UnsupportedError
 from outsize.model.lora import MAKING, check_shapes, stack_bytes
+from outsize.model.lora_file import MTP
 from outsize.model_config import Description
 from outsize.pack.format import Pack
 from outsize.pack.outline import Outline, of_pack
@@ -25,10 +26,10 @@ def adapter_bytes(name: str, path: Path, d: Description, model: str) -> tuple[in
     if d.mixture is not None:
         raise UnsupportedError(f"{path}: adapters are for dense models; {model} has experts")
     file = adapters.load(path)
-    if file.about.get("kind") == "masks":
+    if file.about.get("kind") == MTP:
         raise AdapterError(
-            f"{path} is a mask drafter, which drafts and does not change answers; use it with "
-            f"--draft masks:{path}"
+            f"{path} is a mask-token drafter (mtp), which drafts and does not change answers; use it with "
+            f"--draft mtp:{path}"
         )
     factors = adapters.Factors(file, d.head_dim)
     check_shapes(name, d, factors.shapes)
