@@ -136,9 +136,9 @@ def watch(m: outsize.Model, wanted: Choices, recall: float = 1.0) -> list[Watche
     """The routers of a model, watched from now on."""
     out, count = [], m.pack.description.mixture.count
     for part, rows in zip(m.transformer.paged_layers[1::2], wanted, strict=True):
-        assert isinstance(part.held, Mixture)
-        out.append(Watched(part.held.router, rows, count, recall))
-        part.held.router = out[-1]  # type: ignore[assignment]
+        assert isinstance(part.resident, Mixture)
+        out.append(Watched(part.resident.router, rows, count, recall))
+        part.resident.router = out[-1]  # type: ignore[assignment]
     return out
 
 

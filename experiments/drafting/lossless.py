@@ -16,7 +16,7 @@ from experiments.runs import arguments, record
 from outsize.bench.speculate import read
 from outsize.draft.verify import verify
 from outsize.engine import decode as flow
-from outsize.engine.scheduler import drive
+from outsize.engine.drive import drive
 from outsize.options import Options
 from outsize.sampling.sample import Sampler, greedy
 

@@ -29,7 +29,7 @@ def main() -> None:
 def measured(name: str) -> dict[str, object]:
     with outsize.load(name, quiet=True, draft="none") as m:
         model, paged = m.transformer, passes._run
-        halves = [part.held for part in model.paged_layers]
+        halves = [part.resident for part in model.paged_layers]
         assert all(halves), "not all weights are in memory"
 
         def bare(model, h_TD, steps) -> None:  # type: ignore[no-untyped-def]

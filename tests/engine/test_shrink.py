@@ -53,12 +53,12 @@ def test_asked_for_everything_all_that_can_go_goes(
         wanted, outline = logits(model), of_pack(model.pack)
         giveable = place.giveable(outline, model.placement)
         assert giveable > 0.3 * outline.size
-        live = model.transformer.giveable
-        freed = model.transformer.shrink(1 << 40)
+        live = model.transformer.memory.droppable
+        freed = model.transformer.memory.shrink(1 << 40)
         assert freed >= 0.9 * giveable
         assert abs(freed - live) <= 0.1 * live
-        assert model.transformer.shrink(1 << 40) == 0
-        assert model.transformer.giveable == 0
+        assert model.transformer.memory.shrink(1 << 40) == 0
+        assert model.transformer.memory.droppable == 0
         for _ in range(2):
             assert torch.equal(logits(model), wanted)
         before = model.traffic.misses
@@ -73,9 +73,9 @@ def test_slots_of_experts_go_a_few_at_a_time(policy: str, folder_of: Callable[[s
         wanted, t = logits(model), model.transformer
         cache = t.loaded.banks[0].cache
         step = 5 * cache.table.header.stride
-        t.shrink(t._embed.resident_bytes)
+        t.memory.shrink(t._embed.resident_bytes)
         slots = [cache.slots]
-        while t.shrink(step) and len(slots) < 4:
+        while t.memory.shrink(step) and len(slots) < 4:
             assert torch.equal(logits(model), wanted)
             slots.append(cache.slots)
     assert slots[1] == slots[0] - 5

@@ -69,7 +69,7 @@ def sweep(folder: Path, most: int | None) -> None:
             assert answer(model) == right, f"after an interrupt at {place}"
             shrink(model)
             assert answer(model) == right, f"after an interrupt at {place}, and once more"
-            assert model.transformer.giveable == 0
+            assert model.transformer.memory.droppable == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -116,8 +116,8 @@ def test_memory_that_was_given_up_stays_so_after_a_broken_step(
             for cache, (slots, held) in zip(caches, before, strict=True):
                 assert cache.slots == slots
                 assert in_memory(cache) <= max(held, slots * cache.table.header.stride), place
-        live = model.transformer.giveable
-        assert model.transformer.shrink(1 << 40) >= live
+        live = model.transformer.memory.droppable
+        assert model.transformer.memory.shrink(1 << 40) >= live
         assert answer(model) == right
         for cache in caches:
             assert in_memory(cache) <= cache.slots * cache.table.header.stride

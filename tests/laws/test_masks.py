@@ -25,8 +25,8 @@ from outsize.draft.drafter import Drafter, NoDraft
 from outsize.draft.mtp import MtpDraft
 from outsize.draft.verify import verify
 from outsize.engine import decode as flow
+from outsize.engine.drive import drive
 from outsize.engine.model import Model
-from outsize.engine.scheduler import drive
 from outsize.forward.full import NARROW, full
 from outsize.forward.span import Masks, Span
 from outsize.model.lora import Adapter

@@ -43,12 +43,12 @@ def routed_alike(first: Model, second: Model) -> Iterator[None]:
     expert, and all after it would differ. (Dense models have no routers.)"""
     saved = []
     for a, b in zip(first.transformer.paged_layers, second.transformer.paged_layers, strict=True):
-        if not isinstance(a.held, Mixture) or not isinstance(b.held, Mixture):
+        if not isinstance(a.resident, Mixture) or not isinstance(b.resident, Mixture):
             continue
         chosen: list[tuple[Tensor, Tensor]] = []
-        saved += [(a.held, a.held.router), (b.held, b.held.router)]
-        a.held.router = Recording(a.held.router, chosen)  # type: ignore[assignment]
-        b.held.router = Replaying(b.held.router, chosen)  # type: ignore[assignment]
+        saved += [(a.resident, a.resident.router), (b.resident, b.resident.router)]
+        a.resident.router = Recording(a.resident.router, chosen)  # type: ignore[assignment]
+        b.resident.router = Replaying(b.resident.router, chosen)  # type: ignore[assignment]
     try:
         yield
     finally:

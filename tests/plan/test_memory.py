@@ -167,10 +167,10 @@ def test_pressure_from_outside_shrinks(
     monkeypatch.setattr(budget, "WATCH_S", 0.0)
     with outsize.load(str(folder_of("qwen3")), quiet=True, context=64) as model:
         wanted = model.generate("a b c", raw=True, max_tokens=12)[0].text
-        held = sum(part.is_held for part in model.transformer.paged_layers)
+        held = sum(part.is_resident for part in model.transformer.paged_layers)
         monkeypatch.setattr(budget, "shortage", lambda: 50_000)
         assert model.generate("a b c", raw=True, max_tokens=12)[0].text == wanted
-        left = sum(part.is_held for part in model.transformer.paged_layers)
+        left = sum(part.is_resident for part in model.transformer.paged_layers)
         assert left < held
         assert model.given_up > 0
         assert model.traffic.misses > 0
@@ -203,7 +203,7 @@ def test_a_prompts_scratch_is_lent_between_prompts(
                         full(t, two, [t.new_kv(), t.new_kv()])
                         assert not any(c._borrowed for c in lent)
                 if turn == 1:
-                    t.shrink(1)  # what was lent goes first, and does not come back
+                    t.memory.shrink(1)  # what was lent goes first, and does not come back
                     assert not any(c._borrowed for c in lent)
 
     for ours, theirs in zip(run(size), run("auto"), strict=True):

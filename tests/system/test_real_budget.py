@@ -142,7 +142,7 @@ def test_what_a_mixture_gives_up_returns_to_the_system(pack_of: Callable[..., Pa
         giveable = place.giveable(of_pack(pack), model.placement)
         budget.trim()
         before = budget.resident()
-        freed = model.transformer.shrink(1 << 40)
+        freed = model.transformer.memory.shrink(1 << 40)
         assert freed >= 0.9 * giveable > 20 * MB
         assert before - budget.resident() >= 0.9 * freed
         assert model.generate("a b a b", raw=True, max_tokens=6)[0].text == wanted.text

@@ -64,7 +64,7 @@ class Drafting:
     def restore(self) -> None:
         """After a step that an exception broke off."""
         if self.model is not None:
-            self.model.transformer.restore()
+            self.model.transformer.memory.restore()
 
     def close(self) -> None:
         """A drafter of mask tokens holds the network it drafts for: a closed model keeps none of it."""

@@ -31,8 +31,8 @@ def make_room(scheduler: Scheduler, pack: Pack, name: str, size: int, moment: in
     placement = scheduler.placement = beside.with_sizes(scheduler.placement, sizes, pack)
     due = size + max(0, moment - placement.fixed["scratch"])
     short = beside.missing(placement, due, scheduler.given_up)
-    if short > transformer.giveable:
-        raise beside.refusal(name, placement, due, short, transformer.giveable)
+    if short > transformer.memory.droppable:
+        raise beside.refusal(name, placement, due, short, transformer.memory.droppable)
     if short:
         scheduler.give_up(short, f"adapter {name} takes {due / 1e6:,.0f} MB")
     scheduler.placement = beside.with_sizes(placement, sizes | {name: size}, pack)

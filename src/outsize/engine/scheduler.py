@@ -1,29 +1,26 @@
-"""Runs requests on an opened model, step by step: one alone, or many gathered into one ragged batch.
+"""Runs requests on an opened model for any number of threads, which take turns step by step. Batches are
+static: the requests of one call run together, and one that has ended leaves the batch.
 
-`drive` is the loop. `Scheduler` holds what requests share (weights, adapters, the memory that the plan gave)
-and changes it within steps alone, which threads take in turn.
+`Scheduler` holds what requests share: weights, adapters, the memory that the plan gave.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
 
 import torch
 
 from outsize.draft.load import Drafting
-from outsize.draft.step_time import StepTimes
 from outsize.engine.decode import decode
+from outsize.engine.drive import Flow, drive
 from outsize.engine.reply import Reply, Usage, account
 from outsize.engine.request import Counts, Request
 from outsize.engine.step_lock import StepLock
 from outsize.errors import OptionError
 from outsize.forward.forward import Forward
-from outsize.forward.full import full, is_narrow
-from outsize.forward.span import Out, Span
-from outsize.kv.kv import KV
+from outsize.forward.full import full
 from outsize.log import warn
 from outsize.model.lora import Adapter
 from outsize.model.transformer import Transformer
@@ -33,49 +30,7 @@ from outsize.sampling.sample import Sampler
 from outsize.storage.stats import IOStats
 from outsize.system import memory
 
-Flow = Generator[Span, Out, None]
 T = TypeVar("T")
-
-
-def drive(
-    model: Transformer,
-    flows: Sequence[Flow],
-    kvs: Sequence[KV],
-    times: StepTimes | None = None,
-    forward: Forward = full,
-) -> Iterator[None]:
-    """Run flows to their ends, yielding after each step. A finished flow leaves the batch. `times` learns
-    how long steps took that had no prompt to run; `forward` runs the spans of a step."""
-    waiting = [
-        (flow, kv, span) for flow, kv in zip(flows, kvs, strict=True) for span in _first(flow)
-    ]
-    while waiting:
-        started, spans = time.perf_counter(), [span for _, _, span in waiting]
-        waited, asked = model.waited_s, model.asked
-        narrow = all(is_narrow(span) for span in spans)
-        with model.threads.narrow(narrow):
-            outs = forward(model, spans, [kv for _, kv, _ in waiting])
-            answered = zip(waiting, outs, strict=True)
-            waiting = [(flow, kv, s) for (flow, kv, _), out in answered for s in _next(flow, out)]
-        if times is not None and narrow:
-            rows, masked = sum(s.num_rows for s in spans), any(s.masks is not None for s in spans)
-            seconds = time.perf_counter() - started
-            waited_s = min(seconds, model.waited_s - waited)
-            times.step(rows, masked, seconds, waited_s, model.asked - asked)
-        yield
-
-
-def _first(flow: Flow) -> list[Span]:
-    """The flow's first span, if it has one."""
-    return [span] if (span := next(flow, None)) is not None else []
-
-
-def _next(flow: Flow, out: Out) -> list[Span]:
-    """The flow's next span, if it goes on."""
-    try:
-        return [flow.send(out)]
-    except StopIteration:
-        return []
 
 
 class Scheduler:
@@ -165,7 +120,7 @@ class Scheduler:
 
     def give_up(self, size: int, why: str) -> None:
         """Drop `size` bytes of resident weights, between two steps: they are read from disk from now on."""
-        if freed := self.transformer.shrink(size):
+        if freed := self.transformer.memory.shrink(size):
             self.given_up += freed
             warn(
                 f"{why}: {freed / 1e6:,.0f} MB of weights are read from disk from now on, which is slower"
@@ -195,5 +150,5 @@ class Scheduler:
 
 def _restore(transformer: Transformer, drafting: Drafting) -> None:
     """After a step that an exception broke off."""
-    transformer.restore()
+    transformer.memory.restore()
     drafting.restore()

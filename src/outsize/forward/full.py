@@ -99,8 +99,8 @@ def _run(model: Transformer, h_TD: Tensor, steps: Sequence[tuple[slice, Step]]) 
     for layer in model.paged_layers:
         layer(chunks)
         if is_long:
-            model.tidy()
-    model.end_pass()
+            model.memory.trim()
+    model.memory.end_pass()
 
 
 def _groups(pairs: Sequence[Pair]) -> Iterator[tuple[list[Segment], bool, list[Span]]]:

@@ -27,12 +27,12 @@ class PagedLayer:
         self._by_slot: dict[int, tuple[Weights, Runnable]] = {}
 
     @property
-    def is_held(self) -> bool:
+    def is_resident(self) -> bool:
         """Are its weights resident?"""
         return self._resident is not None
 
     @property
-    def held(self) -> Runnable | None:
+    def resident(self) -> Runnable | None:
         """The sub-layer, if its weights are resident."""
         return self._resident
 
@@ -62,8 +62,8 @@ def link(layers: Sequence[PagedLayer]) -> None:
     """Each mixture may ask the next one's router early, where that is in memory."""
 
     def router(layer: PagedLayer) -> Router | None:
-        return layer.held.router if isinstance(layer.held, Mixture) else None
+        return layer.resident.router if isinstance(layer.resident, Mixture) else None
 
     for i, layer in enumerate(layers):
-        if isinstance(layer.held, Mixture):
-            layer.held.ahead = partial(router, layers[(i + 1) % len(layers)])
+        if isinstance(layer.resident, Mixture):
+            layer.resident.ahead = partial(router, layers[(i + 1) % len(layers)])

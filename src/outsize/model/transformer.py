@@ -21,17 +21,14 @@ from outsize.kernels.threads import Threads
 from outsize.kv.kv import KV
 from outsize.model.layers import cos_sin
 from outsize.model.lora import Adapter
+from outsize.model.memory import WeightMemory
 from outsize.model.paged import PagedLayer, link
 from outsize.model.step import Step
 from outsize.model.sublayer import attention_sublayer, ffn_sublayer, mixture_sublayer, vector
 from outsize.model_config import Description, Rope
-from outsize.pack.kinds.experts import least_slots
-from outsize.system import memory as budget
 from outsize.weights.load import Loaded
-from outsize.weights.residency import RoutedCache
 
 REFINED = 64  # tokens of the highest logits, which are computed again in fp32
-SLACK = 4 << 20  # over what cannot be returned, before returning is tried again
 
 
 class Transformer:
@@ -48,7 +45,7 @@ class Transformer:
     ) -> None:
         """`ceiling`: bytes that the process should not exceed, if returning free memory helps. `threads`:
         how many the backend uses; None: as many as torch has."""
-        self.description, self.loaded, self._ceiling = description, loaded, ceiling
+        self.description, self.loaded = description, loaded
         self._embed, self._head = loaded.embed, loaded.head
         self.dtype = loaded.activation_type
         self.paged_layers: list[PagedLayer] = []
@@ -67,104 +64,12 @@ class Transformer:
         self._ropes = description.ropes
         self.backend = backend if self.dtype == torch.bfloat16 else PLAIN
         self._own, self.threads = backend, threads or Threads(torch.get_num_threads())
-        self._num_held = self._count_held()
-        self._lends, self._is_lent = any(cache.lends for cache in loaded.caches), False
-
-    def _count_held(self) -> int:
-        return sum(layer.is_held for layer in self.paged_layers)
-
-    def end_pass(self) -> None:
-        """Resident sub-layers are hits that nobody else sees; experts' policies count passes."""
-        self.loaded.stats.hits += self._num_held
-        for cache in {bank.cache for bank in self.loaded.banks}:
-            cache.slot_table.begin_pass()
-
-    def shrink(self, size: int) -> int:
-        """Return lent scratch, and then drop resident weights, until `size` bytes are free; the bytes of
-        weights. The order is that in which they are least missed: an embedding of its own, slots for experts,
-        layers from the last one on, the head."""
-        lent, self._lends = self._return_scratch(), False
-        size, freed = size - lent, 0
-        for drop in (
-            self._shrink_embed,
-            self._shrink_experts,
-            self._shrink_layers,
-            self._shrink_head,
-        ):
-            if freed < size:
-                freed += drop(size - freed)
-        self._num_held = self._count_held()
-        if freed:
-            budget.trim()
-        return freed
-
-    def _shrink_embed(self, size: int) -> int:
-        return 0 if self._embed is self._head else self._embed.drop(False)
-
-    def _shrink_experts(self, size: int) -> int:
-        freed = 0
-        for cache, least in self._expert_caches().items():
-            freed += cache.shrink(size - freed, least)
-        return freed
-
-    def _shrink_layers(self, size: int) -> int:
-        freed = 0
-        for layer in reversed(self.paged_layers):
-            if freed >= size:
-                break
-            freed += layer.unpin() if layer.is_held else 0
-        return freed
-
-    def restore(self) -> None:
-        """After a step that an exception broke off, wherever that was."""
-        self.loaded.restore()
-        self._is_lent, self._num_held = False, self._count_held()
-
-    def _shrink_head(self, size: int) -> int:
-        return self._head.drop(True)
-
-    def _expert_caches(self) -> dict[RoutedCache, int]:
-        """The caches of experts, each with the fewest slots that it can do with."""
-        mixture = self.description.mixture
-        used = 0 if mixture is None else mixture.used
-        return {
-            bank.cache: least_slots(bank.cache.table.header, used) for bank in self.loaded.banks
-        }
-
-    @property
-    def giveable(self) -> int:
-        """Bytes that shrinking could free."""
-        held = [layer.source for layer in self.paged_layers if layer.is_held]
-        out = sum(s.cache.table.header.stride for s in held)
-        whole = {s.cache for s in held if not s.cache.streams}  # keep a slot to stream through
-        out -= sum(cache.table.header.stride for cache in whole)
-        for cache, least in self._expert_caches().items():
-            out += max(0, cache.slots - least) * cache.table.header.stride
-        if self._embed is not self._head:
-            out += self._embed.resident_bytes
-        return out + max(0, self._head.resident_bytes - self._head.ring_bytes)
+        self.memory = WeightMemory(description, loaded, self.paged_layers, ceiling)
 
     def begin(self, is_large: bool) -> None:
-        """A step begins: a long span, or a batch, needs the scratch, which is else lent to slots."""
+        """A step begins; `is_large`: with a long span, or of a batch."""
         self._own.set_threads(self.threads.now())
-        if is_large:
-            self._return_scratch()
-            self._is_lent = False
-        elif self._lends and not self._is_lent:
-            budget.trim()
-            for cache in self.loaded.caches:
-                cache.borrow_scratch()
-            self._is_lent = True
-
-    def _return_scratch(self) -> int:
-        return sum(cache.return_scratch() for cache in self.loaded.caches)
-
-    def tidy(self) -> None:
-        """Return free memory that the allocator keeps, if there is more of it than was planned: in some
-        runs a long span's large blocks never fit the holes of earlier ones, and leave new holes."""
-        if self._ceiling is not None and budget.resident() > self._ceiling:
-            budget.trim()
-            self._ceiling = max(self._ceiling, budget.resident() + SLACK)
+        self.memory.begin_step(is_large)
 
     @property
     def waited_s(self) -> float:

@@ -28,7 +28,7 @@ from outsize.model.sublayer import attention_sublayer, ffn_sublayer
 from outsize.model.transformer import rotary_angles
 from outsize.pack.format import Matrix, TableHeader
 from outsize.pack.outline import Outline
-from outsize.plan.fixed import experts
+from outsize.plan.fixed import routed
 from outsize.plan.hit_rates import PRIOR, HitRates
 from outsize.plan.machine import Compute, Machine
 from outsize.plan.placement import BY_ID, BY_ROUTER, Placement
@@ -119,13 +119,13 @@ def predict(
     by_id = sum(size for _, tier, size in place.groups if tier == BY_ID)
     waits = MISS_S * records if place.streamed else 0.0
     missing = sum(size for _, tier, size in place.groups if tier == BY_ROUTER)
-    total = sum(t.size for t in experts(o))
+    total = sum(t.size for t in routed(o))
     return Cost(
         prompt_tokens=prompt,
         bytes_per_token=place.streamed,
         hit_rates=rates(1 - missing / total) if missing else None,
         hit_rates_from=rates.source if missing else "",
-        expert_bytes=sum(_used(o, t) * t.stride for t in experts(o)),
+        expert_bytes=sum(_used(o, t) * t.stride for t in routed(o)),
         disk_bytes_per_s=rate,
         read_s=read_s + (2e-4 if by_id else 0.0),
         compute_s=step_s(o, compute) + waits,

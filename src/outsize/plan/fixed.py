@@ -10,6 +10,7 @@ from outsize.caching.eviction.echo import BYTES as ECHO_BYTES
 from outsize.kernels.attention import CHUNK, score_bytes
 from outsize.kernels.plain import WIDE_BYTES
 from outsize.pack.format import TableHeader
+from outsize.pack.kinds.kind import kinds
 from outsize.pack.outline import Outline
 from outsize.plan.placement import ADAPTER, TEMPLATE
 from outsize.plan.warmup import COMPILED, COMPILED_BYTES
@@ -63,7 +64,7 @@ def fixed_costs(o: Outline, runtime: int, tokenizer: int, context: int) -> dict[
         **({} if o.smaller is None else {DRAFT: draft_bytes(o.smaller, context)}),
         **({"drafting": o.drafting} if o.drafting else {}),
         **({TEMPLATE: TEMPLATE_BYTES} if o.has_template else {}),
-        **({"cache policy": policy_bytes(o)} if experts(o) else {}),
+        **({"cache policy": policy_bytes(o)} if routed(o) else {}),
         **({"copies of experts": o.copies} if o.copies else {}),
         "scratch": max(
             scratch_bytes(o, context),
@@ -76,22 +77,22 @@ def fixed_costs(o: Outline, runtime: int, tokenizer: int, context: int) -> dict[
 
 def policy_bytes(o: Outline) -> int:
     """What the eviction policy remembers of routing."""
-    return sum(len(t.keys) * ECHO_BYTES for t in experts(o))
+    return sum(len(t.keys) * ECHO_BYTES for t in routed(o))
 
 
-def experts(o: Outline) -> list[TableHeader]:
-    """The tables of experts."""
-    return [t for t in o.tables if t.kind == "experts"]
+def routed(o: Outline) -> list[TableHeader]:
+    """The tables whose records are routed."""
+    return [t for t in o.tables if kinds()[t.kind].routed]
 
 
 def all_bytes(o: Outline) -> int:
     """All weights, fully resident; experts' slots are in huge pages."""
-    return o.size + sum(huge_bytes(t.size) - t.size for t in experts(o))
+    return o.size + sum(huge_bytes(t.size) - t.size for t in routed(o))
 
 
 def draft_bytes(smaller: Outline, context: int) -> int:
     """Of a smaller model that drafts: fully resident, with its own keys, values and scratch."""
     tokens = min(context, smaller.description.context)
-    routing = policy_bytes(smaller) if experts(smaller) else 0
+    routing = policy_bytes(smaller) if routed(smaller) else 0
     kept = tokens * kv_bytes(smaller) + scratch_bytes(smaller, tokens)
     return all_bytes(smaller) + routing + kept

@@ -13,7 +13,7 @@ from outsize.errors import BudgetError, OptionError
 from outsize.pack.format import TableHeader
 from outsize.pack.kinds.kind import kinds
 from outsize.pack.outline import Outline
-from outsize.plan.fixed import FRAGMENTS, all_bytes, experts, fixed_costs, token_bytes
+from outsize.plan.fixed import FRAGMENTS, all_bytes, fixed_costs, routed, token_bytes
 from outsize.plan.placement import BY_ID, BY_ROUTER, DISK, MEMORY, Placement
 from outsize.plan.scratch import lend, lent_bytes
 from outsize.storage.buffers import HUGE, SMALL, huge_bytes
@@ -79,10 +79,10 @@ def giveable(o: Outline, p: Placement) -> int:
 
 def copy_bytes(o: Outline, copy: Outline) -> int:
     """Of slots for copies of a model's experts, out of another pack of it. Raises OptionError."""
-    mixture, size = o.description.mixture, sum(t.size for t in experts(o))
+    mixture, size = o.description.mixture, sum(t.size for t in routed(o))
     if mixture is None:
         raise OptionError(f"misses=copy: {o.name} has no experts; leave it out")
-    there = sum(t.size for t in experts(copy))
+    there = sum(t.size for t in routed(copy))
     if copy.description != o.description or there >= size:
         raise OptionError(
             f"misses=copy: the experts of {copy.name} take {there / MB:,.0f} MB, those of {o.name} "

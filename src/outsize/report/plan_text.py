@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from outsize.pack.outline import Outline
 from outsize.plan.cost import UNHIDDEN, Cost
+from outsize.plan.fixed import routed
 from outsize.plan.machine import Machine
 from outsize.plan.make import Plan
 from outsize.plan.placement import BY_ROUTER, Placement
@@ -31,7 +32,7 @@ def short(o: Outline, p: Placement, cost: Cost | None) -> list[str]:
             f"{mb(p.streamed)} a pass from disk ({share:.0%} of the weights stay in memory)"
         )
     if missing := sum(size for _, tier, size in p.groups if tier == BY_ROUTER):
-        all_of = sum(t.size for t in o.tables if t.kind == "experts")
+        all_of = sum(t.size for t in routed(o))
         said.append(f"slots for {1 - missing / all_of:.0%} of the experts")
     if said or cost is not None:
         out.append(f"[plan: {', '.join(said) or 'all weights in memory'}{_speed(cost)}]")

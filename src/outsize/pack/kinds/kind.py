@@ -2,7 +2,7 @@
 in which order they are worth memory.
 
 One file of this folder each, found by its name, which is also what a pack's header says; `rows.py` is the
-plainest. How its records are fetched is in weights/load.py.
+plainest. How its records are fetched is in the file of the same name in weights/.
 """
 
 from __future__ import annotations
