@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -196,8 +197,23 @@ def test_the_public_names() -> None:
     assert outsize.__all__ == sorted(outsize.__all__, key=lambda n: (n[0].islower(), n))
     for name in outsize.__all__:
         assert getattr(outsize, name) is not None
+        assert name in dir(outsize), "consoles complete it"
+    for name, home in outsize.HOME.items():
+        assert getattr(outsize, name).__module__ == home
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         outsize.nothing  # noqa: B018
+
+
+def test_every_file_is_installed() -> None:
+    """setuptools leaves out, without a word, files of no pattern and folders without __init__.py."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = settings["tool"]["setuptools"]["package-data"]["outsize"]
+    for path in (p for p in SOURCE.rglob("*") if p.is_file() and p.suffix != ".pyc"):
+        name = path.relative_to(SOURCE)
+        if path.suffix == ".py":
+            assert (path.parent / "__init__.py").is_file(), name
+        else:
+            assert any(name.match(pattern) for pattern in patterns), name
 
 
 def test_every_error_is_drawn_and_raised_or_a_parent() -> None:

@@ -28,7 +28,7 @@ __all__ = ["Conversation", "Model", "Options", "Placement", "Reply", "Score", "e
 HOME = {
     "Conversation": "outsize.engine.conversation",
     "Model": "outsize.engine.model",
-    "Placement": "outsize.plan.place",
+    "Placement": "outsize.plan.placement",
     "Reply": "outsize.engine.reply",
     "Score": "outsize.engine.reply",
     "load": "outsize.engine.load",
@@ -41,3 +41,8 @@ def __getattr__(name: str) -> object:
     from importlib import import_module
 
     return getattr(import_module(HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    """With what is not imported yet: consoles and notebooks complete names from this."""
+    return sorted({*globals(), *__all__})

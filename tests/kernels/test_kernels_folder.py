@@ -174,6 +174,18 @@ def test_without_a_compiler_kernels_built_before_are_used(
     assert native_in(tmp_path / "native", pytest.fail) is not None
 
 
+def test_an_installation_without_the_c_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left out by a packager, or in a zip file: every command, `doctor` too, ended with the file's name."""
+    monkeypatch.setattr(build, "HEADER", tmp_path / "numbers.h")
+    build._key.cache_clear()
+    said: list[str] = []
+    assert native_in(tmp_path / "native", said.append) is None
+    assert "numbers.h: No such file" in said[0]
+    assert "install outsize again" in said[0]
+
+
 def test_without_a_home_no_pack_is_made(
     folder_of: Callable[[str], Path], no_home: Path, compiled: list[Path]
 ) -> None:

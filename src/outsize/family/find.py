@@ -18,7 +18,7 @@ from outsize.family.keys import check, check_gguf
 from outsize.model_config import Recipe
 
 ALIASES = {"gemma3_text": "gemma3", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss"}
-NOT_FAMILIES = ("bounds", "common", "config", "description", "find", "keys", "rope")
+NOT_FAMILIES = ("bounds", "common", "config", "find", "keys", "rope")
 EMBEDDINGS = (
     "token_embd.weight",
     "model.embed_tokens.weight",

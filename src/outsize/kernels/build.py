@@ -53,7 +53,10 @@ def built(folder: Path) -> Built:
     """The compiled kernels, built into `folder` if need be."""
     openmp = _openmp_runtime()
     flags = (*FLAGS, "-fopenmp" if openmp else "-fopenmp-simd")
-    path, cc = folder / f"kernels-{_key(flags)}.so", compiler()
+    try:
+        path, cc = folder / f"kernels-{_key(flags)}.so", compiler()
+    except OSError as e:
+        return _none(f"{e.filename}: {e.strerror}", "install outsize again, into a folder")
     why = _not_ours(folder)
     if not why:
         if _is_as_built(path):
@@ -66,11 +69,8 @@ def built(folder: Path) -> Built:
     return _none(NO_COMPILER) if cc is None else _own(cc, flags, openmp, f"{folder}: {why}")
 
 
-def _none(why: str) -> Built:
-    return Built(
-        None,
-        f"there are no compiled kernels ({why}): runs are many times slower; install gcc or clang",
-    )
+def _none(why: str, cure: str = "install gcc or clang") -> Built:
+    return Built(None, f"there are no compiled kernels ({why}): runs are many times slower; {cure}")
 
 
 def _loaded(path: Path, openmp: str | None) -> Built:
