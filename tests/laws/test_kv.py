@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from outsize.engine.model import Model
+from outsize.forward.full import full
+from outsize.forward.span import Span
 from outsize.kv.kv import KV
 
 
@@ -62,3 +67,17 @@ def test_nbytes_counts_what_is_held() -> None:
     assert kv.nbytes == 0
     kv.append(0, *entries(range(3)), range(3))
     assert kv.nbytes == 4 * 256 * 4 * 4
+
+
+def test_a_cache_that_was_filled_from_elsewhere_goes_on_alike(
+    open_tiny: Callable[..., Model],
+) -> None:
+    """Entries that another rank, or a file of an earlier prompt, brings are as good as computed ones."""
+    t = open_tiny("qwen3", "int8").transformer
+    ours, theirs = t.new_kv(), t.new_kv()
+    full(t, [Span(0, range(20, 60))], [ours])
+    for layer, positions in enumerate(ours.positions):
+        k_JSE, v_JSE = ours.view(layer).chunk(2)
+        theirs.append(layer, k_JSE.transpose(0, 1), v_JSE.transpose(0, 1), positions)
+    (one,), (other,) = (full(t, [Span(40, [7])], [kv]) for kv in (ours, theirs))
+    assert torch.equal(one.logits_KV, other.logits_KV)
