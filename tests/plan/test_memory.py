@@ -275,6 +275,7 @@ def test_prompts_of_many_lengths_take_no_more_memory(folder_of: Callable[[str], 
     assert int(found.stdout) < 4_000_000
 
 
+@pytest.mark.usefixtures("own_home")
 def test_a_failed_load_leaves_nothing_behind(tmp_path: Path) -> None:
     made = fetch.pack(str(tiny.write_folder(tmp_path / "m", "qwen2")), quiet=True)
     path = made.path / "ffn-0.records"
@@ -492,7 +493,7 @@ def test_free_memory_is_returned_after_long_spans_only(
     monkeypatch.setattr(budget, "trim", lambda: trims.append(1))
     has = [1 << 40]
     monkeypatch.setattr(budget, "resident", lambda: has[0])
-    monkeypatch.setattr(transformer, "_ceiling", 1 << 41)
+    monkeypatch.setattr(transformer.memory, "_ceiling", 1 << 41)
     kv, short, long = transformer.new_kv(), Span(0, [1, 2, 3]), Span(0, list(range(20)))
 
     def trimmed(span: Span) -> int:
@@ -501,7 +502,7 @@ def test_free_memory_is_returned_after_long_spans_only(
         return len(trims) - before
 
     assert (trimmed(short), trimmed(long)) == (0, 0), "under the ceiling"
-    monkeypatch.setattr(transformer, "_ceiling", 1)
+    monkeypatch.setattr(transformer.memory, "_ceiling", 1)
     assert (trimmed(short), trimmed(long)) == (0, 1)
     assert (trimmed(short), trimmed(long)) == (0, 0), (
         "what cannot be returned is not tried for again"
