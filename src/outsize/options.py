@@ -221,11 +221,11 @@ def near(name: str, known: Collection[str]) -> str:
 WORDS = {"True": "true", "TRUE": "true", "False": "false", "FALSE": "false", "None": "null"}
 
 
-def parse_arguments(told: Sequence[str]) -> dict[str, object] | None:
+def parse_arguments(given: Sequence[str]) -> dict[str, object] | None:
     """Variables for the chat template from KEY=VALUE texts; a value that is JSON, or True, False or None, is
     what it says. Raises OptionError."""
     made: dict[str, object] = {}
-    for text in told:
+    for text in given:
         key, equals, value = text.partition("=")
         if not equals or not key.isidentifier():
             raise OptionError(f"--template-arg is {text!r}; KEY=VALUE is expected")

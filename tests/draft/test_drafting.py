@@ -25,10 +25,10 @@ from outsize.draft.mtp import MtpModel, Prediction
 from outsize.draft.ngram import FURTHEST, MOST_TOKENS, Index, Match
 from outsize.draft.spec import parse_draft
 from outsize.draft.stats import DraftStats
-from outsize.draft.step_time import StepTimes, Union
+from outsize.draft.step_time import ExpertUnion, StepTimes
 from outsize.engine.model import Model
 from outsize.errors import AdapterError, OptionError
-from outsize.forward.span import Masks, Out
+from outsize.forward.span import MaskTokens, Out
 from outsize.model.lora import Adapter
 from outsize.pack.outline import of_pack
 from tests.drafts import write_masks
@@ -128,7 +128,7 @@ def test_good_guesses_are_never_bounded() -> None:
 def test_a_step_of_experts_costs_what_its_rows_choose_together() -> None:
     """64 experts, 8 chosen: rows that choose alike cost nothing more, rows that choose for themselves
     nearly a step each."""
-    alike, apart = StepTimes(Union(64, 8)), StepTimes(Union(64, 8))
+    alike, apart = StepTimes(ExpertUnion(64, 8)), StepTimes(ExpertUnion(64, 8))
     for i in range(200):
         rows = 1 + i % 4
         alike.step(rows, False, 0.01, 0.008, 80)
@@ -194,8 +194,8 @@ class Foreseen:
     def __init__(self, *chances: float) -> None:
         self._ready = tuple(Prediction(7, chance) for chance in chances)
 
-    def masks(self, anchors: tuple[int, ...], depth: int) -> Masks:
-        return Masks(anchors, torch.zeros(depth, 1), cast(Adapter, None))
+    def masks(self, anchors: tuple[int, ...], depth: int) -> MaskTokens:
+        return MaskTokens(anchors, torch.zeros(depth, 1), cast(Adapter, None))
 
     def predict(self, states_KD: Tensor, last: int) -> tuple[Prediction, ...]:
         return self._ready

@@ -28,7 +28,7 @@ from outsize.engine import decode as flow
 from outsize.engine.drive import drive
 from outsize.engine.model import Model
 from outsize.forward.full import NARROW, full
-from outsize.forward.span import Masks, Span
+from outsize.forward.span import MaskTokens, Span
 from outsize.model.lora import Adapter
 from outsize.pack.outline import of_pack
 from outsize.progress import silent
@@ -68,7 +68,7 @@ def test_interleaved_masks_equal_separate_ones(
 def test_the_engine_runs_masks_as_training_did(
     family: str, native: bool, open_tiny: Callable[..., Model]
 ) -> None:
-    """Masks' states in a step equal the training layout's."""
+    """Mask tokens' states in a step equal the training layout's."""
     encoding = "bf16" if native else "fp32"
     model = open_tiny(family, encoding, native)
     twin = TrainableModel(model.pack, torch.device("cpu"), torch.float32, silent)
@@ -86,7 +86,7 @@ def test_the_engine_runs_masks_as_training_did(
             mask_rows(twin, batch, parameters["masks"]), stored, deltas(parameters, SCALE)
         )
     full(t, [Span(0, tokens[:first])], [kv])
-    masks = Masks(tuple(range(5)), parameters["masks"], adapter)
+    masks = MaskTokens(tuple(range(5)), parameters["masks"], adapter)
     (out,) = full(t, [Span(first, tokens[first:], 5, masks)], [kv])
     assert out.masks_MD is not None
     error = (out.masks_MD - z[0]).norm() / z[0].norm()
@@ -103,7 +103,7 @@ def test_masks_change_no_bit_of_ordinary_rows(
     factors = deltas(parameters, SCALE).factors
     adapter = Adapter("test", model.pack.description, factors, SCALE)
     t, rows = model.transformer, []
-    for masks in (None, Masks((0, 1, 2, 3), parameters["masks"], adapter)):
+    for masks in (None, MaskTokens((0, 1, 2, 3), parameters["masks"], adapter)):
         kv = t.new_kv()
         full(t, [Span(0, tiny.TOKENS[:20])], [kv])
         (out,) = full(t, [Span(20, tiny.TOKENS[20:24], 4, masks)], [kv])

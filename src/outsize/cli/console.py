@@ -77,14 +77,14 @@ def is_unicode(stream: object) -> bool:
     return str(getattr(stream, "encoding", "")).lower().startswith("utf")
 
 
-def arguments(told: Sequence[str], command: Any) -> list[str]:
+def arguments(given: Sequence[str], command: Any) -> list[str]:
     """The arguments of `command`, texts that begin with a dash put behind `--`, where no option is looked
     for."""
     known = {name for p in command.params for name in (*p.opts, *p.secondary_opts)}
     valued = {name for p in command.params if not getattr(p, "is_flag", False) for name in p.opts}
     front: list[str] = []
     behind: list[str] = []
-    rest = list(told)
+    rest = list(given)
     while rest:
         word = rest.pop(0)
         if word == "--":
@@ -95,7 +95,7 @@ def arguments(told: Sequence[str], command: Any) -> list[str]:
             behind.append(word)
         else:
             front.append(word)
-    return [*front, "--", *behind] if behind else list(told)
+    return [*front, "--", *behind] if behind else list(given)
 
 
 def _is_text(word: str, known: set[str]) -> bool:

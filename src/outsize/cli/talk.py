@@ -122,9 +122,9 @@ class Talk:
         if self._display.verbose:
             say(summary(reply, planning.disk_rate()))
 
-    def _set_overflow(self, told: str) -> None:
+    def _set_overflow(self, given: str) -> None:
         try:
-            self._conversation.overflow = checked_overflow(told.strip())
+            self._conversation.overflow = checked_overflow(given.strip())
         except OutsizeError as e:
             say(f"error: {e}")
 

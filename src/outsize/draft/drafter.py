@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from outsize.forward.span import Masks, Out
+from outsize.forward.span import MaskTokens, Out
 
 MOST = 15  # draft tokens: with the last known token, as many as run through kernels of few rows
 SPARE = 64  # slots of keys and values for draft tokens that are not kept
@@ -18,7 +18,7 @@ class Draft:
     last known token, 1 the first draft token), whose states the drafter is shown."""
 
     tokens: tuple[int, ...] = ()
-    masks: Masks | None = None
+    masks: MaskTokens | None = None
 
 
 class Drafter(ABC):

@@ -17,7 +17,7 @@ from torch import Tensor
 from outsize.draft import mtp_head
 from outsize.draft.drafter import Draft, Drafter
 from outsize.draft.mtp_head import Stage
-from outsize.forward.span import Masks, Out
+from outsize.forward.span import MaskTokens, Out
 from outsize.model.lora import Adapter
 from outsize.model.transformer import Transformer
 
@@ -47,9 +47,9 @@ class MtpModel:
     def k(self) -> int:
         return len(self.rows_KD)
 
-    def masks(self, anchors: Sequence[int], depth: int) -> Masks:
+    def masks(self, anchors: Sequence[int], depth: int) -> MaskTokens:
         """`depth` mask tokens after each of a step's tokens `anchors`."""
-        return Masks(tuple(anchors), self.rows_KD[:depth], self.adapter)
+        return MaskTokens(tuple(anchors), self.rows_KD[:depth], self.adapter)
 
     @torch.inference_mode()
     def predict(self, states_KD: Tensor, last: int) -> tuple[Prediction, ...]:

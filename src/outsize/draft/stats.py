@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 from outsize.draft.mtp import MtpModel
-from outsize.draft.step_time import StepTimes, Union
+from outsize.draft.step_time import ExpertUnion, StepTimes
 
 LEARN, DRIFT, HAND_ON = 0.1, 0.004, 0.3
 TEXT_STEPS = (1, 2, 3, 5, 9, 17)  # tokens that agree, by which matches are told apart
@@ -50,7 +50,7 @@ class Rates:
 class DraftStats:
     """What the sequences of a model share: step times, and the rates at which drafts were right."""
 
-    def __init__(self, mtp: MtpModel | None = None, union: Union | None = None) -> None:
+    def __init__(self, mtp: MtpModel | None = None, union: ExpertUnion | None = None) -> None:
         """`union`: of a model with experts."""
         self.step_times, self.mtp = StepTimes(union), mtp
         self.text, self.sure, self.masked = Rates(TEXT_PRIOR), Rates(SURE_PRIOR), Rates(MTP_PRIOR)

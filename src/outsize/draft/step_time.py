@@ -25,7 +25,7 @@ PRIOR = np.array([[1.0, 1.0, 0.0], [1.0, 1.0 + FAR, 0.0], [1.0, 1.0, 1.0]])
 TERMS = ((0, 1, 2), (0, 1), (0, 2), (0,))  # of the plane, as many as come out positive
 
 
-class Union:
+class ExpertUnion:
     """How many experts the rows of a step choose together: those are read and multiplied. In units of
     what one token chooses: between tokens that choose alike (1, whatever the rows) and those that choose for
     themselves; which it is, is followed."""
@@ -59,7 +59,7 @@ class Union:
 class StepTimes:
     """Least squares over (1, rows, masked) -> seconds of computing, the latest steps counting most."""
 
-    def __init__(self, union: Union | None = None) -> None:
+    def __init__(self, union: ExpertUnion | None = None) -> None:
         """`union`: of a model with experts."""
         self._union = union
         self._squares, self._products = np.zeros((3, 3)), np.zeros(3)

@@ -105,7 +105,7 @@ class Conversation:
                 self.messages = [*messages, answer]
 
     def _fitting(self, messages: list[Message]) -> list[Message]:
-        """The messages, without the oldest turns where that is wished for and needed. Raises ContextError."""
+        """The messages, without the oldest turns where that is asked for and needed. Raises ContextError."""
         context, self.dropped = self._model.context, 0
         room = min(self.options.max_tokens, context // LEAST_ROOM)
         while (size := self._model.count(messages, self.options)) + room > context:

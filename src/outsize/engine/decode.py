@@ -45,7 +45,7 @@ class Sequence:
 
 @dataclass(slots=True)
 class DraftCounts:
-    """What drafts were worth. `by_position[i]`: (drafted, accepted) as guess number i."""
+    """Draft tokens checked and accepted. `by_position[i]`: (drafted, accepted) as draft token number i."""
 
     steps: int = 0  # after the prompt's
     drafted: int = 0

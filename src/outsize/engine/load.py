@@ -19,7 +19,7 @@ from outsize.draft import mtp_file
 from outsize.draft.model import DraftModel
 from outsize.draft.spec import DraftSpec, parse_draft
 from outsize.draft.stats import DraftStats
-from outsize.draft.step_time import Union
+from outsize.draft.step_time import ExpertUnion
 from outsize.encoding.find import NATIVE
 from outsize.engine.model import Model
 from outsize.engine.scheduler import Scheduler
@@ -126,7 +126,7 @@ def _open(
     options: LoadOptions,
     size: int,
     experts: ExpertOptions,
-    tell: Callable[[Outline, Placement], None] | None,
+    on_plan: Callable[[Outline, Placement], None] | None,
 ) -> Model:
     """Plan, and refuse; then read: the tokenizer, adapters, the model that drafts, and at last the weights,
     so that what reading takes for a moment is there."""
@@ -145,8 +145,8 @@ def _open(
         warn(note)
     if experts.is_lossy and not options.quiet:
         warn(f"{experts.lossy} changes the model's answers; leave it out for the exact ones")
-    if tell is not None:
-        tell(outline, placement)
+    if on_plan is not None:
+        on_plan(outline, placement)
     known = {n: read_adapter(made, n, expanded(p)) for n, p in options.adapters.items()}
     memory.trim()
     with ExitStack() as opened:
@@ -187,7 +187,7 @@ def _drafting(
     transformer: Transformer,
     smaller: DraftModel | None,
 ) -> drafting.Drafting:
-    """What guesses ahead. Raises AdapterError, OptionError."""
+    """The drafter that was asked for, or that the plan chose. Raises AdapterError, OptionError."""
     asked, outline = parse_draft(options.draft), of_pack(made)
     kind = placement.drafts
     spec = asked if asked.kind == kind else DraftSpec(kind)
@@ -196,7 +196,7 @@ def _drafting(
     if mtp is not None:
         memory.trim()  # what making it took for a moment
     mixture = made.description.mixture
-    union = None if mixture is None else Union(mixture.count, mixture.used)
+    union = None if mixture is None else ExpertUnion(mixture.count, mixture.used)
     return drafting.Drafting(spec if kind == "none" else asked, DraftStats(mtp, union), smaller)
 
 

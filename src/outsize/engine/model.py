@@ -122,7 +122,7 @@ class Model:
     def generate(self, prompts: str | Sequence[Prompt], **changes: Unpack[Changes]) -> list[Reply]:
         """Reply to several prompts at once, as one ragged batch: each gets the text it would get
         alone. A single string is a batch of one. Without `seed`, each draws with its own, which its
-        reply's options tell."""
+        reply's options state."""
         started, options = time.perf_counter(), Options().with_changes(changes)
         if not isinstance(prompts, str | list | tuple):
             raise arguments.wrong("prompts", prompts, "a string, or a list of prompts")

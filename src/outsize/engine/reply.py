@@ -27,9 +27,9 @@ class Reply:
     hit_rate: float  # of the records asked for, those that did not have to be read
     waited_s: float  # the computation stood still for reads
     disk_bytes_per_s: int  # over the whole reply
-    drafted: int  # guesses tried
+    drafted: int  # draft tokens that were checked
     accepted: int  # of them
-    accepted_per_position: tuple[float, ...]  # of guess 1, 2, ...: the share that was right
+    accepted_per_position: tuple[float, ...]  # of draft token 1, 2, ...: the share accepted
     tokens_per_step: float
     step_s: float  # a step after the prompt's, on average
     experts: (

@@ -39,10 +39,10 @@ def _nothing() -> None:
 
 class StepLock:
     """One caller's step after another's. After a step that an exception broke off (an interrupt, a failed
-    read or allocation, at any line), `mend` is called before the next one."""
+    read or allocation, at any line), `restore` is called before the next one."""
 
-    def __init__(self, name: str, mend: Callable[[], None]) -> None:
-        self._name, self._mend = name, mend
+    def __init__(self, name: str, restore: Callable[[], None]) -> None:
+        self._name, self._mend = name, restore
         self._lock, self._owner = threading.Lock(), 0
         self._waiting: set[int] = set()  # threads
         self._is_whole, self._is_closed = True, False
@@ -60,7 +60,7 @@ class StepLock:
         return self._alone(step, True)
 
     def close(self, end: Callable[[], None]) -> None:
-        """Take the last turn. Whoever comes later is told that the model is closed; in a fork, there is
+        """Take the last turn. Whoever comes later gets a ClosedError; in a fork, there is
         nothing to end."""
         self._is_closed = True
         if os.getpid() in _opened:

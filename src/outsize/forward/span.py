@@ -11,7 +11,7 @@ from outsize.model.lora import Adapter
 
 
 @dataclass(frozen=True, slots=True)
-class Masks:
+class MaskTokens:
     """Mask tokens of a multi-token draft, a block of them after some tokens of a span (its anchors): they see
     what their anchor sees and their own block so far, and nothing ever sees them."""
 
@@ -28,7 +28,7 @@ class Span:
     start: int
     tokens: Sequence[int]
     want: int = 1
-    masks: Masks | None = None
+    masks: MaskTokens | None = None
     adapter: Adapter | None = None
 
     @property

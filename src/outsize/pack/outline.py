@@ -25,9 +25,9 @@ class Outline:
     tokenizer_bytes: int  # of tokenizer.json
     is_packed: bool
     sha256: str = ""  # of what it was or would be made from, where that is known
-    drafting: int = 0  # bytes that guessing ahead takes for good
+    drafting: int = 0  # bytes that a drafter keeps
     copies: int = 0  # bytes of slots for copies of experts at fewer bits
-    step_scratch: int = 0  # bytes that a step's guesses take for a moment
+    step_scratch: int = 0  # bytes that a step's draft tokens take for a moment
     adapters: Mapping[str, int] = field(default_factory=dict)  # bytes of each, by name
     making: int = 0  # bytes that reading an adapter takes for a moment
     smaller: Outline | None = None  # of a draft model, which is held whole

@@ -35,8 +35,8 @@ def check(options: LoadOptions) -> None:
 
 def compiled(options: LoadOptions) -> Backend:
     """The backend: compiled, if that is asked for and can be built; a warning says once why not."""
-    tell = silent if options.quiet else warn_once
-    return find(options.native, tell)
+    report = silent if options.quiet else warn_once
+    return find(options.native, report)
 
 
 def for_model(options: LoadOptions, model: str) -> LoadOptions:

@@ -79,12 +79,12 @@ def make(model: str, options: LoadOptions, prompt: int | None, trace: Path | Non
     return Plan(outline, placed, predicted, here, curve)
 
 
-def _prompt(told: int | None, context: int) -> int:
+def _prompt(given: int | None, context: int) -> int:
     """Prompt tokens of the prediction. Raises OptionError."""
-    if told is None:
+    if given is None:
         return min(PROMPT, context)
-    whole("prompt_tokens", told, 1, context)
-    return told
+    whole("prompt_tokens", given, 1, context)
+    return given
 
 
 def _compute(
