@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from outsize.pack.format import PAGE, Matrix, TableHeader
+from outsize.pack.tables import PAGE, Matrix, TableHeader
 from outsize.storage.file import File
 from outsize.storage.stats import IOStats
 from outsize.storage.table import Table

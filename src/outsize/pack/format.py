@@ -29,9 +29,7 @@ from outsize.family import bounds
 from outsize.model_config import Description
 from outsize.pack import layout
 from outsize.pack.source import Source
-from outsize.pack.tables import PAGE, Matrix, TableHeader, aligned, field_bytes
-
-__all__ = ["PAGE", "Matrix", "TableHeader", "aligned", "field_bytes"]
+from outsize.pack.tables import TableHeader
 
 VERSION = 2
 HEADER = "pack.json"

@@ -9,8 +9,9 @@ from outsize.checkpoint import tokenizer
 from outsize.checkpoint.checkpoint import Checkpoint
 from outsize.family.find import recipe
 from outsize.model_config import Description
-from outsize.pack.format import TOKENIZER, Pack, TableHeader
+from outsize.pack.format import TOKENIZER, Pack
 from outsize.pack.layout import plan
+from outsize.pack.tables import TableHeader
 
 PIECE_JSON = 9  # bytes that a piece, or a merge, takes in tokenizer.json beyond its text
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from outsize.errors import PackError, SourceError
 from outsize.pack import leftovers
-from outsize.pack.format import HEADER, Pack, TableHeader, read_header
+from outsize.pack.format import HEADER, Pack, read_header
 from outsize.pack.lock import locked
 from outsize.pack.source import FileStat, Source
+from outsize.pack.tables import TableHeader
 
 
 def packs(folder: Path) -> Iterator[Pack | PackError]:

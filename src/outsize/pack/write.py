@@ -31,18 +31,11 @@ from outsize.model_config import Description
 from outsize.pack import store
 from outsize.pack.encode import encode
 from outsize.pack.folders import rename, safe, sync
-from outsize.pack.format import (
-    HEADER,
-    TOKENIZER,
-    Matrix,
-    Pack,
-    TableHeader,
-    read_header,
-    write_header,
-)
+from outsize.pack.format import HEADER, TOKENIZER, Pack, read_header, write_header
 from outsize.pack.layout import fault, lossy_tensors, plan
 from outsize.pack.lock import locked
 from outsize.pack.source import Source, file_stats, identity, layout_hash
+from outsize.pack.tables import Matrix, TableHeader
 from outsize.pack.tensors import Record, TablePlan
 from outsize.progress import Progress
 

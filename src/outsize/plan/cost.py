@@ -26,8 +26,8 @@ from outsize.model.layers import Linear
 from outsize.model.step import Step
 from outsize.model.sublayer import attention_sublayer, ffn_sublayer
 from outsize.model.transformer import rotary_angles
-from outsize.pack.format import Matrix, TableHeader
 from outsize.pack.outline import Outline
+from outsize.pack.tables import Matrix, TableHeader
 from outsize.plan.fixed import routed
 from outsize.plan.hit_rates import PRIOR, HitRates
 from outsize.plan.machine import Compute, Machine

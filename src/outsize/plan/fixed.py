@@ -9,9 +9,9 @@ from __future__ import annotations
 from outsize.caching.eviction.echo import BYTES as ECHO_BYTES
 from outsize.kernels.attention import CHUNK, score_bytes
 from outsize.kernels.plain import WIDE_BYTES
-from outsize.pack.format import TableHeader
 from outsize.pack.kinds.kind import kinds
 from outsize.pack.outline import Outline
+from outsize.pack.tables import TableHeader
 from outsize.plan.placement import ADAPTER, TEMPLATE
 from outsize.plan.warmup import COMPILED, COMPILED_BYTES
 from outsize.storage.buffers import huge_bytes

@@ -10,9 +10,9 @@ import math
 from collections.abc import Iterator, Mapping
 
 from outsize.errors import BudgetError, OptionError
-from outsize.pack.format import TableHeader
 from outsize.pack.kinds.kind import kinds
 from outsize.pack.outline import Outline
+from outsize.pack.tables import TableHeader
 from outsize.plan.fixed import FRAGMENTS, all_bytes, fixed_costs, routed, token_bytes
 from outsize.plan.placement import BY_ID, BY_ROUTER, DISK, MEMORY, Placement
 from outsize.plan.scratch import lend, lent_bytes

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from outsize.pack.format import TableHeader
 from outsize.pack.outline import Outline
+from outsize.pack.tables import TableHeader
 from outsize.storage.buffers import huge_bytes
 from outsize.weights.residency import Share
 

@@ -19,7 +19,8 @@ from outsize.encoding.plain import Encoding, Fields
 from outsize.errors import OptionError, PackError, ReadError
 from outsize.kernels.backend import Backend
 from outsize.kernels.layouts import CodedMatrix
-from outsize.pack.format import Matrix, TableHeader, damaged, field_bytes
+from outsize.pack.format import damaged
+from outsize.pack.tables import Matrix, TableHeader, field_bytes
 from outsize.storage.file import PAGE, File
 from outsize.storage.stats import IOStats
 

@@ -18,7 +18,7 @@ from outsize.caching.misses import count, fetch
 from outsize.caching.policy import Hints, make
 from outsize.caching.prefetcher import Scored, Seen, most_ahead
 from outsize.pack.format import Pack
-from outsize.pack.kinds.experts import least_slots
+from outsize.pack.kinds.experts import KIND
 from outsize.storage.table import Weights, activation_type
 from outsize.weights.open_pack import OpenPack
 from outsize.weights.residency import RoutedCache
@@ -165,14 +165,15 @@ def load(pack: OpenPack) -> tuple[ExpertBank, ...]:
     for layer, bank in banks.items():
         bank.following = banks[(layer + 1) % len(banks)]
     if pack.plan.copies is not None:
-        _load_copies(pack, pack.plan.copies, banks, mixture.used)
+        _load_copies(pack, pack.plan.copies, banks)
     return tuple(banks[layer] for layer in sorted(banks))
 
 
-def _load_copies(pack: OpenPack, copies: Pack, banks: Mapping[int, ExpertBank], used: int) -> None:
-    """Give each bank its copies: another pack's experts, which pass through a few slots."""
+def _load_copies(pack: OpenPack, copies: Pack, banks: Mapping[int, ExpertBank]) -> None:
+    """Give each bank its copies: another pack's experts, which pass through as few slots as there can be."""
     for header in (t for t in copies.tables if t.kind == "experts"):
-        table, slots = pack.open_table(copies, header, pack.stats), least_slots(header, used)
+        slots = KIND.least_slots(copies.description, header)
+        table = pack.open_table(copies, header, pack.stats)
         cache = RoutedCache(table, pack.reader, partial(make, "lru", slots, Hints()), slots)
         pack.caches.append(cache)
         count = next(iter(banks.values())).count

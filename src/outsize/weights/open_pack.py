@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from outsize.kernels.backend import Backend
-from outsize.pack.format import Pack, TableHeader
+from outsize.pack.format import Pack
+from outsize.pack.tables import TableHeader
 from outsize.progress import Progress
 from outsize.storage.reader import Reader
 from outsize.storage.stats import IOStats

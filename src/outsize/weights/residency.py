@@ -21,8 +21,8 @@ from torch import Tensor
 
 from outsize.caching.policy import Policy
 from outsize.caching.slots import Load, SlotTable
-from outsize.pack.format import TableHeader
 from outsize.pack.kinds.kind import kinds
+from outsize.pack.tables import TableHeader
 from outsize.storage.buffers import BufferPool
 from outsize.storage.reader import Reader
 from outsize.storage.table import Table, Weights, views
@@ -144,11 +144,6 @@ class RecordCache(ABC):
     def return_scratch(self) -> int:
         """The end of it; the bytes this frees. What was read ahead into that memory is lost."""
         return 0
-
-    def drain(self) -> None:
-        """Wait for what is still being read."""
-        for ticket in list(self._tickets.values()):
-            ticket.wait_quietly()
 
     def restore(self) -> None:
         """After a call that an exception broke off, wherever that was, and once nothing is being read any

@@ -15,7 +15,7 @@ from torch import Tensor
 from outsize.encoding.find import encoding
 from outsize.encoding.plain import Plain, slice_rows
 from outsize.kernels.plain import PLAIN
-from outsize.pack.format import PAGE, Matrix, aligned, field_bytes
+from outsize.pack.tables import PAGE, Matrix, aligned, field_bytes
 from outsize.storage.buffers import BufferPool, buffer
 from outsize.storage.reader import Reader
 from outsize.storage.table import Table, Weight, view

@@ -15,11 +15,6 @@ LEAST_EXPERTS = 2  # times those that a token uses: slots that there must be
 FUSED = "expert_gate_up"  # a family's name of gate and up in one tensor
 
 
-def least_slots(header: TableHeader, used: int) -> int:
-    """The fewest for a table of experts; copies get no more. `used`: by a token in a layer."""
-    return min(len(header.keys), LEAST_EXPERTS * used)
-
-
 class Experts(Kind):
     """The keys of a table's header are layer * experts + expert."""
 
@@ -46,7 +41,7 @@ class Experts(Kind):
 
     def least_slots(self, d: Description, table: TableHeader) -> int:
         assert d.mixture is not None
-        return least_slots(table, d.mixture.used)
+        return min(len(table.keys), LEAST_EXPERTS * d.mixture.used)
 
 
 def _count(d: Description) -> int:
