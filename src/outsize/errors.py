@@ -20,6 +20,8 @@ OutsizeError                    exit status 1: it could not be done
 +-- HashError                   what came is not what was asked for
 +-- ClosedError                 a model used after it was closed, or that must be opened again
 +-- BusyError                   asked from within its own step, or a conversation by two at once
++-- QueueFullError              more requests wait already than may
++-- UnavailableError            the model is being loaded, or the server ends
 +-- ForkError                   a model used in a process that was forked after it was opened
 """
 
@@ -112,3 +114,21 @@ class BusyError(OutsizeError):
 
 class ForkError(OutsizeError):
     """A model was used in a process that was forked after it was opened: it has none of its threads."""
+
+
+class QueueFullError(OutsizeError):
+    """More requests wait already than may; `retry_after_s` says when to ask again."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class UnavailableError(OutsizeError):
+    """There is no model to ask at the moment: it is being loaded (`progress`, 0 to 1), or the server ends."""
+
+    def __init__(
+        self, message: str, retry_after_s: float = 1.0, progress: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.retry_after_s, self.progress = retry_after_s, progress

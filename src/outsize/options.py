@@ -22,6 +22,8 @@ DEFAULT_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea37372
 RANGES = {
     "temperature": (0.0, 100.0), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "repeat_penalty": (0.01, 100.0),
 }  # fmt: skip
+MOST_LOGPROBS = 20  # likeliest tokens that are reported
+CHUNKS = (32, 64, 128, 256, 512)  # tokens of a prompt
 CAPACITIES = "1%,2%,5%,10%,20%,40%"  # of `outsize bench cache`
 EVICTIONS = "lru,fifo,lfu,lfru,static,least_stale,stale_cyclic,echo,belady"
 # What chooses among tokens that are drawn, and the values that mean the likeliest alone, or all.
@@ -37,8 +39,17 @@ class Changes(TypedDict, total=False):
     top_p: float
     min_p: float
     repeat_penalty: float
+    repeat_last_n: int
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
     seed: int | None
     stop: str | Sequence[str]
+    ignore_eos: bool
+    logprobs: int | None
+    schema: Mapping[str, object] | None
+    grammar: str | None
+    continue_final: bool
     system: str | None
     raw: bool
     adapter: str | Sequence[str | None] | None
@@ -55,14 +66,26 @@ class Options:
     top_k: int = 40  # 0: off. Used only above temperature 0, as the next two
     top_p: float = 0.95  # 1: off
     min_p: float = 0.05  # 0: off
-    repeat_penalty: float = 1.0  # 1: off; over the last 64 tokens
+    repeat_penalty: float = 1.0  # 1: off
+    repeat_last_n: int = 64  # tokens that the three penalties look back at; -1: all
+    presence_penalty: float = 0.0  # taken from the logit of a token that was there
+    frequency_penalty: float = 0.0  # and this for each time that it was
+    logit_bias: Mapping[int, float] | None = None  # added to the logits of tokens, by id
     seed: int | None = None  # None: another one each time, stated in the result
     stop: tuple[str, ...] = ()
+    ignore_eos: bool = False  # go on after the tokens that end a text
+    logprobs: int | None = None  # report each token's log-probability, and of so many likeliest
+    schema: Mapping[str, object] | None = None  # a JSON schema that the reply obeys; {}: any JSON
+    grammar: str | None = None  # a Lark grammar (llguidance's) that the reply obeys
     system: str | None = None
     raw: bool = False  # the prompt as it is, without the model's chat template
     adapter: str | tuple[str | None, ...] | None = None  # of all prompts, or of each
     special: bool = False  # in a raw prompt, read the names of control tokens as control tokens
     template_args: Mapping[str, object] | None = None  # variables for the chat template
+    continue_final: bool = (
+        False  # go on with the last message, the assistant's, instead of a new one
+    )
+    show_tokens: tuple[str, ...] = ()  # control tokens, by name, that the reply's text shows
 
     def __post_init__(self) -> None:
         put = partial(object.__setattr__, self)
@@ -74,7 +97,12 @@ class Options:
             put("seed", whole("seed", self.seed, 0, (1 << 63) - 1))
         if self.system is not None:
             checked_text("system", self.system)
-        flag("raw", self.raw), flag("special", self.special)
+        put("repeat_last_n", whole("repeat_last_n", self.repeat_last_n, -1, 1 << 24))
+        if self.logprobs is not None:
+            put("logprobs", whole("logprobs", self.logprobs, 0, MOST_LOGPROBS))
+        for name in ("raw", "special", "ignore_eos", "continue_final"):
+            flag(name, getattr(self, name))
+        put("logit_bias", _biases(self.logit_bias))
         put("stop", _strings(self.stop))
         put("adapter", _names(self.adapter))
         if self.template_args is not None:
@@ -133,6 +161,20 @@ def _strings(value: object) -> tuple[str, ...]:
     return tuple(items)
 
 
+def _biases(value: object) -> Mapping[int, float] | None:
+    """By token id: from -100 to 100, as OpenAI's."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise wrong("logit_bias", value, "a dict with numbers by token id")
+    return {
+        whole("a token of logit_bias", k, 0, 1 << 31): real(
+            "a bias of logit_bias", v, -100.0, 100.0
+        )
+        for k, v in value.items()
+    }
+
+
 def _names(value: object) -> str | tuple[str | None, ...] | None:
     """Of adapters."""
     if value is None or isinstance(value, str):
@@ -149,6 +191,8 @@ class LoadChanges(TypedDict, total=False):
 
     memory: str | int
     context: int | None
+    streams: int
+    chunk: int | None
     threads: int | None
     encoding: str
     verify: str
@@ -168,6 +212,10 @@ class LoadOptions:
     # Of the whole process: bytes, "4GB", "75%", or what is free, less a tenth.
     memory: str | int = "auto"
     context: int | None = None  # tokens; None: as many as the model has, and fit
+    streams: int = (
+        1  # replies that are computed at once, for whose keys and values the plan has room
+    )
+    chunk: int | None = None  # tokens of a prompt computed at once, at multiples of it; None: 512
     threads: int | None = None  # None: as many as there are cores that other programs leave free
     encoding: str = "auto"  # of the weights, when a model is packed
     verify: str = "first"  # when weights that are read are checked
@@ -185,6 +233,9 @@ class LoadOptions:
             whole("memory", self.memory, 1, 1 << 62)
         if self.context is not None:
             whole("context", self.context, 2, 1 << 32)
+        whole("streams", self.streams, 1, 1024)
+        if self.chunk is not None and self.chunk not in CHUNKS:
+            raise OptionError(f"chunk is {self.chunk}; it can be {', '.join(map(str, CHUNKS))}")
         if self.threads is not None:
             whole("threads", self.threads, 1, 1024)
         for name in ("encoding", "verify", "draft"):
