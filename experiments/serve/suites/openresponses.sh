@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# The compliance test of Open Responses: every event and answer against its schema.
+. "$(dirname "$0")/common.sh"
+cd "$SUITES/openresponses-run"
+bounded npx tsx bin/compliance-test.ts -u "$URL/v1" -k none -m "$MODEL" "$@"
