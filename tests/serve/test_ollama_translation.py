@@ -56,8 +56,9 @@ def test_what_is_not_said() -> None:
 def test_options() -> None:
     given = {
         "temperature": 0, "top_k": 5, "top_p": 0.5, "min_p": 0.1, "seed": 7, "num_predict": 9,
-        "stop": ["a", "b"], "repeat_penalty": 1.1, "repeat_last_n": 32,
-        "presence_penalty": 0.5, "frequency_penalty": 0.25, "num_ctx": CONTEXT, "mirostat": 0, "tfs_z": 1.0, "typical_p": 1, "penalize_newline": True,
+        "stop": ["a", "b"], "repeat_penalty": 1.1, "repeat_last_n": 32, "presence_penalty": 0.5,
+        "frequency_penalty": 0.25, "num_ctx": CONTEXT, "mirostat": 0, "tfs_z": 1.0, "typical_p": 1,
+        "penalize_newline": True,
     }  # fmt: skip
     assert asked(options=given).options == Options(
         max_tokens=9, temperature=0.0, top_k=5, top_p=0.5, min_p=0.1, seed=7, stop=("a", "b"),

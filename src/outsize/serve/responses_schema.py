@@ -62,7 +62,7 @@ Part = Annotated[
     | Annotated[Foreign, Tag("other")],
     Discriminator(_part),
 ]
-Parts = Annotated[list[Part], FailFast(), Field(max_length=MOST_MESSAGES), BeforeValidator(_listed)]
+Parts = Annotated[list[Part], Field(max_length=MOST_MESSAGES), BeforeValidator(_listed)]
 
 
 class Message(Body):

@@ -24,7 +24,7 @@ async def events(service: Service, *asks: Ask, tools: ToolFormat | None = None) 
     answers, choices, size = list[Answer](), list[Choice](), 0
     try:
         for ask in asks:
-            ids = await _ids(service, ask)
+            ids = await ids_of(service, ask)
             size += len(ids)
             shown = await _echo(service, ask, ids) if ask.echo else None
             for options in each(ask):
@@ -45,7 +45,7 @@ def each(ask: Ask) -> Iterator[Options]:
         yield ask.options if seed is None else replace(ask.options, seed=(seed + i) % MOST_SEED)
 
 
-async def _ids(service: Service, ask: Ask) -> list[int]:
+async def ids_of(service: Service, ask: Ask) -> list[int]:
     """The prompt's tokens."""
     prompt = ask.prompt
     if isinstance(prompt, str):
