@@ -311,3 +311,17 @@ def test_what_is_sent() -> None:
     failed = writer.failed(ApiError(status=500, message="no"))
     said = b'{"type":"error","error":{"type":"api_error","message":"no"},"request_id":"req_1"}'
     assert failed == b"event: error\ndata: " + said + b"\n\n"
+
+
+@pytest.mark.parametrize(
+    ("block", "param"),
+    [
+        ({"type": "text", "text": 5}, "messages.0.content.0.text"),
+        ({"type": "text"}, "messages.0.content.0.text"),
+        ({"type": "tool_use", "id": "t", "name": "n", "input": [1]}, "messages.0.content.0.input"),
+        ({}, "messages.0.content.0.type"),
+        (7, "messages.0.content.0"),
+    ],
+)
+def test_a_malformed_block_is_named_by_its_place(block: object, param: str) -> None:
+    assert refused([{"role": "user", "content": [block]}]).param == param

@@ -203,7 +203,7 @@ def test_options_of_a_machine_are_named() -> None:
         ({"top_logprobs": 21}, "top_logprobs", "20"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", "robot"),
         ({"messages": [{"role": "user", "images": ["AA"]}]}, "messages.0.images", "reads text"),
-        ({"_debug_render_only": True}, "debug_render_only", "false"),
+        ({"_debug_render_only": True}, "_debug_render_only", "false"),
         ({"tool": []}, "tool", "did you mean 'tools'"),
     ],
 )  # fmt: skip

@@ -174,7 +174,7 @@ PADDED = {"include_obfuscation": True}
         ({"input": []}, "input", "1 item"),
         ({"max_output_tokens": 0}, "max_output_tokens", "1"),
         ({"input": [{"role": "user", "content": [IMAGE]}]}, "input.0.content.0", "'input_image'.*reads text"),
-        ({"input": [{"role": "tool", "content": "x"}]}, "input.0.message.role", "user"),
+        ({"input": [{"role": "tool", "content": "x"}]}, "input.0.role", "user"),
         ({"input": [CALL]}, "input.0.arguments", "JSON object"),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input.0", "send it whole"),
         ({"input": [{"type": "web_search_call", "id": "x"}]}, "input.0", "'web_search_call'"),

@@ -161,6 +161,8 @@ class CountTokens(Body):
     workspace_id: Annotated[str | None, NoEffect()] = None
     context_management: Annotated[object, Neutral(())] = None
     mcp_servers: Annotated[object, Neutral(([],))] = None
+    compaction: Annotated[object, Neutral(())] = None
+    billing_policy: Annotated[object, Neutral(())] = None
 
 
 class Create(CountTokens):
@@ -177,8 +179,6 @@ class Create(CountTokens):
     container: Annotated[object, Neutral(())] = None
     diagnostics: Annotated[object, Neutral(())] = None
     inference_geo: Annotated[str | None, Neutral((), "outsize computes where it runs")] = None
-    billing_policy: Annotated[object, Neutral(())] = None
-    compaction: Annotated[object, Neutral(())] = None
     fallback_credit_token: Annotated[object, Neutral(())] = None
     fallbacks: Annotated[object, Neutral(([],))] = None
     thread: Annotated[object, Neutral(())] = None
