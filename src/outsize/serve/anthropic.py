@@ -13,7 +13,7 @@ from outsize.serve.anthropic_schema import CountTokens, Create
 from outsize.serve.host import Host
 from outsize.serve.http import Call, post
 from outsize.serve.messages import new_id, untold, with_adapter
-from outsize.serve.run import events, ids_of
+from outsize.serve.run import encoded, events
 from outsize.serve.sse import Streamed, gathered
 
 
@@ -42,5 +42,5 @@ async def create(host: Host, call: Call, body: Create) -> Response:
 async def count_tokens(host: Host, call: Call, body: CountTokens) -> Response:
     """Raises ApiError, OutsizeError."""
     host.named(body.model)
-    ids = await ids_of(await host.service(), ask_of(body))
-    return JSONResponse({"input_tokens": len(ids)})
+    made = await encoded(await host.service(), ask_of(body))
+    return JSONResponse({"input_tokens": len(made.ids)})

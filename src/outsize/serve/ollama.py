@@ -28,7 +28,7 @@ from outsize.serve.ollama_request import (
 from outsize.serve.ollama_schema import Chat, Embed, Generate
 from outsize.serve.ollama_schema import Named as NamedBody
 from outsize.serve.openai_logprobs import chat_logprobs
-from outsize.serve.run import events, ids_of
+from outsize.serve.run import encoded, events
 from outsize.serve.sse import NDJSON, Streamed, gathered
 from outsize.version import __version__
 
@@ -100,7 +100,7 @@ async def generate(host: Host, call: Call, body: Generate) -> Response:
     asked = await _asked(host, call, body, generate_ask(body, host.context), named)
     if not body.raw:
         service = asked.service
-        ids = [*(body.context or []), *await ids_of(service, asked.ask)]
+        ids = [*(body.context or []), *(await encoded(service, asked.ask)).ids]
         service.model.tokens.check(ids)
         asked = replace(asked, ask=replace(asked.ask, prompt=ids))
         asked.frames.context = lambda text: [*ids, *service.model.tokens.encode(text)]
