@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -109,3 +110,19 @@ FIELDS = [
     "output_config", "format", "text", "reasoning", "options", "stop_sequences", "model", "keep_alive",
     "context", "include", "metadata", "temperature", "max_tokens", "stream",
 ]  # fmt: skip
+
+
+def test_the_description_keeps_bodies_of_one_name_apart(client: httpx.Client) -> None:
+    """Several dialects call a part of a body a message, or a tool."""
+    told = client.get("/openapi.json").json()
+
+    def fields(path: str) -> set[str]:
+        content = told["paths"][path]["post"]["requestBody"]["content"]
+        name = content["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        return set(told["components"]["schemas"][name]["properties"])
+
+    assert "input" in fields("/v1/responses") - fields("/v1/messages")
+    assert "stop_sequences" in fields("/v1/messages") - fields("/v1/responses")
+    assert fields("/v1/messages") > fields("/v1/messages/count_tokens")
+    references = re.findall(r'"\$ref": ?"#/components/schemas/([^"]+)"', json.dumps(told))
+    assert set(references) <= set(told["components"]["schemas"])
