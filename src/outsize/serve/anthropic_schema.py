@@ -13,6 +13,8 @@ CALLERS: tuple[list[str], ...] = (["direct"], [])
 
 
 class Text(Body):
+    """Text."""
+
     type: Literal["text"]
     text: str
     cache_control: Annotated[object, NoEffect()] = None
@@ -20,17 +22,23 @@ class Text(Body):
 
 
 class Thinking(Body):
+    """What the model thought before; nothing is signed here."""
+
     type: Literal["thinking"]
     thinking: str
     signature: Annotated[str | None, NoEffect()] = None
 
 
 class Redacted(Body):
+    """Thoughts that only Anthropic can read: left out."""
+
     type: Literal["redacted_thinking"]
     data: Annotated[str | None, NoEffect()] = None
 
 
 class ToolUse(Body):
+    """A call that the assistant made."""
+
     type: Literal["tool_use"]
     id: str
     name: str
@@ -66,6 +74,8 @@ Texts = Annotated[list[Plain], BeforeValidator(_listed)]
 
 
 class ToolResult(Body):
+    """What a tool answered."""
+
     type: Literal["tool_result"]
     tool_use_id: str
     content: Texts | None = None
@@ -86,11 +96,15 @@ Block = Annotated[
 
 
 class Turn(Body):
+    """One message of the conversation."""
+
     role: Literal["user", "assistant", "system"]
     content: Annotated[list[Block], BeforeValidator(_listed)]
 
 
 class ToolDefinition(Body):
+    """A tool that the client runs."""
+
     type: str | None = None
     name: str
     description: str | None = None
@@ -122,12 +136,16 @@ AnyTool = Annotated[
 
 
 class ToolChoice(Body):
+    """Which tool is to be called."""
+
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
 
 
 class ThinkingChoice(Body):
+    """Is the model to think first?"""
+
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Annotated[int | None, NoEffect()] = None  # templates know of no such budget
     display: Literal["summarized", "omitted"] | None = (
@@ -136,11 +154,15 @@ class ThinkingChoice(Body):
 
 
 class Format(Body):
+    """A schema that the reply obeys."""
+
     type: Literal["json_schema"]
     schema_: dict[str, object] = Field(alias="schema")
 
 
 class OutputConfig(Body):
+    """How much effort, and in what form."""
+
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: Format | None = None
 

@@ -75,18 +75,24 @@ class Request(Body):
 
 
 class Function(Body):
+    """The function of a call; its arguments are an object."""
+
     name: str
     arguments: dict[str, Any] | None = None
     index: Annotated[int | None, NoEffect()] = None
 
 
 class ToolCall(Body):
+    """A call that the assistant made."""
+
     id: str | None = None
     type: Literal["function"] | None = None
     function: Function
 
 
 class Message(Body):
+    """One message of a chat."""
+
     role: str
     content: str | None = None
     thinking: str | None = None
@@ -97,6 +103,8 @@ class Message(Body):
 
 
 class FunctionDefinition(Body):
+    """A function that may be called."""
+
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -104,6 +112,8 @@ class FunctionDefinition(Body):
 
 
 class Tool(Body):
+    """A tool that may be called."""
+
     type: Literal["function"] | None = None
     function: FunctionDefinition
     items: Annotated[Any, Neutral(())] = None

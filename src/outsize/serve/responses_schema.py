@@ -41,6 +41,8 @@ class Words(Body):
 
 
 class Refusal(Body):
+    """What the assistant said instead of an answer."""
+
     type: Literal["refusal"]
     refusal: str
 
@@ -66,6 +68,8 @@ Parts = Annotated[list[Part], Field(max_length=MOST_MESSAGES), BeforeValidator(_
 
 
 class Message(Body):
+    """A message; with a role, its type may be left out."""
+
     type: Literal["message"] | None = None
     role: Literal["user", "assistant", "system", "developer"]
     content: Parts
@@ -75,6 +79,8 @@ class Message(Body):
 
 
 class FunctionCall(Body):
+    """A call that the assistant made; its arguments are a text of JSON."""
+
     type: Literal["function_call"]
     call_id: Text
     name: Text
@@ -87,6 +93,8 @@ class FunctionCall(Body):
 
 
 class FunctionOutput(Body):
+    """What a tool answered."""
+
     type: Literal["function_call_output"]
     call_id: Text
     output: Parts
@@ -98,6 +106,8 @@ class FunctionOutput(Body):
 
 
 class Reasoning(Body):
+    """What the model thought before."""
+
     type: Literal["reasoning"]
     summary: Parts | None = None
     content: Parts | None = None
@@ -132,6 +142,8 @@ def _items(value: object) -> object:
 
 
 class Tool(Body):
+    """A tool that the client runs."""
+
     type: Literal["function"]
     name: Text
     description: str | None = None
@@ -153,17 +165,23 @@ AnyTool = Annotated[
 
 
 class NamedTool(Body):
+    """A tool by its name."""
+
     type: Literal["function"]
     name: Text
 
 
 class AllowedTools(Body):
+    """The tools that may be called, of those that are there."""
+
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
     tools: list[NamedTool]
 
 
 class Format(Body):
+    """What the reply looks like."""
+
     type: Literal["text", "json_object", "json_schema"]
     name: Text | None = None
     description: str | None = None
@@ -172,11 +190,15 @@ class Format(Body):
 
 
 class TextConfig(Body):
+    """The reply's form."""
+
     format: Format | None = None
     verbosity: Annotated[Text | None, Neutral(("medium",))] = None
 
 
 class ReasoningConfig(Body):
+    """How much the model is to think."""
+
     effort: Text | None = None
     summary: Annotated[Literal["auto", "concise", "detailed"] | None, NoEffect()] = (
         None  # all is told
@@ -187,6 +209,8 @@ class ReasoningConfig(Body):
 
 
 class StreamOptions(Body):
+    """What a stream tells beside the text."""
+
     include_obfuscation: Annotated[bool | None, Neutral((False,), "events are not padded")] = None
 
 
