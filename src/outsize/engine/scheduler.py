@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 
 from outsize.draft.load import Drafting
+from outsize.engine.choosing import chooser
 from outsize.engine.decode import decode
 from outsize.engine.drive import Flow, drive
 from outsize.engine.reply import Reply, Usage, account
@@ -26,7 +27,6 @@ from outsize.model.lora import Adapter
 from outsize.model.transformer import Transformer
 from outsize.options import Options
 from outsize.plan.placement import Placement
-from outsize.sampling.sample import Sampler
 from outsize.storage.stats import IOStats
 from outsize.system import memory
 
@@ -109,8 +109,8 @@ class Scheduler:
     def _flow(self, request: Request, options: Options, others: int) -> Flow:
         seed = options.seed if request.seed is None else request.seed
         assert seed is not None
-        sampler = Sampler(options, seed)
-        drafts, adapter = self.drafting.new(sampler, others), self.adapter(request.adapter)
+        constraint, adapter = request.seq.constraint, self.adapter(request.adapter)
+        sampler, drafts = chooser(options, seed, self.drafting, constraint, others)
         return decode(request.seq, drafts, sampler, request.drafts, request.cached, adapter)
 
     def _keep_budget(self) -> None:

@@ -33,6 +33,7 @@ class Outline:
     making: int = 0  # bytes that reading an adapter takes for a moment
     smaller: Outline | None = None  # of a draft model, which is held whole
     has_template: bool = False  # a chat template, which a process of its own renders
+    grammars: int = 0  # replies at once that may have to obey a schema or a grammar
 
     @property
     def size(self) -> int:

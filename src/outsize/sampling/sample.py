@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from outsize.options import Options
+from outsize.sampling.constraint import Constraint
 from outsize.sampling.probs import Probs
 
 PENALTY_REACH = 64
@@ -55,20 +56,29 @@ def probs(logits_V: Tensor, options: Options) -> Probs:
     order = part[np.lexsort((part, -logits[part]))]  # ties by id, so that a seed is enough
     prob = np.exp(logits[order] - logits[order[0]])
     prob = keep_min_p(keep_top_p(keep_top_k(prob, options.top_k), options.top_p), options.min_p)
+    prob = prob[: np.count_nonzero(prob)]  # impossible ones are not drawn, however a sum is rounded
     return Probs(order[: len(prob)], prob ** (1 / options.temperature))
 
 
 class Sampler:
     """The draws of one sequence; called with logits (V,) and the tokens so far, it picks the next."""
 
-    def __init__(self, options: Options, seed: int) -> None:
-        self._options = options
+    def __init__(self, options: Options, seed: int, constraint: Constraint | None = None) -> None:
+        """`constraint`: what the tokens must obey; it is advanced by those that are picked."""
+        self._options, self._constraint = options, constraint
         self.random = np.random.Generator(np.random.PCG64(seed))
 
     def probs(self, logits_V: Tensor, tokens: Sequence[int]) -> Probs:
         return probs(self._penalized(logits_V, tokens), self._options)
 
     def __call__(self, logits_V: Tensor, tokens: Sequence[int]) -> int:
+        if self._constraint is None:
+            return self._pick(logits_V, tokens)
+        token = self._pick(self._constraint.mask(logits_V), tokens)
+        self._constraint.advance(token)
+        return token
+
+    def _pick(self, logits_V: Tensor, tokens: Sequence[int]) -> int:
         if self._options.temperature == 0:
             return greedy(self._penalized(logits_V, tokens), tokens)
         return self.probs(logits_V, tokens).draw(self.random)
