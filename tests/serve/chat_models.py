@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from tests import scripted
 from tests.golden import tiny
 
-TURNS = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+TURNS, THOUGHT = ["<|im_start|>", "<|im_end|>"], ["<think>", "</think>"]
 CALL = ["<tool_call>", "</tool_call>"]
 TEMPLATE = """{%- if tools %}
     {{- '<|im_start|>system\\n<tools>' }}
@@ -50,8 +50,8 @@ def random(folder: Path, context: int = 4096) -> Path:
 
 def saying(folder: Path, words: Sequence[str]) -> Path:
     """Answers each prompt with these words, which are tokens of its own, and ends."""
-    plain = [word for word in words if word not in (*TURNS, *CALL)]
-    tokenizer = scripted.byte_tokenizer(TURNS, [*CALL, *plain])
+    plain = [word for word in words if word not in (*TURNS, *THOUGHT, *CALL)]
+    tokenizer = scripted.byte_tokenizer(TURNS, [*THOUGHT, *CALL, *plain])
     chain = [*words, "<|im_end|>"]
     end = tokenizer.token_to_id("<|im_end|>")
     return scripted.write(folder, tokenizer, chain, TEMPLATE, eos_token_id=end)
