@@ -291,9 +291,9 @@ def test_6_stop_strings_leak_nothing_and_lose_nothing(
                 "logit_bias": ASCII_ONLY, "top_k": 0, "top_p": 1, "min_p": 0,
             }  # fmt: skip
             text = said(asked(client, CHAT, body))
-            assert len(text) == 80
-            for _ in range(4):
-                start, size = draw.randrange(70), draw.randrange(1, 9)
+            assert len(text) == 60
+            for _ in range(3):
+                start, size = draw.randrange(50), draw.randrange(1, 9)
                 stops = [text[start : start + size], "not there"]
                 cut = text[: text.index(stops[0])]
                 whole = asked(client, CHAT, {**body, "stop": stops})
@@ -444,7 +444,7 @@ def test_10_two_conversations_in_turn_keep_their_prefixes(busy: Running, chatty:
                 chat += [{"role": "assistant", "content": said(answer)}, *user("go on")]
     with outsize.load(str(chatty), chunk=32, quiet=True) as cold:
         for body in bodies:
-            assert cold.generate(body["messages"], max_tokens=8)[0].text == body["answer"]
+            assert cold.generate([body["messages"]], max_tokens=8)[0].text == body["answer"]
 
 
 # 11
@@ -544,20 +544,22 @@ def test_12_each_field_of_openai_has_a_fate(client: httpx.Client) -> None:
 # 13
 
 
-def test_13_memory_does_not_grow_with_requests(busy: Running) -> None:
+def test_13_memory_does_not_grow_with_requests(chatty: Path, serve: Serving) -> None:
     """https://github.com/ollama/ollama/issues/18264 https://github.com/ollama/ollama/issues/18106
     https://github.com/ggml-org/llama.cpp/issues/25740"""
+    opens = partial(outsize.load, str(chatty), streams=1, context=512, chunk=32, quiet=True)
+    running = serve(opens).until_ready()
 
     def ask(client: httpx.Client, requests: range) -> int:
         for i in requests:
-            asked(client, CHAT, {"messages": user(f"{i} " * 200), "max_tokens": 1})
-            assert busy.load().kv_tokens <= busy.load().kv_room
+            asked(client, CHAT, {"messages": user(f"{i} " * 60), "max_tokens": 1})
+            assert running.load().kv_tokens <= running.load().kv_room
         told = psutil.Process().memory_full_info()
         return int(told.uss + told.swap)
 
-    with busy.client() as client:
-        warm = ask(client, range(1000, 1060))
-        assert ask(client, range(2000, 2060)) - warm < 6 << 20  # their keys and values: 50 MB
+    with running.client() as client:
+        warm = ask(client, range(1000, 1050))
+        assert ask(client, range(2000, 2100)) - warm < 8 << 20  # their keys and values: 50 MB
 
 
 # 14
