@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from outsize.cli.console import text_of
+from outsize.cli.values import parse_arguments, parse_grammar, parse_schema
 from outsize.errors import OptionError
-from outsize.options import parse_arguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,13 @@ FLAGS = {
     "stop": Flag(
         "--stop", "Stop before this text (repeatable).",
         Texts, lambda given: tuple(map(text_of, given or ())),
+    ),
+    "schema": Flag(
+        "--schema", "A JSON schema that the answer obeys: a file, or JSON; {}: any JSON.", str, parse_schema,
+        "FILE|JSON",
+    ),
+    "grammar": Flag(
+        "--grammar", "A Lark grammar (llguidance's) that the answer obeys.", str, parse_grammar, "FILE"
     ),
     "system": Flag("--system", "System prompt.", read=lambda s: None if s is None else text_of(s)),
     "raw": Flag("--raw/--no-raw", "The prompt as it is: no chat template."),
