@@ -68,7 +68,7 @@ def card_of(model: Model) -> Card:
         modified=_changed(pack.path / HEADER),
         family=described.family,
         parameters=parameters(pack),
-        encoding=",".join(pack.encodings).upper(),
+        encoding=max(pack.encodings, key=lambda e: pack.share_of([e])).upper(),
         context=model.context,
         longest=described.context,
         template=_template(pack),
