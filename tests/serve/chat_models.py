@@ -33,7 +33,7 @@ TEMPLATE = """{%- if tools %}
 """
 
 
-def random(folder: Path, context: int = 4096) -> Path:
+def random(folder: Path, context: int = 8192) -> Path:
     """Random weights, a vocabulary of bytes and control tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     named = [*TURNS, *CALL]

@@ -23,6 +23,7 @@ import outsize
 from outsize.engine.model import Model
 from outsize.serve.app import application
 from outsize.serve.host import Host
+from tests.golden import tiny as tiny_model
 from tests.serve import chat_models
 from tests.serve.asking import (
     CHAT,
@@ -52,7 +53,7 @@ Open = Callable[..., Callable[[], Model]]
 
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Path:
-    """Random weights, a template with tools, 4,096 tokens of context."""
+    """Random weights, a template with tools, 8,192 tokens of context."""
     return chat_models.random(tmp_path_factory.mktemp("chatty") / "chatty")
 
 
@@ -285,7 +286,7 @@ def test_6_stop_strings_leak_nothing_and_lose_nothing(
     running = serve(partial(outsize.load, str(chatty), draft=draft, quiet=True)).until_ready()
     draw = random.Random(6)
     with running.client() as client:
-        for seed in range(6):
+        for seed in range(3):
             body = {
                 "messages": user("hi"), "max_tokens": 80, "temperature": 1.5, "seed": seed,
                 "logit_bias": ASCII_ONLY, "top_k": 0, "top_p": 1, "min_p": 0,
@@ -410,7 +411,7 @@ def test_9_a_long_prompt_stops_nobody(busy: Running) -> None:
         thread.start()
     try:
         busy.until(lambda: min(told) > 2, "four are answered")
-        prompt = long(messages=user("y" * 3200), max_tokens=9, stream=True)
+        prompt = long(messages=user("y" * 7000), max_tokens=9, stream=True)
         with busy.client() as client, client.stream("POST", CHAT, json=prompt) as stream:
             before = list(told)
             next(e for e in events(stream.iter_lines()) if joined([e]))
@@ -419,9 +420,7 @@ def test_9_a_long_prompt_stops_nobody(busy: Running) -> None:
         ends.set()
         for thread in threads:
             thread.join()
-    assert min(gained) >= 20, (
-        gained
-    )  # a hundred slices of the prompt, each with a token of the others
+    assert min(gained) >= 4, gained  # fourteen slices of at most 512 tokens: a token after each
 
 
 # 10
@@ -453,7 +452,7 @@ def test_10_two_conversations_in_turn_keep_their_prefixes(busy: Running, chatty:
 @pytest.mark.parametrize("path", [CHAT, TEXT, MESSAGES, OLLAMA, RESPONSES, "/api/generate"])
 def test_11_what_does_not_fit_is_refused_with_both_numbers(client: httpx.Client, path: str) -> None:
     """https://github.com/ollama/ollama/issues/17889 https://github.com/ollama/ollama/issues/17427"""
-    text = "z" * 4097
+    text = "z" * 8193
     bodies: dict[str, Json] = {
         CHAT: {"messages": user(text)}, TEXT: {"prompt": text},
         MESSAGES: {"messages": user(text), "max_tokens": 1}, OLLAMA: {"messages": user(text)},
@@ -466,8 +465,8 @@ def test_11_what_does_not_fit_is_refused_with_both_numbers(client: httpx.Client,
     numbers = [
         int(n) for n in "".join(c if c.isdigit() else " " for c in message.replace(",", "")).split()
     ]
-    assert 4096 in numbers
-    assert max(numbers) > 4096
+    assert 8192 in numbers
+    assert max(numbers) > 8192
     if path == CHAT:
         assert reply.json()["error"]["code"] == "context_length_exceeded"
 
@@ -544,6 +543,9 @@ def test_12_each_field_of_openai_has_a_fate(client: httpx.Client) -> None:
 # 13
 
 
+KV_BYTES = tiny_model.LAYERS * 2 * tiny_model.KV_HEADS * tiny_model.HEAD_DIM * 2  # of a token, in bf16
+
+
 def test_13_memory_does_not_grow_with_requests(chatty: Path, serve: Serving) -> None:
     """https://github.com/ollama/ollama/issues/18264 https://github.com/ollama/ollama/issues/18106
     https://github.com/ggml-org/llama.cpp/issues/25740"""
@@ -551,15 +553,16 @@ def test_13_memory_does_not_grow_with_requests(chatty: Path, serve: Serving) -> 
     running = serve(opens).until_ready()
 
     def ask(client: httpx.Client, requests: range) -> int:
+        """Bytes of this process beside the keys and values that the server accounts for."""
         for i in requests:
             asked(client, CHAT, {"messages": user(f"{i} " * 60), "max_tokens": 1})
             assert running.load().kv_tokens <= running.load().kv_room
         told = psutil.Process().memory_full_info()
-        return int(told.uss + told.swap)
+        return int(told.uss + told.swap) - running.load().kv_tokens * KV_BYTES
 
     with running.client() as client:
         warm = ask(client, range(1000, 1050))
-        assert ask(client, range(2000, 2100)) - warm < 8 << 20  # their keys and values: 50 MB
+        assert ask(client, range(2000, 2100)) - warm < 3 << 20  # a leak of their keys and values: 22 MB
 
 
 # 14
