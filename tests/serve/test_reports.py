@@ -23,7 +23,6 @@ import outsize
 from outsize.engine.model import Model
 from outsize.serve.app import application
 from outsize.serve.host import Host
-from tests.golden import tiny as tiny_model
 from tests.serve import chat_models
 from tests.serve.asking import (
     CHAT,
@@ -288,7 +287,7 @@ def test_6_stop_strings_leak_nothing_and_lose_nothing(
     with running.client() as client:
         for seed in range(3):
             body = {
-                "messages": user("hi"), "max_tokens": 80, "temperature": 1.5, "seed": seed,
+                "messages": user("hi"), "max_tokens": 60, "temperature": 1.5, "seed": seed,
                 "logit_bias": ASCII_ONLY, "top_k": 0, "top_p": 1, "min_p": 0,
             }  # fmt: skip
             text = said(asked(client, CHAT, body))
@@ -543,26 +542,24 @@ def test_12_each_field_of_openai_has_a_fate(client: httpx.Client) -> None:
 # 13
 
 
-KV_BYTES = tiny_model.LAYERS * 2 * tiny_model.KV_HEADS * tiny_model.HEAD_DIM * 2  # of a token, in bf16
-
-
-def test_13_memory_does_not_grow_with_requests(chatty: Path, serve: Serving) -> None:
+def test_13_memory_does_not_grow_with_requests(
+    open_paged: Callable[..., Model], serve: Serving
+) -> None:
     """https://github.com/ollama/ollama/issues/18264 https://github.com/ollama/ollama/issues/18106
     https://github.com/ggml-org/llama.cpp/issues/25740"""
-    opens = partial(outsize.load, str(chatty), streams=1, context=512, chunk=32, quiet=True)
-    running = serve(opens).until_ready()
+    running = serve(partial(open_paged, "llama")).until_ready()  # room for a few prompts
 
     def ask(client: httpx.Client, requests: range) -> int:
-        """Bytes of this process beside the keys and values that the server accounts for."""
         for i in requests:
-            asked(client, CHAT, {"messages": user(f"{i} " * 60), "max_tokens": 1})
+            asked(client, CHAT, {"messages": user(f"{i} " * 40), "max_tokens": 1})
             assert running.load().kv_tokens <= running.load().kv_room
         told = psutil.Process().memory_full_info()
-        return int(told.uss + told.swap) - running.load().kv_tokens * KV_BYTES
+        return int(told.uss + told.swap)
 
     with running.client() as client:
-        warm = ask(client, range(1000, 1050))
-        assert ask(client, range(2000, 2100)) - warm < 3 << 20  # a leak of their keys and values: 22 MB
+        warm = ask(client, range(1000, 1100))
+        grown = ask(client, range(2000, 2300)) - warm
+    assert grown < 3 << 20, grown  # their keys and values: 50 MB
 
 
 # 14
