@@ -44,11 +44,9 @@ class Host:
     ) -> None:
         """`load`: what `open_model` opens it with."""
         self.name, self.options = name, options or ServeOptions()
-        load = load or LoadOptions(streams=Limits().streams)
-        self.adapters, self._limits = (
-            tuple(load.adapters),
-            Limits(load.streams, self.options.max_queue),
-        )
+        self.adapters = () if load is None else tuple(load.adapters)
+        streams = None if load is None else load.streams
+        self._limits = Limits(streams, self.options.max_queue)
         self.created, self.counts = int(time.time()), Counts()
         self.state, self.reason = LOADING, ""
         self.progress, self.work = 0.0, "opening"  # how much of what is done
