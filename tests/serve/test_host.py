@@ -11,6 +11,7 @@ import pytest
 
 from outsize.engine.model import Model
 from outsize.errors import BudgetError, ReadError
+from outsize.options import LoadOptions
 from outsize.progress import bars
 from outsize.serve import server
 from outsize.serve.host import FAILED, UNLOADED, Host
@@ -238,7 +239,9 @@ def test_a_log_is_a_line_a_request(serve: Serving, capfd: pytest.CaptureFixture[
 
 
 def test_adapters_are_models(tiny: Callable[[], Model]) -> None:
-    host = Host("tiny", tiny, ServeOptions(alias=("b",)), ("poet",))
+    host = Host(
+        "tiny", tiny, ServeOptions(alias=("b",)), LoadOptions(adapters={"poet": Path("poet")})
+    )
     assert host.names() == ["tiny", "b", "poet"]
     assert host.named("poet").adapter == "poet"
     assert host.named("b").adapter is None

@@ -69,9 +69,7 @@ def serve(
     source = model or name or DEFAULT_MODEL
     options = ServeOptions(**asdict(own))
     bound = server.bind(options)
-    host = Host(
-        source, partial(session.open_model, source, load, display), options, tuple(load.adapters)
-    )
+    host = Host(source, partial(session.open_model, source, load, display), options, load)
     if not load.quiet:
         url = server.url(bound)
         say(
