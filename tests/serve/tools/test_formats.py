@@ -310,7 +310,8 @@ def test_a_required_call_comes_whatever_the_model_likes(kind: str, knows: bool) 
     for seed in range(4):
         for choice, wanted in ((REQUIRED, {"get_weather", "clock"}), ("=clock", {"clock"})):
             text, calls = parse(form, [drawn(t, form, rule(t, form, choice, False), seed)])
-            assert (text, len(calls)) == ("", 1)
+            assert len(calls) == 1
+            assert text == "" or kind == "harmony"  # which may say something before it calls
             assert calls[0][0] in wanted
             arguments = json.loads(calls[0][1])
             if calls[0][0] == "get_weather" and kind != "functiongemma":
