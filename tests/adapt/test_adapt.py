@@ -30,6 +30,7 @@ from outsize.adapt.processes import join
 from outsize.adapt.run import run
 from outsize.adapt.trainable import TrainableModel, matmul_type
 from outsize.checkpoint.lora import raw
+from outsize.engine.batch import Batch
 from outsize.engine.model import Model
 from outsize.errors import AdapterError, DataError, DiskFullError, OptionError, UnsupportedError
 from outsize.progress import silent
@@ -157,6 +158,24 @@ def test_training_multiplies_in_bf16_where_that_is_quick(monkeypatch: pytest.Mon
         assert matmul_type(torch.device("cuda")) == torch.bfloat16
 
 
+def test_training_leaves_cudnns_attention_out(
+    open_tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gradients can be NaN where the loss is a number; the setting is the process's, and put back."""
+    plain, seen = trainable.scaled_dot_product_attention, []
+
+    def spy(*args: torch.Tensor, scale: float) -> torch.Tensor:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return plain(*args, scale=scale)
+
+    monkeypatch.setattr(trainable, "scaled_dot_product_attention", spy)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    task_of(twin_of(open_tiny("llama", "int8"))).loss(0, slice(None)).backward()
+    assert seen
+    assert not any(seen)
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
 def test_a_walk_counts_steps_as_decoding_takes_them() -> None:
     found = Simulated()
     found.add([2, 0, 1, 0, 0], k=2)
@@ -176,7 +195,9 @@ def test_own_answers_are_the_engines(family: str, open_tiny: Callable[..., Model
     for prompt, tokens in zip(prompts, made, strict=True):
         run = model.start(list(prompt), outsize.Options(max_tokens=12))
         run.seq.ends = frozenset()
-        for _ in model.scheduler.drive([run], outsize.Options(max_tokens=12, seed=0)):
+        batch = Batch(model.scheduler)
+        batch.add(run)
+        while batch.step():
             pass
         assert run.seq.new_tokens == tokens
 

@@ -174,12 +174,12 @@ def test_forced_tokens_are_drafted_and_other_drafts_cut() -> None:
 
 
 def test_a_chooser_is_a_sampler_a_drafter_and_a_check() -> None:
-    options, rule = Options(), Rule([3])
-    plain = chooser(options, 1, Drafting(parse_draft("ngram:k=2")))
+    options, rule = Options(seed=1), Rule([3])
+    plain = chooser(options, Drafting(parse_draft("ngram:k=2")))
     assert not isinstance(plain.drafts[0], ForcedDraft)
-    made = chooser(options, 1, Drafting(parse_draft("ngram:k=2")), rule)
+    made = chooser(options, Drafting(parse_draft("ngram:k=2")), rule)
     assert isinstance(made.drafts[0], ForcedDraft)
-    none = chooser(options, 1, Drafting(parse_draft("none")), rule)
+    none = chooser(options, Drafting(parse_draft("none")), rule)
     assert not isinstance(none.drafts[0], ForcedDraft)
     assert made.sampler(torch.arange(10.0), [1]) == 3  # forced, and the rule goes on
     assert made.sampler(torch.arange(10.0), [1, 3]) == 8

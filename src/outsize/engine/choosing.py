@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from outsize.draft.drafter import Drafter
+from outsize.draft.drafter import Company, Drafter
 from outsize.draft.forced import ForcedDraft
 from outsize.draft.load import Drafting
 from outsize.draft.verify import Check, verifying
@@ -22,18 +22,18 @@ class Chooser(NamedTuple):
 
 def chooser(
     options: Options,
-    seed: int,
     drafting: Drafting,
     constraint: Constraint | None = None,
-    others: int = 0,
+    company: Company | None = None,
 ) -> Chooser:
-    """Of one sequence; `others` share its steps. A constraint follows every pick: under one, drafts are
-    checked by picks, also where `verify=rejection` is asked for. What it forces is drafted, but not under
-    `draft=none`."""
-    sampler = Sampler(options, seed, constraint)
+    """Of one sequence, whose options have a seed; `company`: who shares its steps. A constraint follows every
+    pick: under one, drafts are checked by picks, also where `verify=rejection` is asked for. What it forces
+    is drafted, but not under `draft=none`."""
+    assert options.seed is not None
+    sampler = Sampler(options, options.seed, constraint)
     if constraint is None:
-        return Chooser(sampler, drafting.new(sampler, others))
-    drafter, _ = drafting.new(None, others)
+        return Chooser(sampler, drafting.new(sampler, company))
+    drafter, _ = drafting.new(None, company)
     if drafting.spec.kind != "none":
         drafter = ForcedDraft(constraint, drafter)
     return Chooser(sampler, (drafter, verifying(constraint)))

@@ -6,6 +6,8 @@ Shapes in names of sizes: T tokens of context, C tokens of a chunk, D width.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from outsize.caching.eviction.echo import BYTES as ECHO_BYTES
 from outsize.kernels.attention import CHUNK, score_bytes
 from outsize.kernels.plain import WIDE_BYTES
@@ -23,6 +25,7 @@ DRAFT, GRAMMARS = "draft model", "grammars"
 # Of grammars: the library; a token of the vocabulary (290 while the tables are made, at 49 k and at 152 k
 # tokens, 180 afterwards); a reply's grammar of 20 tools with 10 parameters each.
 GRAMMAR_BASE, GRAMMAR_TOKEN, GRAMMAR_REPLY = 6_000_000, 290, 1_200_000
+STREAM_TOKENS = 512  # of context that each further reply at once is planned for; beyond, some wait
 
 
 def kv_bytes(o: Outline) -> int:
@@ -32,6 +35,12 @@ def kv_bytes(o: Outline) -> int:
     ropes = len({layer.rope for layer in d.layers})
     routed = 0 if d.mixture is None else d.width * (o.activation_bytes + 4) + 200 * d.mixture.used
     return kv + 4 * d.width + 4 * d.head_dim * ropes + routed + 100
+
+
+def kv_tokens(o: Outline, context: int) -> int:
+    """Tokens of all sequences together that have room for keys and values: one of the whole context, and
+    others beside it."""
+    return context + (o.streams - 1) * min(context, STREAM_TOKENS)
 
 
 def scratch_bytes(o: Outline, context: int) -> int:
@@ -62,9 +71,13 @@ def fixed_costs(o: Outline, runtime: int, tokenizer: int, context: int) -> dict[
         "runtime": runtime,
         "tokenizer": tokenizer,
         "compiled products": COMPILED * COMPILED_BYTES,
-        "keys and values": context * kv_bytes(o),
+        "keys and values": kv_tokens(o, context) * kv_bytes(o),
         **{ADAPTER + name: size for name, size in o.adapters.items()},
-        **({} if o.smaller is None else {DRAFT: draft_bytes(o.smaller, context)}),
+        **(
+            {}
+            if o.smaller is None
+            else {DRAFT: draft_bytes(replace(o.smaller, streams=o.streams), context)}
+        ),
         **({"drafting": o.drafting} if o.drafting else {}),
         **({TEMPLATE: TEMPLATE_BYTES} if o.has_template else {}),
         **({GRAMMARS: grammar_bytes(o)} if o.grammars else {}),
@@ -104,5 +117,5 @@ def draft_bytes(smaller: Outline, context: int) -> int:
     """Of a smaller model that drafts: fully resident, with its own keys, values and scratch."""
     tokens = min(context, smaller.description.context)
     routing = policy_bytes(smaller) if routed(smaller) else 0
-    kept = tokens * kv_bytes(smaller) + scratch_bytes(smaller, tokens)
+    kept = kv_tokens(smaller, tokens) * kv_bytes(smaller) + scratch_bytes(smaller, tokens)
     return all_bytes(smaller) + routing + kept

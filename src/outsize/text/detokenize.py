@@ -41,26 +41,31 @@ class Stops:
     def __init__(self, stops: Sequence[str], marks: Sequence[str] = ()) -> None:
         self._stops, self._marks = stops, marks if stops else ()
         self._held = ""
-        self.stopped = False
+        self.found: str | None = None  # the stop string that the text was cut before
+
+    @property
+    def stopped(self) -> bool:
+        return self.found is not None
 
     def cut(self, text: str, last: bool) -> str:
         """What is certain of a piece, with what was held before it."""
         if self.stopped:
             return ""
         self._held += text
-        found, marked = self._first(self._stops), self._first(self._marks)
-        if found >= 0 and not 0 <= marked < found:
-            self.stopped = True
-            return self._held[:found]
+        (at, stop), (marked, _) = self._first(self._stops), self._first(self._marks)
+        if at >= 0 and not 0 <= marked < at:
+            self.found = stop
+            return self._held[:at]
         if marked >= 0:
             self._stops = self._marks = ()
         keep = 0 if last else self._overlap()
         out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return out
 
-    def _first(self, names: Sequence[str]) -> int:
-        """Where the first of these is in the held text; -1: nowhere."""
-        return min((at for name in names if (at := self._held.find(name)) >= 0), default=-1)
+    def _first(self, names: Sequence[str]) -> tuple[int, str]:
+        """Where the first of these is in the held text, and which; -1: nowhere."""
+        found = [(at, name) for name in names if (at := self._held.find(name)) >= 0]
+        return min(found, key=lambda pair: pair[0], default=(-1, ""))
 
     def _overlap(self) -> int:
         """Length of the longest end of the held text that may begin a stop string, or a mark."""
@@ -97,6 +102,11 @@ class Stream:
     def stopped(self) -> bool:
         """Has a stop string been seen?"""
         return self._stops.stopped
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that was seen."""
+        return self._stops.found
 
     def push(self, token: int) -> str:
         """The answer's text that is now certain."""

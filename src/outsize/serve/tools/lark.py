@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from outsize.errors import OptionError
 from outsize.serve.ask import AUTO, REQUIRED, Tool
@@ -20,6 +21,7 @@ Knows = Callable[[str], bool]  # is this a token of the model's that marks a par
 NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
 TEXT = "TEXT: /(.|\\n)*/"
 LENIENT = {"lenient": True, "coerce_one_of": True}
+SMALL = 8_000  # characters
 ANY: Mapping[str, object] = {"type": "object"}
 
 
@@ -39,6 +41,7 @@ def names_of(tools: Sequence[Tool]) -> list[str]:
 
 def functions(tools: Sequence[Tool], choice: str) -> list[Function]:
     """Those that may be called under a `tool_choice`. Raises OptionError."""
+    _check_all(tools)
     found = [
         Function(
             name, f"arguments_{i}", f"arguments_{i}: %json {_schema(name, parameters, strict)}"
@@ -49,6 +52,11 @@ def functions(tools: Sequence[Tool], choice: str) -> list[Function]:
     if not found:
         raise OptionError(f"tool_choice names {choice[1:]!r}, and there is no such tool")
     return found
+
+
+def _check_all(tools: Sequence[Tool]) -> None:
+    """Raise OptionError for tools whose schemas take long, one after the other."""
+    schema_text({"all": [_function(tool)[1] for tool in tools]}, "tools' schemas")
 
 
 def _function(tool: Tool) -> tuple[str, Mapping[str, object], bool]:
@@ -76,12 +84,20 @@ def _schema(name: str, parameters: Mapping[str, object], strict: bool) -> str:
     if "properties" in closed and not closed.keys() & {"additionalProperties", "patternProperties"}:
         closed["additionalProperties"] = False
     exact = schema_text(closed, what)
-    if not (problem := schema_problem(exact)):
+    if not (problem := _problem(exact)):
         return exact
     if strict:
         raise OptionError(f"the {what} cannot be used: {problem}")
     loose = schema_text(closed, what, LENIENT)
-    return loose if not schema_problem(loose) else schema_text(ANY, what)
+    return loose if not _problem(loose) else schema_text(ANY, what)
+
+
+def _problem(text: str) -> str:
+    """What is wrong with a schema; that of small ones is remembered: programs send them again and again."""
+    return _known_problem(text) if len(text) < SMALL else schema_problem(text)
+
+
+_known_problem = lru_cache(128)(schema_problem)
 
 
 def word(name: str, knows: Knows) -> str:
