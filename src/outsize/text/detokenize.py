@@ -52,9 +52,8 @@ class Stops:
         if self.stopped:
             return ""
         self._held += text
-        at, stop = self._first(self._stops)
-        marked, _ = self._first(self._marks)
-        if stop is not None and not 0 <= marked < at:
+        (at, stop), (marked, _) = self._first(self._stops), self._first(self._marks)
+        if at >= 0 and not 0 <= marked < at:
             self.found = stop
             return self._held[:at]
         if marked >= 0:
@@ -63,10 +62,10 @@ class Stops:
         out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return out
 
-    def _first(self, names: Sequence[str]) -> tuple[int, str | None]:
+    def _first(self, names: Sequence[str]) -> tuple[int, str]:
         """Where the first of these is in the held text, and which; -1: nowhere."""
         found = [(at, name) for name in names if (at := self._held.find(name)) >= 0]
-        return min(found, key=lambda pair: pair[0], default=(-1, None))
+        return min(found, key=lambda pair: pair[0], default=(-1, ""))
 
     def _overlap(self) -> int:
         """Length of the longest end of the held text that may begin a stop string, or a mark."""
