@@ -13,14 +13,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from outsize.serve import health, models, openai_chat
+from outsize.serve import health, live, models, openai_chat
 from outsize.serve.errors import ApiError
 from outsize.serve.host import Host
 from outsize.serve.http import call_of, refusal
 from outsize.serve.security import Guard
 from outsize.serve.track import Track
 
-DIALECTS = (health, models, openai_chat)
+DIALECTS = (health, live, models, openai_chat)
 SHOWN_HEADERS = ["x-request-id", "x-outsize-ignored", "x-should-retry", "retry-after"]
 
 
