@@ -15,6 +15,8 @@ from starlette.routing import BaseRoute
 
 from outsize.engine.service import Service
 from outsize.errors import ClosedError, UnavailableError
+from outsize.pack.outline import of_pack
+from outsize.plan.fixed import kv_bytes
 from outsize.report.weights_now import WeightsNow
 from outsize.serve.errors import ApiError
 from outsize.serve.host import ENDING, Host
@@ -76,7 +78,7 @@ async def placement(host: Host, call: Call) -> Response:
         "model": host.name,
         **plan.to_json(),
         "kv_tokens": plan.kv_tokens,
-        "kv_bytes_a_token": plan.fixed["keys and values"] / plan.context,
+        "kv_bytes_a_token": kv_bytes(of_pack(service.model.pack)),
         "parts": WeightsNow(service.model).parts(),
     }
     return JSONResponse(told)
@@ -140,8 +142,11 @@ class Frames:
             self._weights = service, WeightsNow(service.model)
         assert self._weights is not None
         load, weights = service.load(), self._weights[1].look()
-        tokens = getattr(load, "new_tokens", 0)
-        new, self._tokens = 0 if is_new else tokens - self._tokens, tokens
+        streams, totals = getattr(load, "streams", ()), getattr(service, "totals", None)
+        tokens = sum(stream.new_tokens for stream in streams)
+        tokens += 0 if totals is None else totals.new_tokens
+        new = 0 if is_new else max(0, tokens - self._tokens)
+        self._tokens = tokens
         return {
             "budget_bytes": service.model.placement.budget,
             "running": load.running,
@@ -150,10 +155,9 @@ class Frames:
             "kv_room": load.kv_room,
             "prefix_tokens": getattr(load, "prefix_tokens", 0),
             "streams": [
-                {"id": s.id, "kv_tokens": s.kv_tokens, "new_tokens": s.new_tokens, "state": s.state}
-                for s in getattr(load, "streams", ())
+                {"number": s.number, "state": s.state, "kv_tokens": s.kv_tokens} for s in streams
             ],
-            "drafts": [list(pair) for pair in getattr(load, "drafts", ())],
+            "drafts": [] if totals is None else list(totals.by_position),
             "new_tokens": new,
             "tokens_per_s": round(new / seconds, 2) if seconds > 0 else 0.0,
             **weights,

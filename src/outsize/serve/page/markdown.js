@@ -1,15 +1,12 @@
 // Markdown as it arrives, into elements: no HTML is ever parsed, no address but a link's is taken from a model.
-
 import * as smd from "./vendor/smd.min.js";
 import { tokenizeWith } from "./vendor/tokenize.js";
 import { h } from "./server.js";
 
-const NAMES = {
-  PARAGRAPH: "p", BLOCKQUOTE: "blockquote", LINE_BREAK: "br", RULE: "hr", HEADING_1: "h3", HEADING_2: "h4", HEADING_3: "h5",
+const NAMES = { PARAGRAPH: "p", BLOCKQUOTE: "blockquote", LINE_BREAK: "br", RULE: "hr", HEADING_1: "h3", HEADING_2: "h4", HEADING_3: "h5",
   HEADING_4: "h6", HEADING_5: "h6", HEADING_6: "h6", ITALIC_AST: "em", ITALIC_UND: "em", STRONG_AST: "strong", STRONG_UND: "strong",
   STRIKE: "s", CODE_INLINE: "code", LINK: "a", RAW_URL: "a", IMAGE: "a", LIST_UNORDERED: "ul", LIST_ORDERED: "ol", LIST_ITEM: "li",
-  EQUATION_BLOCK: "code", EQUATION_INLINE: "code", TABLE_ROW: "tr", TABLE_CELL: "td",
-};
+  EQUATION_BLOCK: "code", EQUATION_INLINE: "code", TABLE_ROW: "tr", TABLE_CELL: "td" };
 const TAGS = Object.fromEntries(Object.entries(NAMES).map(([name, tag]) => [smd[name], tag]));
 const LANGUAGES = "bash c css diff go html java js json py rs sql todo toml ts xml yaml".split(" ");
 const ALIASES = { sh: "bash", shell: "bash", cpp: "c", "c++": "c", javascript: "js", jsx: "js", python: "py", rust: "rs",
@@ -21,12 +18,10 @@ async function colour(code) {
   const name = ALIASES[code.dataset.language] ?? code.dataset.language, pieces = [];
   if (!LANGUAGES.includes(name) || code.textContent.length > MOST) return;
   grammars ??= Promise.all(LANGUAGES.map(async (l) => [l, (await import(`./vendor/${l}.js`)).default])).then(Object.fromEntries);
-  const languages = await grammars;
-  tokenizeWith(code.textContent, languages[name], (text, kind) =>
-    pieces.push(kind ? h("span", { className: `code-${kind}` }, text) : text), { languages });
+  const languages = await grammars, add = (text, kind) => pieces.push(kind ? h("span", { className: `code-${kind}` }, text) : text);
+  tokenizeWith(code.textContent, languages[name], add, { languages });
   code.replaceChildren(...pieces);
 }
-
 /** A token's element, put into the one that is open. */
 function made(parent, token) {
   if (token === smd.CODE_BLOCK || token === smd.CODE_FENCE) {
@@ -40,11 +35,11 @@ function made(parent, token) {
     parent.append(h("div", { className: "wide-table", tabIndex: 0, role: "region", ariaLabel: "Table" }, table));
     return table;
   }
+  if (token === smd.CHECKBOX) return parent.appendChild(h("input", { type: "checkbox", disabled: true, ariaLabel: "done" }));
+  const isHead = token === smd.TABLE_CELL && parent.parentElement.tagName === "THEAD";
   const place = token !== smd.TABLE_ROW ? parent : parent.tHead.rows.length ? parent.tBodies[0] : parent.tHead;
-  if (token === smd.CHECKBOX) return place.appendChild(h("input", { type: "checkbox", disabled: true, ariaLabel: "done" }));
-  return place.appendChild(h(token === smd.TABLE_CELL && parent.parentElement.tagName === "THEAD" ? "th" : TAGS[token]));
+  return place.appendChild(h(isHead ? "th" : TAGS[token]));
 }
-
 function attribute(element, kind, value) {
   if (kind === smd.LANG) element.dataset.language = value.toLowerCase();
   else if (kind === smd.CHECKED) element.checked = true;
@@ -52,7 +47,6 @@ function attribute(element, kind, value) {
   else if (/^(https?|mailto):/i.test(value)) Object.assign(element, { href: value, target: "_blank", rel: "noopener noreferrer" });
   if (kind === smd.SRC && !element.textContent) element.textContent = value; // a picture is a link: we ask no other server
 }
-
 /** Writes a text into an element piece by piece; what the parser cannot take is shown as it is. */
 export function writer(root) {
   const stack = [root];
@@ -68,7 +62,7 @@ export function writer(root) {
     if (isPlain) return root.append(text);
     try {
       step();
-      if (parser.pending.length > LONGEST) throw new RangeError("a link that does not end");
+      if (parser.pending.length > LONGEST) throw new RangeError("an address that does not end");
     } catch { isPlain = true; root.replaceChildren(all); root.classList.add("plain"); }
   };
   const end = () => { smd.parser_end(parser); root.append(parser.pending.trim()); };
