@@ -184,10 +184,10 @@ def test_2_the_finish_says_that_tools_were_called(
             choice_made = asked(client, CHAT, body)["choices"][0]
             assert choice_made["finish_reason"] == "tool_calls"
             (call,) = choice_made["message"]["tool_calls"]
-            assert json.loads(call["function"]["arguments"]) == {"city": "München"}
+            assert json.loads(call["function"]["arguments"])["city"] in CITIES
             message = asked(client, MESSAGES, claude)
             assert message["stop_reason"] == "tool_use"
-            assert message["content"][-1]["input"] == {"city": "München"}
+            assert message["content"][-1]["input"]["city"] in CITIES
 
 
 # 3
@@ -223,7 +223,7 @@ def test_4_several_tokens_at_once_make_one_fragment(busy: Running, client: httpx
     assert list(named) == list(range(len(named)))
     with (
         openai.OpenAI(base_url=f"{busy.url}/v1", api_key="none", max_retries=0) as sdk,
-        sdk.chat.completions.stream(model="tiny", **cast("Any", body)) as stream,
+        sdk.chat.completions.stream(model=busy.host.name, **cast("Any", body)) as stream,
     ):
         for _ in stream:
             pass
@@ -368,12 +368,12 @@ def test_8_a_stream_is_never_silent(chatty: Path, serve: Serving) -> None:
     https://github.com/ggml-org/llama.cpp/pull/25241 https://github.com/antirez/ds4/pull/224"""
     opens = partial(outsize.load, str(chatty), streams=1, chunk=32, quiet=True)
     running = serve(opens, silence_s=0.02).until_ready()
-    many = {"properties": {"x": {"type": "string", "minLength": 2000}}, "required": ["x"]}
+    many = {"properties": {"x": {"type": "string", "minLength": 400}}, "required": ["x"]}
     withheld = {
         "type": "function",
         "function": {"name": "f", "parameters": {"type": "object", **many}},
     }
-    calls = {"messages": user("?"), "tools": [withheld], "options": {"num_predict": 1000}}
+    calls = {"messages": user("?"), "tools": [withheld], "options": {"num_predict": 600}}
     with running.client() as client, client.stream("POST", CHAT, json=long(stream=True)):
         running.until(lambda: running.load().running == 1, "one runs")
         with client.stream("POST", CHAT, json=long(stream=True)) as waits:
@@ -410,7 +410,7 @@ def test_9_a_long_prompt_stops_nobody(busy: Running) -> None:
         thread.start()
     try:
         busy.until(lambda: min(told) > 2, "four are answered")
-        prompt = long(messages=user("y" * 7000), max_tokens=9, stream=True)
+        prompt = long(messages=user("y" * 5000), max_tokens=9, stream=True)
         with busy.client() as client, client.stream("POST", CHAT, json=prompt) as stream:
             before = list(told)
             next(e for e in events(stream.iter_lines()) if joined([e]))
@@ -419,7 +419,7 @@ def test_9_a_long_prompt_stops_nobody(busy: Running) -> None:
         ends.set()
         for thread in threads:
             thread.join()
-    assert min(gained) >= 4, gained  # fourteen slices of at most 512 tokens: a token after each
+    assert min(gained) >= 3, gained  # ten slices of at most 512 tokens: a token after each
 
 
 # 10
