@@ -8,8 +8,7 @@ from typing import Any
 
 import httpx
 
-CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
-MESSAGES, OLLAMA = "/v1/messages", "/api/chat"
+RESPONSES, MESSAGES, OLLAMA = "/v1/responses", "/v1/messages", "/api/chat"
 Json = dict[str, Any]
 CITIES = ["München", "Köln"]
 SCHEMA: Json = {
@@ -41,14 +40,6 @@ def streamed(client: httpx.Client, path: str, body: Mapping[str, object]) -> lis
     with client.stream("POST", path, json={**body, "stream": True}) as reply:
         assert reply.status_code == 200, reply.read()
         return list(events(reply.iter_lines()))
-
-
-def asked(client: httpx.Client, path: str, body: Mapping[str, object]) -> Json:
-    """A reply that comes whole."""
-    reply = client.post(path, json={**body, "stream": False})
-    assert reply.status_code == 200, reply.text
-    answer: Json = reply.json()
-    return answer
 
 
 def deltas(chunks: Sequence[Json]) -> Iterator[Json]:

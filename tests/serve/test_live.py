@@ -59,7 +59,9 @@ def test_a_browser_is_sent_to_no_other_place() -> None:
         for address in re.findall(r"\w+://[^\s\"'`]+", path.read_text()):
             assert address == "http://www.w3.org/2000/svg", path.name
     for path in (PAGE / "vendor").glob("*.js"):
-        assert not re.search(r"\bfetch\(|XMLHttpRequest|WebSocket|innerHTML|eval\(", path.read_text())
+        assert not re.search(
+            r"\bfetch\(|XMLHttpRequest|WebSocket|innerHTML|eval\(", path.read_text()
+        )
 
 
 def test_the_page_is_short() -> None:
@@ -69,7 +71,14 @@ def test_the_page_is_short() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/page/", "/page/vendor", "/page/smd.LICENSE", "/page/..%2flive.py", "/page/%2e%2e/live.py", "/page/x\0"],
+    [
+        "/page/",
+        "/page/vendor",
+        "/page/smd.LICENSE",
+        "/page/..%2flive.py",
+        "/page/%2e%2e/live.py",
+        "/page/x\0",
+    ],
 )
 def test_nothing_else_is_served(served: Running, path: str) -> None:
     request = f"GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
@@ -83,7 +92,11 @@ def test_placement_is_the_plan_with_its_parts(client: httpx.Client) -> None:
     told = client.get("/v1/placement").json()
     assert told["planned_bytes"] <= told["budget_bytes"]
     assert {"fixed", "held_bytes", "context", "notes", "kv_bytes_a_token"} <= told.keys()
-    assert [part["part"] for part in told["parts"]][:3] == ["embedding", "attention", "feed-forward"]
+    assert [part["part"] for part in told["parts"]][:3] == [
+        "embedding",
+        "attention",
+        "feed-forward",
+    ]
     assert {part["tier"] for part in told["parts"]} == {"memory"}
 
 

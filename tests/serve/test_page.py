@@ -65,7 +65,9 @@ def tab(chromium: Any) -> Iterator[Callable[..., Tab]]:
 
 def test_a_conversation(served: Running, tab: Callable[..., Tab]) -> None:
     page = tab(served).open()
-    page.page.evaluate("localStorage['outsize.sampling'] = '{\"max_tokens\": 5, \"seed\": 1, \"ignore_eos\": true}'")
+    page.page.evaluate(
+        'localStorage[\'outsize.sampling\'] = \'{"max_tokens": 5, "seed": 1, "ignore_eos": true}\''
+    )
     page.ask("a b c")
     first = page.text()
     assert "5 tokens" in page.text("article.assistant .account summary")
@@ -122,7 +124,14 @@ def test_what_is_asked_for(served: Running, tab: Callable[..., Tab]) -> None:
 
 def test_an_answer_and_its_account(served: Running, tab: Callable[..., Tab]) -> None:
     page = tab(served).open()
-    page.canned([{"reasoning_content": "Let me "}, {"reasoning_content": "see."}, "**Yes**", " and\n\n- one\n- two"])
+    page.canned(
+        [
+            {"reasoning_content": "Let me "},
+            {"reasoning_content": "see."},
+            "**Yes**",
+            " and\n\n- one\n- two",
+        ]
+    )
     page.ask("Well?")
     assert page.page.locator("article.assistant strong").inner_text() == "Yes"
     assert page.page.locator("article.assistant li").count() == 2
@@ -173,7 +182,8 @@ def test_stopping_stops_the_server(
     running = serve(endless).until_ready()
     page = tab(running).open()
     page.page.evaluate(
-        "(n) => { localStorage['outsize.sampling'] = JSON.stringify({max_tokens: n, ignore_eos: true}) }", ENDLESS
+        "(n) => { localStorage['outsize.sampling'] = JSON.stringify({max_tokens: n, ignore_eos: true}) }",
+        ENDLESS,
     )
     page.ask("a b c", wait=False)
     page.page.wait_for_selector("article.assistant .text:not(:empty)")
@@ -186,7 +196,9 @@ def test_stopping_stops_the_server(
     page.check()
 
 
-def test_a_reload_in_the_middle_keeps_what_was_there(served: Running, tab: Callable[..., Tab]) -> None:
+def test_a_reload_in_the_middle_keeps_what_was_there(
+    served: Running, tab: Callable[..., Tab]
+) -> None:
     page = tab(served).open()
     page.canned(["piece "] * 1000, pause_ms=5)
     page.ask("Go", wait=False)
@@ -284,7 +296,9 @@ def test_any_text_is_shown_and_inert(served: Running, tab: Callable[..., Tab]) -
     page, draw = tab(served).open(), random.Random(1)
     for _ in range(40):
         words = [f"word{i}" for i in range(12)]
-        text = "".join(f"{''.join(draw.choices(MARKS, k=draw.randint(1, 9)))}{word}" for word in words)
+        text = "".join(
+            f"{''.join(draw.choices(MARKS, k=draw.randint(1, 9)))}{word}" for word in words
+        )
         cuts = sorted(draw.sample(range(len(text)), 8))
         page.canned([text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)])
         page.page.click("#new")
@@ -321,8 +335,15 @@ def test_a_long_answer_costs_little(served: Running, tab: Callable[..., Tab]) ->
 
 
 def test_phones(served: Running, tab: Callable[..., Tab]) -> None:
-    page = tab(served, viewport={"width": 320, "height": 640}, has_touch=True, is_mobile=True).open()
-    page.canned(["a" * 300, "\n\n| " + "wide | " * 30 + "\n|" + "---|" * 30 + "\n```\n" + "long " * 50 + "\n```\n"])
+    page = tab(
+        served, viewport={"width": 320, "height": 640}, has_touch=True, is_mobile=True
+    ).open()
+    page.canned(
+        [
+            "a" * 300,
+            "\n\n| " + "wide | " * 30 + "\n|" + "---|" * 30 + "\n```\n" + "long " * 50 + "\n```\n",
+        ]
+    )
     page.page.fill("#box", "one")
     page.page.press("#box", "Enter")
     page.page.type("#box", "two")
@@ -348,11 +369,22 @@ def test_nobody_is_left_out(
 
     def serious() -> list[str]:
         found = page.page.evaluate("axe.run()")["violations"]
-        return [f"{v['id']}: {v['nodes'][0]['html'][:200]}" for v in found if v["impact"] in ("serious", "critical")]
+        return [
+            f"{v['id']}: {v['nodes'][0]['html'][:200]}"
+            for v in found
+            if v["impact"] in ("serious", "critical")
+        ]
 
     page.page.evaluate(script)
     assert serious() == [], "empty"
-    page.canned([HOSTILE, "\n- [x] done\n\n```python\nx = 'y'  # z\n```\n> quote\n", {"reasoning_content": "hm"}], finish="length")
+    page.canned(
+        [
+            HOSTILE,
+            "\n- [x] done\n\n```python\nx = 'y'  # z\n```\n> quote\n",
+            {"reasoning_content": "hm"},
+        ],
+        finish="length",
+    )
     page.ask("Go")
     page.page.click(".account summary")
     page.page.click(".thinking summary")
@@ -372,14 +404,18 @@ def test_the_picture_follows_an_answer(
 ) -> None:
     running = serve(lambda: open_paged("qwen3_moe")).until_ready()
     page = tab(running, viewport={"width": 1400, "height": 900}).open()
-    page.page.evaluate("localStorage['outsize.sampling'] = '{\"max_tokens\": 40, \"ignore_eos\": true}'")
+    page.page.evaluate(
+        "localStorage['outsize.sampling'] = '{\"max_tokens\": 40, \"ignore_eos\": true}'"
+    )
     page.page.wait_for_selector("#picture canvas")
     page.ask("a b c")
     page.page.hover("#picture rect.away >> nth=-1")
     assert "experts: " in page.text("#says") or "head: " in page.text("#says")
     page.page.click("#twin summary")
     rows = page.page.locator("#twin tbody tr")
-    parts = page.page.evaluate("fetch('v1/placement').then((r) => r.json()).then((p) => p.parts.length)")
+    parts = page.page.evaluate(
+        "fetch('v1/placement').then((r) => r.json()).then((p) => p.parts.length)"
+    )
     assert rows.count() == parts
     page.page.click("#show-memory")
     running.until(lambda: not _watchers(running), "a closed picture asks for nothing")
@@ -397,7 +433,9 @@ def test_stillness_is_respected(
     running = serve(lambda: open_paged("llama")).until_ready()
     for motion, moves in (("reduce", False), ("no-preference", True)):
         page = tab(running, viewport={"width": 1400, "height": 900}, reduced_motion=motion).open()
-        page.page.evaluate("localStorage['outsize.sampling'] = '{\"max_tokens\": 100, \"ignore_eos\": true}'")
+        page.page.evaluate(
+            "localStorage['outsize.sampling'] = '{\"max_tokens\": 100, \"ignore_eos\": true}'"
+        )
         page.page.wait_for_selector("#picture .flash", state="attached")
         page.page.evaluate(
             "window.most = 0; setInterval(() => { window.most = Math.max(window.most, document.getAnimations().length); }, 20)"

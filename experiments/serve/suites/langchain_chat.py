@@ -1,4 +1,4 @@
-"""LangChain's standard tests of a chat model, for its clients of OpenAI, Ollama and Anthropic. Run by langchain.sh."""
+"""LangChain's standard tests of a chat model, with its clients of three dialects. Run by langchain.sh."""
 
 from __future__ import annotations
 

@@ -17,10 +17,10 @@ at="openai endpoint $URL/v1 -m $MODEL -o max_tokens 60"
 try "plain" . $llm $at "Say hello"
 try "no stream" . $llm $at --no-stream "Say hello"
 try "system" . $llm $at -s "You are brief" "Say hello"
-try "schema" '^\{"name": ?".*", ?"age": ?-?[0-9]+\}$' $llm $at --schema 'name, age int' "Invent a dog"
+try "schema" '^\{"name": ?".*", ?"age": ?-?[0-9]+' $llm $at --schema 'name, age int' "Invent a dog"
 try "tool" . $llm $at -T llm_time "What time is it?"
 try "responses" . $llm openai endpoint $URL/v1 -m $MODEL --responses "Say hello"
-try "responses, schema" '^\{"name": ?".*", ?"age": ?-?[0-9]+\}$' $llm openai endpoint $URL/v1 -m $MODEL --responses --schema 'name, age int' "Invent a dog"
+try "responses, schema" '^\{"name": ?".*", ?"age": ?-?[0-9]+' $llm openai endpoint $URL/v1 -m $MODEL --responses --schema 'name, age int' "Invent a dog"
 try "responses, tool" . $llm openai endpoint $URL/v1 -m $MODEL --responses -T llm_time "What time is it?"
 try "ollama models" . $llm ollama models
 name=$($llm ollama models | awk 'NR==1 {print $1}')

@@ -1,4 +1,4 @@
-"""Compares lm-eval's log-likelihoods over HTTP with the model's own scores of the same tokens. Run by lmeval.sh."""
+"""Compares lm-eval's log-likelihoods over HTTP with the model's own of the same tokens. Run by lmeval.sh."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ environment anthropic $sdk http-snapshot -e ./anthropic-sdk-python
 environment llama pytest pytest-timeout filelock requests openai wget numpy aiohttp prometheus-client
 environment langchain langchain-tests langchain-openai langchain-ollama langchain-anthropic pytest-asyncio pytest-timeout
 environment llm llm llm-ollama
-environment ollama rich -e ./ollama-python
+environment ollama rich tqdm -e ./ollama-python
 environment schemathesis schemathesis
 environment lmeval "lm-eval[api]" # 760 MB
 mkdir -p openresponses-run/bin && cd openresponses-run # without its web pages' dependencies

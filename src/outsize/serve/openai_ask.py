@@ -121,6 +121,10 @@ def _continues(body: ChatBody) -> bool:
             "continue_final_message: the last message is not the assistant's",
             "continue_final_message",
         )
+    if [message.role for message in body.messages[-2:]] == ["assistant"] * 2:
+        raise invalid(
+            "messages: the last two are the assistant's; which is to be answered?", "messages"
+        )
     return goes_on
 
 
