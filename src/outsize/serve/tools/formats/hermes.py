@@ -21,6 +21,7 @@ def writes(template: str) -> bool:
 class Format(CallFormat):
     name = "hermes"
     show_tokens = (OPEN, CLOSE)
+    bare = "{"  # Qwen 2.5 Coder leaves the marks out
 
     def example(self) -> str:
         call = '{"name": "FUNCTION", "arguments": {"PARAMETER": "VALUE"}}'
