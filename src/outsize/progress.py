@@ -13,6 +13,24 @@ def silent(what: str, done: int, total: int) -> None:
     """No bar."""
 
 
+_listeners: list[Progress] = []
+
+
+@contextmanager
+def heard(by: Progress) -> Iterator[None]:
+    """Call a function, too, for whatever work is reported meanwhile, in any thread."""
+    _listeners.append(by)
+    try:
+        yield
+    finally:
+        _listeners.remove(by)
+
+
+def _tell(what: str, done: int, total: int) -> None:
+    for listener in tuple(_listeners):
+        listener(what, done, total)
+
+
 def is_watched() -> bool:
     """Does a person look at stderr? There is none without a console, and a log in its place need not know."""
     ask = getattr(sys.stderr, "isatty", None)
@@ -32,7 +50,7 @@ def steps(quiet: bool = False) -> AbstractContextManager[Progress]:
 @contextmanager
 def _drawn(quiet: bool, in_bytes: bool) -> Iterator[Progress]:
     if quiet or not is_watched():
-        yield silent
+        yield _tell
         return
     from rich import progress as rich
     from rich.console import Console
@@ -52,5 +70,6 @@ def _drawn(quiet: bool, in_bytes: bool) -> Iterator[Progress]:
             if key not in tasks:
                 tasks[key] = shown.add_task(what, total=total)
             shown.update(tasks[key], description=what, completed=done, total=total)
+            _tell(what, done, total)
 
         yield draw

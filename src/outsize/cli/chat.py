@@ -16,7 +16,7 @@ from outsize.options import DEFAULT_MODEL, LoadOptions, Options
 def chat(
     request: Annotated[Options, without("raw", "special")],
     display: Annotated[DisplayOptions, without("json")],
-    load: LoadOptions,
+    load: Annotated[LoadOptions, without("streams")],
     name: Annotated[str | None, typer.Argument(metavar="[MODEL]")] = None,
     model: Annotated[str | None, MODEL] = None,
 ) -> None:

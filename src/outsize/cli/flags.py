@@ -57,6 +57,7 @@ FLAGS = {
         "--memory", "The most this process may take: 900MB, 4GB, 75% or auto.", kind=str
     ),
     "context": Flag("-c --context", "Tokens of context."),
+    "streams": Flag("--streams", "Replies computed at once, for which the plan has room."),
     "threads": Flag("-t --threads", "Processor threads."),
     "encoding": Flag("--encoding", "auto (from the file), bf16, fp32, int8 or int4."),
     "verify": Flag("--verify", "Check weights read from disk: first (time), always or never."),

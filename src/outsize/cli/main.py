@@ -10,6 +10,7 @@ from outsize.cli.doctor import doctor
 from outsize.cli.packs import list_packs, pack, rm
 from outsize.cli.plan import plan
 from outsize.cli.run import run
+from outsize.cli.serve import serve
 from outsize.cli.trace import trace
 from outsize.version import __version__
 
@@ -28,7 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Run language models that outsize the memory you have, and get answers fast.",
 )
-for command in (run, chat, plan, trace, pack):
+for command in (run, chat, serve, plan, trace, pack):
     app.command()(command)
 app.command("list")(list_packs)
 for command in (rm, doctor, version):

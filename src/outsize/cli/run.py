@@ -10,7 +10,7 @@ import typer
 
 from outsize.checkpoint.spec import holds_model, names_model
 from outsize.cli import console
-from outsize.cli.command import with_flags
+from outsize.cli.command import with_flags, without
 from outsize.cli.flags import MODEL, DisplayOptions
 from outsize.errors import OptionError
 from outsize.options import DEFAULT_MODEL, LoadOptions, Options
@@ -22,7 +22,7 @@ CHAT_ONLY, PROMPT_ONLY = ("overflow",), ("raw", "special", "json")  # flags
 def run(
     request: Options,
     display: DisplayOptions,
-    load: LoadOptions,
+    load: Annotated[LoadOptions, without("streams")],
     given: frozenset[str],
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="[MODEL] [PROMPT]", help="- reads standard input.")

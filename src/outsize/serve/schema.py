@@ -7,7 +7,21 @@ header.
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NoReturn, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from outsize.options import near
+from outsize.serve.errors import ApiError, invalid
+
+DEPTH = 100  # of brackets in brackets
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+B = TypeVar("B", bound="Body")
 
 
 class Body(BaseModel):
@@ -15,3 +29,124 @@ class Body(BaseModel):
     they are refused by name or, with --lenient, reported."""
 
     model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
+
+
+@dataclass(frozen=True, slots=True)
+class Neutral:
+    """Marks a field that outsize does not have: these values change nothing, and any other is refused."""
+
+    values: tuple[object, ...]
+    why: str = "outsize does not have it"
+
+
+@dataclass(frozen=True, slots=True)
+class NoEffect:
+    """Marks a field that by its nature changes no answer here: accepted, and documented so."""
+
+
+def parse(raw: bytes) -> dict[str, object]:
+    """A JSON object, as strictly as JSON is defined. Raises ApiError."""
+    try:
+        made = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
+        )
+        if SURROGATE.search(raw):
+            json.dumps(made, ensure_ascii=False).encode("utf-8")
+    except ApiError:
+        raise
+    except UnicodeError:
+        raise invalid("the body is no UTF-8, or holds half of a surrogate pair") from None
+    except RecursionError:
+        raise invalid(f"the body is nested more than {DEPTH} deep") from None
+    except ValueError as e:  # a JSONDecodeError, or a number of too many digits
+        raise invalid(f"the body is not JSON: {e}") from None
+    if not isinstance(made, dict):
+        raise invalid("the body is JSON, but no object: {...} is expected")
+    _check_depth(made)
+    return made
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise invalid(f"the key {twice[:80]!r} is given twice", twice[:80])
+    return made
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise invalid(f"{name} is no JSON number")
+
+
+def _check_depth(made: object) -> None:
+    level = [made]
+    for _ in range(DEPTH):
+        level = [
+            inner
+            for value in level
+            for inner in (value.values() if isinstance(value, dict) else value)  # type: ignore[attr-defined]
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise invalid(f"the body is nested more than {DEPTH} deep")
+
+
+def read(raw: bytes, kind: type[B], lenient: bool) -> tuple[B, list[str]]:
+    """A body of its kind, and the names of fields that are ignored. Raises ApiError."""
+    try:
+        body = kind.model_validate(parse(raw))
+    except ValidationError as e:
+        raise _refusal(e.errors(include_url=False, include_context=False)) from None
+    ignored = []
+    for path, part in _parts(body, ""):
+        ignored += [path + name for name, value in _extra(part).items() if value is not None]
+        if ignored and not lenient:
+            raise _unknown(ignored[0], type(part))
+        _check_neutral(path, part)
+    return body, ignored
+
+
+def _extra(part: Body) -> dict[str, object]:
+    return part.model_extra or {}
+
+
+def _parts(body: Body, path: str) -> Iterator[tuple[str, Body]]:
+    """A body and the bodies within it, each with what comes before its fields' names."""
+    yield path, body
+    for name in type(body).model_fields:
+        value = getattr(body, name)
+        if isinstance(value, Body):
+            yield from _parts(value, f"{path}{name}.")
+        elif isinstance(value, list):
+            for i, inner in enumerate(value):
+                if isinstance(inner, Body):
+                    yield from _parts(inner, f"{path}{name}.{i}.")
+
+
+def _unknown(path: str, kind: type[Body]) -> ApiError:
+    shown = path[:200]
+    close = near(shown.rpartition(".")[2], list(kind.model_fields))
+    hint = f"; did you mean {close!r}?" if close else ""
+    return invalid(f"the field {shown!r} is not known{hint}", shown, "unsupported_parameter")
+
+
+def _check_neutral(path: str, part: Body) -> None:
+    """Raises ApiError for a field that is there, and that outsize does not have."""
+    for name, field in type(part).model_fields.items():
+        mark = next((m for m in field.metadata if isinstance(m, Neutral)), None)
+        value = getattr(part, name)
+        if mark is None or value is None or value in mark.values:
+            continue
+        allowed = " or ".join(json.dumps(v) for v in mark.values)
+        way_out = f"leave it out, or give {allowed}" if allowed else "leave it out"
+        raise invalid(f"{path}{name}: {mark.why}; {way_out}", path + name, "unsupported_parameter")
+
+
+def _refusal(errors: list[ErrorDetails]) -> ApiError:
+    """What pydantic found, as one sentence about the first field that is wrong."""
+    first = errors[0]["loc"]
+    param = ".".join(str(step) for step in first)[:200]
+    said = "; or ".join(dict.fromkeys(e["msg"] for e in errors if e["loc"][:1] == first[:1]))
+    return invalid(f"{param}: {said[:400]}" if param else said[:400], param or None)

@@ -1,0 +1,58 @@
+"""What is known of every request: its id, in a header; a line in the log; a count in the metrics."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from outsize.serve.http import Call, call_of
+from outsize.serve.options import ServeOptions
+
+
+class Track:
+    """ASGI middleware, the outermost."""
+
+    def __init__(self, app: ASGIApp, options: ServeOptions) -> None:
+        self._app, self._options = app, options
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        call = call_of(scope, receive)
+
+        async def marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                call.status = message["status"]
+                headers = MutableHeaders(raw=message.setdefault("headers", []))
+                headers["x-request-id"] = call.id
+                if call.ignored:
+                    headers["x-outsize-ignored"] = ascii(",".join(call.ignored))[1:-1][:1000]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, marked)
+        finally:
+            log(call, self._options.json_log)
+
+
+def log(call: Call, as_json: bool) -> None:
+    """One line on stderr."""
+    request, ms = call.request, 1000 * (time.perf_counter() - call.started)
+    path = request.url.path[:200]
+    if as_json:
+        told = {
+            "time": round(time.time(), 3), "id": call.id, "method": request.method, "path": path,
+            "status": call.status, "ms": round(ms, 1), "prompt_tokens": call.prompt_tokens,
+            "new_tokens": call.new_tokens, **({"error": call.error} if call.error else {}),
+        }  # fmt: skip
+        line = json.dumps(told)
+    else:
+        tokens = f" {call.prompt_tokens}+{call.new_tokens} tokens" if call.prompt_tokens else ""
+        line = f"{request.method} {ascii(path)[1:-1]} {call.status} {ms:.0f} ms{tokens}"
+        line += f" ({call.error})" if call.error else ""
+    print(line, file=sys.stderr, flush=True)
