@@ -19,7 +19,7 @@ from outsize.errors import UnavailableError
 from outsize.progress import Progress, silent
 
 READY_S = 600.0  # until a server has loaded its model, at most
-FEW, MANY = 8, 72  # words of two prompts whose lengths are compared
+FEW, MANY = 4, 36  # words of two prompts whose lengths are compared
 
 
 Begin = Callable[[Sequence[str]], Server]  # starts a server, with more flags

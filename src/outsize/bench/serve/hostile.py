@@ -181,7 +181,7 @@ WRONG: dict[str, list[Any]] = {
         [{"role": "user", "content": [{"type": "hiccup"}]}], [{"content": "a"}]],
     "max_tokens": [*WHOLE, 0], "max_completion_tokens": [*WHOLE, 0], "temperature": NUMBERS, "top_p": NUMBERS,
     "min_p": NUMBERS, "top_k": WHOLE, "presence_penalty": NUMBERS, "frequency_penalty": NUMBERS,
-    "seed": ["x", [], {}, 1.5, HUGE], "n": [*WHOLE, 0, 17, 999], "stop": [1, {}, [1], [""], "", [[]]],
+    "seed": ["x", [], {}, 1.5, HUGE], "n": [*WHOLE, 0, 17, 999], "stop": [1, {}, [1], [""], [[]]],
     "stream": [1, "x", [], {}], "stream_options": [1, "x", [], {"include_usage": 1}, {"hiccup": 1}],
     "logprobs": [1, "x", [], {}], "top_logprobs": [*WHOLE, 21], "tools": [*LISTS, [{"type": "hiccup"}],
         [{"type": "function"}], [{"type": "function", "function": {"name": ""}}]],

@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 from outsize.bench.serve.bench import Bench
+from outsize.bench.serve.bodies import Body
 from outsize.bench.serve.client import Exchange
 from outsize.bench.serve.in_process import Timed
 from outsize.bench.serve.summary import Row, percentiles, summed, together, within
@@ -60,9 +61,16 @@ async def _inside(bench: Bench, prompt: str, new_tokens: int) -> Timed | None:
     """The same in process; None: that is not asked for."""
     if bench.in_process is None:
         return None
-    asked: Any = [{"role": "user", "content": prompt}] if bench.options.chat else prompt
-    changes = bench.changes(new_tokens, {"raw": not bench.options.chat})
+    asked, changes = _asked(bench, prompt), _changes(bench, new_tokens)
     return await asyncio.to_thread(bench.in_process.stream, asked, changes)
+
+
+def _asked(bench: Bench, prompt: str) -> Any:
+    return [{"role": "user", "content": prompt}] if bench.options.chat else prompt
+
+
+def _changes(bench: Bench, new_tokens: int) -> Body:
+    return bench.changes(new_tokens, {"raw": not bench.options.chat})
 
 
 def _pair(exchange: Exchange, inside: Timed) -> Row:
@@ -131,8 +139,8 @@ async def batch(bench: Bench, streams: int) -> Row:
         row = summed([task.result() for task in tasks])
         bench.draw("together", number, o.requests or 5)
         if bench.in_process and number:
-            asked = bench.changes(o.new_tokens, {"raw": True})
-            inside = await asyncio.to_thread(bench.in_process.together, list(prompts), asked)
+            asked, changes = [_asked(bench, p) for p in prompts], _changes(bench, o.new_tokens)
+            inside = await asyncio.to_thread(bench.in_process.together, asked, changes)
             same = same and inside.texts == [task.result().text for task in tasks]
             rates.append(round(inside.new_tokens / inside.seconds, 3))
             ratios.append(round(row["tokens_per_s"] / rates[-1], 4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 import re
@@ -22,6 +23,7 @@ from outsize.system import cgroups
 
 LOOPBACK = "127.0.0.1"
 POLL_S, GRACE_S = 0.05, 20.0
+TREE_S = 5.0  # between two looks at which processes are below another
 PEAKS = "memory.peak", "memory.max_usage_in_bytes"  # of control groups, by version
 SETTLED = 0.25  # of the samples are left out of a slope: memory that is taken once
 
@@ -111,16 +113,38 @@ class Memory:
     """What a process and those below it have of memory that is theirs alone: RssAnon + VmSwap, in bytes."""
 
     def __init__(self, pid: int | None) -> None:
-        self._pid = pid
+        self._pid, self._tree, self._looked = pid, list[int](), -math.inf
         self.samples: list[tuple[float, int]] = []  # (time.perf_counter, bytes)
 
     def sample(self) -> int | None:
         """Look, and remember; None where there is nothing to see."""
-        if self._pid is None or not (tree := _tree(self._pid)):
+        if self._pid is None:
             return None
-        size = sum(_anonymous(process.pid) for process in tree)
-        self.samples.append((time.perf_counter(), size))
+        now = time.perf_counter()
+        if now - self._looked > TREE_S:
+            self._tree, self._looked = [process.pid for process in _tree(self._pid)], now
+        size = sum(sum(_status(pid, "RssAnon", "VmSwap")) for pid in self._tree)
+        if not size:
+            return None
+        self.samples.append((now, size))
         return size
+
+    async def settled(self) -> int | None:
+        """The least within a second: allocators give back a little later."""
+        found = list[int]()
+        for _ in range(10):
+            found += [size for size in [self.sample()] if size is not None]
+            await asyncio.sleep(0.1)
+        return min(found, default=None)
+
+    @property
+    def most(self) -> int | None:
+        """Of the samples."""
+        return max((size for _, size in self.samples), default=None)
+
+    def peak(self) -> int | None:
+        """The most that the process itself has had since its start, mapped files included."""
+        return next(iter(_status(self._pid, "VmHWM")), None) if self._pid is not None else None
 
     def slope(self) -> float:
         """Bytes a second that it grows by, a straight line through all samples but the first quarter; not a
@@ -145,9 +169,11 @@ class Memory:
         return next((n for n in found if n is not None), None)
 
 
-def _anonymous(pid: int) -> int:
+def _status(pid: int, *names: str) -> list[int]:
+    """Bytes that the system tells of a process; none if it is gone."""
     try:
         text = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
     except OSError:
-        return 0
-    return sum(int(n) << 10 for n in re.findall(r"^(?:RssAnon|VmSwap):\s*(\d+) kB", text, re.M))
+        return []
+    wanted = rf"^(?:{'|'.join(names)}):\s*(\d+) kB"
+    return [int(n) << 10 for n in re.findall(wanted, text, re.M)]

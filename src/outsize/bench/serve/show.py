@@ -57,7 +57,11 @@ async def _row(bench: Bench, name: str, streams: int) -> Row:
         return {"errors": {"not done in time": 1}, "seconds": bench.options.limit, "good": False}
     row.setdefault("good", True)
     row["good"] = bool(row["good"] and not row["errors"])
-    return row | {"memory_bytes": bench.memory.sample(), "model": bench.name}
+    memory = bench.memory
+    return row | {
+        "memory_bytes": memory.sample(), "most_bytes": memory.most, "peak_rss_bytes": memory.peak(),
+        "group_peak_bytes": memory.group_peak(), "model": bench.name,
+    }  # fmt: skip
 
 
 def show(model: str, options: ServeOptions, load: LoadOptions, as_json: bool) -> bool:

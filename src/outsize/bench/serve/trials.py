@@ -42,11 +42,11 @@ async def disconnects(bench: Bench, _: int) -> Row:
     await _abandon(
         bench, min(count, 64), before.seconds
     )  # until memory is taken that is taken once
-    size = bench.memory.sample()
+    size = await bench.memory.settled()
     left = await _abandon(bench, count, before.seconds)
     started = time.perf_counter()
     after = await bench.ask(question, o.new_tokens)
-    grown = _grown(bench, size)
+    grown = await _grown(bench, size)
     others = Counter(e.error for e in left if e.error and e.error != LEFT)
     return summed([before, after]) | {
         "requests": count, "left": sum(e.error == LEFT for e in left), "errors": dict(others),
@@ -74,8 +74,8 @@ async def _abandon(bench: Bench, count: int, reply_s: float) -> list[Exchange]:
     return await bench.crew(jobs, AT_ONCE, "abandoned")
 
 
-def _grown(bench: Bench, before: int | None) -> int | None:
-    after = bench.memory.sample()
+async def _grown(bench: Bench, before: int | None) -> int | None:
+    after = await bench.memory.settled()
     return None if before is None or after is None else after - before
 
 
@@ -85,24 +85,24 @@ async def soak(bench: Bench, streams: int) -> Row:
     alone = await bench.ask(bench.prompt(o.prompt_tokens), o.new_tokens)
     start, draw = time.monotonic(), bench.random
 
-    async def client(number: int) -> None:
+    async def client() -> None:
         while time.monotonic() - start < o.seconds:
             is_long = draw.randrange(SOAK_LONG) == 0
             tokens = o.long_tokens if is_long else draw.randint(8, 4 * o.prompt_tokens)
             how = {"temperature": draw.choice((0.0, 0.8)), "seed": draw.randrange(1 << 31)}
-            out.append(await bench.ask(bench.prompt(tokens), draw.randint(8, o.new_tokens), how))
+            out.append(await bench.ask(bench.prompt(tokens), draw.randint(2, o.new_tokens), how))
 
     async with asyncio.TaskGroup() as group:
         watch = group.create_task(_watch(bench, start))
-        clients = [group.create_task(client(n)) for n in range(streams)]
+        clients = [group.create_task(client()) for _ in range(streams)]
         await asyncio.wait(clients)
         watch.cancel()
     row, slope = summed(out), bench.memory.slope()
     a_request = slope * o.seconds / max(1, len(out))
     return row | {
         "alone_tokens_per_s": round(alone.new_tokens / alone.seconds, 3), "bytes_per_s": _number(slope),
-        "bytes_per_request": _number(a_request), "group_peak_bytes": bench.memory.group_peak(),
-        "memory": [size for _, size in bench.memory.samples], "good": not row["errors"],
+        "bytes_per_request": _number(a_request),
+        "samples": [size for _, size in bench.memory.samples], "good": not row["errors"],
     }  # fmt: skip
 
 
@@ -144,14 +144,15 @@ async def hostile(bench: Bench, _: int) -> Row:
     a, name, draw = bench.address, bench.name, bench.random
     listed = list(hostile_requests.cases(a, name))
     found = await _refused(bench, listed, 1)  # also until memory is taken that is taken once
-    size = bench.memory.sample()
+    size = await bench.memory.settled()
     rest = max(0, count - len(listed))
-    wrong = islice(hostile_requests.mutants(a, name, draw), int(rest * (1 - DAMAGED_SHARE)))
-    noise = islice(hostile_requests.damaged(a, name, draw), int(rest * DAMAGED_SHARE))
+    some = int(rest * DAMAGED_SHARE)
+    noise = islice(hostile_requests.damaged(a, name, draw), some)
+    wrong = islice(hostile_requests.mutants(a, name, draw), rest - some)
     found += await _refused(bench, list(wrong), AT_ONCE)
     broken = await _refused(bench, list(noise), AT_ONCE)
-    after, grown = await bench.ask(question, 8), _grown(bench, size)
-    bad = [(c.name, e.error or str(e.status)) for c, e in found if not _is_refusal(c, e)]
+    after, grown = await bench.ask(question, 8), await _grown(bench, size)
+    bad = [(c.name, e.error or str(e.status)) for c, e in found if not is_refusal(c, e)]
     bad += [(c.name, e.error) for c, e in broken if e.status >= 500 or not e.status]
     slow = [c.name for c, e in found if e.seconds > ANSWERED_S]
     statuses = Counter(str(e.status or e.error) for _, e in [*found, *broken])
@@ -163,7 +164,7 @@ async def hostile(bench: Bench, _: int) -> Row:
     }  # fmt: skip
 
 
-def _is_refusal(case: Case, found: Exchange) -> bool:
+def is_refusal(case: Case, found: Exchange) -> bool:
     return 400 <= found.status < 500 or (case.may_close and not found.status)
 
 
