@@ -24,13 +24,13 @@ each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_
 ORDER = [
     "version", "errors", "arguments", "options", "home", "log", "progress", "registry", "model_config",
     "system", "kv", "kernels", "checkpoint", "family", "encoding", "pack", "storage", "sampling", "text",
-    "caching", "weights", "model", "forward", "draft", "plan", "engine", "report", "adapt", "bench", "serve", "cli",
-    "__main__", "__init__",
+    "caching", "weights", "model", "forward", "draft", "plan", "engine", "report", "adapt", "bench", "serve",
+    "cli", "__main__", "__init__",
 ]  # fmt: skip
 # Imported within a function, so that --help and `import outsize` are instant, or because a system lacks them.
 LATE = {
-    "fcntl", "gguf", "huggingface_hub", "importlib", "jinja2", "llguidance", "platformdirs", "psutil", "readline",
-    "resource", "rich", "safetensors", "tokenizers", "tomllib", "torch",
+    "fcntl", "gguf", "huggingface_hub", "importlib", "jinja2", "llguidance", "platformdirs", "psutil",
+    "readline", "resource", "rich", "safetensors", "tokenizers", "tomllib", "torch",
 }  # fmt: skip
 MOST_PARAMETERS = 6
 

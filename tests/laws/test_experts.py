@@ -203,6 +203,7 @@ class Recorded:
         self._number += layer == 0
         ids = tuple(tuple(layer * self._count + e for e in row) for row in rows)
         union = tuple(dict.fromkeys(i for row in ids for i in row))
+        union = tuple(sorted(union)) if len(rows) > 16 else union
         self.events.append(
             Event(self._number, 1, layer, len(rows), union, (1.0,) * len(union), ids, early)
         )

@@ -24,6 +24,7 @@ from outsize.bench import speculate
 from outsize.bench.synthetic import shapes
 from outsize.draft import spec
 from outsize.engine import load as loading
+from outsize.engine.batch import Batch
 from outsize.engine.model import Model
 from outsize.errors import BudgetError, ContextError, OptionError
 from outsize.family.find import families
@@ -232,16 +233,16 @@ def test_a_batch_goes_in_waves_where_memory_is_short(
         wanted = [r.text for r in model.generate(prompts, raw=True, max_tokens=20)]
     with outsize.load(str(source), memory=size, context=64, quiet=True) as model:
         assert model.placement.kv_tokens < 6 * 28
-        most, original = 0, Model._together
+        most, original = list[int](), Batch.step
 
-        def counting(self: Model, wave: list[list[int]], *rest: object) -> object:
-            nonlocal most
-            most = max(most, sum(len(ids) + 20 for ids in wave))
-            return original(self, wave, *rest)  # type: ignore[arg-type]
+        def counting(self: Batch) -> object:
+            ran = original(self)
+            most.append(self.stored)
+            return ran
 
-        monkeypatch.setattr(Model, "_together", counting)
+        monkeypatch.setattr(Batch, "step", counting)
         assert [r.text for r in model.generate(prompts, raw=True, max_tokens=20)] == wanted
-        assert most <= model.placement.kv_tokens
+        assert 28 < max(most) <= model.placement.kv_tokens
 
 
 def test_a_model_leaves_nothing_behind(folder_of: Callable[[str], Path]) -> None:

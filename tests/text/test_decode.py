@@ -53,8 +53,36 @@ def test_top_k_one_is_greedy_at_any_temperature() -> None:
 
 def test_penalty_reaches_only_recent_tokens() -> None:
     logits = torch.tensor([4.0, -2.0, 1.0])
-    assert penalize(logits, [0, 1], 2.0).tolist() == [2.0, -4.0, 1.0]
-    assert penalize(logits, [0] + [2] * 64, 2.0).tolist() == [4.0, -2.0, 0.5]
+    options = Options(repeat_penalty=2.0)
+    assert penalize(logits, [0, 1], options).tolist() == [2.0, -4.0, 1.0]
+    assert penalize(logits, [0] + [2] * 64, options).tolist() == [4.0, -2.0, 0.5]
+    assert penalize(logits, [0] + [2] * 64, Options(repeat_penalty=2.0, repeat_last_n=-1)).tolist() == [
+        2.0, -2.0, 0.5,
+    ]  # fmt: skip
+
+
+def test_presence_counts_once_and_frequency_each_time() -> None:
+    logits = torch.tensor([4.0, -2.0, 1.0])
+    options = Options(presence_penalty=1.0, frequency_penalty=0.5)
+    assert penalize(logits, [0, 0, 1], options).tolist() == [2.0, -3.5, 1.0]
+    assert penalize(logits, [], options).tolist() == logits.tolist()
+    assert penalize(logits, [0], Options(presence_penalty=1.0, repeat_last_n=0)).tolist() == [
+        4,
+        -2,
+        1,
+    ]
+
+
+def test_a_bias_decides_and_logprobs_are_of_the_model_itself() -> None:
+    logits = torch.tensor([4.0, -2.0, 1.0])
+    pick = Sampler(Options(logit_bias={2: 50.0}, logprobs=2), 0)
+    assert pick(logits, [0]) == 2
+    (seen,) = pick.logprobs
+    assert seen.token == 2
+    assert [token for token, _ in seen.top] == [0, 2]
+    assert seen.logprob == pytest.approx(float(logits.log_softmax(0)[2]))
+    with pytest.raises(OptionError, match="token 7"):
+        Sampler(Options(logit_bias={7: 1.0}), 0)(logits, [0])
 
 
 def test_streaming_never_emits_half_a_character() -> None:

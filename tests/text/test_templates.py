@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from outsize.cli.flags import parse_arguments
 from outsize.errors import OptionError, TemplateError
-from outsize.options import parse_arguments
 from outsize.pack.format import Pack
 from outsize.text import template as templates
 from outsize.text.prompt import _with_reasoning, choose

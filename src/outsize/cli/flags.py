@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,6 @@ import typer
 
 from outsize.cli.console import text_of
 from outsize.errors import OptionError
-from outsize.options import parse_arguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,26 @@ def named_adapters(given: Sequence[str] | None) -> dict[str, Path]:
             raise OptionError(f"--adapter names {name!r} twice; give each a name of its own")
         out[name] = Path(path)
     return out
+
+
+WORDS = {"True": "true", "TRUE": "true", "False": "false", "FALSE": "false", "None": "null"}
+
+
+def parse_arguments(given: Sequence[str]) -> dict[str, object] | None:
+    """Variables for the chat template from KEY=VALUE texts; a value that is JSON, or True, False or None, is
+    what it says. Raises OptionError."""
+    made: dict[str, object] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise OptionError(f"--template-arg is {text!r}; KEY=VALUE is expected")
+        try:
+            made[key] = json.loads(WORDS.get(value, value))
+        except (ValueError, RecursionError):
+            made[key] = value
+        if key.startswith("enable_") and not isinstance(made[key], bool):
+            raise OptionError(f"--template-arg is {text!r}; {key} is true or false")
+    return made or None
 
 
 Texts = list[str] | None

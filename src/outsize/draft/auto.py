@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from outsize.draft.drafter import MOST, Draft, Drafter
+from outsize.draft.drafter import MOST, Company, Draft, Drafter
 from outsize.draft.mtp import Prediction, block_of
 from outsize.draft.ngram import Index
 from outsize.draft.stats import SURE_STEPS, TEXT_STEPS, DraftCost, DraftStats, Rates, kind_of
@@ -35,9 +35,9 @@ class Plan(NamedTuple):
 class AutoDraft(Drafter):
     """One sequence's drafter: text and mask tokens, as much as pays."""
 
-    def __init__(self, draft_stats: DraftStats, others: int = 0) -> None:
-        """`others`: sequences that share the steps."""
-        self._stats, self._others = draft_stats, others
+    def __init__(self, draft_stats: DraftStats, company: Company | None = None) -> None:
+        """`company`: who shares the steps."""
+        self._stats, self._company = draft_stats, company or Company()
         self._step_times, self._mtp = draft_stats.step_times, draft_stats.mtp
         self._index, self._ready = Index(), tuple[Prediction, ...]()
         self._text, self._sure = draft_stats.text.fresh(), draft_stats.sure.fresh()
@@ -48,6 +48,10 @@ class AutoDraft(Drafter):
         self._kinds, self._by_text, self._own = tuple[int, ...](), False, 1
         # Seconds it cost, and tokens of it that were right; -1: that is accounted.
         self._cost, self._right = DraftCost(), -1
+
+    @property
+    def _others(self) -> int:
+        return self._company.others
 
     def propose(self, tokens: Sequence[int], most: int) -> Draft:
         self._index.extend(tokens)

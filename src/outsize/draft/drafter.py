@@ -12,6 +12,13 @@ MOST = 15  # draft tokens: with the last known token, as many as run through ker
 SPARE = 64  # slots of keys and values for draft tokens that are not kept
 
 
+@dataclass(slots=True)
+class Company:
+    """How many other sequences share a sequence's steps, at the moment."""
+
+    others: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Draft:
     """Draft tokens, possibly none; and mask tokens to run after some of the step's tokens (number 0 is the

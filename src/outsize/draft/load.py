@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from outsize.draft import mtp_file
 from outsize.draft.auto import AutoDraft
-from outsize.draft.drafter import SPARE, Drafter, NoDraft
+from outsize.draft.drafter import SPARE, Company, Drafter, NoDraft
 from outsize.draft.model import DraftModel, ModelDraft
 from outsize.draft.mtp import MtpDraft, MtpModel
 from outsize.draft.ngram import NgramDraft
@@ -45,11 +45,11 @@ class Drafting:
         """Slots of keys and values behind a sequence, for what is drafted and not kept."""
         return 0 if self.spec.kind == "none" else SPARE
 
-    def new(self, sampler: Sampler, others: int = 0) -> tuple[Drafter, Check]:
-        """A drafter, and what checks its drafts; `others`: sequences that share its steps."""
+    def new(self, sampler: Sampler, company: Company | None = None) -> tuple[Drafter, Check]:
+        """A drafter, and what checks its drafts; `company`: who shares its steps."""
         kind, k = self.spec.kind, self.spec.k
         if kind == "auto":
-            return AutoDraft(self.draft_stats, others), verify
+            return AutoDraft(self.draft_stats, company), verify
         if kind == "ngram":
             return NgramDraft(k or 4), verify
         if self.mtp is not None and kind == "mtp":

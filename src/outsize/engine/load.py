@@ -25,6 +25,7 @@ from outsize.engine.model import Model
 from outsize.engine.scheduler import Scheduler
 from outsize.engine.step_lock import check_fork
 from outsize.home import expanded
+from outsize.kernels.attention import CHUNK
 from outsize.kernels.backend import Backend
 from outsize.kernels.plain import PLAIN
 from outsize.kernels.threads import Threads, look
@@ -35,7 +36,9 @@ from outsize.options import DEFAULT_MODEL, LoadChanges, LoadOptions
 from outsize.pack import fetch
 from outsize.pack.format import TOKENIZER, Pack, damaged
 from outsize.pack.outline import Outline, of_pack
+from outsize.plan import chunk as chunk_plan
 from outsize.plan import decide, probe
+from outsize.plan import make as planning
 from outsize.plan.decide import compiled
 from outsize.plan.place import place, tokenizer_bytes
 from outsize.plan.placement import Placement
@@ -147,6 +150,7 @@ def _open(
         warn(f"{experts.lossy} changes the model's answers; leave it out for the exact ones")
     if on_plan is not None:
         on_plan(outline, placement)
+    chunk = options.chunk or _chunk(options, outline, placement)
     known = {n: read_adapter(made, n, expanded(p)) for n, p in options.adapters.items()}
     memory.trim()
     with ExitStack() as opened:
@@ -160,11 +164,19 @@ def _open(
         opened.callback(loaded.close)
         threads = kernel_threads(options, made, native)
         transformer = Transformer(made.description, loaded, native, placement.ceiling, threads)
+        transformer.chunk = chunk
         drafts = _drafting(made, options, placement, transformer, smaller)
         opened.pop_all()
     scheduler = Scheduler(made.path.name, transformer, placement, drafts)
     scheduler.adapters |= known
     return Model(made, found, scheduler)
+
+
+def _chunk(options: LoadOptions, outline: Outline, placement: Placement) -> int:
+    """Tokens of a prompt that are computed at once: fewer where other replies would wait for them."""
+    if options.streams == 1:
+        return CHUNK
+    return chunk_plan.best(planning.cost_if_known(outline, placement))
 
 
 def _draft_model(pack: Pack, options: LoadOptions, placement: Placement) -> DraftModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from os import PathLike
 from typing import NoReturn
@@ -13,18 +13,19 @@ from typing_extensions import Unpack
 from outsize import arguments
 from outsize.draft.load import Drafting
 from outsize.engine import adapters, decode, shutdown
+from outsize.engine.batch import Batch
 from outsize.engine.conversation import Conversation
 from outsize.engine.reply import Reply, Score
 from outsize.engine.request import Counts, Request
 from outsize.engine.scheduler import Scheduler
-from outsize.engine.scoring import scored
+from outsize.engine.scoring import Scored, scored
 from outsize.engine.stream import Streaming
 from outsize.errors import ContextError, OptionError
 from outsize.kv.kv import KV
 from outsize.kv.prefix import CachedPrefix
 from outsize.model.lora import Adapter
 from outsize.model.transformer import Transformer
-from outsize.options import Changes, Options
+from outsize.options import MOST_LOGPROBS, Changes, Options
 from outsize.pack.format import Pack
 from outsize.plan.placement import Placement
 from outsize.sampling.sample import of_each, seeded
@@ -128,37 +129,18 @@ class Model:
             raise arguments.wrong("prompts", prompts, "a string, or a list of prompts")
         batch = [prompts] if isinstance(prompts, str) else list(prompts)
         options.check_adapters(len(batch))
-        each, replies = of_each(options, len(batch)), list[Reply]()
-        for wave in self._waves(self.encode(batch, options), options):
-            replies += self._together(wave, each[len(replies) :], started)
-        return replies
-
-    def _waves(self, batch: list[list[int]], options: Options) -> Iterator[list[list[int]]]:
-        """As many prompts at once as there is memory for their keys and values."""
-        wave: list[list[int]] = []
-        used = 0
-        for ids in batch:
-            size = self._limit(ids, options)
-            if wave and used + size > self.placement.kv_tokens:
-                yield wave
-                wave, used = [], 0
-            wave.append(ids)
-            used += size
-        if wave:
-            yield wave
-
-    def _together(
-        self, wave: list[list[int]], each: Sequence[Options], started: float
-    ) -> Iterator[Reply]:
-        """Some prompts, with the options of each."""
-        before = self.counts()
-        requests = [self.start(ids, options) for ids, options in zip(wave, each, strict=False)]
-        for _ in self.scheduler.drive(requests, each[0]):
+        each, before = of_each(options, len(batch)), self.counts()
+        ids = self.encode(batch, options)
+        requests = [self.start(*pair) for pair in zip(ids, each, strict=True)]
+        together = Batch(self.scheduler)
+        for request in requests:
+            together.add(request)
+        while ran := together.step():
+            together.check()
             now = time.perf_counter()
-            for request in requests:
+            for request in ran:
                 request.advance(now, self.bytes_read)
-        for request, options in zip(requests, each, strict=False):
-            yield self.scheduler.reply(request, options, started, before)
+        return [self.scheduler.reply(request, started, before) for request in requests]
 
     def chat(self, messages: Messages, **changes: Unpack[Changes]) -> Reply:
         """Reply to messages ({"role": ..., "content": ...})."""
@@ -177,17 +159,26 @@ class Model:
         self.scheduler.check()
         tokens = self.tokens.encode(arguments.text("text", text), start=True)
         self._check_room(tokens)
-        return Score(tokens, self._scored(tokens)[0])
+        return Score(tokens, [one.token.logprob for one in self._scored(tokens)])
 
     def score_tokens(self, tokens: Sequence[int]) -> tuple[list[float], list[bool]]:
         """Of every token after the first: its log-probability, and whether it was the likeliest."""
+        found = self.logprobs(tokens)
+        return [one.token.logprob for one in found], [one.is_likeliest for one in found]
+
+    def logprobs(self, tokens: Sequence[int], top: int = 0) -> list[Scored]:
+        """As `score_tokens`, with the `top` likeliest tokens in each place."""
         for token in tokens:
             arguments.whole("a token", token, -(1 << 62), 1 << 62)
-        self.tokens.check(tokens)
-        return self._scored(tokens)
+        self._check_room(tokens)
+        return self._scored(tokens, arguments.whole("top", top, 0, MOST_LOGPROBS))
 
-    def _scored(self, tokens: Sequence[int]) -> tuple[list[float], list[bool]]:
-        return self.scheduler.take(partial(scored, self.transformer, tokens))
+    def _scored(self, tokens: Sequence[int], top: int = 0) -> list[Scored]:
+        """Chunk by chunk: others have steps between them."""
+        parts, out = scored(self.transformer, tokens, top), list[Scored]()
+        while (part := self.scheduler.take(partial(next, parts, None))) is not None:
+            out += part
+        return out
 
     def stream_from(
         self, prompt: Prompt, options: Options, prefix: CachedPrefix | None = None
@@ -196,7 +187,7 @@ class Model:
         started, options = time.perf_counter(), seeded(options)
         options.check_adapters(1)
         (ids,) = self.encode([prompt], options)
-        return Streaming(self.scheduler, self.start(ids, options, prefix), options, started)
+        return Streaming(self.scheduler, self.start(ids, options, prefix), started)
 
     def encode(self, prompts: Sequence[Prompt], options: Options) -> list[list[int]]:
         """Token ids of prompts, with the chat template where it is due. Raises OptionError, TemplateError."""
@@ -223,15 +214,16 @@ class Model:
         self._check_room([*ids, 0] if ids else ids)
         limit = self._limit(ids, options)
         stops = [self.tokens.control(stop) for stop in options.stop]
-        ends = frozenset([*self.pack.eos, *(i for i in stops if i is not None)])
+        ends = frozenset() if options.ignore_eos else frozenset(self.pack.eos)
+        ends |= {i for i in stops if i is not None}
         seq = decode.Sequence(list(ids), len(ids), limit, ends)
         form = PLAIN if options.raw else self._format.after(self.tokens, ids)
         stream, name = Stream(self.tokens, options.stop, form), options.adapter_of(0)
         self.scheduler.adapter(name)
         cached = 0 if prefix is None else prefix.shared(ids, name)
-        kv = self.new_kv(limit) if prefix is None else prefix.kv
+        kv = self.transformer.new_kv() if prefix is None else prefix.kv
         kv.truncate(cached)
-        return Request(seq, kv, stream, cached, cached, adapter=name, seed=options.seed)
+        return Request(seq, kv, stream, cached, cached, seeded(options), adapter=name)
 
     def new_kv(self, tokens: int) -> KV:
         """An empty cache for so many tokens, and what is drafted behind them."""

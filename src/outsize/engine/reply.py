@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from outsize.engine.request import Counts, Request
+from outsize.sampling.logprobs import TokenLogprob
 from outsize.system.memory import peak
 
 
@@ -45,12 +46,15 @@ class Reply:
         False  # through the page cache: the disk's file system refuses direct reads
     )
     reasoning: str = ""  # what the model thought before it answered, where it says that apart
+    cached_tokens: int = 0  # of the prompt, that were not computed again
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the reply's tokens, if they were asked for
 
     def __str__(self) -> str:
         return self.text
 
     def to_json(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in self.__slots__}
+        made = {name: getattr(self, name) for name in self.__slots__}
+        return made | {"logprobs": [asdict(one) for one in self.logprobs]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,4 +113,6 @@ def account(request: Request, model: str, options: Mapping[str, object], usage: 
         options=options,
         cached_reads=cached_reads,
         reasoning=request.stream.reasoning,
+        cached_tokens=request.cached,
+        logprobs=tuple(request.logprobs),
     )

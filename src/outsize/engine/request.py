@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from outsize.engine.decode import DraftCounts, Sequence
 from outsize.kv.kv import KV
+from outsize.options import Options
+from outsize.sampling.logprobs import TokenLogprob
+from outsize.sampling.sample import Sampler
 from outsize.storage.stats import IOStats
 from outsize.text.detokenize import Stream
 
@@ -20,8 +23,9 @@ class Request:
     stream: Stream
     cached: int  # prompt tokens that were in the cache
     known: int  # tokens whose keys and values are in the cache, as of the last step that ended
+    options: Options  # with a seed
     adapter: str | None = None
-    seed: int | None = None
+    sampler: Sampler | None = None  # once it runs
     drafts: DraftCounts = field(default_factory=DraftCounts)
     text: str = ""
     pushed: int = 0
@@ -31,11 +35,12 @@ class Request:
     closed: bool = False
 
     def advance(self, now: float, bytes_read: int = 0) -> str:
-        """Text that became certain in the last step; none once the end was seen."""
-        if self.closed:
+        """Text that became certain in the last step; none before the first token, nor once the end was
+        seen."""
+        new = self.seq.new_tokens[self.pushed :]
+        if self.closed or not (new or self.seq.finish):
             return ""
         self.closed = self.seq.finish is not None
-        new = self.seq.new_tokens[self.pushed :]
         if self.first_s is None:
             self.first_s, self.first_read = now, bytes_read
         if self.seq.finish is None or new:
@@ -53,6 +58,11 @@ class Request:
             self.seq.finish = "stop"
         self.text += piece
         return piece
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        """Of the tokens whose text was looked at so far, if the options ask for it."""
+        return [] if self.sampler is None else self.sampler.logprobs[: self.pushed]
 
 
 class Counts(NamedTuple):

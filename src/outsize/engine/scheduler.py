@@ -1,20 +1,18 @@
-"""Runs requests on an opened model for any number of threads, which take turns step by step. Batches are
-static: the requests of one call run together, and one that has ended leaves the batch.
-
-`Scheduler` holds what requests share: weights, adapters, the memory that the plan gave.
-"""
+"""What the requests on an opened model share: weights, adapters, the memory that the plan gave; any number of
+threads take turns step by step. `engine/batch.py` runs requests."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
 import torch
 
+from outsize.draft.drafter import Company
 from outsize.draft.load import Drafting
 from outsize.engine.decode import decode
-from outsize.engine.drive import Flow, drive
+from outsize.engine.drive import Flow
 from outsize.engine.reply import Reply, Usage, account
 from outsize.engine.request import Counts, Request
 from outsize.engine.step_lock import StepLock
@@ -24,7 +22,6 @@ from outsize.forward.full import full
 from outsize.log import warn
 from outsize.model.lora import Adapter
 from outsize.model.transformer import Transformer
-from outsize.options import Options
 from outsize.plan.placement import Placement
 from outsize.sampling.sample import Sampler
 from outsize.storage.stats import IOStats
@@ -46,7 +43,8 @@ class Scheduler:
         forward: Forward = full,
     ) -> None:
         self.name, self.placement, self.drafting = name, placement, drafting
-        self._forward = forward
+        self.forward = forward
+        self.company = Company()
         self.adapters: dict[str, Adapter] = {}
         self.given_up = 0  # bytes of weights that were resident at first, and had to go
         self._transformer: Transformer | None = transformer
@@ -89,31 +87,15 @@ class Scheduler:
             )
         return None if name is None else self.adapters[name]
 
-    def drive(self, requests: Sequence[Request], options: Options) -> Iterator[None]:
-        """Run requests together to their ends, yielding after each step."""
-        flows = [self._flow(request, options, len(requests) - 1) for request in requests]
-        kvs = [request.kv for request in requests]
-        steps = drive(self.transformer, flows, kvs, self.drafting.step_times, self._forward)
-        while self.take(partial(self._step, steps, requests)):
-            yield
-
-    def _step(self, steps: Iterator[None], requests: Sequence[Request]) -> bool:
-        """False if there was none any more."""
-        if next(steps, steps) is steps:
-            return False
-        for request in requests:
-            request.known = min(len(request.seq.tokens) - 1, request.kv.length)
-        self._keep_budget()
-        return True
-
-    def _flow(self, request: Request, options: Options, others: int) -> Flow:
-        seed = options.seed if request.seed is None else request.seed
-        assert seed is not None
-        sampler = Sampler(options, seed)
-        drafts, adapter = self.drafting.new(sampler, others), self.adapter(request.adapter)
+    def flow(self, request: Request) -> Flow:
+        """What a request asks of each step. Raises OptionError for an adapter that is not loaded."""
+        options = request.options
+        assert options.seed is not None
+        request.sampler = sampler = Sampler(options, options.seed)
+        drafts, adapter = self.drafting.new(sampler, self.company), self.adapter(request.adapter)
         return decode(request.seq, drafts, sampler, request.drafts, request.cached, adapter)
 
-    def _keep_budget(self) -> None:
+    def keep_budget(self) -> None:
         """Drop resident weights if others need the memory, or we have more than was planned."""
         if excess := self._watch.excess():
             self.give_up(excess, f"memory is short by {excess / 1e6:,.0f} MB")
@@ -138,11 +120,12 @@ class Scheduler:
         loaded = self.transformer.loaded
         return loaded.stats.bytes_read + loaded.expert_stats.bytes_read
 
-    def reply(self, request: Request, options: Options, started: float, before: Counts) -> Reply:
+    def reply(self, request: Request, started: float, before: Counts) -> Reply:
         """The reply of a run that has ended, or was interrupted, with its usage statistics."""
         size, threads = self.placement.budget, torch.get_num_threads()
         context = self.placement.context
-        shown = {**options.to_json(), "context": context, "threads": threads, "memory": size}
+        shown = {**request.options.to_json(), "context": context, "threads": threads}
+        shown |= {"memory": size, "chunk": self.transformer.chunk}
         tables = self.transformer.loaded.tables
         cached = not all(table.is_direct for table in tables)
         return account(request, self.name, shown, Usage(started, before, self.counts(), cached))

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from outsize.engine.batch import Batch
+from outsize.engine.load_report import Load, Totals, load_of
 from outsize.engine.model import Model
+from outsize.engine.pace import Pace
+from outsize.engine.prefixes import Prefixes
 from outsize.engine.reply import Reply
-from outsize.engine.stream import Streaming
+from outsize.engine.request import Request
+from outsize.errors import QueueFullError, UnavailableError
 from outsize.options import Options
 from outsize.sampling.logprobs import TokenLogprob
-from outsize.sampling.sample import seeded
 from outsize.text.prompt import Prompt
+
+LONGEST_RETRY_S = 60.0
+LEARN = 0.2
+WATCH_S = 0.02  # between looks at what a drain waits for
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What a service takes on."""
 
-    max_queue: int = 64  # requests that wait; more are refused
+    streams: int = 8  # replies that are computed at once
+    max_queue: int = 64  # requests that wait beside them; more are refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,92 +43,197 @@ class Delta:
     tokens: tuple[TokenLogprob, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """How busy a service is."""
-
-    running: int = 0
-    waiting: int = 0
-    kv_tokens: int = 0  # tokens whose keys and values are stored
-    kv_room: int = 0  # and for how many there is room
-
-
 class Answer:
-    """A reply on its way: iterate over its deltas; `reply` is the account, complete after them."""
+    """A reply on its way: iterate over its deltas; `reply` is the account, complete after them. One that
+    nobody iterates over any more is cancelled."""
 
-    def __init__(self, streaming: Streaming) -> None:
-        self._streaming = streaming
-        self._deltas: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()
+    def __init__(self, service: Service, request: Request) -> None:
+        self.request, self._service = request, service
+        self._loop = asyncio.get_running_loop()
+        self._deltas: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
+        self.started, self._before = time.perf_counter(), service.model.counts()
+        self._told = 0  # log-probabilities that were handed out
 
     @property
     def prompt_tokens(self) -> int:
-        return self._streaming.request.seq.num_prompt
+        return self.request.seq.num_prompt
 
     @property
     def stop(self) -> str | None:
         """The stop string that ended the reply."""
-        return None
+        return self.request.stream.stop
 
     @property
     def reply(self) -> Reply:
-        return self._streaming.reply
+        return self._service.model.scheduler.reply(self.request, self.started, self._before)
 
     def cancel(self) -> None:
         """Stop computing it, before the next step. Safe at any time, and more than once."""
-        self._streaming.cancel()
+        self.request.seq.finish = self.request.seq.finish or "cancelled"
+        self._service.wake()
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
-        while (delta := await self._deltas.get()) is not None:
-            if isinstance(delta, BaseException):
-                raise delta
-            yield delta
+        try:
+            while (delta := await self._deltas.get()) is not None:
+                if isinstance(delta, Exception):
+                    raise delta
+                yield delta
+        finally:
+            self.cancel()
+
+    def advance(self, now: float, bytes_read: int) -> Delta | None:
+        """What the last step added, on the engine's thread."""
+        request, before = self.request, len(self.request.stream.reasoning)
+        text = request.advance(now, bytes_read)
+        tokens = tuple(request.logprobs[self._told :])
+        self._told += len(tokens)
+        delta = Delta(text, request.stream.reasoning[before:], tokens)
+        return delta if text or delta.reasoning or tokens else None
+
+    def put(self, items: Sequence[Delta | Exception | None]) -> None:
+        """Hand over to the task that waits. From any thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._take, items)
+        except RuntimeError:  # its loop is closed: nobody waits
+            self.cancel()
+
+    def _take(self, items: Sequence[Delta | Exception | None]) -> None:
+        for item in items:
+            self._deltas.put_nowait(item)
 
 
 class Service:
-    """Runs the requests of many asyncio tasks on one model."""
+    """Runs the requests of many asyncio tasks on one model, with continuous batching."""
 
     def __init__(self, model: Model, limits: Limits | None = None) -> None:
         self.model, self.limits = model, limits or Limits()
-        self._engine = ThreadPoolExecutor(1, "engine")
-        self._texts = ThreadPoolExecutor(2, "templates")
+        prefixes = Prefixes(model.transformer.chunk)
+        self._batch = Batch(model.scheduler, self.limits.streams, Pace(), prefixes)
+        self._changed = threading.Condition()
+        self._arrived, self._answers = list[Answer](), dict[int, Answer]()
+        self._is_ending = self._is_closed = False
+        self._request_s = 0.0  # that a request takes
+        self.totals = Totals()
+        self._load = Load()
+        self._texts = ThreadPoolExecutor(2, "outsize-text")
+        self._thread = threading.Thread(target=self._run, name="outsize-engine", daemon=True)
+        self._thread.start()
 
     async def encode(self, prompt: Prompt, options: Options) -> list[int]:
         """Token ids of a prompt, through the chat template where it is due. Raises OutsizeError."""
-        loop = asyncio.get_running_loop()
-        (ids,) = await loop.run_in_executor(self._texts, self.model.encode, [prompt], options)
+        run = asyncio.get_running_loop().run_in_executor
+        (ids,) = await run(self._texts, self.model.encode, [prompt], options)
         return ids
 
     async def ask(self, ids: Sequence[int], options: Options) -> Answer:
         """Put a request into the queue. Raises ContextError and OptionError for what can never run,
         QueueFullError, UnavailableError."""
-        options, loop = seeded(options), asyncio.get_running_loop()
         request = self.model.start(list(ids), options)
-        answer = Answer(Streaming(self.model.scheduler, request, options, time.perf_counter()))
-        loop.run_in_executor(self._engine, self._run, answer, loop)
+        answer = Answer(self, request)
+        with self._changed:
+            self._check_room()
+            self._answers[id(request)] = answer
+            self._arrived.append(answer)
+            self._changed.notify_all()
         return answer
-
-    def _run(self, answer: Answer, loop: asyncio.AbstractEventLoop) -> None:
-        def put(delta: Delta | BaseException | None) -> None:
-            loop.call_soon_threadsafe(answer._deltas.put_nowait, delta)
-
-        try:
-            for kind, piece in answer._streaming.parts:
-                put(Delta(text=piece) if kind == "text" else Delta(reasoning=piece))
-            put(None)
-        except BaseException as e:
-            put(e)
 
     async def score(self, ids: Sequence[int], top: int) -> list[TokenLogprob]:
         """Of every token after the first: its log-probability, and those of the `top` likeliest."""
-        raise NotImplementedError
+        run = asyncio.get_running_loop().run_in_executor
+        found = await run(self._texts, self.model.logprobs, list(ids), top)
+        return [one.token for one in found]
 
     def load(self) -> Load:
-        return Load()
+        """How busy it is, as of the last step."""
+        return self._load
 
     async def drain(self, grace_s: float) -> None:
-        """Take no more requests, and let those that run end, or cancel them when the time is over."""
+        """Take no more requests, and let those that run end, or fail them when the time is over."""
+        self._is_ending = True
+        end = time.monotonic() + grace_s
+        while self._answers and time.monotonic() < end:
+            await asyncio.sleep(WATCH_S)
+        for answer in list(self._answers.values()):
+            answer.put(
+                [UnavailableError("the server ended before the reply was complete; ask again")]
+            )
+            answer.cancel()
+        while self._answers:
+            await asyncio.sleep(WATCH_S)
 
     def close(self) -> None:
-        """End the engine thread. The model stays open."""
-        self._engine.shutdown()
+        """End the engine thread, once the present step has ended. The model stays open."""
+        with self._changed:
+            self._is_closed = self._is_ending = True
+            self._changed.notify_all()
+        self._thread.join()
         self._texts.shutdown()
+
+    def wake(self) -> None:
+        """Look at cancelled requests, also where nothing is computed."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def _check_room(self) -> None:
+        if self._is_ending:
+            raise UnavailableError(
+                "the server ends, and takes no more requests; ask again later", 5.0
+            )
+        waiting = len(self._answers) - self.limits.streams
+        if waiting >= self.limits.max_queue:
+            after = self._request_s * (waiting + 1) / self.limits.streams
+            raise QueueFullError(
+                f"the server is busy: {self.limits.streams} requests run and {waiting} wait, and no more may "
+                "(--max-queue); ask again later",
+                min(LONGEST_RETRY_S, max(1.0, after)),
+            )
+
+    def _run(self) -> None:
+        """The engine thread."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(self._has_work)
+                arrived, self._arrived = self._arrived, []
+            for answer in arrived:
+                self._batch.add(answer.request)
+            if self._is_closed:
+                self._fail(UnavailableError("the server ended before the reply was complete"))
+                return
+            self._step()
+
+    def _has_work(self) -> bool:
+        return self._is_closed or bool(self._arrived) or not self._batch.is_empty
+
+    def _step(self) -> None:
+        try:
+            ran = self._batch.step()
+        except Exception as e:  # of the step itself, as a failed read: of all that share it
+            self._fail(e)
+            return
+        now, read = time.perf_counter(), self.model.bytes_read
+        for request in ran:
+            answer = self._answers[id(request)]
+            if request.seq.finish is None and (delta := answer.advance(now, read)) is not None:
+                answer.put([delta])
+        self._batch.drop_ended()
+        self._load = load_of(self._batch, len(self._arrived))
+        for answer in [a for a in self._answers.values() if a.request.seq.finish is not None]:
+            self._end(answer, self._batch.failed.pop(id(answer.request), None))
+
+    def _end(self, answer: Answer, error: Exception | None) -> None:
+        """The last of a reply, its end; or what went wrong."""
+        now = time.perf_counter()
+        last = answer.advance(now, self.model.bytes_read)
+        self.totals.add(answer.request)
+        took = now - answer.started
+        self._request_s += LEARN * (took - self._request_s) if self._request_s else took
+        del self._answers[id(answer.request)]
+        answer.put([*([] if last is None else [last]), error])
+
+    def _fail(self, error: Exception) -> None:
+        """All that is under way ends with an error."""
+        self._batch.close()
+        self._load = load_of(self._batch, 0)
+        for answer in list(self._answers.values()):
+            answer.request.seq.finish = answer.request.seq.finish or "cancelled"
+            self._end(answer, error)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from outsize.engine.batch import Batch
 from outsize.engine.reply import Reply
 from outsize.engine.request import Request
 from outsize.engine.scheduler import Scheduler
-from outsize.options import Options
 from outsize.text.channels import REASONING, TEXT, Piece
 
 
@@ -16,11 +16,9 @@ class Streaming:
     """Pieces of a reply as they come; `reply` is the whole of it with its usage statistics, complete once the
     pieces have ended. `parts` gives what the model thinks, too."""
 
-    def __init__(
-        self, scheduler: Scheduler, request: Request, options: Options, started: float
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, request: Request, started: float) -> None:
         self._scheduler, self.request = scheduler, request
-        self._options, self._started, self._before = options, started, scheduler.counts()
+        self._started, self._before = started, scheduler.counts()
         self.parts = self._go()  # ("text" or "reasoning", piece)
         self._pieces = (piece for kind, piece in self.parts if kind == TEXT)
 
@@ -28,14 +26,21 @@ class Streaming:
         return self._pieces
 
     def _go(self) -> Iterator[Piece]:
-        request = self.request
-        for _ in self._scheduler.drive([request], self._options):
-            before = len(request.stream.reasoning)
-            piece = request.advance(time.perf_counter(), self._scheduler.bytes_read)
-            if thought := request.stream.reasoning[before:]:
-                yield REASONING, thought
-            if piece:
-                yield TEXT, piece
+        request, batch = self.request, Batch(self._scheduler)
+        batch.add(request)
+        while batch.step():
+            batch.check()
+            yield from self._new()
+        yield from self._new()  # what a reply held back that was cancelled
+
+    def _new(self) -> Iterator[Piece]:
+        """What the last step added."""
+        request, before = self.request, len(self.request.stream.reasoning)
+        piece = request.advance(time.perf_counter(), self._scheduler.bytes_read)
+        if thought := request.stream.reasoning[before:]:
+            yield REASONING, thought
+        if piece:
+            yield TEXT, piece
 
     def cancel(self) -> None:
         """End the reply after the present step."""
@@ -43,4 +48,4 @@ class Streaming:
 
     @property
     def reply(self) -> Reply:
-        return self._scheduler.reply(self.request, self._options, self._started, self._before)
+        return self._scheduler.reply(self.request, self._started, self._before)

@@ -3,8 +3,9 @@
 It runs one sub-layer after another (attention, feed-forward, attention, ...), each over all tokens of all
 spans, so that a sub-layer's weights are fetched once, however long the prompt or large the batch. Within a
 sub-layer, spans of up to NARROW tokens run as one ragged batch through kernels that compute each row as if
-alone; a longer span runs by itself, CHUNK tokens at a time, as one matmul a weight. So a token's bits never
-depend on what else is in the batch, and scratch memory never grows with the prompt.
+alone; a longer span runs by itself as one matmul a weight, cut where positions are multiples of the model's
+`chunk`. So a token's bits never depend on what else is in the batch, nor on where a prompt was cut into
+several spans, if those end on multiples of `chunk`; and scratch memory never grows with the prompt.
 
 Shapes: T tokens, D model width, K tokens whose logits are wanted, V vocabulary.
 """
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor
 
 from outsize.forward.span import Out, Span
-from outsize.kernels.attention import CHUNK
 from outsize.kernels.rows import Segment
 from outsize.kv.kv import KV
 from outsize.model.lora import Adapter
@@ -51,7 +51,7 @@ def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:
     ordered = [pairs[i] for i in order]
     h_TD = _embedded(model, [span for span, _ in ordered])
     steps, at = [], 0
-    for segments, wide, spans in _groups(ordered):
+    for segments, wide, spans in _groups(ordered, model.chunk):
         end = at + sum(s.length for s in segments)
         steps.append((slice(at, end), model.step(segments, wide, list(_added(segments, spans)))))
         at = end
@@ -103,8 +103,9 @@ def _run(model: Transformer, h_TD: Tensor, steps: Sequence[tuple[slice, Step]]) 
     model.memory.end_pass()
 
 
-def _groups(pairs: Sequence[Pair]) -> Iterator[tuple[list[Segment], bool, list[Span]]]:
-    """What runs together, and whether it is wide: each long span in chunks, then all short ones at once."""
+def _groups(pairs: Sequence[Pair], chunk: int) -> Iterator[tuple[list[Segment], bool, list[Span]]]:
+    """What runs together, and whether it is wide: each long span in chunks, then all short ones at once. A
+    chunk of few tokens, as a prompt's last may be, is not wide either: its bits are those of a short span."""
     short, spans = [], []
     for span, kv in pairs:
         if is_narrow(span):
@@ -113,7 +114,16 @@ def _groups(pairs: Sequence[Pair]) -> Iterator[tuple[list[Segment], bool, list[S
             short.append(Segment(kv, span.positions, *blocks))
             spans.append(span)
             continue
-        for start in range(0, len(span.tokens), CHUNK):
-            yield [Segment(kv, span.positions[start : start + CHUNK])], True, [span]
+        for positions in chunks(span.positions, chunk):
+            yield [Segment(kv, positions)], len(positions) > NARROW, [span]
     if short:
         yield short, False, spans
+
+
+def chunks(positions: range, chunk: int) -> Iterator[range]:
+    """Positions in a row, cut at multiples of `chunk`."""
+    start = positions.start
+    while start < positions.stop:
+        end = min(positions.stop, (start // chunk + 1) * chunk)
+        yield range(start, end)
+        start = end

@@ -13,9 +13,14 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
+from typing import BinaryIO
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from outsize.errors import ReadError
 
 FIRST = 256  # entries a layer starts with; it doubles when full
 
@@ -70,6 +75,45 @@ class KV:
         self._stored[layer] = grown
         return grown
 
+    def give_room(self, room: int) -> None:
+        """Storage for so many entries in each layer, as addresses, as `room` when it was made."""
+        for layer, old in enumerate(self._stored):
+            if old.shape[1] < room:
+                used = len(self.positions[layer])
+                self._stored[layer] = old.new_empty(old.shape[0], room, old.shape[2])
+                self._stored[layer][:, :used] = old[:, :used]
+
+    def fit(self) -> None:
+        """Let go of storage beyond what is used."""
+        for layer in range(len(self._stored)):
+            self._stored[layer] = self.view(layer).clone(memory_format=torch.contiguous_format)
+
+    def copy_from(self, other: KV, length: int) -> None:
+        """Become the first `length` positions of another cache of the same model."""
+        for layer, theirs in enumerate(other.positions):
+            count = bisect_left(theirs, length)
+            self.positions[layer] = theirs[:0]
+            stored, _ = self.reserve(layer, theirs[:count])
+            stored[:, :count] = other.view(layer)[:, :count]
+
+    def write(self, file: BinaryIO) -> None:
+        """All entries into a file, and let their memory go; `read` brings them back, bit by bit."""
+        for layer, old in enumerate(self._stored):
+            file.write(_bytes(self.view(layer).contiguous()).data)
+            self._stored[layer] = old.new_empty(old.shape[0], 0, old.shape[2])
+
+    def read(self, file: BinaryIO, room: int) -> None:
+        """What `write` wrote, into storage for `room` entries a layer."""
+        for layer, old in enumerate(self._stored):
+            used = len(self.positions[layer])
+            self._stored[layer] = old.new_empty(old.shape[0], max(room, used), old.shape[2])
+            entries = old.new_empty(old.shape[0], used, old.shape[2])
+            if file.readinto(_bytes(entries).data) != entries.nbytes:  # type: ignore[attr-defined]
+                raise ReadError(
+                    "the file that keys and values were put aside in is shorter than it was"
+                )
+            self._stored[layer][:, :used] = entries
+
     def view(self, layer: int) -> Tensor:
         """(C, S, E): the entries of a layer, no copy."""
         return self._stored[layer][:, : len(self.positions[layer])]
@@ -87,3 +131,8 @@ class KV:
             :, torch.tensor(indices, dtype=torch.int64, device="cpu")
         ]
         self.positions[layer] = array("i", [kept[i] for i in indices])
+
+
+def _bytes(x: Tensor) -> NDArray[np.uint8]:
+    """The memory of a contiguous tensor."""
+    return x.flatten().view(torch.uint8).numpy()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from outsize.encoding.group import Group
+from outsize.kernels.attention import CHUNK
 from outsize.kernels.backend import Backend
 from outsize.kernels.norm import RMSNorm
 from outsize.kernels.plain import PLAIN
@@ -63,6 +64,7 @@ class Transformer:
         self._norm = RMSNorm(norm, description.norm_eps, torch.float32)
         self._ropes = description.ropes
         self.backend = backend if self.dtype == torch.bfloat16 else PLAIN
+        self.chunk = CHUNK  # tokens of a prompt that are computed at once, at multiples of it
         self._own, self.threads = backend, threads or Threads(torch.get_num_threads())
         self.memory = WeightMemory(description, loaded, self.paged_layers, ceiling)
 

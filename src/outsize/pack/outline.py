@@ -32,6 +32,7 @@ class Outline:
     adapters: Mapping[str, int] = field(default_factory=dict)  # bytes of each, by name
     making: int = 0  # bytes that reading an adapter takes for a moment
     smaller: Outline | None = None  # of a draft model, which is held whole
+    streams: int = 1  # replies that are computed at once
     has_template: bool = False  # a chat template, which a process of its own renders
 
     @property

@@ -6,6 +6,8 @@ Shapes in names of sizes: T tokens of context, C tokens of a chunk, D width.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from outsize.caching.eviction.echo import BYTES as ECHO_BYTES
 from outsize.kernels.attention import CHUNK, score_bytes
 from outsize.kernels.plain import WIDE_BYTES
@@ -20,6 +22,7 @@ from outsize.weights.rows import IN_FLIGHT as ROWS_IN_FLIGHT
 FRAGMENTS = 1.8  # what an allocator holds for a byte in use, among sizes as mixed as these
 TEMPLATE_BYTES = 15_000_000  # of the process that renders chat templates
 DRAFT = "draft model"
+STREAM_TOKENS = 512  # of context that each further reply at once is planned for; beyond, some wait
 
 
 def kv_bytes(o: Outline) -> int:
@@ -29,6 +32,12 @@ def kv_bytes(o: Outline) -> int:
     ropes = len({layer.rope for layer in d.layers})
     routed = 0 if d.mixture is None else d.width * (o.activation_bytes + 4) + 200 * d.mixture.used
     return kv + 4 * d.width + 4 * d.head_dim * ropes + routed + 100
+
+
+def kv_tokens(o: Outline, context: int) -> int:
+    """Tokens of all sequences together that have room for keys and values: one of the whole context, and
+    others beside it."""
+    return context + (o.streams - 1) * min(context, STREAM_TOKENS)
 
 
 def scratch_bytes(o: Outline, context: int) -> int:
@@ -59,9 +68,13 @@ def fixed_costs(o: Outline, runtime: int, tokenizer: int, context: int) -> dict[
         "runtime": runtime,
         "tokenizer": tokenizer,
         "compiled products": COMPILED * COMPILED_BYTES,
-        "keys and values": context * kv_bytes(o),
+        "keys and values": kv_tokens(o, context) * kv_bytes(o),
         **{ADAPTER + name: size for name, size in o.adapters.items()},
-        **({} if o.smaller is None else {DRAFT: draft_bytes(o.smaller, context)}),
+        **(
+            {}
+            if o.smaller is None
+            else {DRAFT: draft_bytes(replace(o.smaller, streams=o.streams), context)}
+        ),
         **({"drafting": o.drafting} if o.drafting else {}),
         **({TEMPLATE: TEMPLATE_BYTES} if o.has_template else {}),
         **({"cache policy": policy_bytes(o)} if routed(o) else {}),
@@ -94,5 +107,5 @@ def draft_bytes(smaller: Outline, context: int) -> int:
     """Of a smaller model that drafts: fully resident, with its own keys, values and scratch."""
     tokens = min(context, smaller.description.context)
     routing = policy_bytes(smaller) if routed(smaller) else 0
-    kept = tokens * kv_bytes(smaller) + scratch_bytes(smaller, tokens)
+    kept = kv_tokens(smaller, tokens) * kv_bytes(smaller) + scratch_bytes(smaller, tokens)
     return all_bytes(smaller) + routing + kept

@@ -13,7 +13,7 @@ from outsize.errors import BudgetError, OptionError
 from outsize.pack.kinds.kind import kinds
 from outsize.pack.outline import Outline
 from outsize.pack.tables import TableHeader
-from outsize.plan.fixed import FRAGMENTS, all_bytes, fixed_costs, routed, token_bytes
+from outsize.plan.fixed import FRAGMENTS, all_bytes, fixed_costs, kv_tokens, routed, token_bytes
 from outsize.plan.placement import BY_ID, BY_ROUTER, DISK, MEMORY, Placement
 from outsize.plan.scratch import lend, lent_bytes
 from outsize.storage.buffers import HUGE, SMALL, huge_bytes
@@ -202,9 +202,9 @@ def place(
     if budget < least:
         notes.append(f"forced: {least / MB:,.0f} MB are needed, {budget / MB:,.0f} MB were given")
     groups = tuple(g for t in o.tables for g in _tiers(o, t, shares[t.name]))
-    kv_tokens = chosen + spare // token_bytes(o)
+    stored = kv_tokens(o, chosen) + spare // token_bytes(o)
     opening = opening_peak(o, runtime)
-    return Placement(budget, chosen, least, fixed, shares, groups, kv_tokens, tuple(notes), opening)
+    return Placement(budget, chosen, least, fixed, shares, groups, stored, tuple(notes), opening)
 
 
 def _stream(o: Outline, room: int) -> dict[str, Share]:
@@ -235,6 +235,7 @@ def _too_little(o: Outline, fixed: Mapping[str, int], least: int, budget: int, c
     table = ", ".join(f"{name} {size / MB:,.0f}" for name, size in costs.items())
     return (
         f"{o.name} needs at least {-(-least // MB):,} MB for {context:,} tokens of context "
-        f"({table} MB); got {budget / MB:,.0f} MB: give more --memory, a shorter --context, or --force"
+        f"({table} MB); got {budget / MB:,.0f} MB: give more --memory, a shorter --context, "
+        f"{'fewer --streams, ' if o.streams > 1 else ''}or --force"
         f"{bounds()}"
     )

@@ -18,8 +18,8 @@ class TokenLogprob:
 
 
 def logprob_of(logits_V: Tensor, token: int, count: int) -> TokenLogprob:
-    """Of one token, with the `count` likeliest; of equals, those of the lower id first."""
+    """Of one token, with the `count` likeliest."""
     logs_V = logits_V.double().log_softmax(0)
-    values, ids = logs_V.sort(descending=True, stable=True) if count else (logs_V[:0], logs_V[:0])
-    top = zip(ids[:count].tolist(), values[:count].tolist(), strict=True)
+    best = logs_V.topk(min(count, len(logs_V)))
+    top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return TokenLogprob(token, float(logs_V[token]), tuple((int(i), float(v)) for i, v in top))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from outsize.errors import OptionError
 from outsize.options import Options
+from outsize.sampling.logprobs import TokenLogprob, logprob_of
 from outsize.sampling.probs import Probs
 
-PENALTY_REACH = 64
 Floats = NDArray[np.float64]
 
 
@@ -22,11 +24,30 @@ def greedy(logits_V: Tensor, tokens: Sequence[int]) -> int:
     return int(logits_V.argmax())
 
 
-def penalize(logits_V: Tensor, tokens: Sequence[int], penalty: float) -> Tensor:
-    """Make recently seen tokens less likely (CTRL, arXiv 1909.05858)."""
-    ids = torch.tensor(sorted(set(tokens[-PENALTY_REACH:])), dtype=torch.int64, device="cpu")
-    seen = logits_V[ids]
-    return logits_V.index_copy(0, ids, torch.where(seen > 0, seen / penalty, seen * penalty))
+def penalize(logits_V: Tensor, tokens: Sequence[int], options: Options) -> Tensor:
+    """Make recently seen tokens, of prompt and reply, less likely: repeat_penalty divides (CTRL, arXiv
+    1909.05858); presence_penalty is taken off once, frequency_penalty for each time (OpenAI's)."""
+    reach = options.repeat_last_n
+    counts = Counter(tokens if reach < 0 else tokens[-reach:] if reach else ())
+    if not counts:
+        return logits_V
+    ids = torch.tensor(sorted(counts), dtype=torch.int64, device="cpu")
+    times = torch.tensor([counts[int(i)] for i in ids], dtype=logits_V.dtype, device="cpu")
+    seen, penalty = logits_V[ids], options.repeat_penalty
+    seen = torch.where(seen > 0, seen / penalty, seen * penalty)
+    off = options.presence_penalty + options.frequency_penalty * times
+    return logits_V.index_copy(0, ids, seen - off)
+
+
+def biased(logits_V: Tensor, biases: Mapping[int, float]) -> Tensor:
+    """With a number added to the logits of some tokens. Raises OptionError for one that there is not."""
+    if biases and (largest := max(biases)) >= len(logits_V):
+        raise OptionError(
+            f"logit_bias names token {largest:,}, and the vocabulary has {len(logits_V):,}; leave it out"
+        )
+    ids = torch.tensor(list(biases), dtype=torch.int64, device="cpu")
+    more = torch.tensor(list(biases.values()), dtype=logits_V.dtype, device="cpu")
+    return logits_V.index_add(0, ids, more)
 
 
 def keep_top_k(prob: Floats, k: int) -> Floats:
@@ -59,23 +80,34 @@ def probs(logits_V: Tensor, options: Options) -> Probs:
 
 
 class Sampler:
-    """The draws of one sequence; called with logits (V,) and the tokens so far, it picks the next."""
+    """The draws of one sequence; called with logits (V,) and the tokens so far, it picks the next.
+    `logprobs` has what was picked so far, if the options ask for it."""
 
     def __init__(self, options: Options, seed: int) -> None:
         self._options = options
         self.random = np.random.Generator(np.random.PCG64(seed))
+        self.logprobs: list[TokenLogprob] = []
+        neutral = options.repeat_penalty == 1.0
+        self._is_free = neutral and not (options.presence_penalty or options.frequency_penalty)
 
     def probs(self, logits_V: Tensor, tokens: Sequence[int]) -> Probs:
         return probs(self._penalized(logits_V, tokens), self._options)
 
     def __call__(self, logits_V: Tensor, tokens: Sequence[int]) -> int:
+        token = self._pick(logits_V, tokens)
+        if self._options.logprobs is not None:
+            self.logprobs.append(logprob_of(logits_V, token, self._options.logprobs))
+        return token
+
+    def _pick(self, logits_V: Tensor, tokens: Sequence[int]) -> int:
         if self._options.temperature == 0:
             return greedy(self._penalized(logits_V, tokens), tokens)
         return self.probs(logits_V, tokens).draw(self.random)
 
     def _penalized(self, logits_V: Tensor, tokens: Sequence[int]) -> Tensor:
-        penalty = self._options.repeat_penalty
-        return logits_V if penalty == 1.0 else penalize(logits_V, tokens, penalty)
+        biases = self._options.logit_bias
+        made = logits_V if self._is_free else penalize(logits_V, tokens, self._options)
+        return biased(made, biases) if biases else made
 
 
 def seeded(options: Options) -> Options:

@@ -40,17 +40,21 @@ class Stops:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
         self._held = ""
-        self.stopped = False
+        self.found: str | None = None  # the stop string that the text was cut before
+
+    @property
+    def stopped(self) -> bool:
+        return self.found is not None
 
     def cut(self, text: str, last: bool) -> str:
         """What is certain of a piece, with what was held before it."""
         if self.stopped:
             return ""
         self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            return self._held[: min(found)]
+            at, self.found = min(found, key=lambda pair: pair[0])
+            return self._held[:at]
         keep = 0 if last else self._overlap()
         out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return out
@@ -81,6 +85,11 @@ class Stream:
     def stopped(self) -> bool:
         """Has a stop string been seen?"""
         return self._stops.stopped
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that was seen."""
+        return self._stops.found
 
     def push(self, token: int) -> str:
         """The answer's text that is now certain."""

@@ -50,9 +50,11 @@ class ExpertBank:
         self, rows: Sequence[Sequence[int]], early: Scored, in_order: bool
     ) -> Iterator[list[tuple[int, Weights]]]:
         """The experts that these tokens chose (`rows`: by token), as they arrive; `early`: the scores of the
-        next layer's gate, asked now. `in_order`: as they were first chosen. ~e is the copy of e."""
+        next layer's gate, asked now. `in_order`: by their numbers, so that a prompt's sums do not depend
+        on who else is in the step. ~e is the copy of e."""
         base, slot_table = self.number * self.count, self.cache.slot_table
         chosen = list(dict.fromkeys(e for row in rows for e in row))
+        chosen = sorted(chosen) if in_order else chosen
         ids, copies = [base + e for e in chosen if e >= 0], [~e for e in chosen if e < 0]
         wanted = [[base + (e if e >= 0 else ~e) for e in row] for row in rows]
         slot_table.policy.observe(self.number, wanted)

@@ -41,6 +41,9 @@ class Event:
     early: Scored = ()  # what the gate said one layer earlier
 
 
+WIDE = 16  # tokens: a longer prompt's experts are asked for by their numbers
+
+
 @dataclass(frozen=True, slots=True)
 class Trace:
     """Events in the order in which they happen."""
@@ -183,11 +186,13 @@ def _numbers(
 
 
 def _event(rows: _Rows, experts: int) -> Event:
-    base = rows.layer * experts
+    base, weights = rows.layer * experts, rows.weights
+    if rows.phase == 0 and len(rows.steps) > WIDE:
+        weights = dict(sorted(weights.items()))
     early = tuple(sorted(rows.early.items(), key=lambda item: -item[1]))
     return Event(
         rows.number, rows.phase, rows.layer, len(rows.steps),
-        tuple(base + e for e in rows.weights), tuple(rows.weights.values()),
+        tuple(base + e for e in weights), tuple(weights.values()),
         tuple(tuple(ids) for ids in rows.steps.values()), early,
     )  # fmt: skip
 
