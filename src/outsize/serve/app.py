@@ -13,20 +13,30 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from outsize.serve import health, models, openai_chat
+from outsize.serve import (
+    embeddings,
+    health,
+    metrics,
+    models,
+    openai_chat,
+    openai_text,
+    openapi,
+    tokenize,
+)
 from outsize.serve.errors import ApiError
 from outsize.serve.host import Host
 from outsize.serve.http import call_of, refusal
 from outsize.serve.security import Guard
 from outsize.serve.track import Track
 
-DIALECTS = (health, models, openai_chat)
+DIALECTS = (openai_chat, openai_text, embeddings, models, tokenize, health, metrics)
 SHOWN_HEADERS = ["x-request-id", "x-outsize-ignored", "x-should-retry", "retry-after"]
 
 
 def routes(host: Host) -> list[BaseRoute]:
     """Of all dialects."""
-    return [route for dialect in DIALECTS for route in dialect.routes(host)]
+    found = [route for dialect in DIALECTS for route in dialect.routes(host)]
+    return [*found, *openapi.routes(found)]
 
 
 def application(host: Host) -> Starlette:
@@ -39,7 +49,7 @@ def application(host: Host) -> Starlette:
         yield
         await host.end(0.0)
 
-    layers = [Middleware(Track, options)]
+    layers = [Middleware(Track, options, host.counts)]
     if options.cors:
         layers.append(
             Middleware(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from outsize.errors import (
@@ -64,7 +64,7 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(status=400, message=message, param=param, code=code)
 
 
-def of(error: BaseException, fields: Mapping[str, object] | None = None) -> ApiError:
+def of(error: BaseException, fields: Collection[str] = ()) -> ApiError:
     """Any exception as a client is told of it. `fields`: the body's, of which an OptionError may name one."""
     if isinstance(error, ApiError):
         return error
@@ -87,7 +87,7 @@ def of(error: BaseException, fields: Mapping[str, object] | None = None) -> ApiE
         return invalid(said, code="context_length_exceeded")
     if isinstance(error, UserError):
         first = re.match(r"\w+", said)
-        return invalid(said, first[0] if first and first[0] in (fields or ()) else None)
+        return invalid(said, first[0] if first and first[0] in fields else None)
     if isinstance(error, RecursionError):
         return invalid("the body is nested too deeply")
     if isinstance(error, OutsizeError):

@@ -13,6 +13,7 @@ from outsize.engine.model import Model
 from outsize.engine.service import Limits, Service
 from outsize.errors import UnavailableError
 from outsize.progress import heard
+from outsize.serve.counts import Counts
 from outsize.serve.errors import ApiError
 from outsize.serve.options import ServeOptions
 
@@ -41,7 +42,7 @@ class Host:
         adapters: tuple[str, ...] = (),
     ) -> None:
         self.name, self.options, self.adapters = name, options or ServeOptions(), adapters
-        self.created = int(time.time())
+        self.created, self.counts = int(time.time()), Counts()
         self.state, self.reason = LOADING, ""
         self.progress, self.work = 0.0, "opening"  # how much of what is done
         self._open_model = open_model

@@ -18,6 +18,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from outsize.serve import errors, schema
+from outsize.serve.counts import Counts
 from outsize.serve.errors import ApiError
 from outsize.serve.options import MAX_BODY, ServeOptions
 
@@ -38,6 +39,8 @@ class Call:
     new_tokens: int = 0
     ignored: list[str] = field(default_factory=list)  # fields, with --lenient
     error: str = ""
+    counts: Counts | None = None  # the server's
+    last: float | None = None  # when something of the reply came
 
     @property
     def dialect(self) -> str:
@@ -78,8 +81,7 @@ def post(
         body, call.ignored = schema.read(raw, kind, serving.options.lenient)
         return await handler(call, body)
 
-    names = frozenset(kind.model_fields)
-    return [Route(p, Endpoint(with_body, names), methods=["POST"]) for p in (path, *more)]
+    return [Route(p, Endpoint(with_body, kind), methods=["POST"]) for p in (path, *more)]
 
 
 def get(path: str, handler: Handler, *more: str) -> list[Route]:
@@ -90,8 +92,8 @@ def get(path: str, handler: Handler, *more: str) -> list[Route]:
 class Endpoint:
     """An ASGI application of one function. What it raises becomes an answer in the dialect's shape."""
 
-    def __init__(self, handler: Handler, fields: frozenset[str] = frozenset()) -> None:
-        self._handler, self._fields = handler, dict.fromkeys(fields)
+    def __init__(self, handler: Handler, kind: type[schema.Body] | None = None) -> None:
+        self._handler, self.kind = handler, kind
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = call_of(scope, receive)
@@ -101,7 +103,7 @@ class Endpoint:
             call.status = 499  # nobody is there to be answered
             return
         except Exception as e:
-            response = failed(call, e, self._fields)
+            response = failed(call, e, self.kind)
         await response(scope, receive, send)
 
 
@@ -109,9 +111,9 @@ class Gone(Exception):
     """The client has hung up."""
 
 
-def failed(call: Call, error: Exception, fields: dict[str, None] | None = None) -> Response:
-    """An error as an answer. What is our fault is printed."""
-    told = errors.of(error, fields)
+def failed(call: Call, error: Exception, kind: type[schema.Body] | None = None) -> Response:
+    """An error as an answer, to a body of some kind. What is our fault is printed."""
+    told = errors.of(error, () if kind is None else kind.model_fields)
     if told.status == 500:
         log_traceback(error)
     return refusal(call, told)

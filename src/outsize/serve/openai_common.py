@@ -49,11 +49,11 @@ class StreamWriter:
 
     def __init__(self, head: Head, model: Model, prompt_tokens: int, wants_usage: bool) -> None:
         self.model, self.replies = model, list[Reply]()
-        self._head, self._prompt_tokens, self._wants_usage = head, prompt_tokens, wants_usage
+        self.head, self.prompt_tokens, self._wants_usage = head, prompt_tokens, wants_usage
 
     def chunk(self, choices: list[dict[str, Any]], used: object = None) -> bytes:
         more = {"usage": used} if self._wants_usage else {}
-        return data(self._head.with_choices(choices, more))
+        return data(self.head.with_choices(choices, more))
 
     def silence(self) -> bytes:
         return COMMENT
@@ -61,7 +61,7 @@ class StreamWriter:
     def end(self) -> bytes:
         if not self._wants_usage:
             return DONE
-        return self.chunk([], usage(self.replies, self._prompt_tokens, self.model)) + DONE
+        return self.chunk([], usage(self.replies, self.prompt_tokens, self.model)) + DONE
 
     def failed(self, error: ApiError) -> bytes:
         return data(errors.body(error, errors.OPENAI, "")) + DONE

@@ -1,41 +1,52 @@
-"""Runs what was asked for: from requests to the engine, and from its deltas to events of all choices."""
+"""Runs what was asked for: requests go to the engine, and what comes of all their choices are events."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
-from outsize.engine.service import Answer, Delta, Service
-from outsize.errors import UnavailableError
+from outsize.engine.service import Answer, Service
 from outsize.options import Options
 from outsize.sampling.logprobs import TokenLogprob
-from outsize.serve.ask import Ask
-from outsize.serve.events import CallStart, End, Event, Part
-from outsize.serve.tools.format import Parser, ToolFormat
+from outsize.serve.ask import NONE, Ask
+from outsize.serve.choice import Choice, HeldTokens
+from outsize.serve.errors import invalid
+from outsize.serve.events import Event, Part
+from outsize.serve.token_text import token_bytes
+from outsize.serve.tools.find import format_of
+from outsize.serve.tools.format import ToolFormat
 
 MOST_SEED = 1 << 63
 
 
-async def events(service: Service, *asks: Ask, tools: ToolFormat | None = None) -> Run:
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A request whose prompt is tokens, and the format that its tools are called in."""
+
+    ask: Ask
+    ids: list[int]
+    format: ToolFormat | None
+    echo: Part | None
+
+
+async def events(service: Service, *asks: Ask) -> Run:
     """The events of one or several requests, whose choices are counted through, once all are admitted.
-    Raises OutsizeError where one is not."""
-    answers, choices, size = list[Answer](), list[Choice](), 0
+    Raises OutsizeError, ApiError where one is not."""
+    encoded = [await _encoded(service, ask) for ask in asks]
+    choices = list[Choice]()
     try:
-        for ask in asks:
-            ids = await _ids(service, ask)
-            size += len(ids)
-            shown = await _echo(service, ask, ids) if ask.echo else None
-            for options in each(ask):
-                answers.append(await service.ask(ids, options))
-                parser = tools.parser(len(choices), ask.tools) if tools and ask.tools else None
-                choices.append(Choice(len(choices), answers[-1], parser, shown))
+        for one in encoded:
+            for options in each(one.ask):
+                answer = await service.ask(one.ids, options)
+                choices.append(_choice(service, len(choices), answer, one))
     except BaseException:
-        for answer in answers:
-            answer.cancel()
+        for choice in choices:
+            choice.answer.cancel()
         raise
-    return Run(choices, size)
+    return Run(choices, sum(len(one.ids) for one in encoded))
 
 
 def each(ask: Ask) -> Iterator[Options]:
@@ -43,6 +54,41 @@ def each(ask: Ask) -> Iterator[Options]:
     for i in range(ask.count):
         seed = ask.options.seed
         yield ask.options if seed is None else replace(ask.options, seed=(seed + i) % MOST_SEED)
+
+
+def _choice(service: Service, number: int, answer: Answer, one: Encoded) -> Choice:
+    held = HeldTokens(partial(token_bytes, service.model), one.ask.options.stop)
+    parser = None if one.format is None else one.format.parser(number, one.ask.tools)
+    return Choice(number, answer, held, parser, one.echo)
+
+
+async def _encoded(service: Service, ask: Ask) -> Encoded:
+    ask, form = _with_tools(service, ask)
+    ids = await _ids(service, ask)
+    return Encoded(ask, ids, form, await _echo(service, ask, ids) if ask.echo else None)
+
+
+def _with_tools(service: Service, ask: Ask) -> tuple[Ask, ToolFormat | None]:
+    """The request with its tools among the template's variables, and the grammar that their choice makes.
+    Raises ApiError."""
+    if not ask.tools or ask.tool_choice == NONE:
+        return ask, None
+    form = format_of("\n".join(service.model.pack.chat_templates.values()))
+    if form is None:
+        raise invalid(
+            f"the chat template of {service.model.name} says nothing of tools, or in a format that is not "
+            "known; leave `tools` out",
+            "tools",
+        )
+    options = ask.options
+    grammar = form.grammar(ask.tools, ask.tool_choice, ask.parallel_tools)
+    if options.schema is not None:
+        raise invalid(
+            "a reply cannot both call tools and obey a schema; give one", "response_format"
+        )
+    arguments = {**(options.template_args or {}), "tools": list(ask.tools)}
+    changes = {"grammar": grammar, "show_tokens": form.show_tokens, "template_args": arguments}
+    return replace(ask, options=replace(options, **changes)), form  # type: ignore[arg-type]
 
 
 async def _ids(service: Service, ask: Ask) -> list[int]:
@@ -53,74 +99,18 @@ async def _ids(service: Service, ask: Ask) -> list[int]:
     tokens = [item for item in prompt if isinstance(item, int)]
     if len(tokens) == len(prompt):
         return tokens
-    messages = [item for item in prompt if not isinstance(item, int)]
-    options = ask.options
-    if ask.tools:
-        options = replace(
-            options, template_args={**(options.template_args or {}), "tools": list(ask.tools)}
-        )
-    return await service.encode(messages, options)
+    return await service.encode([item for item in prompt if not isinstance(item, int)], ask.options)
 
 
 async def _echo(service: Service, ask: Ask, ids: Sequence[int]) -> Part:
     """The prompt, as the first part of a reply; the first token has no log-probability."""
+    service.model.tokens.check(ids)
     text = ask.prompt if isinstance(ask.prompt, str) else service.model.tokens.decode(ids)
     top = ask.options.logprobs
     if top is None:
         return Part(0, text)
-    service.model.tokens.check(ids)
     scored = await service.score(ids, top) if len(ids) > 1 else []
     return Part(0, text, tokens=(TokenLogprob(ids[0], math.nan), *scored))
-
-
-class Choice:
-    """One reply on its way: its answer, and what parses its text."""
-
-    def __init__(
-        self, number: int, answer: Answer, parser: Parser | None, echo: Part | None
-    ) -> None:
-        self.number, self.answer = number, answer
-        self._parser, self._echo = parser, echo
-        self._tokens = list[TokenLogprob]()  # that came before the text that they make
-        self._has_calls = False
-
-    async def events(self) -> AsyncIterator[Event]:
-        if self._echo is not None:
-            yield replace(self._echo, choice=self.number)
-        async for delta in self.answer:
-            for event in self._of(delta):
-                yield event
-        for event in self._last():
-            yield event
-        reply, stop = self.answer.reply, self.answer.stop
-        if reply.finish == "cancelled":
-            raise UnavailableError("the server ends; this reply was broken off")
-        called = self._has_calls and reply.finish == "stop"
-        yield End(self.number, "tool_calls" if called else reply.finish, stop, reply)
-
-    def _of(self, delta: Delta) -> Iterator[Event]:
-        self._tokens += delta.tokens
-        if delta.reasoning:
-            yield self._with_tokens(Part(self.number, delta.reasoning, reasoning=True))
-        if delta.text and self._parser is None:
-            yield self._with_tokens(Part(self.number, delta.text))
-        elif delta.text and self._parser is not None:
-            yield from self._parsed(self._parser.push(delta.text))
-
-    def _parsed(self, parts: Iterator[Event]) -> Iterator[Event]:
-        for event in parts:
-            self._has_calls |= isinstance(event, CallStart)
-            yield self._with_tokens(event) if isinstance(event, Part) else event
-
-    def _last(self) -> Iterator[Event]:
-        if self._parser is not None:
-            yield from self._parsed(self._parser.finish())
-        if self._tokens:
-            yield self._with_tokens(Part(self.number, ""))
-
-    def _with_tokens(self, part: Part) -> Part:
-        tokens, self._tokens = tuple(self._tokens), []
-        return replace(part, tokens=tokens) if tokens else part
 
 
 class Run:
@@ -154,7 +144,7 @@ class Run:
                 return found
             event = self._queue.get_nowait()
         if found:
-            self._queue.put_nowait(event)  # nothing comes after it that would be read
+            self._queue.put_nowait(event)  # for the next call: nothing that counts comes after it
         elif isinstance(event, Exception):
             self.cancel()
             raise event

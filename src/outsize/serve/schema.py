@@ -21,6 +21,7 @@ from outsize.serve.errors import ApiError, invalid
 
 DEPTH = 100  # of brackets in brackets
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+PLAIN_TYPES = ("str", "int", "float", "bool")
 B = TypeVar("B", bound="Body")
 
 
@@ -147,6 +148,14 @@ def _check_neutral(path: str, part: Body) -> None:
 def _refusal(errors: list[ErrorDetails]) -> ApiError:
     """What pydantic found, as one sentence about the first field that is wrong."""
     first = errors[0]["loc"]
-    param = ".".join(str(step) for step in first)[:200]
+    param = ".".join(str(step) for step in first if not _is_tag(step))[:200]
     said = "; or ".join(dict.fromkeys(e["msg"] for e in errors if e["loc"][:1] == first[:1]))
     return invalid(f"{param}: {said[:400]}" if param else said[:400], param or None)
+
+
+def _is_tag(step: int | str) -> bool:
+    """Does it name one of several types that a field may have, and no field?"""
+    if isinstance(step, int):
+        return False
+    begins = ("list[", "dict[", "literal[", "constrained-")
+    return step in PLAIN_TYPES or step.startswith(begins) or step[:1].isupper()

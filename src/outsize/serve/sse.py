@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Protocol
 
 from starlette.responses import Response
@@ -53,7 +54,8 @@ def data(value: object, event: str | None = None) -> bytes:
 
 async def gathered(call: Call, run: Run) -> list[Event]:
     """All events of a run. Raises what broke it off, and Gone if the client left."""
-    run_ends, leaves = asyncio.ensure_future(_all(run)), asyncio.ensure_future(gone(call.receive))
+    run_ends = asyncio.ensure_future(_all(call, run))
+    leaves = asyncio.ensure_future(gone(call.receive))
     try:
         await asyncio.wait({run_ends, leaves}, return_when=asyncio.FIRST_COMPLETED)
         if not run_ends.done():
@@ -63,12 +65,15 @@ async def gathered(call: Call, run: Run) -> list[Event]:
         run.cancel()
         run_ends.cancel()
         leaves.cancel()
-    _count(call, run, found)
     return found
 
 
-async def _all(run: Run) -> list[Event]:
-    return [event async for event in run]
+async def _all(call: Call, run: Run) -> list[Event]:
+    found: list[Event] = []
+    while more := await run.some():
+        _count(call, run, more)
+        found += more
+    return found
 
 
 async def gone(receive: Receive) -> None:
@@ -78,6 +83,12 @@ async def gone(receive: Receive) -> None:
 
 
 def _count(call: Call, run: Run, found: list[Event]) -> None:
+    """What came just now."""
+    now = time.perf_counter()
+    if call.counts is not None and any(not isinstance(event, End) for event in found):
+        times = call.counts.first_token if call.last is None else call.counts.gap
+        times.add(now - (call.last or call.started))
+        call.last = now
     call.prompt_tokens = run.prompt_tokens
     call.new_tokens += sum(event.reply.new_tokens for event in found if isinstance(event, End))
 

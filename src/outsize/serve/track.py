@@ -9,21 +9,25 @@ import time
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from outsize.serve.counts import Counts
 from outsize.serve.http import Call, call_of
 from outsize.serve.options import ServeOptions
+
+QUIET = ("/health", "/metrics")  # asked for every few seconds by what watches a server
 
 
 class Track:
     """ASGI middleware, the outermost."""
 
-    def __init__(self, app: ASGIApp, options: ServeOptions) -> None:
-        self._app, self._options = app, options
+    def __init__(self, app: ASGIApp, options: ServeOptions, counts: Counts) -> None:
+        self._app, self._options, self._counts = app, options, counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         call = call_of(scope, receive)
+        call.counts = self._counts
 
         async def marked(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -37,7 +41,11 @@ class Track:
         try:
             await self._app(scope, receive, marked)
         finally:
-            log(call, self._options.json_log)
+            self._counts.requests[call.dialect, call.status] += 1
+            self._counts.tokens["prompt"] += call.prompt_tokens
+            self._counts.tokens["new"] += call.new_tokens
+            if call.request.url.path not in QUIET:
+                log(call, self._options.json_log)
 
 
 def log(call: Call, as_json: bool) -> None:

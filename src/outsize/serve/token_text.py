@@ -1,0 +1,18 @@
+"""A token as bytes and as text."""
+
+from __future__ import annotations
+
+from outsize.engine.model import Model
+
+
+def token_bytes(model: Model, token: int) -> bytes:
+    """What a token adds to a reply: nothing, if it is a control token."""
+    return model.tokens.decode([token]).encode()
+
+
+def token_text(raw: bytes) -> str:
+    """As OpenAI writes tokens: a part of a character as `bytes:\\xf0\\x9f`."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
