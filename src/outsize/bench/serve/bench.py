@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from outsize.errors import UnavailableError
 from outsize.progress import Progress, silent
 
 READY_S = 600.0  # until a server has loaded its model, at most
+NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?")
 FEW, MANY = 4, 36  # words of two prompts whose lengths are compared
 
 
@@ -129,6 +131,12 @@ class Bench:
 
     async def get(self, path: str) -> Exchange:
         return await send(self.address, self.address.request(path, b"", "GET"), self.options.limit)
+
+    async def gauges(self) -> dict[str, float]:
+        """What /metrics says of now, by name; empty: nothing, or not in Prometheus's format."""
+        found = await self.get("/metrics")
+        pairs = (line.split() for line in found.text.splitlines() if line[:1] not in ("#", ""))
+        return {p[0]: float(p[1]) for p in pairs if len(p) == 2 and NUMBER.fullmatch(p[1])}
 
     async def crew(
         self, jobs: Sequence[Callable[[], Awaitable[Exchange]]], at_once: int, what: str

@@ -175,6 +175,8 @@ async def _answer(reader: StreamReader, out: Exchange) -> None:
     if is_stream:
         if not out.ended and not out.error:
             out.error = CUT
+    elif kind.startswith("text/plain"):
+        out.text = rest.decode(errors="replace")
     elif "json" in kind:
         out.payload = json.loads(rest)
         out.note(out.payload, last)

@@ -68,13 +68,13 @@ class Server:
         self._log.seek(0)
         return self._log.read().decode(errors="replace").strip()[-800:]
 
-    def stop(self) -> int:
+    def stop(self, grace_s: float = GRACE_S) -> int:
         """Ask it to end (SIGTERM), and see to it after a while; its exit status."""
         if self._process.poll() is None:
             # The one that listens: a command around it may not pass a signal on.
             _signal(psutil.Process(listener(self.address) or self._process.pid), signal.SIGTERM)
             try:
-                self._process.wait(GRACE_S)
+                self._process.wait(grace_s)
             except subprocess.TimeoutExpired:
                 for process in _tree(self._process.pid)[::-1]:
                     _signal(process, signal.SIGKILL)

@@ -29,7 +29,7 @@ OF_STREAMS = "many", "batch", "soak", "bits"  # differ with the number of client
 # What a load has besides, worth a line for a person.
 NOTES = (
     "ratio", "in_process_tokens_per_s", "later_s", "same_texts", "p95_to_p50", "p99_to_p50", "kept",
-    "largest_gap_s", "first_ratio", "cached_share", "same_text", "left", "next_s", "grown_bytes",
+    "largest_gap_s", "first_ratio", "cached_share", "same_text", "left", "idle_s", "next_s", "grown_bytes",
     "bytes_per_s", "group_peak_bytes", "refused", "refused_s", "late", "statuses", "bad_count", "bad", "slow",
     "differ_company", "differ_later", "differ_no_drafts",
 )  # fmt: skip

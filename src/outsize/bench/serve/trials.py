@@ -26,6 +26,12 @@ STEADY = 5 * MB  # by which memory may differ before and after
 ABANDONED, AT_ONCE = 1000, 16
 SOAK_LONG = 64  # each so many requests of a soak, one has the longest prompt
 MALFORMED, DAMAGED_SHARE = 10_000, 0.2
+BUSY = (
+    "running",
+    "waiting",
+    "requests_processing",
+    "requests_deferred",
+)  # gauges, ours and llama-server's
 REFUSED_S, ANSWERED_S = (
     0.05,
     1.0,
@@ -44,16 +50,29 @@ async def disconnects(bench: Bench, _: int) -> Row:
     )  # until memory is taken that is taken once
     size = await bench.memory.settled()
     left = await _abandon(bench, count, before.seconds)
-    started = time.perf_counter()
+    idle_s = await _until_idle(bench)
     after = await bench.ask(question, o.new_tokens)
     grown = await _grown(bench, size)
     others = Counter(e.error for e in left if e.error and e.error != LEFT)
     return summed([before, after]) | {
         "requests": count, "left": sum(e.error == LEFT for e in left), "errors": dict(others),
-        "next_s": round(time.perf_counter() - started, 5), "alone_s": round(before.seconds, 5),
+        "idle_s": idle_s, "next_s": round(after.seconds, 5), "alone_s": round(before.seconds, 5),
         "grown_bytes": grown, "same_text": after.text == before.text,
         "good": not others and after.text == before.text and (grown or 0) <= STEADY,
     }  # fmt: skip
+
+
+async def _until_idle(bench: Bench) -> float | None:
+    """Seconds until nothing runs or waits any more; None: the server does not say."""
+    started = time.perf_counter()
+    while gauges := await bench.gauges():
+        busy = [value for name, value in gauges.items() if name.endswith(BUSY)]
+        if not busy:
+            return None
+        if not any(busy):
+            return round(time.perf_counter() - started, 5)
+        await asyncio.sleep(0.01)
+    return None
 
 
 async def _abandon(bench: Bench, count: int, reply_s: float) -> list[Exchange]:
