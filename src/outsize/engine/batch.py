@@ -112,11 +112,11 @@ class Batch:
         if not chosen:
             return []
         model, drafting = self._scheduler.transformer, self._scheduler.drafting
-        started = time.perf_counter()
+        started, waited = time.perf_counter(), model.waited_s
         spans = [part for _, part, _ in chosen]
         kvs = [live.request.kv for live, _, _ in chosen]
         outs = run(model, spans, kvs, drafting.step_times, self._scheduler.forward)
-        self._learn(spans, time.perf_counter() - started)
+        self._learn(spans, time.perf_counter() - started, model.waited_s - waited)
         self._scheduler.company.others = max(0, len(self.running) - 1)
         for (live, part, rest), out in zip(chosen, outs, strict=True):
             self._hand_out(live, part, rest, out)
@@ -124,10 +124,10 @@ class Batch:
         self._scheduler.keep_budget()
         return [live.request for live, _, _ in chosen]
 
-    def _learn(self, spans: list[Span], seconds: float) -> None:
+    def _learn(self, spans: list[Span], seconds: float, waited: float) -> None:
         if self._pace is not None:
             prompt = sum(s.num_rows for s in spans if not is_narrow(s))
-            self._pace.saw(prompt, sum(map(is_narrow, spans)), seconds)
+            self._pace.saw(prompt, sum(map(is_narrow, spans)), seconds, waited)
 
     def _hand_out(self, live: Live, part: Span, rest: Span | None, out: Out) -> None:
         """Give a flow what it asked for, once it has all of it."""
@@ -213,10 +213,10 @@ class Batch:
             live.swapped.restore(request.kv, request.seq.limit + spare)
             live.swapped = None
         if live.flow is None:
-            request.kv.give_room(request.seq.limit + spare)
-            if self.prefixes is not None:
-                self.prefixes.use(request, [other.request for other in self.running])
             try:
+                request.kv.give_room(request.seq.limit + spare)
+                if self.prefixes is not None:
+                    self.prefixes.use(request, [other.request for other in self.running])
                 live.flow = self._scheduler.flow(request)
                 live.span = next(iter(first(live.flow)), None)
             except Exception as e:

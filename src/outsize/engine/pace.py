@@ -2,7 +2,7 @@
 
 Decoding replies get a token every step; a step with a slice of a prompt takes longer. So slices are sized by
 what prompt tokens have taken so far. Reading hides computing: where a step waits for the disk anyway, a slice
-that computes no longer costs nothing.
+that computes no longer costs nothing, and every further slice reads all that is not resident again.
 """
 
 from __future__ import annotations
@@ -17,22 +17,24 @@ FIRST = 512  # tokens, before any were seen
 
 @dataclass(slots=True)
 class Pace:
-    """Seconds a prompt's token takes, and what a step takes that has none."""
+    """What steps take, in seconds."""
 
-    token_s: float = 0.0
-    step_s: float = 0.0
+    token_s: float = 0.0  # a prompt's token, computed
+    step_s: float = 0.0  # a step without one
+    read_s: float = 0.0  # a prompt's slice, read from disk: all that is not resident
 
-    def saw(self, tokens: int, rows: int, seconds: float) -> None:
-        """A step ran so many tokens of prompts, and rows of replies."""
+    def saw(self, tokens: int, rows: int, seconds: float, waited: float = 0.0) -> None:
+        """A step ran so many tokens of prompts, and rows of replies; of its time it waited for the disk."""
         if not tokens:
             self.step_s += (LEARN if self.step_s else 1.0) * (seconds - self.step_s)
             return
-        own = max(0.0, seconds - (self.step_s if rows else 0.0)) / tokens
+        other = self.step_s if rows and not waited else 0.0
+        own = max(0.0, seconds - waited - other) / tokens
         self.token_s += (LEARN if self.token_s else 1.0) * (own - self.token_s)
 
     def room(self, replies: int, chunk: int) -> int:
         """Tokens of prompts for the next step, a multiple of `chunk`."""
         if not self.token_s:
-            return max(chunk, FIRST if not replies else chunk)
-        seconds = max(STALL_S if replies else ALONE_S, self.step_s)
-        return max(1, int(seconds / self.token_s) // chunk) * chunk
+            return chunk if replies else max(chunk, FIRST)
+        bar = max(STALL_S, self.step_s) if replies else max(ALONE_S, self.step_s, self.read_s)
+        return max(1, int(bar / self.token_s) // chunk) * chunk

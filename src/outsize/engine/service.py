@@ -18,6 +18,8 @@ from outsize.engine.reply import Reply
 from outsize.engine.request import Request
 from outsize.errors import QueueFullError, UnavailableError
 from outsize.options import Options
+from outsize.plan.make import disk_rate
+from outsize.plan.placement import BY_ROUTER, DISK, Placement
 from outsize.sampling.logprobs import TokenLogprob
 from outsize.text.prompt import Prompt
 
@@ -108,7 +110,8 @@ class Service:
     def __init__(self, model: Model, limits: Limits | None = None) -> None:
         self.model, self.limits = model, limits or Limits()
         prefixes = Prefixes(model.transformer.chunk)
-        self._batch = Batch(model.scheduler, self.limits.streams, Pace(), prefixes)
+        pace = Pace(read_s=_slice_read_s(model.placement))
+        self._batch = Batch(model.scheduler, self.limits.streams, pace, prefixes)
         self._changed = threading.Condition()
         self._arrived, self._answers = list[Answer](), dict[int, Answer]()
         self._is_ending = self._is_closed = False
@@ -237,3 +240,10 @@ class Service:
         for answer in list(self._answers.values()):
             answer.request.seq.finish = answer.request.seq.finish or "cancelled"
             self._end(answer, error)
+
+
+def _slice_read_s(placement: Placement) -> float:
+    """Seconds that reading for a slice of a prompt takes: nearly all experts are asked for."""
+    rate = disk_rate()
+    missing = sum(size for _, tier, size in placement.groups if tier in (DISK, BY_ROUTER))
+    return missing / rate if rate else 0.0
