@@ -99,7 +99,7 @@ class Host:
             raise UnavailableError(f"the model cannot be opened: {e}", 10.0) from e
         self.context = self._model.context
         self.name = self.name if self._was_open else self._model.name
-        self._service = Service(self._model, Limits(self.options.max_queue))
+        self._service = Service(self._model, Limits(self.options.streams, self.options.max_queue))
         self.state, self._was_open, self._asked = READY, True, time.monotonic()
         return self._service
 
