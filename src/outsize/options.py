@@ -47,9 +47,10 @@ class Changes(TypedDict, total=False):
     stop: str | Sequence[str]
     ignore_eos: bool
     logprobs: int | None
-    schema: Mapping[str, object] | None
+    schema: Mapping[str, object] | bool | None
     grammar: str | None
     continue_final: bool
+    show_tokens: str | Sequence[str]
     system: str | None
     raw: bool
     adapter: str | Sequence[str | None] | None
@@ -82,9 +83,7 @@ class Options:
     adapter: str | tuple[str | None, ...] | None = None  # of all prompts, or of each
     special: bool = False  # in a raw prompt, read the names of control tokens as control tokens
     template_args: Mapping[str, object] | None = None  # variables for the chat template
-    continue_final: bool = (
-        False  # go on with the last message, the assistant's, instead of a new one
-    )
+    continue_final: bool = False  # go on with the last message, which is the assistant's
     show_tokens: tuple[str, ...] = ()  # control tokens, by name, that the reply's text shows
 
     def __post_init__(self) -> None:
@@ -103,12 +102,20 @@ class Options:
         for name in ("raw", "special", "ignore_eos", "continue_final"):
             flag(name, getattr(self, name))
         put("logit_bias", _biases(self.logit_bias))
-        put("stop", _strings(self.stop))
+        put("stop", _strings("stop", self.stop))
+        put("show_tokens", _strings("show_tokens", self.show_tokens))
+        put("schema", _schema(self.schema))
         put("adapter", _names(self.adapter))
         if self.template_args is not None:
             mapping("template_args", self.template_args, "a dict with names of variables")
         if any(not s for s in self.stop):
             raise OptionError("stop: an empty string would stop at once; leave it out")
+        if self.grammar is not None:
+            checked_text("grammar", self.grammar)
+            if self.schema is not None:
+                raise OptionError(
+                    "schema and grammar are both given, and a reply obeys one; give one"
+                )
 
     def to_json(self) -> dict[str, object]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -154,11 +161,18 @@ class Options:
         return made
 
 
-def _strings(value: object) -> tuple[str, ...]:
+def _strings(name: str, value: object) -> tuple[str, ...]:
     items = (value,) if isinstance(value, str) else value
     if not isinstance(items, list | tuple) or not all(isinstance(s, str) for s in items):
-        raise wrong("stop", value, "a string or a list of strings")
+        raise wrong(name, value, "a string or a list of strings")
     return tuple(items)
+
+
+def _schema(value: object) -> Mapping[str, object] | None:
+    """A JSON schema; True is the one of any JSON."""
+    if value is None or value is True:
+        return None if value is None else {}
+    return mapping("schema", value, "a JSON schema as a dict, or True for any JSON")
 
 
 def _biases(value: object) -> Mapping[int, float] | None:
@@ -201,6 +215,7 @@ class LoadChanges(TypedDict, total=False):
     quiet: bool
     experts: str | None
     draft: str
+    grammars: bool
     adapters: Mapping[str, str | PathLike[str]] | None
     defaults: Collection[str]
 
@@ -224,6 +239,9 @@ class LoadOptions:
     quiet: bool = False
     experts: str | None = None  # None: what `bench cache --write-config` chose, or the default
     draft: str = "auto"
+    grammars: bool = (
+        False  # room in the plan for replies that obey a schema or a grammar, and for tools
+    )
     adapters: Mapping[str, Path] = field(default_factory=dict)  # LoRA files, by names for requests
     # Names of these that are defaults (of the environment or config.toml): left out where they do not apply.
     defaults: Collection[str] = ()
@@ -242,7 +260,7 @@ class LoadOptions:
             word(name, getattr(self, name))
         if self.experts is not None:
             word("experts", self.experts)
-        for name in ("force", "native", "quiet"):
+        for name in ("force", "native", "quiet", "grammars"):
             flag(name, getattr(self, name))
         given: object = {} if self.adapters is None else self.adapters
         pairs = mapping("adapters", given, "a dict of names and paths")

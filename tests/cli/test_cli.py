@@ -237,3 +237,37 @@ def test_an_interrupted_reply_is_shown_and_accounted(
     assert len(shown.out) > 1
     assert "tokens at" in shown.err
     assert "50 tokens" not in shown.err
+
+
+def test_a_schema_or_a_grammar_that_the_answer_obeys(tiny: str, tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"a": {"const": "ä"}}, "required": ["a"]}
+    file, grammar = tmp_path / "schema.json", tmp_path / "grammar.lark"
+    file.write_text("\ufeff" + json.dumps(schema | {"additionalProperties": False}))
+    grammar.write_text('start: "yes" | "no"')
+    for given in (file.read_text().removeprefix("\ufeff"), str(file)):
+        done = outsize("run", tiny, "hi", "-q", "--schema", given)
+        assert (done.returncode, json.loads(done.stdout)) == (0, {"a": "ä"})
+    done = outsize("run", tiny, "hi", "-q", "--grammar", str(grammar))
+    assert done.stdout in ("yes\n", "no\n")
+    told = json.loads(
+        outsize("run", tiny, "hi", "--json", "-q", "--schema", "true", "-n", "4").stdout
+    )
+    assert told["options"]["schema"] == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--schema", "{oops"], "--schema is not JSON"),
+        (["--schema", "{" + '"a":{' * 100_000], "--schema is nested too deeply"),
+        (["--schema", "missing.json"], "--schema 'missing.json' cannot be read: No such file"),
+        (["--schema", '{"type": "hiccup"}'], "the schema cannot be used: Invalid type: hiccup"),
+        (["--grammar", "missing.lark"], "--grammar 'missing.lark' cannot be read: No such file"),
+        (["--schema", "{}", "--grammar", __file__], "schema and grammar are both given"),
+        (["--grammar", __file__], "the grammar cannot be used"),
+    ],
+)
+def test_what_is_no_schema(words: list[str], said: str, tiny: str) -> None:
+    done = outsize("run", tiny, "hi", "-q", *words)
+    assert done.returncode == 2
+    assert said in done.stderr

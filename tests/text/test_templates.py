@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from outsize.cli.flags import parse_arguments
+from outsize.cli.values import parse_arguments
 from outsize.errors import OptionError, TemplateError
 from outsize.pack.format import Pack
 from outsize.text import template as templates

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from outsize.cli.console import text_of
+from outsize.cli.values import parse_arguments, parse_grammar, parse_schema
 from outsize.errors import OptionError
 
 
@@ -49,26 +49,6 @@ def named_adapters(given: Sequence[str] | None) -> dict[str, Path]:
     return out
 
 
-WORDS = {"True": "true", "TRUE": "true", "False": "false", "FALSE": "false", "None": "null"}
-
-
-def parse_arguments(given: Sequence[str]) -> dict[str, object] | None:
-    """Variables for the chat template from KEY=VALUE texts; a value that is JSON, or True, False or None, is
-    what it says. Raises OptionError."""
-    made: dict[str, object] = {}
-    for text in given:
-        key, equals, value = text.partition("=")
-        if not equals or not key.isidentifier():
-            raise OptionError(f"--template-arg is {text!r}; KEY=VALUE is expected")
-        try:
-            made[key] = json.loads(WORDS.get(value, value))
-        except (ValueError, RecursionError):
-            made[key] = value
-        if key.startswith("enable_") and not isinstance(made[key], bool):
-            raise OptionError(f"--template-arg is {text!r}; {key} is true or false")
-    return made or None
-
-
 Texts = list[str] | None
 ADAPTER = "--adapter", "A LoRA adapter, NAME=PATH (repeatable; the first is used)."
 # By field of `LoadOptions` (opens a model) and of `Options` (a request).
@@ -102,6 +82,13 @@ FLAGS = {
     "stop": Flag(
         "--stop", "Stop before this text (repeatable).",
         Texts, lambda given: tuple(map(text_of, given or ())),
+    ),
+    "schema": Flag(
+        "--schema", "A JSON schema that the answer obeys: a file, or JSON; {}: any JSON.", str, parse_schema,
+        "FILE|JSON",
+    ),
+    "grammar": Flag(
+        "--grammar", "A Lark grammar (llguidance's) that the answer obeys.", str, parse_grammar, "FILE"
     ),
     "system": Flag("--system", "System prompt.", read=lambda s: None if s is None else text_of(s)),
     "raw": Flag("--raw/--no-raw", "The prompt as it is: no chat template."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -34,6 +35,7 @@ def run(
 
     name, prompt = understand(arguments or [], model)
     check_use(given, load, display, prompt is not None)
+    load = replace(load, grammars=request.schema is not None or request.grammar is not None)
     if prompt is None:
         talk.chat(name, load, request, display)
     else:

@@ -161,6 +161,10 @@ class AutoDraft(Drafter):
             self._mtp.predict(states, kept[-1]) if self._mtp and states is not None else ()
         )
 
+    def skip(self) -> None:
+        self._account()
+        self._ready = ()
+
     def close(self) -> None:
         """Hand on what this sequence found."""
         self._stats.text.learn(self._text)

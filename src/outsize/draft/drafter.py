@@ -38,6 +38,9 @@ class Drafter(ABC):
     def observe(self, draft: Draft, kept: Sequence[int], out: Out) -> None:  # noqa: B027
         """Learn from the last step: its draft, the tokens that it yielded and its outputs."""
 
+    def skip(self) -> None:  # noqa: B027
+        """The next step runs without a draft of this drafter's: its tokens are known from elsewhere."""
+
     def close(self) -> None:  # noqa: B027
         """The sequence has ended."""
 

@@ -45,8 +45,9 @@ class Drafting:
         """Slots of keys and values behind a sequence, for what is drafted and not kept."""
         return 0 if self.spec.kind == "none" else SPARE
 
-    def new(self, sampler: Sampler, company: Company | None = None) -> tuple[Drafter, Check]:
-        """A drafter, and what checks its drafts; `company`: who shares its steps."""
+    def new(self, sampler: Sampler | None, company: Company | None = None) -> tuple[Drafter, Check]:
+        """A drafter, and what checks its drafts; `company`: who shares its steps. Without a sampler
+        drafts are kept where picks agree, whatever the specification says."""
         kind, k = self.spec.kind, self.spec.k
         if kind == "auto":
             return AutoDraft(self.draft_stats, company), verify
@@ -56,7 +57,7 @@ class Drafting:
             return MtpDraft(self.mtp, k or self.mtp.k, self.spec.layout), verify
         if self.model is None:
             return NoDraft(), verify
-        if self.spec.verify == "pick":
+        if sampler is None or self.spec.verify == "pick":
             return ModelDraft(self.model, k or 4), verify
         drafter = ModelDraft(self.model, k or 4, sampler)
         return drafter, rejecting(sampler, lambda: drafter.drawn_from)

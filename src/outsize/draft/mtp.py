@@ -91,3 +91,6 @@ class MtpDraft(Drafter):
     def observe(self, draft: Draft, kept: Sequence[int], out: Out) -> None:
         states = block_of(draft, len(kept) - 1, out)
         self._ready = () if states is None else self._model.predict(states, kept[-1])
+
+    def skip(self) -> None:
+        self._ready = ()

@@ -13,11 +13,13 @@ Shapes: K positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from torch import Tensor
 
 from outsize.draft.drafter import Draft
+from outsize.sampling.constraint import Constraint
 from outsize.sampling.probs import Probs
 from outsize.sampling.sample import Sampler
 
@@ -27,12 +29,27 @@ Check = Callable[[Draft, Tensor, Sequence[int], Pick], list[int]]  # with logits
 
 def verify(draft: Draft, logits_KV: Tensor, tokens: Sequence[int], pick: Pick) -> list[int]:
     """One to K new tokens. `pick` is called once for each of them."""
+    return _agreed(draft, logits_KV, tokens, pick, None)
+
+
+def verifying(constraint: Constraint) -> Check:
+    """`verify`, to the token with which a constraint is complete."""
+    return partial(_agreed, constraint=constraint)
+
+
+def _agreed(
+    draft: Draft,
+    logits_KV: Tensor,
+    tokens: Sequence[int],
+    pick: Pick,
+    constraint: Constraint | None,
+) -> list[int]:
     known, kept = list(tokens), []
     for logits_V, drafted in zip(logits_KV, (*draft.tokens, None), strict=True):
         token = pick(logits_V, known)
         known.append(token)
         kept.append(token)
-        if token != drafted:
+        if token != drafted or (constraint is not None and constraint.is_stopped):
             break
     return kept
 

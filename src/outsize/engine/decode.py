@@ -13,6 +13,7 @@ from outsize.draft.drafter import Draft, Drafter
 from outsize.draft.verify import Check, Pick
 from outsize.forward.span import Out, Span
 from outsize.model.lora import Adapter
+from outsize.sampling.constraint import Constraint
 
 
 @dataclass(slots=True)
@@ -24,6 +25,7 @@ class Sequence:
     limit: int  # tokens in all
     ends: frozenset[int]  # ids that end the text
     finish: str | None = None
+    constraint: Constraint | None = None  # what the text obeys; where it is complete, the text ends
 
     @property
     def new_tokens(self) -> list[int]:
@@ -33,14 +35,18 @@ class Sequence:
         """Take tokens until one ends the text or the room is used up; none after the end."""
         if self.finish is not None:
             return
+        rule = self.constraint
+        ended = "length" if rule is not None and rule.problem else "stop"
         for token in kept:
             if token in self.ends:
-                self.finish = "stop"
+                self.finish = ended
                 return
             self.tokens.append(token)
             if len(self.tokens) >= self.limit:
                 self.finish = "length"
-                return
+                break
+        if rule is not None and rule.is_stopped and self.tokens[-len(kept) :] == kept:
+            self.finish = ended
 
 
 @dataclass(slots=True)

@@ -33,6 +33,7 @@ from outsize.storage.stats import IOStats
 from outsize.system import memory
 from outsize.text.channels import PLAIN, format_of
 from outsize.text.detokenize import Stream
+from outsize.text.grammar import Grammars
 from outsize.text.prompt import Prompt, encode
 from outsize.text.template import Messages
 from outsize.text.tokens import Tokens
@@ -46,6 +47,7 @@ class Model:
         self.pack, self.tokens, self.scheduler = pack, tokens, scheduler
         templates = "\n".join(pack.chat_templates.values())
         self._format = format_of(tokens, templates) if templates else PLAIN
+        self._grammars = Grammars(tokens, pack.eos)
 
     @property
     def name(self) -> str:
@@ -216,8 +218,9 @@ class Model:
         stops = [self.tokens.control(stop) for stop in options.stop]
         ends = frozenset() if options.ignore_eos else frozenset(self.pack.eos)
         ends |= {i for i in stops if i is not None}
-        seq = decode.Sequence(list(ids), len(ids), limit, ends)
         form = PLAIN if options.raw else self._format.after(self.tokens, ids)
+        constraint = self._grammars.constraint(options, form)
+        seq = decode.Sequence(list(ids), len(ids), limit, ends, constraint=constraint)
         stream, name = Stream(self.tokens, options.stop, form), options.adapter_of(0)
         self.scheduler.adapter(name)
         cached = 0 if prefix is None else prefix.shared(ids, name)

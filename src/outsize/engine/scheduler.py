@@ -11,6 +11,7 @@ import torch
 
 from outsize.draft.drafter import Company
 from outsize.draft.load import Drafting
+from outsize.engine.choosing import chooser
 from outsize.engine.decode import decode
 from outsize.engine.drive import Flow
 from outsize.engine.reply import Reply, Usage, account
@@ -23,7 +24,6 @@ from outsize.log import warn
 from outsize.model.lora import Adapter
 from outsize.model.transformer import Transformer
 from outsize.plan.placement import Placement
-from outsize.sampling.sample import Sampler
 from outsize.storage.stats import IOStats
 from outsize.system import memory
 
@@ -89,10 +89,9 @@ class Scheduler:
 
     def flow(self, request: Request) -> Flow:
         """What a request asks of each step. Raises OptionError for an adapter that is not loaded."""
-        options = request.options
-        assert options.seed is not None
-        request.sampler = sampler = Sampler(options, options.seed)
-        drafts, adapter = self.drafting.new(sampler, self.company), self.adapter(request.adapter)
+        constraint, adapter = request.seq.constraint, self.adapter(request.adapter)
+        sampler, drafts = chooser(request.options, self.drafting, constraint, self.company)
+        request.sampler = sampler
         return decode(request.seq, drafts, sampler, request.drafts, request.cached, adapter)
 
     def keep_budget(self) -> None:

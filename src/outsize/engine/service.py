@@ -32,7 +32,7 @@ WATCH_S = 0.02  # between looks at what a drain waits for
 class Limits:
     """What a service takes on."""
 
-    streams: int = 8  # replies that are computed at once
+    streams: int | None = None  # replies that are computed at once; None: as many as were planned
     max_queue: int = 64  # requests that wait beside them; more are refused
 
 
@@ -108,10 +108,11 @@ class Service:
     """Runs the requests of many asyncio tasks on one model, with continuous batching."""
 
     def __init__(self, model: Model, limits: Limits | None = None) -> None:
-        self.model, self.limits = model, limits or Limits()
+        self.model, limits = model, limits or Limits()
+        self.streams, self.max_queue = limits.streams or model.placement.streams, limits.max_queue
         prefixes = Prefixes(model.transformer.chunk)
         pace = Pace(read_s=_slice_read_s(model.placement))
-        self._batch = Batch(model.scheduler, self.limits.streams, pace, prefixes)
+        self._batch = Batch(model.scheduler, self.streams, pace, prefixes)
         self._changed = threading.Condition()
         self._arrived, self._answers = list[Answer](), dict[int, Answer]()
         self._is_ending = self._is_closed = False
@@ -182,11 +183,11 @@ class Service:
             raise UnavailableError(
                 "the server ends, and takes no more requests; ask again later", 5.0
             )
-        waiting = len(self._answers) - self.limits.streams
-        if waiting >= self.limits.max_queue:
-            after = self._request_s * (waiting + 1) / self.limits.streams
+        waiting = len(self._answers) - self.streams
+        if waiting >= self.max_queue:
+            after = self._request_s * (waiting + 1) / self.streams
             raise QueueFullError(
-                f"the server is busy: {self.limits.streams} requests run and {waiting} wait, and no more may "
+                f"the server is busy: {self.streams} requests run and {waiting} wait, and no more may "
                 "(--max-queue); ask again later",
                 min(LONGEST_RETRY_S, max(1.0, after)),
             )

@@ -91,7 +91,8 @@ def decide(
 ) -> Placement:
     """The placement for a budget of `size` bytes; with `--draft auto` also the kind of drafter: the best that
     brings more than its memory takes from weights. Raises BudgetError, ContextError."""
-    outline = replace(outline, streams=options.streams)
+    grammars = options.streams if options.grammars else 0
+    outline = replace(outline, streams=options.streams, grammars=grammars)
     longest, context = outline.description.context, options.context
     if context is not None and context > longest:
         raise ContextError(f"context is {context:,}; this model holds from 2 to {longest:,} tokens")

@@ -21,7 +21,10 @@ from outsize.weights.rows import IN_FLIGHT as ROWS_IN_FLIGHT
 
 FRAGMENTS = 1.8  # what an allocator holds for a byte in use, among sizes as mixed as these
 TEMPLATE_BYTES = 15_000_000  # of the process that renders chat templates
-DRAFT = "draft model"
+DRAFT, GRAMMARS = "draft model", "grammars"
+# Of grammars: the library; a token of the vocabulary (290 while the tables are made, at 49 k and at 152 k
+# tokens, 180 afterwards); a reply's grammar of 20 tools with 10 parameters each.
+GRAMMAR_BASE, GRAMMAR_TOKEN, GRAMMAR_REPLY = 6_000_000, 290, 1_200_000
 STREAM_TOKENS = 512  # of context that each further reply at once is planned for; beyond, some wait
 
 
@@ -77,6 +80,7 @@ def fixed_costs(o: Outline, runtime: int, tokenizer: int, context: int) -> dict[
         ),
         **({"drafting": o.drafting} if o.drafting else {}),
         **({TEMPLATE: TEMPLATE_BYTES} if o.has_template else {}),
+        **({GRAMMARS: grammar_bytes(o)} if o.grammars else {}),
         **({"cache policy": policy_bytes(o)} if routed(o) else {}),
         **({"copies of experts": o.copies} if o.copies else {}),
         "scratch": max(
@@ -86,6 +90,12 @@ def fixed_costs(o: Outline, runtime: int, tokenizer: int, context: int) -> dict[
             *(ROWS_IN_FLIGHT * t.stride for t in rows),
         ),
     }
+
+
+def grammar_bytes(o: Outline) -> int:
+    """What llguidance takes at most to have replies obey schemas and grammars."""
+    tables = GRAMMAR_BASE + GRAMMAR_TOKEN * o.description.vocab_size
+    return tables + GRAMMAR_REPLY * o.grammars
 
 
 def policy_bytes(o: Outline) -> int:

@@ -204,7 +204,18 @@ def place(
     groups = tuple(g for t in o.tables for g in _tiers(o, t, shares[t.name]))
     stored = kv_tokens(o, chosen) + spare // token_bytes(o)
     opening = opening_peak(o, runtime)
-    return Placement(budget, chosen, least, fixed, shares, groups, stored, tuple(notes), opening)
+    return Placement(
+        budget,
+        chosen,
+        least,
+        fixed,
+        shares,
+        groups,
+        stored,
+        tuple(notes),
+        opening,
+        streams=o.streams,
+    )
 
 
 def _stream(o: Outline, room: int) -> dict[str, Share]:

@@ -27,6 +27,7 @@ class Placement:
     notes: tuple[str, ...] = field(default=())
     opening: int = 0  # the peak while the model is opened
     drafts: str = "none"  # the kind of drafter that there is room for
+    streams: int = 1  # replies that are computed at once
 
     @property
     def held(self) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from outsize.errors import OptionError
 from outsize.options import Options
+from outsize.sampling.constraint import Constraint
 from outsize.sampling.logprobs import TokenLogprob, logprob_of
 from outsize.sampling.probs import Probs
 
@@ -76,6 +77,7 @@ def probs(logits_V: Tensor, options: Options) -> Probs:
     order = part[np.lexsort((part, -logits[part]))]  # ties by id, so that a seed is enough
     prob = np.exp(logits[order] - logits[order[0]])
     prob = keep_min_p(keep_top_p(keep_top_k(prob, options.top_k), options.top_p), options.min_p)
+    prob = prob[: np.count_nonzero(prob)]  # impossible ones are not drawn, however a sum is rounded
     return Probs(order[: len(prob)], prob ** (1 / options.temperature))
 
 
@@ -83,8 +85,9 @@ class Sampler:
     """The draws of one sequence; called with logits (V,) and the tokens so far, it picks the next.
     `logprobs` has what was picked so far, if the options ask for it."""
 
-    def __init__(self, options: Options, seed: int) -> None:
-        self._options = options
+    def __init__(self, options: Options, seed: int, constraint: Constraint | None = None) -> None:
+        """`constraint`: what the tokens must obey; it is advanced by those that are picked."""
+        self._options, self._constraint = options, constraint
         self.random = np.random.Generator(np.random.PCG64(seed))
         self.logprobs: list[TokenLogprob] = []
         neutral = options.repeat_penalty == 1.0
@@ -94,7 +97,10 @@ class Sampler:
         return probs(self._penalized(logits_V, tokens), self._options)
 
     def __call__(self, logits_V: Tensor, tokens: Sequence[int]) -> int:
-        token = self._pick(logits_V, tokens)
+        rule = self._constraint
+        token = self._pick(logits_V if rule is None else rule.mask(logits_V), tokens)
+        if rule is not None:
+            rule.advance(token)
         if self._options.logprobs is not None:
             self.logprobs.append(logprob_of(logits_V, token, self._options.logprobs))
         return token

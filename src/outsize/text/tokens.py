@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
 from tokenizers import Tokenizer, normalizers
 
 from outsize.checkpoint.tokenizer_json import refusing_panics
 from outsize.errors import CheckpointError, OptionError
+from outsize.text.token_bytes import of_tokenizer
 from outsize.text.untrusted import BREAK, Marks
 
 TAGS = (
     ("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"),
     ("<thinking>", "</thinking>"), ("<reasoning>", "</reasoning>"),
 )  # fmt: skip
+# Plain tokens of some vocabularies that mark calls of tools, as control tokens do in others.
+TOOL_MARKS = (
+    "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[/TOOL_CALLS]", "[ARGS]", "[CALL_ID]",
+    "<start_function_call>", "<end_function_call>", "<escape>",
+)  # fmt: skip
 # Tokens of turns that some tokenizers do not call special (DeepSeek's distillations: <｜User｜>).
 LOOKS = re.compile(r"<\|[^|]*\|>|<｜[^｜]*｜>")
+MARKERS = frozenset([*TOOL_MARKS, *(tag for pair in TAGS for tag in pair)])
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -134,6 +142,27 @@ class Tokens:
     def knows(self, name: str) -> bool:
         """Is this one token of the vocabulary?"""
         return self._tokenizer.token_to_id(name) is not None
+
+    @property
+    def count(self) -> int:
+        """Ids that a model can give: rows of its embedding, or of the vocabulary."""
+        found: int = self._tokenizer.get_vocab_size()
+        return self._rows or found
+
+    @cached_property
+    def bytes_of(self) -> Callable[[int], bytes]:
+        """What gives the bytes of a token id, of a control token its name's. Raises UnsupportedError."""
+        return of_tokenizer(self._tokenizer)
+
+    @cached_property
+    def added(self) -> dict[int, str]:
+        """Tokens that are found in a text as they stand, control tokens among them, by id."""
+        return {i: t.content for i, t in self._tokenizer.get_added_tokens_decoder().items()}
+
+    def is_marker(self, name: str) -> bool:
+        """Is this a token that marks a part of a reply: a control token, or one of reasoning or tools?"""
+        token = self._tokenizer.token_to_id(name)
+        return token in self._control or (token in self.added and name in MARKERS)
 
 
 def _cannot_encode(problem: str) -> OptionError:

@@ -1,0 +1,39 @@
+"""How one sequence's tokens are chosen: a sampler, a drafter, what checks its drafts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from outsize.draft.drafter import Company, Drafter
+from outsize.draft.forced import ForcedDraft
+from outsize.draft.load import Drafting
+from outsize.draft.verify import Check, verifying
+from outsize.options import Options
+from outsize.sampling.constraint import Constraint
+from outsize.sampling.sample import Sampler
+
+
+class Chooser(NamedTuple):
+    """What `decode` takes."""
+
+    sampler: Sampler
+    drafts: tuple[Drafter, Check]
+
+
+def chooser(
+    options: Options,
+    drafting: Drafting,
+    constraint: Constraint | None = None,
+    company: Company | None = None,
+) -> Chooser:
+    """Of one sequence, whose options have a seed; `company`: who shares its steps. A constraint follows every
+    pick: under one, drafts are checked by picks, also where `verify=rejection` is asked for. What it forces
+    is drafted, but not under `draft=none`."""
+    assert options.seed is not None
+    sampler = Sampler(options, options.seed, constraint)
+    if constraint is None:
+        return Chooser(sampler, drafting.new(sampler, company))
+    drafter, _ = drafting.new(None, company)
+    if drafting.spec.kind != "none":
+        drafter = ForcedDraft(constraint, drafter)
+    return Chooser(sampler, (drafter, verifying(constraint)))
