@@ -23,7 +23,7 @@ FIGURES = {
     "chat": "--loads one,idle --chat --in-process --requests 20 --context 1024",
     "gaps": "--loads many --streams 8 --requests 32 --repeats 5 --context 1024",
     "long": "--loads long --repeats 5 --streams 8 --context 4608",
-    "prefix": "--loads prefix --chat --repeats 3 --streams 8 --context 4096",
+    "prefix": "--loads prefix --chat --repeats 3 --streams 2 --context 4096",
     "disconnects": "--loads disconnects --chat --streams 8 --context 1024",
     "overload": "--loads overload --streams 8 --context 1024 --serve '--max-queue 32'",
     "hostile": "--loads hostile --chat --streams 8 --context 1024",

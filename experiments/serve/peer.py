@@ -48,7 +48,7 @@ def theirs(a: argparse.Namespace, cap: int) -> Server:
     port, slots = free_port(), max(a.streams)
     words = [a.server, "-m", a.model, "--host", LOOPBACK, "--port", str(port), "-np", str(slots)]
     words += ["-c", str(slots * a.context), "-t", str(a.threads), "--no-ui", "--cache-ram", "0"]
-    words += ["--no-repack"] * (cap > 0) + shlex.split(a.theirs)
+    words += ["--no-repack"] * (cap > 0 and not a.as_it_comes) + shlex.split(a.theirs)
     return Server([*prefix(a, cap), *words], Address(LOOPBACK, port))
 
 
@@ -95,6 +95,7 @@ def main() -> None:
         __doc__, "model", wrap=WRAP, server=str, pairs=3, streams=[1, 4, 16], shares=[0.0], context=1024,
         requests=(32, "of each number of streams, in all"), new=(96, "tokens of a reply"), threads=2,
         limit=1800.0, ours=("", "more flags of ours, as one text"), theirs=("", "and of theirs"),
+        as_it_comes=(False, "llama-server without --no-repack, under a cap, too"),
     )  # fmt: skip
     sides: tuple[Side, Side] = ours, theirs
     for share in a.shares:

@@ -117,7 +117,8 @@ def test_what_is_not_a_refusal() -> None:
     case = Case("a", b"")
     for status, good in ((200, False), (400, True), (413, True), (500, False), (0, False)):
         assert trials.is_refusal(case, Exchange(status=status)) is good
-    assert trials.is_refusal(Case("a", b"", True), Exchange())
+    assert trials.is_refusal(Case("a", b"", may_close=True), Exchange())
+    assert trials.is_refusal(Case("a", b"", is_sound=True), Exchange(status=200))
 
 
 def test_a_load_that_takes_too_long_is_ended(served: Running) -> None:

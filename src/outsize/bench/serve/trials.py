@@ -53,9 +53,10 @@ async def disconnects(bench: Bench, _: int) -> Row:
     idle_s = await _until_idle(bench)
     after = await bench.ask(question, o.new_tokens)
     grown = await _grown(bench, size)
-    others = Counter(e.error for e in left if e.error and e.error != LEFT)
+    others = Counter(e.error for e in left if e.error and e.error != LEFT and e.status != 429)
     return summed([before, after]) | {
-        "requests": count, "left": sum(e.error == LEFT for e in left), "errors": dict(others),
+        "requests": count, "left": sum(e.error == LEFT for e in left),
+        "refused": sum(e.status == 429 for e in left), "errors": dict(others),
         "idle_s": idle_s, "next_s": round(after.seconds, 5), "alone_s": round(before.seconds, 5),
         "grown_bytes": grown, "same_text": after.text == before.text,
         "good": not others and after.text == before.text and (grown or 0) <= STEADY,
@@ -184,7 +185,9 @@ async def hostile(bench: Bench, _: int) -> Row:
 
 
 def is_refusal(case: Case, found: Exchange) -> bool:
-    return 400 <= found.status < 500 or (case.may_close and not found.status)
+    if not found.status:
+        return case.may_close
+    return 400 <= found.status < 500 or (case.is_sound and found.status == 200)
 
 
 async def _refused(bench: Bench, asked: list[Case], at_once: int) -> list[tuple[Case, Exchange]]:
