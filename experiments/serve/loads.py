@@ -21,7 +21,7 @@ FIGURES = {
     "http": "--loads one,batch --in-process --requests 9 --streams 8 --context 1024",
     "idle": "--loads idle --in-process --context 1024",
     "chat": "--loads one,idle --chat --in-process --requests 20 --context 1024",
-    "gaps": "--loads many --streams 8 --requests 32 --repeats 5 --context 1024",
+    "gaps": "--loads many --streams 8 --requests 24 --new-tokens 256 --repeats 5 --context 1024",
     "long": "--loads long --repeats 5 --streams 8 --context 4608",
     "prefix": "--loads prefix --chat --repeats 3 --streams 2 --context 4096",
     "disconnects": "--loads disconnects --chat --streams 8 --context 1024",

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from outsize.bench.serve import show, trials
+from outsize.bench.serve import hostile, show, trials
 from outsize.bench.serve.bench import Bench
 from outsize.bench.serve.client import Address, Exchange
 from outsize.bench.serve.hostile import Case, cases, damaged, mutants
@@ -95,7 +95,10 @@ def test_overload_is_refused_at_once(serve: Serving) -> None:
     assert row["refused"] < row["requests"] == 40
 
 
-def test_hostile_requests_are_all_answered(served: Running) -> None:
+def test_hostile_requests_are_all_answered(
+    served: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hostile, "LONG", 20_000)
     (row,) = measured(served, loads="hostile", requests=250)
     assert row["requests"] == 250
     assert row["same_text"]

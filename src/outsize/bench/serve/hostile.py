@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from outsize.bench.serve.bodies import BODIES, CHAT, COMPLETIONS, body_of
 from outsize.bench.serve.client import Address
 
-DEEP, DIGITS, LARGE, MANY = 50_000, 5_000, 1 << 20, 1_000_000
+DEEP, DIGITS, LARGE, MANY, LONG = 50_000, 5_000, 1 << 20, 1_000_000, 1_200_000
 SOUND = "pattern bomb", "schema that is a loop"
 PATHS = tuple(BODIES)
 HUGE = 10**4000  # Python writes no number of more than 4,300 digits
@@ -92,7 +92,7 @@ def _fields(address: Address, model: str) -> Iterator[Case]:
         "a tool that is not there": {"tools": [_tool("a")], "tool_choice": _tool("b")},
         "line ends in the model's name": {"model": "a\r\nX-Evil: 1\r\n\r\n"},
         "a path as model": {"model": "../../etc/passwd"}, "an image": {"messages": [_image()]},
-        "long": {"messages": [{"role": "user", "content": "river " * 1_200_000}]},
+        "long": {"messages": [{"role": "user", "content": "river " * LONG}]},
         "fields that do not exist": {f"field{i}": i for i in range(999)},
     }  # fmt: skip
     for name, changes in changed.items():
