@@ -158,6 +158,24 @@ def test_training_multiplies_in_bf16_where_that_is_quick(monkeypatch: pytest.Mon
         assert matmul_type(torch.device("cuda")) == torch.bfloat16
 
 
+def test_training_leaves_cudnns_attention_out(
+    open_tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gradients can be NaN where the loss is a number; the setting is the process's, and put back."""
+    plain, seen = trainable.scaled_dot_product_attention, []
+
+    def spy(*args: torch.Tensor, scale: float) -> torch.Tensor:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return plain(*args, scale=scale)
+
+    monkeypatch.setattr(trainable, "scaled_dot_product_attention", spy)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    task_of(twin_of(open_tiny("llama", "int8"))).loss(0, slice(None)).backward()
+    assert seen
+    assert not any(seen)
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
 def test_a_walk_counts_steps_as_decoding_takes_them() -> None:
     found = Simulated()
     found.add([2, 0, 1, 0, 0], k=2)

@@ -32,6 +32,6 @@ def test_the_queue_says_what_it_would_run() -> None:
         check=True,
     )
     steps = [line.split(",")[0] for line in done.stdout.splitlines() if line.startswith("# ")]
-    assert steps == ["# tests", "# memory", "# drafter", "# cut"]
+    assert steps == ["# tests", "# memory", "# drafter", "# cut", "# held-out"]
     assert "adapt masks" in done.stdout
     assert not done.stderr

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 
 from outsize.errors import UnsupportedError
@@ -28,6 +29,8 @@ from outsize.weights.load import load
 from outsize.weights.rows import RowTable
 
 ROWS = 4096  # of a row table decoded at once
+# Not cuDNN's: its gradients are NaN for some heads with large scores (Qwen2.5 on an H100, torch 2.11).
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 Stored = tuple[Tensor, Tensor]  # one layer's keys and values, (B, J, S, E) each
 
 
@@ -188,7 +191,8 @@ class TrainableModel:
         keys, values = (k, v) if past is None else joined(past, (k, v))
         group = d.num_heads // d.num_kv_heads
         keys, values = (t.repeat_interleave(group, dim=1) for t in (keys, values))
-        out = scaled_dot_product_attention(q, keys, values, mask, scale=d.attn_scale)
+        with sdpa_kernel(ATTENTION):
+            out = scaled_dot_product_attention(q, keys, values, mask, scale=d.attn_scale)
         out = out.transpose(1, 2).flatten(2)
         out = self._linear(out, i, "o", ("o",), deltas)
         return out + weights["o_bias"] if d.o_bias else out, (k, v)

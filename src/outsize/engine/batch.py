@@ -184,12 +184,14 @@ class Batch:
 
     def _admit(self) -> None:
         """Begin what waits, in order, as far as there is room."""
-        self.waiting.sort(key=lambda live: live.number)
-        while self.waiting and (self._streams is None or len(self.running) < self._streams):
-            live = self.waiting[0]
-            if self._is_coming(live) or not self._has_room(live.need):
+        for live in sorted(self.waiting, key=lambda live: live.number):
+            if self._streams is not None and len(self.running) >= self._streams:
                 return
-            self.waiting.pop(0)
+            if self._is_coming(live):
+                continue
+            if not self._has_room(live.need):
+                return
+            self.waiting.remove(live)
             self.running.append(live)
             self._begin(live)
 
@@ -201,9 +203,10 @@ class Batch:
 
     def _has_room(self, need: int) -> bool:
         """With what may be forgotten for it. One that is alone always has."""
-        while self.used + need > self.room:
-            if self.prefixes is None or not self.prefixes.forget():
-                return not self.running
+        if self.running and sum(live.need for live in self.running) + need > self.room:
+            return False
+        while self.used + need > self.room and self.prefixes is not None and self.prefixes.forget():
+            pass
         return True
 
     def _begin(self, live: Live) -> None:
