@@ -130,9 +130,7 @@ def test_a_load_that_takes_too_long_is_ended(served: Running) -> None:
     assert show.lines(row) == ["        idle       3  not done in 0.3 s"]
 
 
-def test_the_command_starts_a_server_beside_the_model(
-    folder_of: Callable[[str], Path], own_home: Path
-) -> None:
+def test_the_command_starts_a_server_beside_the_model(folder_of: Callable[[str], Path]) -> None:
     flags = "--chat --in-process --json --loads one --streams 2 --requests 2 --prompt-tokens 40 "
     flags += "--new-tokens 4 --context 400 --wrap nice"
     done = outsize("bench", "serve", str(folder_of("llama")), *flags.split())
