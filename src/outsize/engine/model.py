@@ -221,7 +221,10 @@ class Model:
         form = PLAIN if options.raw else self._format.after(self.tokens, ids)
         constraint = self._grammars.constraint(options, form)
         seq = decode.Sequence(list(ids), len(ids), limit, ends, constraint=constraint)
-        stream, name = Stream(self.tokens, options.stop, form), options.adapter_of(0)
+        stream, name = (
+            Stream(self.tokens, options.stop, form, options.show_tokens),
+            options.adapter_of(0),
+        )
         self.scheduler.adapter(name)
         cached = 0 if prefix is None else prefix.shared(ids, name)
         kv = self.transformer.new_kv() if prefix is None else prefix.kv

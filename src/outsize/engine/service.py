@@ -132,7 +132,8 @@ class Service:
     async def ask(self, ids: Sequence[int], options: Options) -> Answer:
         """Put a request into the queue. Raises ContextError and OptionError for what can never run,
         QueueFullError, UnavailableError."""
-        request = self.model.start(list(ids), options)
+        run = asyncio.get_running_loop().run_in_executor  # a grammar takes a moment to compile
+        request = await run(self._texts, self.model.start, list(ids), options)
         answer = Answer(self, request)
         with self._changed:
             self._check_room()

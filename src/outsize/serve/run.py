@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -64,32 +64,32 @@ def _choice(service: Service, number: int, answer: Answer, one: Encoded) -> Choi
 
 async def encoded(service: Service, ask: Ask) -> Encoded:
     """A request with its prompt as tokens. Raises OutsizeError, ApiError."""
-    ask, form = _with_tools(service, ask)
+    ask, form = await _with_tools(service, ask)
     ids = await _ids(service, ask)
     return Encoded(ask, ids, form, await _echo(service, ask, ids) if ask.echo else None)
 
 
-def _with_tools(service: Service, ask: Ask) -> tuple[Ask, ToolFormat | None]:
-    """The request with its tools among the template's variables, and the grammar that their choice makes.
-    Raises ApiError."""
+async def _with_tools(service: Service, ask: Ask) -> tuple[Ask, ToolFormat | None]:
+    """The request with its tools told to the model, and the grammar that their choice makes. Raises ApiError,
+    OptionError."""
     if not ask.tools or ask.tool_choice == NONE:
         return ask, None
-    form = format_of("\n".join(service.model.pack.chat_templates.values()))
-    if form is None:
-        raise invalid(
-            f"the chat template of {service.model.name} says nothing of tools, or in a format that is not "
-            "known; leave `tools` out",
-            "tools",
-        )
-    options = ask.options
-    grammar = form.grammar(ask.tools, ask.tool_choice, ask.parallel_tools)
-    if options.schema is not None:
+    messages = [m for m in ask.prompt if isinstance(m, Mapping)]
+    if isinstance(ask.prompt, str) or len(messages) != len(ask.prompt):
+        raise invalid("tools are for chats, not for a text to continue", "tools")
+    if ask.options.schema is not None:
         raise invalid(
             "a reply cannot both call tools and obey a schema; give one", "response_format"
         )
-    arguments = {**(options.template_args or {}), "tools": list(ask.tools)}
-    changes = {"grammar": grammar, "show_tokens": form.show_tokens, "template_args": arguments}
-    return replace(ask, options=replace(options, **changes)), form  # type: ignore[arg-type]
+    model = service.model
+    form = format_of("\n".join(model.pack.chat_templates.values()), model.tokens.is_marker)
+    told, variables = form.prompt(messages, ask.tools)
+    grammar = await asyncio.to_thread(form.grammar, ask.tools, ask.tool_choice, ask.parallel_tools)
+    arguments = {**(ask.options.template_args or {}), **variables}
+    options = replace(
+        ask.options, grammar=grammar, show_tokens=form.show_tokens, template_args=arguments or None
+    )
+    return replace(ask, prompt=told, options=options), form
 
 
 async def _ids(service: Service, ask: Ask) -> list[int]:
