@@ -54,6 +54,59 @@ def test_the_same_answer(
     assert dialect(client, size) == chat(client, size) != ""
 
 
+VALUE = "Käse \u2713"
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"const": VALUE}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {
+        "messages": SAID, "max_tokens": 60, "temperature": 0,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}},
+    },
+    "/v1/messages": {
+        "messages": SAID, "max_tokens": 60, "temperature": 0,
+        "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}},
+    },
+    "/v1/responses": {
+        "input": SAID, "max_output_tokens": 60, "temperature": 0,
+        "text": {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}},
+    },
+    "/api/chat": {
+        "messages": SAID, "stream": False, "format": SCHEMA,
+        "options": {"num_predict": 60, "temperature": 0},
+    },
+    "/api/generate": {
+        "prompt": "x", "stream": False, "format": SCHEMA,
+        "options": {"num_predict": 60, "temperature": 0},
+    },
+}  # fmt: skip
+TEXTS: dict[str, Callable[[Any], str]] = {
+    "/v1/chat/completions": lambda made: made["choices"][0]["message"]["content"],
+    "/v1/messages": lambda made: made["content"][0]["text"],
+    "/v1/responses": lambda made: made["output"][0]["content"][0]["text"],
+    "/api/chat": lambda made: made["message"]["content"],
+    "/api/generate": lambda made: made["response"],
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_schema_is_obeyed(client: httpx.Client, path: str) -> None:
+    answer = client.post(path, json=BODIES[path])
+    assert answer.status_code == 200, answer.text
+    assert json.loads(TEXTS[path](answer.json())) == {"name": VALUE}
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_schema_that_is_none_is_refused(client: httpx.Client, path: str) -> None:
+    text = json.dumps(BODIES[path]).replace('"type": "object"', '"type": "hiccup"')
+    answer = client.post(path, content=text, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert said(answer)
+
+
 PATHS = ["/v1/chat/completions", "/v1/messages", "/v1/responses", "/api/chat", "/api/generate"]
 
 

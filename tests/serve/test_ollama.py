@@ -122,7 +122,7 @@ def test_models(llama: Any, served: Running) -> None:
 
 def test_show(llama: Any) -> None:
     shown = llama.show("other")
-    assert shown.capabilities[0] == "completion"
+    assert shown.capabilities == ["completion", "tools"]
     assert shown.modelinfo["general.architecture"] == "llama"
     assert shown.modelinfo["llama.context_length"] == 512
     assert shown.modelinfo["general.parameter_count"] > 10_000
@@ -171,6 +171,14 @@ def test_embeddings_are_refused(ask: Callable[[Any], Any], served: Running) -> N
     assert caught.value.status_code == 400
 
 
+def test_a_sign_of_life(client: httpx.Client) -> None:
+    json_only = {"accept": "application/json"}
+    assert client.get("/", headers=json_only).text == "Ollama is running"
+    assert client.head("/", headers=json_only).status_code == 200
+    browser = client.get("/", headers={"accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
+    assert "Ollama" not in browser.text
+
+
 def test_version(client: httpx.Client) -> None:
     told = client.get("/api/version").json()
     assert [int(part) for part in told["version"].split(".")] >= [0, 6, 4], "clients look for this"
@@ -196,6 +204,22 @@ def test_an_error_is_one_text(client: httpx.Client) -> None:
     answer = client.post("/api/chat", json={"model": "nobody", "messages": HI})
     assert list(answer.json()) == ["error"]
     assert answer.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize("kind", ["chat", "generate"])
+def test_logprobs(llama: Any, kind: str) -> None:
+    more = {"messages": HI} if kind == "chat" else {"prompt": "hello"}
+    more |= {"options": {**GREEDY, "num_predict": 40}, "format": {"const": "abc \u2713"}}
+    more |= {"logprobs": True, "top_logprobs": 2}
+    whole = getattr(llama, kind)("other", **more)
+    parts = list(getattr(llama, kind)("other", stream=True, **more))
+    text = whole.message.content if kind == "chat" else whole.response
+    told = list(whole.logprobs)
+    assert [len(token.top_logprobs) for token in told] == [2] * len(told)
+    assert all(token.logprob <= token.top_logprobs[0].logprob <= 0 for token in told)
+    assert [token for part in parts for token in part.logprobs or []] == told
+    assert text == '"abc \u2713"'
+    assert "".join(token.token for token in told).startswith('"abc ')
 
 
 def test_options_of_a_machine_are_named(client: httpx.Client) -> None:

@@ -89,6 +89,22 @@ def test_the_asynchronous_client(served: Running, client_of: Any) -> None:
     assert whole == streamed == client_of.responses.create(**ask()).output_text
 
 
+def test_logprobs(client_of: Any) -> None:
+    format = {"type": "json_schema", "name": "x", "schema": {"const": "Käse \u2713"}}
+    more = ask(top_logprobs=2, max_output_tokens=60, text={"format": format})
+    whole = client_of.responses.create(**more)
+    events = list(client_of.responses.create(**more, stream=True))
+    told = whole.output[0].content[0].logprobs
+    assert told
+    assert [len(token.top_logprobs) for token in told] == [2] * len(told)
+    assert events[-1].response.output[0].content[0].logprobs == told
+    joined = b"".join(bytes(token.bytes) for token in told).decode()
+    assert joined == whole.output_text == '"Käse \u2713"'
+    shown = [t.token for e in events if e.type == "response.output_text.delta" for t in e.logprobs]
+    assert shown == [token.token for token in told][: len(shown)]
+    assert client_of.responses.create(**ask()).output[0].content[0].logprobs == []
+
+
 def test_a_conversation_is_sent_whole(client_of: Any) -> None:
     first = client_of.responses.create(**ask())
     items = [

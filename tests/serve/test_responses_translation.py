@@ -49,6 +49,9 @@ def test_what_is_not_said() -> None:
     ask = asked(instructions=None, tools=None, text=None, reasoning=None, include=None)
     assert ask.options == Options(max_tokens=1 << 24, temperature=1.0, top_p=1.0)
     assert (ask.tools, ask.tool_choice, ask.stream) == ((), "auto", False)
+    nothing = ask_of(read(b"{}", Create, lenient=False)[0])
+    assert nothing.prompt == [{"role": "user", "content": ""}], "the client's type allows it"
+    assert asked(None).prompt == nothing.prompt
 
 
 def text(said: str, kind: str = "input_text") -> dict[str, object]:

@@ -67,11 +67,9 @@ def serve(
     if model is not None and name is not None:
         raise OptionError(f"two models are given, {name} and -m {model}; give one")
     source = model or name or DEFAULT_MODEL
-    options = ServeOptions(**asdict(own), streams=load.streams)
+    options = ServeOptions(**asdict(own))
     bound = server.bind(options)
-    host = Host(
-        source, partial(session.open_model, source, load, display), options, tuple(load.adapters)
-    )
+    host = Host(source, partial(session.open_model, source, load, display), options, load)
     if not load.quiet:
         url = server.url(bound)
         say(

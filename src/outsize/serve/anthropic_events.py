@@ -9,7 +9,7 @@ from outsize.serve import errors
 from outsize.serve.errors import ApiError
 from outsize.serve.events import CallArguments, CallStart, End, Event, Part
 from outsize.serve.messages import cut_call, object_of
-from outsize.serve.openai_common import account, cached_tokens
+from outsize.serve.openai_common import account
 from outsize.serve.sse import SSE, data
 
 Frame = dict[str, object]
@@ -92,7 +92,7 @@ class Frames:
 
 def _usage(end: End) -> Frame:
     """What was computed, and what was known: the prompt is the sum of both."""
-    reply, cached = end.reply, cached_tokens(end.reply)
+    reply, cached = end.reply, end.reply.cached_tokens
     return {
         "input_tokens": reply.prompt_tokens - cached, "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": cached, "output_tokens": reply.new_tokens, "outsize": account([reply]),

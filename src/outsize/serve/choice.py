@@ -89,7 +89,7 @@ class HeldTokens:
 
     def rest(self, stop: str | None) -> tuple[TokenLogprob, ...]:
         """At the end: all, or those that begin before the stop string."""
-        at = -1 if stop is None else self._bytes.rfind(stop.encode())
+        at = -1 if stop is None else self._bytes.find(stop.encode())
         if at < 0:
             return self._first(len(self._tokens))
         return self._first(sum(start < at for start in [0, *self._ends[:-1]]))

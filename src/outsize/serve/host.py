@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from outsize.engine.model import Model
 from outsize.engine.service import Limits, Service
 from outsize.errors import UnavailableError
+from outsize.options import LoadOptions
 from outsize.progress import heard
 from outsize.serve.counts import Counts
 from outsize.serve.errors import ApiError
 from outsize.serve.options import ServeOptions
 
+STREAMS = 8  # replies at once, where nobody says
 ANY = "*"  # an alias that every name matches
 LOADING, READY, UNLOADED, FAILED, ENDING = "loading", "ready", "unloaded", "failed", "ending"
 LOOK_S = 5.0  # between two looks at whether anybody asks
@@ -39,9 +41,13 @@ class Host:
         name: str,
         open_model: Callable[[], Model],
         options: ServeOptions | None = None,
-        adapters: tuple[str, ...] = (),
+        load: LoadOptions | None = None,
     ) -> None:
-        self.name, self.options, self.adapters = name, options or ServeOptions(), adapters
+        """`load`: what `open_model` opens it with."""
+        self.name, self.options = name, options or ServeOptions()
+        load = load or LoadOptions(streams=STREAMS)
+        self.adapters = tuple(load.adapters)
+        self._limits = Limits(load.streams, self.options.max_queue)
         self.created, self.counts = int(time.time()), Counts()
         self.state, self.reason = LOADING, ""
         self.progress, self.work = 0.0, "opening"  # how much of what is done
@@ -58,7 +64,7 @@ class Host:
 
     def start(self) -> None:
         """Begin to open the model."""
-        self._opening = asyncio.ensure_future(self._open())
+        self._opening = self._begin()
         if self.options.idle_unload is not None:
             self._idle = asyncio.create_task(self._close_when_idle(60 * self.options.idle_unload))
 
@@ -76,13 +82,19 @@ class Host:
                 self.progress,
             )
         if self._opening is None or self._opening.done():
-            self._opening = asyncio.ensure_future(self._open())
+            self._opening = self._begin()
         return await asyncio.shield(self._opening)
 
     @property
     def running(self) -> Service | None:
         """What answers requests, if the model is open: asking for it does not open it."""
         return self._service
+
+    def _begin(self) -> asyncio.Future[Service]:
+        """Opening, which is told to be over if nobody waits for it."""
+        opening = asyncio.ensure_future(self._open())
+        opening.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return opening
 
     async def _open(self) -> Service:
         """Raises UnavailableError."""
@@ -99,7 +111,7 @@ class Host:
             raise UnavailableError(f"the model cannot be opened: {e}", 10.0) from e
         self.context = self._model.context
         self.name = self.name if self._was_open else self._model.name
-        self._service = Service(self._model, Limits(self.options.streams, self.options.max_queue))
+        self._service = Service(self._model, self._limits)
         self.state, self._was_open, self._asked = READY, True, time.monotonic()
         return self._service
 
@@ -144,12 +156,9 @@ class Host:
     async def _close_when_idle(self, idle_s: float) -> None:
         while True:
             await asyncio.sleep(min(LOOK_S, idle_s / 4))
-            if self._service is None:
-                continue
-            load = self._service.load()
-            if load.running or load.waiting:
+            if self.counts.in_flight:
                 self._asked = time.monotonic()
-            elif time.monotonic() - self._asked > idle_s:
+            elif self._service is not None and time.monotonic() - self._asked > idle_s:
                 await self.unload()
 
     async def end(self, grace_s: float) -> None:

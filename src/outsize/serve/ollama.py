@@ -7,8 +7,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Match, Route
+from starlette.types import Scope
 
 from outsize.engine.service import Service
 from outsize.serve.ask import Ask
@@ -53,14 +55,22 @@ def routes(host: Host) -> list[BaseRoute]:
         *get("/api/tags", _of(models.tags)),
         *get("/api/ps", _of(models.loaded)),
         *get("/api/version", _of(version)),
+        ForPrograms("/", Endpoint(greet), methods=["GET"]),
         *(Route(path, Endpoint(refuse), methods=methods) for path, methods in REFUSED.items()),
     ]
 
 
-def greeting(accept: str) -> Response | None:
-    """The answer to GET / for a client that takes no HTML; None for one that does: it gets the page."""
-    wants_page = "text/html" in accept or "application/xhtml" in accept
-    return None if wants_page else PlainTextResponse(GREETING)
+class ForPrograms(Route):
+    """A route for those who do not take HTML: at /, browsers get the page."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        accept = Headers(scope=scope).get("accept", "*/*") if scope["type"] == "http" else ""
+        wants_page = "text/html" in accept or "*/*" in accept
+        return (Match.NONE, {}) if wants_page else super().matches(scope)
+
+
+async def greet(call: Call) -> Response:
+    return PlainTextResponse(GREETING)
 
 
 def _of(function: Callable[[], Frame]) -> Callable[[Call], Awaitable[Response]]:

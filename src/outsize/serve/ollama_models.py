@@ -45,8 +45,8 @@ class Card:
     @property
     def capabilities(self) -> list[str]:
         more = {
-            "tools": "tools" in self.template,
-            "thinking": any(t in self.template for t in THINKING),
+            "tools": bool(self.template),  # described in words where the template has none for them
+            "thinking": any(name in self.template for name in THINKING),
         }
         return ["completion", *(name for name, has in more.items() if has)]
 
@@ -68,7 +68,7 @@ def card_of(model: Model) -> Card:
         modified=_changed(pack.path / HEADER),
         family=described.family,
         parameters=parameters(pack),
-        encoding=",".join(pack.encodings).upper(),
+        encoding=max(pack.encodings, key=lambda e: pack.share_of([e])).upper(),
         context=model.context,
         longest=described.context,
         template=_template(pack),

@@ -29,7 +29,6 @@ class ServeOptions:
     port: int = 8080  # 0: any that is free
     api_key: str | None = None
     alias: tuple[str, ...] = ()  # further names of the model; "*": any name
-    streams: int = 8  # replies that are computed at once
     max_queue: int = 64  # requests that wait; more are refused
     idle_unload: float | None = None  # minutes without a request, after which the model is closed
     cors: tuple[str, ...] = ()  # origins of web pages that may ask

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Discriminator, FailFast, Field, Tag
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from outsize.serve.openai_schema import MOST_MESSAGES, MOST_TOOLS, Text
 from outsize.serve.schema import Body, Neutral, NoEffect
@@ -135,7 +135,8 @@ Item = Annotated[
 
 
 def _items(value: object) -> object:
-    """A text stands for the user's message."""
+    """A text stands for the user's message; nothing, for an empty one."""
+    value = "" if value is None else value
     return (
         [{"type": "message", "role": "user", "content": value}] if isinstance(value, str) else value
     )
@@ -220,10 +221,9 @@ class Create(Body):
     model: Text | None = None
     input: Annotated[
         list[Item],
-        FailFast(),
-        Field(min_length=1, max_length=MOST_MESSAGES),
+        Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES, validate_default=True),
         BeforeValidator(_items),
-    ]
+    ] = ""  # type: ignore[assignment]  # OpenAI's type lets it be absent, too
     instructions: str | None = None
     max_output_tokens: Annotated[int | None, Field(ge=1, le=1 << 24)] = None
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None

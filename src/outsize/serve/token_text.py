@@ -7,7 +7,7 @@ from outsize.engine.model import Model
 
 def token_bytes(model: Model, token: int) -> bytes:
     """What a token adds to a reply: nothing, if it is a control token."""
-    return model.tokens.decode([token]).encode()
+    return b"" if token in model.tokens.added else model.tokens.bytes_of(token)
 
 
 def token_text(raw: bytes) -> str:
