@@ -17,6 +17,7 @@ from outsize.serve import (
     anthropic,
     embeddings,
     health,
+    live,
     metrics,
     models,
     ollama,
@@ -33,7 +34,7 @@ from outsize.serve.security import Guard
 from outsize.serve.track import Track
 
 OPENAI = (openai_chat, openai_text, responses, embeddings, models)
-DIALECTS = (*OPENAI, anthropic, ollama, tokenize, health, metrics)
+DIALECTS = (*OPENAI, anthropic, ollama, tokenize, health, metrics, live)
 SHOWN_HEADERS = ["x-request-id", "x-outsize-ignored", "x-should-retry", "retry-after"]
 
 
