@@ -103,7 +103,7 @@ def serving(open_model: Callable[[], Model], options: ServeOptions) -> Iterator[
 @pytest.fixture(scope="session")
 def tiny(folder_of: Callable[[str], Path], home: Path) -> Callable[[], Model]:
     """What opens a tiny model."""
-    return partial(outsize.load, str(folder_of("llama")), quiet=True)
+    return partial(outsize.load, str(folder_of("llama")), quiet=True, streams=8, grammars=True)
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,7 @@ def body(**more: Any) -> dict[str, Any]:
 def test_a_message(claude: Any) -> None:
     message = claude.messages.create(**ask())
     assert message.id.startswith("msg_")
+    assert message._request_id.startswith("req_")
     assert (message.type, message.role, message.model) == ("message", "assistant", "other")
     assert message.stop_reason == "max_tokens"
     assert [block.type for block in message.content] == ["text"]

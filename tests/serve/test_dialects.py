@@ -179,3 +179,28 @@ def test_the_description_keeps_bodies_of_one_name_apart(client: httpx.Client) ->
     assert fields("/v1/messages") > fields("/v1/messages/count_tokens")
     references = re.findall(r'"\$ref": ?"#/components/schemas/([^"]+)"', json.dumps(told))
     assert set(references) <= set(told["components"]["schemas"])
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("/v1/messages", "messages"),
+        ("/v1/messages", "system"),
+        ("/v1/messages", "tools"),
+        ("/v1/messages", "stop_sequences"),
+        ("/v1/responses", "input"),
+        ("/v1/responses", "tools"),
+        ("/api/chat", "messages"),
+        ("/api/chat", "tools"),
+        ("/api/generate", "context"),
+    ],
+)
+@pytest.mark.parametrize("item", ["{}", "[]", '{"role":"user"}', '{"type":"text"}'])
+def test_too_many_of_anything_is_refused_at_once(
+    client: httpx.Client, path: str, field: str, item: str
+) -> None:
+    text = f'{{"max_tokens": 1, "{field}": [{",".join([item] * 200_000)}]}}'
+    answer = client.post(path, content=text, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert len(answer.content) < 2000
+    assert said(answer)

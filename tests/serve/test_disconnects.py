@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import random
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -14,7 +15,10 @@ from typing import Any
 import httpx
 import pytest
 
+from outsize.engine.batch import Batch
 from outsize.engine.model import Model
+from outsize.engine.request import Request
+from outsize.errors import ReadError
 from tests.serve.ask import CHAT, TEXT, asked, chat, text
 from tests.serve.conftest import ENDLESS, Running, Serving
 
@@ -73,7 +77,7 @@ def test_one_that_hangs_up_while_it_waits(running: Running) -> None:
 
 def test_one_that_hangs_up_before_the_first_token(running: Running) -> None:
     for stream in (True, False):
-        sock = sent(running, TEXT, text("x" * (ENDLESS // 2), stream=stream, **LONG))
+        sock = sent(running, TEXT, text("x" * 10_000, stream=stream, **LONG))
         busy(running, 1)
         sock.close()
         idle(running)
@@ -111,22 +115,34 @@ def test_signs_of_life(serve: Serving, endless: Callable[[], Model]) -> None:
     assert lines[-1] == "data: [DONE]"
 
 
-def test_a_reply_that_breaks_off(running: Running) -> None:
-    """After the headers have left, an error is an event, and ends the stream."""
-    service = running.host.running
-    assert service is not None
+def test_a_reply_that_breaks_off(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the headers have left, an error is an event, and ends the stream; the next is answered."""
+    fails = threading.Event()
+    step = Batch.step
+
+    def failing(self: Batch) -> list[Request]:
+        if fails.is_set():
+            fails.clear()
+            raise ReadError("the disk is gone")
+        return step(self)
+
+    monkeypatch.setattr(Batch, "step", failing)
     with running.client() as client:
         with client.stream("POST", CHAT, json=chat(stream=True, **LONG)) as reply:
             lines = lines_of(reply)
             for _ in range(3):
                 next(lines)
-            service.model.close()
+            fails.set()
             last = list(lines)
         assert last[-1] == "data: [DONE]"
         error = json.loads(last[-2].removeprefix("data: "))["error"]
-        assert "closed" in error["message"]
+        assert (error["message"], error["type"]) == ("the disk is gone", "server_error")
         assert not any('"finish_reason":"' in line for line in last)
-        assert client.post(CHAT, json=chat()).status_code == 503
+        asked(client, CHAT, chat())
+        fails.set()
+        refused = client.post(CHAT, json=chat())
+        assert refused.status_code == 500
+        assert refused.headers["x-should-retry"] == "false"
 
 
 def test_the_end_with_grace(serve: Serving, endless: Callable[[], Model]) -> None:
@@ -144,7 +160,7 @@ def test_the_end_with_grace(serve: Serving, endless: Callable[[], Model]) -> Non
             assert int(refused.headers["retry-after"]) >= 1
             assert client.get("/health").status_code == 503
             last = list(lines)
-        assert "the server ends" in last[-2]
+        assert "the server ended" in last[-2]
         assert last[-1] == "data: [DONE]"
     running.join()
     with pytest.raises(httpx.ConnectError), running.client() as client:

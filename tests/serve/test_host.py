@@ -11,7 +11,6 @@ import pytest
 
 from outsize.engine.model import Model
 from outsize.errors import BudgetError, ReadError
-from outsize.options import LoadOptions
 from outsize.progress import bars
 from outsize.serve import server
 from outsize.serve.host import FAILED, UNLOADED, Host
@@ -239,9 +238,7 @@ def test_a_log_is_a_line_a_request(serve: Serving, capfd: pytest.CaptureFixture[
 
 
 def test_adapters_are_models(tiny: Callable[[], Model]) -> None:
-    host = Host(
-        "tiny", tiny, ServeOptions(alias=("b",)), LoadOptions(adapters={"poet": Path("poet")})
-    )
+    host = Host("tiny", tiny, ServeOptions(alias=("b",)), ("poet",))
     assert host.names() == ["tiny", "b", "poet"]
     assert host.named("poet").adapter == "poet"
     assert host.named("b").adapter is None

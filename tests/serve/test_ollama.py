@@ -122,7 +122,7 @@ def test_models(llama: Any, served: Running) -> None:
 
 def test_show(llama: Any) -> None:
     shown = llama.show("other")
-    assert shown.capabilities[0] == "completion"
+    assert shown.capabilities == ["completion", "tools"]
     assert shown.modelinfo["general.architecture"] == "llama"
     assert shown.modelinfo["llama.context_length"] == 512
     assert shown.modelinfo["general.parameter_count"] > 10_000
@@ -209,19 +209,17 @@ def test_an_error_is_one_text(client: httpx.Client) -> None:
 @pytest.mark.parametrize("kind", ["chat", "generate"])
 def test_logprobs(llama: Any, kind: str) -> None:
     more = {"messages": HI} if kind == "chat" else {"prompt": "hello"}
-    more |= {"options": {**GREEDY, "num_predict": 12}, "logprobs": True, "top_logprobs": 2}
+    more |= {"options": {**GREEDY, "num_predict": 40}, "format": {"const": "abc \u2713"}}
+    more |= {"logprobs": True, "top_logprobs": 2}
     whole = getattr(llama, kind)("other", **more)
     parts = list(getattr(llama, kind)("other", stream=True, **more))
     text = whole.message.content if kind == "chat" else whole.response
     told = list(whole.logprobs)
-    assert len(told) == whole.eval_count
     assert [len(token.top_logprobs) for token in told] == [2] * len(told)
-    assert all(token.logprob == token.top_logprobs[0].logprob <= 0 for token in told), "greedy"
+    assert all(token.logprob <= token.top_logprobs[0].logprob <= 0 for token in told)
     assert [token for part in parts for token in part.logprobs or []] == told
-    assert (
-        "".join(token.token for token in told if token.token.isascii()) in text
-        or not text.isascii()
-    )
+    assert text == '"abc \u2713"'
+    assert "".join(token.token for token in told).startswith('"abc ')
 
 
 def test_options_of_a_machine_are_named(client: httpx.Client) -> None:

@@ -85,7 +85,7 @@ def test_keys(serve: Serving) -> None:
         ):
             assert client.post(CHAT, json=chat(), headers=good).status_code == 200
         for bad in ({}, {"authorization": KEY}, {"authorization": f"Basic {KEY}"}, {"x-api-key": KEY + "x"},
-                    {"authorization": "Bearer"}, {"x-api-key": "\xe4"}):  # fmt: skip
+                    {"authorization": "Bearer"}, {"x-api-key": "ä".encode()}):  # fmt: skip
             reply = client.post(CHAT, json=chat(), headers=bad)
             assert reply.status_code == 401
             assert reply.json()["error"]["type"] == "authentication_error"

@@ -113,9 +113,8 @@ def test_too_long_a_prompt_among_others(client: httpx.Client) -> None:
 
 
 def test_the_client(served: Running) -> None:
-    sdk = openai.OpenAI(
-        base_url=f"{served.url}/v1", api_key="none", _strict_response_validation=True
-    )
+    """Not strictly: its type of a chunk has a reason in each, which OpenAI's own chunks have not."""
+    sdk = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none")
     made = sdk.completions.create(model="other", prompt="hello", max_tokens=8, temperature=0)
     parts = sdk.completions.create(
         model="other", prompt="hello", max_tokens=8, temperature=0, stream=True

@@ -7,8 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
+from outsize.serve.openai_schema import MOST_MESSAGES, MOST_TOOLS, Stop
+from outsize.serve.openai_schema import Text as Name
 from outsize.serve.schema import Body, Neutral, NoEffect
 
+LIST = Field(fail_fast=True, max_length=MOST_MESSAGES)
 CALLERS: tuple[list[str], ...] = (["direct"], [])
 
 
@@ -41,7 +44,7 @@ class ToolUse(Body):
 
     type: Literal["tool_use"]
     id: str
-    name: str
+    name: Name
     input: dict[str, object] | None = None
     cache_control: Annotated[object, NoEffect()] = None
     caller: Annotated[object, Neutral(({"type": "direct"},))] = None
@@ -70,7 +73,7 @@ Plain = Annotated[
     Annotated[Text, Tag("text")] | Annotated[Foreign, Tag("other")],
     Discriminator(lambda value: "text" if _kind(value) == "text" else "other"),
 ]
-Texts = Annotated[list[Plain], BeforeValidator(_listed)]
+Texts = Annotated[list[Plain], LIST, BeforeValidator(_listed)]
 
 
 class ToolResult(Body):
@@ -99,14 +102,14 @@ class Turn(Body):
     """One message of the conversation."""
 
     role: Literal["user", "assistant", "system"]
-    content: Annotated[list[Block], BeforeValidator(_listed)]
+    content: Annotated[list[Block], LIST, BeforeValidator(_listed)]
 
 
 class ToolDefinition(Body):
     """A tool that the client runs."""
 
     type: str | None = None
-    name: str
+    name: Name
     description: str | None = None
     input_schema: dict[str, object] | None = None
     strict: bool | None = None  # calls always obey their schema
@@ -139,7 +142,7 @@ class ToolChoice(Body):
     """Which tool is to be called."""
 
     type: Literal["auto", "any", "tool", "none"]
-    name: str | None = None
+    name: Name | None = None
     disable_parallel_tool_use: bool | None = None
 
 
@@ -170,10 +173,10 @@ class OutputConfig(Body):
 class CountTokens(Body):
     """The body of /v1/messages/count_tokens."""
 
-    model: str | None = None
-    messages: list[Turn] = Field(min_length=1)
+    model: Name | None = None
+    messages: Annotated[list[Turn], Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES)]
     system: Texts | None = None
-    tools: list[AnyTool] | None = None
+    tools: Annotated[list[AnyTool] | None, Field(fail_fast=True, max_length=MOST_TOOLS)] = None
     tool_choice: ToolChoice | None = None
     thinking: ThinkingChoice | None = None
     output_config: OutputConfig | None = None
@@ -191,7 +194,7 @@ class Create(CountTokens):
     """The body of /v1/messages."""
 
     max_tokens: int
-    stop_sequences: list[str] | None = None
+    stop_sequences: Annotated[list[Stop] | None, Field(fail_fast=True, max_length=16)] = None
     stream: bool | None = None
     temperature: float | None = None
     top_k: int | None = None

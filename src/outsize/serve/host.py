@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
 from outsize.engine.model import Model
 from outsize.engine.service import Limits, Service
 from outsize.errors import UnavailableError
-from outsize.options import LoadOptions
 from outsize.progress import heard
 from outsize.serve.counts import Counts
 from outsize.serve.errors import ApiError
@@ -40,13 +39,10 @@ class Host:
         name: str,
         open_model: Callable[[], Model],
         options: ServeOptions | None = None,
-        load: LoadOptions | None = None,
+        adapters: Iterable[str] = (),
     ) -> None:
-        """`load`: what `open_model` opens it with."""
         self.name, self.options = name, options or ServeOptions()
-        self.adapters = () if load is None else tuple(load.adapters)
-        streams = None if load is None else load.streams
-        self._limits = Limits(streams, self.options.max_queue)
+        self.adapters = tuple(adapters)
         self.created, self.counts = int(time.time()), Counts()
         self.state, self.reason = LOADING, ""
         self.progress, self.work = 0.0, "opening"  # how much of what is done
@@ -110,7 +106,7 @@ class Host:
             raise UnavailableError(f"the model cannot be opened: {e}", 10.0) from e
         self.context = self._model.context
         self.name = self.name if self._was_open else self._model.name
-        self._service = Service(self._model, self._limits)
+        self._service = Service(self._model, Limits(max_queue=self.options.max_queue))
         self.state, self._was_open, self._asked = READY, True, time.monotonic()
         return self._service
 

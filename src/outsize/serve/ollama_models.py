@@ -45,8 +45,8 @@ class Card:
     @property
     def capabilities(self) -> list[str]:
         more = {
-            "tools": "tools" in self.template,
-            "thinking": any(t in self.template for t in THINKING),
+            "tools": bool(self.template),  # described in words where the template has none for them
+            "thinking": any(name in self.template for name in THINKING),
         }
         return ["completion", *(name for name, has in more.items() if has)]
 

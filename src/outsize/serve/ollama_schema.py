@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from outsize.serve.openai_schema import MOST_IDS, MOST_MESSAGES, MOST_TOOLS, Stop
 from outsize.serve.schema import Body, Neutral, NoEffect
 
 NO_IMAGES = Neutral(([],), "this model reads text alone")
@@ -29,7 +30,7 @@ class Settings(Body):
     num_ctx: Annotated[int | None, Field(ge=1)] = (
         None  # the context is the server's; it must hold this
     )
-    stop: str | list[str] | None = None
+    stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=16)] | None = None
     repeat_penalty: Annotated[float | None, Field(ge=0.01, le=100)] = None
     repeat_last_n: Annotated[int | None, Field(ge=-1, le=1 << 24)] = None
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
@@ -96,7 +97,9 @@ class Message(Body):
     role: str
     content: str | None = None
     thinking: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall] | None, Field(fail_fast=True, max_length=MOST_TOOLS)] = (
+        None
+    )
     tool_name: str | None = None
     tool_call_id: str | None = None
     images: Annotated[list[Any] | None, NO_IMAGES] = None
@@ -122,8 +125,10 @@ class Tool(Body):
 class Chat(Request):
     """The body of /api/chat."""
 
-    messages: list[Message] | None = None
-    tools: list[Tool] | None = None
+    messages: Annotated[list[Message] | None, Field(fail_fast=True, max_length=MOST_MESSAGES)] = (
+        None
+    )
+    tools: Annotated[list[Tool] | None, Field(fail_fast=True, max_length=MOST_TOOLS)] = None
 
 
 class Generate(Request):
@@ -132,7 +137,9 @@ class Generate(Request):
     prompt: str | None = None
     system: str | None = None
     raw: bool | None = None
-    context: list[int] | None = None  # of an answer before, which is gone on with
+    context: Annotated[list[int] | None, Field(fail_fast=True, max_length=MOST_IDS)] = (
+        None  # of an answer before, which is gone on with
+    )
     suffix: Annotated[str | None, Neutral(("",), "this model does not fill in between texts")] = (
         None
     )

@@ -59,9 +59,16 @@ def kit_for(model: Model) -> Kit:
         }
 
     def logprobs(part: Part) -> list[Frame]:
-        return chat_logprobs(part.tokens, model)
+        return [with_bytes(token) for token in chat_logprobs(part.tokens, model)]
 
     return Kit(new_id, time.time, used, logprobs)
+
+
+def with_bytes(token: Frame) -> Frame:
+    """A token of a response: where a chat has no bytes, of a control token, a list of none."""
+    made = {**token, "bytes": token["bytes"] or []}
+    top = token.get("top_logprobs")
+    return {**made, "top_logprobs": [with_bytes(t) for t in top]} if isinstance(top, list) else made
 
 
 def head_of(body: Create, ask: Ask, model: str) -> Frame:

@@ -64,7 +64,9 @@ Part = Annotated[
     | Annotated[Foreign, Tag("other")],
     Discriminator(_part),
 ]
-Parts = Annotated[list[Part], Field(max_length=MOST_MESSAGES), BeforeValidator(_listed)]
+Parts = Annotated[
+    list[Part], Field(fail_fast=True, max_length=MOST_MESSAGES), BeforeValidator(_listed)
+]
 
 
 class Message(Body):
@@ -177,7 +179,7 @@ class AllowedTools(Body):
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: list[NamedTool]
+    tools: Annotated[list[NamedTool], Field(fail_fast=True, max_length=MOST_TOOLS)]
 
 
 class Format(Body):
@@ -230,7 +232,7 @@ class Create(Body):
     top_p: Annotated[float | None, Field(ge=0, le=1)] = None
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
     frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
-    tools: Annotated[list[AnyTool] | None, Field(max_length=MOST_TOOLS)] = None
+    tools: Annotated[list[AnyTool] | None, Field(fail_fast=True, max_length=MOST_TOOLS)] = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
@@ -238,7 +240,7 @@ class Create(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
-    include: list[Text] | None = None
+    include: Annotated[list[Text] | None, Field(fail_fast=True, max_length=16)] = None
     store: Annotated[bool | None, NoEffect()] = None  # told to be false
     metadata: Annotated[dict[str, str] | None, NoEffect()] = None
     user: Annotated[str | None, NoEffect()] = None

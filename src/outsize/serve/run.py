@@ -57,7 +57,9 @@ def each(ask: Ask) -> Iterator[Options]:
 
 
 def _choice(service: Service, number: int, answer: Answer, one: Encoded) -> Choice:
-    held = HeldTokens(partial(token_bytes, service.model), one.ask.options.stop)
+    options, model = one.ask.options, service.model
+    ends = () if options.ignore_eos else model.pack.eos
+    held = HeldTokens(partial(token_bytes, model), options.stop, ends)
     parser = None if one.format is None else one.format.parser(number, one.ask.tools)
     return Choice(number, answer, held, parser, one.echo)
 

@@ -87,6 +87,13 @@ REPLIES: dict[str, list[tuple[str, str, list[Any]]]] = {
         ('<tool_call>{"name": "clock", "arguments": [1]}',) * 2 + ([],),
         (f"<tool_call>oops {CALLED}", "<tool_call>oops ", ONE),
         ("a <tool_ca", "a <tool_ca", []),
+        (f'```json\n{{\n  "name": "get_weather",\n  "arguments": {TEXT}\n}}\n```', "", ONE),
+        (f'{{"name": "get_weather", "arguments": {TEXT}}}\n{{"name": "clock", "arguments": {{}}}}', "", TWO),
+        ('```json\n{"name": "Bob", "arguments": {}}\n```',) * 2 + ([],),
+        ('```python\n{"name": "clock", "arguments": {}}\n```',) * 2 + ([],),
+        ('{"name": "clock"}',) * 2 + ([],),
+        ('Like {"name": "clock", "arguments": {}}',) * 2 + ([],),
+        ("``", "``", []),
         ("  \n ", "  \n ", []),
     ],
     "llama3": [
@@ -312,7 +319,9 @@ def test_a_required_call_comes_whatever_the_model_likes(kind: str, knows: bool) 
     t, form = vocabulary(kind, knows)
     for seed in range(4):
         for choice, wanted in ((REQUIRED, {"get_weather", "clock"}), ("=clock", {"clock"})):
-            text, calls = parse(form, [drawn(t, form, rule(t, form, choice, False), seed)])
+            text, calls = parse(
+                form, [drawn(t, form, rule(t, form, choice, choice != REQUIRED), seed)]
+            )
             assert len(calls) == 1
             assert text == "" or kind == "harmony"  # which may say something before it calls
             assert calls[0][0] in wanted

@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
-from outsize.serve.ask import Tool
+from outsize.serve.ask import AUTO, REQUIRED, Tool
 from outsize.serve.tools import describe
-from outsize.serve.tools.lark import Knows, names_of
+from outsize.serve.tools.lark import Function, Knows, functions, names_of
 from outsize.serve.tools.parser import CallParser
 from outsize.serve.tools.reading import Reading, Source
 from outsize.text.template import Messages
@@ -19,7 +19,7 @@ class CallFormat(ABC):
 
     name: str
     show_tokens: tuple[str, ...]  # control tokens that its text contains; the first begins a call
-    bare = ""  # with this a reply may begin as a call, without a mark
+    bare: tuple[str, ...] = ()  # with these a reply may begin as a call, without a mark
 
     def __init__(self, template: str, knows: Knows) -> None:
         self.template, self.knows = template, knows
@@ -34,8 +34,15 @@ class CallFormat(ABC):
         """How a call is written, for models whose template does not say."""
 
     @abstractmethod
+    def rules(self, found: Sequence[Function], choice: str, several: bool) -> list[str]:
+        """Of a Lark grammar (llguidance's): `start` and others, but for the functions' arguments."""
+
     def grammar(self, tools: Sequence[Tool], choice: str, parallel: bool) -> str:
-        """A Lark grammar (llguidance's) for replies under a `tool_choice`. Raises OptionError."""
+        """A Lark grammar (llguidance's) for replies under a `tool_choice`. A tool that is named is called
+        once, whatever `parallel` says. Raises OptionError."""
+        found = functions(tools, choice)
+        rules = self.rules(found, choice, parallel and choice in (AUTO, REQUIRED))
+        return "\n".join([*rules, *(f.arguments for f in found)])
 
     @abstractmethod
     def read(self, source: Source) -> Reading[None]:

@@ -22,9 +22,9 @@ class CallParser:
         names: Sequence[str],
         marks: Sequence[str],
         reader: Reader,
-        bare: str = "",
+        bare: tuple[str, ...] = (),
     ) -> None:
-        """`bare`: with this a reply may begin as a call, without a mark."""
+        """`bare`: with these a reply, or what follows a call, may begin as a call without a mark."""
         self._choice, self._names, self._marks = choice, names, marks
         self._reader, self._bare = reader, bare
         self._held, self._blank = "", ""  # what may begin a mark; white space before a text
@@ -76,7 +76,7 @@ class CallParser:
     def _next_mark(self) -> tuple[str, int]:
         """The mark that comes first, and where; -1: there is none."""
         text = self._held.lstrip(BLANK)
-        if self._bare and not self._said and not self._calls and text.startswith(self._bare):
+        if not self._said and text.startswith(self._bare):
             return "", len(self._held) - len(text)
         found = [(at, mark) for mark in self._marks if (at := self._held.find(mark)) >= 0]
         at, mark = min(found, default=(-1, ""))
@@ -84,6 +84,9 @@ class CallParser:
 
     def _overlap(self) -> int:
         """Characters at the end that may begin a mark."""
+        body = self._held.lstrip(BLANK)
+        if body and not self._said and any(bare.startswith(body) for bare in self._bare):
+            return len(body)
         longest = max(len(mark) for mark in self._marks) - 1
         for size in range(min(longest, len(self._held)), 0, -1):
             if any(mark.startswith(self._held[-size:]) for mark in self._marks):

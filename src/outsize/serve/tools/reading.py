@@ -11,6 +11,9 @@ from typing import TypeVar
 from outsize.serve.tools.json_text import BLANK, Scanner
 
 T = TypeVar("T")
+ARGUMENTS = ("arguments", "parameters")  # what models call them
+FIRST = ("name", "type", "id")  # keys that a call begins with
+FENCE = "```"
 
 
 class Unreadable(Exception):
@@ -133,33 +136,49 @@ def arguments(source: Source) -> Reading[None]:
     yield from value(source, tells=True)
 
 
-def call_object(
-    source: Source, keys: Collection[str] = ("arguments", "parameters")
-) -> Reading[None]:
-    """A call as one object of JSON: {"name": ..., "arguments": {...}}, in any order, perhaps with more."""
+def bare_call(source: Source) -> Reading[None]:
+    """A call without a mark, perhaps in a block of code."""
+    fenced = yield from skips(source, FENCE)
+    if fenced and (yield from until(source, "\n")).strip() not in ("", "json"):
+        raise Unreadable
+    yield from blanks(source)
+    yield from call_object(source, marked=False)
+    source.told = source.at
+    if fenced:
+        yield from blanks(source)
+        yield from closes(source, FENCE)
+
+
+def call_object(source: Source, marked: bool = True) -> Reading[None]:
+    """A call as one object of JSON: {"name": ..., "arguments": {...}}, in any order, perhaps with more. One
+    that no mark begins must look like a call from its first key on, and have arguments."""
     yield from expect(source, "{")
-    name, held = "", ""
+    name, held, keys = "", "", 0
     while True:
         yield from blanks(source)
-        key = _string((yield from value(source)))
+        key, keys = _string((yield from value(source))), keys + 1
+        if not marked and keys == 1 and key not in FIRST:
+            raise Unreadable
         yield from blanks(source)
         yield from expect(source, ":")
         yield from blanks(source)
         if key == "name":
             name = _string((yield from value(source)))
             source.checked(name)
-        elif key in keys and name and (yield from sees(source, "{")):
+        elif key in ARGUMENTS and name and (yield from sees(source, "{")):
             yield source.checked(name)
             yield from arguments(source)
             held = "told"
         else:
             text = yield from _any(source)
-            held = text if key in keys else held
+            held = text if key in ARGUMENTS else held
         yield from blanks(source)
         if not (yield from skips(source, ",")):
             break
     yield from expect(source, "}")
     if held != "told":
+        if not held and not marked:
+            raise Unreadable
         text = _as_object(held or "{}")
         yield source.checked(name)
         yield Fragment(text)

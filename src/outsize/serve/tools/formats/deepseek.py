@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from outsize.serve.ask import Tool
 from outsize.serve.tools.base import CallFormat
-from outsize.serve.tools.lark import after_text, either, functions, literal, word
+from outsize.serve.tools.lark import Function, after_text, either, literal, word
 from outsize.serve.tools.reading import (
     Reading,
     Source,
@@ -47,18 +46,17 @@ class Format(CallFormat):
         )
         return f'{CALLS}{CALL}{head}{{"PARAMETER": "VALUE"}}{end}{CALL_END}{CALLS_END}'
 
-    def grammar(self, tools: Sequence[Tool], choice: str, parallel: bool) -> str:
-        found = functions(tools, choice)
+    def rules(self, found: Sequence[Function], choice: str, several: bool) -> list[str]:
         begin, end, sep = (word(name, self.knows) for name in (CALL, CALL_END, SEP))
         calls = [f"{literal(f.name)} {sep} {f.rule}" for f in found]
         if self.is_block:
             heads = [f"{literal(KIND)} {sep} {literal(f'{f.name}{chr(10)}{BLOCK}')}" for f in found]
             ends = literal(BLOCK_END)
             calls = [f"{head} {f.rule} {ends}" for head, f in zip(heads, found, strict=True)]
-        more = f" (/\\n?/ {begin} call {end})*" if parallel else ""
+        more = f" (/\\n?/ {begin} call {end})*" if several else ""
         rest = f"{begin} call {end}{more} {word(CALLS_END, self.knows)}"
         rules = after_text(CALLS, rest, choice, self.knows)
-        return "\n".join([*rules, f"call: {either(calls)}", *(f.arguments for f in found)])
+        return [*rules, f"call: {either(calls)}"]
 
     def read(self, source: Source) -> Reading[None]:
         """Calls, in either shape, and the closing mark, which may be missing."""

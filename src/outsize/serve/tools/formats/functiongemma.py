@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from outsize.serve.ask import Tool
 from outsize.serve.tools.base import CallFormat
-from outsize.serve.tools.lark import after_text, either, functions, literal, word
+from outsize.serve.tools.lark import Function, after_text, either, literal, word
 from outsize.serve.tools.reading import (
     Fragment,
     Reading,
@@ -40,12 +39,12 @@ class Format(CallFormat):
     def example(self) -> str:
         return f"{OPEN}call:FUNCTION{{PARAMETER:{ESCAPE}VALUE{ESCAPE}}}{CLOSE}"
 
-    def grammar(self, tools: Sequence[Tool], choice: str, parallel: bool) -> str:
+    def rules(self, found: Sequence[Function], choice: str, several: bool) -> list[str]:
         """Which function, and the notation of its arguments; not their schema."""
         begin, end, escape = (word(name, self.knows) for name in (OPEN, CLOSE, ESCAPE))
-        calls = [literal(f"call:{f.name}") for f in functions(tools, choice)]
-        more = f" ({begin} call {end})*" if parallel else ""
-        rules = [
+        calls = [literal(f"call:{f.name}") for f in found]
+        more = f" ({begin} call {end})*" if several else ""
+        return [
             *after_text(OPEN, f"call {end}{more}", choice, self.knows),
             f"call: {either(calls)} object",
             'object: "{" (member ("," member)*)? "}"',
@@ -55,7 +54,6 @@ class Format(CallFormat):
             "STRING: /[^<]*/",
             "NUMBER: /-?[0-9]+(\\.[0-9]+)?/",
         ]
-        return "\n".join(rules)
 
     def read(self, source: Source) -> Reading[None]:
         """A call, whose arguments are known once they are whole."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from outsize.serve.ask import AUTO, Tool
+from outsize.serve.ask import AUTO
 from outsize.serve.tools.base import CallFormat
-from outsize.serve.tools.lark import TEXT, either, functions, literal
+from outsize.serve.tools.lark import TEXT, Function, either, literal
 from outsize.serve.tools.reading import Reading, Source, arguments, blanks, until
 from outsize.text.channels import CALL, HARMONY
 
@@ -32,19 +32,17 @@ class Format(CallFormat):
     def example(self) -> str:
         return CALL.format(f"{SPACE}FUNCTION") + '{"PARAMETER": "VALUE"}'
 
-    def grammar(self, tools: Sequence[Tool], choice: str, parallel: bool) -> str:
+    def rules(self, found: Sequence[Function], choice: str, several: bool) -> list[str]:
         """Of a whole reply, with what the model thinks; it begins within a header."""
-        found = functions(tools, choice)
         calls = [f"{self._header(f.name)} <|message|> {f.rule}" for f in found]
         said = f'<|channel|> ("analysis" | "commentary") <|message|> TEXT {AGAIN}'
         answer = ' | <|channel|> "final" <|message|> TEXT' if choice == AUTO else ""
-        rules = [
+        return [
             f"start: ({said})* (call{answer})",
             f"call: {either(calls)}",
             'json: / ?/ <|constrain|> "json" | " json" | / ?/',
             TEXT,
         ]
-        return "\n".join([*rules, *(f.arguments for f in found)])
 
     def _header(self, name: str) -> str:
         """In both orders."""

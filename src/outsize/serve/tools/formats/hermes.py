@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from outsize.serve.ask import Tool
 from outsize.serve.tools.base import CallFormat
-from outsize.serve.tools.lark import after_text, either, functions, literal, word
-from outsize.serve.tools.reading import Reading, Source, blanks, call_object, closes
+from outsize.serve.tools.lark import Function, after_text, either, literal, word
+from outsize.serve.tools.reading import (
+    FENCE,
+    Reading,
+    Source,
+    bare_call,
+    blanks,
+    call_object,
+    closes,
+)
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 OTHERS = ("<function=", "<arg_key>")  # of formats that use the same marks
@@ -21,23 +28,25 @@ def writes(template: str) -> bool:
 class Format(CallFormat):
     name = "hermes"
     show_tokens = (OPEN, CLOSE)
-    bare = "{"  # Qwen 2.5 Coder leaves the marks out
+    bare = ("{", FENCE)  # small models forget the marks
 
     def example(self) -> str:
         call = '{"name": "FUNCTION", "arguments": {"PARAMETER": "VALUE"}}'
         return f"{OPEN}\n{call}\n{CLOSE}"
 
-    def grammar(self, tools: Sequence[Tool], choice: str, parallel: bool) -> str:
-        found = functions(tools, choice)
+    def rules(self, found: Sequence[Function], choice: str, several: bool) -> list[str]:
         begin, end = word(OPEN, self.knows), word(CLOSE, self.knows)
         heads = [literal(f'\n{{"name": "{f.name}", "arguments": ') for f in found]
         calls = [f'{head} {f.rule} "}}\\n"' for head, f in zip(heads, found, strict=True)]
-        more = f' ("\\n" {begin} call {end})*' if parallel else ""
+        more = f' ("\\n" {begin} call {end})*' if several else ""
         rules = after_text(OPEN, f"call {end}{more}", choice, self.knows)
-        return "\n".join([*rules, f"call: {either(calls)}", *(f.arguments for f in found)])
+        return [*rules, f"call: {either(calls)}"]
 
     def read(self, source: Source) -> Reading[None]:
         """A call, and the closing mark, which may be missing."""
+        if not source.at:
+            yield from bare_call(source)
+            return
         yield from blanks(source)
         yield from call_object(source)
         source.told = source.at

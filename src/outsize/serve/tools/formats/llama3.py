@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from outsize.serve.ask import AUTO, Tool
+from outsize.serve.ask import AUTO
 from outsize.serve.tools.base import CallFormat
-from outsize.serve.tools.lark import either, functions, literal, word
-from outsize.serve.tools.reading import Reading, Source, blanks, call_object
+from outsize.serve.tools.lark import Function, either, literal, word
+from outsize.serve.tools.reading import Reading, Source, bare_call, blanks, call_object
 
 TAG = "<|python_tag|>"
 
@@ -21,20 +21,18 @@ def writes(template: str) -> bool:
 class Format(CallFormat):
     name = "llama3"
     show_tokens = (TAG,)
-    bare = "{"
+    bare = ("{",)
 
     def example(self) -> str:
         return '{"name": "FUNCTION", "parameters": {"PARAMETER": "VALUE"}}'
 
-    def grammar(self, tools: Sequence[Tool], choice: str, parallel: bool) -> str:
-        found = functions(tools, choice)
+    def rules(self, found: Sequence[Function], choice: str, several: bool) -> list[str]:
         heads = [literal(f'{{"name": "{f.name}", "parameters": ') for f in found]
         calls = [f'{head} {f.rule} "}}"' for head, f in zip(heads, found, strict=True)]
         tag = f"{word(TAG, self.knows)}? " if self.knows(TAG) else ""
         text = " | TEXT\nTEXT: /([^{](.|\\n)*)?/" if choice == AUTO else ""
-        rules = [f"start: {tag}call{text}", f"call: {either(calls)}"]
-        return "\n".join([*rules, *(f.arguments for f in found)])
+        return [f"start: {tag}call{text}", f"call: {either(calls)}"]
 
     def read(self, source: Source) -> Reading[None]:
         yield from blanks(source)
-        yield from call_object(source)
+        yield from (call_object(source) if source.at else bare_call(source))

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from outsize.serve.ask import Tool
 from outsize.serve.tools.base import CallFormat
-from outsize.serve.tools.lark import Function, after_text, either, functions, literal, word
+from outsize.serve.tools.lark import Function, after_text, either, literal, word
 from outsize.serve.tools.reading import (
     Reading,
     Source,
@@ -41,14 +40,13 @@ class Format(CallFormat):
         call = '[{"name": "FUNCTION", "arguments": {"PARAMETER": "VALUE"}}]'
         return CALLS + (call if self.is_list else f'FUNCTION{ARGS}{{"PARAMETER": "VALUE"}}')
 
-    def grammar(self, tools: Sequence[Tool], choice: str, parallel: bool) -> str:
-        found = functions(tools, choice)
+    def rules(self, found: Sequence[Function], choice: str, several: bool) -> list[str]:
         between = '", "' if self.is_list else word(CALLS, self.knows)
-        rest = f"call ({between} call)*" if parallel else "call"
+        rest = f"call ({between} call)*" if several else "call"
         rest = f'"[" {rest} "]"' if self.is_list else rest
         rules = after_text(CALLS, rest, choice, self.knows)
         calls = f"call: {either([self._call(f) for f in found])}"
-        return "\n".join([*rules, calls, *(f.arguments for f in found)])
+        return [*rules, calls]
 
     def _call(self, f: Function) -> str:
         if self.is_list:
