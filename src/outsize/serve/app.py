@@ -39,9 +39,9 @@ SHOWN_HEADERS = ["x-request-id", "x-outsize-ignored", "x-should-retry", "retry-a
 
 
 def routes(host: Host) -> list[BaseRoute]:
-    """Of all dialects."""
+    """Of all dialects, and the page's, which no program needs described: one of them never ends."""
     found = [route for dialect in DIALECTS for route in dialect.routes(host)]
-    return [*found, *openapi.routes(found)]
+    return [*found, *openapi.routes(found), *live.routes(host)]
 
 
 def application(host: Host) -> Starlette:
