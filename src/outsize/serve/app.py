@@ -34,7 +34,7 @@ from outsize.serve.security import Guard
 from outsize.serve.track import Track
 
 OPENAI = (openai_chat, openai_text, responses, embeddings, models)
-DIALECTS = (*OPENAI, anthropic, ollama, tokenize, health, metrics, live)
+DIALECTS = (*OPENAI, anthropic, ollama, tokenize, health, metrics)
 SHOWN_HEADERS = ["x-request-id", "x-outsize-ignored", "x-should-retry", "retry-after"]
 
 
