@@ -49,5 +49,6 @@ def streamed(client: httpx.Client, path: str, body: Any) -> list[Any]:
 
 
 def stop_in(full: str) -> str:
-    """Two characters of a text, not at its beginning, that are nowhere before."""
-    return next(full[i : i + 2] for i in range(3, len(full)) if full.index(full[i : i + 2]) == i)
+    """Two whole characters of a text, not at its beginning, that are nowhere before."""
+    pairs = [(i, full[i : i + 2]) for i in range(3, len(full))]
+    return next(pair for i, pair in pairs if full.index(pair) == i and "\ufffd" not in pair)

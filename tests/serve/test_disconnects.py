@@ -19,6 +19,7 @@ from outsize.engine.batch import Batch
 from outsize.engine.model import Model
 from outsize.engine.request import Request
 from outsize.errors import ReadError
+from outsize.serve import sse
 from tests.serve.ask import CHAT, TEXT, asked, chat, text
 from tests.serve.conftest import ENDLESS, Running, Serving
 
@@ -30,11 +31,15 @@ def running(serve: Serving, endless: Callable[[], Model]) -> Running:
     return serve(endless).until_ready()
 
 
-def sent(running: Running, path: str, body: dict[str, Any]) -> socket.socket:
-    """A request on its way."""
+def sent(running: Running, path: str, body: dict[str, Any], room: int = 0) -> socket.socket:
+    """A request on its way. `room`: bytes of what comes that the system keeps for it."""
     data = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-    sock = socket.create_connection(running.address, timeout=30)
+    sock = socket.socket()
+    if room:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+    sock.settimeout(30)
+    sock.connect(running.address)
     sock.sendall(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
     return sock
 
@@ -190,3 +195,45 @@ def test_the_end_twice_is_at_once(serve: Serving, endless: Callable[[], Model]) 
     while sock.recv(1 << 16):
         pass
     sock.close()
+
+
+def test_one_that_does_not_read(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is taken to have left, once what is sent to it has found no room for a while."""
+    monkeypatch.setattr(sse, "READ_S", 0.05)
+    running.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # connections inherit it
+    body = chat(stream=True, **{**LONG, "logprobs": True, "top_logprobs": 20})
+    sock = sent(running, CHAT, body, room=4096)
+    busy(running, 1)
+    idle(running)
+    running.until(lambda: running.host.counts.requests["openai", 499] == 1, "it is counted so")
+    sock.close()
+
+
+def test_more_choices_than_run_at_once(running: Running) -> None:
+    """The others are asked for as those end, whatever the queue holds."""
+    with running.client() as client:
+        body = text(["a", "b", "c"], n=16, max_tokens=2)
+        made = asked(client, TEXT, body)
+        assert [choice["index"] for choice in made["choices"]] == list(range(48))
+        assert len({choice["text"] for choice in made["choices"][:16]}) == 1
+        error = client.post(TEXT, json=text(["a"] * 20 + ["b" * (ENDLESS + 1)]))
+        assert error.json()["error"]["code"] == "context_length_exceeded"
+        idle(running)
+
+
+def test_a_full_queue(serve: Serving, endless: Callable[[], Model]) -> None:
+    running = serve(endless, max_queue=1).until_ready()
+    socks = [sent(running, CHAT, chat(stream=True, **LONG)) for _ in range(4)]
+    busy(running, 4)
+    socks.append(sent(running, CHAT, chat(stream=True, **LONG)))
+    running.until(lambda: running.load().waiting == 1, "one waits")
+    with running.client() as client:
+        refused = client.post(CHAT, json=chat())
+    assert refused.status_code == 429
+    assert int(refused.headers["retry-after"]) >= 1
+    assert "x-should-retry" not in refused.headers
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+    assert "busy" in refused.json()["error"]["message"]
+    for sock in socks:
+        sock.close()
+    idle(running)

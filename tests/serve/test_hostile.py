@@ -87,6 +87,22 @@ def test_too_large_a_body(client: httpx.Client) -> None:
     asked(client, CHAT, chat())
 
 
+def test_many_large_bodies(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together they have a limit, too, and what was answered no longer counts."""
+    monkeypatch.setattr(http, "MAX_BODIES", 1000)
+    counts = served.host.counts
+    with socket.create_connection(served.address, timeout=30) as sock, served.client() as client:
+        sock.sendall(HEAD + b"content-length: 900\r\n\r\n" + b" " * 899)
+        served.until(lambda: counts.body_bytes == 899, "it has come")
+        reply = client.post(CHAT, json=chat())
+        assert reply.status_code == 503
+        assert "retry-after" in reply.headers
+    served.until(lambda: counts.body_bytes == 0, "nothing is left")
+    with served.client() as client:
+        asked(client, CHAT, chat())
+    assert counts.body_bytes == 0
+
+
 @pytest.mark.parametrize("coding", ["gzip", "zstd", "br", "deflate", "gzip, gzip"])
 def test_a_compressed_body(client: httpx.Client, coding: str) -> None:
     bomb = gzip.compress(b"{" * (10 << 20))
@@ -142,6 +158,19 @@ def test_a_body_of_chunks_without_end(served: Running) -> None:
         except OSError:  # reset, with what was still unread
             return
     assert b" 413 " in answer.split(b"\r\n")[0]
+
+
+def test_what_was_refused_is_not_read_for_ever(
+    served: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "LINGER_S", 0.05)
+    with socket.create_connection(served.address, timeout=30) as sock:
+        sock.sendall(HEAD + b"content-length: 9000000\r\n\r\n{")
+        answer = b""
+        while more := sock.recv(1 << 16):
+            answer += more
+    assert b" 413 " in answer.split(b"\r\n")[0]
+    assert answer.endswith(b"}")
 
 
 def test_a_body_that_does_not_come(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:

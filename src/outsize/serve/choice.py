@@ -3,39 +3,68 @@ the text that they belong to."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
+import asyncio
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+)
 from dataclasses import replace
 
 from outsize.engine.service import Answer, Delta
-from outsize.errors import UnavailableError
+from outsize.errors import QueueFullError, UnavailableError
 from outsize.sampling.logprobs import TokenLogprob
 from outsize.serve.events import CallStart, End, Event, Part
 from outsize.serve.tools.format import Parser
 
+AGAIN_S = 0.1  # between two looks at a queue that is full
+
 
 class Choice:
-    """One reply: its answer, what parses its text, and the prompt, if that is to be part of it."""
+    """One reply: what asks for it, what parses its text, and the prompt, if that is to be part of it."""
 
     def __init__(
         self,
         number: int,
-        answer: Answer,
+        ask: Callable[[], Awaitable[Answer]],
         held: HeldTokens,
         parser: Parser | None,
         echo: Part | None,
     ) -> None:
-        self.number, self.answer = number, answer
-        self._parser, self._echo, self._held = parser, echo, held
+        self.number, self.answer = number, list[Answer]()  # none before it has begun
+        self._ask, self._parser, self._echo, self._held = ask, parser, echo, held
         self._has_calls = False
+
+    async def begin(self) -> None:
+        """Put it into the engine's queue. Raises OutsizeError; QueueFullError."""
+        if not self.answer:
+            self.answer.append(await self._ask())
+
+    async def _begin_late(self) -> Answer:
+        """As one of many of a request that has begun: it waits where the queue is full."""
+        while not self.answer:
+            try:
+                await self.begin()
+            except QueueFullError:
+                await asyncio.sleep(AGAIN_S)
+        return self.answer[0]
+
+    def cancel(self) -> None:
+        for answer in self.answer:
+            answer.cancel()
 
     async def events(self) -> AsyncIterator[Event]:
         """Raises OutsizeError; UnavailableError where the server broke the reply off."""
+        answer = await self._begin_late()
         if self._echo is not None:
             yield replace(self._echo, choice=self.number)
-        async for delta in self.answer:
+        async for delta in answer:
             for event in self._of(delta):
                 yield event
-        reply, stop = self.answer.reply, self.answer.stop
+        reply, stop = answer.reply, answer.stop
         if reply.finish == "cancelled":
             raise UnavailableError("the server ends: this reply was broken off")
         for event in self._last(stop):

@@ -34,5 +34,6 @@ class Counts:
     def __init__(self) -> None:
         self.requests = Counter[tuple[str, int]]()  # by dialect and status
         self.in_flight = 0  # POST requests that are being answered
+        self.body_bytes = 0  # of theirs
         self.tokens = Counter[str]()  # of prompts, and new
         self.first_token, self.gap = Histogram(), Histogram()

@@ -8,7 +8,7 @@ import secrets
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from outsize.serve import errors, schema
 from outsize.serve.counts import Counts
 from outsize.serve.errors import ApiError
-from outsize.serve.options import MAX_BODY, ServeOptions
+from outsize.serve.options import MAX_BODIES, MAX_BODY, ServeOptions
 
 BODY_S = 60.0  # that a body has to arrive in
 KEY = "outsize.call"  # of a request's scope
@@ -39,7 +39,8 @@ class Call:
     new_tokens: int = 0
     ignored: list[str] = field(default_factory=list)  # fields, with --lenient
     error: str = ""
-    counts: Counts | None = None  # the server's
+    counts: Counts = field(default_factory=Counts)  # the server's, once it is known
+    body_bytes: int = 0
     last: float | None = None  # when something of the reply came
 
     @property
@@ -77,7 +78,7 @@ def post(
     """Routes of a function that is given a checked body; `more`: other paths of the same."""
 
     async def with_body(call: Call) -> Response:
-        raw = await body_of(call.request)
+        raw = await body_of(call)
         body, call.ignored = schema.read(raw, kind, serving.options.lenient)
         return await handler(call, body)
 
@@ -130,37 +131,48 @@ def refusal(call: Call, error: ApiError) -> Response:
     return JSONResponse(told, status_code=error.status, headers=error.headers())
 
 
-async def body_of(request: Request) -> bytes:
+async def body_of(call: Call) -> bytes:
     """A JSON body. Raises ApiError, ClientDisconnect."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    headers = call.request.headers
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         shown = f"{kind!r}" if kind else "missing"
         raise ApiError(
             status=415, message=f"the content type is {shown[:80]}; application/json is expected"
         )
-    coding = request.headers.get("content-encoding", "identity").lower()
+    coding = headers.get("content-encoding", "identity").lower()
     if coding != "identity":
         raise ApiError(
             status=415, message=f"the body is compressed ({coding[:80]}); send it as it is"
         )
-    declared = request.headers.get("content-length", "0")
+    declared = headers.get("content-length", "0")
     if not declared.isdecimal() or int(declared) > MAX_BODY:
         raise _too_large()
     try:
         async with asyncio.timeout(BODY_S):
-            return b"".join([chunk async for chunk in _chunks(request)])
+            return b"".join([chunk async for chunk in _chunks(call)])
     except TimeoutError:
         raise ApiError(
             status=408, message=f"the body did not arrive within {BODY_S:.0f} s"
         ) from None
 
 
-async def _chunks(request: Request):  # type: ignore[no-untyped-def]
+async def _chunks(call: Call) -> AsyncIterator[bytes]:
+    """Until the request has been answered, they count as memory in use."""
     size = 0
-    async for chunk in request.stream():
+    async for chunk in call.request.stream():
         size += len(chunk)
         if size > MAX_BODY:
             raise _too_large()
+        call.counts.body_bytes += len(chunk)
+        call.body_bytes = size
+        if call.counts.body_bytes > MAX_BODIES:
+            raise ApiError(
+                status=503,
+                message=f"the requests that are being answered hold {MAX_BODIES >> 20} MB; ask again later",
+                code="unavailable",
+                retry_after_s=2.0,
+            )
         yield chunk
 
 

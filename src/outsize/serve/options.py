@@ -9,6 +9,7 @@ from outsize.arguments import real, whole
 from outsize.errors import OptionError
 
 MAX_BODY = 8 << 20  # bytes of a request
+MAX_BODIES = 64 << 20  # of all requests that are being answered
 
 
 def is_loopback(host: str) -> bool:

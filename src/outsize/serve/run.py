@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
-from outsize.engine.service import Answer, Service
+from outsize.engine.service import Service
+from outsize.errors import QueueFullError
 from outsize.options import Options
 from outsize.sampling.logprobs import TokenLogprob
 from outsize.serve.ask import NONE, Ask
@@ -33,20 +35,27 @@ class Encoded:
 
 
 async def events(service: Service, *asks: Ask) -> Run:
-    """The events of one or several requests, whose choices are counted through, once all are admitted.
-    Raises OutsizeError, ApiError where one is not."""
+    """The events of one or several requests, whose choices are counted through, once the first is admitted
+    and none is found that can never run. As many as run at once are asked for at once; the others as those
+    end, so that a request for many choices neither fills the queue nor is refused for its length.
+    Raises OutsizeError, ApiError."""
     made = [await encoded(service, ask) for ask in asks]
     choices = list[Choice]()
+    for one in made:
+        for options in each(one.ask):
+            choices.append(_choice(service, len(choices), one, options))
+            if len(choices) > service.streams:
+                service.model.start(one.ids, options)  # refuses what can never run
     try:
-        for one in made:
-            for options in each(one.ask):
-                answer = await service.ask(one.ids, options)
-                choices.append(_choice(service, len(choices), answer, one))
+        await choices[0].begin()
+        with suppress(QueueFullError):
+            for choice in choices[1 : service.streams]:
+                await choice.begin()
     except BaseException:
         for choice in choices:
-            choice.answer.cancel()
+            choice.cancel()
         raise
-    return Run(choices, sum(len(one.ids) for one in made))
+    return Run(choices, sum(len(one.ids) for one in made), service.streams)
 
 
 def each(ask: Ask) -> Iterator[Options]:
@@ -56,12 +65,12 @@ def each(ask: Ask) -> Iterator[Options]:
         yield ask.options if seed is None else replace(ask.options, seed=(seed + i) % MOST_SEED)
 
 
-def _choice(service: Service, number: int, answer: Answer, one: Encoded) -> Choice:
-    options, model = one.ask.options, service.model
+def _choice(service: Service, number: int, one: Encoded, options: Options) -> Choice:
+    model = service.model
     ends = () if options.ignore_eos else model.pack.eos
     held = HeldTokens(partial(token_bytes, model), options.stop, ends)
     parser = None if one.format is None else one.format.parser(number, one.ask.tools)
-    return Choice(number, answer, held, parser, one.echo)
+    return Choice(number, partial(service.ask, one.ids, options), held, parser, one.echo)
 
 
 async def encoded(service: Service, ask: Ask) -> Encoded:
@@ -119,16 +128,18 @@ async def _echo(service: Service, ask: Ask, ids: Sequence[int]) -> Part:
 class Run:
     """The events of all choices, as they come. Whoever leaves calls `cancel`."""
 
-    def __init__(self, choices: Sequence[Choice], prompt_tokens: int) -> None:
+    def __init__(self, choices: Sequence[Choice], prompt_tokens: int, streams: int) -> None:
         self.choices, self.prompt_tokens = choices, prompt_tokens
+        self._room = asyncio.Semaphore(streams)
         self._queue = asyncio.Queue[Event | Exception | None]()
         self._running = len(choices)
         self._tasks = [asyncio.create_task(self._pump(choice)) for choice in choices]
 
     async def _pump(self, choice: Choice) -> None:
         try:
-            async for event in choice.events():
-                self._queue.put_nowait(event)
+            async with self._room:
+                async for event in choice.events():
+                    self._queue.put_nowait(event)
         except Exception as e:
             self._queue.put_nowait(e)
         finally:
@@ -161,6 +172,6 @@ class Run:
     def cancel(self) -> None:
         """Stop computing all replies. Safe at any time, and more than once."""
         for choice in self.choices:
-            choice.answer.cancel()
+            choice.cancel()
         for task in self._tasks:
             task.cancel()

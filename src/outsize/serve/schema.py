@@ -20,6 +20,9 @@ from outsize.options import near
 from outsize.serve.errors import ApiError, invalid
 
 DEPTH = 100  # of brackets in brackets
+MOST_VALUES = (
+    1_000_000  # counted by brackets and commas: each takes up to 64 bytes once it is parsed
+)
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 B = TypeVar("B", bound="Body")
 
@@ -46,6 +49,8 @@ class NoEffect:
 
 def parse(raw: bytes) -> dict[str, object]:
     """A JSON object, as strictly as JSON is defined. Raises ApiError."""
+    if sum(raw.count(mark) for mark in (b"[", b"{", b",")) > MOST_VALUES:
+        raise invalid(f"the body holds more than {MOST_VALUES:,} values")
     try:
         made = json.loads(
             raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant

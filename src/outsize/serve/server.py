@@ -23,6 +23,7 @@ from outsize.serve.options import ServeOptions
 HEADER_BYTES = 64 << 10  # of a request's line and headers
 HEADER_S = 30.0  # that they have to arrive in
 KEEP_ALIVE_S = 75  # more than pooled clients wait before they use a connection again
+LINGER_S = 2  # that a client may go on sending what was refused, so that it reads why
 CLOSE_S = 5  # that clients have to read what was sent, at the end
 
 
@@ -66,7 +67,9 @@ class Connection(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._late.cancel()
-        self._late = self.loop.call_later(HEADER_S + KEEP_ALIVE_S, self._close_late)
+        is_whole = self.conn.their_state is not h11.SEND_BODY  # else the request was refused unread
+        after = HEADER_S + KEEP_ALIVE_S if is_whole else LINGER_S
+        self._late = self.loop.call_later(after, self._close_late)
 
     def _close_late(self) -> None:
         """No request is on its way, after all that time."""

@@ -18,6 +18,7 @@ from outsize.serve.http import Call, Gone, log_traceback
 from outsize.serve.run import Run
 
 SSE, NDJSON = "text/event-stream", "application/x-ndjson"
+READ_S = 120.0  # that a client may leave what it is sent unread
 COMMENT, DONE = b": working\n\n", b"data: [DONE]\n\n"
 
 
@@ -85,7 +86,7 @@ async def gone(receive: Receive) -> None:
 def _count(call: Call, run: Run, found: list[Event]) -> None:
     """What came just now."""
     now = time.perf_counter()
-    if call.counts is not None and any(not isinstance(event, End) for event in found):
+    if any(not isinstance(event, End) for event in found):
         times = call.counts.first_token if call.last is None else call.counts.gap
         times.add(now - (call.last or call.started))
         call.last = now
@@ -109,10 +110,11 @@ class Streamed(Response):
         sends = asyncio.ensure_future(self._send(send))
         try:
             await asyncio.wait({leaves, sends}, return_when=asyncio.FIRST_COMPLETED)
-            if sends.done():
-                sends.result()
-            else:
-                self._call.status = 499
+            if not sends.done():
+                raise Gone
+            sends.result()
+        except Gone:
+            self._call.status = 499
         finally:
             self._run.cancel()
             sends.cancel()
@@ -121,29 +123,41 @@ class Streamed(Response):
     async def _send(self, send: Send) -> None:
         head = {"status": self.status_code, "headers": self.raw_headers}
         await send({"type": "http.response.start", **head})
-        for_next: bytes | None = self._writer.start()
+        body: bytes | None = self._writer.start()
         try:
-            while for_next is not None:
-                await send({"type": "http.response.body", "body": for_next, "more_body": True})
-                for_next = await self._next()
+            while body is not None:
+                await _put(send, body, True)
+                body = await self._next()
             last = self._writer.end()
+        except Gone:
+            raise
         except Exception as e:
             told = errors.of(e)
             if told.status == 500:
                 log_traceback(e)
             self._call.error, last = told.message, self._writer.failed(told)
-        await send({"type": "http.response.body", "body": last, "more_body": False})
+        await _put(send, last, False)
 
     async def _next(self) -> bytes | None:
         """What is to be sent next; None at the end."""
-        while True:
+        text, until = b"", asyncio.get_running_loop().time() + self._silence_s
+        while not text:
             try:
-                async with asyncio.timeout(self._silence_s):
+                async with asyncio.timeout_at(until):
                     found = await self._run.some()
             except TimeoutError:
                 return self._writer.silence()
             if not found:
                 return None
             _count(self._call, self._run, found)
-            if text := b"".join(self._writer.write(event) for event in found):
-                return text
+            text = b"".join(self._writer.write(event) for event in found)
+        return text
+
+
+async def _put(send: Send, body: bytes, more: bool) -> None:
+    """Raises Gone where a client does not read."""
+    try:
+        async with asyncio.timeout(READ_S):
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+    except TimeoutError:
+        raise Gone from None

@@ -47,6 +47,7 @@ class Track:
             await self._app(scope, receive, marked)
         finally:
             self._counts.in_flight -= posts
+            self._counts.body_bytes -= call.body_bytes
             self._counts.requests[call.dialect, call.status] += 1
             self._counts.tokens["prompt"] += call.prompt_tokens
             self._counts.tokens["new"] += call.new_tokens
