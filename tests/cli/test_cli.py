@@ -271,3 +271,13 @@ def test_what_is_no_schema(words: list[str], said: str, tiny: str) -> None:
     done = outsize("run", tiny, "hi", "-q", *words)
     assert done.returncode == 2
     assert said in done.stderr
+
+
+def test_log_probabilities_biases_and_penalties(tiny: str) -> None:
+    words = ["--logit-bias", "65=100", "--presence-penalty", "0.5", "--ignore-eos", "-n", "3", "-q"]
+    done = outsize("run", tiny, "hi", "--json", "--logprobs", "2", *words)
+    told = json.loads(done.stdout)
+    assert [one["token"] for one in told["logprobs"]] == [65, 65, 65]
+    assert [len(one["top"]) for one in told["logprobs"]] == [2, 2, 2]
+    assert "add --json" in outsize("run", tiny, "hi", "--logprobs", "2").stderr
+    assert "ID=BIAS" in outsize("run", tiny, "hi", "--logit-bias", "x").stderr

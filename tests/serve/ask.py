@@ -49,5 +49,5 @@ def streamed(client: httpx.Client, path: str, body: Any) -> list[Any]:
 
 
 def stop_in(full: str) -> str:
-    """Two characters of a text, not at its beginning, that are nowhere before."""
-    return next(full[i : i + 2] for i in range(3, len(full)) if full.index(full[i : i + 2]) == i)
+    """An ASCII character of a text, not at its beginning, that is nowhere before."""
+    return next(c for i, c in enumerate(full) if i > 2 and c.isascii() and full.index(c) == i)

@@ -68,9 +68,12 @@ def test_every_route_is_described(client: httpx.Client, served: Running) -> None
     [({"prompt": "AB"}, "AB"), ({"content": "AB"}, "AB"), ({"prompt": ""}, ""), ({"prompt": "<s>"}, "<s>")],
 )  # fmt: skip
 def test_tokenize(client: httpx.Client, body: Any, tokens: str) -> None:
-    made = asked(client, "/tokenize", {**body, "add_special_tokens": False, "with_pieces": True})
+    body = {**body, "add_special_tokens": False}
+    made = asked(client, "/tokenize", body)
     assert made["count"] == len(made["tokens"]) == len(tokens)
-    assert "".join(made["pieces"]) == tokens
+    pieces = asked(client, "/tokenize", {**body, "with_pieces": True})["tokens"]
+    assert [piece["id"] for piece in pieces] == made["tokens"]
+    assert "".join(piece["piece"] for piece in pieces) == tokens
     back = asked(client, "/detokenize", {"tokens": made["tokens"]})
     assert back == {"prompt": tokens, "content": tokens}
 
@@ -80,6 +83,9 @@ def test_tokenize_more(client: httpx.Client) -> None:
     messages = chat()["messages"]
     made = asked(client, "/tokenize", {"messages": messages})
     assert made["count"] == asked(client, CHAT, chat())["usage"]["prompt_tokens"]
+    halves = asked(client, "/tokenize", {"prompt": "é", "with_pieces": True})["tokens"]
+    assert [piece["piece"] for piece in halves[-2:]] == [[0xC3], [0xA9]]
+    refused(client, "/tokenize", {"messages": messages, "add_generation_prompt": False})
     refused(client, "/tokenize", {})
     refused(client, "/tokenize", {"prompt": "a", "content": "b"})
     refused(client, "/tokenize", {"prompt": "a", "model": "none"}, 404)

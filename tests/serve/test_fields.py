@@ -241,6 +241,8 @@ def test_a_message_to_go_on_with(client: httpx.Client) -> None:
     assert made["usage"]["prompt_tokens"] < plain["usage"]["prompt_tokens"]
     refused(client, CHAT, {**goes_on, "add_generation_prompt": True})
     refused(client, CHAT, chat(add_generation_prompt=False))
+    error = refused(client, CHAT, chat(messages=[*messages, messages[-1]]))
+    assert "last two" in error["message"]
     error = refused(client, CHAT, chat(continue_final_message=True))
     assert error["param"] == "continue_final_message"
 

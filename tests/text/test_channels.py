@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from outsize.text.channels import PLAIN, Format, format_of
-from outsize.text.detokenize import Stream
+from outsize.text.detokenize import Stops, Stream
 from outsize.text.tokens import Tokens
 
 MARKERS = [
@@ -175,3 +177,50 @@ def test_streamed_text_is_the_whole_text() -> None:
             continue
         shown, inside = say(t, f"<think>{thought}</think>{answer}", form)
         assert (shown, inside) == (answer.lstrip(), thought)
+
+
+def test_control_tokens_that_are_shown() -> None:
+    t = tokens(["<|python_tag|>", "<|eom_id|>", "[TOOL_CALLS]", "[ARGS]"])
+    said = 'ü<|python_tag|>{"a": 1}<|eom_id|>[TOOL_CALLS]f[ARGS]{}'
+    for shown in (("<|python_tag|>",), ("[TOOL_CALLS]", "[ARGS]"), ("<|missing|>",), ()):
+        stream = Stream(t, (), PLAIN, shown)
+        text = "".join(stream.push(i) for i in t.encode(said, special=True)) + stream.finish()
+        wanted = said
+        for name in ("<|python_tag|>", "<|eom_id|>", "[TOOL_CALLS]", "[ARGS]"):
+            wanted = wanted if name in shown else wanted.replace(name, "")
+        assert text == wanted
+
+
+@pytest.mark.parametrize("said", [s for s, _ in HARMONY if "to=" in s])
+def test_a_call_shows_its_header_in_one_form(said: str) -> None:
+    t = tokens(MARKERS)
+    form = format_of(t, None)
+    if not said.startswith("<|"):
+        form = form.after(t, t.encode("<|start|>assistant", special=True))
+    stream = Stream(t, (), form, ("<|channel|>",))
+    text = "".join(stream.push(i) for i in t.encode(said, special=True)) + stream.finish()
+    assert text == '<|channel|>commentary to=functions.add<|message|>{"a": 1}'
+
+
+def test_a_call_in_the_reasoning_stays_there() -> None:
+    t = tokens(plain=["<think>", "</think>", "<tool_call>", "</tool_call>"])
+    said = "<think>I could <tool_call>{}</tool_call> so</think>Yes."
+    assert say(t, said, format_of(t, None)) == ("Yes.", "I could <tool_call>{}</tool_call> so")
+
+
+@given(
+    st.lists(st.sampled_from(["a", "b", "#", "<", "call>", "<call>", "##"]), max_size=12),
+    st.randoms(),
+)
+def test_stop_strings_are_not_looked_for_in_calls(parts: list[str], random: random.Random) -> None:
+    text, stops = "".join(parts), ("##", "b<")
+    cut, out, left = Stops(stops, ("<call>",)), "", text
+    while left:
+        size = random.randint(1, len(left))
+        out, left = out + cut.cut(left[:size], False), left[size:]
+    out += cut.cut("", True)
+    free, mark, _ = text.partition("<call>")
+    found = [at for s in stops if (at := (free + mark).find(s)) >= 0]
+    begun = [at for at in found if at <= len(free) - 1]
+    assert out == (text[: min(begun)] if begun else text)
+    assert cut.stopped == bool(begun)

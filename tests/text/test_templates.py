@@ -37,6 +37,9 @@ TOOLS: list[Mapping[str, object]] = [
     {"role": "assistant", "tool_calls": [CALL]},
     {"role": "tool", "content": "2", "tool_call_id": "abcdef123", "name": "add"},
 ]
+WRITTEN = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "ü": "<é>"}}\n</tool_call>'
+# As templates are given it that know of no calls.
+TOLD: list[Mapping[str, object]] = [USER, {"role": "assistant", "content": WRITTEN}, TOOLS[2]]
 SCHEMA = {
     "type": "function",
     "function": {"name": "add", "parameters": {"b": 1, "a": [1, 2.5, None]}},
@@ -115,13 +118,16 @@ def test_constructs_render_as_transformers_renders_them(
     construct: str, chat: list[Mapping[str, object]]
 ) -> None:
     template = CONSTRUCTS[construct]
+    if construct == "whitespace" and chat is TOOLS:
+        pytest.skip("it shows no message, so that nobody can tell whether it knows of tools")
     if "messages | tojson" in template and not RENAMES:
         pytest.skip("transformers 5 gives templates more names for reasoning than earlier ones")
     for variables in (
         {},
         {"tools": [SCHEMA], "enable_thinking": False, "reasoning_effort": "high"},
     ):
-        wanted = theirs(template, chat, **dict(variables))
+        knows = chat is TALK or "tool_calls" in template or "messages | tojson" in template
+        wanted = theirs(template, chat if knows else TOLD, **dict(variables))
         ours = [_with_reasoning(message) for message in chat]
         assert render(template, [ours], {**NAMES, **variables}) == [wanted]
 
@@ -134,12 +140,14 @@ def test_parts_and_nothing_in_templates_that_know_neither() -> None:
         {"role": "assistant", "tool_calls": [CALL]},
     ]
     naive = EACH + "<{{ m.role }}>{{ '' + m['content'] }}" + END
-    assert render(naive, [chat], {}) == ["<user>a\nb<assistant><assistant>"]
+    said = f"<user>a\nb<assistant>{WRITTEN}<assistant>{WRITTEN}"
+    assert render(naive, [chat], {}) == [said]
     printing = EACH + "<{{ m.role }}>{{ m['content'] }}" + END
-    assert render(printing, [chat], {}) == ["<user>a\nb<assistant><assistant>"]
+    assert render(printing, [chat], {}) == [said]
     assert render(CONSTRUCTS["parts"], [chat[:1]], {}) == ["[a][b]"]
-    telling = "None is said. " + EACH + "{% if m.content is none %}<call>{% endif %}" + END
-    assert render(telling, [chat[1:2]], {}) == ["None is said. <call>"]
+    name = "{{ m.tool_calls[0].function.name }}"
+    telling = "None is said. " + EACH + "{% if m.content is none %}" + name + "{% endif %}" + END
+    assert render(telling, [chat[1:2]], {}) == ["None is said. add"]
 
 
 def test_one_process_serves_all() -> None:

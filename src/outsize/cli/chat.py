@@ -14,9 +14,9 @@ from outsize.options import DEFAULT_MODEL, LoadOptions, Options
 
 @with_flags
 def chat(
-    request: Annotated[Options, without("raw", "special")],
+    request: Annotated[Options, without("raw", "special", "logprobs")],
     display: Annotated[DisplayOptions, without("json")],
-    load: Annotated[LoadOptions, without("streams")],
+    load: Annotated[LoadOptions, without("streams", "chunk")],
     name: Annotated[str | None, typer.Argument(metavar="[MODEL]")] = None,
     model: Annotated[str | None, MODEL] = None,
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from outsize.cli.console import text_of
-from outsize.cli.values import parse_arguments, parse_grammar, parse_schema
+from outsize.cli.values import parse_arguments, parse_biases, parse_grammar, parse_schema
 from outsize.errors import OptionError
 
 
@@ -58,6 +58,9 @@ FLAGS = {
     ),
     "context": Flag("-c --context", "Tokens of context."),
     "streams": Flag("--streams", "Replies computed at once, for which the plan has room."),
+    "chunk": Flag(
+        "--chunk", "Tokens of a prompt computed, and kept for later prompts, at once: 32 to 512."
+    ),
     "threads": Flag("-t --threads", "Processor threads."),
     "encoding": Flag("--encoding", "auto (from the file), bf16, fp32, int8 or int4."),
     "verify": Flag("--verify", "Check weights read from disk: first (time), always or never."),
@@ -78,6 +81,15 @@ FLAGS = {
     "top_p": Flag("--top-p", "Draw from the likeliest that sum to p; 1: all."),
     "min_p": Flag("--min-p", "Draw from those at least p times the likeliest."),
     "repeat_penalty": Flag("--repeat-penalty", "Above 1: repeat less."),
+    "repeat_last_n": Flag("--repeat-last-n", "Tokens that penalties look back at; -1: all."),
+    "presence_penalty": Flag("--presence-penalty", "Above 0: avoid what was said."),
+    "frequency_penalty": Flag("--frequency-penalty", "Above 0: the more, the oftener it was."),
+    "logit_bias": Flag(
+        "--logit-bias", "A token's id and what is added to its logit (repeatable).",
+        Texts, lambda given: parse_biases(given or ()), "ID=BIAS",
+    ),
+    "logprobs": Flag("--logprobs", "With --json: log-probabilities, and those of so many likeliest."),
+    "ignore_eos": Flag("--ignore-eos", "Go on after the tokens that end a text."),
     "seed": Flag("--seed", "The same seed draws the same answer."),
     "stop": Flag(
         "--stop", "Stop before this text (repeatable).",

@@ -16,14 +16,14 @@ from outsize.cli.flags import MODEL, DisplayOptions
 from outsize.errors import OptionError
 from outsize.options import DEFAULT_MODEL, LoadOptions, Options
 
-CHAT_ONLY, PROMPT_ONLY = ("overflow",), ("raw", "special", "json")  # flags
+CHAT_ONLY, PROMPT_ONLY = ("overflow",), ("raw", "special", "json", "logprobs")  # flags
 
 
 @with_flags
 def run(
     request: Options,
     display: DisplayOptions,
-    load: Annotated[LoadOptions, without("streams")],
+    load: Annotated[LoadOptions, without("streams", "chunk")],
     given: frozenset[str],
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="[MODEL] [PROMPT]", help="- reads standard input.")
@@ -80,6 +80,8 @@ def check_use(
         raise OptionError(
             f"--adapter is given {len(load.adapters)} times, and one prompt is answered with one; give one"
         )
+    if "logprobs" in given and prompt and not display.json:
+        raise OptionError("--logprobs is part of what --json prints; add --json")
     if "show_thinking" in given and display.json and display.show_thinking is False:
         raise OptionError(
             "--json tells what the model thought, under `reasoning`; leave --hide-thinking out"

@@ -31,6 +31,20 @@ def parse_arguments(given: Sequence[str]) -> dict[str, object] | None:
     return made or None
 
 
+def parse_biases(given: Sequence[str]) -> dict[int, float] | None:
+    """Biases by token id from ID=BIAS texts. Raises OptionError."""
+    made: dict[int, float] = {}
+    for text in given:
+        id, _, bias = text.partition("=")
+        try:
+            made[int(id)] = float(bias)
+        except ValueError:
+            raise OptionError(
+                f"--logit-bias is {text!r}; ID=BIAS, two numbers, is expected"
+            ) from None
+    return made or None
+
+
 def parse_schema(given: str | None) -> Mapping[str, object] | None:
     """A JSON schema from its text, or from a file of it. Raises OptionError."""
     if given is None:

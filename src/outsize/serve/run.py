@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,7 +31,7 @@ class Encoded:
     ask: Ask
     ids: list[int]
     format: ToolFormat | None
-    echo: Part | None
+    echo: Echo | None
 
 
 async def events(service: Service, *asks: Ask) -> Run:
@@ -39,9 +39,9 @@ async def events(service: Service, *asks: Ask) -> Run:
     and none is found that can never run. As many as run at once are asked for at once; the others as those
     end, so that a request for many choices neither fills the queue nor is refused for its length.
     Raises OutsizeError, ApiError."""
-    encoded = [await _encoded(service, ask) for ask in asks]
+    made = [await encoded(service, ask) for ask in asks]
     choices = list[Choice]()
-    for one in encoded:
+    for one in made:
         for options in each(one.ask):
             choices.append(_choice(service, len(choices), one, options))
             if len(choices) > service.streams:
@@ -55,7 +55,7 @@ async def events(service: Service, *asks: Ask) -> Run:
         for choice in choices:
             choice.cancel()
         raise
-    return Run(choices, sum(len(one.ids) for one in encoded), service.streams)
+    return Run(choices, sum(len(one.ids) for one in made), service.streams)
 
 
 def each(ask: Ask) -> Iterator[Options]:
@@ -70,36 +70,38 @@ def _choice(service: Service, number: int, one: Encoded, options: Options) -> Ch
     ends = () if options.ignore_eos else model.pack.eos
     held = HeldTokens(partial(token_bytes, model), options.stop, ends)
     parser = None if one.format is None else one.format.parser(number, one.ask.tools)
-    return Choice(number, partial(service.ask, one.ids, options), held, parser, one.echo)
+    echo = None if one.echo is None else one.echo.part
+    return Choice(number, partial(service.ask, one.ids, options), held, parser, echo)
 
 
-async def _encoded(service: Service, ask: Ask) -> Encoded:
-    ask, form = _with_tools(service, ask)
+async def encoded(service: Service, ask: Ask) -> Encoded:
+    """A request with its prompt as tokens. Raises OutsizeError, ApiError."""
+    ask, form = await _with_tools(service, ask)
     ids = await _ids(service, ask)
-    return Encoded(ask, ids, form, await _echo(service, ask, ids) if ask.echo else None)
+    return Encoded(ask, ids, form, Echo(service, ask, ids) if ask.echo else None)
 
 
-def _with_tools(service: Service, ask: Ask) -> tuple[Ask, ToolFormat | None]:
-    """The request with its tools among the template's variables, and the grammar that their choice makes.
-    Raises ApiError."""
+async def _with_tools(service: Service, ask: Ask) -> tuple[Ask, ToolFormat | None]:
+    """The request with its tools told to the model, and the grammar that their choice makes. Raises ApiError,
+    OptionError."""
     if not ask.tools or ask.tool_choice == NONE:
         return ask, None
-    form = format_of("\n".join(service.model.pack.chat_templates.values()))
-    if form is None:
-        raise invalid(
-            f"the chat template of {service.model.name} says nothing of tools, or in a format that is not "
-            "known; leave `tools` out",
-            "tools",
-        )
-    options = ask.options
-    grammar = form.grammar(ask.tools, ask.tool_choice, ask.parallel_tools)
-    if options.schema is not None:
+    messages = [m for m in ask.prompt if isinstance(m, Mapping)]
+    if isinstance(ask.prompt, str) or len(messages) != len(ask.prompt):
+        raise invalid("tools are for chats, not for a text to continue", "tools")
+    if ask.options.schema is not None:
         raise invalid(
             "a reply cannot both call tools and obey a schema; give one", "response_format"
         )
-    arguments = {**(options.template_args or {}), "tools": list(ask.tools)}
-    changes = {"grammar": grammar, "show_tokens": form.show_tokens, "template_args": arguments}
-    return replace(ask, options=replace(options, **changes)), form  # type: ignore[arg-type]
+    model = service.model
+    form = format_of("\n".join(model.pack.chat_templates.values()), model.tokens.is_marker)
+    told, variables = form.prompt(messages, ask.tools)
+    grammar = await asyncio.to_thread(form.grammar, ask.tools, ask.tool_choice, ask.parallel_tools)
+    arguments = {**(ask.options.template_args or {}), **variables}
+    options = replace(
+        ask.options, grammar=grammar, show_tokens=form.show_tokens, template_args=arguments or None
+    )
+    return replace(ask, prompt=told, options=options), form
 
 
 async def _ids(service: Service, ask: Ask) -> list[int]:
@@ -113,15 +115,30 @@ async def _ids(service: Service, ask: Ask) -> list[int]:
     return await service.encode([item for item in prompt if not isinstance(item, int)], ask.options)
 
 
-async def _echo(service: Service, ask: Ask, ids: Sequence[int]) -> Part:
-    """The prompt, as the first part of a reply; the first token has no log-probability."""
-    service.model.tokens.check(ids)
-    text = ask.prompt if isinstance(ask.prompt, str) else service.model.tokens.decode(ids)
-    top = ask.options.logprobs
-    if top is None:
-        return Part(0, text)
-    scored = await service.score(ids, top) if len(ids) > 1 else []
-    return Part(0, text, tokens=(TokenLogprob(ids[0], math.nan), *scored))
+class Echo:
+    """A prompt, as the first part of its replies: computed for the first, kept for the others."""
+
+    def __init__(self, service: Service, ask: Ask, ids: Sequence[int]) -> None:
+        self._service, self._ask, self._ids = service, ask, ids
+        self._lock, self._made = asyncio.Lock(), list[Part]()
+
+    async def part(self) -> Part:
+        """The first token has no log-probability: NaN. Raises OutsizeError."""
+        async with self._lock:
+            if not self._made:
+                self._made.append(Part(0, self._text(), tokens=await self._scored()))
+        return self._made[0]
+
+    def _text(self) -> str:
+        prompt = self._ask.prompt
+        return prompt if isinstance(prompt, str) else self._service.model.tokens.decode(self._ids)
+
+    async def _scored(self) -> tuple[TokenLogprob, ...]:
+        top = self._ask.options.logprobs
+        if top is None:
+            return ()
+        later = await self._service.score(self._ids, top) if len(self._ids) > 1 else []
+        return (TokenLogprob(self._ids[0], math.nan), *later)
 
 
 class Run:
@@ -131,6 +148,8 @@ class Run:
         self.choices, self.prompt_tokens = choices, prompt_tokens
         self._room = asyncio.Semaphore(streams)
         self._queue = asyncio.Queue[Event | Exception | None]()
+        self._last: Exception | None = None  # what it ended by
+        self._is_over = False
         self._running = len(choices)
         self._tasks = [asyncio.create_task(self._pump(choice)) for choice in choices]
 
@@ -150,17 +169,15 @@ class Run:
         """The next event and those that are there with it; none at the end. Raises what broke a reply off,
         after cancelling the others."""
         found: list[Event] = []
-        event = await self._queue.get()
-        while event is not None and not isinstance(event, Exception):
+        while not found or not self._queue.empty():
+            event = self._last if self._is_over else await self._queue.get()
+            if event is None or isinstance(event, Exception):
+                self._last, self._is_over = event, True
+                break
             found.append(event)
-            if self._queue.empty():
-                return found
-            event = self._queue.get_nowait()
-        if found:
-            self._queue.put_nowait(event)  # for the next call: nothing that counts comes after it
-        elif isinstance(event, Exception):
+        if not found and self._last is not None:
             self.cancel()
-            raise event
+            raise self._last
         return found
 
     async def __aiter__(self) -> AsyncIterator[Event]:

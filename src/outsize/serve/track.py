@@ -10,6 +10,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from outsize.serve.counts import Counts
+from outsize.serve.errors import ANTHROPIC
 from outsize.serve.http import Call, call_of
 from outsize.serve.options import ServeOptions
 
@@ -34,6 +35,8 @@ class Track:
                 call.status = message["status"]
                 headers = MutableHeaders(raw=message.setdefault("headers", []))
                 headers["x-request-id"] = call.id
+                if call.dialect == ANTHROPIC:
+                    headers["request-id"] = call.id  # where its clients look for it
                 if call.ignored:
                     headers["x-outsize-ignored"] = ascii(",".join(call.ignored))[1:-1][:1000]
             await send(message)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from outsize.text.tokens import TAGS, Tokens
 
 HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
+CALL = "<|channel|>commentary to={}<|message|>"  # the header of a call, in the text of a reply
 TEXT, REASONING = "text", "reasoning"
 Piece = tuple[str, str]  # kind, text
 
@@ -62,7 +63,9 @@ def format_of(tokens: Tokens, template: str | None) -> Format:
 class Harmony:
     """gpt-oss's channels, token by token."""
 
-    def __init__(self, tokens: Tokens, opened: bool) -> None:
+    def __init__(self, tokens: Tokens, opened: bool, shown: bool = False) -> None:
+        """`shown`: the text of a call begins with its header, in one form: CALL."""
+        self._call = CALL if shown else "{} "
         self._names = {tokens.control(name): name for name in HARMONY}
         self._header: str | None = "" if opened else None  # the text of the header being read
         self._role = ""  # what came before the channel's name
@@ -90,7 +93,7 @@ class Harmony:
         if self._said[self._kind]:
             yield self._kind, "\n"
         if called:
-            yield self._kind, f"{called[0].removeprefix('to=')} "
+            yield self._kind, self._call.format(called[0].removeprefix("to="))
 
     def text(self, piece: str) -> Iterator[Piece]:
         """A piece of decoded text: of a header, or of a message."""

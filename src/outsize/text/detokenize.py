@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from outsize.text.channels import REASONING, TEXT, Format, Harmony, Piece, Tags, format_of
+from outsize.text.channels import HARMONY, REASONING, TEXT, Format, Harmony, Piece, Tags, format_of
 from outsize.text.tokens import UNFINISHED, Tokens
 
 
@@ -35,10 +35,11 @@ class Decoder:
 
 
 class Stops:
-    """Cuts a text before a stop string; never emits a part of one."""
+    """Cuts a text before a stop string; never emits a part of one. From the first of `marks` on, which begin
+    what is no text for people, stop strings are not looked for."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = stops
+    def __init__(self, stops: Sequence[str], marks: Sequence[str] = ()) -> None:
+        self._stops, self._marks = stops, marks if stops else ()
         self._held = ""
         self.found: str | None = None  # the stop string that the text was cut before
 
@@ -51,33 +52,49 @@ class Stops:
         if self.stopped:
             return ""
         self._held += text
-        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
-            at, self.found = min(found, key=lambda pair: pair[0])
+        (at, stop), (marked, _) = self._first(self._stops), self._first(self._marks)
+        if at >= 0 and not 0 <= marked < at:
+            self.found = stop
             return self._held[:at]
+        if marked >= 0:
+            self._stops = self._marks = ()
         keep = 0 if last else self._overlap()
         out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return out
 
+    def _first(self, names: Sequence[str]) -> tuple[int, str]:
+        """Where the first of these is in the held text, and which; -1: nowhere."""
+        found = [(at, name) for name in names if (at := self._held.find(name)) >= 0]
+        return min(found, key=lambda pair: pair[0], default=(-1, ""))
+
     def _overlap(self) -> int:
-        """Length of the longest end of the held text that may begin a stop string."""
-        longest = max((len(s) for s in self._stops), default=1) - 1
+        """Length of the longest end of the held text that may begin a stop string, or a mark."""
+        names = (*self._stops, *self._marks)
+        longest = max((len(s) for s in names), default=1) - 1
         for size in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-size:]) for stop in self._stops):
+            if any(name.startswith(self._held[-size:]) for name in names):
                 return size
         return 0
 
 
 class Stream:
     """A reply's text as its tokens come. `reasoning` is what the model has thought so far; stop strings
-    are looked for in the answer alone."""
+    are looked for in the answer alone, before the first of the control tokens that are `shown`."""
 
-    def __init__(self, tokens: Tokens, stops: Sequence[str], form: Format | None = None) -> None:
-        self._form = format_of(tokens, None) if form is None else form
-        self._decoder, self._stops = Decoder(tokens), Stops(stops)
-        self._harmony = Harmony(tokens, self._form.opened) if self._form.harmony else None
-        self._tags = Tags(self._form.tags, self._form.opened) if self._form.tags else None
-        self._tag_tokens = dict(self._form.tag_tokens)
+    def __init__(
+        self,
+        tokens: Tokens,
+        stops: Sequence[str],
+        form: Format | None = None,
+        shown: Sequence[str] = (),
+    ) -> None:
+        self._form = form = format_of(tokens, None) if form is None else form
+        self._decoder, self._stops = Decoder(tokens), Stops(stops, shown)
+        self._harmony = Harmony(tokens, form.opened, HARMONY[1] in shown) if form.harmony else None
+        self._tags = Tags(form.tags, form.opened) if form.tags else None
+        named = {tokens.control(name): name for name in shown}
+        self._named = {i: name for i, name in named.items() if i is not None}
+        self._named |= dict(form.tag_tokens)
         self._constrain = tokens.control("<|constrain|>")
         self.reasoning = ""
 
@@ -98,8 +115,8 @@ class Stream:
             return self._taken([*before, *self._harmony.marker(token)])
         if self._harmony is not None and token == self._constrain:  # parts the words of a header
             return self._taken(self._divided(self._decoder.finish() + " "))
-        if token in self._tag_tokens:
-            return self._taken(self._divided(self._decoder.finish() + self._tag_tokens[token]))
+        if token in self._named:
+            return self._taken(self._divided(self._decoder.finish() + self._named[token]))
         return self._taken(self._divided(self._decoder.push(token)))
 
     def finish(self) -> str:

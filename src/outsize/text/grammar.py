@@ -7,6 +7,7 @@ are made of) are made with the first grammar: 60 to 180 bytes a token of the voc
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -67,6 +68,15 @@ class Grammars:
             if self._made is None:
                 self._made = _made(self._tokens)
             return self._made
+
+
+def schema_problem(text: str) -> str:
+    """What is wrong with a schema, by its JSON; empty: it can be followed."""
+    from llguidance import LLMatcher
+
+    grammar = json.dumps({"grammars": [{"json_schema": json.loads(text)}]})
+    is_error, said = LLMatcher.validate_grammar_with_warnings(grammar)
+    return _told(said[0]) if is_error else ""
 
 
 def _told(error: str) -> str:

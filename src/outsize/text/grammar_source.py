@@ -44,10 +44,14 @@ def source(options: Options, form: Format, tokens: Tokens) -> str | None:
     return json.dumps({"grammars": grammars})
 
 
-def schema_text(schema: Mapping[str, object], name: str = "schema") -> str:
-    """A schema as JSON, within limits, to be spaced in our style. Raises OptionError."""
+def schema_text(
+    schema: Mapping[str, object], name: str = "schema", more: Mapping[str, object] | None = None
+) -> str:
+    """A schema as JSON, within limits, to be spaced in our style. `more`: of llguidance's options for
+    schemas. Raises OptionError."""
+    style = {**STYLE, **(more or {})}
     try:
-        text = json.dumps({**schema, "x-guidance": STYLE}, ensure_ascii=False, allow_nan=False)
+        text = json.dumps({**schema, "x-guidance": style}, ensure_ascii=False, allow_nan=False)
     except RecursionError:
         raise OptionError(f"the {name} is nested too deeply") from None
     except (TypeError, ValueError) as e:

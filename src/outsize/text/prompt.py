@@ -28,6 +28,8 @@ def encode(
         if not isinstance(prompt, str | list | tuple):
             raise wrong("a prompt", prompt, "a string, or a list of messages")
     texts_only = all(isinstance(p, str) for p in prompts)
+    if options.continue_final:
+        _check_unfinished(prompts, options)
     if options.raw or (not pack.chat_templates and texts_only):
         return _continued(pack, tokens, prompts, options)
     if options.special:
@@ -40,8 +42,25 @@ def encode(
     arguments = dict(options.template_args or {})
     template = choose(pack, arguments)
     chats = [[_marked(m, tokens) for m in _messages(p, options.system)] for p in prompts]
-    texts = render(template, chats, {**pack.special_tokens, **_marked(arguments, tokens)})
+    names = {**pack.special_tokens, **_marked(arguments, tokens)}
+    texts = render(template, chats, names, options.continue_final)
     return [tokens.encode_marked(text) for text in texts]
+
+
+def _check_unfinished(prompts: Sequence[Prompt], options: Options) -> None:
+    """Raise OptionError unless each chat ends with a text of the assistant's, for the reply to go on with."""
+    if options.schema is not None or options.grammar is not None:
+        raise OptionError(
+            "continue_final goes on with a text that has begun, and a schema or grammar (of tools, too) is "
+            "of a whole one; give one of them"
+        )
+    for prompt in prompts:
+        last = {} if isinstance(prompt, str) or not prompt else prompt[-1]
+        said, calls = last.get("content"), last.get("tool_calls")
+        if last.get("role") != "assistant" or not isinstance(said, str) or not said or calls:
+            raise OptionError(
+                "continue_final goes on with the last message, which must be the assistant's and have a text"
+            )
 
 
 def _marked(value: Message, tokens: Tokens) -> Message:
@@ -108,6 +127,7 @@ def _check(message: object) -> None:
     """Raises OptionError for what no template could take."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise OptionError(f"a message needs a 'role', this has none: {str(message)[:200]}")
+    _check_calls(message.get("tool_calls"))
     content = message.get("content")
     if isinstance(content, list):
         for part in content:
@@ -121,3 +141,17 @@ def _check(message: object) -> None:
         raise OptionError(
             f"a message's content is {str(content)[:200]!r}; text, or a list of parts, is expected"
         )
+
+
+def _check_calls(calls: object) -> None:
+    """Raises OptionError for calls of tools that no template could take."""
+    if calls is not None and not isinstance(calls, list | tuple):
+        raise OptionError(f"a message's tool_calls are {str(calls)[:200]!r}; a list is expected")
+    for call in calls or ():
+        function = call.get("function") if isinstance(call, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str):
+            raise OptionError(
+                f"a message has a tool call {str(call)[:200]!r}; one like "
+                '{"function": {"name": ..., "arguments": ...}} is expected'
+            )

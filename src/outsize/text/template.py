@@ -32,12 +32,15 @@ Messages = Sequence[Message]
 
 
 def render(
-    template: str, chats: Sequence[Messages], names: Mapping[str, object], answer: bool = True
+    template: str, chats: Sequence[Messages], names: Mapping[str, object], unfinished: bool = False
 ) -> list[str]:
-    """The prompt of each chat, ready for the model's reply unless `answer` is False. `names` are the
-    template's variables beside the messages. Raises TemplateError."""
-    variables = {"tools": None, "documents": None, **names, "add_generation_prompt": answer}
+    """The prompt of each chat, ready for the model's reply; if `unfinished`, for more of the last message,
+    which has a text. `names` are the template's variables beside the messages. Raises TemplateError."""
+    variables = {
+        "tools": None, "documents": None, **names, "add_generation_prompt": not unfinished,
+    }  # fmt: skip
     job = {
+        "unfinished": unfinished,
         "template": template, "chats": [[dict(m) for m in c] for c in chats], "names": variables,
         "seconds": TIME_LIMIT_S, "most": MAX_TEXT,
     }  # fmt: skip

@@ -11,14 +11,13 @@ import json
 import select
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 MEMORY, IDLE_S = 1 << 30, 60
 WIDEST = 6  # characters of JSON for one of a text
-PROBE = "outsize probe"
-CALL = {"type": "function", "id": "call00000", "function": {"name": "f", "arguments": {}}}
 Job = dict[str, Any]
 
 
@@ -90,59 +89,24 @@ def to_json(
     )
 
 
-class Chat:
-    """One template, compiled, and what it can take."""
+def chat_kind() -> Any:
+    """The class of `template_chat.py`, which lies beside this script."""
+    import importlib.util
 
-    def __init__(self, template: Any, names: Mapping[str, object]) -> None:
-        self.template, self.names = template, names
-        self._known: dict[str, bool] = {}
-
-    def render(self, messages: list[Job]) -> str:
-        text: str = self.template.render(
-            messages=[self._fitting(m) for m in messages], **self.names
-        )
-        return text
-
-    def _fitting(self, message: Job) -> Job:
-        """A message in a form that the template can take: text for a list of parts, no text for none."""
-        content = message.get("content")
-        if isinstance(content, list) and not self._takes("parts"):
-            return message | {"content": "\n".join(part["text"] for part in content)}
-        if content is None and not self._takes("null" if "content" in message else "none"):
-            return message | {"content": ""}
-        return message
-
-    def _takes(self, kind: str) -> bool:
-        if kind not in self._known:
-            self._known[kind] = self._try(kind)
-        return self._known[kind]
-
-    def _try(self, kind: str) -> bool:
-        asked: Job = {"role": "user", "content": PROBE}
-        said: Job = {"role": "assistant", "tool_calls": [CALL]}
-        tried: list[Job] = {
-            "parts": [asked | {"content": [{"type": "text", "text": PROBE}]}],
-            "null": [asked, said | {"content": None}],
-            "none": [asked, said],
-        }[kind]
-        try:
-            text: str = self.template.render(messages=tried, **self.names)
-            if kind == "parts":
-                return PROBE in text and "'type'" not in text
-            tried[-1] = said | {"content": ""}
-            plain: str = self.template.render(messages=tried, **self.names)
-        except Exception:  # whatever a template does wrong
-            return False
-        return text.count("None") <= plain.count("None")
+    file = Path(__file__).with_name("template_chat.py")
+    spec = importlib.util.spec_from_file_location("template_chat", file)
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return module.Chat
 
 
-def answer(env: Any, job: Job) -> Job:
-    """Render each chat of a job. Never raises."""
+def answer(env: Any, chats: Any, job: Job) -> Job:
+    """Render each chat of a job; `chats` makes a Chat of a template. Never raises."""
     try:
-        chat = Chat(env.from_string(job["template"]), job["names"])
+        chat = chats(env.from_string(job["template"]), job["names"])
         texts: list[str] = []
         for messages in job["chats"]:
-            texts.append(chat.render(messages))
+            texts.append(chat.render(messages, job.get("unfinished", False)))
             if sum(map(len, texts)) > job["most"]:
                 return {"error": f"it made more than {job['most']:,} characters"}
         return {"texts": texts}
@@ -159,7 +123,7 @@ def main() -> None:
     sys.path[:] = json.loads(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: the parent decides
     try:
-        env = environment()
+        env, chats = environment(), chat_kind()
     except ImportError as e:
         sys.stdout.write(json.dumps({"error": f"{e}; install jinja2 for this Python"}) + "\n")
         return
@@ -170,7 +134,7 @@ def main() -> None:
             return
         job = json.loads(line)
         limit_time(job["seconds"])
-        reply = json.dumps(answer(env, job))
+        reply = json.dumps(answer(env, chats, job))
         if len(reply) >= WIDEST * job["most"]:
             reply = json.dumps({"error": f"it made more than {job['most']:,} characters"})
         sys.stdout.write(reply + "\n")
