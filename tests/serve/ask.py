@@ -49,6 +49,5 @@ def streamed(client: httpx.Client, path: str, body: Any) -> list[Any]:
 
 
 def stop_in(full: str) -> str:
-    """Two whole characters of a text, not at its beginning, that are nowhere before."""
-    pairs = [(i, full[i : i + 2]) for i in range(3, len(full))]
-    return next(pair for i, pair in pairs if full.index(pair) == i and "\ufffd" not in pair)
+    """An ASCII character of a text, not at its beginning, that is nowhere before."""
+    return next(c for i, c in enumerate(full) if i > 2 and c.isascii() and full.index(c) == i)

@@ -92,8 +92,8 @@ def test_many_large_bodies(served: Running, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(http, "MAX_BODIES", 910)
     counts = served.host.counts
     with socket.create_connection(served.address, timeout=30) as sock, served.client() as client:
-        sock.sendall(HEAD + b"content-length: 900\r\n\r\n" + b" " * 899)
-        served.until(lambda: counts.body_bytes == 899, "it has come")
+        sock.sendall(HEAD + b"content-length: 990\r\n\r\n" + b" " * 989)
+        served.until(lambda: counts.body_bytes == 989, "it has come")
         reply = client.post(CHAT, json=chat())
         assert reply.status_code == 503
         assert "retry-after" in reply.headers

@@ -32,7 +32,7 @@ class Choice:
         ask: Callable[[], Awaitable[Answer]],
         held: HeldTokens,
         parser: Parser | None,
-        echo: Part | None,
+        echo: Callable[[], Awaitable[Part]] | None,
     ) -> None:
         self.number, self.answer = number, list[Answer]()  # none before it has begun
         self._ask, self._parser, self._echo, self._held = ask, parser, echo, held
@@ -60,7 +60,7 @@ class Choice:
         """Raises OutsizeError; UnavailableError where the server broke the reply off."""
         answer = await self._begin_late()
         if self._echo is not None:
-            yield replace(self._echo, choice=self.number)
+            yield replace(await self._echo(), choice=self.number)
         async for delta in answer:
             for event in self._of(delta):
                 yield event

@@ -31,7 +31,7 @@ class Encoded:
     ask: Ask
     ids: list[int]
     format: ToolFormat | None
-    echo: Part | None
+    echo: Echo | None
 
 
 async def events(service: Service, *asks: Ask) -> Run:
@@ -70,14 +70,15 @@ def _choice(service: Service, number: int, one: Encoded, options: Options) -> Ch
     ends = () if options.ignore_eos else model.pack.eos
     held = HeldTokens(partial(token_bytes, model), options.stop, ends)
     parser = None if one.format is None else one.format.parser(number, one.ask.tools)
-    return Choice(number, partial(service.ask, one.ids, options), held, parser, one.echo)
+    echo = None if one.echo is None else one.echo.part
+    return Choice(number, partial(service.ask, one.ids, options), held, parser, echo)
 
 
 async def encoded(service: Service, ask: Ask) -> Encoded:
     """A request with its prompt as tokens. Raises OutsizeError, ApiError."""
     ask, form = await _with_tools(service, ask)
     ids = await _ids(service, ask)
-    return Encoded(ask, ids, form, await _echo(service, ask, ids) if ask.echo else None)
+    return Encoded(ask, ids, form, Echo(service, ask, ids) if ask.echo else None)
 
 
 async def _with_tools(service: Service, ask: Ask) -> tuple[Ask, ToolFormat | None]:
@@ -114,15 +115,30 @@ async def _ids(service: Service, ask: Ask) -> list[int]:
     return await service.encode([item for item in prompt if not isinstance(item, int)], ask.options)
 
 
-async def _echo(service: Service, ask: Ask, ids: Sequence[int]) -> Part:
-    """The prompt, as the first part of a reply; the first token has no log-probability."""
-    service.model.tokens.check(ids)
-    text = ask.prompt if isinstance(ask.prompt, str) else service.model.tokens.decode(ids)
-    top = ask.options.logprobs
-    if top is None:
-        return Part(0, text)
-    scored = await service.score(ids, top) if len(ids) > 1 else []
-    return Part(0, text, tokens=(TokenLogprob(ids[0], math.nan), *scored))
+class Echo:
+    """A prompt, as the first part of its replies: computed for the first, kept for the others."""
+
+    def __init__(self, service: Service, ask: Ask, ids: Sequence[int]) -> None:
+        self._service, self._ask, self._ids = service, ask, ids
+        self._lock, self._made = asyncio.Lock(), list[Part]()
+
+    async def part(self) -> Part:
+        """The first token has no log-probability: NaN. Raises OutsizeError."""
+        async with self._lock:
+            if not self._made:
+                self._made.append(Part(0, self._text(), tokens=await self._scored()))
+        return self._made[0]
+
+    def _text(self) -> str:
+        prompt = self._ask.prompt
+        return prompt if isinstance(prompt, str) else self._service.model.tokens.decode(self._ids)
+
+    async def _scored(self) -> tuple[TokenLogprob, ...]:
+        top = self._ask.options.logprobs
+        if top is None:
+            return ()
+        later = await self._service.score(self._ids, top) if len(self._ids) > 1 else []
+        return (TokenLogprob(self._ids[0], math.nan), *later)
 
 
 class Run:
@@ -132,6 +148,8 @@ class Run:
         self.choices, self.prompt_tokens = choices, prompt_tokens
         self._room = asyncio.Semaphore(streams)
         self._queue = asyncio.Queue[Event | Exception | None]()
+        self._last: Exception | None = None  # what it ended by
+        self._is_over = False
         self._running = len(choices)
         self._tasks = [asyncio.create_task(self._pump(choice)) for choice in choices]
 
@@ -151,17 +169,15 @@ class Run:
         """The next event and those that are there with it; none at the end. Raises what broke a reply off,
         after cancelling the others."""
         found: list[Event] = []
-        event = await self._queue.get()
-        while event is not None and not isinstance(event, Exception):
+        while not found or not self._queue.empty():
+            event = self._last if self._is_over else await self._queue.get()
+            if event is None or isinstance(event, Exception):
+                self._last, self._is_over = event, True
+                break
             found.append(event)
-            if self._queue.empty():
-                return found
-            event = self._queue.get_nowait()
-        if found:
-            self._queue.put_nowait(event)  # for the next call: nothing that counts comes after it
-        elif isinstance(event, Exception):
+        if not found and self._last is not None:
             self.cancel()
-            raise event
+            raise self._last
         return found
 
     async def __aiter__(self) -> AsyncIterator[Event]:

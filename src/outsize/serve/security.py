@@ -40,7 +40,9 @@ class Guard:
             return
         error = self._refused(scope["path"], Headers(scope=scope))
         if scope["http_version"] not in VERSIONS:
-            error = ApiError(status=400, message="HTTP/1.1 or HTTP/1.0 is spoken here; ask in one of them")
+            error = ApiError(
+                status=400, message="HTTP/1.1 or HTTP/1.0 is spoken here; ask in one of them"
+            )
         if error is None:
             await self._app(scope, receive, send)
             return
