@@ -137,3 +137,34 @@ def test_logprobs_come_with_their_tokens_and_scores_agree(open_tiny: Callable[..
 
     with serving(model) as service:
         asyncio.run(main(service))
+
+
+def test_a_prompt_far_too_long_is_refused_before_it_is_tokenized(
+    open_tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sizes = open_tiny(), list[int]()
+    encode = type(model.tokens).encode
+
+    def counting(self: object, text: str, *rest: object, **more: object) -> list[int]:
+        sizes.append(len(text))
+        return encode(self, text, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(model.tokens), "encode", counting)
+    for prompt in ("word " * 10**6, [{"role": "user", "content": "word " * 10**6}]):
+        with pytest.raises(ContextError, match="5,000,000 characters"):
+            model.stream(prompt, raw=isinstance(prompt, str))
+    assert max(sizes) <= 16 * model.context
+
+
+def test_requests_that_are_being_read_count_as_waiting(open_tiny: Callable[..., Model]) -> None:
+    async def main(service: Service) -> None:
+        options = Options(raw=True)
+        first = [asyncio.create_task(service.encode("x" * 20_000, options)) for _ in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFullError):
+            await service.encode("x", options)
+        await asyncio.gather(*first, return_exceptions=True)
+        assert await service.encode("x", options)
+
+    with serving(open_tiny(), Limits(streams=2, max_queue=1)) as service:
+        asyncio.run(main(service))

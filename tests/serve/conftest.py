@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,9 +21,11 @@ from outsize.engine.service import Load
 from outsize.serve import server
 from outsize.serve.host import READY, Host
 from outsize.serve.options import ServeOptions
+from tests.golden import tiny as tiny_models
 
 OPTIONS = ServeOptions(port=0)
 PATIENCE_S = 30.0
+ENDLESS = 100_000  # tokens of context
 
 
 class Running:
@@ -100,7 +103,7 @@ def serving(open_model: Callable[[], Model], options: ServeOptions) -> Iterator[
 @pytest.fixture(scope="session")
 def tiny(folder_of: Callable[[str], Path], home: Path) -> Callable[[], Model]:
     """What opens a tiny model."""
-    return partial(outsize.load, str(folder_of("llama")), quiet=True)
+    return partial(outsize.load, str(folder_of("llama")), quiet=True, streams=8, grammars=True)
 
 
 @pytest.fixture(scope="session")
@@ -108,6 +111,17 @@ def served(tiny: Callable[[], Model]) -> Iterator[Running]:
     """One server for the tests that change nothing about it."""
     with serving(tiny, replace(OPTIONS, grace=0.0, alias=("other",))) as running:
         yield running.until_ready()
+
+
+@pytest.fixture(scope="session")
+def endless(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Callable[[], Model]:
+    """What opens a tiny model of a context so long that no reply ends by itself while a test runs."""
+    folder = tiny_models.write_folder(tmp_path_factory.mktemp("endless") / "llama", "llama")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**settings, "max_position_embeddings": ENDLESS})
+    )
+    return partial(outsize.load, str(folder), quiet=True, streams=4)
 
 
 @pytest.fixture

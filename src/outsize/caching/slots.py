@@ -7,6 +7,7 @@ way), `cold` (never there before), `collision` (evicted in this very pass), `cap
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from outsize.caching.policy import Placed, Policy
@@ -16,12 +17,42 @@ from outsize.storage.stats import IOStats
 Load = tuple[int, int]  # id, slot
 
 
+class Outcomes:
+    """By id, how often it was asked for and found in memory, found read ahead, on its way, or missing. Since
+    the model was opened; one thread counts, others may look."""
+
+    def __init__(self, ids: int) -> None:
+        self.hits, self.ready, self.late, self.missed = (
+            array("L", bytes(ids * array("L").itemsize)) for _ in range(4)
+        )
+
+    def count(self, placed: Placed, there: Mapping[int, bool]) -> None:
+        """Some ids were asked for; `there`: of those read ahead, is it there?"""
+        loads = dict(placed.loads)
+        for id in placed.slots:
+            if id in loads:
+                self.missed[id] += 1
+            elif id in there:
+                (self.ready if there[id] else self.late)[id] += 1
+            else:
+                self.hits[id] += 1
+
+
 class SlotTable:
     """A policy's decisions, applied and counted. `size`: bytes of a record."""
 
-    def __init__(self, policy: Policy, stats: IOStats, size: int, leases: bool = True) -> None:
-        """`leases` False: records asked for together may evict each other. For replays only."""
+    def __init__(
+        self,
+        policy: Policy,
+        stats: IOStats,
+        size: int,
+        leases: bool = True,
+        outcomes: Outcomes | None = None,
+    ) -> None:
+        """`leases` False: records asked for together may evict each other. For replays only. `outcomes`:
+        where requests are counted by id, too."""
         self.policy, self.stats, self._size, self._leases = policy, stats, size, leases
+        self._outcomes = outcomes
         self.slot_of: dict[int, int] = {}
         self.id_in: dict[int, int] = {}
         self.ahead: set[int] = set()  # read ahead, not yet asked for
@@ -61,6 +92,8 @@ class SlotTable:
             inside.remove(id)
         self.in_use = tuple(placed.slots)
         self._count(placed, len(inside), there)
+        if self._outcomes is not None:
+            self._outcomes.count(placed, there)
         return placed
 
     def prefetch(self, ids: Sequence[int], most: int) -> list[Load]:

@@ -18,7 +18,7 @@ from outsize.options import CAPACITIES, DEFAULT_MODEL, EVICTIONS, LoadOptions
 app = typer.Typer(
     rich_markup_mode=None,
     no_args_is_help=True,
-    help="Measure: speed, quality, drafts, expert caches.",
+    help="Measure: speed, quality, drafts, expert caches, a server under load.",
 )
 
 
@@ -113,6 +113,55 @@ def speculate(
         raise OptionError("give --prompts FILE")
     options = measure.SpeculateOptions(**asdict(own), threads=load.threads, quiet=load.quiet)
     measure.show(model, options, display.json)
+
+
+@dataclass(frozen=True, slots=True)
+class ServeFlags:
+    """What load is put on which server."""
+
+    loads: Annotated[
+        str,
+        Flag(
+            "--loads",
+            "one, many, batch, long, idle, prefix; and disconnects, soak, overload, hostile, bits; or all.",
+        ),
+    ] = "one,many,long,idle,prefix"
+    url: Annotated[str, Flag("--url", "A server that runs; else one is started.")] = ""
+    api_key: Annotated[str, Flag("--api-key", "That it asks for.")] = ""
+    streams: Annotated[str, Flag("--streams", "Clients at once, as 8, or 1,4,16 in turn.")] = "8"
+    requests: Annotated[int, Flag("--requests", "Of a load; 0: as many as it is made for.")] = 0
+    prompt_tokens: Annotated[int, Flag("--prompt-tokens", "Of a short prompt, about.")] = 60
+    new_tokens: Annotated[int, Flag("--new-tokens", "Of a reply.")] = 96
+    long_tokens: Annotated[int, Flag("--long-tokens", "Of a long prompt, about.")] = 4000
+    seconds: Annotated[float, Flag("--seconds", "Of a soak.")] = 60.0
+    limit: Annotated[float, Flag("--limit", "Seconds after which a load is ended.")] = 600.0
+    repeats: Annotated[int, Flag("--repeats", "Of all loads, in turn.")] = 1
+    seed: Annotated[int, Flag("--seed", "Of prompts and arrivals.")] = 0
+    chat: Annotated[bool, Flag("--chat", "Ask through the model's chat template.")] = False
+    ignore_eos: Annotated[
+        bool, Flag("--ignore-eos/--no-ignore-eos", "Replies go on after their end.")
+    ] = True
+    in_process: Annotated[
+        bool, Flag("--in-process", "Beside the same model without a server, in turn.")
+    ] = False
+    serve: Annotated[str, Flag("--serve", "More flags of the server, as one text.")] = ""
+    wrap: Annotated[str, Flag("--wrap", "A command that runs the server, as under a cap.")] = ""
+
+
+@app.command()
+@with_flags
+def serve(
+    own: ServeFlags,
+    display: Annotated[DisplayOptions, only("json")],
+    load: Annotated[LoadOptions, only("memory", "context", "threads", "draft", "quiet")],
+    model: Annotated[str, typer.Argument()] = DEFAULT_MODEL,
+) -> None:
+    """A server under load: first tokens, gaps, tokens/s, errors, memory; exit status 1 if it fails one."""
+    from outsize.bench.serve import show as measure
+    from outsize.bench.serve.options import ServeOptions
+
+    if not measure.show(model, ServeOptions(**asdict(own)), load, display.json):
+        raise typer.Exit(1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,9 @@ def _all(given: list[str] | None) -> tuple[str, ...]:
     return tuple(given or ())
 
 
-SEVERAL = LoadOptions(streams=8)  # beyond eight, a step's rows cost as much as a step of their own
+SEVERAL = LoadOptions(
+    streams=8, grammars=True
+)  # beyond eight, a step's rows cost as much as a step of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +71,7 @@ def serve(
     source = model or name or DEFAULT_MODEL
     options = ServeOptions(**asdict(own))
     bound = server.bind(options)
-    host = Host(
-        source, partial(session.open_model, source, load, display), options, tuple(load.adapters)
-    )
+    host = Host(source, partial(session.open_model, source, load, display), options, load.adapters)
     if not load.quiet:
         url = server.url(bound)
         say(

@@ -35,6 +35,7 @@ from outsize.text.channels import PLAIN, format_of
 from outsize.text.detokenize import Stream
 from outsize.text.grammar import Grammars
 from outsize.text.prompt import Prompt, encode
+from outsize.text.size import check_size
 from outsize.text.template import Messages
 from outsize.text.tokens import Tokens
 
@@ -132,7 +133,7 @@ class Model:
         batch = [prompts] if isinstance(prompts, str) else list(prompts)
         options.check_adapters(len(batch))
         each, before = of_each(options, len(batch)), self.counts()
-        ids = self.encode(batch, options)
+        ids = self.encode_fitting(batch, options)
         requests = [self.start(*pair) for pair in zip(ids, each, strict=True)]
         together = Batch(self.scheduler)
         for request in requests:
@@ -188,7 +189,7 @@ class Model:
         """As `stream`, with the options as one object, over keys and values that are there."""
         started, options = time.perf_counter(), seeded(options)
         options.check_adapters(1)
-        (ids,) = self.encode([prompt], options)
+        (ids,) = self.encode_fitting([prompt], options)
         return Streaming(self.scheduler, self.start(ids, options, prefix), started)
 
     def encode(self, prompts: Sequence[Prompt], options: Options) -> list[list[int]]:
@@ -196,6 +197,15 @@ class Model:
         self.scheduler.check()
         with shutdown.work():
             return encode(self.pack, self.tokens, prompts, options)
+
+    def encode_fitting(self, prompts: Sequence[Prompt], options: Options) -> list[list[int]]:
+        """As `encode`, of prompts that are to be run: raises ContextError where one is far too long, before
+        all of it is tokenized."""
+        self.scheduler.check()
+        for prompt in prompts:
+            if isinstance(prompt, str | list | tuple):  # what else there is, `encode` refuses
+                check_size(prompt, self.tokens, self.context)
+        return self.encode(prompts, options)
 
     def count(self, prompt: Prompt, options: Options | None = None) -> int:
         """Tokens of a prompt, or of a chat's messages."""

@@ -117,6 +117,7 @@ class Service:
         self._arrived, self._answers = list[Answer](), dict[int, Answer]()
         self._is_ending = self._is_closed = False
         self._request_s = 0.0  # that a request takes
+        self._encoding = 0  # requests whose prompts are being made tokens
         self.totals = Totals()
         self._load = Load()
         self._texts = ThreadPoolExecutor(2, "outsize-text")
@@ -124,9 +125,15 @@ class Service:
         self._thread.start()
 
     async def encode(self, prompt: Prompt, options: Options) -> list[int]:
-        """Token ids of a prompt, through the chat template where it is due. Raises OutsizeError."""
+        """Token ids of a prompt, through the chat template where it is due. It counts as a request that
+        waits, so that under load it is refused before, not after this work. Raises OutsizeError."""
         run = asyncio.get_running_loop().run_in_executor
-        (ids,) = await run(self._texts, self.model.encode, [prompt], options)
+        self._check_room()
+        self._encoding += 1
+        try:
+            (ids,) = await run(self._texts, self.model.encode_fitting, [prompt], options)
+        finally:
+            self._encoding -= 1
         return ids
 
     async def ask(self, ids: Sequence[int], options: Options) -> Answer:
@@ -184,7 +191,8 @@ class Service:
             raise UnavailableError(
                 "the server ends, and takes no more requests; ask again later", 5.0
             )
-        waiting = len(self._answers) - self.streams
+        live = sum(a.request.seq.finish is None for a in list(self._answers.values()))
+        waiting = live + self._encoding - self.streams
         if waiting >= self.max_queue:
             after = self._request_s * (waiting + 1) / self.streams
             raise QueueFullError(

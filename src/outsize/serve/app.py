@@ -14,13 +14,17 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute
 
 from outsize.serve import (
+    anthropic,
     embeddings,
     health,
+    live,
     metrics,
     models,
+    ollama,
     openai_chat,
     openai_text,
     openapi,
+    responses,
     tokenize,
 )
 from outsize.serve.errors import ApiError
@@ -29,7 +33,8 @@ from outsize.serve.http import call_of, refusal
 from outsize.serve.security import Guard
 from outsize.serve.track import Track
 
-DIALECTS = (openai_chat, openai_text, embeddings, models, tokenize, health, metrics)
+OPENAI = (openai_chat, openai_text, responses, embeddings, models)
+DIALECTS = (*OPENAI, anthropic, ollama, tokenize, health, metrics, live)
 SHOWN_HEADERS = ["x-request-id", "x-outsize-ignored", "x-should-retry", "retry-after"]
 
 

@@ -3,7 +3,7 @@ the text that they belong to."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 
 from outsize.engine.service import Answer, Delta
@@ -69,15 +69,21 @@ class HeldTokens:
     """Tokens with their log-probabilities, held back while they may be part of a stop string: what a reply
     stops before is not part of it."""
 
-    def __init__(self, bytes_of: Callable[[int], bytes], stops: Iterable[str] = ()) -> None:
-        self._bytes_of = bytes_of
+    def __init__(
+        self,
+        bytes_of: Callable[[int], bytes],
+        stops: Iterable[str] = (),
+        ends: Collection[int] = (),
+    ) -> None:
+        """`ends`: tokens that end a reply, which are left out."""
+        self._bytes_of, self._end_tokens = bytes_of, ends
         self._stops = [stop.encode() for stop in stops]
         self._tokens = list[TokenLogprob]()
         self._ends = list[int]()  # of each held token, in the bytes
         self._bytes = b""
 
     def push(self, tokens: Iterable[TokenLogprob]) -> None:
-        for token in tokens:
+        for token in (t for t in tokens if t.token not in self._end_tokens):
             self._tokens.append(token)
             if self._stops:
                 self._bytes += self._bytes_of(token.token)
@@ -89,7 +95,7 @@ class HeldTokens:
 
     def rest(self, stop: str | None) -> tuple[TokenLogprob, ...]:
         """At the end: all, or those that begin before the stop string."""
-        at = -1 if stop is None else self._bytes.rfind(stop.encode())
+        at = -1 if stop is None else self._bytes.find(stop.encode())
         if at < 0:
             return self._first(len(self._tokens))
         return self._first(sum(start < at for start in [0, *self._ends[:-1]]))

@@ -33,5 +33,6 @@ class Counts:
 
     def __init__(self) -> None:
         self.requests = Counter[tuple[str, int]]()  # by dialect and status
+        self.in_flight = 0  # POST requests that are being answered
         self.tokens = Counter[str]()  # of prompts, and new
         self.first_token, self.gap = Histogram(), Histogram()

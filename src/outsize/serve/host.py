@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -39,9 +39,10 @@ class Host:
         name: str,
         open_model: Callable[[], Model],
         options: ServeOptions | None = None,
-        adapters: tuple[str, ...] = (),
+        adapters: Iterable[str] = (),
     ) -> None:
-        self.name, self.options, self.adapters = name, options or ServeOptions(), adapters
+        self.name, self.options = name, options or ServeOptions()
+        self.adapters = tuple(adapters)
         self.created, self.counts = int(time.time()), Counts()
         self.state, self.reason = LOADING, ""
         self.progress, self.work = 0.0, "opening"  # how much of what is done
@@ -58,7 +59,7 @@ class Host:
 
     def start(self) -> None:
         """Begin to open the model."""
-        self._opening = asyncio.ensure_future(self._open())
+        self._opening = self._begin()
         if self.options.idle_unload is not None:
             self._idle = asyncio.create_task(self._close_when_idle(60 * self.options.idle_unload))
 
@@ -76,13 +77,19 @@ class Host:
                 self.progress,
             )
         if self._opening is None or self._opening.done():
-            self._opening = asyncio.ensure_future(self._open())
+            self._opening = self._begin()
         return await asyncio.shield(self._opening)
 
     @property
     def running(self) -> Service | None:
         """What answers requests, if the model is open: asking for it does not open it."""
         return self._service
+
+    def _begin(self) -> asyncio.Future[Service]:
+        """Opening, which is told to be over if nobody waits for it."""
+        opening = asyncio.ensure_future(self._open())
+        opening.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return opening
 
     async def _open(self) -> Service:
         """Raises UnavailableError."""
@@ -144,12 +151,9 @@ class Host:
     async def _close_when_idle(self, idle_s: float) -> None:
         while True:
             await asyncio.sleep(min(LOOK_S, idle_s / 4))
-            if self._service is None:
-                continue
-            load = self._service.load()
-            if load.running or load.waiting:
+            if self.counts.in_flight:
                 self._asked = time.monotonic()
-            elif time.monotonic() - self._asked > idle_s:
+            elif self._service is not None and time.monotonic() - self._asked > idle_s:
                 await self.unload()
 
     async def end(self, grace_s: float) -> None:

@@ -39,7 +39,9 @@ async def one(host: Host, call: Call) -> Response:
 def _described(host: Host, name: str, dialect: str) -> dict[str, object]:
     if dialect == ANTHROPIC:
         created = datetime.fromtimestamp(host.created, UTC).isoformat().replace("+00:00", "Z")
-        return {"type": "model", "id": name, "display_name": name, "created_at": created}
+        limits = {"max_input_tokens": host.context, "max_tokens": host.context}
+        told = {"display_name": name, "created_at": created, "lifecycle": "active"}
+        return {"type": "model", "id": name, **told, **limits}
     longest = {} if host.context is None else {"max_model_len": host.context}
     owner = {"object": "model", "created": host.created, "owned_by": "outsize"}
     root = {"root": host.name, "parent": host.name if name in host.adapters else None}

@@ -12,7 +12,7 @@ from outsize.serve.errors import invalid
 from outsize.serve.host import Named
 from outsize.serve.http import Call
 from outsize.serve.openai_common import sampling
-from outsize.serve.openai_schema import ChatBody, Message, ResponseFormat, ToolChoice
+from outsize.serve.openai_schema import ChatBody, Message, ResponseFormat, ToolChoice, ToolSpec
 from outsize.text.prompt import OWN
 from outsize.text.template import Messages
 
@@ -62,7 +62,7 @@ def _message(message: Message, path: str) -> dict[str, object]:
         made["tool_calls"] = [
             call.model_dump(include={"id", "type", "function"}) for call in message.tool_calls
         ]
-    elif message.content is None and message.role != "assistant":
+    elif message.content is None and role not in ("assistant", "tool"):  # a tool may say nothing
         raise invalid(
             f"{path}.content: a {message.role}'s message needs a content", f"{path}.content"
         )
@@ -121,6 +121,10 @@ def _continues(body: ChatBody) -> bool:
             "continue_final_message: the last message is not the assistant's",
             "continue_final_message",
         )
+    if [message.role for message in body.messages[-2:]] == ["assistant"] * 2:
+        raise invalid(
+            "messages: the last two are the assistant's; which is to be answered?", "messages"
+        )
     return goes_on
 
 
@@ -138,7 +142,7 @@ def schema_of(given: ResponseFormat | None) -> Mapping[str, object] | None:
 
 def tools_of(body: ChatBody) -> tuple[tuple[Tool, ...], str]:
     """The tools, and which of them is to be called. Raises ApiError."""
-    tools = tuple(_tool(spec.model_dump(exclude_none=True)) for spec in body.tools or ())
+    tools = tuple(tool_of(spec) for spec in body.tools or ())
     names = [spec.function.name for spec in body.tools or ()]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -155,8 +159,10 @@ def tools_of(body: ChatBody) -> tuple[tuple[Tool, ...], str]:
     return tools, choice
 
 
-def _tool(spec: dict[str, Any]) -> Tool:
+def tool_of(spec: ToolSpec) -> Tool:
+    """A tool as chat templates take it."""
+    given = spec.function.model_dump(exclude_none=True)
     return {
         "type": "function",
-        "function": {"parameters": {"type": "object", "properties": {}}, **spec["function"]},
+        "function": {"parameters": {"type": "object", "properties": {}}, **given},
     }

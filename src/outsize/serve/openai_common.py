@@ -119,7 +119,7 @@ def usage(replies: Iterable[Reply], prompt_tokens: int, model: Model) -> dict[st
         "prompt_tokens": prompt_tokens,
         "completion_tokens": new,
         "total_tokens": prompt_tokens + new,
-        "prompt_tokens_details": {"cached_tokens": sum(cached_tokens(r) for r in each[:1])},
+        "prompt_tokens_details": {"cached_tokens": each[0].cached_tokens if each else 0},
         "completion_tokens_details": {
             "reasoning_tokens": thought,
             "accepted_prediction_tokens": accepted,
@@ -127,11 +127,6 @@ def usage(replies: Iterable[Reply], prompt_tokens: int, model: Model) -> dict[st
         },
         "outsize": account(each),
     }
-
-
-def cached_tokens(reply: Reply) -> int:
-    """Tokens of the prompt whose keys and values were there already."""
-    return int(getattr(reply, "cached_tokens", 0))
 
 
 def account(replies: list[Reply]) -> dict[str, Any]:
@@ -145,5 +140,4 @@ def account(replies: list[Reply]) -> dict[str, Any]:
         "tokens_per_s": first.tokens_per_s,
         "drafted": sum(r.drafted for r in replies),
         "accepted": sum(r.accepted for r in replies),
-        "batch": getattr(first, "batch", len(replies)),
     }

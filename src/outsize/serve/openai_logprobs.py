@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -25,30 +26,34 @@ def chat_logprobs(tokens: Iterable[TokenLogprob], model: Model) -> list[dict[str
 
 
 def _one(token: int, value: float, model: Model) -> dict[str, Any]:
+    """A control token has no bytes."""
     raw = token_bytes(model, token)
-    return {"token": token_text(raw), "logprob": max(LEAST, value), "bytes": list(raw)}
-
-
-def text_logprobs(tokens: Iterable[TokenLogprob], offset: int, model: Model) -> dict[str, Any]:
-    """Of a text: lists beside one another. `offset`: characters of the text before these tokens. The first
-    token of a text has no log-probability: NaN here, null there."""
-    made: dict[str, Any] = {
-        "tokens": [],
-        "token_logprobs": [],
-        "top_logprobs": [],
-        "text_offset": [],
+    return {
+        "token": token_text(model, token),
+        "logprob": max(LEAST, value),
+        "bytes": list(raw) if raw else None,
     }
-    seen = b""
-    for token in tokens:
-        raw = token_bytes(model, token.token)
-        made["tokens"].append(token_text(raw))
-        made["text_offset"].append(offset + len(seen.decode("utf-8", "ignore")))
-        seen += raw
-        if math.isnan(token.logprob):
-            made["token_logprobs"].append(None)
-            made["top_logprobs"].append(None)
-            continue
-        made["token_logprobs"].append(max(LEAST, token.logprob))
-        likeliest = {token_text(token_bytes(model, i)): max(LEAST, v) for i, v in token.top}
-        made["top_logprobs"].append({token_text(raw): max(LEAST, token.logprob)} | likeliest)
-    return made
+
+
+class TextLogprobs:
+    """Of one choice of a text completion, as its tokens come: lists beside one another."""
+
+    def __init__(self, model: Model) -> None:
+        self._model, self._characters = model, 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, tokens: Iterable[TokenLogprob]) -> dict[str, Any]:
+        """Of some more tokens. The first of a text has no log-probability: NaN here, null there."""
+        made: dict[str, list[Any]] = {
+            "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": [],
+        }  # fmt: skip
+        for token in tokens:
+            text, is_first = token_text(self._model, token.token), math.isnan(token.logprob)
+            value = max(LEAST, token.logprob)
+            top = {token_text(self._model, i): max(LEAST, v) for i, v in token.top}
+            made["tokens"].append(text)
+            made["token_logprobs"].append(None if is_first else value)
+            made["top_logprobs"].append(None if is_first else {text: value} | top)
+            made["text_offset"].append(self._characters)
+            self._characters += len(self._decoder.decode(token_bytes(self._model, token.token)))
+        return made

@@ -19,7 +19,7 @@ from outsize.serve.events import End, Event, Part
 from outsize.serve.host import Host, Named
 from outsize.serve.http import Call, post
 from outsize.serve.openai_common import Head, StreamWriter, sampling, usage
-from outsize.serve.openai_logprobs import text_logprobs
+from outsize.serve.openai_logprobs import TextLogprobs
 from outsize.serve.openai_schema import TextBody
 from outsize.serve.run import events
 from outsize.serve.sse import Streamed, gathered
@@ -90,7 +90,8 @@ class TextWriter(StreamWriter):
 
     def __init__(self, head: Head, model: Model, prompt_tokens: int, wants_usage: bool) -> None:
         super().__init__(head, model, prompt_tokens, wants_usage)
-        self._parts, self._written = defaultdict[int, int](int), defaultdict[int, int](int)
+        self._parts = defaultdict[int, int](int)
+        self._logprobs = defaultdict[int, TextLogprobs](lambda: TextLogprobs(model))
 
     def start(self) -> bytes:
         return b""
@@ -131,6 +132,5 @@ class TextWriter(StreamWriter):
     def _choice(self, number: int, parts: Sequence[Part], reason: str | None) -> dict[str, Any]:
         text = "".join(part.text for part in parts)
         tokens = [token for part in parts for token in part.tokens]
-        logprobs = text_logprobs(tokens, self._written[number], self.model) if tokens else None
-        self._written[number] += len(text)
+        logprobs = self._logprobs[number].add(tokens) if tokens else None
         return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": reason}

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
@@ -18,6 +19,7 @@ REFERENCE = "#/components/schemas/{model}"
 STATUSES = (400, 401, 403, 404, 408, 413, 415, 429, 500, 501, 503)
 OBJECT = {"application/json": {"schema": {"type": "object"}}}
 ERROR = {"description": "An error, in the dialect's shape.", "content": OBJECT}
+Bodies = dict[type[BaseModel], dict[str, Any]]  # references to schemas
 KINDS = ("application/json", "text/event-stream", "application/x-ndjson", "text/plain", "text/html")
 
 
@@ -34,11 +36,12 @@ async def shown(found: list[Route], call: Call) -> Response:
 def described(found: Iterable[Route]) -> dict[str, Any]:
     """The description of some routes."""
     paths: dict[str, Any] = {}
-    schemas: dict[str, Any] = {}
-    for route in found:
+    listed = list(found)
+    bodies, schemas = _schemas({kind for route in listed if (kind := _kind(route)) is not None})
+    for route in listed:
         path = re.sub(r":\w+}", "}", route.path)
         for method in sorted((route.methods or set()) - {"HEAD"}):
-            paths.setdefault(path, {})[method.lower()] = _operation(route, schemas)
+            paths.setdefault(path, {})[method.lower()] = _operation(route, bodies)
     return {
         "openapi": "3.1.0",
         "info": {"title": "outsize", "version": __version__},
@@ -47,7 +50,11 @@ def described(found: Iterable[Route]) -> dict[str, Any]:
     }
 
 
-def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
+def _kind(route: Route) -> type[BaseModel] | None:
+    return route.endpoint.kind if isinstance(route.endpoint, Endpoint) else None
+
+
+def _operation(route: Route, bodies: Bodies) -> dict[str, Any]:
     fine = {"description": "The answer.", "content": {kind: {"schema": {}} for kind in KINDS}}
     answers = {"200": fine, **{str(status): ERROR for status in STATUSES}}
     made: dict[str, Any] = {"responses": answers}
@@ -57,20 +64,21 @@ def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
         made["parameters"] = [
             {"name": n, "in": "path", "required": True, "schema": text} for n in names
         ]
-    kind = route.endpoint.kind if isinstance(route.endpoint, Endpoint) else None
-    if kind is not None:
-        reference = {"$ref": REFERENCE.format(model=_add(kind, schemas))}
-        content = {"application/json": {"schema": reference}}
+    if (kind := _kind(route)) is not None:
+        content = {"application/json": {"schema": bodies[kind]}}
         made["requestBody"] = {"required": True, "content": content}
     return made
 
 
-def _add(kind: type[BaseModel], schemas: dict[str, Any]) -> str:
-    """A body's schema and those of its parts; fields that are not known are refused."""
-    made = kind.model_json_schema(ref_template=REFERENCE)
-    parts = made.pop("$defs", {}) | {kind.__name__: made}
-    for name, part in parts.items():
+def _schemas(kinds: Iterable[type[BaseModel]]) -> tuple[Bodies, dict[str, Any]]:
+    """References to bodies' schemas, and those of all their parts, each under a name of its own; fields that
+    are not known are refused."""
+    ordered = sorted(kinds, key=lambda kind: (kind.__module__, kind.__name__))
+    references, made = models_json_schema(
+        [(kind, "validation") for kind in ordered], ref_template=REFERENCE
+    )
+    schemas = made.get("$defs", {})
+    for part in schemas.values():
         if part.get("type") == "object" and "properties" in part:
             part["additionalProperties"] = False
-        schemas[name] = part
-    return kind.__name__
+    return {kind: references[kind, "validation"] for kind in ordered}, schemas

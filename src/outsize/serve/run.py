@@ -35,10 +35,10 @@ class Encoded:
 async def events(service: Service, *asks: Ask) -> Run:
     """The events of one or several requests, whose choices are counted through, once all are admitted.
     Raises OutsizeError, ApiError where one is not."""
-    encoded = [await _encoded(service, ask) for ask in asks]
+    made = [await encoded(service, ask) for ask in asks]
     choices = list[Choice]()
     try:
-        for one in encoded:
+        for one in made:
             for options in each(one.ask):
                 answer = await service.ask(one.ids, options)
                 choices.append(_choice(service, len(choices), answer, one))
@@ -46,7 +46,7 @@ async def events(service: Service, *asks: Ask) -> Run:
         for choice in choices:
             choice.answer.cancel()
         raise
-    return Run(choices, sum(len(one.ids) for one in encoded))
+    return Run(choices, sum(len(one.ids) for one in made))
 
 
 def each(ask: Ask) -> Iterator[Options]:
@@ -57,12 +57,15 @@ def each(ask: Ask) -> Iterator[Options]:
 
 
 def _choice(service: Service, number: int, answer: Answer, one: Encoded) -> Choice:
-    held = HeldTokens(partial(token_bytes, service.model), one.ask.options.stop)
+    options, model = one.ask.options, service.model
+    ends = () if options.ignore_eos else model.pack.eos
+    held = HeldTokens(partial(token_bytes, model), options.stop, ends)
     parser = None if one.format is None else one.format.parser(number, one.ask.tools)
     return Choice(number, answer, held, parser, one.echo)
 
 
-async def _encoded(service: Service, ask: Ask) -> Encoded:
+async def encoded(service: Service, ask: Ask) -> Encoded:
+    """A request with its prompt as tokens. Raises OutsizeError, ApiError."""
     ask, form = await _with_tools(service, ask)
     ids = await _ids(service, ask)
     return Encoded(ask, ids, form, await _echo(service, ask, ids) if ask.echo else None)

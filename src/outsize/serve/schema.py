@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
@@ -21,7 +21,6 @@ from outsize.serve.errors import ApiError, invalid
 
 DEPTH = 100  # of brackets in brackets
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-PLAIN_TYPES = ("str", "int", "float", "bool")
 B = TypeVar("B", bound="Body")
 
 
@@ -96,10 +95,11 @@ def _check_depth(made: object) -> None:
 
 def read(raw: bytes, kind: type[B], lenient: bool) -> tuple[B, list[str]]:
     """A body of its kind, and the names of fields that are ignored. Raises ApiError."""
+    given = parse(raw)
     try:
-        body = kind.model_validate(parse(raw))
+        body = kind.model_validate(given)
     except ValidationError as e:
-        raise _refusal(e.errors(include_url=False, include_context=False)) from None
+        raise _refusal(e.errors(include_url=False, include_context=False), given) from None
     ignored = []
     for path, part in _parts(body, ""):
         ignored += [path + name for name, value in _extra(part).items() if value is not None]
@@ -140,22 +140,27 @@ def _check_neutral(path: str, part: Body) -> None:
         value = getattr(part, name)
         if mark is None or value is None or value in mark.values:
             continue
+        name = field.alias or name
         allowed = " or ".join(json.dumps(v) for v in mark.values)
         way_out = f"leave it out, or give {allowed}" if allowed else "leave it out"
         raise invalid(f"{path}{name}: {mark.why}; {way_out}", path + name, "unsupported_parameter")
 
 
-def _refusal(errors: list[ErrorDetails]) -> ApiError:
+def _refusal(errors: list[ErrorDetails], given: object) -> ApiError:
     """What pydantic found, as one sentence about the first field that is wrong."""
     first = errors[0]["loc"]
-    param = ".".join(str(step) for step in first if not _is_tag(step))[:200]
+    param = ".".join(_place(first, given))[:200]
     said = "; or ".join(dict.fromkeys(e["msg"] for e in errors if e["loc"][:1] == first[:1]))
     return invalid(f"{param}: {said[:400]}" if param else said[:400], param or None)
 
 
-def _is_tag(step: int | str) -> bool:
-    """Does it name one of several types that a field may have, and no field?"""
-    if isinstance(step, int):
-        return False
-    begins = ("list[", "dict[", "literal[", "constrained-")
-    return step in PLAIN_TYPES or step.startswith(begins) or step[:1].isupper()
+def _place(steps: Sequence[int | str], given: object) -> Iterator[str]:
+    """The way to a field through a body, without the kinds that pydantic tried: "messages.0.content"."""
+    for number, step in enumerate(steps):
+        if isinstance(given, list) and isinstance(step, int) and step < len(given):
+            given = given[step]
+        elif isinstance(given, dict) and step in given:
+            given = given[str(step)]
+        elif not isinstance(given, dict) or number + 1 < len(steps):  # the last may be missing
+            continue
+        yield str(step)

@@ -7,6 +7,7 @@ import json
 import logging
 import secrets
 import socket
+from contextlib import ExitStack
 from types import FrameType
 
 import h11
@@ -31,9 +32,11 @@ def bind(options: ServeOptions) -> socket.socket:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
-        made = socket.socket(family, kind, protocol)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
+        with ExitStack() as if_not_bound:
+            made = if_not_bound.enter_context(socket.socket(family, kind, protocol))
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind(address)
+            if_not_bound.pop_all()
     except OSError as e:
         raise OptionError(
             f"cannot listen at {host}, port {port}: {e.strerror or e}; give another --port (0: any that is "

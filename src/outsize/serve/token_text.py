@@ -6,12 +6,15 @@ from outsize.engine.model import Model
 
 
 def token_bytes(model: Model, token: int) -> bytes:
-    """What a token adds to a reply: nothing, if it is a control token."""
-    return model.tokens.decode([token]).encode()
+    """What a token adds to a reply's text: nothing, if it is a control token."""
+    return b"" if token in model.tokens.added else model.tokens.bytes_of(token)
 
 
-def token_text(raw: bytes) -> str:
-    """As OpenAI writes tokens: a part of a character as `bytes:\\xf0\\x9f`."""
+def token_text(model: Model, token: int) -> str:
+    """As OpenAI writes tokens: a control token by its name, a part of a character as `bytes:\\xf0\\x9f`."""
+    if token in model.tokens.added:
+        return model.tokens.added[token]
+    raw = model.tokens.bytes_of(token)
     try:
         return raw.decode()
     except UnicodeDecodeError:

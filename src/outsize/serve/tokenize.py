@@ -14,9 +14,16 @@ from outsize.options import Options
 from outsize.serve.errors import invalid
 from outsize.serve.host import Host
 from outsize.serve.http import Call, get, post
-from outsize.serve.openai_ask import messages_of
-from outsize.serve.openai_schema import MOST_IDS, MOST_MESSAGES, Message, Text
-from outsize.serve.schema import Body, NoEffect
+from outsize.serve.openai_ask import messages_of, tool_of
+from outsize.serve.openai_schema import (
+    MOST_IDS,
+    MOST_MESSAGES,
+    MOST_TOOLS,
+    Message,
+    Text,
+    ToolSpec,
+)
+from outsize.serve.schema import Body, Neutral
 
 
 class TokenizeBody(Body):
@@ -31,9 +38,10 @@ class TokenizeBody(Body):
     add_special_tokens: bool | None = None  # the model's start token; true
     add_special: bool | None = None  # llama.cpp's name of it
     parse_special: bool | None = None  # names of control tokens are control tokens; false
-    with_pieces: bool | None = None  # each token's text, too
-    add_generation_prompt: Annotated[bool | None, NoEffect()] = None
+    with_pieces: bool | None = None  # each token's text, too, as llama.cpp gives it
+    add_generation_prompt: Annotated[bool | None, Neutral((True,))] = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[list[ToolSpec] | None, Field(max_length=MOST_TOOLS)] = None
 
 
 class DetokenizeBody(Body):
@@ -60,7 +68,7 @@ async def tokenize(host: Host, call: Call, body: TokenizeBody) -> Response:
     service = await host.service()
     tokens = service.model.tokens
     if body.messages is not None:
-        options = Options(template_args=body.chat_template_kwargs)
+        options = Options(template_args=_template_args(body))
         ids = await service.encode(messages_of(body.messages), options)
     else:
         options = Options(raw=True, special=bool(body.parse_special))
@@ -73,8 +81,22 @@ async def tokenize(host: Host, call: Call, body: TokenizeBody) -> Response:
         "max_model_len": service.model.context,
     }
     if body.with_pieces:
-        made["pieces"] = [tokens.piece(i) for i in ids]
+        made["tokens"] = [{"id": i, "piece": _piece(tokens.bytes_of(i))} for i in ids]
     return JSONResponse(made)
+
+
+def _template_args(body: TokenizeBody) -> dict[str, Any]:
+    """The chat template's variables."""
+    tools = [tool_of(spec) for spec in body.tools or ()]
+    return {**(body.chat_template_kwargs or {}), **({"tools": tools} if tools else {})}
+
+
+def _piece(raw: bytes) -> str | list[int]:
+    """A token's text, or its bytes where they are none."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return list(raw)
 
 
 async def detokenize(host: Host, call: Call, body: DetokenizeBody) -> Response:

@@ -10,6 +10,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from outsize.serve.counts import Counts
+from outsize.serve.errors import ANTHROPIC
 from outsize.serve.http import Call, call_of
 from outsize.serve.options import ServeOptions
 
@@ -34,13 +35,18 @@ class Track:
                 call.status = message["status"]
                 headers = MutableHeaders(raw=message.setdefault("headers", []))
                 headers["x-request-id"] = call.id
+                if call.dialect == ANTHROPIC:
+                    headers["request-id"] = call.id  # where its clients look for it
                 if call.ignored:
                     headers["x-outsize-ignored"] = ascii(",".join(call.ignored))[1:-1][:1000]
             await send(message)
 
+        posts = call.request.method == "POST"
+        self._counts.in_flight += posts
         try:
             await self._app(scope, receive, marked)
         finally:
+            self._counts.in_flight -= posts
             self._counts.requests[call.dialect, call.status] += 1
             self._counts.tokens["prompt"] += call.prompt_tokens
             self._counts.tokens["new"] += call.new_tokens
@@ -51,7 +57,7 @@ class Track:
 def log(call: Call, as_json: bool) -> None:
     """One line on stderr."""
     request, ms = call.request, 1000 * (time.perf_counter() - call.started)
-    path = request.url.path[:200]
+    path = request.scope["path"][:200]  # what a URL is parsed from loses control characters
     if as_json:
         told = {
             "time": round(time.time(), 3), "id": call.id, "method": request.method, "path": path,
@@ -62,5 +68,6 @@ def log(call: Call, as_json: bool) -> None:
     else:
         tokens = f" {call.prompt_tokens}+{call.new_tokens} tokens" if call.prompt_tokens else ""
         line = f"{request.method} {ascii(path)[1:-1]} {call.status} {ms:.0f} ms{tokens}"
-        line += f" ({call.error})" if call.error else ""
+        said = "".join(c if c.isprintable() else " " for c in call.error[:500])
+        line += f" ({said})" if said else ""
     print(line, file=sys.stderr, flush=True)

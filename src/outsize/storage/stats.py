@@ -47,11 +47,6 @@ class IOStats:
         asked = self.hits + self.misses
         return self.hits / asked if asked else 1.0
 
-    def count(self, size: int) -> None:
-        """Add to the bytes read. Thread-safe."""
-        with self.lock:
-            self.bytes_read += size
-
 
 def _from_numbers(numbers: list[float]) -> IOStats:
     made = IOStats()

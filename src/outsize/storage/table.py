@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import zlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,9 @@ class Table:
         if verify not in VERIFY:
             raise OptionError(f"verify is {verify!r}; known are {', '.join(VERIFY)}")
         self.header, self.stats, self.folder, self._verify = header, stats, folder, verify
+        self.bytes_of = array(
+            "q", bytes(8 * len(header.keys))
+        )  # by record: read so far, for watchers
         self._file = file or _opened(folder / header.file)
         self._stamp = self._file.stamp()
         self._seen: set[int] = set()
@@ -82,6 +86,12 @@ class Table:
     def handle(self) -> int | None:
         """An open file for threads of C; None: read through `read`."""
         return self._file.handle()
+
+    def count(self, index: int, size: int) -> None:
+        """Add to the bytes read, in all and of this record. Thread-safe."""
+        with self.stats.lock:
+            self.stats.bytes_read += size
+            self.bytes_of[index] += size
 
     def passed(self, index: int) -> None:
         """Remember that a record matched its checksum."""
@@ -110,7 +120,7 @@ class Table:
             if got == 0:
                 raise self._damaged(index, f"ends {size - done:,} bytes early")
             done = size if done + got >= size else (done + got) // PAGE * PAGE
-        self.stats.count(size)
+        self.count(index, size)
 
     def _read(self, index: int, out: memoryview, start: int) -> int:
         offset = index * self.header.stride + start

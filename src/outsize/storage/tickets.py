@@ -143,7 +143,7 @@ class NativeTicket(Ticket):
             left=-(-size // PIECE), fd=handle, check=check, crc=header.checksums[record],
             urgent=urgent,
         )  # fmt: skip
-        table.stats.count(size)
+        table.count(record, size)
         reader.submit(self._job, kept)
 
     @property
@@ -172,12 +172,12 @@ class NativeTicket(Ticket):
         if not self._reader.cancel(self._job):
             return False
         self._error = CancelledError()
-        self._request.table.stats.count(-len(self._request.out))
+        self._request.table.count(self._request.record, -len(self._request.out))
         return True
 
     def _retry(self) -> None:
         table, record, out, start, _ = self._request
-        table.stats.count(-len(out))
+        table.count(record, -len(out))
         try:
             table.read_part(record, out, start)
             if self._job.check:

@@ -9,10 +9,11 @@ ROOT, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 UNLIMITED = 1 << 60
 
 
-def groups(controller: str) -> Iterator[tuple[Path, int]]:
-    """This process's groups of a controller, innermost first, each with its version."""
+def groups(controller: str, told: Path | None = None) -> Iterator[tuple[Path, int]]:
+    """A process's groups of a controller, innermost first, each with its version; `told` is the file in which
+    its groups stand (this process's: OWN)."""
     try:
-        lines = OWN.read_text().splitlines()
+        lines = (told or OWN).read_text().splitlines()
     except (OSError, UnicodeDecodeError):
         return
     for line in lines:

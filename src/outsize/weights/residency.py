@@ -20,7 +20,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from outsize.caching.policy import Policy
-from outsize.caching.slots import Load, SlotTable
+from outsize.caching.slots import Load, Outcomes, SlotTable
 from outsize.pack.kinds.kind import kinds
 from outsize.pack.tables import TableHeader
 from outsize.storage.buffers import BufferPool
@@ -72,7 +72,12 @@ class RecordCache(ABC):
         self._views: list[Weights] = [{}] * sum(counts)  # by slot; empty until it is used
         self._tickets: dict[int, Ticket] = {}  # by slot, until waited for
         self._whole: dict[int, int] = {}  # slot -> id, of records that are surely there
-        self.slot_table = SlotTable(self._new_policy(), table.stats, stride)
+        self.outcomes = Outcomes(len(table))
+        self.slot_table = self._new_slots()
+
+    def _new_slots(self) -> SlotTable:
+        size = self.table.header.stride
+        return SlotTable(self._new_policy(), self.stats, size, outcomes=self.outcomes)
 
     @abstractmethod
     def _new_policy(self) -> Policy:
@@ -149,7 +154,7 @@ class RecordCache(ABC):
         """After a call that an exception broke off, wherever that was, and once nothing is being read any
         more: only what is surely there is known, and nothing is lent. Broken off itself, it may be called
         again."""
-        self.slot_table = SlotTable(self._new_policy(), self.stats, self.table.header.stride)
+        self.slot_table = self._new_slots()
         self.slot_table.adopt({id: slot for slot, id in self._whole.items()})
         self._tickets = {}
 

@@ -35,7 +35,7 @@ class RowTable:
     def __init__(
         self, table: Table, reader: Reader, joined: Weight | None, cache: ScanCache | None
     ) -> None:
-        self._table, self._reader = table, reader
+        self.table, self._reader = table, reader
         (self._matrix,) = next(iter(table.header.tensors.values()))
         self.encoding = encoding(self._matrix.encoding, reader.backend)
         self._joined, self.cache = joined, cache
@@ -46,7 +46,7 @@ class RowTable:
     @property
     def is_resident(self) -> bool:
         """Are all rows in memory?"""
-        return self._num_joined >= self._table.header.num_rows
+        return self._num_joined >= self.table.header.num_rows
 
     @property
     def resident_bytes(self) -> int:
@@ -58,30 +58,30 @@ class RowTable:
         """Bytes of slots that `drop` must take for blocks to pass through."""
         if self.cache is not None:
             return 0
-        return min(RING, len(self._table)) * self._table.header.stride
+        return min(RING, len(self.table)) * self.table.header.stride
 
     def drop(self, is_head: bool) -> int:
         """Read all rows from disk from now on; a head's in blocks. The bytes this frees."""
         freed = self.resident_bytes - (self.ring_bytes if is_head else 0)
         if freed <= 0:
             return 0
-        everything = range(len(self._table))
+        everything = range(len(self.table))
         if self.cache is not None:
             self.cache.set_scan(everything)
         elif is_head:
-            ring = Share((), min(RING, len(self._table)))
-            self.cache = ScanCache(self._table, self._reader, ring, everything)
+            ring = Share((), min(RING, len(self.table)))
+            self.cache = ScanCache(self.table, self._reader, ring, everything)
         self._joined, self._num_joined = None, 0  # last: broken off before, all is as it was
         return freed
 
     def blocks(self) -> Iterator[Weight]:
         """All rows, in order; each block is valid until the next is asked for."""
-        size, stats = self._matrix.num_rows, self._table.stats
+        size, stats = self._matrix.num_rows, self.table.stats
         first = -(-self._num_joined // size)
         stats.hits += first
         if self._joined is not None:
             yield from self._split(self._joined, size) if self._by_blocks else [self._joined]
-        for i in range(first, len(self._table)):
+        for i in range(first, len(self.table)):
             assert self.cache is not None
             (weights,) = self.cache.fetch([i])
             yield next(iter(weights.values()))[0]
@@ -108,19 +108,19 @@ class RowTable:
         for record in few:
             places = by_record.pop(record)
             out_TK[places] = self._few(record, self._local(record, ids_T[places]))
-        for record, raw in read_in_turn(self._table, self._reader, list(by_record)):
-            self._table.stats.bytes_demanded += self._table.header.stride
+        for record, raw in read_in_turn(self.table, self._reader, list(by_record)):
+            self.table.stats.bytes_demanded += self.table.header.stride
             places = by_record[record]
             fields = view(raw, self._matrix, PLAIN).fields
             out_TK[places] = self.encoding.rows(fields, self._local(record, ids_T[places]))
-        self._table.stats.waited_s += time.perf_counter() - started
+        self.table.stats.waited_s += time.perf_counter() - started
         return out_TK
 
     def _local(self, record: int, ids_T: Tensor) -> Tensor:
         return ids_T - record * self._matrix.num_rows
 
     def _are_few(self, record: int, places: Sequence[int]) -> bool:
-        return len(places) <= FEW and by_row(self._matrix) and self._table.is_verified(record)
+        return len(places) <= FEW and by_row(self._matrix) and self.table.is_verified(record)
 
     def _few(self, record: int, local_T: Tensor) -> Tensor:
         """Only the pages that these rows lie in; neighbours in one read."""
@@ -129,12 +129,12 @@ class RowTable:
         tickets, at, places = [], 0, {}
         for start, stop in ranges:
             piece = out[at : at + stop - start]
-            tickets.append(self._reader.submit(self._table, record, piece, start))
+            tickets.append(self._reader.submit(self.table, record, piece, start))
             places[start, stop] = at
             at += stop - start
         for ticket in tickets:
             ticket.wait()
-        self._table.stats.bytes_demanded += at
+        self.table.stats.bytes_demanded += at
         fields = _gather(self._matrix, raw, places, local_T.tolist())
         return self.encoding.rows(
             fields, torch.arange(len(local_T), dtype=torch.int64, device="cpu")
