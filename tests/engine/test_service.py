@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
+import outsize
 from outsize.engine.model import Model
 from outsize.engine.service import Answer, Limits, Service
-from outsize.errors import ContextError, OptionError, QueueFullError, UnavailableError
+from outsize.errors import ClosedError, ContextError, OptionError, QueueFullError, UnavailableError
 from outsize.options import Options
 
 LONG = Options(max_tokens=400, temperature=0.9, ignore_eos=True, logprobs=1)
@@ -168,3 +170,25 @@ def test_requests_that_are_being_read_count_as_waiting(open_tiny: Callable[..., 
 
     with serving(open_tiny(), Limits(streams=2, max_queue=1)) as service:
         asyncio.run(main(service))
+
+
+def test_a_model_that_is_closed_fails_its_requests(tiny_folder: str) -> None:
+    """The engine's thread goes on, and nobody waits for ever."""
+
+    async def main(service: Service) -> None:
+        answer, seen = await service.ask([5, 6, 7], LONG), 0
+        with pytest.raises(ClosedError):
+            async for _ in answer:
+                seen += 1
+                if seen == 2:
+                    await asyncio.to_thread(service.model.close)
+
+    model = outsize.load(tiny_folder, quiet=True)
+    with serving(model) as service:
+        asyncio.run(main(service))
+        assert service.load().running == 0
+
+
+@pytest.fixture
+def tiny_folder(folder_of: Callable[[str], Path]) -> str:
+    return str(folder_of("llama"))

@@ -117,9 +117,12 @@ class Batch:
         kvs = [live.request.kv for live, _, _ in chosen]
         outs = run(model, spans, kvs, drafting.step_times, self._scheduler.forward)
         self._learn(spans, time.perf_counter() - started, model.waited_s - waited)
-        self._scheduler.company.others = max(0, len(self.running) - 1)
-        for (live, part, rest), out in zip(chosen, outs, strict=True):
-            self._hand_out(live, part, rest, out)
+        before = sum(len(live.request.seq.tokens) for live, _, _ in chosen)
+        for (live, _, rest), out in zip(chosen, outs, strict=True):
+            self._hand_out(live, rest, out)
+        gained = sum(len(live.request.seq.tokens) for live, _, _ in chosen) - before
+        if all(map(is_narrow, spans)):
+            self._scheduler.company.saw(len(chosen) - 1, gained)
         self.drop_ended()
         self._scheduler.keep_budget()
         return [live.request for live, _, _ in chosen]
@@ -129,7 +132,7 @@ class Batch:
             prompt = sum(s.num_rows for s in spans if not is_narrow(s))
             self._pace.saw(prompt, sum(map(is_narrow, spans)), seconds, waited)
 
-    def _hand_out(self, live: Live, part: Span, rest: Span | None, out: Out) -> None:
+    def _hand_out(self, live: Live, rest: Span | None, out: Out) -> None:
         """Give a flow what it asked for, once it has all of it."""
         live.passed, request = 0, live.request
         if rest is not None:

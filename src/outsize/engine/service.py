@@ -16,7 +16,7 @@ from outsize.engine.pace import Pace
 from outsize.engine.prefixes import Prefixes
 from outsize.engine.reply import Reply
 from outsize.engine.request import Request
-from outsize.errors import QueueFullError, UnavailableError
+from outsize.errors import ClosedError, QueueFullError, UnavailableError
 from outsize.options import Options
 from outsize.plan.make import disk_rate
 from outsize.plan.placement import BY_ROUTER, DISK, Placement
@@ -223,7 +223,7 @@ class Service:
         except Exception as e:  # of the step itself, as a failed read: of all that share it
             self._fail(e)
             return
-        now, read = time.perf_counter(), self.model.bytes_read
+        now, read = time.perf_counter(), self._bytes_read()
         for request in ran:
             answer = self._answers[id(request)]
             if request.seq.finish is None and (delta := answer.advance(now, read)) is not None:
@@ -236,12 +236,19 @@ class Service:
     def _end(self, answer: Answer, error: Exception | None) -> None:
         """The last of a reply, its end; or what went wrong."""
         now = time.perf_counter()
-        last = answer.advance(now, self.model.bytes_read)
+        last = answer.advance(now, self._bytes_read())
         self.totals.add(answer.request)
         took = now - answer.started
         self._request_s += LEARN * (took - self._request_s) if self._request_s else took
         del self._answers[id(answer.request)]
         answer.put([*([] if last is None else [last]), error])
+
+    def _bytes_read(self) -> int:
+        """So far; 0 of a model that was closed in the meantime: the next step says so."""
+        try:
+            return self.model.bytes_read
+        except ClosedError:
+            return 0
 
     def _fail(self, error: Exception) -> None:
         """All that is under way ends with an error."""
