@@ -88,7 +88,7 @@ def test_requests_left_at_random_change_nothing(served: Running) -> None:
 
 
 def test_overload_is_refused_at_once(serve: Serving) -> None:
-    running = serve(streams=2, max_queue=4).until_ready()
+    running = serve(max_queue=4).until_ready()
     (row,) = measured(running, loads="overload", requests=40, new_tokens=50, chat=False)
     assert (row["errors"], row["good"]) == ({}, True)
     assert row["refused"] == row["with_retry_after"] > 20

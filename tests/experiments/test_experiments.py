@@ -18,6 +18,7 @@ def test_they_import(path: Path) -> None:
         ("matplotlib", "plot"),
         ("llama_cpp", "llamacpp"),
         ("transformers", "offload"),
+        ("langchain_anthropic", "langchain_chat"),
     ):
         if path.stem == where:
             pytest.importorskip(needed)

@@ -21,7 +21,8 @@ ARGUMENTS = [
 PATIENCE_MS = 20_000
 # The answer to a chat request, streamed by the browser itself: pieces, so many milliseconds apart.
 CANNED = """([pieces, pause, end]) => {
-  const real = window.fetch, line = (chunk) => new TextEncoder().encode(`data: ${JSON.stringify(chunk)}\\n\\n`);
+  const real = window.fetch, encoder = new TextEncoder();
+  const line = (chunk) => encoder.encode(`data: ${JSON.stringify(chunk)}\\n\\n`);
   const choice = (delta, finish_reason = null) => ({ choices: [{ index: 0, delta, finish_reason }] });
   window.asked = [];
   window.fetch = (path, options) => {
@@ -75,6 +76,12 @@ class Tab:
         end = {"finish": finish, "usage": USAGE}
         self.page.evaluate(CANNED, [list(pieces), pause_ms, end])
 
+    def sampling(self, **options: object) -> None:
+        """What is sent with each request from now on."""
+        self.page.evaluate(
+            "(o) => { localStorage['outsize.sampling'] = JSON.stringify(o); }", options
+        )
+
     def ask(self, text: str, wait: bool = True) -> None:
         self.page.fill("#box", text)
         self.page.press("#box", "Enter")
@@ -94,10 +101,8 @@ class Tab:
 
     def kept(self) -> list[dict[str, Any]]:
         """The conversations in the browser's storage."""
-        texts = self.page.evaluate(
-            "Object.keys(localStorage).filter((k) => k.startsWith('outsize.chat.')).map((k) => localStorage[k])"
-        )
-        return [json.loads(text) for text in texts]
+        kept: dict[str, str] = self.page.evaluate("({...localStorage})")
+        return [json.loads(kept[name]) for name in kept if name.startswith("outsize.chat.")]
 
     def check(self) -> None:
         """It asked nobody but its server, and had nothing to complain about."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
+
+from outsize.serve.errors import ApiError
 
 SAID = [
     {"role": "user", "content": "hello"},
@@ -204,3 +207,14 @@ def test_too_many_of_anything_is_refused_at_once(
     assert answer.status_code == 400
     assert len(answer.content) < 2000
     assert said(answer)
+
+
+def test_an_error_passes_through_a_context() -> None:
+    """Leaving one gives an exception its traceback anew, which a frozen class would not let it."""
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        yield
+
+    with pytest.raises(ApiError, match="no"), context():
+        raise ApiError(status=400, message="no")

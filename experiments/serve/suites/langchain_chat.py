@@ -12,6 +12,7 @@ from langchain_openai import ChatOpenAI
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 
 URL, MODEL = os.environ["URL"], os.environ["MODEL"]
+MOST = 256  # tokens of a reply: a small model may find no end
 
 
 class TestOpenAI(ChatModelIntegrationTests):
@@ -26,6 +27,7 @@ class TestOpenAI(ChatModelIntegrationTests):
             "base_url": f"{URL}/v1",
             "api_key": "none",
             "temperature": 0,
+            "max_tokens": MOST,
             "stream_usage": True,
         }
 
@@ -41,7 +43,7 @@ class TestOllama(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"model": MODEL, "base_url": URL, "temperature": 0}
+        return {"model": MODEL, "base_url": URL, "temperature": 0, "num_predict": MOST}
 
     @property
     def supports_json_mode(self) -> bool:
@@ -64,5 +66,5 @@ class TestAnthropic(ChatModelIntegrationTests):
             "base_url": URL,
             "api_key": "none",
             "temperature": 0,
-            "max_tokens": 512,
+            "max_tokens": MOST,
         }

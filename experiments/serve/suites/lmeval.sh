@@ -3,8 +3,8 @@
 # usage: SUITES=FOLDER SOURCE=MODEL lmeval.sh URL     (SOURCE: what the server was started with; empty: the default model.
 # The second half needs outsize in the python on PATH.)
 . "$(dirname "$0")/common.sh"
-out=$(mktemp -d)
-trap 'rm -r "$out"' EXIT
+out=${OUT:-$(mktemp -d)}
+[ -n "${OUT:-}" ] || trap 'rm -r "$out"' EXIT
 cd "$here/lmeval" # the tasks name their files from here
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HOME=$out/hf OPENAI_API_KEY=none
 bounded "$SUITES/venv/lmeval/bin/lm_eval" --model local-completions --include_path . --tasks outsize_facts,outsize_texts \

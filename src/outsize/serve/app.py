@@ -34,14 +34,14 @@ from outsize.serve.security import Guard
 from outsize.serve.track import Track
 
 OPENAI = (openai_chat, openai_text, responses, embeddings, models)
-DIALECTS = (*OPENAI, anthropic, ollama, tokenize, health, metrics, live)
+DIALECTS = (*OPENAI, anthropic, ollama, tokenize, health, metrics)
 SHOWN_HEADERS = ["x-request-id", "x-outsize-ignored", "x-should-retry", "retry-after"]
 
 
 def routes(host: Host) -> list[BaseRoute]:
-    """Of all dialects."""
+    """Of all dialects, and the page's, which no program needs described: one of them never ends."""
     found = [route for dialect in DIALECTS for route in dialect.routes(host)]
-    return [*found, *openapi.routes(found)]
+    return [*found, *openapi.routes(found), *live.routes(host)]
 
 
 def application(host: Host) -> Starlette:

@@ -33,7 +33,7 @@ ANTHROPIC_TYPES = {
 PASSING = (408, 429, 503)  # statuses after which asking again may help
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(kw_only=True, eq=False)  # not frozen: an exception is given its traceback on its way
 class ApiError(Exception):
     """A request that is refused, or an answer that broke off: what the client is told."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -105,7 +106,7 @@ class Host:
                 self.on_failure()
             raise UnavailableError(f"the model cannot be opened: {e}", 10.0) from e
         self.context = self._model.context
-        self.name = self.name if self._was_open else self._model.name
+        self.name = self.name if self._was_open else short(self._model.name)
         self._service = Service(self._model, Limits(max_queue=self.options.max_queue))
         self.state, self._was_open, self._asked = READY, True, time.monotonic()
         return self._service
@@ -196,3 +197,8 @@ def _close(service: Service, model: Model) -> None:
         service.close()
     finally:
         model.close()
+
+
+def short(pack: str) -> str:
+    """A pack's name, as its folder has it, without the hash and the encoding: what clients see."""
+    return re.sub(r"-[0-9a-f]{12}-[a-z0-9]+$", "", pack)

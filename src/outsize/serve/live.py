@@ -141,23 +141,21 @@ class Frames:
         if is_new:
             self._weights = service, WeightsNow(service.model)
         assert self._weights is not None
-        load, weights = service.load(), self._weights[1].look()
-        streams, totals = getattr(load, "streams", ()), getattr(service, "totals", None)
-        tokens = sum(stream.new_tokens for stream in streams)
-        tokens += 0 if totals is None else totals.new_tokens
-        new = 0 if is_new else max(0, tokens - self._tokens)
-        self._tokens = tokens
+        load, totals, weights = service.load(), service.totals, self._weights[1].look()
+        tokens = totals.new_tokens + sum(stream.new_tokens for stream in load.streams)
+        new, self._tokens = 0 if is_new else max(0, tokens - self._tokens), tokens
+        streams = [
+            {"number": s.number, "state": s.state, "kv_tokens": s.kv_tokens} for s in load.streams
+        ]
         return {
             "budget_bytes": service.model.placement.budget,
             "running": load.running,
             "waiting": load.waiting,
             "kv_tokens": load.kv_tokens,
             "kv_room": load.kv_room,
-            "prefix_tokens": getattr(load, "prefix_tokens", 0),
-            "streams": [
-                {"number": s.number, "state": s.state, "kv_tokens": s.kv_tokens} for s in streams
-            ],
-            "drafts": [] if totals is None else list(totals.by_position),
+            "prefix_tokens": load.prefix_tokens,
+            "streams": streams,
+            "drafts": [list(pair) for pair in totals.by_position],  # of replies that have ended
             "new_tokens": new,
             "tokens_per_s": round(new / seconds, 2) if seconds > 0 else 0.0,
             **weights,

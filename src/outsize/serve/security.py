@@ -23,6 +23,7 @@ from outsize.serve.options import ServeOptions, is_loopback
 # What needs no key: whether the server is there, its models' names, and the page, which asks for the key.
 OPEN_PATHS = frozenset({"/", "/health", "/v1/models", "/models", "/favicon.ico"})
 OPEN_FOLDER = "/page/"
+VERSIONS = ("1.0", "1.1")  # of HTTP
 
 
 class Guard:
@@ -38,6 +39,10 @@ class Guard:
             await self._app(scope, receive, send)
             return
         error = self._refused(scope["path"], Headers(scope=scope))
+        if scope["http_version"] not in VERSIONS:
+            error = ApiError(
+                status=400, message="HTTP/1.1 or HTTP/1.0 is spoken here; ask in one of them"
+            )
         if error is None:
             await self._app(scope, receive, send)
             return

@@ -46,7 +46,7 @@ class Chat:
     def _fitting(self, messages: list[Job]) -> list[Job]:
         if any(len(m.get("tool_calls") or []) > 1 for m in messages) and not self._takes("two"):
             messages = one_by_one(messages)
-        if any(m["role"] == "tool" for m in messages) and not self._takes("results"):
+        if any(m.get("role") == "tool" for m in messages) and not self._takes("results"):
             messages = as_user(messages)
         return [self._fit(m) for m in messages]
 
@@ -158,7 +158,7 @@ def one_by_one(messages: list[Job]) -> list[Job]:
             out.append(message)
             continue
         results = list[Job]()
-        while left and left[0]["role"] == "tool":
+        while left and left[0].get("role") == "tool":
             results.append(left.pop(0))
         for number, call in enumerate(calls):
             out.append((message if not number else {"role": "assistant"}) | {"tool_calls": [call]})
@@ -174,7 +174,7 @@ def as_user(messages: list[Job]) -> list[Job]:
     """What tools answered, said by the user; several answers are one turn."""
     out, was_result = list[Job](), False
     for message in messages:
-        is_result = message["role"] == "tool"
+        is_result = message.get("role") == "tool"
         if is_result:
             text = f"<tool_response>\n{message.get('content') or ''}\n</tool_response>"
             if was_result:

@@ -77,6 +77,9 @@ REPLIES: dict[str, list[tuple[str, str, list[Any]]]] = {
         ('\n\n<tool_call>{"arguments": {}, "name":"clock"}', "", TWO[1:]),
         ('<tool_call>{"id": 12, "name": "clock"} </tool_call>', "", TWO[1:]),
         ('<tool_call>{"name": "clock", "arguments": "{}"}</tool_call>', "", TWO[1:]),
+        (f'{{"name": "get_weather", "arguments": {TEXT}}}\n', "", ONE),  # as Qwen 2.5 Coder does
+        ('{"answer": 42}', '{"answer": 42}', []),
+        ('Say {"name": "clock", "arguments": {}}', 'Say {"name": "clock", "arguments": {}}', []),
         ("plain <tool> text", "plain <tool> text", []),
         ("<tool_call>not JSON</tool_call>", "<tool_call>not JSON</tool_call>", []),
         ('<tool_call>{"name": "no_such"}</tool_call>',) * 2 + ([],),

@@ -1,8 +1,7 @@
 // Markdown as it arrives, into elements: no HTML is ever parsed, no address but a link's is taken from a model.
 import * as smd from "./vendor/smd.min.js";
 import { tokenizeWith } from "./vendor/tokenize.js";
-import { h } from "./server.js";
-
+import { copy, h } from "./server.js";
 const NAMES = { PARAGRAPH: "p", BLOCKQUOTE: "blockquote", LINE_BREAK: "br", RULE: "hr", HEADING_1: "h3", HEADING_2: "h4", HEADING_3: "h5",
   HEADING_4: "h6", HEADING_5: "h6", HEADING_6: "h6", ITALIC_AST: "em", ITALIC_UND: "em", STRONG_AST: "strong", STRONG_UND: "strong",
   STRIKE: "s", CODE_INLINE: "code", LINK: "a", RAW_URL: "a", IMAGE: "a", LIST_UNORDERED: "ul", LIST_ORDERED: "ol", LIST_ITEM: "li",
@@ -11,9 +10,8 @@ const TAGS = Object.fromEntries(Object.entries(NAMES).map(([name, tag]) => [smd[
 const LANGUAGES = "bash c css diff go html java js json py rs sql todo toml ts xml yaml".split(" ");
 const ALIASES = { sh: "bash", shell: "bash", cpp: "c", "c++": "c", javascript: "js", jsx: "js", python: "py", rust: "rs",
   typescript: "ts", tsx: "ts", yml: "yaml", golang: "go", svg: "xml" };
-const MOST = 20000, LONGEST = 2000; // characters of code that are coloured; of an address
+const MOST = 20000, LONGEST = 2000, GROUP = 30; // characters of code that are coloured; of an address; blocks
 let grammars = null; // loaded when the first code block ends
-
 async function colour(code) {
   const name = ALIASES[code.dataset.language] ?? code.dataset.language, pieces = [];
   if (!LANGUAGES.includes(name) || code.textContent.length > MOST) return;
@@ -25,9 +23,8 @@ async function colour(code) {
 /** A token's element, put into the one that is open. */
 function made(parent, token) {
   if (token === smd.CODE_BLOCK || token === smd.CODE_FENCE) {
-    const code = h("code"), copy = h("button", { className: "copy" }, "Copy");
-    copy.onclick = () => navigator.clipboard.writeText(code.textContent).then(() => { copy.textContent = "Copied"; });
-    parent.append(h("div", { className: "code" }, copy, h("pre", { tabIndex: 0 }, code)));
+    const code = h("code"), onclick = ({ target }) => copy(code.textContent, target);
+    parent.append(h("div", { className: "code" }, h("button", { className: "copy", onclick }, "Copy"), h("pre", { tabIndex: 0 }, code)));
     return code;
   }
   if (token === smd.TABLE) {
@@ -49,22 +46,22 @@ function attribute(element, kind, value) {
 }
 /** Writes a text into an element piece by piece; what the parser cannot take is shown as it is. */
 export function writer(root) {
-  const stack = [root];
+  const group = () => root.appendChild(h("div")), stack = [group()]; // blocks in groups, so that those out of sight cost nothing
   let all = "", isPlain = false;
   const parser = smd.parser({
-    add_token: (_, token) => { if (token !== smd.DOCUMENT) stack.push(made(stack.at(-1), token)); },
+    add_token: (_, token) => {
+      if (stack.length === 1 && stack[0].childElementCount >= GROUP) stack[0] = group();
+      if (token !== smd.DOCUMENT) stack.push(made(stack.at(-1), token));
+    },
     end_token: () => { const ended = stack.pop(); if (ended.dataset.language) colour(ended); },
     add_text: (_, text) => stack.at(-1).append(text),
     set_attr: (_, kind, value) => attribute(stack.at(-1), kind, value),
   });
   const attempt = (text, step) => {
     all += text;
-    if (isPlain) return root.append(text);
-    try {
-      step();
-      if (parser.pending.length > LONGEST) throw new RangeError("an address that does not end");
-    } catch { isPlain = true; root.replaceChildren(all); root.classList.add("plain"); }
+    try { isPlain ? root.append(text) : step(); } catch { isPlain = true; root.replaceChildren(all); root.classList.add("plain"); }
   };
-  const end = () => { smd.parser_end(parser); root.append(parser.pending.trim()); };
-  return { write: (text) => attempt(text, () => smd.parser_write(parser, text)), end: () => attempt("", end) };
+  const write = (text) => { smd.parser_write(parser, text); if (parser.pending.length > LONGEST) throw new RangeError("an endless address"); };
+  const end = () => { smd.parser_end(parser); stack[0].append(parser.pending.trim()); };
+  return { write: (text) => attempt(text, () => write(text)), end: () => attempt("", end) };
 }

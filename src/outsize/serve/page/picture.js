@@ -1,17 +1,15 @@
 // The picture: where the model's bytes are, and which of them are being read, live from the server.
 import { $, call, events, h } from "./server.js";
-
-const WIDTH = 360, TALL = 96, STRIP = 36, FRAMES = 120; // units of drawings; a minute of frames
+const WIDTH = 360, TALL = 96, STRIP = 72, FRAMES = 120; // units of drawings; a minute of frames
 const isStill = matchMedia("(prefers-reduced-motion: reduce)");
 const STRIPS = [["tokens", "tokens/s", 1, 1], ["read", "GB/s from disk", 2, 0.01], ["hits", "% found in memory", 0, 100]]; // digits, least top
 const EXPERT = { ".": ["on disk", [128, 128, 128, 45]], "-": ["in memory", [47, 101, 178, 150]], h: ["in memory when asked for", [96, 165, 250, 255]],
   r: ["read ahead in time", [63, 185, 80, 255]], l: ["read ahead, late", [240, 198, 116, 255]], c: ["waited for", [248, 81, 73, 255]] };
 let plan = null, last = null, stop = null, isWanted = false, made = {}, past = {}; // elements that change, and strips' values, by name
-
 const mb = (bytes) => `${(bytes / 1e6).toLocaleString("en", { maximumFractionDigits: bytes < 1e7 ? 1 : 0 })} MB`;
 const sum = (items, of = (item) => item) => items.reduce((all, item, i) => all + of(item, i), 0);
 const set = (element, attributes) => { for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value); };
-function s(tag, attributes = {}, ...children) { // an SVG element
+function s(tag, attributes = {}, ...children) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
   set(element, attributes);
   element.append(...children);
@@ -29,12 +27,10 @@ function row(pieces, all, y, height, says) {
   });
 }
 /** A drawing below its title and a value that changes. */
-function figure(name, title, height, ...children) {
-  const drawing = s("svg", { viewBox: `0 0 ${WIDTH} ${height}`, role: "img", "aria-label": title }, ...children);
-  return h("figure", {}, h("figcaption", {}, title, made[name] = h("b")), drawing);
-}
-const key = (kind) => s("svg", { viewBox: "0 0 10 10", class: "key" }, rect(0, 0, 10, 10, kind));
-const legend = (...kinds) => h("p", { className: "note" }, ...kinds.flatMap(([kind, name]) => [key(kind), name]));
+const figure = (name, title, height, ...children) => h("figure", {}, h("figcaption", {}, title, made[name] = h("b")),
+  s("svg", { viewBox: `0 0 ${WIDTH} ${height}`, role: "img", "aria-label": title }, ...children));
+const legend = (kinds) => h("p", { className: "note" }, ...Object.entries(kinds).flatMap(([kind, name]) =>
+  [s("svg", { viewBox: "0 0 10 10", class: "key" }, rect(0, 0, 10, 10, kind)), name]));
 function facts(part, i) { // [where it is, MB/s read]
   const held = last.held[i], tier = part.tier.replace("memory", "disk");
   return [held === 1 ? "in memory" : held ? `${(100 * held).toFixed(0)} % in memory` : tier, mb(last.read_bytes[i] / last.seconds)];
@@ -76,33 +72,31 @@ function experts() {
     const y = Math.floor(offsetY / target.clientHeight * height), x = Math.floor(offsetX / target.clientWidth * width);
     return `layer ${layers[y]?.layer}, expert ${x}: ${EXPERT[last.experts[y]?.[x]]?.[0]}`;
   };
-  const kinds = [["hit", "in memory"], ["ready", "read ahead"], ["late", "late"], ["edge", "waited for"]];
-  return [h("figure", {}, h("figcaption", {}, "Experts across, layers down"), made.heat, legend(...kinds))];
+  const key = legend({ held: "in memory", ready: "read ahead", late: "late", edge: "waited for" });
+  return [h("figure", {}, h("figcaption", {}, "Experts across, layers down"), made.heat, key)];
 }
-function build() {
+function build(placement) {
+  [plan, made, past] = [placement, {}, {}];
   const strips = STRIPS.map(([name, title]) => figure(name, title, STRIP, made[`${name} line`] = s("path", { class: "line" })));
-  $("picture").replaceChildren(budget(), legend(["held", "weights"], ["kv", "keys, values"], ["fixed", "program"]), model(),
-    legend(["held", "in memory"], ["away", "on disk"], ["flash-key", "being read"]), figure("kv", "Keys and values", 14, made.streams = s("g")),
+  $("picture").replaceChildren(budget(), legend({ held: "weights", kv: "keys, values", fixed: "program" }), model(),
+    legend({ held: "in memory", away: "on disk", "flash-key": "being read" }), figure("kv", "Keys and values", 14, made.streams = s("g")),
     h("div", { className: "strips" }, ...strips, figure("drafts", "drafts right", STRIP, made.places = s("g"))), ...experts());
 }
 function paint(frame) {
   const { parts, budget_bytes: most, planned_bytes: planned } = plan, all = sum(parts, (part) => part.bytes), asked = frame.hits + frame.misses;
   last = frame;
   parts.forEach((part, i) => {
-    const [x, y, , height] = part.place, held = frame.held[i], isRead = frame.read_bytes[i] > 0;
+    const [x, y, , height] = part.place, held = frame.held[i], isRead = frame.read_bytes[i] > 0, timing = { duration: 420, delay: 420 * x / WIDTH };
     set(part.bar, { height: height * held, y: y + height * (1 - held) });
     set(part.flash, { opacity: isStill.matches && isRead ? 0.6 : 0 });
-    const timing = { duration: 420, delay: 420 * x / WIDTH, fill: "backwards" }; // in reading order
-    if (isRead && !isStill.matches) part.flash.animate([{ opacity: 1 }, { opacity: 0 }], timing);
+    if (isRead && !isStill.matches) part.flash.animate([{ opacity: 1 }, { opacity: 0 }], timing); // in reading order
   });
   made.model.textContent = `${mb(all)}, ${(100 * sum(parts, (part, i) => part.bytes * frame.held[i]) / all).toFixed(0)} % in memory`;
   made.process.textContent = `${mb(frame.process_bytes)} of ${mb(most)}`;
   set(made.now, { transform: `translate(${Math.min(1, frame.process_bytes / Math.max(most, planned)) * WIDTH} 0)` });
   const values = [frame.tokens_per_s, sum(frame.read_bytes) / frame.seconds / 1e9, asked ? 100 * frame.hits / asked : null];
   STRIPS.forEach((kind, i) => strip(...kind, values[i]));
-  streams(frame);
-  drafts(frame.drafts);
-  if (made.heat) heat(frame.experts);
+  for (const show of [streams, drafts, heat]) show(frame);
 }
 function streams({ kv_room: free, kv_tokens: used, prefix_tokens: kept, streams: live, running, waiting }) {
   const room = free || plan.kv_tokens, pieces = live.map((one, i) => [`stream ${one.number} (${one.state})`, one.kv_tokens, i % 2 ? "kv odd" : "kv"]);
@@ -113,51 +107,46 @@ function streams({ kv_room: free, kv_tokens: used, prefix_tokens: kept, streams:
 }
 function strip(name, title, digits, top, value) {
   const values = past[name] = [...(past[name] ?? []), value].slice(-FRAMES), most = Math.max(top, ...values);
-  const place = (v, i) => `${(WIDTH * (i + FRAMES - values.length) / (FRAMES - 1)).toFixed(1)} ${(STRIP - 2 - (STRIP - 4) * v / most).toFixed(1)}`;
+  const place = (v, i) => `${(WIDTH * (i + FRAMES - values.length) / (FRAMES - 1)).toFixed(1)} ${(STRIP - 4 - (STRIP - 8) * v / most).toFixed(1)}`;
   set(made[`${name} line`], { d: values.map((v, i) => v === null ? "" : (i && values[i - 1] !== null ? "L" : "M") + place(v, i)).join("") });
   made[name].textContent = value?.toFixed(digits) ?? "";
 }
-function drafts(pairs) { // [tried, right] by place in a draft
+function drafts({ drafts: pairs }) { // [tried, right] by place in a draft
   const share = ([tried, right]) => tried && right / tried, wide = WIDTH / Math.max(6, pairs.length), size = STRIP - 4;
-  made.drafts.textContent = pairs.length ? `${(100 * share(pairs[0])).toFixed(0)} % of the first` : "none yet";
+  made.drafts.textContent = pairs.length ? `${(100 * share(pairs[0])).toFixed(0)} %` : "none yet";
   made.places.replaceChildren(...pairs.map((pair, i) => rect(i * wide, STRIP - 2 - size * share(pair), wide - 4, size * share(pair) + 1, "held",
     () => `draft token ${i + 1}: ${pair[1]} of ${pair[0]} were right`)));
 }
-function heat(rows) {
-  const context = made.heat.getContext("2d"), image = context.createImageData(made.heat.width, made.heat.height);
+function heat({ experts: rows }) {
+  const context = made.heat?.getContext("2d"), image = context?.createImageData(made.heat.width, made.heat.height);
   [...rows.join("")].forEach((letter, at) => image.data.set(EXPERT[letter][1], 4 * at));
-  context.putImageData(image, 0, 0);
+  context?.putImageData(image, 0, 0);
 }
 function twin() {
-  const line = (tag, cells) => h("tr", {}, ...cells.map((words) => h(tag, {}, String(words))));
-  const rows = plan?.parts.map((part, i) => line("td", [part.layer ?? "", part.part, mb(part.bytes), ...facts(part, i)])) ?? [];
-  const head = line("th", ["layer", "part", "size", "where", "read a second"]);
-  $("twin").lastElementChild.replaceChildren(h("table", {}, h("thead", {}, head), h("tbody", {}, ...rows)));
+  const line = (tag, ...cells) => h("tr", {}, ...cells.map((words) => h(tag, {}, `${words ?? ""}`)));
+  const rows = plan?.parts.map((part, i) => line("td", part.layer, part.part, mb(part.bytes), ...facts(part, i))) ?? [];
+  const head = h("thead", {}, line("th", "layer", "part", "size", "where", "read a second"));
+  $("twin").lastElementChild.replaceChildren(h("table", {}, head, h("tbody", {}, ...rows)));
 }
 async function run(mine = stop = new AbortController()) {
   const options = { signal: mine.signal, silent: true };
+  const nothing = (words) => { plan = null; $("picture").textContent = words; };
   try {
     for await (const frame of events(await call("v1/live", options))) {
-      if (!frame.held) throw new Error("The model is not in memory now.");
-      if (!plan) {
-        [plan, last, made, past] = [await (await call("v1/placement", options)).json(), frame, {}, {}];
-        build();
-      }
-      paint(frame);
+      if (frame.held && !plan) build(await (await call("v1/placement", options)).json());
+      frame.held ? paint(frame) : nothing("The model is not in memory now.");
     }
   } catch (problem) {
     if (problem.name === "AbortError") return;
-    plan = null;
-    $("picture").textContent = problem.message;
+    nothing(problem.message);
   }
   setTimeout(() => stop === mine && run(mine), 2000);
 }
 /** Show the picture live, or stop asking for it, as where nobody sees the page. */
 export function watch(isOpen = isWanted) {
-  isWanted = isOpen;
-  stop = stop?.abort();
+  [isWanted, stop] = [isOpen, stop?.abort()];
   if (isOpen && !document.hidden) run();
 }
-document.addEventListener("visibilitychange", () => watch());
+addEventListener("visibilitychange", () => watch());
 $("memory").addEventListener("pointermove", (event) => { $("says").textContent = event.target.says?.(event) ?? "Point at anything for its numbers."; });
 $("twin").addEventListener("toggle", ({ target }) => target.open && twin());

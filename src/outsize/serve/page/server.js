@@ -1,15 +1,21 @@
 // Talking to the server: its key, its errors in its own words, its event streams.
 export const $ = (id) => document.getElementById(id);
-
 /** An element: h("p", {className: "note"}, "text", another). Text stays text: nothing is parsed as HTML. */
 export function h(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
   made.append(...children);
   return made;
 }
+/** To the clipboard; a page from another machine, without TLS, has the old way alone. */
+export async function copy(text, button) {
+  const box = document.body.appendChild(h("textarea", { value: text }));
+  box.select();
+  await (navigator.clipboard?.writeText(text) ?? document.execCommand("copy"));
+  box.remove();
+  button.textContent = "Copied";
+}
 const ADVICE = { 0: "See whether `outsize serve` is still running, then try again.", 401: "Ask whoever runs this server for its key.",
   503: "Try again in a moment.", context_length_exceeded: "Start a new chat, or edit an earlier message and go on from there." };
-
 /** What the server said no with, and what to do about it. */
 export class Refusal extends Error {
   constructor(status, error = {}, wait = null) {
@@ -17,8 +23,7 @@ export class Refusal extends Error {
     Object.assign(this, { status, advice: status === 429 ? `Try again in ${wait} s.` : ADVICE[error.code] ?? ADVICE[status] ?? "" });
   }
 }
-let key = sessionStorage.getItem("outsize.key") ?? "", asking = null;
-
+let key = sessionStorage.getItem("outsize.key") ?? "", asking;
 /** Once, however many requests were refused; false if there is no answer. */
 function askForKey() {
   return asking ??= new Promise((answered) => {
@@ -27,8 +32,7 @@ function askForKey() {
     const dialog = document.body.appendChild(h("dialog", { id: "key", ariaLabel: "API key" }, form));
     dialog.onclose = () => {
       sessionStorage.setItem("outsize.key", key = input.value.trim());
-      dialog.remove();
-      asking = null;
+      asking = dialog.remove();
       answered(key !== "");
     };
     dialog.showModal();
@@ -47,10 +51,12 @@ export async function call(path, { body, signal, silent } = {}) {
 /** The JSON of each event of a server-sent stream. */
 export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let text = "", lines = []; ; text = lines.pop()) {
-    for (const line of lines) if (line.startsWith("data: {")) yield JSON.parse(line.slice(6));
-    const { value, done } = await reader.read();
-    if (done) return;
-    lines = (text + value).split("\n");
-  }
+  try {
+    for (let text = "", lines = []; ; text = lines.pop()) {
+      for (const line of lines) if (line.startsWith("data: {")) yield JSON.parse(line.slice(6));
+      const { value, done } = await reader.read();
+      if (done) return;
+      lines = (text + value).split("\n");
+    }
+  } finally { reader.cancel().catch(() => {}); } // whoever leaves ends the request
 }
