@@ -90,6 +90,16 @@ def test_log_probabilities_are_those_of_score(client: httpx.Client, served: Runn
     assert found[1 : len(IDS)] == pytest.approx(values, abs=1e-4)
 
 
+def test_the_end_has_a_log_probability(client: httpx.Client) -> None:
+    """lm-eval asks for one token beside the prompt's, and leaves out the last, whatever it is."""
+    body = text(IDS, echo=True, logprobs=0, max_tokens=3, logit_bias={"257": 100})
+    for made in (asked(client, TEXT, body)["choices"][0], joined(streamed(client, TEXT, body), 0)):
+        assert made["finish_reason"] == "stop"
+        assert made["logprobs"]["tokens"] == [*made["text"], "</s>"]
+        assert len(made["text"]) == len(IDS)
+        assert made["logprobs"]["text_offset"] == [0, 1, 2, 3, 4]
+
+
 def test_defaults(client: httpx.Client) -> None:
     made = asked(client, TEXT, {"prompt": "hello", "ignore_eos": True})
     assert made["usage"]["completion_tokens"] == 16

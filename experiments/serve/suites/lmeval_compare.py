@@ -14,8 +14,9 @@ LIMIT = 1e-4
 
 def own(model: Model, context: str, text: str) -> float:
     """The log-likelihood of a text after a context, with lm-eval's cut: both are encoded together."""
-    if not context:  # lm-eval begins with the token that ends a text
-        tokens = [model.pack.eos[0], *model.tokens.encode(text, start=False)]
+    if not context:  # lm-eval begins with the token that begins a text, or ends one
+        first = model.pack.eos[0] if model.pack.bos is None else model.pack.bos
+        tokens = [first, *model.tokens.encode(text, start=False)]
         return sum(model.score_tokens(tokens)[0])
     trimmed = context.rstrip()
     text = context[len(trimmed) :] + text

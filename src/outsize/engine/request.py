@@ -64,6 +64,12 @@ class Request:
         """Of the tokens whose text was looked at so far, if the options ask for it."""
         return [] if self.sampler is None else self.sampler.logprobs[: self.pushed]
 
+    @property
+    def logprobs_to_end(self) -> list[TokenLogprob]:
+        """Those, and that of the token that ended the text, if one did."""
+        ended = self.closed and self.seq.finish == "stop" and not self.stream.stopped
+        return [] if self.sampler is None else self.sampler.logprobs[: self.pushed + ended]
+
 
 class Counts(NamedTuple):
     """IOStats at one moment: of all weights, and of experts alone."""

@@ -38,7 +38,8 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one step added to a reply. `tokens` are there if the options ask for log-probabilities."""
+    """What one step added to a reply. `tokens` are there if the options ask for log-probabilities: those of the
+    text, and the one that ended it."""
 
     text: str = ""
     reasoning: str = ""
@@ -87,7 +88,7 @@ class Answer:
         """What the last step added, on the engine's thread."""
         request, before = self.request, len(self.request.stream.reasoning)
         text = request.advance(now, bytes_read)
-        tokens = tuple(request.logprobs[self._told :])
+        tokens = tuple(request.logprobs_to_end[self._told :])
         self._told += len(tokens)
         delta = Delta(text, request.stream.reasoning[before:], tokens)
         return delta if text or delta.reasoning or tokens else None

@@ -27,3 +27,4 @@ class Ask:
     parallel_tools: bool = True  # more than one call in a reply
     stream: bool = False
     echo: bool = False  # the prompt is part of the reply (completions)
+    tells_end: bool = False  # the token that ends a text is among those with log-probabilities

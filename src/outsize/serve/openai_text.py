@@ -69,7 +69,10 @@ def asks_of(body: TextBody, named: Named, model: Model) -> list[Ask]:
         max_tokens=max(1, limit), logprobs=body.logprobs, adapter=named.adapter, raw=True, **made
     )
     echo, stream = bool(body.echo), bool(body.stream)
-    return [Ask(prompt=p, options=options, count=count, echo=echo, stream=stream) for p in prompts]
+    return [
+        Ask(prompt=p, options=options, count=count, echo=echo, stream=stream, tells_end=True)
+        for p in prompts
+    ]
 
 
 def prompts_of(body: TextBody) -> Sequence[str | list[int]]:

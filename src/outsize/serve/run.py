@@ -67,7 +67,7 @@ def each(ask: Ask) -> Iterator[Options]:
 
 def _choice(service: Service, number: int, one: Encoded, options: Options) -> Choice:
     model = service.model
-    ends = () if options.ignore_eos else model.pack.eos
+    ends = () if options.ignore_eos or one.ask.tells_end else model.pack.eos
     held = HeldTokens(partial(token_bytes, model), options.stop, ends)
     parser = None if one.format is None else one.format.parser(number, one.ask.tools)
     echo = None if one.echo is None else one.echo.part

@@ -37,7 +37,7 @@ class TokenizeBody(Body):
     ] = None
     add_special_tokens: bool | None = None  # the model's start token; true
     add_special: bool | None = None  # llama.cpp's name of it
-    parse_special: bool | None = None  # names of control tokens are control tokens; false
+    parse_special: bool | None = None  # names of control tokens are control tokens; true
     with_pieces: bool | None = None  # each token's text, too, as llama.cpp gives it
     add_generation_prompt: Annotated[bool | None, Neutral((True,))] = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -71,7 +71,7 @@ async def tokenize(host: Host, call: Call, body: TokenizeBody) -> Response:
         options = Options(template_args=_template_args(body))
         ids = await service.encode(messages_of(body.messages), options)
     else:
-        options = Options(raw=True, special=bool(body.parse_special))
+        options = Options(raw=True, special=body.parse_special is not False)
         ids = await service.encode(texts[0], options) if texts[0] else list(tokens.start)
         if body.add_special_tokens is False or body.add_special is False:
             ids = ids[len(tokens.start) :]
