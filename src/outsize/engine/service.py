@@ -38,8 +38,8 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one step added to a reply. `tokens` are there if the options ask for log-probabilities: those of the
-    text, and the one that ended it."""
+    """What one step added to a reply. `tokens` are there if the options ask for log-probabilities: those of
+    the text, and the one that ended it."""
 
     text: str = ""
     reasoning: str = ""
