@@ -176,12 +176,13 @@ def test_a_model_that_is_closed_fails_its_requests(tiny_folder: str) -> None:
     """The engine's thread goes on, and nobody waits for ever."""
 
     async def main(service: Service) -> None:
-        answer, seen = await service.ask([5, 6, 7], LONG), 0
+        answer = await service.ask([5, 6, 7], LONG)
+        told = asyncio.create_task(text_of(answer))
+        while not answer.request.seq.new_tokens:
+            await asyncio.sleep(0.001)
+        await asyncio.to_thread(service.model.close)
         with pytest.raises(ClosedError):
-            async for _ in answer:
-                seen += 1
-                if seen == 2:
-                    await asyncio.to_thread(service.model.close)
+            await told
 
     model = outsize.load(tiny_folder, quiet=True)
     with serving(model) as service:
