@@ -104,7 +104,8 @@ class StepTimes:
     @property
     def reads(self) -> bool:
         """Does a step wait for the disk, so that more rows cost little?"""
-        return self._reading > self._plane[0] + self._plane[1]
+        base, row, _ = self._plane
+        return bool(self._reading > base + row)
 
     def seconds(self, rows: float, masked: bool = False) -> float:
         """Of a step; before any step, in units of one row's. Another row never makes it shorter."""
