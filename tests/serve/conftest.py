@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -91,9 +91,11 @@ Serving = Callable[..., Running]
 
 
 @contextmanager
-def serving(open_model: Callable[[], Model], options: ServeOptions) -> Iterator[Running]:
-    """A server, ready to be asked."""
-    running = Running(Host("tiny", open_model, options))
+def serving(
+    open_model: Callable[[], Model], options: ServeOptions, adapters: Iterable[str] = ()
+) -> Iterator[Running]:
+    """A server, which begins to open its model."""
+    running = Running(Host("tiny", open_model, options, adapters))
     try:
         yield running
     finally:

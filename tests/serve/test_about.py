@@ -43,6 +43,8 @@ def test_metrics(client: httpx.Client) -> None:
     assert more("outsize_first_token_seconds_count") == 1
     assert more('outsize_first_token_seconds_bucket{le="+Inf"}') == 1
     assert after["outsize_ready"] == 1
+    assert after["outsize_cached_tokens_total"] >= 0
+    assert after["outsize_accepted_tokens_total"] <= after["outsize_drafted_tokens_total"]
     assert after["outsize_running"] == after["outsize_waiting"] == 0
     assert after["outsize_process_bytes"] > 1e6
     assert after["outsize_hit_rate"] <= 1

@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import outsize
 from outsize.engine.model import Model
 from outsize.errors import BudgetError, ReadError
 from outsize.progress import bars
+from outsize.serve import host as hosts
 from outsize.serve import server
-from outsize.serve.host import FAILED, UNLOADED, Host
+from outsize.serve.host import FAILED, LOADING, UNLOADED
 from outsize.serve.options import ServeOptions
 from tests.command import outsize as command
+from tests.drafts import write_peft
 from tests.serve.ask import CHAT, asked, chat
-from tests.serve.conftest import Serving
+from tests.serve.conftest import OPTIONS, Serving, serving
 
 FOREVER_S = 30
 
@@ -237,8 +243,60 @@ def test_a_log_is_a_line_a_request(serve: Serving, capfd: pytest.CaptureFixture[
     assert "\x1b" not in "".join(lines)
 
 
-def test_adapters_are_models(tiny: Callable[[], Model]) -> None:
-    host = Host("tiny", tiny, ServeOptions(alias=("b",)), ("poet",))
-    assert host.names() == ["tiny", "b", "poet"]
-    assert host.named("poet").adapter == "poet"
-    assert host.named("b").adapter is None
+def test_adapters_are_models(
+    open_tiny: Callable[..., Model], folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Asked for by name, beside one another; what each says is what it says in this process."""
+    adapters = {n: write_peft(open_tiny("llama"), tmp_path / n, i) for i, n in enumerate("ab", 3)}
+    source = str(folder_of("llama"))
+    load = partial(outsize.load, source, quiet=True, streams=4, adapters=adapters)
+    with load() as model, serving(load, OPTIONS, adapters) as running:
+        running.until_ready()
+        with running.client() as client:
+            names = [described["id"] for described in client.get("/v1/models").json()["data"]]
+            assert names == [running.host.name, "a", "b"]
+            assert client.get("/v1/models/a").json()["parent"] == names[0]
+            said = dict[str, str]()
+
+            def ask(name: str) -> None:
+                made = asked(client, CHAT, chat(model=name, max_tokens=20))
+                said[name] = made["choices"][0]["message"]["content"]
+
+            threads = [threading.Thread(target=ask, args=(name,)) for name in names]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        messages = [{"role": "user", "content": "hello"}]
+        for name in names:
+            adapter = None if name == names[0] else name
+            assert said[name] == model.chat(messages, max_tokens=20, adapter=adapter).text
+        assert len(set(said.values())) == 3
+
+
+def test_what_is_closed_is_closed_before_it_is_opened_again(
+    serve: Serving, tiny: Callable[[], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory of two would be twice what was planned."""
+    done, may_close, close = list[str](), threading.Event(), hosts._close
+
+    def slowly(*given: Any) -> None:
+        may_close.wait(FOREVER_S)
+        close(*given)
+        done.append("closed")
+
+    def noted() -> Model:
+        done.append("opens")
+        return tiny()
+
+    monkeypatch.setattr(hosts, "_close", slowly)
+    running = serve(noted, alias=("other",)).until_ready()
+    with running.client() as client, ThreadPoolExecutor(2) as several:
+        body = {"model": "other", "prompt": "", "keep_alive": 0}
+        unloads = several.submit(client.post, "/api/generate", json=body)
+        running.until(lambda: running.host.state == UNLOADED, "it is being closed")
+        answers = several.submit(client.post, CHAT, json=chat())
+        running.until(lambda: running.host.state == LOADING, "it is asked for")
+        may_close.set()
+        assert (unloads.result().status_code, answers.result().status_code) == (200, 200)
+    assert done == ["opens", "closed", "opens"]

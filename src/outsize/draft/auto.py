@@ -19,6 +19,7 @@ from outsize.draft.stats import SURE_STEPS, TEXT_STEPS, DraftCost, DraftStats, R
 from outsize.forward.span import Out
 
 MARGIN = 1.01  # drafts must promise so much more than none
+CROWD = 4  # others: from eight rows on, kernels are bound by computing
 AHEAD = 0.6  # what counts of the tokens that the next step may get: they take rows there
 PATIENCE, MOST_PATIENT = 24, 200  # steps until mask tokens that did not pay are tried again
 
@@ -50,8 +51,15 @@ class AutoDraft(Drafter):
         self._cost, self._right = DraftCost(), -1
 
     @property
-    def _others(self) -> int:
-        return self._company.others
+    def _others(self) -> float:
+        """Tokens that a step brings the others."""
+        return self._company.tokens
+
+    @property
+    def _is_crowded(self) -> bool:
+        """Do so many share a step that each further row costs what it brings? Then rows of mask tokens, which
+        bring none themselves, cost more; but not where the step waits for the disk."""
+        return self._company.others >= CROWD and not self._step_times.reads
 
     def propose(self, tokens: Sequence[int], most: int) -> Draft:
         self._index.extend(tokens)
@@ -69,7 +77,7 @@ class AutoDraft(Drafter):
         best = max(by_text, by_mtp, key=lambda plan: plan.value)
         if best.value > MARGIN * (1 + self._others) / self._seconds(1, False):
             return self._drafted(best, depth, best is by_text)
-        if self._mtp and self._probing():
+        if self._mtp and not self._is_crowded and self._probing():
             return self._drafted(Plan(own_tokens, own_kinds, (len(own),)), 1, False)
         return self._drafted(Plan(), 0, False)
 
@@ -105,6 +113,8 @@ class AutoDraft(Drafter):
     def _block(self) -> tuple[int, float]:
         """How many mask tokens a block should have, and what they count in tokens of the next step. None
         where they do not pay after a step of one token: after a better one they would pay less."""
+        if self._is_crowded:
+            return 0, 0.0
         best, most, ahead = (0, 0.0), (1 + self._others) / self._seconds(1, False), 0.0
         for depth in range(1, (self._mtp.k if self._mtp else 0) + 1):
             ahead += AHEAD * self._masked.now[0] ** depth

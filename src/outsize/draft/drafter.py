@@ -9,14 +9,29 @@ from dataclasses import dataclass
 from outsize.forward.span import MaskTokens, Out
 
 MOST = 15  # draft tokens: with the last known token, as many as run through kernels of few rows
+LEARN = 0.2  # of a step's tokens
 SPARE = 64  # slots of keys and values for draft tokens that are not kept
 
 
 @dataclass(slots=True)
 class Company:
-    """How many other sequences share a sequence's steps, at the moment."""
+    """Who shares a sequence's steps, at the moment."""
 
-    others: int = 0
+    others: int = 0  # sequences
+    gained: float = 0.0  # tokens that a step has brought of late, in all
+
+    def saw(self, others: int, gained: int) -> None:
+        """A step of this sequence and others brought so many tokens."""
+        if others != self.others:
+            self.gained = 0.0
+        self.others = others
+        self.gained += (LEARN if self.gained else 1.0) * (gained - self.gained)
+
+    @property
+    def tokens(self) -> float:
+        """What a step brings the others: a token each, and what is right of their drafts, whose rows are in
+        the step, too."""
+        return max(float(self.others), self.gained * self.others / (self.others + 1))
 
 
 @dataclass(frozen=True, slots=True)

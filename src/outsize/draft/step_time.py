@@ -101,6 +101,12 @@ class StepTimes:
         products = self._products + TRUST * self._one * (PRIOR.T @ (PRIOR @ START))
         self._plane = _positive(squares, products)
 
+    @property
+    def reads(self) -> bool:
+        """Does a step wait for the disk, so that more rows cost little?"""
+        base, row, _ = self._plane
+        return bool(self._reading > base + row)
+
     def seconds(self, rows: float, masked: bool = False) -> float:
         """Of a step; before any step, in units of one row's. Another row never makes it shorter."""
         base, row, masks = self._plane

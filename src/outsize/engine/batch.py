@@ -19,6 +19,7 @@ from outsize.engine.prefixes import Prefixes
 from outsize.engine.request import Request
 from outsize.engine.scheduler import Scheduler
 from outsize.engine.swap import Swapped
+from outsize.errors import DiskFullError
 from outsize.forward.chunked import split
 from outsize.forward.full import is_narrow
 from outsize.forward.span import Out, Span
@@ -62,6 +63,7 @@ class Batch:
         self._scheduler, self._streams = scheduler, streams
         self._pace, self.prefixes = pace, prefixes
         self.waiting, self.running = list[Live](), list[Live]()
+        self.beside = 0  # tokens whose keys and values are in memory for others than these
         self.failed: dict[int, Exception] = {}  # by the id of a request, until it is taken out
 
     def add(self, request: Request) -> None:
@@ -84,8 +86,12 @@ class Batch:
     @property
     def used(self) -> int:
         """Tokens of room that are taken or asked for."""
-        kept = 0 if self.prefixes is None else self.prefixes.tokens
-        return kept + sum(live.need for live in self.running)
+        return self._asked + (0 if self.prefixes is None else self.prefixes.tokens)
+
+    @property
+    def _asked(self) -> int:
+        """As `used`, without what may be forgotten."""
+        return self.beside + sum(live.need for live in self.running)
 
     @property
     def room(self) -> int:
@@ -110,6 +116,7 @@ class Batch:
         self._admit()
         chosen = list(self._chosen())
         if not chosen:
+            self.drop_ended()  # what could not begin
             return []
         model, drafting = self._scheduler.transformer, self._scheduler.drafting
         started, waited = time.perf_counter(), model.waited_s
@@ -117,9 +124,12 @@ class Batch:
         kvs = [live.request.kv for live, _, _ in chosen]
         outs = run(model, spans, kvs, drafting.step_times, self._scheduler.forward)
         self._learn(spans, time.perf_counter() - started, model.waited_s - waited)
-        self._scheduler.company.others = max(0, len(self.running) - 1)
-        for (live, part, rest), out in zip(chosen, outs, strict=True):
-            self._hand_out(live, part, rest, out)
+        before = sum(len(live.request.seq.tokens) for live, _, _ in chosen)
+        for (live, _, rest), out in zip(chosen, outs, strict=True):
+            self._hand_out(live, rest, out)
+        gained = sum(len(live.request.seq.tokens) for live, _, _ in chosen) - before
+        if all(map(is_narrow, spans)):
+            self._scheduler.company.saw(len(chosen) - 1, gained)
         self.drop_ended()
         self._scheduler.keep_budget()
         return [live.request for live, _, _ in chosen]
@@ -129,7 +139,7 @@ class Batch:
             prompt = sum(s.num_rows for s in spans if not is_narrow(s))
             self._pace.saw(prompt, sum(map(is_narrow, spans)), seconds, waited)
 
-    def _hand_out(self, live: Live, part: Span, rest: Span | None, out: Out) -> None:
+    def _hand_out(self, live: Live, rest: Span | None, out: Out) -> None:
         """Give a flow what it asked for, once it has all of it."""
         live.passed, request = 0, live.request
         if rest is not None:
@@ -203,7 +213,7 @@ class Batch:
 
     def _has_room(self, need: int) -> bool:
         """With what may be forgotten for it. One that is alone always has."""
-        if self.running and sum(live.need for live in self.running) + need > self.room:
+        if self.running and self._asked + need > self.room:
             return False
         while self.used + need > self.room and self.prefixes is not None and self.prefixes.forget():
             pass
@@ -211,19 +221,20 @@ class Batch:
 
     def _begin(self, live: Live) -> None:
         request = live.request
-        spare = self._scheduler.drafting.spare
-        if live.swapped is not None:
-            live.swapped.restore(request.kv, request.seq.limit + spare)
-            live.swapped = None
-        if live.flow is None:
-            try:
-                request.kv.give_room(request.seq.limit + spare)
+        room = request.seq.limit + self._scheduler.drafting.spare
+        try:
+            if live.swapped is not None:
+                live.swapped.restore(request.kv, room)
+                live.swapped = None
+            if live.flow is None:
+                request.kv.give_room(room)
                 if self.prefixes is not None:
                     self.prefixes.use(request, [other.request for other in self.running])
                 live.flow = self._scheduler.flow(request)
                 live.span = next(iter(first(live.flow)), None)
-            except Exception as e:
-                self._fail(live, e)
+        except Exception as e:
+            request.known = 0
+            self._fail(live, e)
 
     def _fail(self, live: Live, error: Exception) -> None:
         """What went wrong with one request, as its grammar or drafter may, is that request's alone."""
@@ -237,8 +248,13 @@ class Batch:
                 continue
             youngest = max(self.running, key=lambda live: live.number)
             self.running.remove(youngest)
-            youngest.swapped = Swapped(youngest.request.kv)
             self.waiting.append(youngest)
+            try:
+                youngest.swapped = Swapped(youngest.request.kv)
+            except DiskFullError as e:
+                youngest.request.known = 0  # some of its keys and values are lost
+                self._fail(youngest, e)
+                self.drop_ended()
 
     def drop_ended(self) -> None:
         """Those that are complete, were cancelled, or failed."""
@@ -254,3 +270,5 @@ class Batch:
             live.swapped.close()
         if keep and self.prefixes is not None and live.flow is not None:
             self.prefixes.keep(live.request)
+        # Whoever still reads the reply would hold memory that others are given.
+        live.request.kv = live.request.kv.emptied()

@@ -54,6 +54,15 @@ def _measured(host: Host) -> Iterator[str]:
     yield from _gauge("kv_tokens", "Tokens whose keys and values are stored.", load.kv_tokens)
     yield from _gauge("kv_room", "Tokens for which there is room.", load.kv_room)
     yield from _gauge("hit_rate", "Share of records that were not read.", round(counts.hit_rate, 6))
+    totals = service.totals
+    for name, what, value in (
+        ("cached_tokens", "Tokens of prompts that were not computed again.", totals.cached_tokens),
+        ("drafted_tokens", "Draft tokens that were checked.", totals.drafted),
+        ("accepted_tokens", "Draft tokens that were right.", totals.accepted),
+        ("cancelled", "Replies that were broken off.", totals.cancelled),
+    ):
+        yield from _head(f"outsize_{name}_total", "counter", what)
+        yield f"outsize_{name}_total {value}"
     yield from _head("outsize_bytes_read_total", "counter", "Bytes of weights read from disk.")
     yield f"outsize_bytes_read_total {counts.bytes_read}"
 

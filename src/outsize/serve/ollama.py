@@ -126,8 +126,9 @@ def _named(host: Host, name: str | None) -> Named:
 
 
 async def _asked(host: Host, call: Call, body: Chat | Generate, ask: Ask, named: Named) -> Asked:
-    keeps_for(body.keep_alive)
     call.ignored += without_effect(body)
+    if keeps_for(body.keep_alive) is not None:  # of a request for an answer; `_load` honours it
+        call.ignored.append("keep_alive")
     began = time.perf_counter()
     service = await host.service()
     frames = Frames(named.name, now(), isinstance(body, Chat))
@@ -150,7 +151,7 @@ async def _answer(host: Host, call: Call, asked: Asked) -> Response:
 async def _load(host: Host, named: Named, body: Chat | Generate) -> Response:
     """Opens the model, or, with `keep_alive` 0, closes it."""
     closes = keeps_for(body.keep_alive) == 0
-    await (host.unload() if closes else host.service())
+    await (host.unload_unused() if closes else host.service())
     frame = Frames(named.name, now(), isinstance(body, Chat)).last("unload" if closes else "load")
     return _one(frame, body.stream)
 
