@@ -115,7 +115,7 @@ class ToolDefinition(Body):
     strict: bool | None = None  # calls always obey their schema
     cache_control: Annotated[object, NoEffect()] = None
     eager_input_streaming: Annotated[bool | None, NoEffect()] = None  # it always is
-    allowed_callers: Annotated[list[str] | None, Neutral(CALLERS)] = None
+    allowed_callers: Annotated[list[str] | None, Field(fail_fast=True), Neutral(CALLERS)] = None
     defer_loading: Annotated[bool | None, Neutral((False,))] = None
     input_examples: Annotated[list[object] | None, Neutral(([],))] = None
 

@@ -154,7 +154,7 @@ class Embed(Body):
     """The bodies of /api/embed and /api/embeddings."""
 
     model: Name = None
-    input: str | list[str] | None = None
+    input: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     prompt: str | None = None
     truncate: bool | None = None
     dimensions: int | None = None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from outsize.serve.schema import Body, Neutral, NoEffect
+from outsize.serve.schema import Body, Neutral, NoEffect, few
 
 ABSENT = Neutral(())  # no value but null
 TEXT_ONLY = Neutral((), "this model reads text alone")
@@ -38,9 +38,11 @@ class Common(Body):
     repeat_last_n: Annotated[int | None, Field(ge=-1, le=1 << 24)] = None
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
     frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[
+        dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, BeforeValidator(few)
+    ] = None
     seed: Annotated[int | None, Field(ge=-(1 << 63), lt=1 << 63)] = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=16)] | None = None
     n: Annotated[int | None, Field(ge=1, le=16)] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -89,9 +91,11 @@ class Message(Body):
     """One message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
     name: Text | None = None
-    tool_calls: Annotated[list[ToolCall] | None, Field(max_length=MOST_TOOLS)] = None
+    tool_calls: Annotated[list[ToolCall] | None, Field(fail_fast=True, max_length=MOST_TOOLS)] = (
+        None
+    )
     tool_call_id: Text | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -157,7 +161,7 @@ class ChatBody(Common):
     max_completion_tokens: Annotated[int | None, Field(ge=1, le=1 << 24)] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
-    tools: Annotated[list[ToolSpec] | None, Field(max_length=MOST_TOOLS)] = None
+    tools: Annotated[list[ToolSpec] | None, Field(fail_fast=True, max_length=MOST_TOOLS)] = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
@@ -170,9 +174,11 @@ class ChatBody(Common):
     prompt_cache_retention: Annotated[str | None, NoEffect()] = None
     prompt_cache_options: Annotated[dict[str, Any] | None, NoEffect()] = None
     audio: Annotated[Any, TEXT_ONLY] = None
-    modalities: Annotated[list[Text] | None, Neutral((["text"],), "outsize writes text alone")] = (
-        None
-    )
+    modalities: Annotated[
+        list[Text] | None,
+        Field(fail_fast=True),
+        Neutral((["text"],), "outsize writes text alone"),
+    ] = None
     prediction: Annotated[Any, ABSENT] = None
     web_search_options: Annotated[Any, ABSENT] = None
     moderation: Annotated[Any, ABSENT] = None

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from outsize.serve.openai_schema import MOST_MESSAGES, MOST_TOOLS, Text
-from outsize.serve.schema import Body, Neutral, NoEffect
+from outsize.serve.schema import Body, Neutral, NoEffect, few
 
 ABSENT = Neutral(())
 STATELESS = Neutral((), "this server keeps no responses: send the whole conversation as `input`")
@@ -152,7 +152,9 @@ class Tool(Body):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None  # calls always obey their schema
-    allowed_callers: Annotated[list[str] | None, Neutral((["direct"], []))] = None
+    allowed_callers: Annotated[
+        list[str] | None, Field(fail_fast=True), Neutral((["direct"], []))
+    ] = None
     defer_loading: Annotated[bool | None, Neutral((False,))] = None
     output_schema: Annotated[dict[str, Any] | None, ABSENT] = None
     async_: Annotated[bool | None, Field(alias="async"), Neutral((False,))] = None
@@ -242,7 +244,7 @@ class Create(Body):
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     include: Annotated[list[Text] | None, Field(fail_fast=True, max_length=16)] = None
     store: Annotated[bool | None, NoEffect()] = None  # told to be false
-    metadata: Annotated[dict[str, str] | None, NoEffect()] = None
+    metadata: Annotated[dict[str, str] | None, BeforeValidator(few), NoEffect()] = None
     user: Annotated[str | None, NoEffect()] = None
     safety_identifier: Annotated[str | None, NoEffect()] = None
     prompt_cache_key: Annotated[str | None, NoEffect()] = None

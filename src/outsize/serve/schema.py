@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
@@ -23,6 +24,8 @@ DEPTH = 100  # of brackets in brackets
 MOST_VALUES = (
     1_000_000  # counted by brackets and commas: each takes up to 64 bytes once it is parsed
 )
+MOST_OBJECTS = 200_000  # counted by braces: each takes up to 2 KB once its fields are checked
+MOST_ENTRIES = 10_000  # of a dictionary whose values are checked
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 B = TypeVar("B", bound="Body")
 
@@ -47,10 +50,19 @@ class NoEffect:
     """Marks a field that by its nature changes no answer here: accepted, and documented so."""
 
 
+def few(value: object) -> object:
+    """Of a dictionary, whose every wrong value pydantic notes: it is not large. Raises ValueError."""
+    if isinstance(value, dict) and len(value) > MOST_ENTRIES:
+        raise ValueError(f"{len(value):,} entries; at most {MOST_ENTRIES:,} are taken")
+    return value
+
+
 def parse(raw: bytes) -> dict[str, object]:
     """A JSON object, as strictly as JSON is defined. Raises ApiError."""
     if sum(raw.count(mark) for mark in (b"[", b"{", b",")) > MOST_VALUES:
         raise invalid(f"the body holds more than {MOST_VALUES:,} values")
+    if raw.count(b"{") > MOST_OBJECTS:
+        raise invalid(f"the body holds more than {MOST_OBJECTS:,} objects")
     try:
         made = json.loads(
             raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
@@ -74,8 +86,8 @@ def parse(raw: bytes) -> dict[str, object]:
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     made = dict(pairs)
     if len(made) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
         raise invalid(f"the key {twice[:80]!r} is given twice", twice[:80])
     return made
 

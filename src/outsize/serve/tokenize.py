@@ -41,7 +41,7 @@ class TokenizeBody(Body):
     with_pieces: bool | None = None  # each token's text, too, as llama.cpp gives it
     add_generation_prompt: Annotated[bool | None, Neutral((True,))] = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: Annotated[list[ToolSpec] | None, Field(max_length=MOST_TOOLS)] = None
+    tools: Annotated[list[ToolSpec] | None, Field(fail_fast=True, max_length=MOST_TOOLS)] = None
 
 
 class DetokenizeBody(Body):
