@@ -266,6 +266,12 @@ def test_a_model_that_rejects_its_own_draws_keeps_all(open_tiny: Callable[..., M
         (drawn,) = model.generate("abab", raw=True, max_tokens=20, temperature=0.9, seed=4)
         assert drawn.drafted == drawn.accepted > 5
         (greedy,) = model.generate("abab", raw=True, max_tokens=20)
+        (noted,) = model.generate(
+            "abab", raw=True, max_tokens=20, temperature=0.9, seed=4, logprobs=1
+        )
+        assert len(noted.logprobs) == noted.new_tokens, (
+            "drafts are checked by picks, which note them"
+        )
     with outsize.load(path, draft="none", quiet=True) as model:
         assert model.generate("abab", raw=True, max_tokens=20)[0].text == greedy.text
 

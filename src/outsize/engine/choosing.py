@@ -28,11 +28,14 @@ def chooser(
 ) -> Chooser:
     """Of one sequence, whose options have a seed; `company`: who shares its steps. A constraint follows every
     pick: under one, drafts are checked by picks, also where `verify=rejection` is asked for. What it forces
-    is drafted, but not under `draft=none`."""
+    is drafted, but not under `draft=none`. The same for log-probabilities, which picks note."""
     assert options.seed is not None
     sampler = Sampler(options, options.seed, constraint)
     if constraint is None:
-        return Chooser(sampler, drafting.new(sampler, company))
+        drawing = (
+            sampler if options.logprobs is None else None
+        )  # of picks alone there are log-probs
+        return Chooser(sampler, drafting.new(drawing, company))
     drafter, _ = drafting.new(None, company)
     if drafting.spec.kind != "none":
         drafter = ForcedDraft(constraint, drafter)
