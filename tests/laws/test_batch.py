@@ -18,6 +18,7 @@ from outsize.engine.model import Model
 from outsize.engine.pace import Pace
 from outsize.engine.prefixes import Prefixes
 from outsize.engine.request import Request
+from outsize.errors import ReadError
 from outsize.forward.chunked import split
 from outsize.forward.full import full
 from outsize.forward.span import Span
@@ -117,6 +118,48 @@ def test_replies_that_outgrow_the_room_are_put_aside(
         assert [outcome(r) for r in requests] == wanted
         assert aside
         assert most <= 112
+
+
+def test_what_ended_holds_no_keys_and_values(open_tiny: Callable[..., Model]) -> None:
+    """Whoever still reads a reply would hold what others are given."""
+    with chunked(open_tiny("llama", ENCODING)) as model:
+        for prefixes in (None, Prefixes(CHUNK)):
+            requests = [model.start(prompt(i, n), options(i)) for i, n in enumerate((50, 9, 70))]
+            requests[1].seq.finish = "cancelled"
+            batch = Batch(model.scheduler, prefixes=prefixes)
+            run(batch, {0: requests})
+            assert [request.kv.nbytes for request in requests] == [0, 0, 0]
+            assert batch.stored == (0 if prefixes is None else 32 + 64)
+
+
+@pytest.mark.parametrize("what", ["write", "read"])
+def test_one_that_cannot_be_put_aside_fails_alone(
+    what: str, open_tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise (
+            OSError(28, "No space left on device")
+            if what == "write"
+            else ReadError("it is shorter")
+        )
+
+    with chunked(open_tiny("llama", ENCODING)) as model:
+        wanted = alone(model, prompt(0, 50), 0)
+        monkeypatch.setattr("outsize.engine.batch.GRAIN", 2)
+        monkeypatch.setattr(Batch, "room", 112)
+        monkeypatch.setattr(KV, what, fail)
+        requests = [model.start(prompt(i, 50), options(i)) for i in range(2)]
+        batch = Batch(model.scheduler, prefixes=Prefixes(CHUNK))
+        for request in requests:
+            batch.add(request)
+        while ran := batch.step():
+            for request in ran:
+                request.advance(0.0)
+        assert outcome(requests[0]) == wanted
+        told = str(batch.failed.pop(id(requests[1])))
+        assert ("fewer --streams" if what == "write" else "shorter") in told
+        assert batch.is_empty
+        assert batch.stored == 32, "of what was lost, nothing is kept"
 
 
 def test_one_that_waits_is_begun_in_order_and_dropped_when_cancelled(

@@ -19,6 +19,7 @@ from outsize.engine.prefixes import Prefixes
 from outsize.engine.request import Request
 from outsize.engine.scheduler import Scheduler
 from outsize.engine.swap import Swapped
+from outsize.errors import DiskFullError
 from outsize.forward.chunked import split
 from outsize.forward.full import is_narrow
 from outsize.forward.span import Out, Span
@@ -110,6 +111,7 @@ class Batch:
         self._admit()
         chosen = list(self._chosen())
         if not chosen:
+            self.drop_ended()  # what could not begin
             return []
         model, drafting = self._scheduler.transformer, self._scheduler.drafting
         started, waited = time.perf_counter(), model.waited_s
@@ -211,19 +213,20 @@ class Batch:
 
     def _begin(self, live: Live) -> None:
         request = live.request
-        spare = self._scheduler.drafting.spare
-        if live.swapped is not None:
-            live.swapped.restore(request.kv, request.seq.limit + spare)
-            live.swapped = None
-        if live.flow is None:
-            try:
-                request.kv.give_room(request.seq.limit + spare)
+        room = request.seq.limit + self._scheduler.drafting.spare
+        try:
+            if live.swapped is not None:
+                live.swapped.restore(request.kv, room)
+                live.swapped = None
+            if live.flow is None:
+                request.kv.give_room(room)
                 if self.prefixes is not None:
                     self.prefixes.use(request, [other.request for other in self.running])
                 live.flow = self._scheduler.flow(request)
                 live.span = next(iter(first(live.flow)), None)
-            except Exception as e:
-                self._fail(live, e)
+        except Exception as e:
+            request.known = 0
+            self._fail(live, e)
 
     def _fail(self, live: Live, error: Exception) -> None:
         """What went wrong with one request, as its grammar or drafter may, is that request's alone."""
@@ -237,8 +240,13 @@ class Batch:
                 continue
             youngest = max(self.running, key=lambda live: live.number)
             self.running.remove(youngest)
-            youngest.swapped = Swapped(youngest.request.kv)
             self.waiting.append(youngest)
+            try:
+                youngest.swapped = Swapped(youngest.request.kv)
+            except DiskFullError as e:
+                youngest.request.known = 0  # some of its keys and values are lost
+                self._fail(youngest, e)
+                self.drop_ended()
 
     def drop_ended(self) -> None:
         """Those that are complete, were cancelled, or failed."""
@@ -254,3 +262,5 @@ class Batch:
             live.swapped.close()
         if keep and self.prefixes is not None and live.flow is not None:
             self.prefixes.keep(live.request)
+        # Whoever still reads the reply would hold memory that others are given.
+        live.request.kv = live.request.kv.emptied()

@@ -143,6 +143,7 @@ class Model:
             now = time.perf_counter()
             for request in ran:
                 request.advance(now, self.bytes_read)
+        together.check()
         return [self.scheduler.reply(request, started, before) for request in requests]
 
     def chat(self, messages: Messages, **changes: Unpack[Changes]) -> Reply:

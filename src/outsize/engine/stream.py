@@ -31,6 +31,7 @@ class Streaming:
         while batch.step():
             batch.check()
             yield from self._new()
+        batch.check()
         yield from self._new()  # what a reply held back that was cancelled
 
     def _new(self) -> Iterator[Piece]:

@@ -96,6 +96,11 @@ class KV:
             stored, _ = self.reserve(layer, theirs[:count])
             stored[:, :count] = other.view(layer)[:, :count]
 
+    def emptied(self) -> KV:
+        """Another cache of the same shape, with nothing in it."""
+        num_heads, _, head_dim = self._stored[0].shape
+        return KV(len(self._stored), num_heads // 2, head_dim, self._stored[0].dtype)
+
     def write(self, file: BinaryIO) -> None:
         """All entries into a file, and let their memory go; `read` brings them back, bit by bit."""
         for layer, old in enumerate(self._stored):
