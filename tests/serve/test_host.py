@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from outsize.engine.model import Model
 from outsize.errors import BudgetError, ReadError
 from outsize.progress import bars
+from outsize.serve import host as hosts
 from outsize.serve import server
-from outsize.serve.host import FAILED, UNLOADED, Host
+from outsize.serve.host import FAILED, LOADING, UNLOADED, Host
 from outsize.serve.options import ServeOptions
 from tests.command import outsize as command
 from tests.serve.ask import CHAT, asked, chat
@@ -242,3 +245,31 @@ def test_adapters_are_models(tiny: Callable[[], Model]) -> None:
     assert host.names() == ["tiny", "b", "poet"]
     assert host.named("poet").adapter == "poet"
     assert host.named("b").adapter is None
+
+
+def test_what_is_closed_is_closed_before_it_is_opened_again(
+    serve: Serving, tiny: Callable[[], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory of two would be twice what was planned."""
+    done, may_close, close = list[str](), threading.Event(), hosts._close
+
+    def slowly(*given: Any) -> None:
+        may_close.wait(FOREVER_S)
+        close(*given)
+        done.append("closed")
+
+    def noted() -> Model:
+        done.append("opens")
+        return tiny()
+
+    monkeypatch.setattr(hosts, "_close", slowly)
+    running = serve(noted, alias=("other",)).until_ready()
+    with running.client() as client, ThreadPoolExecutor(2) as several:
+        body = {"model": "other", "prompt": "", "keep_alive": 0}
+        unloads = several.submit(client.post, "/api/generate", json=body)
+        running.until(lambda: running.host.state == UNLOADED, "it is being closed")
+        answers = several.submit(client.post, CHAT, json=chat())
+        running.until(lambda: running.host.state == LOADING, "it is asked for")
+        may_close.set()
+        assert (unloads.result().status_code, answers.result().status_code) == (200, 200)
+    assert done == ["opens", "closed", "opens"]

@@ -12,6 +12,8 @@ import httpx
 import ollama
 import pytest
 
+from outsize.engine.model import Model
+from outsize.serve import host as hosts
 from tests.serve.conftest import Running, Serving
 
 HI = [{"role": "user", "content": "hello"}]
@@ -249,3 +251,21 @@ def test_lists_do_not_load_a_model(serve: Serving) -> None:
         assert made.list().models == known, "what is known of it stays"
         assert made.ps().models == []
         assert running.host.running is None
+
+
+def test_unloading_lets_others_end(
+    serve: Serving, endless: Callable[[], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One client's `ollama stop` is not the end of another's reply."""
+    monkeypatch.setattr(hosts, "UNLOAD_S", 0.05)
+    running = serve(endless, alias=("other",)).until_ready()
+    body = {"model": "other", "prompt": "hi", "options": {"num_predict": -1}, "raw": True}
+    with running.client() as client, ollama.Client(running.url, trust_env=False) as made:
+        with client.stream("POST", "/api/generate", json=body) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            assert made.generate("other", "", keep_alive=0).done_reason == "unload"
+            assert "error" not in json.loads(next(lines))
+            assert running.host.running is not None
+        running.until(lambda: running.host.running is None, "it is closed once nobody asks")
+        assert made.generate("other", "").done_reason == "load"

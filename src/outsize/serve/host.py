@@ -20,6 +20,7 @@ from outsize.serve.options import ServeOptions
 
 ANY = "*"  # an alias that every name matches
 LOADING, READY, UNLOADED, FAILED, ENDING = "loading", "ready", "unloaded", "failed", "ending"
+UNLOAD_S, WATCH_S = 5.0, 0.02  # that who asks for the close waits for others; between two looks
 LOOK_S = 5.0  # between two looks at whether anybody asks
 OPENING_ENDS_S = 5.0  # that a model which is being opened has to notice the end
 
@@ -55,6 +56,11 @@ class Host:
         self._was_open = False
         self.context: int | None = None  # tokens, once the model was open
         self._idle: asyncio.Task[None] | None = None
+        self._closing: asyncio.Future[None] | None = None
+        self._tasks, self._leaving = (
+            set[asyncio.Task[None]](),
+            0,
+        )  # requests that wait for the close
         self.failed: Exception | None = None  # why the model could not be opened at first
         self.on_failure: Callable[[], None] = lambda: None
 
@@ -95,6 +101,8 @@ class Host:
     async def _open(self) -> Service:
         """Raises UnavailableError."""
         self.state, self.work, self.progress = LOADING, "opening", 0.0
+        if self._closing is not None:  # what it held is this one's memory
+            await asyncio.wait({self._closing})
         try:
             with heard(self._hear):
                 self._model = await self._in_thread()
@@ -147,7 +155,25 @@ class Host:
         if service is None or model is None:
             return
         self.state = UNLOADED
-        await asyncio.to_thread(_close, service, model)
+        self._closing = asyncio.ensure_future(asyncio.to_thread(_close, service, model))
+        await asyncio.shield(self._closing)
+
+    async def unload_unused(self) -> None:
+        """As `unload`, once the requests that are being answered have ended: which is waited for a moment."""
+        self._leaving += 1
+        task = asyncio.create_task(self._unload_unused())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        try:
+            await asyncio.wait({task}, timeout=UNLOAD_S)
+        finally:
+            self._leaving -= 1
+
+    async def _unload_unused(self) -> None:
+        while self.state == READY and self.counts.in_flight > self._leaving:
+            await asyncio.sleep(WATCH_S)
+        if self.state == READY:
+            await self.unload()
 
     async def _close_when_idle(self, idle_s: float) -> None:
         while True:

@@ -150,7 +150,7 @@ async def _answer(host: Host, call: Call, asked: Asked) -> Response:
 async def _load(host: Host, named: Named, body: Chat | Generate) -> Response:
     """Opens the model, or, with `keep_alive` 0, closes it."""
     closes = keeps_for(body.keep_alive) == 0
-    await (host.unload() if closes else host.service())
+    await (host.unload_unused() if closes else host.service())
     frame = Frames(named.name, now(), isinstance(body, Chat)).last("unload" if closes else "load")
     return _one(frame, body.stream)
 
