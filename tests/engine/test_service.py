@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 
+from outsize.engine import model as model_module
 from outsize.engine.model import Model
+from outsize.engine.scoring import Scored, scored
 from outsize.engine.service import Answer, Limits, Service
 from outsize.errors import ContextError, OptionError, QueueFullError, UnavailableError
 from outsize.options import Options
@@ -167,4 +170,52 @@ def test_requests_that_are_being_read_count_as_waiting(open_tiny: Callable[..., 
         assert await service.encode("x", options)
 
     with serving(open_tiny(), Limits(streams=2, max_queue=1)) as service:
+        asyncio.run(main(service))
+
+
+def test_a_score_that_is_left_is_computed_no_further(
+    open_tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, may_go = list[int](), threading.Event()
+
+    def counting(*given: object) -> Iterator[list[Scored]]:
+        for part in scored(*given):  # type: ignore[arg-type]
+            parts.append(len(part))
+            may_go.wait(30)
+            yield part
+
+    async def main(service: Service) -> None:
+        task = asyncio.create_task(service.score([5] * 200, 0))
+        while not parts:
+            await asyncio.sleep(0.001)
+        assert service._batch.beside == 200
+        task.cancel()
+        may_go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert service._batch.beside == 0
+        assert len(await service.score([5, 6, 7], 0)) == 2
+
+    model = open_tiny()
+    monkeypatch.setattr(model_module, "scored", counting)
+    monkeypatch.setattr(model.transformer, "chunk", 32)
+    with serving(model) as service:
+        asyncio.run(main(service))
+    assert parts == [32, 2]
+
+
+def test_a_fault_in_telling_a_reply_ends_it_not_the_engine(
+    open_tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*_: object) -> None:
+        raise ValueError("no text")
+
+    async def main(service: Service) -> None:
+        with monkeypatch.context() as broken:
+            broken.setattr("outsize.text.detokenize.Stream.push", wrong)
+            with pytest.raises(ValueError, match="no text"):
+                await text_of(await service.ask([5, 6, 7], LONG))
+        assert await text_of(await service.ask([5, 6], Options(max_tokens=3, ignore_eos=True)))
+
+    with serving(open_tiny()) as service:
         asyncio.run(main(service))

@@ -120,6 +120,20 @@ def test_replies_that_outgrow_the_room_are_put_aside(
         assert most <= 112
 
 
+def test_what_others_hold_is_not_given_away(open_tiny: Callable[..., Model]) -> None:
+    model = open_tiny("llama", ENCODING)
+    batch = Batch(model.scheduler)
+    batch.beside = batch.room
+    for i in range(3):
+        batch.add(model.start(prompt(i, 5), options(i)))
+    batch.step()
+    assert (len(batch.running), len(batch.waiting)) == (1, 2), "one that is alone always has room"
+    batch.beside = 0
+    batch.step()
+    assert len(batch.running) == 3
+    batch.close()
+
+
 def test_what_ended_holds_no_keys_and_values(open_tiny: Callable[..., Model]) -> None:
     """Whoever still reads a reply would hold what others are given."""
     with chunked(open_tiny("llama", ENCODING)) as model:

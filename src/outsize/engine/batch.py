@@ -63,6 +63,7 @@ class Batch:
         self._scheduler, self._streams = scheduler, streams
         self._pace, self.prefixes = pace, prefixes
         self.waiting, self.running = list[Live](), list[Live]()
+        self.beside = 0  # tokens whose keys and values are in memory for others than these
         self.failed: dict[int, Exception] = {}  # by the id of a request, until it is taken out
 
     def add(self, request: Request) -> None:
@@ -85,8 +86,12 @@ class Batch:
     @property
     def used(self) -> int:
         """Tokens of room that are taken or asked for."""
-        kept = 0 if self.prefixes is None else self.prefixes.tokens
-        return kept + sum(live.need for live in self.running)
+        return self._asked + (0 if self.prefixes is None else self.prefixes.tokens)
+
+    @property
+    def _asked(self) -> int:
+        """As `used`, without what may be forgotten."""
+        return self.beside + sum(live.need for live in self.running)
 
     @property
     def room(self) -> int:
@@ -205,7 +210,7 @@ class Batch:
 
     def _has_room(self, need: int) -> bool:
         """With what may be forgotten for it. One that is alone always has."""
-        if self.running and sum(live.need for live in self.running) + need > self.room:
+        if self.running and self._asked + need > self.room:
             return False
         while self.used + need > self.room and self.prefixes is not None and self.prefixes.forget():
             pass

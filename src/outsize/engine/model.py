@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from os import PathLike
 from typing import NoReturn
@@ -163,7 +163,8 @@ class Model:
         self.scheduler.check()
         tokens = self.tokens.encode(arguments.text("text", text), start=True)
         self._check_room(tokens)
-        return Score(tokens, [one.token.logprob for one in self._scored(tokens)])
+        found = [one.token.logprob for part in self._scored(tokens) for one in part]
+        return Score(tokens, found)
 
     def score_tokens(self, tokens: Sequence[int]) -> tuple[list[float], list[bool]]:
         """Of every token after the first: its log-probability, and whether it was the likeliest."""
@@ -172,17 +173,19 @@ class Model:
 
     def logprobs(self, tokens: Sequence[int], top: int = 0) -> list[Scored]:
         """As `score_tokens`, with the `top` likeliest tokens in each place."""
+        return [one for part in self.logprobs_by_chunk(tokens, top) for one in part]
+
+    def logprobs_by_chunk(self, tokens: Sequence[int], top: int = 0) -> Iterator[list[Scored]]:
+        """As `logprobs`, chunk by chunk: others have steps between them."""
         for token in tokens:
             arguments.whole("a token", token, -(1 << 62), 1 << 62)
         self._check_room(tokens)
         return self._scored(tokens, arguments.whole("top", top, 0, MOST_LOGPROBS))
 
-    def _scored(self, tokens: Sequence[int], top: int = 0) -> list[Scored]:
-        """Chunk by chunk: others have steps between them."""
-        parts, out = scored(self.transformer, tokens, top), list[Scored]()
+    def _scored(self, tokens: Sequence[int], top: int = 0) -> Iterator[list[Scored]]:
+        parts = scored(self.transformer, tokens, top)
         while (part := self.scheduler.take(partial(next, parts, None))) is not None:
-            out += part
-        return out
+            yield part
 
     def stream_from(
         self, prompt: Prompt, options: Options, prefix: CachedPrefix | None = None

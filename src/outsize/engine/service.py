@@ -119,7 +119,7 @@ class Service:
         self._request_s = 0.0  # that a request takes
         self._encoding = 0  # requests whose prompts are being made tokens
         self.totals = Totals()
-        self._load = Load()
+        self._load, self._scoring = Load(), asyncio.Lock()
         self._texts = ThreadPoolExecutor(2, "outsize-text")
         self._thread = threading.Thread(target=self._run, name="outsize-engine", daemon=True)
         self._thread.start()
@@ -150,10 +150,23 @@ class Service:
         return answer
 
     async def score(self, ids: Sequence[int], top: int) -> list[TokenLogprob]:
-        """Of every token after the first: its log-probability, and those of the `top` likeliest."""
+        """Of every token after the first: its log-probability, and those of the `top` likeliest. One text
+        after the other; one that nobody waits for any more is computed no further."""
+        run, out = asyncio.get_running_loop().run_in_executor, list[TokenLogprob]()
+        async with self._scoring:
+            parts = self.model.logprobs_by_chunk(ids, top)
+            self._batch.beside = len(ids)
+            try:
+                while (part := await run(self._texts, next, parts, None)) is not None:
+                    out += [one.token for one in part]
+            finally:
+                self._batch.beside = 0
+        return out
+
+    async def check(self, ids: Sequence[int], options: Options) -> None:
+        """Raise ContextError and OptionError for what can never run."""
         run = asyncio.get_running_loop().run_in_executor
-        found = await run(self._texts, self.model.logprobs, list(ids), top)
-        return [one.token for one in found]
+        await run(self._texts, self.model.start, list(ids), options)
 
     def load(self) -> Load:
         """How busy it is, as of the last step."""
@@ -219,10 +232,12 @@ class Service:
 
     def _step(self) -> None:
         try:
-            ran = self._batch.step()
+            self._hand_out(self._batch.step())
         except Exception as e:  # of the step itself, as a failed read: of all that share it
             self._fail(e)
-            return
+
+    def _hand_out(self, ran: Sequence[Request]) -> None:
+        """What a step added to each of these replies."""
         now, read = time.perf_counter(), self.model.bytes_read
         for request in ran:
             answer = self._answers[id(request)]
@@ -236,7 +251,7 @@ class Service:
     def _end(self, answer: Answer, error: Exception | None) -> None:
         """The last of a reply, its end; or what went wrong."""
         now = time.perf_counter()
-        last = answer.advance(now, self.model.bytes_read)
+        last = None if error is not None else answer.advance(now, self.model.bytes_read)
         self.totals.add(answer.request)
         took = now - answer.started
         self._request_s += LEARN * (took - self._request_s) if self._request_s else took

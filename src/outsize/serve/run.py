@@ -45,7 +45,7 @@ async def events(service: Service, *asks: Ask) -> Run:
         for options in each(one.ask):
             choices.append(_choice(service, len(choices), one, options))
             if len(choices) > service.streams:
-                service.model.start(one.ids, options)  # refuses what can never run
+                await service.check(one.ids, options)
     try:
         await choices[0].begin()
         with suppress(QueueFullError):
