@@ -227,9 +227,10 @@ def test_logprobs(llama: Any, kind: str) -> None:
 def test_options_of_a_machine_are_named(client: httpx.Client) -> None:
     options = {**GREEDY, "num_gpu": 0, "num_thread": 4}
     body = {"model": "other", "messages": HI, "options": options, "stream": False, "think": False}
-    answer = client.post("/api/chat", json=body)
+    answer = client.post("/api/chat", json={**body, "keep_alive": "5m"})
     assert answer.status_code == 200
-    assert answer.headers["x-outsize-ignored"] == "options.num_gpu,options.num_thread,think"
+    ignored = answer.headers["x-outsize-ignored"]
+    assert ignored == "options.num_gpu,options.num_thread,keep_alive,think"
 
 
 def test_load_and_unload(serve: Serving) -> None:

@@ -126,8 +126,9 @@ def _named(host: Host, name: str | None) -> Named:
 
 
 async def _asked(host: Host, call: Call, body: Chat | Generate, ask: Ask, named: Named) -> Asked:
-    keeps_for(body.keep_alive)
     call.ignored += without_effect(body)
+    if keeps_for(body.keep_alive) is not None:  # of a request for an answer; `_load` honours it
+        call.ignored.append("keep_alive")
     began = time.perf_counter()
     service = await host.service()
     frames = Frames(named.name, now(), isinstance(body, Chat))
