@@ -13,6 +13,7 @@ import openai
 import pytest
 
 import outsize
+from outsize.serve.messages import object_of
 from outsize.serve.options import ServeOptions
 from tests.golden.tiny import write_folder
 from tests.serve.conftest import Running, serving
@@ -168,3 +169,11 @@ def test_the_same_turns_are_the_same_prompt(served: Running) -> None:
             names = ("prompt_tokens", "input_tokens", "prompt_eval_count")
             sizes[path] = cached + next(used[name] for name in names if name in used)
     assert len(set(sizes.values())) == 1, sizes
+
+
+@pytest.mark.parametrize("value", ["\\ud83d", "a\\ude00b", "\\ud83d\\ude00", "Köln"])
+def test_half_of_a_pair_in_arguments_can_be_sent(value: str) -> None:
+    """A model that was cut, or errs, writes one: every dialect sends UTF-8."""
+    made = object_of(f'{{"a": "{value}"}}')
+    wanted = json.loads(f'"{value}"').encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert json.dumps(made, ensure_ascii=False).encode().decode() == f'{{"a": "{wanted}"}}'

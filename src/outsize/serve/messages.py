@@ -97,9 +97,12 @@ def parsed_arguments(text: str, param: str) -> Mapping[str, object]:
 
 
 def object_of(text: str) -> Mapping[str, object] | None:
-    """The arguments that a model wrote, or None where they are no object: it was cut in the middle."""
+    """The arguments that a model wrote, or None where they are no object: it was cut in the middle. Half of
+    a surrogate pair, which no UTF-8 can hold, becomes U+FFFD."""
     try:
         made = json.loads(text) if text.strip() else {}
+        whole = json.dumps(made, ensure_ascii=False).encode("utf-16", "surrogatepass")
+        made = json.loads(whole.decode("utf-16", "replace"))
     except (ValueError, RecursionError):
         return None
     return made if isinstance(made, dict) else None

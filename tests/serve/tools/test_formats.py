@@ -247,6 +247,13 @@ def test_a_call_that_is_cut_is_as_far_as_it_came() -> None:
             assert text == CALLED[:end]
 
 
+def test_half_of_a_pair_before_the_name_can_be_sent() -> None:
+    text = '<tool_call>\n{"arguments": {"city": "\\ud83d"}, "name": "clock"}\n</tool_call>'
+    _, found = parse(made("hermes"), [text])
+    assert [json.loads(arguments) for _, arguments in found] == [{"city": "\ud83d"}]
+    assert all(arguments.encode() for _, arguments in found)
+
+
 def test_arguments_come_as_they_are_written() -> None:
     parser = made("hermes").parser(0, TOOLS)
     events = [e for c in CALLED for e in parser.push(c)]

@@ -215,4 +215,7 @@ def _as_object(text: str) -> str:
         raise Unreadable from None
     if not isinstance(found, dict):
         raise Unreadable
-    return json.dumps(found, ensure_ascii=False)
+    is_whole = not any("\ud800" <= c <= "\udfff" for c in json.dumps(found, ensure_ascii=False))
+    return json.dumps(
+        found, ensure_ascii=not is_whole
+    )  # half of a pair can be written escaped alone
