@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes a folder with copies of the suites at the versions of docs/results/serve.md, and a virtual environment for each.
+# Makes a folder with copies of the suites at the versions named below, and a virtual environment for each.
 # usage: prepare.sh FOLDER      (git, python3 >= 3.11, and node for Open Responses; 1.6 GB)
 set -eu
 mkdir -p "${1:?usage: $0 FOLDER}" && cd "$1"
