@@ -18,6 +18,8 @@ from outsize.text.tokens import Tokens, check_unicode
 MAX_TEXT = 1 << 18  # characters of a schema, or of a grammar
 MAX_PARTS = 10_000  # values of a schema
 MOST_PROPERTIES, MOST_SQUARES = 900, 1_000_000  # of an object; of all objects, their squares: 0.5 s
+# Of a schema in which texts may have to obey several patterns at once: each more takes 2.5 times as long.
+MOST_PATTERNS = 16
 # How JSON is spaced: as Python's json.dumps does. Spaces anywhere would let a model write them for ever.
 STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 ANSWER = "@answer"
@@ -65,12 +67,18 @@ def _check_parts(name: str, schema: Mapping[str, object]) -> None:
     """Raise OptionError for a schema that would take long to compile, or could not be followed: any property
     may come after any before it, so an object's cost is the square of their number."""
     left, parts, squares = list[object]([schema]), 0, 0
+    patterns, joins = 0, False
     while left:
         value = left.pop()
         parts += 1
         if isinstance(value, Mapping):
             properties = value.get("properties")
             count = len(properties) if isinstance(properties, Mapping) else 0
+            own = sum(isinstance(value.get(key), str) for key in ("pattern", "format"))
+            patterns, joins = (
+                patterns + own,
+                joins or "allOf" in value or ("$ref" in value and own > 0),
+            )
             squares += count * count
             if count > MOST_PROPERTIES or squares > MOST_SQUARES:
                 raise OptionError(
@@ -81,6 +89,11 @@ def _check_parts(name: str, schema: Mapping[str, object]) -> None:
             raise OptionError(f"the {name} has more than {MAX_PARTS:,} parts")
         left += value.values() if isinstance(value, Mapping) else []
         left += value if isinstance(value, list | tuple) else []
+    if joins and patterns > MOST_PATTERNS:
+        raise OptionError(
+            f"the {name} has {patterns} patterns and formats, and parts that must hold together (allOf, or "
+            f"$ref beside a pattern); at most {MOST_PATTERNS} are taken then"
+        )
 
 
 def _check_size(name: str, text: str) -> None:
