@@ -10,7 +10,7 @@ from outsize.serve.schema import Body, Neutral, NoEffect, few
 
 ABSENT = Neutral(())  # no value but null
 TEXT_ONLY = Neutral((), "this model reads text alone")
-MOST_MESSAGES, MOST_TOOLS, MOST_STOP = 100_000, 256, 1024
+MOST_MESSAGES, MOST_TOOLS, MOST_STOP = 50_000, 256, 1024
 Text = Annotated[str, Field(max_length=1000)]
 Stop = Annotated[str, Field(max_length=MOST_STOP)]
 
