@@ -260,7 +260,8 @@ def test_unloading_lets_others_end(
     """One client's `ollama stop` is not the end of another's reply."""
     monkeypatch.setattr(hosts, "UNLOAD_S", 0.05)
     running = serve(endless, alias=("other",)).until_ready()
-    body = {"model": "other", "prompt": "hi", "options": {"num_predict": -1}, "raw": True}
+    options = {"num_predict": -1, "temperature": 0}  # greedy, the tiny model never ends
+    body = {"model": "other", "prompt": "hi", "options": options, "raw": True}
     with running.client() as client, ollama.Client(running.url, trust_env=False) as made:
         with client.stream("POST", "/api/generate", json=body) as reply:
             lines = reply.iter_lines()
