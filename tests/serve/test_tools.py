@@ -104,6 +104,17 @@ def test_a_call_that_must_come(api: openai.OpenAI, choice: Any, stream: bool) ->
     assert asked(api, messages=history, tools=[ADD], max_tokens=4).choices
 
 
+def test_a_call_that_must_come_is_one_unless_more_are_asked_for(api: openai.OpenAI) -> None:
+    more = {"tools": [CLOCK], "tool_choice": "required", "temperature": 2, "max_tokens": 400}
+    counts = {}
+    for parallel in (None, True):
+        said = {**more, "parallel_tool_calls": parallel}
+        calls = [asked(api, seed=i, **said).choices[0].message.tool_calls for i in range(6)]
+        counts[parallel] = [len(c) for c in calls]
+    assert set(counts[None]) == {1}
+    assert max(counts[True]) > 1
+
+
 def test_text_where_the_model_may_choose(api: openai.OpenAI) -> None:
     for choice in ("auto", "none"):
         reply = asked(api, tools=[ADD], tool_choice=choice, max_tokens=8).choices[0]

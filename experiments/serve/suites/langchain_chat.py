@@ -28,6 +28,7 @@ class TestOpenAI(ChatModelIntegrationTests):
             "api_key": "none",
             "temperature": 0,
             "max_tokens": MOST,
+            "frequency_penalty": 0.5,
             "stream_usage": True,
         }
 
@@ -43,7 +44,13 @@ class TestOllama(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"model": MODEL, "base_url": URL, "temperature": 0, "num_predict": MOST}
+        return {
+            "model": MODEL,
+            "base_url": URL,
+            "temperature": 0,
+            "num_predict": MOST,
+            "repeat_penalty": 1.2,
+        }
 
     @property
     def supports_json_mode(self) -> bool:

@@ -24,6 +24,7 @@ try "responses, schema" '^\{"name": ?".*", ?"age": ?-?[0-9]+' $llm openai endpoi
 try "responses, tool" . $llm openai endpoint $URL/v1 -m $MODEL --responses -T llm_time "What time is it?"
 try "ollama models" . $llm ollama models
 name=$($llm ollama models | awk 'NR==2 {print $1}')
+name=ollama/$name
 try "ollama plain" . $llm -m "$name" -o num_predict 60 "Say hello"
 try "ollama schema" '"age": ?-?[0-9]+' $llm -m "$name" -o num_predict 60 --schema 'name, age int' "Invent a dog"
 try "ollama tool" . $llm -m "$name" -o num_predict 60 -T llm_time "What time is it?"

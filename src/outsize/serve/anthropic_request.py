@@ -34,13 +34,13 @@ def ask_of(body: CountTokens) -> Ask:
     common.check_tools(tools, choice, "tool_choice")
     turns = list(_merged(_turns(body)))
     create = body if isinstance(body, Create) else None
-    parallel = not (body.tool_choice and body.tool_choice.disable_parallel_tool_use)
+    single = body.tool_choice.disable_parallel_tool_use if body.tool_choice else None
     return Ask(
         prompt=turns,
         options=_options(body, turns),
         tools=tools,
         tool_choice=choice,
-        parallel_tools=parallel,
+        parallel_tools=None if single is None else not single,
         stream=bool(create and create.stream),
     )
 

@@ -24,7 +24,13 @@ class Ask:
     count: int = 1  # replies, each with a seed of its own
     tools: tuple[Tool, ...] = ()
     tool_choice: str = AUTO  # or none, required, or "=NAME": that tool
-    parallel_tools: bool = True  # more than one call in a reply
+    parallel_tools: bool | None = None  # more than one call in a reply, if it was said
     stream: bool = False
     echo: bool = False  # the prompt is part of the reply (completions)
     tells_end: bool = False  # the token that ends a text is among those with log-probabilities
+
+    @property
+    def several_calls(self) -> bool:
+        """May a reply call more than once? Where nothing is said, if the model is free to make none: a small
+        one that must call finds no end."""
+        return self.tool_choice == AUTO if self.parallel_tools is None else self.parallel_tools

@@ -35,7 +35,7 @@ def ask_of(call: Call, body: ChatBody, named: Named, model: Model) -> Ask:
         count=body.n or 1,
         tools=tools,
         tool_choice=choice,
-        parallel_tools=body.parallel_tool_calls is not False,
+        parallel_tools=body.parallel_tool_calls,
         stream=bool(body.stream),
     )
 

@@ -80,7 +80,7 @@ def head_of(body: Create, ask: Ask, model: str) -> Frame:
         "instructions": body.instructions, "max_output_tokens": body.max_output_tokens,
         "temperature": options.temperature, "top_p": options.top_p,
         "presence_penalty": options.presence_penalty, "frequency_penalty": options.frequency_penalty,
-        "top_logprobs": options.logprobs or 0, "parallel_tool_calls": ask.parallel_tools,
+        "top_logprobs": options.logprobs or 0, "parallel_tool_calls": ask.several_calls,
         "tools": [_tool(tool) for tool in body.tools or [] if isinstance(tool, Tool)],
         "tool_choice": choice if isinstance(choice, str) else _shown(choice) or "auto",
         "text": {"format": _shown(format) or {"type": "text"}, "verbosity": "medium"},

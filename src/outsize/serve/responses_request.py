@@ -37,7 +37,7 @@ def ask_of(body: Create) -> Ask:
         options=_options(body),
         tools=tools,
         tool_choice=choice,
-        parallel_tools=body.parallel_tool_calls is not False,
+        parallel_tools=body.parallel_tool_calls,
         stream=bool(body.stream),
     )
 

@@ -96,7 +96,7 @@ async def _with_tools(service: Service, ask: Ask) -> tuple[Ask, ToolFormat | Non
     model = service.model
     form = format_of("\n".join(model.pack.chat_templates.values()), model.tokens.is_marker)
     told, variables = form.prompt(messages, ask.tools)
-    grammar = await asyncio.to_thread(form.grammar, ask.tools, ask.tool_choice, ask.parallel_tools)
+    grammar = await asyncio.to_thread(form.grammar, ask.tools, ask.tool_choice, ask.several_calls)
     arguments = {**(ask.options.template_args or {}), **variables}
     options = replace(
         ask.options, grammar=grammar, show_tokens=form.show_tokens, template_args=arguments or None
