@@ -366,7 +366,7 @@ def test_8_a_stream_is_never_silent(chatty: Path, serve: Serving) -> None:
     """https://github.com/antirez/ds4/pull/151 https://github.com/antirez/ds4/pull/1006
     https://github.com/ggml-org/llama.cpp/pull/25241 https://github.com/antirez/ds4/pull/224"""
     opens = partial(outsize.load, str(chatty), streams=1, chunk=32, quiet=True)
-    running = serve(opens, silence_s=0.02).until_ready()
+    running = serve(opens, silence_s=0.002).until_ready()
     many = {"properties": {"x": {"type": "string", "minLength": 400}}, "required": ["x"]}
     withheld = {
         "type": "function",
