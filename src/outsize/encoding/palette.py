@@ -126,7 +126,7 @@ class Palette:
             tiles = _padded(by_row, missing).unflatten(0, (-1, TILE))
             tiles = tiles if name == "outer" else tiles.transpose(1, 2)
             fields[name] = tiles.to(specs[name].dtype).contiguous()
-        return fields
+        return {name: fields[name] for name in specs if name in fields}
 
     def decode(self, fields: Fields) -> Tensor:
         return decode_tiles(self.form, fields["codes"].shape[1] * TILE, fields)

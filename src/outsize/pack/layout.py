@@ -27,8 +27,14 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, wanted: str, grouped: bool) -> 
 
 def lossy_tensors(tables: Sequence[TablePlan]) -> list[str]:
     """Tensors that are re-encoded in fewer levels than they have."""
-    parts = (p for t in tables for r in t.records for ps in r.values() for x in ps for p in x.parts)
-    return [part.tensor.name for part in parts if part.tensor.kind.name in LOSSY]
+    pieces = (x for t in tables for r in t.records for ps in r.values() for x in ps)
+    return [
+        p.tensor.name
+        for x in pieces
+        if x.encoding == "int4"
+        for p in x.parts
+        if p.tensor.kind.name in LOSSY
+    ]
 
 
 def fault(d: Description, tables: Sequence[TableHeader]) -> str:
