@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from outsize.encoding import group, int4, int8, plain
+from outsize.encoding import group, int4, int8, palette, plain
 from outsize.encoding.group import Group
 from outsize.encoding.int4 import Int4
+from outsize.encoding.palette import Palette
 from outsize.encoding.plain import Encoding
 from outsize.errors import PackError
 from outsize.kernels.backend import Backend
@@ -14,10 +15,10 @@ from outsize.kernels.layouts import torch_reads_tiles
 from outsize.kernels.plain import PLAIN
 
 ENCODINGS: dict[str, Encoding] = {
-    e.name: e for e in (*plain.ENCODINGS, *int8.ENCODINGS, *int4.ENCODINGS, *group.ENCODINGS)
+    e.name: e for module in (plain, int8, int4, group, palette) for e in module.ENCODINGS
 }
 NATIVE = frozenset(
-    n for n, e in ENCODINGS.items() if isinstance(e, Group | Int4)
+    n for n, e in ENCODINGS.items() if isinstance(e, Group | Int4 | Palette)
 )  # a compiled backend computes them
 
 
@@ -27,7 +28,7 @@ def encoding(name: str, backend: Backend = PLAIN) -> Encoding:
     if name not in ENCODINGS:
         raise PackError(f"encoding {name!r} is not known; known are {', '.join(ENCODINGS)}")
     found = ENCODINGS[name]
-    return replace(found, backend=backend) if isinstance(found, Group | Int4) else found
+    return replace(found, backend=backend) if isinstance(found, Group | Int4 | Palette) else found
 
 
 # By a checkpoint tensor's type. With our kernels; of other types of more bits, group8.
