@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import gguf
@@ -35,6 +36,18 @@ def test_numbers_and_codes_are_ggufs(kind: ggml.BlockType) -> None:
     if c is not None:
         assert_same(numbers(c), theirs)
         assert_fits(c)
+
+
+def test_memory_while_a_tensor_is_read() -> None:
+    """A vocabulary's matrix is 2 GB as fp32, and its reader adds no more than it must."""
+    for kind in READABLE:
+        raw = np.zeros((1 << 18) // kind.length * kind.size, np.uint8)
+        for read, most in ((ggml.dequantize, 11), (ggml.coded, 4)):
+            tracemalloc.start()
+            read(kind, raw, (64, 4096))
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert peak < most << 18, f"{kind.name}: {peak / (1 << 18):.1f} bytes a weight"
 
 
 def assert_fits(c: Coded) -> None:
