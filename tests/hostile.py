@@ -23,6 +23,7 @@ from outsize.errors import OutsizeError
 from outsize.log import warn
 from outsize.pack import write
 from outsize.progress import silent
+from tests.checkpoint import blocks
 from tests.golden import tiny
 from tests.golden.test_golden import write_gguf
 
@@ -112,7 +113,9 @@ def mutant(r: random.Random, seeds: dict[str, Path], folder: Path) -> tuple[Path
     data = bytearray(target.read_bytes())
     names = []
     for _ in range(r.choice((1, 1, 1, 2, 3))):
-        usable = MUTATIONS if kind == "gguf" else [m for m in MUTATIONS if m not in GGUF_ONLY]
+        usable = (
+            MUTATIONS if kind.startswith("gguf") else [m for m in MUTATIONS if m not in GGUF_ONLY]
+        )
         mutation = r.choice(usable)
         if len(data) > 1000:
             mutation(r, data)
@@ -140,6 +143,7 @@ def run(count: int, seed: int) -> dict[str, object]:
         root = Path(base)
         seeds = {
             "gguf": write_gguf(root / "seed.gguf", "llama"),
+            "gguf_types": blocks.write_model(root / "types.gguf", blocks.matrices()),
             "safetensors": tiny.write_folder(root / "seed", "qwen3"),
         }
         attempt(seeds["gguf"], root / "home")

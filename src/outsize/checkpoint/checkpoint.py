@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,6 +29,7 @@ class Tensor:
     offset: int
     size: int  # bytes
     scales: Tensor | None = None  # MXFP4 in two tensors: this one's bytes are the codes alone
+    factor: Tensor | None = None  # of all numbers; in a stack of matrices, one for each
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +98,29 @@ def refuse_unreadable(tensor: Tensor) -> None:
 def read_floats(tensor: Tensor) -> Floats:
     """A tensor's numbers as fp32 in its shape. Raises UnsupportedError."""
     refuse_unreadable(tensor)
-    return dequantize(tensor.kind, read_raw(tensor), tensor.shape)
+    out = dequantize(tensor.kind, read_raw(tensor), tensor.shape)
+    if tensor.factor is not None:
+        with np.errstate(all="ignore"):
+            out *= read_floats(tensor.factor).reshape(-1, *(1 for _ in tensor.shape[1:]))
+    return out
 
 
 def read_codes(tensor: Tensor, encoding: str) -> Codes | None:
     """A matrix's own codes for this encoding, or None if its type has none."""
+    if tensor.factor is not None:
+        return None
     rows, width = tensor.shape
     return codes(tensor.kind, read_raw(tensor), (rows, width), encoding)
 
 
 def read_coded(tensor: Tensor) -> Coded | None:
-    """A matrix as its file codes it, or None if its type has no codes of up to 6 bits."""
+    """A matrix as its file codes it, or None if its type has no codes of up to 6 bits, or it has a factor and
+    its form no place for one."""
     rows, width = tensor.shape
-    return coded(tensor.kind, read_raw(tensor), (rows, width))
+    if tensor.factor is None:
+        return coded(tensor.kind, read_raw(tensor), (rows, width))
+    if tensor.kind.name != "NVFP4":
+        return None
+    found = coded(tensor.kind, read_raw(tensor), (rows, width))
+    assert found is not None
+    return replace(found, outer_N=np.full(rows, read_floats(tensor.factor).item(), np.float32))
