@@ -17,6 +17,7 @@ from outsize.kernels.find import native_in
 from outsize.kernels.native import Native
 from outsize.kernels.palettes import BLOCK, FORMS, Form, pack_codes, unpack_codes
 from outsize.kernels.plain import PLAIN
+from outsize.kernels.structs import NativePalette
 
 ROWS, WIDTH = 80, 512
 needs_compiler = pytest.mark.skipif(
@@ -108,7 +109,7 @@ def test_products_are_those_of_the_numbers(name: str, native: Native) -> None:
     assert (alone.float() - want).norm() <= 0.004 * want.norm()
     for rows in (2, 3, 4, 5, 7, 8, 9, 17, 60):
         assert torch.equal(product(x[:rows], False), alone[:rows])
-    columns = native._some_palettes(product_matrix(e, fields), 0, ROWS)
+    columns = native._some_palettes(NativePalette(e.coded(fields)), 0, ROWS)
     exact = w_NK.bfloat16().float()
     assert ((columns.float() - exact).abs() <= exact.abs() * 2**-7).all()
 

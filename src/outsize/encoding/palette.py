@@ -57,7 +57,7 @@ class Palette:
                 f"{self.name} needs rows of a multiple of {whole} weights, not {width}; use int8"
             )
         tiles = -(-num_rows // TILE)
-        shapes = {
+        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "codes": (torch.uint8, (tiles, width // TILE, 32 * form.bits)),
             "step": (DTYPES[form.step], (tiles, width // form.group, TILE)),
         }
@@ -81,7 +81,7 @@ class Palette:
         form = self.form
         groups = w_NK.float().unflatten(1, (-1, form.group))
         levels = shared_levels(form.levels).float()
-        low = torch.zeros(groups.shape[:2])
+        low = groups.new_zeros(groups.shape[:2])
         rows: dict[str, Tensor] = {}
         if form.low:
             low = groups.amin(dim=2).clamp_max(0)
@@ -103,7 +103,11 @@ class Palette:
         return {"step": small.to(torch.int8), "block": block} | self._ones(len(step_NG)), whole
 
     def _ones(self, rows: int) -> dict[str, Tensor]:
-        return {"outer": torch.ones(rows)} if self.form.outer else {}
+        return (
+            {"outer": torch.ones(rows, dtype=torch.float32, device="cpu")}
+            if self.form.outer
+            else {}
+        )
 
     def _rounded_lows(self, step_NG: Tensor, low_NG: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         if self.form.low == "zero":
@@ -139,7 +143,10 @@ class Palette:
 
     def rows(self, fields: Fields, ids_T: Tensor) -> Tensor:
         tile_T, row_T = ids_T // TILE, ids_T % TILE
-        packed, count = fields["codes"][tile_T], torch.arange(len(ids_T), device="cpu")
+        packed, count = (
+            fields["codes"][tile_T],
+            torch.arange(len(ids_T), dtype=torch.int64, device="cpu"),
+        )
         code_TK = unpack_codes(self.form.bits, packed)[count, :, row_T].flatten(1)
         by_row = {
             name: field[tile_T, :, row_T].float()[:, None]

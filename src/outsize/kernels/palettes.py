@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 TILE = 16  # rows that lie together, and inputs
+BITS = [1, 2, 4, 8, 16, 32, 64, 128]
 BLOCK = 256  # inputs whose steps share a float, where steps are whole numbers
 
 
@@ -136,14 +137,14 @@ def pack_codes(bits: int, code_NK: Tensor) -> Tensor:
     """(N, K) codes -> (J, K / 16, 32 * bits) bytes."""
     tiles = code_NK.view(-1, TILE, code_NK.shape[1] // TILE, 4, 4)  # (J, r, K / 16, slot, i)
     slots = tiles.permute(3, 0, 2, 1, 4).flatten(3)  # (slot, J, K / 16, 64 bytes)
-    low, ones = (4 if bits >= 4 else 2), torch.tensor([1, 2, 4, 8, 16, 32, 64, 128])
+    low, ones = (4 if bits >= 4 else 2), torch.tensor(BITS, dtype=torch.uint8, device="cpu")
     if low == 4:
         a, b, c, d = slots & 15
         planes = [a | b << 4, c | d << 4]
     else:
         planes = [_two_bits(slots & 3)]
     if bits - low == 1:
-        high = (slots >> low).unflatten(3, (8, 8)) * ones.to(torch.uint8)
+        high = (slots >> low).unflatten(3, (8, 8)) * ones
         planes += list(high.sum(dim=4, dtype=torch.uint8))
     elif bits > low:
         planes.append(_two_bits(slots >> low))
@@ -152,7 +153,8 @@ def pack_codes(bits: int, code_NK: Tensor) -> Tensor:
 
 def _two_bits(slots: Tensor) -> Tensor:
     a, b, c, d = slots
-    return a | b << 2 | c << 4 | d << 6
+    packed: Tensor = a | b << 2 | c << 4 | d << 6
+    return packed
 
 
 def unpack_codes(bits: int, packed: Tensor) -> Tensor:
@@ -171,7 +173,8 @@ def unpack_codes(bits: int, packed: Tensor) -> Tensor:
         low = [code | h << at for code, h in zip(low, high, strict=True)]
     elif bits > at:
         low = [code | (rest >> 2 * j & 3) << at for j, code in enumerate(low)]
-    return torch.stack(low, dim=-2).unflatten(-1, (TILE, 4)).transpose(-3, -2)
+    codes: Tensor = torch.stack(low, dim=-2).unflatten(-1, (TILE, 4)).transpose(-3, -2)
+    return codes
 
 
 def decode_tiles(form: Form, width: int, fields: Mapping[str, Tensor]) -> Tensor:
