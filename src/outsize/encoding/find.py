@@ -60,8 +60,6 @@ def encoding_for(source_type: str, width: int, wanted: str, grouped: bool) -> st
     form = form_of(source_type)
     if grouped and form and width % 32 == 0:
         return form
-    if grouped and source_type == "Q8_0" and width % 64 == 0:
-        return "group8"
     if source_type in CODED and torch_reads_tiles():
         return "int4"
     return "int8" if form or source_type in BYTES else "bf16"

@@ -31,7 +31,7 @@ class Rows(Kind):
         name, d, wanted = group.name, tensors.description, tensors.wanted
         tensor = tensors.find(name, 0, (d.vocab_size, d.width))
         if wanted == "int4":  # a head in 4 bits costs more than it saves
-            wanted = "group8" if tensors.grouped and d.width % 64 == 0 else "int8"
+            wanted = "q8_0" if tensors.grouped and d.width % 32 == 0 else "int8"
         encoding = tensors.encoding(tensor, wanted)
         block = _rows_per_record(encoding, d)
         starts = range(0, d.vocab_size, block)
