@@ -32,7 +32,7 @@ class Rows(Kind):
     def plan(self, group: Group, tensors: SourceTensors) -> list[TablePlan]:
         name, d, wanted = group.name, tensors.description, tensors.wanted
         tensor = tensors.find(name, 0, (d.vocab_size, d.width))
-        if wanted in FORMS and FORMS[wanted].bits < HEAD_BITS or wanted == "int4":
+        if (wanted in FORMS and FORMS[wanted].bits < HEAD_BITS) or wanted == "int4":
             wanted = "q8_0" if tensors.grouped and d.width % 32 == 0 else "int8"
         encoding = tensors.encoding(tensor, wanted)
         block = _rows_per_record(encoding, d)
