@@ -11,15 +11,17 @@ from torch import Tensor
 from outsize.checkpoint.checkpoint import read_codes, read_floats
 from outsize.checkpoint.ggml import Floats
 from outsize.encoding.find import encoding
+from outsize.encoding.fp8 import Fp8
 from outsize.encoding.group import Group
 from outsize.encoding.int4 import Int4
+from outsize.encoding.int8 import Int8
 from outsize.pack.tensors import Part, Piece
 
 
 def encode(piece: Piece, num_rows: int) -> dict[str, Tensor]:
     """The fields of a piece, padded to `num_rows` rows (the last block of a row table). Codes are
     kept where the source type has the encoding's codes."""
-    if piece.encoding in ("int4", "group4", "group5", "group8"):
+    if piece.encoding in ("int4", "int8", "fp8", "group4", "group5", "group8"):
         found = [read_codes(part.tensor, piece.encoding) for part in piece.parts]
         codes = [c for c in found if c is not None]
         if len(codes) == len(piece.parts):
@@ -36,6 +38,10 @@ def encode(piece: Piece, num_rows: int) -> dict[str, Tensor]:
             )
             if piece.encoding == "int4":
                 return Int4().from_codes(code, step, low)
+            if piece.encoding == "int8":
+                return Int8().from_codes(code.view(torch.int8), step)
+            if piece.encoding == "fp8":
+                return Fp8().from_codes(code, step)
             return Group(int(piece.encoding[-1])).from_codes(code, step)
     floats = [_shifted(p).reshape(-1, piece.width) for p in piece.parts]
     return encoding(piece.encoding).encode(_stack(floats, piece.parts, num_rows))
