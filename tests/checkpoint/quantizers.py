@@ -1,5 +1,5 @@
-"""Matrices quantized and stored as published formats define it, in plain loops over torch tensors, and what they
-stand for in fp32. Written from the definitions, apart from what reads them.
+"""Matrices quantized and stored as published formats define it, in plain loops over torch tensors, and what
+they stand for in fp32. Written from the definitions, apart from what reads them.
 
 Shapes: N rows, K inputs, G groups.
 """
@@ -198,14 +198,14 @@ class Format:
 GPTQ = {"quant_method": "gptq", "bits": 4, "desc_act": False, "group_size": 32, "sym": True}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
-BFLOAT = torch.bfloat16
+BLOCKS = FP8 | {"weight_block_size": [128, 128]}
+INVERSE, BFLOAT = "weight_scale_inv", torch.bfloat16
 FORMATS: dict[str, Format] = {
-    "fp8-blocks": Format(
-        lambda w: fp8(w, "block", "weight_scale_inv"), FP8 | {"weight_block_size": [128, 128]}, "fp8"),
-    "fp8-blocks-bf16": Format(
-        lambda w: fp8(w, "block", "weight_scale_inv", BFLOAT), FP8 | {"weight_block_size": [128, 128]}, "fp8"),
+    "fp8-blocks": Format(lambda w: fp8(w, "block", INVERSE), BLOCKS, "fp8"),
+    "fp8-blocks-bf16": Format(lambda w: fp8(w, "block", INVERSE, BFLOAT), BLOCKS, "fp8"),
     "fp8-tensor": Format(
-        lambda w: fp8(w, "tensor"), FP8 | {"activation_scheme": "static"}, "fp8", {"input_scale": torch.ones(())}),
+        lambda w: fp8(w, "tensor"), FP8 | {"activation_scheme": "static"}, "fp8",
+        {"input_scale": torch.ones(())}),
     "fbgemm": Format(
         lambda w: fp8(w, "channel"), {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, "fp8"),
     "awq": Format(awq, AWQ, "uint4-32"),
@@ -224,7 +224,8 @@ FORMATS: dict[str, Format] = {
     "packed-row": Format(
         lambda w: packed(w, -1), compressed("pack-quantized", group_of(group=None)), "int4-32"),
     "packed-zeros": Format(
-        lambda w: packed(w, symmetric=False), compressed("pack-quantized", group_of(symmetric=False)), "uint4-32"),
+        lambda w: packed(w, symmetric=False), compressed("pack-quantized", group_of(symmetric=False)),
+        "uint4-32"),
     "packed-8": Format(
         lambda w: packed(w, bits=8), compressed("pack-quantized", group_of(8)), "group8"),
     "int8": Format(
@@ -238,9 +239,11 @@ FORMATS: dict[str, Format] = {
         lambda w: fp8(w, "tensor", dtype=BFLOAT),
         compressed("float-quantized", group_of(8, None, **_FLOAT8, strategy="tensor")), "fp8"),
     "float-row": Format(
-        lambda w: fp8(w, "channel", dtype=BFLOAT), compressed("float-quantized", group_of(8, None, **_FLOAT8)), "fp8"),
+        lambda w: fp8(w, "channel", dtype=BFLOAT),
+        compressed("float-quantized", group_of(8, None, **_FLOAT8)), "fp8"),
     "float-blocks": Format(
-        lambda w: fp8(w, "block", dtype=BFLOAT), compressed("float-quantized", group_of(8, None, **_BLOCK)), "fp8"),
+        lambda w: fp8(w, "block", dtype=BFLOAT),
+        compressed("float-quantized", group_of(8, None, **_BLOCK)), "fp8"),
     "nvfp4": Format(
         lambda w: fp4(w, divisor=64.0), compressed("nvfp4-pack-quantized", group_of(4, None, **_NV)), "nvfp4",
         {"input_global_scale": torch.ones(1)}),

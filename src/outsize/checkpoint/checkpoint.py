@@ -10,8 +10,9 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from outsize.checkpoint.bounded import open_regular
-from outsize.checkpoint.coded import Coded
-from outsize.checkpoint.ggml import BlockType, Bytes, Codes, Floats, codes, dequantize, joined_mxfp4
+from outsize.checkpoint.coded import Bytes, Coded, Floats
+from outsize.checkpoint.ggml import BlockType, Codes, coded, codes, dequantize
+from outsize.checkpoint.ggml_small import joined_mxfp4
 from outsize.errors import CheckpointError, UnsupportedError
 
 Config = Mapping[str, object]
@@ -28,9 +29,7 @@ class Tensor:
     offset: int
     size: int  # bytes
     scales: Tensor | None = None  # MXFP4 in two tensors: this one's bytes are the codes alone
-    joined: Joined | None = (
-        None  # a matrix in several tensors: offset and size say where it begins, and of how much
-    )
+    joined: Joined | None = None  # a matrix in several tensors: offset and size are of the codes
 
 
 class Numbers(Protocol):
@@ -134,10 +133,10 @@ def rows_of(tensor: Tensor, start: int, stop: int) -> Tensor:
 
 def refuse_unreadable(tensor: Tensor) -> None:
     """Raises UnsupportedError, naming type and tensor, for a type whose numbers outsize does not know."""
-    if tensor.kind.read is None and tensor.joined is None:
+    if not tensor.kind.is_readable and tensor.joined is None:
         raise UnsupportedError(
             f"{tensor.path.name}: tensor {tensor.name!r} has type {tensor.kind.name}, which outsize cannot "
-            "read; use a file of type F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K"
+            "read; use a file quantized as Q4_K_M, Q8_0, IQ4_XS or the like"
         )
 
 
@@ -155,3 +154,11 @@ def read_codes(tensor: Tensor, encoding: str) -> Codes | None:
         return tensor.joined.numbers().codes(encoding)
     rows, width = tensor.shape
     return codes(tensor.kind, read_raw(tensor), (rows, width), encoding)
+
+
+def read_coded(tensor: Tensor) -> Coded | None:
+    """A matrix as its file codes it, or None if its type has no codes of up to 6 bits."""
+    if tensor.joined is not None:
+        return tensor.joined.numbers().coded()
+    rows, width = tensor.shape
+    return coded(tensor.kind, read_raw(tensor), (rows, width))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from outsize.checkpoint.checkpoint import read_codes, read_floats
-from outsize.checkpoint.ggml import Floats
+from outsize.checkpoint.coded import Floats
 from outsize.encoding.find import encoding
 from outsize.encoding.fp8 import Fp8
 from outsize.encoding.group import Group

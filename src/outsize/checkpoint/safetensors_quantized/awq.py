@@ -13,7 +13,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from outsize.checkpoint.checkpoint import Joined, Tensor
-from outsize.checkpoint.ggml import BlockType, Bytes
+from outsize.checkpoint.coded import Bytes
+from outsize.checkpoint.ggml import BlockType
 from outsize.checkpoint.safetensors_quantized import integers, stored
 from outsize.checkpoint.safetensors_quantized.integers import Integers
 from outsize.checkpoint.safetensors_quantized.scheme import Scheme
@@ -49,7 +50,7 @@ def _read(parts: Mapping[str, Tensor], group: int, span: Span) -> Integers:
     )
     scales = parts["scales"]
     step = stored.floats(scales, stored.columns(scales, span)).T
-    return Integers(4, group, codes, np.ascontiguousarray(step), zeros)
+    return Integers(4, group, stored.half_of(scales), codes, np.ascontiguousarray(step), zeros)
 
 
 def _unpacked(words: Array) -> Bytes:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from outsize.checkpoint.checkpoint import Joined, Tensor
-from outsize.checkpoint.coded import Coded
-from outsize.checkpoint.ggml import BlockType, Bytes, Codes, Floats
+from outsize.checkpoint.coded import Bytes, Coded, Floats
+from outsize.checkpoint.ggml import BlockType, Codes
 from outsize.checkpoint.read_json import fail
 from outsize.checkpoint.safetensors_quantized import stored
 from outsize.checkpoint.safetensors_quantized.scheme import Weights

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from outsize.checkpoint.checkpoint import Joined, Tensor
-from outsize.checkpoint.coded import Coded
-from outsize.checkpoint.ggml import BlockType, Bytes, Codes, Floats
+from outsize.checkpoint.coded import Bytes, Coded, Floats
+from outsize.checkpoint.ggml import BlockType, Codes
 from outsize.checkpoint.safetensors_quantized import stored
 from outsize.checkpoint.safetensors_quantized.scheme import BLOCK, Weights
 from outsize.checkpoint.safetensors_quantized.stored import Span

@@ -16,7 +16,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from outsize.checkpoint.checkpoint import Joined, Tensor
-from outsize.checkpoint.ggml import BlockType, Bytes
+from outsize.checkpoint.coded import Bytes
+from outsize.checkpoint.ggml import BlockType
 from outsize.checkpoint.read_json import fail
 from outsize.checkpoint.safetensors_quantized import integers, stored
 from outsize.checkpoint.safetensors_quantized.integers import Integers
@@ -55,7 +56,7 @@ def _read(parts: Mapping[str, Tensor], scheme: Scheme, group: int, span: Span) -
     codes = np.ascontiguousarray(unpacked(words.T, bits))
     step = stored.floats(scales, stored.columns(scales, span)).T
     zeros = _zeros(parts["qzeros"], scheme, span)
-    return Integers(bits, group, codes, np.ascontiguousarray(step), zeros)
+    return Integers(bits, group, stored.half_of(scales), codes, np.ascontiguousarray(step), zeros)
 
 
 def _zeros(tensor: Tensor, scheme: Scheme, span: Span) -> int | Bytes:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from outsize.checkpoint.coded import Coded
-from outsize.checkpoint.ggml import Bytes, Codes, Floats
+from outsize.checkpoint.coded import Bytes, Coded, Floats
+from outsize.checkpoint.ggml import Codes
 from outsize.checkpoint.safetensors_quantized.stored import Array
 from outsize.kernels.palettes import FORMS
 
@@ -22,10 +22,12 @@ GROUPS = (256, 128, 64, 32)  # of inputs that share a step, in a palette
 
 @dataclass(frozen=True, slots=True)
 class Integers:
-    """A matrix, or some of its rows. `zero`: one for all groups, or (N, G)."""
+    """A matrix, or some of its rows. `half`: "fp16", "bf16" or "fp32", the type of the steps, here in fp32;
+    `zero`: one for all groups, or (N, G)."""
 
     bits: int
     group: int
+    half: str
     code_NK: Bytes
     step_NG: Floats
     zero: int | Bytes
@@ -43,9 +45,9 @@ class Integers:
         return np.repeat(of_group, self.group, axis=1)[:, : self.code_NK.shape[1]]
 
     def coded(self) -> Coded | None:
-        """4 bits in the form that holds them exactly, if there is one; in halves if the steps are."""
+        """4 bits in the form that holds them exactly, if there is one; steps of fp32 are tried as halves."""
         width, has_zeros = self.code_NK.shape[1], not isinstance(self.zero, int)
-        for half in ("fp16", "bf16", "fp32"):
+        for half in (self.half,) if self.half != "fp32" else ("fp16", "bf16", "fp32"):
             form = form_of(self.bits, self.group, width, half, has_zeros)
             if form in FORMS and holds(half, self.step_NG):
                 group = FORMS[form].group

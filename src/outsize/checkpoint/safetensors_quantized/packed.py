@@ -18,7 +18,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from outsize.checkpoint.checkpoint import Joined, Tensor
-from outsize.checkpoint.ggml import BlockType, Bytes
+from outsize.checkpoint.coded import Bytes
+from outsize.checkpoint.ggml import BlockType
 from outsize.checkpoint.read_json import fail
 from outsize.checkpoint.safetensors_quantized import gptq, integers, stored
 from outsize.checkpoint.safetensors_quantized.integers import Integers
@@ -84,7 +85,8 @@ def _read(parts: Mapping[str, Tensor], weights: Weights, span: Span) -> Integers
         gptq.refuse_reordered(parts[GROUPS], group)
     scale = stored.floats(parts[SCALE], _of_rows(parts[SCALE], span))
     zero = _zeros(parts, weights, span)
-    return Integers(weights.bits, group, _codes(parts, weights.bits, span), scale, zero)
+    half = stored.half_of(parts[SCALE])
+    return Integers(weights.bits, group, half, _codes(parts, weights.bits, span), scale, zero)
 
 
 def _codes(parts: Mapping[str, Tensor], bits: int, span: Span) -> Bytes:

@@ -105,13 +105,13 @@ def scheme_of(values: Config, method: str, name: str, where: str) -> Scheme:
 
 def _awq(reader: _Reader) -> Scheme:
     reader.one_of((4,), "bits", "w_bit")
-    reader.one_of((True,), "zero_point")
+    reader.one_of((True, None), "zero_point")
     reader.one_of(("gemm", None), "version", "format", "checkpoint_format")
     return Scheme(AWQ, 4, reader.group("group_size", "q_group_size"))
 
 
 def _gptq(reader: _Reader) -> Scheme:
-    bits = reader.one_of((4, 8), "bits", "w_bit")
+    bits = 8 if reader.one_of((4, 8), "bits", "w_bit") == 8 else 4
     form = reader.one_of((GPTQ, "gptq_v2", None), "checkpoint_format", "format")
     reader.one_of((None, "int32"), "pack_dtype")
     reader.without("is_marlin_format", "rotation", "adapter")
@@ -120,7 +120,6 @@ def _gptq(reader: _Reader) -> Scheme:
     if reader.one_of((True, False, None), "desc_act") and group:
         reader.refuse("its inputs in the order of activations (desc_act)")
     symmetric = reader.one_of((True, False, None), "sym") is True
-    assert isinstance(bits, int)
     return Scheme(GPTQ, bits, group, symmetric, zero_shift=int(form != "gptq_v2"))
 
 

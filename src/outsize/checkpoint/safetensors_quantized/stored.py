@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from outsize.checkpoint.bounded import open_regular
 from outsize.checkpoint.checkpoint import Tensor, pread
-from outsize.checkpoint.ggml import BlockType, Bytes, Floats
+from outsize.checkpoint.coded import Bytes, Floats
+from outsize.checkpoint.ggml import BlockType
 from outsize.checkpoint.read_json import fail
 
 Array = NDArray[Any]
@@ -28,7 +29,8 @@ def _e4m3() -> Floats:
     exponent, mantissa = byte >> 3 & 15, byte & 7
     size = np.where(exponent, np.ldexp(8.0 + mantissa, exponent - 10), np.ldexp(1.0 * mantissa, -9))
     size[byte & 127 == 127] = np.nan
-    return np.where(byte & 128, -size, size).astype(np.float32)
+    out: Floats = np.where(byte & 128, -size, size).astype(np.float32)
+    return out
 
 
 def _e8m0() -> Floats:
