@@ -26,6 +26,7 @@ REFUSED: list[tuple[Config, str]] = [
     (AWQ | {"bits": 3}, r"AWQ \(3 bits\), bits 3"),
     (AWQ | {"zero_point": False}, r"AWQ \(4 bits\), zero_point False"),
     (AWQ | {"version": "gemv_fast"}, r"AWQ \(4 bits\), version 'gemv_fast'"),
+    (AWQ | {"backend": "llm-awq"}, r"AWQ \(4 bits\), backend 'llm-awq'"),
     (AWQ | {"group_size": 0}, "AWQ .*group_size 0"),
     (AWQ | {"group_size": "all"}, "AWQ .*group_size 'all'"),
     (AWQ | {"group_size": True}, "AWQ .*group_size True"),

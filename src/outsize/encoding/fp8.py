@@ -22,6 +22,8 @@ from outsize.kernels.plain import by_rows, wide_linear
 GROUP = 128
 TYPE = torch.float8_e4m3fn
 MOST = 448.0  # the largest number of the type
+NUMBERS = torch.arange(256, dtype=torch.uint8, device="cpu").view(TYPE).float()  # of each code
+AT_ONCE = 1 << 20  # weights that are decoded together
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +53,10 @@ class Fp8:
         return {"codes": code_NK.contiguous(), "scale": scale_NG.contiguous()}
 
     def decode(self, fields: Fields) -> Tensor:
-        numbers, scale = fields["codes"].view(TYPE).float(), fields["scale"]
-        return numbers.mul_(scale.repeat_interleave(GROUP, dim=1)[:, : numbers.shape[1]])
+        return _decode(fields["codes"], fields["scale"])
 
     def product(self, fields: Fields) -> Product:
-        return frozen(partial(_product, self, fields), partial(self.decode, fields))
+        return frozen(partial(_product, fields), partial(self.decode, fields))
 
     def linear(self, x_TK: Tensor, fields: Fields, wide: bool) -> Tensor:
         return self.product(fields)(x_TK, wide)
@@ -67,14 +68,32 @@ class Fp8:
         return None
 
 
-def _product(encoding: Fp8, fields: Fields, x_TK: Tensor, wide: bool) -> Tensor:
-    def some(start: int, stop: int) -> Tensor:
-        part = {name: field[start:stop] for name, field in fields.items()}
-        return encoding.decode(part).to(x_TK.dtype)
-
+def _product(fields: Fields, x_TK: Tensor, wide: bool) -> Tensor:
+    codes, scale = fields["codes"], fields["scale"]
     if wide:
-        return wide_linear(x_TK, len(fields["codes"]), some)
-    return by_rows(x_TK, encoding.decode(fields), wide)
+        return wide_linear(
+            x_TK, len(codes), lambda a, b: _decode(codes[a:b], scale[a:b]).to(x_TK.dtype)
+        )
+    step = _rows_at_once(codes)
+    parts = zip(codes.split(step), scale.split(step), strict=True)
+    return torch.cat([by_rows(x_TK, _decode(c, s), wide) for c, s in parts], dim=1)
+
+
+def _rows_at_once(codes: Tensor) -> int:
+    """Rows whose numbers stay in the cache until they are read again."""
+    return max(1, AT_ONCE // codes.shape[1])
+
+
+def _decode(codes: Tensor, scale_NG: Tensor) -> Tensor:
+    """(N, K) fp32."""
+    out, step = codes.new_empty(codes.shape, dtype=torch.float32), _rows_at_once(codes)
+    for some, scale, to in zip(*(t.split(step) for t in (codes, scale_NG, out)), strict=True):
+        torch.index_select(NUMBERS, 0, some.flatten().int(), out=to.view(-1))
+        if to.shape[1] % GROUP == 0:
+            to.unflatten(1, (-1, GROUP)).mul_(scale[:, :, None])
+        else:
+            to.mul_(scale.repeat_interleave(GROUP, dim=1)[:, : to.shape[1]])
+    return out
 
 
 ENCODINGS: tuple[Encoding, ...] = (Fp8(),)

@@ -44,16 +44,16 @@ def join(name: str, parts: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
 def _read(parts: Mapping[str, Tensor], group: int, span: Span) -> Integers:
     words = Span(span.start // PACK, -(-span.stop // PACK))
     cut = slice(span.start - words.start * PACK, span.stop - words.start * PACK)
-    codes, zeros = (
-        np.ascontiguousarray(_unpacked(stored.columns(parts[k], words)).T[cut])
-        for k in ("qweight", "qzeros")
-    )
+    codes, zeros = (_unpacked(stored.columns(parts[k], words))[cut] for k in ("qweight", "qzeros"))
     scales = parts["scales"]
     step = stored.floats(scales, stored.columns(scales, span)).T
     return Integers(4, group, stored.half_of(scales), codes, np.ascontiguousarray(step), zeros)
 
 
 def _unpacked(words: Array) -> Bytes:
-    """(R, W) words -> (R, 8 W) numbers."""
-    eights = stored.nibbles(words).reshape(len(words), -1, PACK)
-    return eights[:, :, ORDER].reshape(len(words), -1)
+    """(R, W) words -> (8 W, R) numbers."""
+    turned = np.ascontiguousarray(words.T)
+    out = np.empty((len(turned), PACK, len(words)), np.uint8)
+    for i, position in enumerate(ORDER):
+        out[:, i] = turned >> 4 * position & 15
+    return out.reshape(-1, len(words))

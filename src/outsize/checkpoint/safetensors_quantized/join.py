@@ -124,7 +124,7 @@ def _fits(weights: Weights, parts: Parts) -> bool:
         return _fits_fp8(weights, codes.shape, scale)
     if kind == "U8" and rest == (4, True):
         return {"tensor_group": 16, "group": 32}.get(weights.strategy) == weights.group
-    if weights.is_float or (kind == "I8" and weights.bits != 8) or kind not in ("I8", "I32"):
+    if weights.is_float or kind not in ("I8", "I32"):
         return False
     if not weights.symmetric and packed.ZERO not in parts:
         return False

@@ -3,7 +3,7 @@
     pack-quantized: weight_packed (N, K / 8) int32, inputs packed, the lowest bits first (of 8 bits, 4 in an
                     int32); weight_scale (N, G); weight_zero_point (N / 8, G) int32, outputs packed, or (N, G)
                     int8; weight_shape, two numbers: N and K
-    int-quantized:  weight (N, K) int8, weight_scale (N, G), weight_zero_point (N, G) int8
+    int-quantized:  weight (N, K) int8 (of 4 bits, too), weight_scale (N, G), weight_zero_point (N, G) int8
 
 Packed numbers, zero points among them, have half their range added, so that they have no sign. Source:
 PackedQuantizationCompressor of https://github.com/vllm-project/compressed-tensors.
@@ -93,8 +93,10 @@ def _codes(parts: Mapping[str, Tensor], bits: int, span: Span) -> Bytes:
     """Without sign."""
     if CODES in parts:
         return gptq.unpacked(stored.rows(parts[CODES], span), bits)
-    half = np.uint8(1 << (bits - 1))
-    found: Bytes = stored.rows(parts["weight"], span).view(np.uint8) + half
+    tensor = parts["weight"]
+    found: Bytes = stored.rows(tensor, span).view(np.uint8) + np.uint8(1 << (bits - 1))
+    if (found >> bits if bits < 8 else found[:0]).any():
+        raise fail(tensor.path, f"tensor {tensor.name!r} has integers of more than {bits} bits")
     return found
 
 

@@ -107,6 +107,8 @@ def _awq(reader: _Reader) -> Scheme:
     reader.one_of((4,), "bits", "w_bit")
     reader.one_of((True, None), "zero_point")
     reader.one_of(("gemm", None), "version", "format", "checkpoint_format")
+    if reader.get("backend") == "llm-awq":
+        reader.refuse("backend 'llm-awq'")
     return Scheme(AWQ, 4, reader.group("group_size", "q_group_size"))
 
 
