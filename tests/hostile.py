@@ -22,7 +22,7 @@ from outsize.checkpoint.opening import open_checkpoint
 from outsize.errors import OutsizeError
 from outsize.pack import write
 from outsize.progress import silent
-from tests.checkpoint import quantizers
+from tests.checkpoint import blocks, quantizers
 from tests.checkpoint.quantizers import FORMATS
 from tests.golden import tiny
 from tests.golden.test_golden import write_gguf
@@ -119,7 +119,9 @@ def mutant(r: random.Random, seeds: dict[str, Path], folder: Path) -> tuple[Path
     data = bytearray(target.read_bytes())
     names = []
     for _ in range(r.choice((1, 1, 1, 2, 3))):
-        usable = MUTATIONS if kind == "gguf" else [m for m in MUTATIONS if m not in GGUF_ONLY]
+        usable = (
+            MUTATIONS if kind.startswith("gguf") else [m for m in MUTATIONS if m not in GGUF_ONLY]
+        )
         mutation = r.choice(usable)
         if len(data) > 1000:
             mutation(r, data)
@@ -152,6 +154,7 @@ def made(root: Path, what: str) -> dict[str, Path]:
         return {name: quantizers.write_folder(root / name, "llama", FORMATS[name]) for name in how}
     return {
         "gguf": write_gguf(root / "seed.gguf", "llama"),
+        "gguf_types": blocks.write_model(root / "types.gguf", blocks.matrices()),
         "safetensors": tiny.write_folder(root / "seed", "qwen3"),
     }
 

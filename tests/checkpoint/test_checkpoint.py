@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -11,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from outsize.checkpoint import gguf as ours
+from outsize.checkpoint.checkpoint import read_coded, read_floats
+from outsize.checkpoint.coded import numbers
 from outsize.checkpoint.opening import open_checkpoint
 from outsize.errors import CheckpointError
 from outsize.kernels.plain import PLAIN
@@ -96,8 +100,20 @@ def test_mxfp4_in_safetensors(tmp_path: Path, encoding: str) -> None:
         header = next(t for t in packs[1].tables if t.kind == "experts")
         assert [m.encoding for m in header.tensors["gate_up"]] == ["group5"]
         decoded = [{"gate_up": d["gate_up"]} for d in decoded]  # 96 wide, down is no row of groups
-    for name, numbers in decoded[0].items():
-        assert torch.equal(numbers, decoded[1][name])
+    for name, matrix in decoded[0].items():
+        assert torch.equal(matrix, decoded[1][name])
+
+
+def test_codes_of_mxfp4_in_safetensors(tmp_path: Path) -> None:
+    found = open_checkpoint(mxfp4_folder(tmp_path / "m", False)).tensors
+    stacks = [t for t in found.values() if t.scales is not None]
+    assert stacks
+    for stack in stacks:
+        rows = replace(stack, shape=(math.prod(stack.shape[:-1]), stack.shape[-1]))
+        coded = read_coded(rows)
+        assert coded is not None
+        assert coded.form == "mxfp4"
+        assert np.array_equal(numbers(coded), read_floats(stack).reshape(rows.shape))
 
 
 def test_mxfp4_whose_scales_do_not_fit(tmp_path: Path) -> None:

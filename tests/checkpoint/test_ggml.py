@@ -1,8 +1,8 @@
-"""Every block type of GGUF: its numbers, and its codes, are those of the gguf package. Bits are compared, but
-for NaN, of which only the place is: the sign of one depends on the order of a sum."""
+"""Every block type of GGUF: its numbers, and its codes, are those of the gguf package."""
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import gguf
@@ -13,56 +13,12 @@ from gguf import quants
 from numpy.typing import NDArray
 
 from outsize.checkpoint import ggml
-from outsize.checkpoint.coded import Bytes, Coded, Floats, numbers
+from outsize.checkpoint.coded import Coded, numbers
 from outsize.checkpoint.ggml_grids import grid, signs
 from outsize.kernels.palettes import FORMS
+from tests.checkpoint.blocks import READABLE, assert_same, of_gguf, random_blocks
 
-READABLE = [k for k in ggml.TYPES.values() if k.is_readable]
-CODED = [k for k in READABLE if k.code is not None]
-FP16_AT = {  # the bytes where a block has fp16 numbers; IQ1_M's lies in four pieces
-    "F16": [0], "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q2_K": [80, 82],
-    "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "IQ2_XXS": [0], "IQ2_XS": [0], "IQ2_S": [0],
-    "IQ3_XXS": [0], "IQ3_S": [0], "IQ1_S": [0], "IQ4_NL": [0], "IQ4_XS": [0], "TQ1_0": [52], "TQ2_0": [64],
-}  # fmt: skip
-EDGES = (0, 1, 0x3FF, 0x400, 0x7BFF, 0x7C00, 0x7C01, 0x7E00)  # 0, subnormal, least, most, inf, NaN
-NUM_BLOCKS, ROWS = 4096, 256
-
-
-def random_blocks(kind: ggml.BlockType, seed: int = 3) -> Bytes:
-    """(4096, size): random bytes; as fp16 numbers, every sign, exponent and higher half of the fraction, and
-    EDGES of both signs together with each other."""
-    random = np.random.default_rng(seed)
-    out = random.integers(0, 256, (NUM_BLOCKS, kind.size), dtype=np.uint8)
-    for at in FP16_AT.get(kind.name, []):
-        scale = np.arange(NUM_BLOCKS) * 16 + random.integers(0, 16, NUM_BLOCKS)
-        random.shuffle(scale)
-        edges = np.array([*EDGES, *(e | 0x8000 for e in EDGES)])
-        both = np.tile(edges, 16) if at % 4 else np.repeat(edges, 16)
-        scale[: len(both)] = both
-        out[:, at : at + 2] = scale.astype("<u2")[:, None].view(np.uint8)
-    if kind.name == "IQ1_M":
-        for i in range(4):  # its edges, four bits in each number of 16
-            quarter = (np.repeat(EDGES, 16) >> (4 * i) & 15).astype(np.uint8)
-            out[:128, 49 + 2 * i] = out[:128, 49 + 2 * i] & 15 | quarter << 4
-    return out
-
-
-def of_gguf(kind: ggml.BlockType, blocks: Bytes) -> Floats:
-    floats = {"F32": np.float32, "F16": np.float16}.get(kind.name)
-    rows = blocks.reshape(ROWS, -1)
-    with np.errstate(all="ignore"):
-        found: Floats = quants.dequantize(
-            rows if floats is None else rows.view(floats), Kind[kind.name]
-        )
-    return found
-
-
-def assert_same(mine: Floats, theirs: Floats) -> None:
-    nan = np.isnan(theirs)
-    assert mine.shape == theirs.shape
-    assert mine.dtype == theirs.dtype == np.float32
-    assert np.array_equal(np.isnan(mine), nan)
-    assert np.array_equal(mine.view(np.uint32)[~nan], theirs.view(np.uint32)[~nan])
+ROWS = 256
 
 
 def test_every_type_of_the_package_is_read() -> None:
@@ -72,7 +28,7 @@ def test_every_type_of_the_package_is_read() -> None:
 @pytest.mark.parametrize("kind", READABLE, ids=lambda k: k.name)
 def test_numbers_and_codes_are_ggufs(kind: ggml.BlockType) -> None:
     blocks = random_blocks(kind)
-    theirs, raw = of_gguf(kind, blocks), blocks.reshape(-1)
+    theirs, raw = of_gguf(kind.name, blocks.reshape(ROWS, -1)), blocks.reshape(-1)
     assert not np.isfinite(theirs).all() or kind.name in ("MXFP4", "NVFP4")
     assert_same(ggml.dequantize(kind, raw, theirs.shape), theirs)
     c = ggml.coded(kind, raw, (ROWS, theirs.shape[1]))
@@ -80,6 +36,18 @@ def test_numbers_and_codes_are_ggufs(kind: ggml.BlockType) -> None:
     if c is not None:
         assert_same(numbers(c), theirs)
         assert_fits(c)
+
+
+def test_memory_while_a_tensor_is_read() -> None:
+    """A vocabulary's matrix is 2 GB as fp32, and its reader adds no more than it must."""
+    for kind in READABLE:
+        raw = np.zeros((1 << 18) // kind.length * kind.size, np.uint8)
+        for read, most in ((ggml.dequantize, 11), (ggml.coded, 4)):
+            tracemalloc.start()
+            read(kind, raw, (64, 4096))
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert peak < most << 18, f"{kind.name}: {peak / (1 << 18):.1f} bytes a weight"
 
 
 def assert_fits(c: Coded) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import outsize
 from outsize.checkpoint import safetensors
@@ -27,6 +28,7 @@ from tests.checkpoint import quantizers
 from tests.checkpoint.quantizers import FORMATS, Format
 from tests.golden.test_golden import logits
 
+TRUE = load_file(Path(__file__).with_name("compressed_tensors.safetensors"))
 ROWS, WIDTH = 296, 320  # blocks of 128 are cut at both ends; the last group of 128 is a half
 
 
@@ -54,6 +56,19 @@ def test_numbers_are_the_formats(name: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(read_floats(some), values[start:stop])
         again = rows_of(some, 1, 5)
         np.testing.assert_array_equal(read_floats(again), values[start + 1 : start + 5])
+
+
+@pytest.mark.parametrize("name", sorted({key.rpartition(".")[0] for key in TRUE}))
+def test_what_the_library_of_compressed_tensors_wrote(name: str, tmp_path: Path) -> None:
+    """make_compressed_tensors.py; of FP4 it gives numbers in bf16."""
+    parts = {k.rpartition(".")[2]: t for k, t in TRUE.items() if k.startswith(f"{name}.")}
+    values, config = parts.pop("numbers"), json.loads(bytes(parts.pop("config").tolist()))
+    found, _ = one_matrix(tmp_path, Format(lambda w: (parts, values.float()), config, ""), (1, 1))
+    ours = torch.from_numpy(read_floats(found))
+    assert torch.equal(ours.to(values.dtype), values)
+    coded = read_coded(found)
+    if coded is not None and values.dtype == torch.float32:
+        assert torch.equal(torch.from_numpy(numbers(coded)), values)
 
 
 @pytest.mark.parametrize("name", FORMATS)

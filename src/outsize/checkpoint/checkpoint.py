@@ -29,6 +29,7 @@ class Tensor:
     offset: int
     size: int  # bytes
     scales: Tensor | None = None  # MXFP4 in two tensors: this one's bytes are the codes alone
+    factor: Tensor | None = None  # of all numbers; in a stack of matrices, one for each
     joined: Joined | None = None  # a matrix in several tensors: offset and size are of the codes
 
 
@@ -128,7 +129,9 @@ def rows_of(tensor: Tensor, start: int, stop: int) -> Tensor:
         first = tensor.joined.start
         some = replace(tensor.joined, start=first + start, stop=first + stop)
         return replace(tensor, shape=shape, size=size, joined=some)
-    return replace(tensor, shape=shape, offset=tensor.offset + start * row_bytes, size=size)
+    scales = None if tensor.scales is None else rows_of(tensor.scales, start, stop)
+    offset = tensor.offset + start * row_bytes
+    return replace(tensor, shape=shape, offset=offset, size=size, scales=scales)
 
 
 def refuse_unreadable(tensor: Tensor) -> None:
@@ -145,20 +148,33 @@ def read_floats(tensor: Tensor) -> Floats:
     refuse_unreadable(tensor)
     if tensor.joined is not None:
         return tensor.joined.numbers().floats()
-    return dequantize(tensor.kind, read_raw(tensor), tensor.shape)
+    out = dequantize(tensor.kind, read_raw(tensor), tensor.shape)
+    if tensor.factor is not None:
+        with np.errstate(all="ignore"):
+            out *= read_floats(tensor.factor).reshape(-1, *(1 for _ in tensor.shape[1:]))
+    return out
 
 
 def read_codes(tensor: Tensor, encoding: str) -> Codes | None:
     """A matrix's own codes for this encoding, or None if its type has none."""
     if tensor.joined is not None:
         return tensor.joined.numbers().codes(encoding)
+    if tensor.factor is not None:
+        return None
     rows, width = tensor.shape
     return codes(tensor.kind, read_raw(tensor), (rows, width), encoding)
 
 
 def read_coded(tensor: Tensor) -> Coded | None:
-    """A matrix as its file codes it, or None if its type has no codes of up to 6 bits."""
+    """A matrix as its file codes it, or None if its type has no codes of up to 6 bits, or it has a factor and
+    its form no place for one."""
     if tensor.joined is not None:
         return tensor.joined.numbers().coded()
     rows, width = tensor.shape
-    return coded(tensor.kind, read_raw(tensor), (rows, width))
+    if tensor.factor is None:
+        return coded(tensor.kind, read_raw(tensor), (rows, width))
+    if tensor.kind.name != "NVFP4":
+        return None
+    found = coded(tensor.kind, read_raw(tensor), (rows, width))
+    assert found is not None
+    return replace(found, outer_N=np.full(rows, read_floats(tensor.factor).item(), np.float32))

@@ -120,11 +120,11 @@ BY_NAME = {kind.name: kind for kind in TYPES.values()}
 def dequantize(kind: BlockType, raw: Bytes, shape: tuple[int, ...]) -> Floats:
     """The numbers of a tensor, fp32, in its own shape (last axis fastest)."""
     blocks = raw.reshape(-1, kind.size)
-    if kind.code is not None:
-        return numbers(kind.code(blocks)).reshape(shape)
-    assert kind.read is not None, kind.name
     # A scale may be anything in a foreign file; overflow to inf is the reference's answer too.
     with np.errstate(all="ignore"):
+        if kind.code is not None:
+            return numbers(kind.code(blocks)).reshape(shape)
+        assert kind.read is not None, kind.name
         return kind.read(blocks).reshape(shape)
 
 
@@ -132,7 +132,9 @@ def coded(kind: BlockType, raw: Bytes, shape: tuple[int, int]) -> Coded | None:
     """A matrix as its file codes it; None for a type that has floats, or whole numbers of 8 bits."""
     if kind.code is None:
         return None
-    c, rows = kind.code(raw.reshape(-1, kind.size)), shape[0]
+    with np.errstate(all="ignore"):
+        c = kind.code(raw.reshape(-1, kind.size))
+    rows = shape[0]
     return replace(
         c,
         code_NK=c.code_NK.reshape(shape),
@@ -171,15 +173,19 @@ def codes(kind: BlockType, raw: Bytes, shape: tuple[int, int], encoding: str) ->
     """The stored codes of a matrix, if `encoding` holds codes (and scales) of its type; else None."""
     if kind.name not in _CODES.get(encoding, ()):
         return None
+    with np.errstate(all="ignore"):
+        return _codes(kind, raw, shape)
+
+
+def _codes(kind: BlockType, raw: Bytes, shape: tuple[int, int]) -> Codes | None:
     if kind.name == "Q8_0":
         blocks = raw.reshape(-1, kind.size)
         return _symmetric(blocks[:, 2:] ^ np.uint8(128), half(blocks, 0), 128, shape)
     c = coded(kind, raw, shape)
     assert c is not None, kind.name
     if kind.name == "MXFP4":  # powers of two that the records' fp16 may not have
-        with np.errstate(over="ignore"):
-            if not np.array_equal(c.step_NG, c.step_NG.astype(np.float16).astype(np.float32)):
-                return None
+        if not np.array_equal(c.step_NG, c.step_NG.astype(np.float16).astype(np.float32)):
+            return None
         levels = np.array(FORMS[c.form].levels, np.int8) + np.int8(16)
         return _symmetric(levels.view(np.uint8)[c.code_NK], c.step_NG, 16, shape)
     if c.low_NG is None:

@@ -16,8 +16,8 @@ from torch import Tensor
 from outsize.encoding.frozen import frozen
 from outsize.encoding.plain import Encoding, Fields, FieldSpec
 from outsize.kernels.backend import Product
-from outsize.kernels.layouts import CodedMatrix
 from outsize.kernels.plain import wide_linear
+from outsize.kernels.structs import Coded
 
 NARROW_ROWS = 48  # up to here the kernel beats decoding every weight, even for one long span
 ROW_STEP = 16  # the kernel's blocks of rows; a last partial one is padded with zero rows
@@ -62,7 +62,7 @@ class Int8:
     def rows(self, fields: Fields, ids_T: Tensor) -> Tensor:
         return fields["codes"][ids_T].float() * fields["scale"][ids_T].float()[:, None]
 
-    def coded(self, fields: Fields) -> CodedMatrix | None:
+    def coded(self, fields: Fields) -> Coded | None:
         return None
 
 

@@ -28,7 +28,11 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, wanted: str, grouped: bool) -> 
 
 def lossy_tensors(tables: Sequence[TablePlan]) -> list[str]:
     """Tensors that are re-encoded in fewer levels than they have."""
-    return [part.tensor.name for part, _ in _parts(tables) if part.tensor.kind.name in LOSSY]
+    return [
+        part.tensor.name
+        for part, encoding in _parts(tables)
+        if encoding == "int4" and part.tensor.kind.name in LOSSY
+    ]
 
 
 def rounded_tensors(tables: Sequence[TablePlan]) -> list[tuple[str, str, str]]:
