@@ -42,7 +42,9 @@ class Float4:
         group = self.code_NK.shape[1] // self.scale_NG.shape[1]
         with np.errstate(all="ignore"):  # foreign scales may be anything
             scale = self.scale_NG if self.divisor is None else self.scale_NG / self.divisor
-            return LEVELS[self.code_NK] * np.repeat(scale, group, axis=1)
+        out = LEVELS[self.code_NK]
+        stored.each_group(np.multiply, out, scale, group)
+        return out
 
     def coded(self) -> Coded | None:
         """Both types have a form of their own. The divisor of nvfp4 becomes a factor of each row, as it is

@@ -14,6 +14,7 @@ import numpy as np
 
 from outsize.checkpoint.coded import Bytes, Coded, Floats
 from outsize.checkpoint.ggml import Codes
+from outsize.checkpoint.safetensors_quantized import stored
 from outsize.checkpoint.safetensors_quantized.stored import Array
 from outsize.kernels.palettes import FORMS
 
@@ -35,14 +36,12 @@ class Integers:
     def floats(self) -> Floats:
         """fp32; one rounding for steps that are fp32, none for halves."""
         out: Floats = self.code_NK.astype(np.float32)
-        out -= self.zero if isinstance(self.zero, int) else self._spread(self.zero)
-        with np.errstate(all="ignore"):  # a foreign step may be anything
-            out *= self._spread(self.step_NG)
+        if isinstance(self.zero, int):
+            out -= self.zero
+        else:
+            stored.each_group(np.subtract, out, self.zero, self.group)
+        stored.each_group(np.multiply, out, self.step_NG, self.group)
         return out
-
-    def _spread(self, of_group: Array) -> Array:
-        """(N, G) -> (N, K)."""
-        return np.repeat(of_group, self.group, axis=1)[:, : self.code_NK.shape[1]]
 
     def coded(self) -> Coded | None:
         """4 bits in the form that holds them exactly, if there is one; steps of fp32 are tried as halves."""

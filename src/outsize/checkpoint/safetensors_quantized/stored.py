@@ -127,6 +127,18 @@ def nibbles(words: Array) -> Bytes:
     return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*words.shape[:-1], -1)
 
 
+def each_group(change: np.ufunc, out: Floats, of_group: Array, group: int) -> None:
+    """Change numbers (N, K) by what each group of inputs has (N, G), in their place; the last group may be
+    shorter."""
+    whole = out.shape[1] // group * group
+    parts = [(out[:, :whole].reshape(len(out), -1, group), of_group[:, : whole // group, None])]
+    parts += [(out[:, whole:], of_group[:, whole // group :])]
+    with np.errstate(all="ignore"):  # what a foreign file has may be anything
+        for numbers, own in parts:
+            if numbers.size:
+                change(numbers, own, out=numbers)
+
+
 def half_of(tensor: Tensor) -> str:
     """How palettes name the type of these floats; "" if they have none for it."""
     return {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}.get(tensor.kind.name, "")
