@@ -79,6 +79,15 @@ def test_grouped_kernels_are_invariant(home: object) -> None:
             assert torch.equal(e.linear(x, fields, False), rows)
 
 
+def test_fp8_is_invariant() -> None:
+    from outsize.encoding.fp8 import Fp8
+
+    e = Fp8()
+    fields, x = e.encode(torch.randn(96, 192)), torch.randn(13, 192)
+    rows = torch.cat([e.linear(x[i : i + 1], fields, False) for i in range(13)])
+    assert torch.equal(e.linear(x, fields, False), rows)
+
+
 def test_closed_models_say_so(folder_of: Callable[[str], object]) -> None:
     model = outsize.load(str(folder_of("llama")), quiet=True)
     model.close()

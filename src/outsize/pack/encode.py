@@ -11,8 +11,10 @@ from torch import Tensor
 from outsize.checkpoint.checkpoint import read_coded, read_codes, read_floats
 from outsize.checkpoint.coded import Floats
 from outsize.encoding.find import encoding
+from outsize.encoding.fp8 import Fp8
 from outsize.encoding.group import Group
 from outsize.encoding.int4 import Int4
+from outsize.encoding.int8 import Int8
 from outsize.encoding.palette import Palette
 from outsize.kernels.palettes import FORMS
 from outsize.pack.tensors import Part, Piece
@@ -29,8 +31,8 @@ def encode(piece: Piece, num_rows: int) -> dict[str, Tensor]:
 
 
 def _kept(piece: Piece, num_rows: int) -> dict[str, Tensor] | None:
-    """In int4 or a group, from codes that the source has."""
-    if piece.encoding not in ("int4", "group4", "group5", "group8"):
+    """In bytes, int4 or a group, from codes that the source has."""
+    if piece.encoding not in ("int4", "int8", "fp8", "group4", "group5", "group8"):
         return None
     found = [read_codes(part.tensor, piece.encoding) for part in piece.parts]
     codes = [c for c in found if c is not None]
@@ -46,6 +48,10 @@ def _kept(piece: Piece, num_rows: int) -> dict[str, Tensor] | None:
     )
     if piece.encoding == "int4":
         return Int4().from_codes(code, step, low)
+    if piece.encoding == "int8":
+        return Int8().from_codes(code.view(torch.int8), step)
+    if piece.encoding == "fp8":
+        return Fp8().from_codes(code, step)
     return Group(int(piece.encoding[-1])).from_codes(code, step)
 
 
