@@ -267,4 +267,4 @@ def _put(buffer: bytearray, matrix: Matrix, fields: dict[str, Tensor], first: in
         raw = fields[name].contiguous().view(torch.uint8).numpy()
         steps = len(fields[name]) if specs[name].row_axis == 0 else 1
         at = offset + first // specs[name].rows * (raw.nbytes // steps)
-        buffer[at : at + raw.nbytes] = memoryview(raw.reshape(-1))
+        buffer[at : at + raw.nbytes] = raw.tobytes()
