@@ -42,7 +42,7 @@ REASON = {name: reason for reason, names in LEFT_OUT.items() for name in names.s
 
 
 def is_for_here(item: pytest.Item) -> bool:
-    """Slow tests judge models of gigabytes. Of those that only want a call to be made, one model's are run."""
+    """Slow tests judge models of gigabytes. Of those that only want a call to be made one model's are run."""
     calls = "required_tool_real_model" in item.name and "Qwen2.5-Coder-3B" in item.name
     return calls or item.get_closest_marker("slow") is None
 
