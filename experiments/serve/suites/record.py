@@ -16,6 +16,7 @@ KINDS = {
     "failed": "failed",
     "skipped": "skipped",
     "left out": "skipped",
+    "refused": "refused",  # in words, as it should be
     "xfailed": "refused",  # refused_fields.py: a field is refused by name, the rest is answered
     "deselected": "deselected",
 }
