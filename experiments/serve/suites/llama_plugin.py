@@ -33,7 +33,7 @@ LEFT_OUT = {
         test_chat_template_continue_final_message_vllm_compat""",
     "an error type of llama.cpp's own; here it is OpenAI's context_length_exceeded": """
         test_context_size_exceeded test_context_size_exceeded_stream""",
-    "wants 500 for an image that a text model is given; here it is 400, in words": """
+    "wants an internal error for an image that a text model is given; here it is refused in words": """
         test_anthropic_vision_format_accepted test_anthropic_tool_result_with_image""",
     "wants an empty list of messages answered": "test_anthropic_empty_messages",
     "wants any web page to be let in; here only what --cors names is": "test_cors_options",

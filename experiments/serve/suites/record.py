@@ -25,7 +25,7 @@ ESCAPES = re.compile(r"\x1b\[[\d;]*m")
 
 def counts(text: str) -> dict[str, Any]:
     """Of each kind how many, as the last line that says it; and what else the suite measured."""
-    row: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0}
+    row: dict[str, Any] = {"passed": 0, "failed": 0, "refused": 0, "skipped": 0}
     if found := re.findall(r"(\d+) log-likelihoods compared, largest difference (\S+)", text):
         compared, worst = found[-1]
         row |= {"largest_difference": float(worst)}
