@@ -1,19 +1,20 @@
-"""Foreign files, read right: numbers equal the gguf package's bit for bit; every metadata type."""
+"""Foreign files, read right: every metadata type of GGUF; matrices that lie in two tensors."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType as Kind
-from gguf import quants
 from safetensors.torch import load_file, save_file
 
-from outsize.checkpoint import ggml
 from outsize.checkpoint import gguf as ours
+from outsize.checkpoint.checkpoint import read_coded, read_floats
+from outsize.checkpoint.coded import numbers
 from outsize.checkpoint.opening import open_checkpoint
 from outsize.errors import CheckpointError
 from outsize.kernels.plain import PLAIN
@@ -22,58 +23,6 @@ from outsize.storage.buffers import buffer
 from outsize.storage.stats import IOStats
 from outsize.storage.table import Table, views
 from tests.golden import tiny
-
-READABLE = [k for k in ggml.TYPES.values() if k.read is not None]
-
-
-@pytest.mark.parametrize("kind", READABLE, ids=lambda k: k.name)
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_dequantize_equals_gguf_bit_for_bit(kind: ggml.BlockType) -> None:
-    raw = np.random.default_rng(3).integers(0, 256, (64, kind.size * 6), dtype=np.uint8)
-    floats = {"F32": np.float32, "F16": np.float16}.get(kind.name)
-    theirs = quants.dequantize(raw if floats is None else raw.view(floats), Kind[kind.name])
-    mine = ggml.dequantize(kind, raw.reshape(-1), (64, 6 * kind.length))
-    assert mine.view(np.uint32).tolist() == theirs.astype(np.float32).view(np.uint32).tolist()
-
-
-def test_sizes_of_all_types() -> None:
-    for number, kind in ggml.TYPES.items():
-        assert (kind.length, kind.size) == gguf.GGML_QUANT_SIZES[Kind(number)], kind.name
-
-
-@pytest.mark.parametrize(
-    ("name", "encoding"),
-    [
-        ("Q4_0", "int4"),
-        ("Q4_1", "int4"),
-        ("Q4_K", "int4"),
-        ("Q4_0", "group4"),
-        ("Q5_0", "group5"),
-        ("MXFP4", "group5"),
-        ("Q8_0", "group8"),
-    ],
-)
-def test_codes_are_the_numbers(name: str, encoding: str) -> None:
-    kind = ggml.BY_NAME[name]
-    random = np.random.default_rng(4)
-    raw = random.integers(0, 256, (8 * 4, kind.size), dtype=np.uint8)
-    scales = random.uniform(0.01, 0.1, (32, 2)).astype(np.float16).view(np.uint8)
-    raw[:, : 4 if name in ("Q4_1", "Q4_K") else 2] = scales[
-        :, : 4 if name in ("Q4_1", "Q4_K") else 2
-    ]
-    if name == "MXFP4":
-        raw[:, 0] = random.integers(110, 140, 32)
-    shape = (8, 4 * kind.length)
-    codes = ggml.codes(kind, raw.reshape(-1), shape, encoding)
-    assert codes is not None
-    steps, lows = (np.repeat(a, 32, axis=1) for a in (codes.step_NG, codes.low_NG))
-    exact = ggml.dequantize(kind, raw.reshape(-1), shape)
-    np.testing.assert_allclose(codes.code_NK * steps + lows, exact, atol=1e-5)
-    if name == "MXFP4":
-        assert np.array_equal(codes.code_NK * steps + lows, exact)
-        raw[3, 0] = 60  # 2 ** -68: not in fp16, so that the numbers are encoded anew
-        assert ggml.codes(kind, raw.reshape(-1), shape, encoding) is None
-    assert ggml.codes(ggml.BY_NAME["Q6_K"], raw.reshape(-1), shape, encoding) is None
 
 
 def test_every_metadata_type(tmp_path: Path) -> None:
@@ -151,8 +100,20 @@ def test_mxfp4_in_safetensors(tmp_path: Path, encoding: str) -> None:
         header = next(t for t in packs[1].tables if t.kind == "experts")
         assert [m.encoding for m in header.tensors["gate_up"]] == ["group5"]
         decoded = [{"gate_up": d["gate_up"]} for d in decoded]  # 96 wide, down is no row of groups
-    for name, numbers in decoded[0].items():
-        assert torch.equal(numbers, decoded[1][name])
+    for name, matrix in decoded[0].items():
+        assert torch.equal(matrix, decoded[1][name])
+
+
+def test_codes_of_mxfp4_in_safetensors(tmp_path: Path) -> None:
+    found = open_checkpoint(mxfp4_folder(tmp_path / "m", False)).tensors
+    stacks = [t for t in found.values() if t.scales is not None]
+    assert stacks
+    for stack in stacks:
+        rows = replace(stack, shape=(math.prod(stack.shape[:-1]), stack.shape[-1]))
+        coded = read_coded(rows)
+        assert coded is not None
+        assert coded.form == "mxfp4"
+        assert np.array_equal(numbers(coded), read_floats(stack).reshape(rows.shape))
 
 
 def test_mxfp4_whose_scales_do_not_fit(tmp_path: Path) -> None:

@@ -38,6 +38,10 @@ OTHERS = tuple(f"Q8_0/m-Q8_0-0000{i}-of-00002.gguf" for i in (1, 2))
         (("m-UD-Q5_K_XL.gguf", "mmproj-F16.gguf"), "", "m-UD-Q5_K_XL.gguf"),
         (("m-IQ4_XS.gguf", "mmproj-BF16.gguf", "mmproj-F16.gguf"), "", "m-IQ4_XS.gguf"),
         (("m-IQ2_M.gguf", "m-Q3_K_S.gguf"), "", "m-Q3_K_S.gguf"),
+        (("m-IQ2_M.gguf", "m-IQ4_XS.gguf", "m-Q6_K.gguf"), "", "m-IQ4_XS.gguf"),
+        (("m-IQ4_XS.gguf", "m-Q4_0.gguf"), "", "m-Q4_0.gguf"),
+        (("m-UD-IQ1_S.gguf", "m-UD-IQ3_XXS.gguf", "m-UD-Q2_K_XL.gguf"), "", "m-UD-IQ3_XXS.gguf"),
+        (("m-TQ1_0.gguf", "m-TQ2_0.gguf"), "", "m-TQ2_0.gguf"),
         (("m.mmproj-Q8_0.gguf", "m.Q6_K.gguf", "m.imatrix.gguf"), "", "m.Q6_K.gguf"),
         (("m-UD-Q4_K_XL.gguf", "imatrix_unsloth.gguf"), "", "m-UD-Q4_K_XL.gguf"),
         (("m-Q4_K_M.gguf", "m-Q4_K_M-MTP.gguf", "m-draft-Q4_K_M.gguf"), "", "m-Q4_K_M.gguf"),
@@ -77,7 +81,6 @@ def test_what_is_chosen(names: tuple[str, ...], wish: str, at: str) -> None:
     [
         (("a.gguf", "b.gguf"), "", "hf:org/m holds 2 models; add a name: a.gguf, b.gguf"),
         (("a-Q4_K_M.gguf", "b-Q8_0.gguf"), "", "holds 2 models"),
-        (("m-IQ4_XS.gguf", "m-IQ2_M.gguf"), "", "holds 2 models"),
         (("a-Q8_0.gguf", "b-Q8_0.gguf"), "Q8_0", "holds 2 models"),
         (("mmproj-F16.gguf",), "", "holds no language model but mmproj-F16.gguf"),
         (("m-Q8_0.gguf", "m-Q4_0.gguf"), "Q4_K_M", "'Q4_K_M'; there are.* m-Q"),

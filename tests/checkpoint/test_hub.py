@@ -194,8 +194,8 @@ def test_what_cannot_be_run_is_not_fetched(hub: Hub, tmp_path: Path) -> None:
 def test_a_type_is_refused_before_the_download(hub: Hub) -> None:
     raw = no_model(hub.repo / "m.gguf", "model").read_bytes()
     at = raw.index(b"\x01\x00\x00\x00\x00\x00\x00\x00x") + 9 + 4 + 16
-    (hub.repo / "m.gguf").write_bytes(raw[:at] + (40).to_bytes(4, "little") + raw[at + 4 :])
-    with pytest.raises(UnsupportedError, match="tensor 'x' has type NVFP4"):
+    (hub.repo / "m.gguf").write_bytes(raw[:at] + (41).to_bytes(4, "little") + raw[at + 4 :])
+    with pytest.raises(UnsupportedError, match="tensor 'x' has type Q1_0"):
         fetch.pack("hf:org/repo", quiet=True)
     assert hub.fetched == []
 

@@ -33,7 +33,6 @@ QUANTIZED = [
     ({"quantization_config": {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}},
      "compressed-tensors .nvfp4-pack"),
     ({"compression_config": {"format": "pack-quantized"}}, "compressed-tensors"),
-    ({"quantization_config": {"quant_method": "fp8"}}, "FP8"),
     ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes .4 bits"),
     ({"quantization_config": {"load_in_8bit": True}}, "bitsandbytes .8 bits"),
     ({"quantization": {"bits": 4, "group_size": 64}}, "MLX .4 bits"),
@@ -42,7 +41,7 @@ QUANTIZED = [
     ({"quantization_config": {"quant_method": "quanto"}}, "Quanto"),
     ({"quantization_config": {"quant_method": "torchao"}}, "torchao"),
     ({"quantization_config": {"quant_method": "newest"}}, "newest"),
-    ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "FP8"),
+    ({"text_config": {"quantization_config": {"quant_method": "modelopt"}}}, "ModelOpt"),
 ]  # fmt: skip
 
 
@@ -85,7 +84,7 @@ def test_a_type_that_no_config_explains(tmp_path: Path) -> None:
 def test_types_of_newer_tools_are_named(tmp_path: Path) -> None:
     raw = no_model(tmp_path / "m.gguf", "model").read_bytes()
     at = raw.index(b"\x01\x00\x00\x00\x00\x00\x00\x00x") + 9 + 4 + 16
-    names = {40: "NVFP4", 41: "Q1_0", 139: "IQ4_K of ik_llama.cpp", 36: "I2_S", 31: "Q4_0_4_4",
+    names = {41: "Q1_0", 139: "IQ4_K of ik_llama.cpp", 36: "I2_S", 31: "Q4_0_4_4",
              300: "number 300 of ik_llama.cpp", 9999: "number 9999, which is not known"}  # fmt: skip
     for number, name in names.items():
         (tmp_path / "m.gguf").write_bytes(raw[:at] + number.to_bytes(4, "little") + raw[at + 4 :])

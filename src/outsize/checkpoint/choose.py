@@ -32,11 +32,14 @@ from outsize.checkpoint.safetensors_shards import INDEX, weights
 from outsize.checkpoint.spec import is_inside
 from outsize.errors import CheckpointError, SourceError, UnsupportedError
 
-# Quantizations that outsize runs, best first; IQ types are not among them.
+# Quantizations, best first: about 4 bits, then more, then fewer. Below 4 bits an IQ type stands beside those
+# of its quality, not of its size; ternary ones are good only for models that were trained so.
 PREFERRED = (
-    "Q4_K_M", "Q4_K_S", "Q4_K_L", "Q4_K_XL", "Q4_K", "Q4_0", "Q4_1", "Q5_K_M", "Q5_K_S", "Q5_K_L", "Q5_K_XL",
-    "Q5_K", "Q5_0", "Q5_1", "Q6_K", "Q6_K_L", "Q6_K_XL", "Q8_0", "Q8_K_XL", "MXFP4", "MXFP4_MOE", "BF16",
-    "F16", "F32", "Q3_K_L", "Q3_K_XL", "Q3_K_M", "Q3_K", "Q3_K_S", "Q2_K_L", "Q2_K_XL", "Q2_K", "Q2_K_S",
+    "Q4_K_M", "Q4_K_S", "Q4_K_L", "Q4_K_XL", "Q4_K", "Q4_0", "Q4_1", "IQ4_NL", "IQ4_XS", "Q5_K_M", "Q5_K_S",
+    "Q5_K_L", "Q5_K_XL", "Q5_K", "Q5_0", "Q5_1", "Q6_K", "Q6_K_L", "Q6_K_XL", "Q8_0", "Q8_K_XL", "MXFP4",
+    "MXFP4_MOE", "NVFP4", "BF16", "F16", "F32", "Q3_K_L", "Q3_K_XL", "Q3_K_M", "Q3_K", "IQ3_M", "IQ3_S",
+    "Q3_K_S", "IQ3_XS", "IQ3_XXS", "Q2_K_L", "Q2_K_XL", "Q2_K", "IQ2_M", "Q2_K_S", "IQ2_S", "IQ2_XS",
+    "IQ2_XXS", "IQ1_M", "IQ1_S", "TQ2_0", "TQ1_0",
 )  # fmt: skip
 SHOWN = 8  # names in an error
 

@@ -1,161 +1,27 @@
-"""The block formats of GGUF tensors: how many bytes, and which numbers.
+"""The types of GGUF tensors: how many bytes a block has, which numbers, and how the file codes them.
 
-Every format stores rows in blocks. A block format with at most 16 levels a group (`codes`) can be
-moved into an int4 record without changing a code; all others are read through `dequantize`, whose
-results equal the `gguf` package's bit for bit (tests/checkpoint/test_checkpoint.py).
-Formats: https://github.com/ggml-org/ggml (ggml-common.h).
+Every type stores rows in blocks. Types of up to 6 bits are read as codes in a form of kernels/palettes.py,
+and their numbers follow from that; they equal the `gguf` package's bit for bit
+(tests/checkpoint/test_ggml.py).
+Formats: https://github.com/ggml-org/ggml (ggml-common.h, ggml-quants.c).
 
-Shapes: B blocks; a block of the K formats holds 8 or 16 groups.
+Shapes: B blocks; N rows, K inputs, G groups of inputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Bytes = NDArray[np.uint8]
-Floats = NDArray[np.float32]
-Stored = tuple[Bytes, Floats, Floats]  # codes, steps, lows
-
-
-def _half(blocks: Bytes, at: int) -> Floats:
-    """The fp16 at byte `at` of every block, as fp32 (B, 1)."""
-    return np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16).astype(np.float32)
-
-
-def _nibbles(packed: Bytes) -> Bytes:
-    """(..., n) bytes -> (..., 2n) codes: all low nibbles, then all high ones."""
-    return np.concatenate([packed & 15, packed >> 4], axis=-1)
-
-
-def _fifth_bits(blocks: Bytes, at: int) -> Bytes:
-    """32 bits at byte `at`, one a weight, already in place 4: (B, 32)."""
-    bits = np.unpackbits(blocks[:, at : at + 4], axis=-1, bitorder="little")
-    return np.left_shift(bits, np.uint8(4))
-
-
-def _six_bit_scales(packed: Bytes) -> tuple[Bytes, Bytes]:
-    """The 12 bytes of Q4_K and Q5_K that hold 8 scales and 8 minimums of 6 bits: two (B, 8)."""
-    low, mid, high = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
-    scales = np.concatenate([low & 63, (high & 15) | (low >> 6 << 4)], axis=-1)
-    return scales, np.concatenate([mid & 63, (high >> 4) | (mid >> 6 << 4)], axis=-1)
-
-
-def _q4_0(b: Bytes) -> Floats:
-    return _half(b, 0) * (_nibbles(b[:, 2:]).astype(np.int8) - np.int8(8)).astype(np.float32)
-
-
-def _q4_1(b: Bytes) -> Floats:
-    return _half(b, 0) * _nibbles(b[:, 4:]).astype(np.float32) + _half(b, 2)
-
-
-def _q5_0(b: Bytes) -> Floats:
-    codes = (_nibbles(b[:, 6:]) | _fifth_bits(b, 2)).astype(np.int8) - np.int8(16)
-    return _half(b, 0) * codes.astype(np.float32)
-
-
-def _q5_1(b: Bytes) -> Floats:
-    codes = _nibbles(b[:, 8:]) | _fifth_bits(b, 4)
-    return _half(b, 0) * codes.astype(np.float32) + _half(b, 2)
-
-
-def _q8_0(b: Bytes) -> Floats:
-    return _half(b, 0) * b[:, 2:].view(np.int8).astype(np.float32)
-
-
-def _two_bits(packed: Bytes, num_groups: int) -> Bytes:
-    """(B, 64) bytes -> (B, num_groups, 256 / num_groups) codes of 2 bits, in runs of 32 bytes."""
-    shifts = np.array([0, 2, 4, 6], np.uint8).reshape(1, 1, 4, 1)
-    pairs = np.right_shift(packed.reshape(-1, 2, 1, 32), shifts) & np.uint8(3)
-    return pairs.reshape(len(packed), num_groups, -1)
-
-
-def _q2_k(b: Bytes) -> Floats:
-    scales = b[:, :16]
-    step = _half(b, 80) * (scales & 15).astype(np.float32)
-    low = _half(b, 82) * (scales >> 4).astype(np.float32)
-    codes = _two_bits(b[:, 16:80], 16).astype(np.float32)
-    return step[:, :, None] * codes - low[:, :, None]
-
-
-def _q3_k(b: Bytes) -> Floats:
-    high, packed = b[:, 96:104], b[:, 104:108]
-    low4 = np.concatenate([high & 15, high >> 4], axis=-1)
-    shifts = np.array([0, 2, 4, 6], np.uint8).reshape(1, 4, 1)
-    high2 = (packed[:, None, :] >> shifts & 3).reshape(-1, 16)
-    scales = (low4 | high2 << 4).astype(np.int8) - np.int8(32)
-    bits = np.arange(8, dtype=np.uint8).reshape(1, 8, 1)
-    missing = ((b[:, None, :32] >> bits & 1) ^ 1).reshape(-1, 16, 16)
-    codes = _two_bits(b[:, 32:96], 16).astype(np.int8) - (missing << 2).astype(np.int8)
-    step: Floats = _half(b, 108) * scales.astype(np.float32)
-    return step[:, :, None] * codes.astype(np.float32)
-
-
-def _k_steps(b: Bytes) -> tuple[Floats, Floats]:
-    """Step and minimum of the 8 groups of Q4_K and Q5_K blocks: two (B, 8)."""
-    scales, minimums = _six_bit_scales(b[:, 4:16])
-    return _half(b, 0) * scales.astype(np.float32), _half(b, 2) * minimums.astype(np.float32)
-
-
-def _k_codes(packed: Bytes) -> Bytes:
-    """(B, 128) bytes -> (B, 8, 32) codes of 4 bits."""
-    return _nibbles(packed.reshape(-1, 4, 32)).reshape(-1, 8, 32)
-
-
-def _q4_k(b: Bytes) -> Floats:
-    step, low = _k_steps(b)
-    return step[:, :, None] * _k_codes(b[:, 16:]).astype(np.float32) - low[:, :, None]
-
-
-def _q5_k(b: Bytes) -> Floats:
-    step, low = _k_steps(b)
-    bits = np.arange(8, dtype=np.uint8).reshape(1, 8, 1)
-    codes = _k_codes(b[:, 48:]) | (b[:, None, 16:48] >> bits & 1) << 4
-    return step[:, :, None] * codes.astype(np.float32) - low[:, :, None]
-
-
-def _q6_k(b: Bytes) -> Floats:
-    low = _nibbles(b[:, :128].reshape(-1, 2, 64)).reshape(-1, 8, 32)
-    shifts = np.array([0, 2, 4, 6], np.uint8).reshape(1, 1, 4, 1)
-    high = (b[:, 128:192].reshape(-1, 2, 1, 32) >> shifts & 3).reshape(-1, 8, 32)
-    codes = ((low | high << 4).astype(np.int8) - np.int8(32)).reshape(-1, 16, 16)
-    step = _half(b, 208) * b[:, 192:208].view(np.int8).astype(np.float32)
-    return step[:, :, None] * codes.astype(np.float32)
-
-
-# Twice the numbers of FP4 (E2M1), by code: whole numbers, so that 5 bits hold them exactly.
-_FP4_TWICE = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
-
-
-def _mxfp4_step(b: Bytes) -> Floats:
-    """Half of each block's scale, a power of two: (B, 1)."""
-    return np.ldexp(np.float32(1), b[:, :1].astype(np.int32) - 128).astype(np.float32)
-
-
-def _mxfp4(b: Bytes) -> Floats:
-    return _mxfp4_step(b) * _FP4_TWICE[_nibbles(b[:, 1:])].astype(np.float32)
-
-
-def _codes_mxfp4(b: Bytes) -> Stored:
-    code = (_FP4_TWICE[_nibbles(b[:, 1:])] + np.int8(16)).astype(np.uint8)
-    return _symmetric(code, _mxfp4_step(b), 16)
-
-
-def joined_mxfp4(codes: Bytes, scales: Bytes) -> Bytes:
-    """Blocks as a GGUF has them of the two tensors of a safetensors file: there a byte holds neighbours, here
-    numbers that are 16 apart."""
-    numbers = _split_neighbours(codes.reshape(-1, 16))
-    halves = numbers[:, :16] | numbers[:, 16:] << 4
-    return np.concatenate([scales.reshape(-1, 1), halves], axis=1).reshape(-1)
-
-
-def _split_neighbours(b: Bytes) -> Bytes:
-    """(B, 16) -> (B, 32): of each byte the low nibble, then the high one."""
-    return np.stack([b & np.uint8(15), b >> np.uint8(4)], axis=2).reshape(len(b), -1)
+from outsize.checkpoint import ggml_iq as iq
+from outsize.checkpoint import ggml_k as k
+from outsize.checkpoint import ggml_small as small
+from outsize.checkpoint.coded import Bytes, Coded, Floats, numbers
+from outsize.kernels.palettes import FORMS
 
 
 def _float(dtype: Any) -> Callable[[Bytes], Floats]:
@@ -168,54 +34,65 @@ def _bf16(b: Bytes) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class BlockType:
-    """One tensor type: `length` weights in `size` bytes; None where we cannot read its numbers."""
+    """One tensor type: `length` weights in `size` bytes. `read` gives the numbers of blocks (B, size), or
+    `code` their codes as a matrix of B rows; neither is there where we cannot read it."""
 
     name: str
     length: int
     size: int
     read: Callable[[Bytes], Floats] | None = None
+    code: Callable[[Bytes], Coded] | None = None
+
+    @property
+    def is_readable(self) -> bool:
+        return self.read is not None or self.code is not None
+
+
+def _coded(name: str, length: int, size: int, code: Callable[[Bytes], Coded]) -> BlockType:
+    return BlockType(name, length, size, code=code)
 
 
 TYPES: dict[int, BlockType] = {
     0: BlockType("F32", 1, 4, _float(np.float32)),
     1: BlockType("F16", 1, 2, _float(np.float16)),
-    2: BlockType("Q4_0", 32, 18, _q4_0),
-    3: BlockType("Q4_1", 32, 20, _q4_1),
-    6: BlockType("Q5_0", 32, 22, _q5_0),
-    7: BlockType("Q5_1", 32, 24, _q5_1),
-    8: BlockType("Q8_0", 32, 34, _q8_0),
-    10: BlockType("Q2_K", 256, 84, _q2_k),
-    11: BlockType("Q3_K", 256, 110, _q3_k),
-    12: BlockType("Q4_K", 256, 144, _q4_k),
-    13: BlockType("Q5_K", 256, 176, _q5_k),
-    14: BlockType("Q6_K", 256, 210, _q6_k),
+    2: _coded("Q4_0", 32, 18, small.q4_0),
+    3: _coded("Q4_1", 32, 20, small.q4_1),
+    6: _coded("Q5_0", 32, 22, small.q5_0),
+    7: _coded("Q5_1", 32, 24, small.q5_1),
+    8: _coded("Q8_0", 32, 34, small.q8_0),
+    10: _coded("Q2_K", 256, 84, k.q2_k),
+    11: _coded("Q3_K", 256, 110, k.q3_k),
+    12: _coded("Q4_K", 256, 144, k.q4_k),
+    13: _coded("Q5_K", 256, 176, k.q5_k),
+    14: _coded("Q6_K", 256, 210, k.q6_k),
+    16: _coded("IQ2_XXS", 256, 66, iq.iq2_xxs),
+    17: _coded("IQ2_XS", 256, 74, iq.iq2_xs),
+    18: _coded("IQ3_XXS", 256, 98, iq.iq3_xxs),
+    19: _coded("IQ1_S", 256, 50, iq.iq1_s),
+    20: _coded("IQ4_NL", 32, 18, small.iq4_nl),
+    21: _coded("IQ3_S", 256, 110, iq.iq3_s),
+    22: _coded("IQ2_S", 256, 82, iq.iq2_s),
+    23: _coded("IQ4_XS", 256, 136, k.iq4_xs),
+    29: _coded("IQ1_M", 256, 56, iq.iq1_m),
     30: BlockType("BF16", 1, 2, _bf16),
+    34: _coded("TQ1_0", 256, 54, k.tq1_0),
+    35: _coded("TQ2_0", 256, 66, k.tq2_0),
+    39: _coded("MXFP4", 32, 17, small.mxfp4),
+    40: _coded("NVFP4", 64, 36, small.nvfp4),
     # Known, so that a file with one of them is refused by name rather than as damaged.
     9: BlockType("Q8_1", 32, 40),
     15: BlockType("Q8_K", 256, 292),
-    16: BlockType("IQ2_XXS", 256, 66),
-    17: BlockType("IQ2_XS", 256, 74),
-    18: BlockType("IQ3_XXS", 256, 98),
-    19: BlockType("IQ1_S", 256, 50),
-    20: BlockType("IQ4_NL", 32, 18),
-    21: BlockType("IQ3_S", 256, 110),
-    22: BlockType("IQ2_S", 256, 82),
-    23: BlockType("IQ4_XS", 256, 136),
     24: BlockType("I8", 1, 1),
     25: BlockType("I16", 1, 2),
     26: BlockType("I32", 1, 4),
     27: BlockType("I64", 1, 8),
     28: BlockType("F64", 1, 8),
-    29: BlockType("IQ1_M", 256, 56),
-    34: BlockType("TQ1_0", 256, 54),
-    35: BlockType("TQ2_0", 256, 66),
-    39: BlockType("MXFP4", 32, 17, _mxfp4),
 }
 # Types that are named in a refusal and whose sizes are not needed: of newer or older versions of ggml, and
 # of ik_llama.cpp (from 97 on).
 OTHER_TYPES: dict[int, str] = {
     4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "I2_S",
-    40: "NVFP4", 41: "Q1_0", 42: "Q2_0",
+    41: "Q1_0", 42: "Q2_0",
     97: "Q8_0_X4", 98: "Q8_1_X4", 99: "Q8_2_X4", 133: "Q6_0", 134: "IQ1_BN", 135: "IQ2_BN", 136: "Q8_K64",
     137: "IQ2_K", 138: "IQ3_K", 139: "IQ4_K", 140: "IQ5_K", 141: "IQ6_K", 144: "IQ4_KS", 145: "IQ2_KS",
     146: "IQ4_KSS", 152: "IQ5_KS", 153: "IQ2_KT", 154: "IQ3_KT", 155: "IQ4_KT", 156: "IQ3_KS", 157: "IQ2_KL",
@@ -241,11 +118,35 @@ BY_NAME = {kind.name: kind for kind in TYPES.values()}
 
 def dequantize(kind: BlockType, raw: Bytes, shape: tuple[int, ...]) -> Floats:
     """The numbers of a tensor, fp32, in its own shape (last axis fastest)."""
-    assert kind.read is not None, kind.name
     blocks = raw.reshape(-1, kind.size)
     # A scale may be anything in a foreign file; overflow to inf is the reference's answer too.
     with np.errstate(all="ignore"):
+        if kind.code is not None:
+            return numbers(kind.code(blocks)).reshape(shape)
+        assert kind.read is not None, kind.name
         return kind.read(blocks).reshape(shape)
+
+
+def coded(kind: BlockType, raw: Bytes, shape: tuple[int, int]) -> Coded | None:
+    """A matrix as its file codes it; None for a type of floats."""
+    if kind.code is None:
+        return None
+    with np.errstate(all="ignore"):
+        c = kind.code(raw.reshape(-1, kind.size))
+    rows = shape[0]
+    return replace(
+        c,
+        code_NK=c.code_NK.reshape(shape),
+        step_NG=c.step_NG.reshape(rows, -1),
+        block_NB=_in_rows(c.block_NB, rows),
+        low_NG=_in_rows(c.low_NG, rows),
+        low_block_NB=_in_rows(c.low_block_NB, rows),
+        outer_N=np.ones(rows, np.float32) if FORMS[c.form].outer else None,
+    )
+
+
+def _in_rows(array: NDArray[Any] | None, rows: int) -> NDArray[Any] | None:
+    return None if array is None else array.reshape(rows, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,40 +158,43 @@ class Codes:
     low_NG: Floats
 
 
-def _symmetric(code: Bytes, step: Floats, offset: int) -> Stored:
-    return code, step, step * np.float32(-offset)
-
-
-def _codes_q4_k(b: Bytes) -> Stored:
-    step, low = _k_steps(b)
-    return _k_codes(b[:, 16:]), step, -low
-
-
-# By the encoding that holds such codes: each of the groups has the offset of its one type.
-_CODES: dict[str, dict[str, Callable[[Bytes], Stored]]] = {
-    "int4": {
-        "Q4_0": lambda b: _symmetric(_nibbles(b[:, 2:]), _half(b, 0), 8),
-        "Q4_1": lambda b: (_nibbles(b[:, 4:]), _half(b, 0), _half(b, 2)),
-        "Q4_K": _codes_q4_k,
-    },
-    "group4": {"Q4_0": lambda b: _symmetric(_nibbles(b[:, 2:]), _half(b, 0), 8)},
-    "group5": {
-        "Q5_0": lambda b: _symmetric(_nibbles(b[:, 6:]) | _fifth_bits(b, 2), _half(b, 0), 16),
-        "MXFP4": _codes_mxfp4,
-    },
-    "group8": {"Q8_0": lambda b: _symmetric(b[:, 2:] ^ np.uint8(128), _half(b, 0), 128)},
+# The encodings that hold the codes of types: each of the groups has the offset of its one type.
+_CODES = {
+    "int4": ("Q4_0", "Q4_1", "Q4_K"),
+    "group4": ("Q4_0",),
+    "group5": ("Q5_0", "MXFP4"),
+    "group8": ("Q8_0",),
 }
+_OFFSETS = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}
 
 
 def codes(kind: BlockType, raw: Bytes, shape: tuple[int, int], encoding: str) -> Codes | None:
     """The stored codes of a matrix, if `encoding` holds codes (and scales) of its type; else None."""
-    read = _CODES.get(encoding, {}).get(kind.name)
-    if read is None:
+    if kind.name not in _CODES.get(encoding, ()):
         return None
-    code, step, low = read(raw.reshape(-1, kind.size))
-    if kind.name == "MXFP4":  # a power of two that the records' fp16 may not have
-        with np.errstate(over="ignore"):
-            if not np.array_equal(step, step.astype(np.float16).astype(np.float32)):
-                return None
-    rows = shape[0]
-    return Codes(code.reshape(shape), step.reshape(rows, -1), low.reshape(rows, -1))
+    with np.errstate(all="ignore"):
+        return _codes(kind, raw, shape)
+
+
+def _codes(kind: BlockType, raw: Bytes, shape: tuple[int, int]) -> Codes | None:
+    c = coded(kind, raw, shape)
+    assert c is not None, kind.name
+    if kind.name == "MXFP4":  # powers of two that the records' fp16 may not have
+        if not np.array_equal(c.step_NG, c.step_NG.astype(np.float16).astype(np.float32)):
+            return None
+        levels = np.array(FORMS[c.form].levels, np.int8) + np.int8(16)
+        return _symmetric(levels.view(np.uint8)[c.code_NK], c.step_NG, 16, shape)
+    if c.low_NG is None:
+        return _symmetric(c.code_NK, c.step_NG, _OFFSETS[kind.name], shape)
+    return Codes(c.code_NK, _times(c.step_NG, c.block_NB), _times(c.low_NG, c.low_block_NB))
+
+
+def _symmetric(code: Bytes, step: Floats, offset: int, shape: tuple[int, int]) -> Codes:
+    low = step * np.float32(-offset)
+    return Codes(code.reshape(shape), step.reshape(shape[0], -1), low.reshape(shape[0], -1))
+
+
+def _times(whole_NG: NDArray[Any], block_NB: Floats | None) -> Floats:
+    if block_NB is None:
+        return whole_NG
+    return whole_NG.astype(np.float32) * np.repeat(block_NB, 8, axis=1)

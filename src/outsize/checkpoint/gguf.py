@@ -21,6 +21,7 @@ from outsize.checkpoint.checkpoint import Checkpoint, Tensor
 from outsize.checkpoint.file_names import PART, parts_of
 from outsize.checkpoint.ggml import TYPES, other_type
 from outsize.checkpoint.gguf_cursor import Cursor
+from outsize.checkpoint.gguf_factors import with_factors
 from outsize.checkpoint.tokenizer_settings import of_gguf
 from outsize.errors import CheckpointError, UnsupportedError
 
@@ -122,7 +123,7 @@ def _tensor(c: Cursor, info: Info, data: int) -> Tensor:
     if kind not in TYPES:
         raise UnsupportedError(
             f"{c.path.name}: tensor {name!r} has type {other_type(kind)}; outsize cannot read it: "
-            "use a file quantized as Q4_0, Q4_K_M, Q8_0 or the like"
+            "use a file quantized as Q4_K_M, Q8_0, IQ4_XS or the like"
         )
     block, count = TYPES[kind], math.prod(shape)
     if count == 0 or shape[-1] % block.length:
@@ -248,7 +249,7 @@ def load(path: Path) -> Checkpoint:
         format="gguf",
         architecture=architecture,
         config=head,
-        tensors=tensors,
+        tensors=with_factors(tensors),
         tokenizer=of_gguf(head),
         files=tuple(p.path for p in parts),
         licence=licence if isinstance(licence, str) else None,

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from outsize.encoding import group, int4, int8, plain
+from outsize.encoding import fp8, group, int4, int8, palette, plain
 from outsize.encoding.group import Group
 from outsize.encoding.int4 import Int4
+from outsize.encoding.palette import Palette
 from outsize.encoding.plain import Encoding
 from outsize.errors import PackError
 from outsize.kernels.backend import Backend
 from outsize.kernels.layouts import torch_reads_tiles
+from outsize.kernels.palettes import FORMS
 from outsize.kernels.plain import PLAIN
 
 ENCODINGS: dict[str, Encoding] = {
-    e.name: e for e in (*plain.ENCODINGS, *int8.ENCODINGS, *int4.ENCODINGS, *group.ENCODINGS)
+    e.name: e for module in (plain, fp8, int8, int4, group, palette) for e in module.ENCODINGS
 }
 NATIVE = frozenset(
-    n for n, e in ENCODINGS.items() if isinstance(e, Group | Int4)
+    n for n, e in ENCODINGS.items() if isinstance(e, Group | Int4 | Palette)
 )  # a compiled backend computes them
 
 
@@ -27,13 +29,29 @@ def encoding(name: str, backend: Backend = PLAIN) -> Encoding:
     if name not in ENCODINGS:
         raise PackError(f"encoding {name!r} is not known; known are {', '.join(ENCODINGS)}")
     found = ENCODINGS[name]
-    return replace(found, backend=backend) if isinstance(found, Group | Int4) else found
+    return replace(found, backend=backend) if isinstance(found, Group | Int4 | Palette) else found
 
 
-# By a checkpoint tensor's type. With our kernels; of other types of more bits, group8.
-GROUPED = {"Q4_0": "group4", "Q5_0": "group5", "MXFP4": "group5"}
+# The form that holds a checkpoint tensor's type, where its name is another.
+HELD = {
+    "IQ1_S": "iq1",
+    "IQ1_M": "iq1",
+    "IQ2_XS": "iq2",
+    "IQ2_S": "iq2",
+    "TQ1_0": "tq",
+    "TQ2_0": "tq",
+}
+# Quantized safetensors whose kind is named as the encoding that has its numbers.
+HELD_AS_THEY_ARE = ("fp8", "int8")
+# Without our kernels: types of few levels, and those of more bits.
 CODED = ("Q4_0", "Q4_1", "Q4_K", "Q2_K", "Q3_K")
-BYTES = ("Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0")
+BYTES = ("Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "group8")
+
+
+def form_of(source_type: str) -> str:
+    """The palette that keeps a type's numbers; "" for none."""
+    name = HELD.get(source_type, source_type.lower())
+    return name if name in FORMS else ""
 
 
 def encoding_for(source_type: str, width: int, wanted: str, grouped: bool) -> str:
@@ -41,10 +59,13 @@ def encoding_for(source_type: str, width: int, wanted: str, grouped: bool) -> st
     our kernels run here?"""
     if wanted != "auto":
         return wanted
-    fits = grouped and width % 64 == 0
-    tiles = grouped or torch_reads_tiles()
-    if source_type in CODED and tiles and not (fits and source_type in GROUPED):
+    form = form_of(source_type)
+    if grouped and form and width % 32 == 0:
+        return form
+    if source_type in HELD_AS_THEY_ARE:
+        return source_type
+    if grouped and source_type == "group8" and width % 64 == 0:
+        return "group8"
+    if source_type in CODED and torch_reads_tiles():
         return "int4"
-    if source_type not in (*BYTES, *CODED, *GROUPED):
-        return "bf16"
-    return GROUPED.get(source_type, "group8") if fits else "int8"
+    return "int8" if form or source_type in BYTES else "bf16"

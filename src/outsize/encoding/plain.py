@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 
 from outsize.errors import UnsupportedError
 from outsize.kernels.backend import Product
-from outsize.kernels.layouts import CodedMatrix
+from outsize.kernels.structs import Coded
 
 Fields = Mapping[str, Tensor]
 
@@ -69,7 +69,7 @@ class Encoding(Protocol):
         """(T, K) fp32: some rows of the matrix, decoded."""
         ...
 
-    def coded(self, fields: Fields) -> CodedMatrix | None:
+    def coded(self, fields: Fields) -> Coded | None:
         """For a backend that computes with its codes; None: torch does."""
         ...
 
@@ -118,7 +118,7 @@ class Plain:
     def rows(self, fields: Fields, ids_T: Tensor) -> Tensor:
         return fields["w"][ids_T].float()
 
-    def coded(self, fields: Fields) -> CodedMatrix | None:
+    def coded(self, fields: Fields) -> Coded | None:
         return None
 
 

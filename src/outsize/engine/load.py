@@ -213,7 +213,7 @@ def _drafting(
 
 
 def _warn_slow(made: Pack, native: Backend) -> None:
-    grouped = [name for name in made.encodings if name.startswith("group")]
+    grouped = [name for name in made.encodings if name in NATIVE and name != "int4"]
     if grouped and native is PLAIN:
         warn(
             f"{made.path.name} holds {', '.join(grouped)}, which without compiled kernels runs about "

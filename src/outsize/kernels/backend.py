@@ -16,10 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from outsize.kernels.layouts import CodedMatrix
 from outsize.kernels.norm import RMSNorm
 from outsize.kernels.rows import Rows
-from outsize.kernels.structs import Attention, ExpertMatrices, LowRankMatrix, address_if
+from outsize.kernels.structs import Attention, Coded, ExpertMatrices, LowRankMatrix, address_if
 
 Product = Callable[[Tensor, bool], Tensor]  # (x (T, K), is it wide?) -> (T, N) in the type of x
 Places = Sequence[tuple[int, int, float]]  # row, number among its choices, weight
@@ -69,7 +68,7 @@ class Backend(Protocol):
         """How many threads compute from now on, for the process."""
         ...
 
-    def product(self, matrix: CodedMatrix) -> Product:
+    def product(self, matrix: Coded) -> Product:
         """x -> x @ w.T. The matrix is checked here, once; valid while its tensors are where they are."""
         ...
 

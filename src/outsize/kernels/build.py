@@ -21,7 +21,9 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-NAMES = "rows.c", "attend.c", "groups.c", "tiles.c", "lowrank.c", "experts.c", "reads.c"
+NAMES = (
+    "rows.c", "attend.c", "groups.c", "tiles.c", "palettes.c", "lowrank.c", "experts.c", "reads.c",
+)  # fmt: skip
 SOURCES = tuple(Path(__file__).with_name("csrc") / n for n in NAMES)
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 NO_COMPILER = "no C compiler was found"

@@ -14,14 +14,24 @@ import torch
 from torch import Tensor
 
 from outsize.kernels.backend import AttentionSpec, Places, Product
-from outsize.kernels.layouts import TILES, CodedMatrix
+from outsize.kernels.layouts import TILES
 from outsize.kernels.norm import RMSNorm
-from outsize.kernels.plain import TILE_ROWS, Plain, tile_product, wide_linear
+from outsize.kernels.palettes import PaletteMatrix
+from outsize.kernels.plain import TILE_ROWS, Plain, palette_product, tile_product, wide_linear
 from outsize.kernels.rows import Rows
-from outsize.kernels.structs import ExpertMatrices, LowRankMatrix, NativeMatrix, Place, address
+from outsize.kernels.structs import (
+    Coded,
+    ExpertMatrices,
+    LowRankMatrix,
+    NativeMatrix,
+    NativePalette,
+    Place,
+    address,
+)
 
 SMALL = 256 << 10  # bytes of scratch that are kept for single tokens
 PASS = 48  # rows that a kernel multiplies at once, as in numbers.h
+PALETTE_ROWS = 48  # the same, of palettes
 GROUP_ROWS = 16  # beyond, with fast bf16, decoding every weight once and one matmul are faster
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # their numbers in rows.c
 BF16, FP32, COMPLEX = torch.bfloat16, torch.float32, torch.complex64
@@ -36,6 +46,8 @@ SIGNATURES: dict[str, list[Any]] = {
     "group_decode": [_P, _P],
     "tile_linear": [_P, _P, _P, _P, _L, _L, _L, _P],
     "tile_decode": [_P, _P, _P, _L, _L, _L, _L],
+    "palette_linear": [_P, _P, _P, _L, _P],
+    "palette_decode": [_P, _P, _L, _L],
     "lowrank_rows": [_P, _P, _P, _L, _P],
     "expert_rows": [_P, _P, _P, _L, _P, _P, _L, _L, _I, _P],
 }
@@ -70,6 +82,8 @@ class Native(Plain):
         self._gate, self._lowrank = found["gate_rows"], found["lowrank_rows"]
         self._group_linear, self._group_decode = found["group_linear"], found["group_decode"]
         self._tile_linear, self._tile_decode = found["tile_linear"], found["tile_decode"]
+        self._palette_linear = found["palette_linear"]
+        self._palette_decode = found["palette_decode"]
         self._expert_rows = found["expert_rows"]
         self._multiplies_bf16 = bool(lib.bf16_products())  # else in fp32, as fast as torch does
         self._kept, self._small = _empty(0), _empty(SMALL, dtype=torch.uint8)
@@ -77,7 +91,9 @@ class Native(Plain):
     def set_threads(self, count: int) -> None:
         self._set_threads(count)
 
-    def product(self, matrix: CodedMatrix) -> Product:
+    def product(self, matrix: Coded) -> Product:
+        if isinstance(matrix, PaletteMatrix):
+            return partial(self._palettes, NativePalette(matrix))
         run = self._tiles if matrix.bits == TILES else self._groups
         return partial(run, NativeMatrix(matrix))
 
@@ -119,6 +135,25 @@ class Native(Plain):
         """(n, K) bf16: some rows, in multiples of 64, decoded. Valid until the next call."""
         out = self._room(m.width, stop - start)
         self._tile_decode(m.codes, m.scale, out.data_ptr(), m.rows, m.width, start, stop - start)
+        return out.T
+
+    def _palettes(self, m: NativePalette, x_TK: Tensor, wide: bool) -> Tensor:
+        if x_TK.dtype is not BF16:
+            return palette_product(m.coded, x_TK, wide)
+        count = len(x_TK)
+        if wide and count > PALETTE_ROWS and self._multiplies_bf16:
+            return wide_linear(x_TK, m.rows, partial(self._some_palettes, m))
+        x_TK, out = x_TK.contiguous(), _empty(count, m.rows)
+        scratch = self._scratch(4 * min(count, PASS) * m.width)
+        self._palette_linear(
+            m.pointer, address(x_TK, BF16), out.data_ptr(), count, scratch.data_ptr()
+        )
+        return out
+
+    def _some_palettes(self, m: NativePalette, start: int, stop: int) -> Tensor:
+        """(n, K) bf16: some rows, in multiples of 16, decoded. Valid until the next call."""
+        out = self._room(m.width, stop - start)
+        self._palette_decode(m.pointer, out.data_ptr(), start, stop - start)
         return out.T
 
     def _scratch(self, size: int) -> Tensor:

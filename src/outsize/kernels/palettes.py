@@ -1,5 +1,5 @@
-"""How palettes lie in memory: codes of 2 to 6 bits, which point into a table of levels, in groups of inputs
-that share a step. csrc/palettes.c reads the same layout.
+"""How palettes lie in memory: codes of 2 to 6 bits, or 8, which point into a table of levels, in groups of
+inputs that share a step. csrc/palettes.c reads the same layout.
 
     w[n, k] = unit * step[n, k / group] * levels[code[n, k]]  (* outer[n])  (+ low[n, k / group])
 
@@ -7,19 +7,27 @@ A step is a float; or a whole number of 8 bits times a float that `BLOCK` inputs
 So a form holds exactly what a published block format holds: products of codes, steps and blocks are exact in
 fp32; multiplying by `outer` rounds, and adding the low, once each, as in the format's own definition.
 
-Tiles of 16 rows: for every 16 inputs, 32 lanes; lane 2r + i holds the codes of row r and inputs 2p + i,
-p = 0 to 7, the first in its lowest bits. 2 bits: lanes of 16 bits; 4: two times that (p < 4, and the rest);
-3, 5, 6: those, then the highest one (a byte a lane) or two bits (16 bits a lane) apart. Steps and lows of a
-tile's 16 rows lie side by side. Rows are padded to 16 with zeros.
+Tiles of 16 rows, each 16 inputs after the other: planes of 64 bytes, byte 4r + i of which is of row r and of
+inputs i, 4 + i, 8 + i and 12 + i (slots 0 to 3). A plane of 2 bits has all four slots, the first lowest; one
+of 4 bits two slots, so there are two; one of 8 bits a slot; one of 1 bit is 32 bytes: 64 bits for each slot.
+Codes of 2, 4 and 8 bits are such planes; of 3 and 5, these and then their highest bits; of 6, planes of 4 and
+one of the 2 highest. Codes of 8 bits are their levels, but for an offset. Steps and lows of a tile's 16 rows
+lie side by side. Rows are padded to 16 with zeros.
 
 Shapes: N rows, K inputs, J tiles of 16 rows, G groups, B blocks of 256 inputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
 
 TILE = 16  # rows that lie together, and inputs
+BITS = [1, 2, 4, 8, 16, 32, 64, 128]
 BLOCK = 256  # inputs whose steps share a float, where steps are whole numbers
 
 
@@ -38,7 +46,8 @@ class Form:
     8 bits, 2 ** bits of them (unused ones 0); none: each tile has its own, stored beside the codes. `step`,
     `low`: "fp16", "bf16" or "fp32" for a float a group; "int8": whole numbers and an fp16 for each 256
     inputs; `low` "" for none, or "zero": a whole number that is taken from the level, as in
-    w = step * (level - zero). `outer`: is there an fp32 for each row?"""
+    w = step * (level - zero). `outer`: is there an fp32 for each row? (With lows there is none, and the unit
+    is 1.)"""
 
     bits: int
     group: int
@@ -67,6 +76,7 @@ FORMS: dict[str, Form] = {
     "q5_1": Form(5, 32, _linear(5, 0), "fp16", "fp16"),
     "q5_k": Form(5, 32, _linear(5, 0), "int8", "int8"),
     "q6_k": Form(6, 16, _linear(6, 32), "int8"),
+    "q8_0": Form(8, 32, _linear(8, 128)),
     "tq": Form(2, 256, (-1, 0, 1, 2)),  # TQ1_0, TQ2_0
     "iq1": Form(3, 16, _IQ1, "int8", unit=1 / 8),  # IQ1_S, IQ1_M
     "iq2_xxs": Form(3, 32, _IQ2, "int8", unit=1 / 8),
@@ -82,3 +92,135 @@ FORMS: dict[str, Form] = {
     **{f"uint4-{g}": Form(4, g, _linear(4, 0), "fp16", "zero") for g in (32, 64, 128, 256)},
     **{f"uint4-{g}-bf16": Form(4, g, _linear(4, 0), "bf16", "zero") for g in (32, 64, 128, 256)},
 }
+
+DTYPES = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    "int8": torch.int8,
+}
+LOWS = {"fp16": torch.float16, "int8": torch.uint8, "zero": torch.uint8}
+
+
+@dataclass(frozen=True, slots=True)
+class PaletteMatrix:
+    """An encoded matrix (N, K), N a multiple of 16, in memory: `fields` by name, as specs() in
+    encoding/palette.py has them."""
+
+    form: Form
+    rows: int
+    width: int
+    fields: Mapping[str, Tensor]
+
+    def some(self, start: int, stop: int) -> PaletteMatrix:
+        """Some rows, in multiples of 16: views, no copy."""
+        tiles = slice(start // TILE, stop // TILE)
+        fields = {name: field[tiles] for name, field in self.fields.items()}
+        return PaletteMatrix(self.form, stop - start, self.width, fields)
+
+
+@cache
+def shared_levels(levels: tuple[int, ...]) -> Tensor:
+    return torch.tensor(levels, dtype=torch.int8, device="cpu")
+
+
+def offset_levels(form: Form, own: Tensor | None) -> tuple[Tensor | None, int]:
+    """Levels as bytes that are not negative, and what is too much in them; no levels where a code is one."""
+    if own is not None:
+        return (own.short() + 128).to(torch.uint8), 128
+    first = form.levels[0]
+    if form.levels == tuple(range(first, first + len(form.levels))):
+        return None, -first
+    offset = -min(form.levels)
+    return (shared_levels(form.levels).short() + offset).to(torch.uint8), offset
+
+
+def pack_codes(bits: int, code_NK: Tensor) -> Tensor:
+    """(N, K) codes -> (J, K / 16, 32 * bits) bytes."""
+    tiles = code_NK.view(-1, TILE, code_NK.shape[1] // TILE, 4, 4)  # (J, r, K / 16, slot, i)
+    slots = tiles.permute(3, 0, 2, 1, 4).flatten(3)  # (slot, J, K / 16, 64 bytes)
+    if bits == 8:
+        return torch.cat(list(slots), dim=2)
+    low, ones = (4 if bits >= 4 else 2), torch.tensor(BITS, dtype=torch.uint8, device="cpu")
+    if low == 4:
+        a, b, c, d = slots & 15
+        planes = [a | b << 4, c | d << 4]
+    else:
+        planes = [_two_bits(slots & 3)]
+    if bits in (3, 5):
+        high = (slots >> low).unflatten(3, (8, 8)) * ones
+        planes += list(high.sum(dim=4, dtype=torch.uint8))
+    elif bits == 6:
+        planes.append(_two_bits(slots >> low))
+    return torch.cat(planes, dim=2)
+
+
+def _two_bits(slots: Tensor) -> Tensor:
+    a, b, c, d = slots
+    packed: Tensor = a | b << 2 | c << 4 | d << 6
+    return packed
+
+
+def unpack_codes(bits: int, packed: Tensor) -> Tensor:
+    """(..., 32 * bits) bytes -> (..., 16 rows, 4 slots, 4) codes of 16 inputs."""
+    if bits == 8:
+        low, used = list(packed.split(64, dim=-1)), packed.shape[-1]
+    elif bits >= 4:
+        low, used = (
+            [packed[..., 64 * (j // 2) :][..., :64] >> 4 * (j % 2) & 15 for j in range(4)],
+            128,
+        )
+    else:
+        low, used = [packed[..., :64] >> 2 * j & 3 for j in range(4)], 64
+    rest, at = packed[..., used:], 4 if bits >= 4 else 2
+    if bits in (3, 5):
+        shifts = torch.arange(8, dtype=torch.uint8, device="cpu")
+        high = [(rest[..., 8 * j : 8 * j + 8, None] >> shifts & 1).flatten(-2) for j in range(4)]
+        low = [code | h << at for code, h in zip(low, high, strict=True)]
+    elif bits == 6:
+        low = [code | (rest >> 2 * j & 3) << at for j, code in enumerate(low)]
+    codes: Tensor = torch.stack(low, dim=-2).unflatten(-1, (TILE, 4)).transpose(-3, -2)
+    return codes
+
+
+def decode_tiles(form: Form, width: int, fields: Mapping[str, Tensor]) -> Tensor:
+    """(J * 16, K) fp32: every weight of the fields of J tiles."""
+    codes = unpack_codes(form.bits, fields["codes"])  # (J, K / 16, 16 rows, 4, 4)
+    code_JRK = codes.transpose(1, 2).reshape(len(codes), TILE, width)
+    scales = {n: f.float() for n, f in fields.items() if n not in ("codes", "levels", "outer")}
+    by_row = {n: f.transpose(1, 2) for n, f in scales.items()}  # (J, 16, G)
+    levels = fields.get("levels", shared_levels(form.levels)[None])
+    outer = fields.get("outer")
+    return weights(form, code_JRK, by_row, (levels, outer)).reshape(-1, width)
+
+
+def palette_numbers(m: PaletteMatrix) -> Tensor:
+    """(N, K) fp32."""
+    return decode_tiles(m.form, m.width, m.fields)
+
+
+def weights(
+    form: Form,
+    code_JRK: Tensor,
+    scales_JRG: Mapping[str, Tensor],
+    own: tuple[Tensor, Tensor | None],
+) -> Tensor:
+    """(J, R, K) fp32 of codes and scales; `own`: levels (J or 1, 2 ** bits), and outer (J, R) or none."""
+    levels, outer = own
+    num, rows, width = code_JRK.shape
+    table = levels.float().expand(num, -1)
+    found = table.gather(1, code_JRK.reshape(num, -1).long()).view(num, rows, -1, form.group)
+    step = _over_blocks(form, scales_JRG["step"], scales_JRG.get("block")) * form.unit
+    out = found * step[..., None]
+    if outer is not None:
+        out = out * outer[:, :, None, None]
+    if form.low:
+        low = _over_blocks(form, scales_JRG["low"], scales_JRG.get("low_block"))
+        out = out + (-step * low if form.low == "zero" else low)[..., None]
+    return out.view(num, rows, width)
+
+
+def _over_blocks(form: Form, small_JRG: Tensor, block_JRB: Tensor | None) -> Tensor:
+    if block_JRB is None:
+        return small_JRG
+    return small_JRG * block_JRB.repeat_interleave(BLOCK // form.group, dim=2)

@@ -15,8 +15,9 @@ from outsize.kernels import attention, layouts
 from outsize.kernels.backend import AttentionSpec, Backend, Places, Product
 from outsize.kernels.layouts import BLOCK, GROUP, TILES, CodedMatrix, decode_groups, decode_tiles
 from outsize.kernels.norm import RMSNorm
+from outsize.kernels.palettes import PaletteMatrix, palette_numbers
 from outsize.kernels.rows import Rows
-from outsize.kernels.structs import ExpertMatrices, LowRankMatrix
+from outsize.kernels.structs import Coded, ExpertMatrices, LowRankMatrix
 
 WIDE_BYTES = 8 << 20  # decoded at once: it stays in the cache until the matmul has read it
 TILE_ROWS = 48  # up to here an int4 kernel beats decoding every weight, even for one long span
@@ -37,7 +38,9 @@ class Plain:
     def set_threads(self, count: int) -> None:
         """torch keeps its own."""
 
-    def product(self, matrix: CodedMatrix) -> Product:
+    def product(self, matrix: Coded) -> Product:
+        if isinstance(matrix, PaletteMatrix):
+            return partial(palette_product, matrix)
         return partial(tile_product if matrix.bits == TILES else group_product, matrix)
 
     def norm(self, h_TD: Tensor, norm: RMSNorm) -> Tensor:
@@ -93,6 +96,11 @@ def tile_product(m: CodedMatrix, x_TK: Tensor, wide: bool) -> Tensor:
 def group_product(m: CodedMatrix, x_TK: Tensor, wide: bool) -> Tensor:
     """(T, N). torch has no kernel for groups: all of them are decoded."""
     return by_rows(x_TK, decode_groups(m.bits, m.codes, m.high, m.scale), wide)
+
+
+def palette_product(m: PaletteMatrix, x_TK: Tensor, wide: bool) -> Tensor:
+    """(T, N). torch has no kernel for palettes: all of them are decoded."""
+    return by_rows(x_TK, palette_numbers(m), wide)
 
 
 def wide_linear(x_TK: Tensor, num_rows: int, decode: Callable[[int, int], Tensor]) -> Tensor:

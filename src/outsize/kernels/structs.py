@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from outsize.kernels.layouts import TILES, CodedMatrix
+from outsize.kernels.palettes import PaletteMatrix, offset_levels
 
 CHUNK = 256  # entries of a cache that attention reads at once, as in attend.c
 _P, _L, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
@@ -39,7 +40,43 @@ def address_if(tensor: Tensor | None, dtype: torch.dtype) -> int | None:
 class _Matrix(ctypes.Structure):
     _fields_ = (
         ("bits", _L), ("rows", _L), ("width", _L), ("codes", _P), ("high", _P), ("scale", _P),
+        ("palette", _P),
     )  # fmt: skip
+
+
+class _Palette(ctypes.Structure):
+    _fields_ = (
+        ("group", _L), ("step_kind", _L), ("low_kind", _L), ("step", _P), ("block", _P), ("low", _P),
+        ("low_block", _P), ("outer", _P), ("levels", _P), ("stride", _L), ("offset", _L), ("unit", _F),
+    )  # fmt: skip
+
+
+# Their numbers in palettes.c.
+KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.int8: 3, torch.uint8: 4}
+ZERO = 5
+
+
+class NativePalette:
+    """A matrix in palettes as palettes.c wants it, checked; keeps its tensors alive."""
+
+    __slots__ = ("_levels", "_palette", "coded", "pointer", "rows", "struct", "width")
+
+    def __init__(self, coded: PaletteMatrix) -> None:
+        self.coded, self.rows, self.width = coded, coded.rows, coded.width
+        form, f = coded.form, coded.fields
+        step, low = f["step"], f.get("low")
+        low_kind = 0 if low is None else ZERO if form.low == "zero" else KINDS[low.dtype]
+        levels, offset = offset_levels(form, f.get("levels"))
+        self._levels, stride = levels, 0 if "levels" not in f else 1 << form.bits
+        self._palette = _Palette(
+            form.group, KINDS[step.dtype], low_kind, address(step, step.dtype),
+            address_if(f.get("block"), torch.float16), None if low is None else address(low, low.dtype),
+            address_if(f.get("low_block"), torch.float16), address_if(f.get("outer"), torch.float32),
+            address_if(levels, torch.uint8), stride, offset, form.unit,
+        )  # fmt: skip
+        codes, palette = address(f["codes"], torch.uint8), ctypes.addressof(self._palette)
+        self.struct = _Matrix(form.bits, self.rows, self.width, codes, None, None, palette)
+        self.pointer = ctypes.addressof(self.struct)
 
 
 class NativeMatrix:
@@ -53,8 +90,15 @@ class NativeMatrix:
         high = address_if(coded.high, torch.uint8)
         kind = torch.bfloat16 if coded.bits == TILES else torch.float16
         self.scale = address(coded.scale, kind)
-        self.struct = _Matrix(coded.bits, self.rows, self.width, self.codes, high, self.scale)
+        self.struct = _Matrix(coded.bits, self.rows, self.width, self.codes, high, self.scale, None)
         self.pointer = ctypes.addressof(self.struct)
+
+
+Coded = CodedMatrix | PaletteMatrix
+
+
+def native_matrix(coded: Coded) -> NativeMatrix | NativePalette:
+    return NativePalette(coded) if isinstance(coded, PaletteMatrix) else NativeMatrix(coded)
 
 
 class _Expert(ctypes.Structure):
@@ -72,10 +116,10 @@ class ExpertMatrices:
 
     __slots__ = ("_kept", "inner", "pointer", "struct", "width")
 
-    def __init__(self, gate_up: CodedMatrix, down: CodedMatrix) -> None:
-        self._kept = gate_up, down
+    def __init__(self, gate_up: Coded, down: Coded) -> None:
+        self._kept = native_matrix(gate_up), native_matrix(down)
         self.width, self.inner = gate_up.width, down.width
-        self.struct = _Expert(NativeMatrix(gate_up).struct, NativeMatrix(down).struct)
+        self.struct = _Expert(*[matrix.struct for matrix in self._kept])
         self.pointer = ctypes.addressof(self.struct)
 
 

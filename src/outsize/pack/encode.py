@@ -8,37 +8,80 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from outsize.checkpoint.checkpoint import read_codes, read_floats
-from outsize.checkpoint.ggml import Floats
+from outsize.checkpoint.checkpoint import read_coded, read_codes, read_floats
+from outsize.checkpoint.coded import Floats
 from outsize.encoding.find import encoding
+from outsize.encoding.fp8 import Fp8
 from outsize.encoding.group import Group
 from outsize.encoding.int4 import Int4
+from outsize.encoding.int8 import Int8
+from outsize.encoding.palette import Palette
+from outsize.kernels.palettes import FORMS
 from outsize.pack.tensors import Part, Piece
 
 
 def encode(piece: Piece, num_rows: int) -> dict[str, Tensor]:
     """The fields of a piece, padded to `num_rows` rows (the last block of a row table). Codes are
     kept where the source type has the encoding's codes."""
-    if piece.encoding in ("int4", "group4", "group5", "group8"):
-        found = [read_codes(part.tensor, piece.encoding) for part in piece.parts]
-        codes = [c for c in found if c is not None]
-        if len(codes) == len(piece.parts):
-            code, step, low = (
-                _stack(
-                    [
-                        getattr(c, k)[p.first :: p.step]
-                        for c, p in zip(codes, piece.parts, strict=True)
-                    ],
-                    piece.parts,
-                    num_rows,
-                )
-                for k in ("code_NK", "step_NG", "low_NG")
-            )
-            if piece.encoding == "int4":
-                return Int4().from_codes(code, step, low)
-            return Group(int(piece.encoding[-1])).from_codes(code, step)
+    kept = _kept_palette(piece, num_rows) if piece.encoding in FORMS else _kept(piece, num_rows)
+    if kept is not None:
+        return kept
     floats = [_shifted(p).reshape(-1, piece.width) for p in piece.parts]
     return encoding(piece.encoding).encode(_stack(floats, piece.parts, num_rows))
+
+
+def _kept(piece: Piece, num_rows: int) -> dict[str, Tensor] | None:
+    """In bytes, int4 or a group, from codes that the source has."""
+    if piece.encoding not in ("int4", "int8", "fp8", "group4", "group5", "group8"):
+        return None
+    found = [read_codes(part.tensor, piece.encoding) for part in piece.parts]
+    codes = [c for c in found if c is not None]
+    if len(codes) < len(piece.parts):
+        return None
+    code, step, low = (
+        _stack(
+            [getattr(c, k)[p.first :: p.step] for c, p in zip(codes, piece.parts, strict=True)],
+            piece.parts,
+            num_rows,
+        )
+        for k in ("code_NK", "step_NG", "low_NG")
+    )
+    if piece.encoding == "int4":
+        return Int4().from_codes(code, step, low)
+    if piece.encoding == "int8":
+        return Int8().from_codes(code.view(torch.int8), step)
+    if piece.encoding == "fp8":
+        return Fp8().from_codes(code, step)
+    return Group(int(piece.encoding[-1])).from_codes(code, step)
+
+
+# A palette's field, and what a matrix as its file codes it calls that.
+SCALES = {
+    "step": "step_NG", "block": "block_NB", "low": "low_NG", "low_block": "low_block_NB",
+    "outer": "outer_N",
+}  # fmt: skip
+
+
+def _kept_palette(piece: Piece, num_rows: int) -> dict[str, Tensor] | None:
+    """In a form that the source's types have."""
+    if any(part.shift or part.transposed for part in piece.parts):
+        return None
+    found = [read_coded(part.tensor) for part in piece.parts]
+    coded = [c for c in found if c is not None and c.form == piece.encoding]
+    if len(coded) < len(piece.parts):
+        return None
+
+    def stacked(name: str) -> Tensor:
+        arrays = [
+            getattr(c, name)[p.first :: p.step] for c, p in zip(coded, piece.parts, strict=True)
+        ]
+        return _stack([a.reshape(len(a), -1) for a in arrays], piece.parts, num_rows)
+
+    used = [name for name, own in SCALES.items() if getattr(coded[0], own) is not None]
+    scales = {name: stacked(SCALES[name]) for name in used}
+    if "outer" in scales:
+        scales["outer"] = scales["outer"].flatten()
+    return Palette(piece.encoding, FORMS[piece.encoding]).from_codes(stacked("code_NK"), scales)
 
 
 def _shifted(part: Part) -> Floats:

@@ -137,5 +137,8 @@ def _unstack(stack: Tensor, index: int) -> Tensor:
     """One of the equal tensors that a stacked one is made of."""
     size = stack.size // stack.shape[0]
     name, offset = f"{stack.name}[{index}]", stack.offset + index * size
-    scales = None if stack.scales is None else _unstack(stack.scales, index)
-    return Tensor(name, stack.kind, stack.shape[1:], stack.path, offset, size, scales)
+    scales, factor = (
+        None if of is None else _unstack(of, index) for of in (stack.scales, stack.factor)
+    )
+    shape = stack.shape[1:]
+    return Tensor(name, stack.kind, shape, stack.path, offset, size, scales, factor)

@@ -32,7 +32,7 @@ from outsize.pack import store
 from outsize.pack.encode import encode
 from outsize.pack.folders import rename, safe, sync
 from outsize.pack.format import HEADER, TOKENIZER, Pack, read_header, write_header
-from outsize.pack.layout import fault, lossy_tensors, plan
+from outsize.pack.layout import fault, lossy_tensors, plan, refuse_biases, rounded_tensors
 from outsize.pack.lock import locked
 from outsize.pack.source import Source, file_stats, identity, layout_hash
 from outsize.pack.tables import Matrix, TableHeader
@@ -72,6 +72,8 @@ def write(
             f"{len(lossy)} tensors (the first is {lossy[0]}) are Q2_K or Q3_K and are re-encoded "
             "as int4, which changes their numbers a little; a Q4_K_M file is kept exactly"
         )
+    _warn_of_rounding(tables, warn)
+    refuse_biases(checkpoint, tables)
     source = _source(checkpoint, how, tables, home, progress)
     stem = checkpoint.files[0].stem if checkpoint.format == "gguf" else Path(how.spec).name
     name = f"{safe(stem)}-{source.identity[:12]}-{how.wanted}"
@@ -99,6 +101,15 @@ def write(
         with suppress(SourceError):  # another process was first
             store.remove(home, twin.path.name)
     return made
+
+
+def _warn_of_rounding(tables: Sequence[TablePlan], warn: Callable[[str], None]) -> None:
+    if rounded := rounded_tensors(tables):
+        name, kind, encoding = rounded[0]
+        warn(
+            f"{len(rounded)} quantized tensors are not kept exactly (the first, {name}, is {kind} and is "
+            f"packed as {encoding}), which changes their numbers a little; --encoding fp32 keeps them"
+        )
 
 
 def _check_plan(d: Description, tables: Sequence[TablePlan]) -> None:

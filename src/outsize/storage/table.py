@@ -19,7 +19,7 @@ from outsize.encoding.find import encoding
 from outsize.encoding.plain import Encoding, Fields
 from outsize.errors import OptionError, PackError, ReadError
 from outsize.kernels.backend import Backend
-from outsize.kernels.layouts import CodedMatrix
+from outsize.kernels.structs import Coded
 from outsize.pack.format import damaged
 from outsize.pack.tables import Matrix, TableHeader, field_bytes
 from outsize.storage.file import PAGE, File
@@ -41,7 +41,7 @@ class Weight:
     def is_padded(self) -> bool:
         return self.encoding.stored_rows(self.fields) != self.num_rows
 
-    def coded(self) -> CodedMatrix | None:
+    def coded(self) -> Coded | None:
         """What kernels that run several matrices at once take; None if this one is not for them."""
         return None if self.is_padded else self.encoding.coded(self.fields)
 

@@ -117,7 +117,7 @@ static Input input_at(char *scratch, long first, long rows, long width) {
 
 static void take(const Matrix *m, const float *x, long row, long rows, Input out) {
     for (long g = 0; g < m->width / GROUP; g++)
-        out.scale[g * rows + row] = integers32(x + g * GROUP, out.x + (g * rows + row) * GROUP);
+        out.scale[g * rows + row] = integers32(x + g * GROUP, WHOLE, out.x + (g * rows + row) * GROUP);
 }
 
 typedef uint8_t u32 __attribute__((vector_size(32)));
@@ -363,13 +363,6 @@ void group_linear(const Matrix *m, const void *x, void *y, long count, int wide,
 
 
 #ifdef __AVX512VNNI__
-/* As `down`, of 16 numbers. */
-static inline void store_bf16(bf16 *out, __m512 x) {
-    __m512i i = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(i, 16), _mm512_set1_epi32(1));
-    i = _mm512_add_epi32(_mm512_add_epi32(i, _mm512_set1_epi32(0x7FFF)), odd);
-    _mm256_storeu_si256((void *)out, _mm512_cvtepi32_epi16(_mm512_srli_epi32(i, 16)));
-}
-
 static inline __attribute__((always_inline)) void
 decode_row(const Matrix *m, long bits, long n, bf16 *out) {
     const half *scale = (const half *)m->scale + n * (m->width / GROUP);

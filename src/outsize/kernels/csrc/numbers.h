@@ -4,6 +4,8 @@
 #include <string.h>
 #ifdef __x86_64__
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 #ifdef _OPENMP
 #include <omp.h>
@@ -25,11 +27,12 @@ static inline int threads_for(long work) {
 }
 
 typedef struct {
-    long bits;            /* groups of 4, 5 or 8 bits (groups.c); 0: int4 tiles (tiles.c) */
+    long bits;            /* groups of 4, 5 or 8 bits (groups.c); 0: int4 tiles (tiles.c); of a palette's codes */
     long rows, width;     /* outputs, inputs */
     const uint8_t *codes; /* 4, 5: (rows, width / 2), low nibbles group A, high ones group B; 8: bytes */
     const uint8_t *high;  /* 5: (rows, width / 8), the fifth bits; else null */
     const void *scale;    /* groups: (rows, width / 32) fp16; tiles: (width / 32, rows, 2) bf16 */
+    const struct Palette *palette; /* of codes into a table (palettes.c); else null */
 } Matrix;
 
 static inline float up(bf16 x) {
@@ -41,6 +44,15 @@ static inline bf16 down(float x) { /* to nearest, ties to even */
     union { float f; uint32_t i; } u = {x};
     return (bf16)((u.i + 0x7FFF + ((u.i >> 16) & 1)) >> 16);
 }
+
+#ifdef __AVX512F__
+/* As `down`, of 16 numbers. */
+static inline void store_bf16(bf16 *out, __m512 x) {
+    __m512i i = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(i, 16), _mm512_set1_epi32(1));
+    i = _mm512_add_epi32(_mm512_add_epi32(i, _mm512_set1_epi32(0x7FFF)), odd);
+    _mm256_storeu_si256((void *)out, _mm512_cvtepi32_epi16(_mm512_srli_epi32(i, 16)));
+}
+#endif
 
 /* Eight floats: one register of AVX2, two of NEON. What processors without products of bf16 compute with. */
 typedef float v8 __attribute__((vector_size(32)));
@@ -97,9 +109,12 @@ static inline v8i dot16(v16 a, v16 b) {
 #endif
 }
 
-/* A group of 32 inputs as integers, to 2^-15 of the largest, and so bf16 ones down to 2^-7 of it exactly. Returns
- * what one is worth, a power of two; not a number, or infinite, where an input is. */
-static inline float integers32(const float *x, int16_t *out) {
+enum { WHOLE = 16384, IN_BYTES = 8192 }; /* with IN_BYTES, high bytes fit, too */
+
+/* A group of 32 inputs as integers. The largest becomes `most` to twice that, a power of two: with 16384 all are right to
+ * 2^-15 of it, and bf16 ones down to 2^-7 of it exactly. Returns what one is worth, a power of two; not a number, or
+ * infinite, where an input is. */
+static inline float integers32(const float *x, float most, int16_t *out) {
     union { uint32_t i; float f; } top = {0}, one;
     for (long i = 0; i < 32; i++) {
         memcpy(&one, x + i, sizeof one);
@@ -107,13 +122,13 @@ static inline float integers32(const float *x, int16_t *out) {
         top.i = one.i > top.i ? one.i : top.i;
     }
     top.i &= 0x7F800000;
-    float inverse = top.f > 1e-30f ? 16384.0f / top.f : 0;
+    float inverse = top.f > 1e-30f ? most / top.f : 0;
     for (long i = 0; i < 32; i++) {
         float v = x[i] * inverse;
         one.f = (v > 32767.0f ? 32767.0f : v) + 12582912.0f; /* 1.5 * 2^23: rounds, the integer its low bits */
         out[i] = (int16_t)one.i;
     }
-    return top.f / 16384.0f;
+    return top.f / most;
 }
 
 static inline v8 floats8(v8i x) { return __builtin_convertvector(x, v8); }

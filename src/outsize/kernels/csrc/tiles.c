@@ -208,7 +208,7 @@ void tile_linear(const uint8_t *packed, const bf16 *scales, const bf16 *x, bf16 
                 float taken[GROUP];
                 for (long i = 0; i < GROUP; i++) taken[i] = up(x[g * GROUP + i]);
                 scratch[g] = sum_of(x + g * GROUP);
-                scale[g] = integers32(taken, integers + g * GROUP);
+                scale[g] = integers32(taken, WHOLE, integers + g * GROUP);
             }
 #pragma omp for schedule(static)
             for (long b = 0; b < rows / BLOCK; b++)

@@ -1,0 +1,489 @@
+/* Products with palettes: w = unit * step * level (* outer) (+ low), as kernels/palettes.py lays them out.
+ *
+ * Inputs are taken as integers of 16 bits, one scale for each 32 of them. Levels are bytes, of which `offset` is taken
+ * later, so that none is negative. A chunk's sum of products is an exact integer (of a chunk: 32 inputs, or 16 where
+ * groups are as small); it meets the step of its group and the inputs' scale in fp32, in a fixed order. Lanes are rows
+ * of the matrix, so nothing is summed across lanes, and a step is loaded for sixteen rows at once. What is done for a
+ * row of x does not depend on how many others there are, so neither do its bits.
+ */
+#include "numbers.h"
+
+typedef _Float16 half;
+enum { TILE = 16, BLOCK = 256, TAKEN = 32, FP16 = 0, HALF_FLOAT = 1, FP32 = 2, INT8 = 3, UINT8 = 4, ZERO = 5 };
+
+/* Of steps and lows: (tiles, groups, 16); of blocks: (tiles, width / 256, 16), fp16. */
+struct Palette {
+    long group;
+    long step_kind, low_kind;
+    const void *step;
+    const half *block; /* where steps are whole numbers */
+    const void *low;   /* or null; ZERO: UINT8, less than the level in steps */
+    const half *low_block;
+    const float *outer;    /* (tiles, 16), or null */
+    const uint8_t *levels; /* (1 << bits) less `offset`, for every tile, or `stride` apart; null: codes are levels */
+    long stride, offset;
+    float unit;
+};
+
+static inline long groups_of(const Matrix *m) { return m->width / m->palette->group; }
+static inline long chunk_of(const Matrix *m) { return m->palette->group < TAKEN ? TILE : TAKEN; }
+
+/* Groups whose steps share a float. */
+static inline long run_of(const Matrix *m) {
+    return m->palette->block ? BLOCK / m->palette->group : groups_of(m);
+}
+
+/* A row of x: high and low bytes of its integers where there are products of bytes, else the integers; of each chunk
+ * what the offset brings, and the sum of its inputs; of each 32 inputs what an integer is worth. */
+typedef struct {
+    int8_t *high, *low;
+    int16_t *whole;
+    int32_t *start;
+    float *sum, *scale;
+} Row;
+
+enum { ROW_BYTES = 4 }; /* for each input of a row, at most: two of them integers */
+
+static inline Row row_at(char *scratch, long row, const Matrix *m) {
+    const long K = m->width, chunks = K / chunk_of(m);
+    char *p = scratch + row * K * ROW_BYTES;
+    Row x = {(int8_t *)p, (int8_t *)p + K, (int16_t *)p, (int32_t *)(p + 2 * K), (float *)(p + 2 * K) + chunks,
+             (float *)(p + 2 * K) + 2 * chunks};
+    return x;
+}
+
+/* 32 inputs of a row, from k on. */
+static void take(const Matrix *m, const bf16 *x, long k, Row row) {
+    const long chunk = chunk_of(m);
+    float taken[TAKEN];
+    int16_t whole[TAKEN];
+    for (long i = 0; i < TAKEN; i++) taken[i] = up(x[k + i]);
+#ifdef __AVX512VNNI__
+    const float scale = integers32(taken, IN_BYTES, whole);
+#else
+    const float scale = integers32(taken, WHOLE, whole);
+#endif
+    row.scale[k / TAKEN] = scale;
+    for (long c = 0; c < TAKEN; c += chunk) {
+        int32_t sum = 0;
+        for (long i = c; i < c + chunk; i++) sum += whole[i];
+        row.start[(k + c) / chunk] = -(int32_t)m->palette->offset * sum;
+        row.sum[(k + c) / chunk] = (float)sum * scale;
+    }
+#ifdef __AVX512VNNI__
+    for (long i = 0; i < TAKEN; i++) {
+        const int32_t high = (whole[i] + 128) >> 8;
+        row.high[k + i] = (int8_t)high;
+        row.low[k + i] = (int8_t)(whole[i] - 256 * high);
+    }
+#else
+    memcpy(row.whole + k, whole, sizeof whole);
+#endif
+}
+
+#ifdef __AVX512VNNI__
+enum { MAX_ROWS = 8 };
+
+static inline __m512 floats16(const void *p, long kind, long at) {
+    switch (kind) {
+    case FP16: return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)((const half *)p + at)));
+    case HALF_FLOAT:
+        return _mm512_castsi512_ps(
+            _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)((const bf16 *)p + at))), 16));
+    case FP32: return _mm512_loadu_ps((const float *)p + at);
+    case INT8: return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)((const int8_t *)p + at))));
+    default: return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)((const uint8_t *)p + at))));
+    }
+}
+
+static inline void floats_of(const void *p, long kind, long at, float *out) {
+    _mm512_storeu_ps(out, floats16(p, kind, at));
+}
+
+/* Sixteen levels a register, in each of its quarters. */
+typedef struct {
+    __m512i quarters[4];
+} Table;
+
+static inline __attribute__((always_inline)) Table table_of(const Matrix *m, const long bits, long tile) {
+    Table t = {{_mm512_setzero_si512()}};
+    const uint8_t *levels = m->palette->levels;
+    for (long i = 0; i < (bits > 4 ? 1 << (bits - 4) : 1) && levels; i++) {
+        __m128i some = _mm_setzero_si128();
+        const uint8_t *p = levels + tile * m->palette->stride + 16 * i;
+        if (bits >= 4) some = _mm_loadu_si128((const void *)p);
+        else memcpy(&some, p, bits == 3 ? 8 : 4);
+        t.quarters[i] = _mm512_broadcast_i32x4(some);
+    }
+    return t;
+}
+
+/* The levels of inputs 4j to 4j + 3 of 16 that lie at p: of row r in bytes 4r to 4r + 3. */
+static inline __attribute__((always_inline)) __m512i
+levels_at(const uint8_t *p, const long bits, const long j, const int coded, const Table *table) {
+    const __m512i fifteen = _mm512_set1_epi8(15), three = _mm512_set1_epi8(3);
+    __m512i code;
+    if (bits == 8) return _mm512_loadu_si512(p + 64 * j);
+    if (bits < 4) {
+        code = _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(p), 2 * j), three);
+    } else {
+        code = _mm512_loadu_si512(p + j / 2 * 64);
+        code = _mm512_and_si512(j & 1 ? _mm512_srli_epi16(code, 4) : code, fifteen);
+    }
+    if (bits == 3 || bits == 5) {
+        uint64_t high;
+        memcpy(&high, p + (bits == 3 ? 64 : 128) + 8 * j, 8);
+        code = _mm512_mask_add_epi8(code, high, code, _mm512_set1_epi8(bits == 3 ? 4 : 16));
+    }
+    if (bits == 6) {
+        __m512i two = _mm512_loadu_si512(p + 128);
+        two = j < 2 ? _mm512_slli_epi16(two, 4 - 2 * j) : _mm512_srli_epi16(two, 2 * j - 4);
+        code = _mm512_or_si512(code, _mm512_and_si512(two, _mm512_set1_epi8(48)));
+    }
+    if (!coded) return code;
+    __m512i out = _mm512_shuffle_epi8(table->quarters[0], code);
+    for (long i = 1; bits > 4 && i < 1 << (bits - 4); i++) {
+        const __m512i own = _mm512_and_si512(code, _mm512_set1_epi8(48));
+        out = _mm512_mask_shuffle_epi8(out, _mm512_cmpeq_epi8_mask(own, _mm512_set1_epi8((char)(16 * i))),
+                                       table->quarters[i], code);
+    }
+    return out;
+}
+
+/* One tile's products with `count` rows of x, the first of which is number `row`. */
+static inline __attribute__((always_inline)) void
+tile_rows(const Matrix *m, const long bits, const int coded, long tile, char *scratch, long row, const long count,
+          bf16 *y) {
+    const struct Palette *pal = m->palette;
+    const long width = m->width, group = pal->group, groups = groups_of(m), run = run_of(m), chunk = chunk_of(m);
+    const uint8_t *p = m->codes + tile * 2 * bits * width;
+    const Table table = table_of(m, bits, tile);
+    const __m512 one = _mm512_set1_ps(1);
+    Row x[MAX_ROWS];
+    __m512 total[MAX_ROWS], part[MAX_ROWS], low[MAX_ROWS];
+    for (long t = 0; t < count; t++) {
+        x[t] = row_at(scratch, row + t, m);
+        total[t] = _mm512_setzero_ps();
+    }
+    for (long first = 0; first < groups; first += run) {
+        for (long t = 0; t < count; t++) part[t] = low[t] = _mm512_setzero_ps();
+        for (long k = first * group; k < (first + run) * group; k += chunk) {
+            __m512i high[MAX_ROWS], sum[MAX_ROWS];
+            for (long t = 0; t < count; t++) {
+                high[t] = _mm512_setzero_si512();
+                sum[t] = _mm512_set1_epi32(x[t].start[k / chunk]);
+            }
+            for (long at = k; at < k + chunk; at += TILE, p += 32 * bits) {
+                for (long i = 0; i < 32 * bits; i += 64) _mm_prefetch((const char *)(p + 1536 + i), _MM_HINT_T0);
+#pragma GCC unroll 4
+                for (long j = 0; j < 4; j++) {
+                    const __m512i w = levels_at(p, bits, j, coded, &table);
+                    for (long t = 0; t < count; t++) {
+                        int32_t four[2];
+                        memcpy(four, x[t].high + at + 4 * j, 4);
+                        memcpy(four + 1, x[t].low + at + 4 * j, 4);
+                        high[t] = _mm512_dpbusd_epi32(high[t], w, _mm512_set1_epi32(four[0]));
+                        sum[t] = _mm512_dpbusd_epi32(sum[t], w, _mm512_set1_epi32(four[1]));
+                    }
+                }
+            }
+            const long at = (tile * groups + k / group) * TILE;
+            const __m512 step = floats16(pal->step, pal->step_kind, at);
+            for (long t = 0; t < count; t++) {
+                const __m512 v = _mm512_cvtepi32_ps(_mm512_add_epi32(sum[t], _mm512_slli_epi32(high[t], 8)));
+                part[t] = _mm512_fmadd_ps(v, _mm512_mul_ps(step, _mm512_set1_ps(x[t].scale[k / TAKEN])), part[t]);
+            }
+            if (!pal->low) continue;
+            __m512 lows = floats16(pal->low, pal->low_kind, at);
+            if (pal->low_kind == ZERO) lows = _mm512_fnmadd_ps(lows, step, _mm512_setzero_ps());
+            for (long t = 0; t < count; t++)
+                low[t] = _mm512_fmadd_ps(lows, _mm512_set1_ps(x[t].sum[k / chunk]), low[t]);
+        }
+        const long at = (tile * (groups / run) + first / run) * TILE;
+        const __m512 block = pal->block ? floats16(pal->block, FP16, at) : one;
+        for (long t = 0; t < count; t++) total[t] = _mm512_fmadd_ps(part[t], block, total[t]);
+        if (!pal->low) continue;
+        const __m512 low_block = pal->low_block ? floats16(pal->low_block, FP16, at) : one;
+        for (long t = 0; t < count; t++) total[t] = _mm512_fmadd_ps(low[t], low_block, total[t]);
+    }
+    __m512 all = _mm512_set1_ps(pal->unit);
+    if (pal->outer) all = _mm512_mul_ps(all, floats16(pal->outer, FP32, tile * TILE));
+    for (long t = 0; t < count; t++) store_bf16(y + t * m->rows, _mm512_mul_ps(total[t], all));
+}
+
+/* One group of a tile, from input k on, as numbers: input after input, `stride` apart, sixteen rows each. */
+static inline __attribute__((always_inline)) void
+decode_group(const Matrix *m, const long bits, const int coded, long tile, const uint8_t *p, const float *step,
+             const float *low, bf16 *out, long stride) {
+    const Table table = table_of(m, bits, tile);
+    const __m512 s = _mm512_loadu_ps(step), l = _mm512_loadu_ps(low);
+    const __m512i offset = _mm512_set1_epi32((int)m->palette->offset), byte = _mm512_set1_epi32(255);
+    for (long k = 0; k < m->palette->group; k += TILE, p += 32 * bits)
+#pragma GCC unroll 4
+        for (long j = 0; j < 4; j++) {
+            const __m512i w = levels_at(p, bits, j, coded, &table);
+            for (long i = 0; i < 4; i++, out += stride) {
+                const __m512i level = _mm512_and_si512(_mm512_srlv_epi32(w, _mm512_set1_epi32(8 * (int)i)), byte);
+                store_bf16(out, _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(level, offset)), s, l));
+            }
+        }
+}
+#else
+enum { MAX_ROWS = 4 };
+typedef uint8_t u32 __attribute__((vector_size(32)));
+
+static void floats_of(const void *p, long kind, long at, float *out) {
+    for (long r = 0; r < TILE; r++)
+        switch (kind) {
+        case FP16: out[r] = (float)((const half *)p)[at + r]; break;
+        case HALF_FLOAT: out[r] = up(((const bf16 *)p)[at + r]); break;
+        case FP32: out[r] = ((const float *)p)[at + r]; break;
+        case INT8: out[r] = ((const int8_t *)p)[at + r]; break;
+        default: out[r] = ((const uint8_t *)p)[at + r];
+        }
+}
+
+/* Each byte's entry of a table of 16, or 0 from 128 on. */
+static inline u32 look_up16(const uint8_t *table, u32 code) {
+#ifdef __AVX2__
+    return (u32)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)table)), (__m256i)code);
+#elif defined(__ARM_NEON)
+    uint8x16_t some = vld1q_u8(table), halves[2];
+    memcpy(halves, &code, sizeof halves);
+    for (long i = 0; i < 2; i++) halves[i] = vqtbl1q_u8(some, halves[i]);
+    memcpy(&code, halves, sizeof halves);
+    return code;
+#else
+    u32 out;
+    for (long i = 0; i < 32; i++) out[i] = code[i] < 128 ? table[code[i] & 15] : 0;
+    return out;
+#endif
+}
+
+/* Which bits of the 32 at p are set, as `value`. */
+static inline u32 bits32(const uint8_t *p, uint8_t value) {
+    u32 out, one;
+    for (long i = 0; i < 32; i++) one[i] = (uint8_t)(1 << (i & 7));
+#ifdef __AVX2__
+    int32_t bits;
+    memcpy(&bits, p, 4);
+    const __m256i spread = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
+    out = (u32)_mm256_shuffle_epi8(_mm256_set1_epi32(bits), spread);
+#else
+    for (long i = 0; i < 32; i++) out[i] = p[i / 8];
+#endif
+    return (u32)((out & one) == one) & value;
+}
+
+static inline u32 load32(const uint8_t *p) {
+    u32 out;
+    memcpy(&out, p, sizeof out);
+    return out;
+}
+
+/* The levels of inputs 4j to 4j + 3 of 16 that lie at p, of rows 8 * eight and the seven after: four bytes a row. */
+static inline __attribute__((always_inline)) u32
+levels_at(const uint8_t *p, const long bits, const long j, const long eight, const uint8_t *table) {
+    u32 code;
+    if (bits == 8) return load32(p + 64 * j + 32 * eight);
+    if (bits < 4) code = load32(p + 32 * eight) >> 2 * j & 3;
+    else code = load32(p + j / 2 * 64 + 32 * eight) >> 4 * (j & 1) & 15;
+    if (bits == 3) code |= bits32(p + 64 + 8 * j + 4 * eight, 4);
+    if (bits == 5) code |= bits32(p + 128 + 8 * j + 4 * eight, 16);
+    if (bits == 6) code |= (load32(p + 128 + 32 * eight) >> 2 * j & 3) << 4;
+    if (!table) return code;
+    u32 out = look_up16(table, code & 15);
+    for (long i = 1; bits > 4 && i < 1 << (bits - 4); i++) {
+        const u32 own = (u32)(code >> 4 == (uint8_t)i);
+        out = (out & ~own) | (look_up16(table + 16 * i, code & 15) & own);
+    }
+    return out;
+}
+
+/* Of each four bytes the first two or the last two, as integers of 16 bits. */
+static inline v16 widened(u32 bytes, const long last) {
+#ifdef __AVX2__
+    const __m128i pairs = last ? _mm_set_epi8(-1, 15, -1, 14, -1, 11, -1, 10, -1, 7, -1, 6, -1, 3, -1, 2)
+                               : _mm_set_epi8(-1, 13, -1, 12, -1, 9, -1, 8, -1, 5, -1, 4, -1, 1, -1, 0);
+    return (v16)_mm256_shuffle_epi8((__m256i)bytes, _mm256_broadcastsi128_si256(pairs));
+#else
+    v16 out;
+    for (long i = 0; i < 16; i++) out[i] = bytes[i / 2 * 4 + 2 * last + i % 2];
+    return out;
+#endif
+}
+
+/* Adds what a chunk of inputs, from k on, brings the tile's sixteen rows. */
+static inline __attribute__((always_inline)) void
+add_chunk(const Matrix *m, const long bits, const uint8_t *p, const uint8_t *table, const Row *x, long k,
+          const float *step, const long count, float (*part)[TILE]) {
+    const long chunk = chunk_of(m);
+    v8i acc[MAX_ROWS][2];
+    for (long t = 0; t < count; t++) acc[t][0] = acc[t][1] = (v8i){0} + x[t].start[k / chunk];
+    for (long at = k; at < k + chunk; at += TILE, p += 32 * bits)
+        for (long j = 0; j < 4; j++)
+            for (long q = 0; q < 2; q++) {
+                const u32 bytes = levels_at(p, bits, j, q, table);
+                const v16 w[2] = {widened(bytes, 0), widened(bytes, 1)};
+                for (long t = 0; t < count; t++)
+                    for (long i = 0; i < 2; i++) {
+                        int32_t two;
+                        memcpy(&two, x[t].whole + at + 4 * j + 2 * i, sizeof two);
+                        acc[t][q] += dot16(w[i], (v16)((v8i){0} + two));
+                    }
+            }
+    for (long t = 0; t < count; t++)
+        for (long q = 0; q < 2; q++) {
+            float *out = part[t] + 8 * q;
+            v8 sum = load8(out) + floats8(acc[t][q]) * (load8(step + 8 * q) * x[t].scale[k / TAKEN]);
+            memcpy(out, &sum, sizeof sum);
+        }
+}
+
+/* A tile's levels, with room for sixteen; null where codes are levels. */
+static inline const uint8_t *table_of(const Matrix *m, const long bits, long tile, uint8_t *room) {
+    if (!m->palette->levels) return 0;
+    memcpy(room, m->palette->levels + tile * m->palette->stride, (size_t)1 << bits);
+    return room;
+}
+
+static inline __attribute__((always_inline)) void
+tile_rows(const Matrix *m, const long bits, const int coded, long tile, char *scratch, long row, const long count,
+          bf16 *y) {
+    const struct Palette *pal = m->palette;
+    const long group = pal->group, groups = groups_of(m), run = run_of(m), chunk = chunk_of(m);
+    const uint8_t *p = m->codes + tile * 2 * bits * m->width;
+    uint8_t room[64] = {0};
+    const uint8_t *table = coded ? table_of(m, bits, tile, room) : 0;
+    Row x[MAX_ROWS];
+    for (long t = 0; t < count; t++) x[t] = row_at(scratch, row + t, m);
+    float total[MAX_ROWS][TILE] = {{0}};
+    for (long first = 0; first < groups; first += run) {
+        float part[MAX_ROWS][TILE] = {{0}}, low[MAX_ROWS][TILE] = {{0}}, step[TILE], lows[TILE];
+        for (long k = first * group; k < (first + run) * group; k += chunk, p += 2 * bits * chunk) {
+            const long at = (tile * groups + k / group) * TILE;
+            floats_of(pal->step, pal->step_kind, at, step);
+            add_chunk(m, bits, p, table, x, k, step, count, part);
+            if (!pal->low) continue;
+            floats_of(pal->low, pal->low_kind, at, lows);
+            for (long t = 0; t < count; t++)
+                for (long r = 0; r < TILE; r++)
+                    low[t][r] += (pal->low_kind == ZERO ? -lows[r] * step[r] : lows[r]) * x[t].sum[k / chunk];
+        }
+        float block[TILE], low_block[TILE];
+        for (long r = 0; r < TILE; r++) block[r] = low_block[r] = 1;
+        const long at = (tile * (groups / run) + first / run) * TILE;
+        if (pal->block) floats_of(pal->block, FP16, at, block);
+        if (pal->low_block) floats_of(pal->low_block, FP16, at, low_block);
+        for (long t = 0; t < count; t++)
+            for (long r = 0; r < TILE; r++) total[t][r] += part[t][r] * block[r] + low[t][r] * low_block[r];
+    }
+    for (long t = 0; t < count; t++)
+        for (long r = 0; r < TILE; r++) {
+            float all = pal->unit * (pal->outer ? pal->outer[tile * TILE + r] : 1);
+            y[t * m->rows + r] = down(total[t][r] * all);
+        }
+}
+
+static inline __attribute__((always_inline)) void
+decode_group(const Matrix *m, const long bits, const int coded, long tile, const uint8_t *p, const float *step,
+             const float *low, bf16 *out, long stride) {
+    uint8_t room[64] = {0};
+    const uint8_t *table = coded ? table_of(m, bits, tile, room) : 0;
+    for (long k = 0; k < m->palette->group; k += TILE, p += 32 * bits)
+        for (long j = 0; j < 4; j++, out += 4 * stride)
+            for (long q = 0; q < 2; q++) {
+                const u32 bytes = levels_at(p, bits, j, q, table);
+                for (long r = 0; r < 8; r++)
+                    for (long i = 0; i < 4; i++) {
+                        const float level = (float)(bytes[4 * r + i] - (int)m->palette->offset);
+                        out[i * stride + 8 * q + r] = down(level * step[8 * q + r] + low[8 * q + r]);
+                    }
+            }
+}
+#endif
+
+#define ROWS(n) tile_rows(m, bits, coded, tile, scratch, row, n, y)
+static inline __attribute__((always_inline)) void
+sized(const Matrix *m, const long bits, const int coded, long tile, char *scratch, long row, long count, bf16 *y) {
+#ifdef __AVX512VNNI__
+    FOR_1_TO_8(count, ROWS)
+#else
+    switch (count) {
+    case 1: ROWS(1); break;
+    case 2: ROWS(2); break;
+    case 3: ROWS(3); break;
+    default: ROWS(4);
+    }
+#endif
+}
+
+/* CALL(bits, coded) with constants. */
+#define FOR_PALETTE(m, CALL)                                                                             \
+    switch ((m)->bits * 2 + ((m)->palette->levels != 0)) {                                               \
+    case 4: CALL(2, 0); break;                                                                           \
+    case 5: CALL(2, 1); break;                                                                           \
+    case 6: CALL(3, 0); break;                                                                           \
+    case 7: CALL(3, 1); break;                                                                           \
+    case 8: CALL(4, 0); break;                                                                           \
+    case 9: CALL(4, 1); break;                                                                           \
+    case 10: CALL(5, 0); break;                                                                          \
+    case 11: CALL(5, 1); break;                                                                          \
+    case 12: CALL(6, 0); break;                                                                          \
+    case 13: CALL(6, 1); break;                                                                          \
+    case 16: CALL(8, 0); break;                                                                          \
+    }
+
+static void linear_rows(const Matrix *m, long tile, char *scratch, long row, long count, bf16 *y) {
+#define CALL(bits, coded) sized(m, bits, coded, tile, scratch, row, count, y)
+    FOR_PALETTE(m, CALL)
+#undef CALL
+}
+
+/* y = x @ w.T, all bf16, for `count` rows of x. scratch holds 4 * width bytes for each of min(count, PASS) of them. */
+void palette_linear(const Matrix *m, const bf16 *x, bf16 *y, long count, char *scratch) {
+    const long K = m->width, N = m->rows;
+    for (long from = 0; from < count; from += PASS, x += PASS * K, y += PASS * N) {
+        const long some = count - from < PASS ? count - from : PASS, passes = (some + MAX_ROWS - 1) / MAX_ROWS;
+#pragma omp parallel num_threads(threads_for(some * N * K))
+        {
+#pragma omp for schedule(static)
+            for (long g = 0; g < some * (K / TAKEN); g++)
+                take(m, x + g / (K / TAKEN) * K, g % (K / TAKEN) * TAKEN, row_at(scratch, g / (K / TAKEN), m));
+#pragma omp for collapse(2) schedule(static)
+            for (long tile = 0; tile < N / TILE; tile++)
+                for (long i = 0; i < passes; i++) {
+                    const long first = some * i / passes, few = some * (i + 1) / passes - first;
+                    linear_rows(m, tile, scratch, first, few, y + first * N + tile * TILE);
+                }
+        }
+    }
+}
+
+static void decode_tile(const Matrix *m, long tile, bf16 *out, long stride) {
+    const struct Palette *pal = m->palette;
+    const long groups = groups_of(m), run = run_of(m), per = 2 * m->bits * pal->group;
+    const uint8_t *p = m->codes + tile * groups * per;
+    float step[TILE], low[TILE], block[TILE], low_block[TILE];
+    for (long r = 0; r < TILE; r++) low[r] = 0, block[r] = low_block[r] = 1;
+    for (long g = 0; g < groups; g++, p += per, out += pal->group * stride) {
+        const long at = (tile * groups + g) * TILE, of_block = (tile * (groups / run) + g / run) * TILE;
+        floats_of(pal->step, pal->step_kind, at, step);
+        if (pal->block) floats_of(pal->block, FP16, of_block, block);
+        if (pal->low) floats_of(pal->low, pal->low_kind, at, low);
+        if (pal->low_block) floats_of(pal->low_block, FP16, of_block, low_block);
+        for (long r = 0; r < TILE; r++) {
+            low[r] = pal->low_kind == ZERO ? -low[r] * step[r] : low[r] * low_block[r];
+            step[r] *= block[r] * pal->unit * (pal->outer ? pal->outer[tile * TILE + r] : 1);
+        }
+#define CALL(bits, coded) decode_group(m, bits, coded, tile, p, step, low, out, stride)
+        FOR_PALETTE(m, CALL)
+#undef CALL
+    }
+}
+
+/* out (width, count) bf16: rows first to first + count, multiples of 16, as numbers. */
+void palette_decode(const Matrix *m, bf16 *out, long first, long count) {
+#pragma omp parallel for schedule(static) num_threads(threads_for(count * m->width))
+    for (long tile = 0; tile < count / TILE; tile++) decode_tile(m, first / TILE + tile, out + tile * TILE, count);
+}

@@ -1,0 +1,143 @@
+"""Palettes: in every form, numbers are the file's own, products are those of the numbers, and a row's bits
+are its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from outsize.checkpoint.coded import Coded, numbers
+from outsize.encoding.palette import Palette
+from outsize.kernels import build
+from outsize.kernels.find import native_in
+from outsize.kernels.native import Native
+from outsize.kernels.palettes import BLOCK, FORMS, Form, pack_codes, unpack_codes
+from outsize.kernels.plain import PLAIN
+from outsize.kernels.structs import NativePalette
+
+ROWS, WIDTH = 80, 512
+needs_compiler = pytest.mark.skipif(
+    build.compiler() is None, reason="no C compiler on this machine"
+)
+
+
+@pytest.fixture(scope="module")
+def native(home: Path) -> Native:
+    found = native_in(home / "native")
+    assert found is not None
+    return found
+
+
+def stored(name: str, seed: int = 0) -> Coded:
+    """Random codes, steps and lows, as a file may hold them."""
+    form, r = FORMS[name], np.random.default_rng(seed)
+    groups, blocks = (ROWS, WIDTH // form.group), (ROWS, WIDTH // BLOCK)
+
+    def floats(shape: tuple[int, int]) -> np.ndarray:  # type: ignore[type-arg]
+        made = torch.from_numpy(r.uniform(-0.02, 0.02, shape)).to(torch.float16)
+        return made.bfloat16().half().float().numpy()  # what both types hold
+
+    whole = form.step == "int8"
+    low_whole = form.low in ("int8", "zero")
+    return Coded(
+        name,
+        r.integers(0, len(form.levels), (ROWS, WIDTH), dtype=np.uint8),
+        r.integers(-128, 128, groups, dtype=np.int8) if whole else floats(groups),
+        floats(blocks) if whole else None,
+        None if not form.low else r.integers(0, 64, groups, dtype=np.uint8) if low_whole else floats(groups),
+        floats(blocks) if form.low == "int8" else None,
+        r.uniform(0.5, 2, ROWS).astype(np.float32) if form.outer else None,
+    )  # fmt: skip
+
+
+def fields_of(c: Coded) -> dict[str, Tensor]:
+    scales = {
+        "step": c.step_NG, "block": c.block_NB, "low": c.low_NG, "low_block": c.low_block_NB,
+        "outer": c.outer_N,
+    }  # fmt: skip
+    there = {name: torch.from_numpy(a) for name, a in scales.items() if a is not None}
+    return Palette(c.form, FORMS[c.form]).from_codes(torch.from_numpy(c.code_NK), there)
+
+
+def own_levels(bits: int, backend: Native | None = None) -> tuple[Palette, dict[str, Tensor]]:
+    """A palette with levels of each tile's own."""
+    e = Palette("own", Form(bits, 64, ()), backend or PLAIN)
+    torch.manual_seed(bits)
+    codes = torch.randint(0, 1 << bits, (ROWS, WIDTH)).to(torch.uint8)
+    fields = e.from_codes(codes, {"step": torch.rand(ROWS, WIDTH // 64) * 0.01})
+    fields["levels"] = torch.randint(-127, 128, (ROWS // 16, 1 << bits)).to(torch.int8)
+    return e, fields
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_codes_come_back(bits: int) -> None:
+    torch.manual_seed(bits)
+    code_NK = torch.randint(0, 1 << bits, (48, 64)).to(torch.uint8)
+    packed = pack_codes(bits, code_NK)
+    assert packed.shape == (3, 4, 32 * bits)
+    back = unpack_codes(bits, packed).transpose(1, 2).reshape(48, 64)
+    assert torch.equal(back, code_NK)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_numbers_are_the_files_own(name: str) -> None:
+    c = stored(name)
+    e, fields = Palette(name, FORMS[name]), fields_of(c)
+    assert list(fields) == list(e.specs(ROWS, WIDTH))
+    assert torch.equal(e.decode(fields), torch.from_numpy(numbers(c)))
+    ids = torch.tensor([0, 79, 15, 16, 33])
+    assert torch.equal(e.rows(fields, ids), e.decode(fields)[ids])
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", [*FORMS, "own 2", "own 3", "own 4", "own 5", "own 6"])
+def test_products_are_those_of_the_numbers(name: str, native: Native) -> None:
+    """Any number of rows gives each row the bits that it has alone; many rows decode every weight right."""
+    if name.startswith("own"):
+        e, fields = own_levels(int(name[-1]), native)
+    else:
+        e, fields = Palette(name, FORMS[name], native), fields_of(stored(name))
+    w_NK, product = e.decode(fields), e.product(fields)
+    torch.manual_seed(3)
+    x = torch.randn(60, WIDTH).bfloat16()
+    want = x.float() @ w_NK.T
+    alone = torch.cat([product(row, False) for row in x.split(1)])
+    assert (alone.float() - want).norm() <= 0.004 * want.norm()
+    for rows in (2, 3, 4, 5, 7, 8, 9, 17, 60):
+        assert torch.equal(product(x[:rows], False), alone[:rows])
+    columns = native._some_palettes(NativePalette(e.coded(fields)), 0, ROWS)
+    exact = w_NK.bfloat16().float()
+    assert ((columns.float() - exact).abs() <= exact.abs() * 2**-7).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["q4_k", "q4_0", "iq2"])
+def test_rows_keep_their_size_and_what_is_no_number(name: str, native: Native) -> None:
+    """However large a row is, it has the same bits but for the exponent; rows of nothing give nothing, and
+    what is no number stays visible, in its own row."""
+    product = Palette(name, FORMS[name], native).product(fields_of(stored(name)))
+    torch.manual_seed(5)
+    x = torch.randn(4, WIDTH).bfloat16()
+    y = product(x, False)
+    for power in (-60, 40, 80):
+        assert torch.equal(product(x * 2.0**power, False), y * 2.0**power)
+    x[0], x[1, 40], x[2, 95] = 0, torch.nan, -torch.inf
+    bad = product(x, False)
+    assert not bad[0].any()
+    assert not bad[1:3].isfinite().any()
+    assert torch.equal(bad[3], y[3])
+
+
+@needs_compiler
+def test_largest_inputs_and_levels_do_not_overflow(native: Native) -> None:
+    e, fields = own_levels(6, native)
+    fields["levels"].fill_(127)
+    x = torch.full((9, WIDTH), 255.0).bfloat16()  # the largest number with its exponent
+    want = x.float() @ e.decode(fields).T
+    for sign in (1, -1):
+        y = e.product(fields)(sign * x, False)
+        assert ((y.float() - sign * want).abs() <= 2**-7 * want.abs()).all()
