@@ -3,11 +3,12 @@
 . "$(dirname "$0")/common.sh"
 cd "$SUITES/ollama-python/examples"
 export OLLAMA_HOST=$HOST
-out="web-search web-search-mcp web-search-gpt-oss web_search_gpt_oss_helper"        # ollama.com's own service, with a key
+out="web-search web-search-mcp web-search-gpt-oss web_search_gpt_oss_helper" # ollama.com's own service, with a key
 out+=" generate-image multimodal-chat multimodal-generate structured-outputs-image" # images
-out+=" chat-with-history"                                                           # a keyboard
-out+=" thinking thinking-generate"             # a model that thinks: they print what it thought, which may be nothing
-refuses="create embed fill-in-middle"          # must fail: the server says in words what it does not have
+out+=" chat-with-history" # a keyboard
+out+=" thinking thinking-generate" # a model that thinks: they print that
+out+=" gpt-oss-tools gpt-oss-tools-stream" # a model that stops calling tools: until it does, they ask again
+refuses="create embed fill-in-middle" # must fail: the server says in words what it does not have
 passed=0 failed=0 refused=0 skipped=0
 for file in *.py; do
     name=${file%.py}
