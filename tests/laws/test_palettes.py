@@ -73,7 +73,7 @@ def own_levels(bits: int, backend: Native | None = None) -> tuple[Palette, dict[
     return e, fields
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_codes_come_back(bits: int) -> None:
     torch.manual_seed(bits)
     code_NK = torch.randint(0, 1 << bits, (48, 64)).to(torch.uint8)

@@ -21,7 +21,6 @@ from outsize.checkpoint import ggml_iq as iq
 from outsize.checkpoint import ggml_k as k
 from outsize.checkpoint import ggml_small as small
 from outsize.checkpoint.coded import Bytes, Coded, Floats, numbers
-from outsize.checkpoint.ggml_bits import half
 from outsize.kernels.palettes import FORMS
 
 
@@ -60,7 +59,7 @@ TYPES: dict[int, BlockType] = {
     3: _coded("Q4_1", 32, 20, small.q4_1),
     6: _coded("Q5_0", 32, 22, small.q5_0),
     7: _coded("Q5_1", 32, 24, small.q5_1),
-    8: BlockType("Q8_0", 32, 34, small.q8_0),
+    8: _coded("Q8_0", 32, 34, small.q8_0),
     10: _coded("Q2_K", 256, 84, k.q2_k),
     11: _coded("Q3_K", 256, 110, k.q3_k),
     12: _coded("Q4_K", 256, 144, k.q4_k),
@@ -129,7 +128,7 @@ def dequantize(kind: BlockType, raw: Bytes, shape: tuple[int, ...]) -> Floats:
 
 
 def coded(kind: BlockType, raw: Bytes, shape: tuple[int, int]) -> Coded | None:
-    """A matrix as its file codes it; None for a type that has floats, or whole numbers of 8 bits."""
+    """A matrix as its file codes it; None for a type of floats."""
     if kind.code is None:
         return None
     with np.errstate(all="ignore"):
@@ -166,7 +165,7 @@ _CODES = {
     "group5": ("Q5_0", "MXFP4"),
     "group8": ("Q8_0",),
 }
-_OFFSETS = {"Q4_0": 8, "Q5_0": 16}
+_OFFSETS = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}
 
 
 def codes(kind: BlockType, raw: Bytes, shape: tuple[int, int], encoding: str) -> Codes | None:
@@ -178,9 +177,6 @@ def codes(kind: BlockType, raw: Bytes, shape: tuple[int, int], encoding: str) ->
 
 
 def _codes(kind: BlockType, raw: Bytes, shape: tuple[int, int]) -> Codes | None:
-    if kind.name == "Q8_0":
-        blocks = raw.reshape(-1, kind.size)
-        return _symmetric(blocks[:, 2:] ^ np.uint8(128), half(blocks, 0), 128, shape)
     c = coded(kind, raw, shape)
     assert c is not None, kind.name
     if kind.name == "MXFP4":  # powers of two that the records' fp16 may not have

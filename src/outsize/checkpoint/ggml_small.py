@@ -32,9 +32,8 @@ def q5_1(b: Bytes) -> Coded:
     return Coded("q5_1", _five_bits(b, 4), half(b, 0), low_NG=half(b, 2))
 
 
-def q8_0(b: Bytes) -> Floats:
-    """No palette: 256 levels."""
-    return half(b, 0) * b[:, 2:].view(np.int8).astype(np.float32)
+def q8_0(b: Bytes) -> Coded:
+    return Coded("q8_0", b[:, 2:] ^ np.uint8(128), half(b, 0))
 
 
 def iq4_nl(b: Bytes) -> Coded:

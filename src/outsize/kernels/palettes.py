@@ -1,5 +1,5 @@
-"""How palettes lie in memory: codes of 2 to 6 bits, which point into a table of levels, in groups of inputs
-that share a step. csrc/palettes.c reads the same layout.
+"""How palettes lie in memory: codes of 2 to 6 bits, or 8, which point into a table of levels, in groups of
+inputs that share a step. csrc/palettes.c reads the same layout.
 
     w[n, k] = unit * step[n, k / group] * levels[code[n, k]]  (* outer[n])  (+ low[n, k / group])
 
@@ -9,9 +9,10 @@ fp32; multiplying by `outer` rounds, and adding the low, once each, as in the fo
 
 Tiles of 16 rows, each 16 inputs after the other: planes of 64 bytes, byte 4r + i of which is of row r and of
 inputs i, 4 + i, 8 + i and 12 + i (slots 0 to 3). A plane of 2 bits has all four slots, the first lowest; one
-of 4 bits two slots, so there are two; one of 1 bit is 32 bytes: 64 bits for each slot. Codes of 2 and 4 bits
-are such planes; of 3 and 5, these and then their highest bits; of 6, a plane of 4 and one of the 2 highest.
-Steps and lows of a tile's 16 rows lie side by side. Rows are padded to 16 with zeros.
+of 4 bits two slots, so there are two; one of 8 bits a slot; one of 1 bit is 32 bytes: 64 bits for each slot.
+Codes of 2, 4 and 8 bits are such planes; of 3 and 5, these and then their highest bits; of 6, planes of 4 and
+one of the 2 highest. Codes of 8 bits are their levels, but for an offset. Steps and lows of a tile's 16 rows
+lie side by side. Rows are padded to 16 with zeros.
 
 Shapes: N rows, K inputs, J tiles of 16 rows, G groups, B blocks of 256 inputs.
 """
@@ -75,6 +76,7 @@ FORMS: dict[str, Form] = {
     "q5_1": Form(5, 32, _linear(5, 0), "fp16", "fp16"),
     "q5_k": Form(5, 32, _linear(5, 0), "int8", "int8"),
     "q6_k": Form(6, 16, _linear(6, 32), "int8"),
+    "q8_0": Form(8, 32, _linear(8, 128)),
     "tq": Form(2, 256, (-1, 0, 1, 2)),  # TQ1_0, TQ2_0
     "iq1": Form(3, 16, _IQ1, "int8", unit=1 / 8),  # IQ1_S, IQ1_M
     "iq2_xxs": Form(3, 32, _IQ2, "int8", unit=1 / 8),
@@ -85,6 +87,10 @@ FORMS: dict[str, Form] = {
     "iq4_xs": Form(4, 32, _NL4, "int8"),
     "mxfp4": Form(4, 32, _FP4_TWICE, "bf16"),  # half of each scale, a power of two
     "nvfp4": Form(4, 16, _FP4_TWICE, unit=1 / 2, outer=True),
+    **{f"int4-{g}-fp32": Form(4, g, _linear(4, 8), "fp32") for g in (32, 128)},
+    "int8-128": Form(8, 128, _linear(8, 128)),
+    **{f"int8-{g}-bf16": Form(8, g, _linear(8, 128), "bf16") for g in (32, 128)},
+    **{f"int8-{g}-fp32": Form(8, g, _linear(8, 128), "fp32") for g in (32, 128)},
     **{f"int4-{g}": Form(4, g, _linear(4, 8)) for g in (32, 64, 128, 256)},
     **{f"int4-{g}-bf16": Form(4, g, _linear(4, 8), "bf16") for g in (32, 64, 128, 256)},
     **{f"uint4-{g}": Form(4, g, _linear(4, 0), "fp16", "zero") for g in (32, 64, 128, 256)},
@@ -137,16 +143,18 @@ def pack_codes(bits: int, code_NK: Tensor) -> Tensor:
     """(N, K) codes -> (J, K / 16, 32 * bits) bytes."""
     tiles = code_NK.view(-1, TILE, code_NK.shape[1] // TILE, 4, 4)  # (J, r, K / 16, slot, i)
     slots = tiles.permute(3, 0, 2, 1, 4).flatten(3)  # (slot, J, K / 16, 64 bytes)
+    if bits == 8:
+        return torch.cat(list(slots), dim=2)
     low, ones = (4 if bits >= 4 else 2), torch.tensor(BITS, dtype=torch.uint8, device="cpu")
     if low == 4:
         a, b, c, d = slots & 15
         planes = [a | b << 4, c | d << 4]
     else:
         planes = [_two_bits(slots & 3)]
-    if bits - low == 1:
+    if bits in (3, 5):
         high = (slots >> low).unflatten(3, (8, 8)) * ones
         planes += list(high.sum(dim=4, dtype=torch.uint8))
-    elif bits > low:
+    elif bits == 6:
         planes.append(_two_bits(slots >> low))
     return torch.cat(planes, dim=2)
 
@@ -159,7 +167,9 @@ def _two_bits(slots: Tensor) -> Tensor:
 
 def unpack_codes(bits: int, packed: Tensor) -> Tensor:
     """(..., 32 * bits) bytes -> (..., 16 rows, 4 slots, 4) codes of 16 inputs."""
-    if bits >= 4:
+    if bits == 8:
+        low, used = list(packed.split(64, dim=-1)), packed.shape[-1]
+    elif bits >= 4:
         low, used = (
             [packed[..., 64 * (j // 2) :][..., :64] >> 4 * (j % 2) & 15 for j in range(4)],
             128,
@@ -167,11 +177,11 @@ def unpack_codes(bits: int, packed: Tensor) -> Tensor:
     else:
         low, used = [packed[..., :64] >> 2 * j & 3 for j in range(4)], 64
     rest, at = packed[..., used:], 4 if bits >= 4 else 2
-    if bits - at == 1:
+    if bits in (3, 5):
         shifts = torch.arange(8, dtype=torch.uint8, device="cpu")
         high = [(rest[..., 8 * j : 8 * j + 8, None] >> shifts & 1).flatten(-2) for j in range(4)]
         low = [code | h << at for code, h in zip(low, high, strict=True)]
-    elif bits > at:
+    elif bits == 6:
         low = [code | (rest >> 2 * j & 3) << at for j, code in enumerate(low)]
     codes: Tensor = torch.stack(low, dim=-2).unflatten(-1, (TILE, 4)).transpose(-3, -2)
     return codes

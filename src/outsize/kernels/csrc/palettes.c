@@ -123,6 +123,7 @@ static inline __attribute__((always_inline)) __m512i
 levels_at(const uint8_t *p, const long bits, const long j, const int coded, const Table *table) {
     const __m512i fifteen = _mm512_set1_epi8(15), three = _mm512_set1_epi8(3);
     __m512i code;
+    if (bits == 8) return _mm512_loadu_si512(p + 64 * j);
     if (bits < 4) {
         code = _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(p), 2 * j), three);
     } else {
@@ -284,6 +285,7 @@ static inline u32 load32(const uint8_t *p) {
 static inline __attribute__((always_inline)) u32
 levels_at(const uint8_t *p, const long bits, const long j, const long eight, const uint8_t *table) {
     u32 code;
+    if (bits == 8) return load32(p + 64 * j + 32 * eight);
     if (bits < 4) code = load32(p + 32 * eight) >> 2 * j & 3;
     else code = load32(p + j / 2 * 64 + 32 * eight) >> 4 * (j & 1) & 15;
     if (bits == 3) code |= bits32(p + 64 + 8 * j + 4 * eight, 4);
@@ -429,6 +431,7 @@ sized(const Matrix *m, const long bits, const int coded, long tile, char *scratc
     case 11: CALL(5, 1); break;                                                                          \
     case 12: CALL(6, 0); break;                                                                          \
     case 13: CALL(6, 1); break;                                                                          \
+    case 16: CALL(8, 0); break;                                                                          \
     }
 
 static void linear_rows(const Matrix *m, long tile, char *scratch, long row, long count, bf16 *y) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from outsize.checkpoint.checkpoint import rows_of
+from outsize.kernels.palettes import FORMS
 from outsize.model_config import Description
 from outsize.pack.kinds.kind import Group, Kind
 from outsize.pack.records import lay_out, matrix, record_fault
@@ -12,6 +13,7 @@ from outsize.pack.tables import Matrix, TableHeader, aligned
 from outsize.pack.tensors import Part, Piece, Record, SourceTensors, TablePlan
 
 ROW_RECORD = 2 << 20  # bytes of a record, about
+HEAD_BITS = 6  # where few bits are wanted: a head in less costs more than it saves
 BLOCK = 64  # a record has a multiple of so many rows
 
 
@@ -30,8 +32,8 @@ class Rows(Kind):
     def plan(self, group: Group, tensors: SourceTensors) -> list[TablePlan]:
         name, d, wanted = group.name, tensors.description, tensors.wanted
         tensor = tensors.find(name, 0, (d.vocab_size, d.width))
-        if wanted == "int4":  # a head in 4 bits costs more than it saves
-            wanted = "group8" if tensors.grouped and d.width % 64 == 0 else "int8"
+        if (wanted in FORMS and FORMS[wanted].bits < HEAD_BITS) or wanted == "int4":
+            wanted = "q8_0" if tensors.grouped and d.width % 32 == 0 else "int8"
         encoding = tensors.encoding(tensor, wanted)
         block = _rows_per_record(encoding, d)
         starts = range(0, d.vocab_size, block)
