@@ -29,7 +29,7 @@ from outsize.errors import CheckpointError, DiskFullError, PackError, SourceErro
 from outsize.family.find import recipe as find_recipe
 from outsize.model_config import Description
 from outsize.pack import store
-from outsize.pack.encode import encode
+from outsize.pack.encode import encode, slices
 from outsize.pack.folders import rename, safe, sync
 from outsize.pack.format import HEADER, TOKENIZER, Pack, read_header, write_header
 from outsize.pack.layout import fault, lossy_tensors, plan, refuse_biases, rounded_tensors
@@ -254,12 +254,17 @@ def _write_record(f: BinaryIO, header: TableHeader, record: Record) -> int:
     buffer = bytearray(header.stride)
     for name, pieces in record.items():
         for matrix, piece in zip(header.tensors[name], pieces, strict=True):
-            _put(buffer, matrix, encode(piece, matrix.num_rows))
+            for first, count, some in slices(piece, matrix):
+                _put(buffer, matrix, encode(some, count), first)
     f.write(buffer)
     return zlib.crc32(buffer)
 
 
-def _put(buffer: bytearray, matrix: Matrix, fields: dict[str, Tensor]) -> None:
+def _put(buffer: bytearray, matrix: Matrix, fields: dict[str, Tensor], first: int) -> None:
+    """Writes the fields of rows from `first` on where they belong."""
+    specs = matrix.specs
     for name, offset in matrix.offsets().items():
-        raw = fields[name].contiguous().view(torch.uint8).numpy().tobytes()
-        buffer[offset : offset + len(raw)] = raw
+        raw = fields[name].contiguous().view(torch.uint8).numpy()
+        steps = len(fields[name]) if specs[name].row_axis == 0 else 1
+        at = offset + first // specs[name].rows * (raw.nbytes // steps)
+        buffer[at : at + raw.nbytes] = raw.tobytes()
