@@ -217,7 +217,7 @@ FORMATS: dict[str, Format] = {
     "gptq-v2": Format(
         lambda w: gptq(w, symmetric=False, v2=True), GPTQ | {"sym": False, "checkpoint_format": "gptq_v2"},
         "uint4-32"),
-    "gptq-8": Format(lambda w: gptq(w, bits=8), GPTQ | {"bits": 8}, "group8"),
+    "gptq-8": Format(lambda w: gptq(w, bits=8), GPTQ | {"bits": 8}, "q8_0"),
     "packed": Format(packed, compressed("pack-quantized", group_of()), "int4-32"),
     "packed-bf16": Format(
         lambda w: packed(w, dtype=BFLOAT), compressed("pack-quantized", group_of()), "int4-32-bf16"),
@@ -227,12 +227,12 @@ FORMATS: dict[str, Format] = {
         lambda w: packed(w, symmetric=False), compressed("pack-quantized", group_of(symmetric=False)),
         "uint4-32"),
     "packed-8": Format(
-        lambda w: packed(w, bits=8), compressed("pack-quantized", group_of(8)), "group8"),
+        lambda w: packed(w, bits=8), compressed("pack-quantized", group_of(8)), "q8_0"),
     "int8": Format(
-        int8, compressed("int-quantized", group_of(8, None), kv_cache_scheme={"num_bits": 8}), "int8",
+        int8, compressed("int-quantized", group_of(8, None), kv_cache_scheme={"num_bits": 8}), "int8-32-bf16",
         {"k_scale": torch.ones(1)}),
     "int8-fp16": Format(
-        lambda w: int8(w, dtype=torch.float16), compressed("int-quantized", group_of(8, None)), "group8"),
+        lambda w: int8(w, dtype=torch.float16), compressed("int-quantized", group_of(8, None)), "q8_0"),
     "int8-zeros": Format(
         lambda w: int8(w, False), compressed("int-quantized", group_of(8, None, False)), ""),
     "float-tensor": Format(

@@ -23,9 +23,10 @@ from outsize.encoding.find import ENCODINGS, encoding
 from outsize.family.find import recipe
 from outsize.kernels.palettes import FORMS
 from outsize.pack.encode import encode
+from outsize.pack.kinds import rows
 from outsize.pack.layout import plan, rounded_tensors
 from tests.checkpoint import quantizers
-from tests.checkpoint.quantizers import FORMATS, Format
+from tests.checkpoint.quantizers import FORMATS, Format, compressed, group_of, packed
 from tests.golden.test_golden import logits
 
 TRUE = load_file(Path(__file__).with_name("compressed_tensors.safetensors"))
@@ -100,24 +101,22 @@ def test_the_largest_group_that_fits(group: int, width: int, form: str, tmp_path
         np.testing.assert_array_equal(numbers(coded), values)
 
 
-def test_steps_of_fp32_are_halves_or_stay_as_they_are(tmp_path: Path) -> None:
-    """No palette has steps of fp32, unless halves hold them."""
-    for dtype, size, form in (
-        (torch.float16, 1, "int4-32"),
-        (torch.bfloat16, 1e-6, "int4-32-bf16"),
-        (torch.float32, 1, ""),
-    ):
-        made = quantizers.packed(torch.randn(64, 64) * size, dtype=dtype)
-
-        def widened(w: torch.Tensor, made: quantizers.Quantized = made) -> quantizers.Quantized:
-            return made[0] | {"weight_scale": made[0]["weight_scale"].float()}, made[1]
-
-        found, values = one_matrix(
-            tmp_path, Format(widened, FORMATS["packed"].config, ""), (64, 64)
-        )
+def test_steps_of_fp32(tmp_path: Path) -> None:
+    """There are forms for them, but for those that have zero points: to subtract rounds, in another place."""
+    for symmetric, form in ((True, "int4-32-fp32"), (False, "")):
+        config = compressed("pack-quantized", group_of(symmetric=symmetric))
+        how = Format(lambda w, s=symmetric: packed(w, 32, s, dtype=torch.float32), config, form)  # type: ignore[misc]
+        found, values = one_matrix(tmp_path, how, (64, 64))
         np.testing.assert_array_equal(read_floats(found), values)
         coded = read_coded(found)
-        assert (coded.form if coded is not None else "") == form
+        assert (coded is not None) == symmetric
+        if coded is None:
+            assert (
+                found.kind.name == "4-bit integers in groups of 32 with fp32 steps and zero points"
+            )
+        else:
+            assert coded.form == found.kind.name == form
+            np.testing.assert_array_equal(numbers(coded), values)
 
 
 def test_a_global_scale_that_is_no_power_of_two(tmp_path: Path) -> None:
@@ -149,9 +148,7 @@ def test_packs_hold_the_numbers_exactly_or_say_so(name: str, tmp_path: Path) -> 
             whole = np.concatenate([read_floats(p.tensor) for p in piece.parts if not p.head_dim])
             np.testing.assert_array_equal(decoded[-len(whole) :], whole)
     assert how.encoding in kinds or not how.encoding
-    narrow = {f"model.layers.{i}.mlp.down_proj.weight" for i in range(3)}  # group8 needs 64 inputs
-    if how.encoding in ENCODINGS:
-        assert rounded <= (narrow if how.encoding == "group8" else set())
+    assert bool(rounded) == (not how.encoding)
 
 
 MODELS = [
@@ -171,9 +168,35 @@ def test_models_answer_as_those_of_the_same_numbers(family: str, name: str, tmp_
     with outsize.load(str(quantized), encoding="fp32", quiet=True) as model:
         np.testing.assert_array_equal(logits(model, [40]), expected)
     with outsize.load(str(quantized), quiet=True) as model:
-        assert how.encoding in model.pack.encodings or how.encoding not in ENCODINGS
+        assert how.encoding in model.pack.encodings
         error = np.linalg.norm(logits(model, [40]) - expected) / np.linalg.norm(expected)
         assert error < 0.1  # activations are bf16, and may choose other experts
+
+
+@pytest.mark.parametrize("name", ["gptq-8", "awq", "fp8-blocks", "packed"])
+def test_quantized_embeddings_and_heads(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their records are blocks of rows, which AWQ and GPTQ store as columns."""
+    monkeypatch.setattr(
+        quantizers, "is_quantized", lambda stem, shape: stem.startswith(("lm_head", "model.embed"))
+    )
+    monkeypatch.setattr(rows, "ROW_RECORD", 1)  # 64 rows a record
+    how = FORMATS[name]
+    quantized = quantizers.write_folder(tmp_path / "q", "llama", how)
+    same = quantizers.write_folder(tmp_path / "same", "llama", how, as_floats=True)
+    with outsize.load(str(same), encoding="fp32", quiet=True) as model:
+        expected = logits(model, [40])
+    with outsize.load(str(quantized), encoding="fp32", quiet=True) as model:
+        np.testing.assert_array_equal(logits(model, [40]), expected)
+    with outsize.load(str(quantized), quiet=True) as model:
+        tables = [model.pack.table_of(n) for n in ("embed", "head")]
+        assert all(len(t.keys) == 5 for t in tables)
+        assert {m.encoding for t in tables for ms in t.tensors.values() for m in ms} == {
+            {"awq": "uint4-32", "packed": "int4-32"}.get(name, how.encoding)
+        }
+        error = np.linalg.norm(logits(model, [40]) - expected) / np.linalg.norm(expected)
+        assert error < 0.05
 
 
 def test_a_pack_that_rounds_says_so(

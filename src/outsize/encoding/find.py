@@ -45,7 +45,7 @@ HELD = {
 HELD_AS_THEY_ARE = ("fp8", "int8")
 # Without our kernels: types of few levels, and those of more bits.
 CODED = ("Q4_0", "Q4_1", "Q4_K", "Q2_K", "Q3_K")
-BYTES = ("Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "group8")
+BYTES = ("Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0")
 
 
 def form_of(source_type: str) -> str:
@@ -64,8 +64,6 @@ def encoding_for(source_type: str, width: int, wanted: str, grouped: bool) -> st
         return form
     if source_type in HELD_AS_THEY_ARE:
         return source_type
-    if grouped and source_type == "group8" and width % 64 == 0:
-        return "group8"
     if source_type in CODED and torch_reads_tiles():
         return "int4"
     return "int8" if form or source_type in BYTES else "bf16"
