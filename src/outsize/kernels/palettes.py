@@ -129,11 +129,12 @@ def shared_levels(levels: tuple[int, ...]) -> Tensor:
 
 
 def offset_levels(form: Form, own: Tensor | None) -> tuple[Tensor | None, int]:
-    """Levels as bytes that are not negative, and what is too much in them; no levels where a code is one."""
+    """Levels as bytes that are not negative, and what is too much in them; no levels where a code
+    is one, and its bits are more than a register looks up."""
     if own is not None:
         return (own.short() + 128).to(torch.uint8), 128
     first = form.levels[0]
-    if form.levels == tuple(range(first, first + len(form.levels))):
+    if form.bits > 4 and form.levels == tuple(range(first, first + len(form.levels))):
         return None, -first
     offset = -min(form.levels)
     return (shared_levels(form.levels).short() + offset).to(torch.uint8), offset
