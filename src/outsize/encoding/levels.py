@@ -33,7 +33,11 @@ def fit(form: Form, w_NK: Tensor, h_K: Tensor | None = None) -> Fitted:
     """Steps and levels for a matrix, fp32."""
     count, (num_rows, width) = 1 << form.bits, w_NK.shape
     groups = w_NK.view(num_rows, -1, form.group)
-    h = torch.ones(width) if h_K is None else h_K.clamp_min(float(h_K.mean()) * LEAST)
+    h = (
+        torch.ones(width, dtype=torch.float32, device="cpu")
+        if h_K is None
+        else h_K.clamp_min(float(h_K.mean()) * LEAST)
+    )
     h_G = (h / h.mean().clamp_min(1e-30)).view(1, -1, form.group)
     step = groups.abs().amax(dim=2).clamp_min(1e-30)
     centres = _centres(groups, step, h_G, count)
@@ -73,14 +77,18 @@ def kmeans(x_JM: Tensor, weight_JM: Tensor, count: int) -> Tensor:
     begun where the cube root of the density puts equally many."""
     num, scale = len(x_JM), (BINS - 1) / (2 * REACH)
     at = ((x_JM.clamp(-REACH, REACH) + REACH) * scale).round_().long()
-    mass = torch.zeros(num, BINS).scatter_add_(1, at, weight_JM)
-    moment = torch.zeros(num, BINS).scatter_add_(1, at, weight_JM * x_JM)
+    zero = torch.zeros(num, BINS, dtype=torch.float32, device="cpu")
+    mass = zero.scatter_add(1, at, weight_JM)
+    moment = zero.scatter_add(1, at, weight_JM * x_JM)
     mass_to, moment_to = (pad(s.double().cumsum(1), (1, 0)) for s in (mass, moment))
     density = mass.pow(1 / 3).double().cumsum(1)
-    quantiles = (torch.arange(count) + 0.5) / count * density[:, -1:]
+    quantiles = (
+        (torch.arange(count, dtype=torch.float64, device="cpu") + 0.5) / count * density[:, -1:]
+    )
     first = torch.searchsorted(density, quantiles.contiguous()).clamp_max(BINS - 1)
-    centres = torch.linspace(-REACH, REACH, BINS)[first]
-    ends = torch.full((num, 1), BINS)
+    grid = torch.linspace(-REACH, REACH, BINS, dtype=torch.float32, device="cpu")
+    centres = grid[first]
+    ends = torch.full((num, 1), BINS, dtype=torch.int64, device="cpu")
     for _ in range(ROUNDS):
         cut = ((between(centres) + REACH) * scale + 0.5).long().clamp(0, BINS)
         cut = torch.cat([torch.zeros_like(ends), cut, ends], dim=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,12 +15,14 @@ from outsize.encoding.group import Group
 from outsize.encoding.int4 import Int4
 from outsize.encoding.palette import Palette
 from outsize.kernels.palettes import FORMS
-from outsize.pack.tensors import Part, Piece
+from outsize.pack.tensors import Made, Part, Piece
 
 
-def encode(piece: Piece, num_rows: int) -> dict[str, Tensor]:
+def encode(piece: Piece | Made, num_rows: int) -> Mapping[str, Tensor]:
     """The fields of a piece, padded to `num_rows` rows (the last block of a row table). Codes are
     kept where the source type has the encoding's codes."""
+    if isinstance(piece, Made):
+        return piece.fields()
     kept = _kept_palette(piece, num_rows) if piece.encoding in FORMS else _kept(piece, num_rows)
     if kept is not None:
         return kept
