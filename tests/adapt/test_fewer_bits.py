@@ -25,7 +25,7 @@ from outsize.checkpoint.lora import KEY
 from outsize.draft import mtp_file
 from outsize.draft.spec import DraftSpec
 from outsize.encoding.find import ENCODINGS
-from outsize.errors import AdapterError, DataError, OptionError, UnsupportedError
+from outsize.errors import AdapterError, BudgetError, DataError, OptionError, UnsupportedError
 from outsize.kernels.palettes import FORMS
 from outsize.model.lora_file import additions
 from outsize.pack import fetch, store
@@ -243,6 +243,10 @@ def test_what_cannot_be(base: Pack, text: Path, tmp_path: Path) -> None:
     short.write_text("a few words\n" * 9)
     with pytest.raises(DataError, match=r"short.txt has 107 tokens, and this model needs 1,024"):
         repack(base, BitsOptions(3.5, calibrate=short, quiet=True))
+    with pytest.raises(
+        BudgetError, match=r"MB of memory while they are fitted, and 100 MB may be used"
+    ):
+        repack(base, BitsOptions(3.25, calibrate=text, memory="100MB", quiet=True))
     few = repack(base, BitsOptions(3.5, calibrate=text, quiet=True)).pack
     with pytest.raises(OptionError, match=r"has 3\.\d\d bits a weight already"):
         repack(few, BitsOptions(3.5, calibrate=text, quiet=True))

@@ -33,16 +33,15 @@ class _Kind:
 
     names: tuple[str, ...]
     shapes: list[tuple[int, ...]]  # of each tensor, which option
+    sets: Tensor  # (sets, SHAPES) of shapes that there may be
     size: Tensor
     loss: Tensor
 
     def best(self, price: float) -> Tensor:
         """(layers,): which shape each layer has, where a byte costs so much; few different ones."""
         cost = self.loss + price * self.size
-        few = min(SHAPES, len(self.shapes))
-        sets = torch.tensor(list(combinations(range(len(self.shapes)), few)))
-        total = cost[:, sets].amin(dim=2).sum(dim=0)
-        chosen = sets[int(total.argmin())]
+        total = cost[:, self.sets].amin(dim=2).sum(dim=0)
+        chosen = self.sets[int(total.argmin())]
         return chosen[cost[:, chosen].argmin(dim=1)]
 
 
@@ -82,7 +81,8 @@ def _kind(names: tuple[str, ...], options: Mapping[Stack, Sequence[Option]]) -> 
         ]
         return torch.tensor(rows, dtype=torch.float64)
 
-    return _Kind(names, shapes, table("size"), table("loss"))
+    sets = combinations(range(len(shapes)), min(SHAPES, len(shapes)))
+    return _Kind(names, shapes, torch.tensor(list(sets)), table("size"), table("loss"))
 
 
 def _size(kinds: Sequence[_Kind], chosen: Sequence[Tensor]) -> float:

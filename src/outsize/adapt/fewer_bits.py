@@ -1,7 +1,7 @@
 """`outsize pack --bits`: a pack in palettes of few bits, made from another pack's numbers.
 
-Each matrix of each layer is tried in several sizes, by error feedback on a text. What one size alone costs is
-measured; the others' costs are in the proportion of their errors. A knapsack then spends the budget.
+Each matrix of each layer is tried in several sizes, by error feedback on a text. What it costs alone is
+measured in the smallest; in others it costs in proportion to the error. A knapsack then spends the budget.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from outsize.pack.tensors import Made
 from outsize.progress import Progress
 from outsize.storage.records import Records
 
-PROBE = 512  # tokens on which one matrix' cost is measured
+PROBED = 3  # bits, up to which it is: errors of more bits are small, and cost in proportion
 
 
 class Over(Change):
@@ -62,7 +62,7 @@ class Candidates:
             self._former = self._states.ends()
 
     def make(self, sizes: tuple[int, ...], spill: Spill, progress: Progress) -> None:
-        """All candidates. The cost of each matrix alone is measured in the smallest size."""
+        """All candidates, the smallest first."""
         self._spill, d = spill, self.model.description
         inputs = Inputs(self.model, self._text.tokens, self._text.start)
         probe = States(self.model, sequences(self._text.held_out, self._text.start, LENGTH)[:1])
@@ -72,24 +72,26 @@ class Candidates:
                 w_NK, factor = self._records.layer(layer, name), Factor(moment)
                 for size in sizes:
                     found = rounded(w_NK, factor, size)
-                    kl = self._alone(probe, (layer, name), found) if size == sizes[0] else None
                     matrix = Matrix(found.encoding, len(w_NK), w_NK.shape[1], 0)
+                    is_probed = size == sizes[0] or size <= PROBED
+                    kl = self._alone(probe, (layer, name), matrix, found) if is_probed else None
                     spill.put((layer, name, size), matrix, found.fields)
                     self.tried[layer, name, size] = Tried(matrix, found.error, kl)
             with torch.inference_mode():
                 probe.advance()
 
     @torch.inference_mode()
-    def _alone(self, probe: States, stack: Stack, found: Rounded) -> float:
+    def _alone(self, probe: States, stack: Stack, matrix: Matrix, found: Rounded) -> float:
         """KL of the model with one matrix changed."""
-        ends = probe.ends(Over({stack: self._decoded(found.encoding, found.fields)}))
+        ends = probe.ends(Over({stack: self._decoded(matrix, found.fields)}))
         return divergence(self.model, self._former[:LENGTH], ends, self._next[:LENGTH]).kl
 
-    def _decoded(self, name: str, fields: Mapping[str, Tensor]) -> Tensor:
-        return encoding(name).decode(fields).to(self.model.dtype)
+    def _decoded(self, matrix: Matrix, fields: Mapping[str, Tensor]) -> Tensor:
+        numbers = encoding(matrix.encoding).decode(fields)[: matrix.num_rows]
+        return numbers.to(self.model.dtype)
 
     def options(self) -> dict[Stack, list[Option]]:
-        """What each matrix costs in each size: measured in one, in proportion to the error in the rest."""
+        """What each matrix costs in each size: measured in the smallest, else in proportion to the error."""
         out: dict[Stack, list[Option]] = {}
         for (layer, name, size), tried in self.tried.items():
             first = out.setdefault((layer, name), [])
@@ -102,9 +104,8 @@ class Candidates:
     def measure(self, chosen: Mapping[Stack, int]) -> Quality:
         weights = {
             (layer, name): self._decoded(
-                self.tried[layer, name, size].matrix.encoding,
-                self._spill.get((layer, name, size)),
-            )[: self.tried[layer, name, size].matrix.num_rows]
+                self.tried[layer, name, size].matrix, self._spill.get((layer, name, size))
+            )
             for (layer, name), size in chosen.items()
         }
         ends = self._states.ends(Over(weights))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from outsize.adapt import calibration
+from outsize.adapt import calibration, peak
 from outsize.adapt.bits import Stack
 from outsize.adapt.fewer_bits import Candidates
 from outsize.adapt.palettes import SIZES, encoding_of
@@ -22,12 +22,15 @@ from outsize.adapt.trainable import TrainableModel, matmul_type
 from outsize.arguments import real
 from outsize.errors import OptionError, UnsupportedError
 from outsize.home import home
+from outsize.kernels.plain import PLAIN
 from outsize.pack import derive, leftovers
 from outsize.pack.format import Pack, Quality
 from outsize.pack.source import derived
 from outsize.pack.tables import Matrix, TableHeader
+from outsize.plan.warmup import runtime_bytes
 from outsize.progress import Progress, bars, steps
 from outsize.storage.records import Records
+from outsize.system import memory
 
 METHOD = 1  # raise it where the same options would give other numbers
 LOW = 8.0  # bits a weight, below which a model counts as quantized
@@ -44,6 +47,7 @@ class BitsOptions:
     max_kl: float | None = None
     calibrate: Path | None = None
     force: bool = False
+    memory: str | int = "auto"  # of this process, at most
     quiet: bool = False
     seed: int = 0  # of the model's own text
 
@@ -79,7 +83,7 @@ class Repacked:
 
 def repack(base: Pack, options: BitsOptions) -> Repacked:
     """Raises OptionError, UnsupportedError, DataError, PackError, DiskFullError."""
-    begin = time.monotonic()
+    begin, budget = time.monotonic(), memory.parse(options.memory)
     _check(base, options)
     text = None if options.calibrate is None else calibration.read(options.calibrate)
     source = derived(base.source, options.name, _recipe(options, text))
@@ -89,8 +93,10 @@ def repack(base: Pack, options: BitsOptions) -> Repacked:
         return Repacked(found, None)
     name = "" if options.calibrate is None else options.calibrate.name
     given = None if text is None else calibration.given(base, text, name)
+    kind = _numbers(base)
+    peak.check(base, peak.peak_bytes(base, kind.itemsize, runtime_bytes(PLAIN)), budget)
     with bars(options.quiet) as progress:
-        model = TrainableModel(base, torch.device("cpu"), _numbers(base), progress)
+        model = TrainableModel(base, torch.device("cpu"), kind, progress)
     with steps(options.quiet) as draw, Records(base) as records, leftovers.scratch(folder) as at:
         words = given or calibration.own(base, model, options.seed, draw)
         candidates = Candidates(model, words, records)

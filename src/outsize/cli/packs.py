@@ -46,7 +46,7 @@ class BitsFlags:
 
 @with_flags
 def pack(
-    load: Annotated[LoadOptions, only("encoding", "threads", "quiet")],
+    load: Annotated[LoadOptions, only("encoding", "memory", "threads", "quiet")],
     display: Annotated[DisplayOptions, only("json")],
     few: BitsFlags,
     given: frozenset[str],
@@ -61,7 +61,7 @@ def pack(
     from outsize.plan.probe import set_threads
 
     is_few = few.bits is not None or few.max_kl is not None
-    for name in ("calibrate", "force"):
+    for name in ("calibrate", "force", "memory"):
         if name in given and not is_few:
             raise OptionError(f"--{name} is of fewer bits; give --bits, or leave it out")
     set_threads(load.threads)
@@ -72,7 +72,9 @@ def pack(
         return
     from outsize.adapt.repack import BitsOptions, repack
 
-    options = BitsOptions(few.bits, few.max_kl, few.calibrate, few.force, load.quiet)
+    options = BitsOptions(
+        few.bits, few.max_kl, few.calibrate, few.force, memory=load.memory, quiet=load.quiet
+    )
     _show_few(repack(made, options), made, display.json)
 
 
