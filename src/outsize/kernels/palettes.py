@@ -95,6 +95,9 @@ FORMS: dict[str, Form] = {
     **{f"int4-{g}-bf16": Form(4, g, _linear(4, 8), "bf16") for g in (32, 64, 128, 256)},
     **{f"uint4-{g}": Form(4, g, _linear(4, 0), "fp16", "zero") for g in (32, 64, 128, 256)},
     **{f"uint4-{g}-bf16": Form(4, g, _linear(4, 0), "bf16", "zero") for g in (32, 64, 128, 256)},
+    # Ours: levels of each tile's own, fitted to the weights (encoding/levels.py).
+    **{f"palette{b}": Form(b, 64, (), "int8") for b in range(2, 7)},
+    **{f"palette{b}-fp16": Form(b, 64, ()) for b in range(2, 7)},  # for any multiple of 64 inputs
 }
 
 DTYPES = {
