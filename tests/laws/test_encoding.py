@@ -101,6 +101,11 @@ def test_rows_are_rows_of_decode(name: str) -> None:
         ("mxfp4", 0.11),
         ("nvfp4", 0.1),
         ("uint4-128-bf16", 0.11),
+        ("palette2", 0.37),
+        ("palette3", 0.19),
+        ("palette4", 0.1),
+        ("palette4-fp16", 0.1),
+        ("palette6", 0.03),
     ],
 )
 def test_decode_of_encode(name: str, error: float) -> None:

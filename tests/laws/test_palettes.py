@@ -17,11 +17,13 @@ from outsize.engine.model import Model
 from outsize.kernels import build
 from outsize.kernels.find import native_in
 from outsize.kernels.native import Native
-from outsize.kernels.palettes import BLOCK, FORMS, Form, pack_codes, unpack_codes
+from outsize.kernels.palettes import BLOCK, FORMS, pack_codes, unpack_codes
 from outsize.kernels.plain import PLAIN
 from outsize.kernels.structs import NativePalette
 
 ROWS, WIDTH = 80, 512
+FILED = [name for name, form in FORMS.items() if form.levels]  # those of published formats
+OWN = [name for name in FORMS if name not in FILED]
 needs_compiler = pytest.mark.skipif(
     build.compiler() is None, reason="no C compiler on this machine"
 )
@@ -65,13 +67,17 @@ def fields_of(c: Coded) -> dict[str, Tensor]:
     return Palette(c.form, FORMS[c.form]).from_codes(torch.from_numpy(c.code_NK), there)
 
 
-def own_levels(bits: int, backend: Native | None = None) -> tuple[Palette, dict[str, Tensor]]:
-    """A palette with levels of each tile's own."""
-    e = Palette("own", Form(bits, 64, ()), backend or PLAIN)
-    torch.manual_seed(bits)
-    codes = torch.randint(0, 1 << bits, (ROWS, WIDTH)).to(torch.uint8)
-    fields = e.from_codes(codes, {"step": torch.rand(ROWS, WIDTH // 64) * 0.01})
-    fields["levels"] = torch.randint(-127, 128, (ROWS // 16, 1 << bits)).to(torch.int8)
+def own_levels(name: str, backend: Native | None = None) -> tuple[Palette, dict[str, Tensor]]:
+    """A palette with levels of each tile's own, all at random."""
+    e = Palette(name, FORMS[name], backend or PLAIN)
+    count = 1 << e.form.bits
+    torch.manual_seed(count)
+    scales = {"step": torch.rand(ROWS, WIDTH // 64) * 0.01}
+    if e.form.step == "int8":
+        scales = {"step": torch.randint(-127, 128, (ROWS, WIDTH // 64)),
+                  "block": torch.rand(ROWS, WIDTH // BLOCK) * 1e-4}  # fmt: skip
+    fields = e.from_codes(torch.randint(0, count, (ROWS, WIDTH)).to(torch.uint8), scales)
+    fields["levels"] = torch.randint(-127, 128, (ROWS // 16, count)).to(torch.int8)
     return e, fields
 
 
@@ -85,7 +91,7 @@ def test_codes_come_back(bits: int) -> None:
     assert torch.equal(back, code_NK)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", FILED)
 def test_numbers_are_the_files_own(name: str) -> None:
     c = stored(name)
     e, fields = Palette(name, FORMS[name]), fields_of(c)
@@ -96,11 +102,11 @@ def test_numbers_are_the_files_own(name: str) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", [*FORMS, "own 2", "own 3", "own 4", "own 5", "own 6"])
+@pytest.mark.parametrize("name", FORMS)
 def test_products_are_those_of_the_numbers(name: str, native: Native) -> None:
     """Any number of rows gives each row the bits that it has alone; many rows decode every weight right."""
-    if name.startswith("own"):
-        e, fields = own_levels(int(name[-1]), native)
+    if name in OWN:
+        e, fields = own_levels(name, native)
     else:
         e, fields = Palette(name, FORMS[name], native), fields_of(stored(name))
     w_NK, product = e.decode(fields), e.product(fields)
@@ -161,10 +167,27 @@ def test_rows_keep_their_size_and_what_is_no_number(name: str, native: Native) -
 
 @needs_compiler
 def test_largest_inputs_and_levels_do_not_overflow(native: Native) -> None:
-    e, fields = own_levels(6, native)
+    e, fields = own_levels("palette6-fp16", native)
     fields["levels"].fill_(127)
     x = torch.full((9, WIDTH), 255.0).bfloat16()  # the largest number with its exponent
     want = x.float() @ e.decode(fields).T
     for sign in (1, -1):
         y = e.product(fields)(sign * x, False)
         assert ((y.float() - sign * want).abs() <= 2**-7 * want.abs()).all()
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_levels_are_fitted(name: str) -> None:
+    """Numbers that a tile's few levels hold come back as they were, but for rounding; others come back better
+    than evenly spaced levels hold them."""
+    e, count = Palette(name, FORMS[name]), 1 << FORMS[name].bits
+    torch.manual_seed(count)
+    few = (torch.rand(ROWS // 16, count) * 2 - 1).repeat_interleave(16, dim=0)
+    w = few.gather(1, torch.randint(0, count, (ROWS, WIDTH)))
+    assert (e.decode(e.encode(w)) - w).norm() <= 0.02 * w.norm()
+    w = torch.randn(ROWS, WIDTH).mul(3).sinh()  # heavy tails
+    groups = w.unflatten(1, (-1, 64))
+    step = groups.abs().amax(dim=2, keepdim=True) / (count / 2)
+    even = ((groups / step + 0.5).round() - 0.5) * step
+    assert (e.decode(e.encode(w)) - w).norm() < 0.9 * (even - groups).norm()
+    assert torch.equal(e.decode(e.encode(w * 2.0**-6)), e.decode(e.encode(w)) * 2.0**-6)

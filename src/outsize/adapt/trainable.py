@@ -34,20 +34,36 @@ ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 Stored = tuple[Tensor, Tensor]  # one layer's keys and values, (B, J, S, E) each
 
 
+class Change:
+    """What a run does otherwise than the model: here, nothing."""
+
+    __slots__ = ()
+
+    def weight(self, w: Tensor, x: Tensor, layer: int, name: str) -> Tensor:
+        """What multiplies x in place of w, a tensor of a pack's record: qkv, o, gate_up or down."""
+        return w
+
+    def add(self, y: Tensor, x: Tensor, layer: int, names: Sequence[str]) -> Tensor:
+        """`y` is the product of x with the projections' rows, stacked; with what is added."""
+        return y
+
+
 @dataclass(frozen=True, slots=True)
-class Deltas:
+class Deltas(Change):
     """Low-rank additions: y += scale * B A x for each projection, named "{layer}.{projection}"."""
 
     factors: Mapping[str, tuple[Tensor, Tensor]]  # A (R, K), B (N, R)
     scale: float
 
     def add(self, y: Tensor, x: Tensor, layer: int, names: Sequence[str]) -> Tensor:
-        """`y` is the product of x with the projections' rows, stacked."""
         parts = []
         for name in names:
             a, b = self.factors[f"{layer}.{name}"]
             parts.append(linear(linear(x, a.to(x.dtype)), b.to(x.dtype)))
         return y + self.scale * (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
+
+
+AS_IS = Change()
 
 
 class Rows(NamedTuple):
@@ -111,23 +127,37 @@ class TrainableModel:
         return self.embed_VD[ids].to(self.residual) * self.description.embed_scale
 
     def run(
-        self, rows: Rows, stored: Sequence[Stored] | None = None, deltas: Deltas | None = None
+        self, rows: Rows, stored: Sequence[Stored] | None = None, change: Change = AS_IS
     ) -> tuple[Tensor, list[Stored]]:
         """The residual stream after the last layer (B, T, D), normed; and each layer's new keys and
         values."""
+        h, made = self._through(rows, range(self.description.num_layers), stored, change)
+        return self.normed(h), made
+
+    def through(self, rows: Rows, layers: range, change: Change = AS_IS) -> Tensor:
+        """The residual stream (B, T, D) after some layers, of rows that are what went into the first."""
+        return self._through(rows, layers, None, change)[0]
+
+    def normed(self, h: Tensor) -> Tensor:
+        """What the head multiplies, of the stream after the last layer."""
+        return rms_norm(h, h.shape[-1:], self.final_norm, self.description.norm_eps)
+
+    def _through(
+        self, rows: Rows, layers: range, stored: Sequence[Stored] | None, change: Change
+    ) -> tuple[Tensor, list[Stored]]:
         h, made = rows.h_BTD, []
         ropes = self.description.ropes
         rotations = {rope: self._rotation(rope, rows.positions_BT) for rope in ropes}
         masks = self._masks(rows)
-        for i, layer in enumerate(self.description.layers):
-            past = None if stored is None else stored[i]
+        for i in layers:
+            layer, past = self.description.layers[i], None if stored is None else stored[i]
             turn, mask = rotations[layer.rope], masks[layer.window]
-            out, new = self._attention(self._norm(h, i, "attn_norm"), i, turn, mask, past, deltas)
+            out, new = self._attention(self._norm(h, i, "attn_norm"), i, turn, mask, past, change)
             made.append(new)
             h = h + self._post(out, i, "attn_post_norm")
-            out = self._dense(self._norm(h, i, "ffn_norm"), i, deltas)
+            out = self._dense(self._norm(h, i, "ffn_norm"), i, change)
             h = h + self._post(out, i, "ffn_post_norm")
-        return rms_norm(h, h.shape[-1:], self.final_norm, self.description.norm_eps), made
+        return h, made
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., V) of normed states."""
@@ -163,10 +193,10 @@ class TrainableModel:
         return rms_norm(out, out.shape[-1:], weight, self.description.norm_eps)
 
     def _linear(
-        self, x: Tensor, layer: int, name: str, parts: Sequence[str], deltas: Deltas | None
+        self, x: Tensor, layer: int, name: str, parts: Sequence[str], change: Change
     ) -> Tensor:
-        y = linear(x, self._layers[layer][name])
-        return y if deltas is None else deltas.add(y, x, layer, parts)
+        y = linear(x, change.weight(self._layers[layer][name], x, layer, name))
+        return change.add(y, x, layer, parts)
 
     def _attention(
         self,
@@ -175,10 +205,10 @@ class TrainableModel:
         turn: Tensor,
         mask: Tensor,
         past: Stored | None,
-        deltas: Deltas | None,
+        change: Change,
     ) -> tuple[Tensor, Stored]:
         d, weights = self.description, self._layers[i]
-        qkv = self._linear(x, i, "qkv", ("q", "k", "v"), deltas)
+        qkv = self._linear(x, i, "qkv", ("q", "k", "v"), change)
         if d.qkv_bias:
             qkv = qkv + weights["qkv_bias"]
         heads = qkv.unflatten(-1, (-1, d.head_dim)).to(self.residual)
@@ -194,16 +224,16 @@ class TrainableModel:
         with sdpa_kernel(ATTENTION):
             out = scaled_dot_product_attention(q, keys, values, mask, scale=d.attn_scale)
         out = out.transpose(1, 2).flatten(2)
-        out = self._linear(out, i, "o", ("o",), deltas)
+        out = self._linear(out, i, "o", ("o",), change)
         return out + weights["o_bias"] if d.o_bias else out, (k, v)
 
-    def _dense(self, x: Tensor, i: int, deltas: Deltas | None) -> Tensor:
+    def _dense(self, x: Tensor, i: int, change: Change) -> Tensor:
         d, weights = self.description, self._layers[i]
-        both = self._linear(x, i, "gate_up", ("gate", "up"), deltas)
+        both = self._linear(x, i, "gate_up", ("gate", "up"), change)
         if d.mlp_bias:
             both = (both + weights["gate_up_bias"]).to(self.dtype)
         gate, up = both.chunk(2, dim=-1)
-        down = self._linear(ACTIVATIONS[d.activation](gate) * up, i, "down", ("down",), deltas)
+        down = self._linear(ACTIVATIONS[d.activation](gate) * up, i, "down", ("down",), change)
         return down + weights["down_bias"] if d.mlp_bias else down
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -238,10 +238,11 @@ class Factors(Mapping[str, tuple[Tensor, Tensor]]):
         return len(self.shapes)
 
 
-def same_base(file: AdapterFile, base: str, name: str) -> None:
-    """Raises AdapterError if the file says that it belongs to another model."""
+def same_base(file: AdapterFile, base: str, name: str, kin: Sequence[str] = ()) -> None:
+    """Raises AdapterError if the file says that it belongs to another model. `kin`: models whose numbers this
+    one's were made from, where what was trained for them will do."""
     told = file.about.get("base")
-    if told is not None and told != base:
+    if told is not None and told not in (base, *kin):
         raise AdapterError(
             f"{file.path} was trained for another model (base {str(told)[:12]}, {name} is {base[:12]}); "
             "train one for this model"

@@ -29,15 +29,15 @@ SHIPPED = Path(__file__).with_name("shipped")
 
 def find(spec: DraftSpec, model: Outline) -> Path | None:
     """The file that a specification means: the one it names, else the one that came with outsize, or was put
-    into its home, for this very model."""
+    into its home, for this very model, else for the one that its numbers were made from."""
     if spec.kind != "mtp":
         return None
     if spec.source:
         return expanded(spec.source)
     if model.description.mixture is not None or not model.sha256:
         return None
-    name = f"masks-{model.sha256[:12]}.safetensors"
-    places = (home() / "adapters" / name, SHIPPED / name)
+    names = [f"masks-{sha[:12]}.safetensors" for sha in (model.sha256, *model.kin)]
+    places = (folder / name for name in names for folder in (home() / "adapters", SHIPPED))
     return next((p for p in places if p.is_file()), None)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from outsize.encoding.frozen import frozen
+from outsize.encoding.levels import MOST, between, fit
 from outsize.encoding.plain import Encoding, Fields, FieldSpec
 from outsize.errors import UnsupportedError
 from outsize.kernels.backend import Backend, Product
@@ -77,8 +78,11 @@ class Palette:
         return len(fields["codes"]) * TILE
 
     def encode(self, w_NK: Tensor) -> dict[str, Tensor]:
-        """Each weight's nearest level; a group's largest weight sets its step (and its least one its low)."""
+        """Each weight's nearest level; a group's largest weight sets its step (and its least one its low).
+        Levels of each tile's own are fitted first."""
         form = self.form
+        if not form.levels:
+            return self._fitted(w_NK.float())
         groups = w_NK.float().unflatten(1, (-1, form.group))
         levels = shared_levels(form.levels).float()
         low = groups.new_zeros(groups.shape[:2])
@@ -89,12 +93,20 @@ class Palette:
             rows, low = self._rounded_lows(step, low)
         else:
             step = groups.abs().amax(dim=2) / (levels.abs().max() * form.unit)
-        steps, step = self._rounded(step)
+        steps, step = self.rounded(step)
         safe = (step * form.unit).clamp_min(torch.finfo(torch.float32).tiny)[:, :, None]
         codes = _nearest(levels, (groups - low[:, :, None]) / safe)
         return self.from_codes(codes.flatten(1), rows | steps)
 
-    def _rounded(self, step_NG: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def _fitted(self, w_NK: Tensor) -> dict[str, Tensor]:
+        whole = _padded(w_NK, -len(w_NK) % TILE)
+        step_NG, levels = fit(self.form, whole)
+        scales, step_NG = self.rounded(step_NG)
+        x = whole / step_NG.clamp_min(1e-30).repeat_interleave(self.form.group, dim=1)
+        codes = torch.searchsorted(between(levels), x.clamp(-MOST, MOST).view(len(levels), -1))
+        return self.from_codes(codes.view_as(whole).to(torch.uint8), scales) | {"levels": levels}
+
+    def rounded(self, step_NG: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Steps as stored, and what they are then."""
         if self.form.step != "int8":
             stored = step_NG.to(DTYPES[self.form.step])

@@ -95,6 +95,9 @@ FORMS: dict[str, Form] = {
     **{f"int4-{g}-bf16": Form(4, g, _linear(4, 8), "bf16") for g in (32, 64, 128, 256)},
     **{f"uint4-{g}": Form(4, g, _linear(4, 0), "fp16", "zero") for g in (32, 64, 128, 256)},
     **{f"uint4-{g}-bf16": Form(4, g, _linear(4, 0), "bf16", "zero") for g in (32, 64, 128, 256)},
+    # Ours: levels of each tile's own, fitted to the weights (encoding/levels.py).
+    **{f"palette{b}": Form(b, 64, (), "int8") for b in range(2, 7)},
+    **{f"palette{b}-fp16": Form(b, 64, ()) for b in range(2, 7)},  # for any multiple of 64 inputs
 }
 
 DTYPES = {
@@ -129,11 +132,12 @@ def shared_levels(levels: tuple[int, ...]) -> Tensor:
 
 
 def offset_levels(form: Form, own: Tensor | None) -> tuple[Tensor | None, int]:
-    """Levels as bytes that are not negative, and what is too much in them; no levels where a code is one."""
+    """Levels as bytes that are not negative, and what is too much in them; no levels where a code
+    is one, and its bits are more than a register looks up."""
     if own is not None:
         return (own.short() + 128).to(torch.uint8), 128
     first = form.levels[0]
-    if form.levels == tuple(range(first, first + len(form.levels))):
+    if form.bits > 4 and form.levels == tuple(range(first, first + len(form.levels))):
         return None, -first
     offset = -min(form.levels)
     return (shared_levels(form.levels).short() + offset).to(torch.uint8), offset

@@ -29,9 +29,10 @@ def read_adapter(pack: Pack, name: str, path: Path) -> Adapter:
 
 def additions(name: str, file: AdapterFile, model: Outline, coarse: bool = False) -> Adapter:
     """A file's low-rank factors, if they are finite and this model's (its base's hash is compared where it is
-    known). `coarse`: kept in eight bits. Raises AdapterError."""
+    known). `coarse`: of a drafter, whose tokens are verified: kept in eight bits, and trained for this model
+    or for the one whose numbers this one's were made from. Raises AdapterError."""
     if model.sha256:
-        files.same_base(file, model.sha256, model.name)
+        files.same_base(file, model.sha256, model.name, model.kin if coarse else ())
     factors = Factors(file, model.description.head_dim)
     check_shapes(name, model.description, factors.shapes)
     files.finite(file, [f"{name}.{factor}" for name in factors for factor in "AB"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,15 +20,17 @@ from outsize.encoding.int8 import Int8
 from outsize.encoding.palette import Palette
 from outsize.kernels.palettes import FORMS
 from outsize.pack.tables import Matrix
-from outsize.pack.tensors import Part, Piece
+from outsize.pack.tensors import Made, Part, Piece
 
 UNIT = 64  # rows that every encoding can begin at
 SLICE = 4 << 20  # weights that are encoded at once; some 25 bytes each are at work for a moment
 
 
-def encode(piece: Piece, num_rows: int) -> dict[str, Tensor]:
+def encode(piece: Piece | Made, num_rows: int) -> Mapping[str, Tensor]:
     """The fields of a piece, padded to `num_rows` rows (the last block of a row table). Codes are
     kept where the source type has the encoding's codes."""
+    if isinstance(piece, Made):
+        return piece.fields()
     kept = _kept_palette(piece, num_rows) if piece.encoding in FORMS else _kept(piece, num_rows)
     if kept is not None:
         return kept
@@ -36,9 +38,12 @@ def encode(piece: Piece, num_rows: int) -> dict[str, Tensor]:
     return encoding(piece.encoding).encode(_stack(floats, piece.parts, num_rows))
 
 
-def slices(piece: Piece, matrix: Matrix) -> Iterator[tuple[int, int, Piece]]:
+def slices(piece: Piece | Made, matrix: Matrix) -> Iterator[tuple[int, int, Piece | Made]]:
     """The same in pieces of few rows, so that a large matrix is never whole in memory: the first row of each
     in the matrix, how many it fills, and what is in them. Whole, where rows cannot be told apart."""
+    if isinstance(piece, Made):
+        yield 0, matrix.num_rows, piece
+        return
     alone = all(spec.row_axis == 0 for spec in matrix.specs.values())
     rows = [part.shape[0] for part in piece.parts]
     if not alone or any(n % UNIT for n in rows[:-1]) or not all(map(_in_order, piece.parts)):

@@ -39,6 +39,25 @@ MOST_HEADER = 8 << 20  # bytes; the largest known mixture's is 1 MB
 
 
 @dataclass(frozen=True, slots=True)
+class Quality:
+    """How far a pack's numbers take it from those that they were made of, on a text."""
+
+    bits: float  # of a weight of the layers' matrices, everything counted
+    kl: float  # mean divergence of its predictions from the former ones, in nats
+    top1: float  # share of predictions whose likeliest token is the same
+    perplexity: float
+    former_perplexity: float
+    tokens: int
+    text: str  # which
+
+    def __str__(self) -> str:
+        return (
+            f"{self.bits:.2f} bits a weight, lossy: KL {self.kl:.3f} nats, top-1 {self.top1:.0%}, perplexity "
+            f"{self.former_perplexity:,.1f} -> {self.perplexity:,.1f} ({self.tokens:,} tokens of {self.text})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Pack:
     """A pack's header, checked."""
 
@@ -54,6 +73,7 @@ class Pack:
     chat_templates: Mapping[str, str]  # by name; "default" where there is one
     licence: str | None
     made_by: str
+    quality: Quality | None = None  # of a pack that was made from another one, as measured then
 
     @property
     def size(self) -> int:
@@ -81,6 +101,10 @@ class Pack:
 def write_header(pack: Pack, folder: Path) -> None:
     """Write pack.json into `folder`. Raises PackError if it would be too long to be read."""
     body = {k: v for k, v in asdict(pack).items() if k != "path"}
+    if pack.quality is None:  # other versions read packs that say nothing new
+        del body["quality"]
+    if not pack.source.kin:
+        del body["source"]["kin"]
     body |= {"version": VERSION, "layouts": LAYOUTS}
     text = json.dumps(body, sort_keys=True)
     whole = {"checksum": zlib.crc32(text.encode()), "pack": body}

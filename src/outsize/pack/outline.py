@@ -9,7 +9,7 @@ from outsize.checkpoint import tokenizer
 from outsize.checkpoint.checkpoint import Checkpoint
 from outsize.family.find import recipe
 from outsize.model_config import Description
-from outsize.pack.format import TOKENIZER, Pack
+from outsize.pack.format import TOKENIZER, Pack, Quality
 from outsize.pack.layout import plan
 from outsize.pack.tables import TableHeader
 
@@ -26,6 +26,8 @@ class Outline:
     tokenizer_bytes: int  # of tokenizer.json
     is_packed: bool
     sha256: str = ""  # of what it was or would be made from, where that is known
+    kin: tuple[str, ...] = ()  # the same, of models whose numbers its own were made from
+    quality: Quality | None = None  # as measured when it was made from another pack
     drafting: int = 0  # bytes that a drafter keeps
     copies: int = 0  # bytes of slots for copies of experts at fewer bits
     step_scratch: int = 0  # bytes that a step's draft tokens take for a moment
@@ -54,7 +56,7 @@ def of_pack(pack: Pack) -> Outline:
     size = (pack.path / TOKENIZER).stat().st_size
     return Outline(
         pack.path.name, pack.description, pack.tables, size, True, pack.source.sha256,
-        has_template=bool(pack.chat_templates),
+        pack.source.kin, pack.quality, has_template=bool(pack.chat_templates),
     )  # fmt: skip
 
 

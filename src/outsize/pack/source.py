@@ -8,9 +8,10 @@ not in weights and layout, share their records.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from outsize.checkpoint.bounded import read_regular
@@ -33,6 +34,9 @@ class Source:
     sidecars: tuple[FileStat, ...] = ()  # the files beside them that decide an answer
     identity: str = ""  # SHA-256 of the weights' and the sidecars' bytes
     layout: str = ""  # of what the records hold
+    kin: tuple[
+        str, ...
+    ] = ()  # `sha256` of packs whose numbers this one's were made from, the nearest first
 
     def is_current(self) -> bool:
         """Are the files still what they were, and are there no further ones?"""
@@ -56,6 +60,16 @@ class Source:
         newest = (repo / "refs" / "main").read_text(encoding="utf-8").strip()
         inside = path.relative_to(repo / "snapshots" / revision)
         return newest != revision and (repo / "snapshots" / newest / inside).is_file()
+
+
+def derived(base: Source, name: str, recipe: Mapping[str, object]) -> Source:
+    """The source of a pack that is made from another one's numbers, as a recipe says: another model, with
+    other weights. `name`: what stands for an encoding."""
+    text = json.dumps([base.sha256, base.layout, recipe], sort_keys=True)
+    sha = hashlib.sha256(text.encode()).hexdigest()
+    whole = hashlib.sha256(f"{base.identity} {sha}".encode()).hexdigest()
+    kin = (base.sha256, *base.kin)
+    return replace(base, sha256=sha, encoding=name, identity=whole, layout=sha, kin=kin)
 
 
 def file_stats(files: Iterable[Path]) -> tuple[FileStat, ...]:

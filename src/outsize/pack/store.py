@@ -56,7 +56,8 @@ def same_records(folder: Path, source: Source) -> Pack | None:
 
 def known_hash(folder: Path, files: tuple[FileStat, ...]) -> str | None:
     """The hash of weights that were packed before and have not changed since."""
-    return next((p.source.sha256 for p in _good(folder) if p.source.files == files), None)
+    found = (p.source for p in _good(folder) if not p.source.kin)
+    return next((source.sha256 for source in found if source.files == files), None)
 
 
 def _good(folder: Path) -> Iterator[Pack]:

@@ -1,9 +1,12 @@
 """What is written into a record: a checkpoint's tensors under our names, found, checked, stacked, and how
-their rows are reordered."""
+their rows are reordered; or fields that are made from another pack's."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+import torch
 
 from outsize.checkpoint.checkpoint import Checkpoint, Tensor, refuse_unreadable
 from outsize.encoding.find import encoding_for
@@ -53,7 +56,18 @@ class Piece:
         return self.parts[0].shape[1]
 
 
-Record = dict[str, tuple[Piece, ...]]
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A matrix to be written whose fields are no checkpoint's: another pack's, or made from its numbers."""
+
+    encoding: str
+    num_rows: int
+    width: int
+    fields: Callable[[], Mapping[str, torch.Tensor]]
+    parts: tuple[Part, ...] = ()
+
+
+Record = dict[str, tuple[Piece | Made, ...]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -85,18 +85,19 @@ def write(
                 if _is_of(found := read_header(final), source):
                     return _again(found, source)
             shutil.rmtree(final)
-        text, d = checkpoint.tokenizer, recipe.description
+        spec, d = checkpoint.tokenizer, recipe.description
         draft = Pack(
-            path=final, source=source, description=d, tables=(), bos=_start(text, d.vocab_size),
-            eos=tuple(i for i in text.eos if 0 <= i < d.vocab_size), add_bos=text.add_bos, tokenizer_crc=0,
-            special_tokens=text.names, chat_templates=text.templates, licence=checkpoint.licence,
+            path=final, source=source, description=d, tables=(), bos=_start(spec, d.vocab_size),
+            eos=tuple(i for i in spec.eos if 0 <= i < d.vocab_size), add_bos=spec.add_bos, tokenizer_crc=0,
+            special_tokens=spec.names, chat_templates=spec.templates, licence=checkpoint.licence,
             made_by=how.version,
         )  # fmt: skip
         twin = store.same_records(home, source)
         if twin is None:
             free, size = shutil.disk_usage(home).free, sum(t.header.size for t in tables)
             say(f"packing {size / 1e6:,.0f} MB into {final} ({free / 1e9:,.1f} GB free)")
-        made = _write_whole(draft, checkpoint, tables, twin, progress, is_alone)
+        text = partial(_tokenizer, checkpoint)
+        made = write_whole(draft, text, tables, progress, twin, is_alone)
     if twin is not None and _succeeds(source, twin.source):
         with suppress(SourceError):  # another process was first
             store.remove(home, twin.path.name)
@@ -171,16 +172,21 @@ def _again(pack: Pack, source: Source) -> Pack:
     return pack
 
 
-def _write_whole(
+def _tokenizer(checkpoint: Checkpoint) -> bytes:
+    return tokenizers.build(checkpoint.tokenizer).to_str().encode()
+
+
+def write_whole(
     draft: Pack,
-    checkpoint: Checkpoint,
+    tokenizer: Callable[[], bytes],
     tables: Sequence[TablePlan],
-    twin: Pack | None,
     progress: Progress,
+    twin: Pack | None,
     is_alone: bool,
 ) -> Pack:
-    """The pack, under its name; its records are those of `twin` if there is one. Where locks keep nobody out,
-    others may be writing the same: they are left alone, and the first to end wins."""
+    """The pack, under its name, with this tokenizer.json; its records are those of `twin` if there is one.
+    Where locks keep nobody out, others may be writing the same: they are left alone, and the first to end
+    wins."""
     home, name = draft.path.parent, draft.path.name
     for stale in home.glob(f".{name}.tmp-*") if is_alone else ():
         shutil.rmtree(stale, ignore_errors=True)
@@ -191,7 +197,7 @@ def _write_whole(
     try:
         headers = None if twin is None else store.link_tables(folder, twin)
         headers = headers or _write_tables(folder, tables, progress)
-        pack = _write_text(replace(draft, tables=headers), folder, checkpoint)
+        pack = _write_text(replace(draft, tables=headers), folder, tokenizer())
         sync(folder)
         if not rename(folder, draft.path):
             return read_header(draft.path)
@@ -217,9 +223,8 @@ def _full(home: Path, size: int) -> DiskFullError:
     )
 
 
-def _write_text(draft: Pack, folder: Path, checkpoint: Checkpoint) -> Pack:
+def _write_text(draft: Pack, folder: Path, text: bytes) -> Pack:
     """Tokenizer and header."""
-    text = tokenizers.build(checkpoint.tokenizer).to_str().encode()
     (folder / TOKENIZER).write_bytes(text)
     pack = replace(draft, tokenizer_crc=zlib.crc32(text))
     write_header(pack, folder)
@@ -260,7 +265,7 @@ def _write_record(f: BinaryIO, header: TableHeader, record: Record) -> int:
     return zlib.crc32(buffer)
 
 
-def _put(buffer: bytearray, matrix: Matrix, fields: dict[str, Tensor], first: int) -> None:
+def _put(buffer: bytearray, matrix: Matrix, fields: Mapping[str, Tensor], first: int) -> None:
     """Writes the fields of rows from `first` on where they belong."""
     specs = matrix.specs
     for name, offset in matrix.offsets().items():

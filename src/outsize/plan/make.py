@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from outsize.arguments import whole
@@ -44,6 +44,7 @@ class Plan:
         return {
             "model": self.outline.name,
             "weights_bytes": self.outline.size,
+            "quality": None if self.outline.quality is None else asdict(self.outline.quality),
             **self.placement.to_json(),
             **self.cost.to_json(),
             "machine_age_s": round(self.machine.age_s),

@@ -57,6 +57,8 @@ def long(plan: Plan) -> Iterator[str]:
     o, p = plan.outline, plan.placement
     state = "packed" if o.is_packed else "not packed yet"
     yield f"{o.name} ({mb(o.size)} of weights, {state}) in {mb(p.budget)}, context {p.context:,}"
+    if o.quality is not None:
+        yield str(o.quality)
     yield ""
     yield f"{'what':<26}{'where':<18}{'MB':>10}"
     for name, size in p.fixed.items():

@@ -26,7 +26,7 @@ from torch import Tensor
 from outsize.adapt.examples import Example
 from outsize.adapt.head_loss import head_loss
 from outsize.adapt.loop import Recipe
-from outsize.adapt.trainable import Deltas, Rows, Stored, TrainableModel
+from outsize.adapt.trainable import AS_IS, Deltas, Rows, Stored, TrainableModel
 from outsize.arguments import real, whole
 from outsize.draft import mtp_head
 from outsize.draft.drafter import MOST
@@ -137,7 +137,7 @@ def ordinary(
     positions = torch.arange(size, device=model.device).expand(count, -1)
     allow = torch.ones(size, size, dtype=torch.bool, device=model.device).tril()
     rows = Rows(model.embed(batch.tokens_BS), positions, allow.expand(count, -1, -1))
-    return model.run(rows, deltas=added)
+    return model.run(rows, change=added or AS_IS)
 
 
 def mask_rows(model: TrainableModel, batch: Batch, masks_KD: Tensor) -> Rows:

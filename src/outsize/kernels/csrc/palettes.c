@@ -153,10 +153,10 @@ levels_at(const uint8_t *p, const long bits, const long j, const int coded, cons
     return out;
 }
 
-/* One tile's products with `count` rows of x, the first of which is number `row`. */
+/* One tile's products with up to `count` rows of x, the first of which is number `row`, the last number `last`. */
 static inline __attribute__((always_inline)) void
-tile_rows(const Matrix *m, const long bits, const int coded, long tile, char *scratch, long row, const long count,
-          char *y, int wide) {
+tile_rows(const Matrix *m, const long bits, const int coded, long tile, char *scratch, long row, long last,
+          const long count, char *y, int wide) {
     const struct Palette *pal = m->palette;
     const long width = m->width, group = pal->group, groups = groups_of(m), run = run_of(m), chunk = chunk_of(m);
     const uint8_t *p = m->codes + tile * 2 * bits * width;
@@ -165,7 +165,7 @@ tile_rows(const Matrix *m, const long bits, const int coded, long tile, char *sc
     Row x[MAX_ROWS];
     __m512 total[MAX_ROWS], part[MAX_ROWS], low[MAX_ROWS];
     for (long t = 0; t < count; t++) {
-        x[t] = row_at(scratch, row + t, m);
+        x[t] = row_at(scratch, row + t < last ? row + t : last, m);
         total[t] = _mm512_setzero_ps();
     }
     for (long first = 0; first < groups; first += run) {
@@ -211,7 +211,7 @@ tile_rows(const Matrix *m, const long bits, const int coded, long tile, char *sc
     }
     __m512 all = _mm512_set1_ps(pal->unit);
     if (pal->outer) all = _mm512_mul_ps(all, floats16(pal->outer, FP32, tile * TILE));
-    for (long t = 0; t < count; t++) {
+    for (long t = 0; t < count && row + t <= last; t++) {
         void *out = number_at(y, t * m->rows, wide);
         const __m512 product = _mm512_mul_ps(total[t], all);
         if (wide) _mm512_storeu_ps(out, product);
@@ -451,23 +451,26 @@ decode_group(const Matrix *m, const long bits, const int coded, long tile, const
 #endif
 
 #ifdef __AVX512VNNI__
+/* A constant for each number of rows would take a compiler half a minute: of 3, 5 and 7 one is computed twice. */
 static inline __attribute__((always_inline)) void
 sized(const Matrix *m, const long bits, const int coded, long tile, char *scratch, long row, long count, char *y,
       int wide) {
-#define ROWS(n) tile_rows(m, bits, coded, tile, scratch, row, n, y, wide)
-    FOR_1_TO_8(count, ROWS)
+    const long last = row + count - 1;
+#define ROWS(n) tile_rows(m, bits, coded, tile, scratch, row, last, n, y, wide)
+    if (count == 1) ROWS(1);
+    else if (count == 2) ROWS(2);
+    else if (count <= 4) ROWS(4);
+    else if (count <= 6) ROWS(6);
+    else ROWS(8);
 #undef ROWS
 }
 #endif
 
-/* CALL(bits, coded) with constants. */
+/* CALL(bits, coded) with constants: are codes looked up? Those of up to 4 bits always are. */
 #define FOR_PALETTE(m, CALL)                                                                             \
     switch ((m)->bits * 2 + ((m)->palette->levels != 0)) {                                               \
-    case 4: CALL(2, 0); break;                                                                           \
     case 5: CALL(2, 1); break;                                                                           \
-    case 6: CALL(3, 0); break;                                                                           \
     case 7: CALL(3, 1); break;                                                                           \
-    case 8: CALL(4, 0); break;                                                                           \
     case 9: CALL(4, 1); break;                                                                           \
     case 10: CALL(5, 0); break;                                                                          \
     case 11: CALL(5, 1); break;                                                                          \
