@@ -123,7 +123,7 @@ def test_products_are_those_of_the_numbers(name: str, native: Native) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", FILED)
 def test_products_of_fp32_keep_their_precision(name: str, native: Native) -> None:
     e, fields = Palette(name, FORMS[name], native), fields_of(stored(name))
     product = e.product(fields)
