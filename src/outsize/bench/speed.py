@@ -103,7 +103,9 @@ def spread(values: Sequence[float]) -> str:
 def show(name: str, options: SpeedOptions) -> None:
     """Print the ceilings, the measurement and, last, one JSON object."""
     o = options
-    with loading.load(name, threads=o.threads, native=o.native, quiet=o.quiet) as model:
+    with loading.load(
+        name, threads=o.threads, native=o.native, quiet=o.quiet, prefix_cache="off"
+    ) as model:
         c = ceilings(model.pack)
         print(f"{model.name} on {probe.processor()}, {torch.get_num_threads()} threads")
         print(

@@ -46,7 +46,9 @@ class Reply:
         False  # through the page cache: the disk's file system refuses direct reads
     )
     reasoning: str = ""  # what the model thought before it answered, where it says that apart
-    cached_tokens: int = 0  # of the prompt, that were not computed again
+    reused_tokens: int = 0  # of the prompt, that were not computed again
+    reused_bytes_read: int = 0  # of keys and values, from the prefix cache on disk
+    kept_bytes_written: int = 0  # of keys and values, to it
     logprobs: tuple[TokenLogprob, ...] = ()  # of the reply's tokens, if they were asked for
 
     def __str__(self) -> str:
@@ -113,6 +115,8 @@ def account(request: Request, model: str, options: Mapping[str, object], usage: 
         options=options,
         cached_reads=cached_reads,
         reasoning=request.stream.reasoning,
-        cached_tokens=request.cached,
+        reused_tokens=request.cached,
+        reused_bytes_read=request.traffic.read,
+        kept_bytes_written=request.traffic.written,
         logprobs=tuple(request.logprobs),
     )

@@ -36,6 +36,7 @@ class Outline:
     smaller: Outline | None = None  # of a draft model, which is held whole
     streams: int = 1  # replies that are computed at once
     has_template: bool = False  # a chat template, which a process of its own renders
+    staging: int = 0  # bytes of blocks of the prefix cache on their way to and from a disk
     grammars: int = 0  # replies at once that may have to obey a schema or a grammar
 
     @property
