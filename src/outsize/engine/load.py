@@ -34,8 +34,8 @@ from outsize.log import warn
 from outsize.model.lora_file import read_adapter
 from outsize.model.transformer import Transformer
 from outsize.options import DEFAULT_MODEL, LoadChanges, LoadOptions
-from outsize.pack import fetch
-from outsize.pack.format import TOKENIZER, Pack, damaged
+from outsize.pack import fetch, tokenizer_file
+from outsize.pack.format import Pack, damaged
 from outsize.pack.outline import Outline, of_pack
 from outsize.plan import chunk as chunk_plan
 from outsize.plan import decide, probe
@@ -235,7 +235,7 @@ def _warn_slow(made: Pack, native: Backend) -> None:
 
 
 def tokens(made: Pack) -> Tokens:
-    raw = (made.path / TOKENIZER).read_bytes()
+    raw = tokenizer_file.read(made.path)
     if zlib.crc32(raw) != made.tokenizer_crc:
         raise damaged(made.path, "its tokenizer does not match its checksum")
     try:

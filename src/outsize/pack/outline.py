@@ -9,7 +9,8 @@ from outsize.checkpoint import tokenizer
 from outsize.checkpoint.checkpoint import Checkpoint
 from outsize.family.find import recipe
 from outsize.model_config import Description
-from outsize.pack.format import TOKENIZER, Pack, Quality
+from outsize.pack import tokenizer_file
+from outsize.pack.format import Pack, Quality
 from outsize.pack.layout import plan
 from outsize.pack.tables import TableHeader
 
@@ -54,7 +55,7 @@ class Outline:
 
 
 def of_pack(pack: Pack) -> Outline:
-    size = (pack.path / TOKENIZER).stat().st_size
+    size = tokenizer_file.size(pack.path)
     return Outline(
         pack.path.name, pack.description, pack.tables, size, True, pack.source.sha256,
         pack.source.kin, pack.quality, has_template=bool(pack.chat_templates),
