@@ -64,6 +64,22 @@ static inline v8 load8(const float *x) {
     return out;
 }
 
+/* a * b + c, rounded once where the processor can. Said so: a compiler that is left to choose chooses by what stands
+ * around it, and a row's bits would depend on how many rows there are. */
+static inline v8 fma8(v8 a, v8 b, v8 c) {
+#ifdef __FMA__
+    return (v8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON)
+    float32x4_t x[2], y[2], z[2];
+    memcpy(x, &a, sizeof x), memcpy(y, &b, sizeof y), memcpy(z, &c, sizeof z);
+    for (long i = 0; i < 2; i++) z[i] = vfmaq_f32(z[i], x[i], y[i]);
+    memcpy(&c, z, sizeof c);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
+
 /* Bytes as integers. */
 static inline v8i bytes8(const uint8_t *p) {
 #ifdef __AVX2__

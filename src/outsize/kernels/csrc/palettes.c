@@ -368,11 +368,11 @@ add_chunk(const Matrix *m, const v16 *w, const Row *x, long k, const float *step
     for (long t = 0; t < count; t++)
         for (long q = 0; q < 2; q++) {
             float *out = part[t] + 8 * q;
-            v8 sum = load8(out) + floats8(acc[t][q]) * (load8(step + 8 * q) * x[t].scale[k / TAKEN]);
+            v8 sum = fma8(floats8(acc[t][q]), load8(step + 8 * q) * x[t].scale[k / TAKEN], load8(out));
             memcpy(out, &sum, sizeof sum);
             if (!lows) continue;
             out = low[t] + 8 * q;
-            sum = load8(out) + load8(lows + 8 * q) * x[t].sum[k / chunk];
+            sum = fma8(load8(lows + 8 * q), (v8){0} + x[t].sum[k / chunk], load8(out));
             memcpy(out, &sum, sizeof sum);
         }
 }
@@ -424,7 +424,11 @@ tile_rows(const Matrix *m, const long bits, const int coded, long tile, char *sc
         if (pal->block) floats_of(pal->block, FP16, at, block);
         if (pal->low_block) floats_of(pal->low_block, FP16, at, low_block);
         for (long t = 0; t < count; t++)
-            for (long r = 0; r < TILE; r++) total[t][r] += part[t][r] * block[r] + low[t][r] * low_block[r];
+            for (long r = 0; r < TILE; r += 8) {
+                v8 sum = fma8(load8(part[t] + r), load8(block + r), load8(total[t] + r));
+                sum = fma8(load8(low[t] + r), load8(low_block + r), sum);
+                memcpy(total[t] + r, &sum, sizeof sum);
+            }
     }
     for (long t = 0; t < count; t++)
         for (long r = 0; r < TILE; r++) {
