@@ -251,6 +251,16 @@ def test_a_matrix_that_two_kinds_could_hold(tmp_path: Path) -> None:
         open_checkpoint(folder)
 
 
+def test_symmetric_zero_points_as_the_other_format_stores_them(tmp_path: Path) -> None:
+    """GPTQModel writes 8 where its config says "gptq", which stores 7: symmetric is what both mean."""
+    said = load_file(damaged(tmp_path / "a", "gptq", lambda _: None) / "model.safetensors")
+    assert (said[f"{STEM}.qzeros"] == 0x77777777).all()
+    change = put("qzeros", said[f"{STEM}.qzeros"] + 0x11111111)
+    folders = tmp_path / "a", damaged(tmp_path / "b", "gptq", change)
+    seven, eight = (read_floats(open_checkpoint(f).tensors[f"{STEM}.weight"]) for f in folders)
+    assert (seven == eight).all()
+
+
 @pytest.mark.parametrize("scale", [torch.nan, torch.inf])
 def test_scales_that_are_no_numbers(scale: float, tmp_path: Path) -> None:
     """However a token is drawn, the reply is an error in words."""
