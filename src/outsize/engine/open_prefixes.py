@@ -49,7 +49,7 @@ def check(options: LoadOptions) -> Checked:
         )
     if lossy:
         return Checked(PrefixSpec("off"))
-    spec = parse_prefix(options.prefix_cache or "memory")
+    spec = parse_prefix(options.prefix_cache)
     return Checked(spec, *folder.prepare(spec)) if spec.kind == "disk" else Checked(spec)
 
 

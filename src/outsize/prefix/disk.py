@@ -91,10 +91,11 @@ class DiskBlocks:
                     waiting.append(self._submit(reader, left.popleft(), shape.nbytes))
                 block = self._finish(*waiting.popleft(), shape)
                 if block is None:
-                    left.clear()
-                    continue
+                    break
                 traffic.read += shape.nbytes
                 yield block
+            for pending in waiting:  # behind a gap
+                self._finish(*pending, shape)
 
     def _submit(self, reader: Reader, key: bytes, nbytes: int) -> Pending:
         table = opened(self._folder, key, nbytes, self._stats)
