@@ -164,6 +164,25 @@ def test_of_other_adapters_and_threads_nothing_is_taken(open_tiny: Callable[...,
         assert answer(model, [ids])[0].cached == 0
 
 
+def test_a_prompt_larger_than_the_cache(open_tiny: Callable[..., Model], tmp_path: Path) -> None:
+    """Its first chunks are kept, and not put out by its last (as in antirez/ds4#157)."""
+    model = open_tiny("llama", "int8")
+    ids = random.Random(1).choices(range(5, 200), k=200)
+    nbytes = model.transformer.new_kv().like.new_empty(0).element_size()
+    d = model.pack.description
+    file = 2 * d.num_layers * d.num_kv_heads * d.head_dim * CHUNK * nbytes + 4096
+    written, cached = [], []
+    for _ in range(3):
+        with keeping(model, lambda: Prefixes(CHUNK, 0, on_disk(tmp_path, 3 * file))):
+            (request,) = answer(model, [ids])
+            assert model.scheduler.prefixes is not None
+            model.scheduler.prefixes.flush()
+            written.append(request.traffic.written)
+            cached.append(request.cached)
+    assert written == [3 * file, 0, 0]
+    assert cached == [0, 96, 96]
+
+
 def test_with_adapters(open_tiny: Callable[..., Model], tmp_path: Path) -> None:
     """Each adapter has its own beginnings; one under another name, or changed under its own, too."""
     model = open_tiny("llama", "int8")

@@ -61,7 +61,7 @@ def path_of(folder: Path, number: int) -> Path:
 def put(blocks: DiskBlocks, *numbers: int) -> Traffic:
     traffic = Traffic()
     for number in numbers:
-        blocks.put(key(number), block(number), traffic)
+        blocks.put(key(number), 0, block(number), traffic)
     blocks.flush()
     return traffic
 
@@ -188,6 +188,18 @@ def test_a_gap_ends_what_is_read(tmp_path: Path) -> None:
     blocks.close()
 
 
+def test_a_prompts_first_blocks_stay_longest(tmp_path: Path) -> None:
+    """They are written first, and what comes after them is of no use without."""
+    blocks = opened(tmp_path / "x", most=4 * SIZE)
+    for number in range(4):
+        blocks.put(key(number), number, block(number), Traffic())
+    blocks.flush()
+    put(blocks, 8, 9)
+    assert len(found(blocks, [0, 1, 2, 3])) == 2
+    assert blocks.fitting(SHAPE.nbytes) == 4
+    blocks.close()
+
+
 def test_what_a_file_is_of_is_checked(tmp_path: Path) -> None:
     """One block's file under another's name; and one of another shape."""
     blocks = opened(tmp_path / "x")
@@ -259,7 +271,7 @@ from outsize.prefix.disk import Traffic
 blocks = opened(Path(sys.argv[1]))
 print("ready", flush=True)
 for number in range(100000):
-    blocks.put(key(number), block(number % 50), Traffic())
+    blocks.put(key(number), 0, block(number % 50), Traffic())
 """
 
 
