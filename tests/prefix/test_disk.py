@@ -191,8 +191,9 @@ def test_a_gap_ends_what_is_read(tmp_path: Path) -> None:
 def test_a_prompts_first_blocks_stay_longest(tmp_path: Path) -> None:
     """They are written first, and what comes after them is of no use without."""
     blocks = opened(tmp_path / "x", most=4 * SIZE)
+    prompt = Traffic()
     for number in range(4):
-        blocks.put(key(number), number, block(number), Traffic())
+        blocks.put(key(number), number, block(number), prompt)
     blocks.flush()
     put(blocks, 8, 9)
     assert len(found(blocks, [0, 1, 2, 3])) == 2
