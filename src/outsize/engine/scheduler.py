@@ -19,7 +19,7 @@ from outsize.engine.request import Counts, Request
 from outsize.engine.step_lock import StepLock
 from outsize.errors import OptionError
 from outsize.forward.forward import Forward
-from outsize.forward.full import full
+from outsize.forward.lazy import lazy
 from outsize.log import warn
 from outsize.model.lora import Adapter
 from outsize.model.transformer import Transformer
@@ -40,7 +40,7 @@ class Scheduler:
         transformer: Transformer,
         placement: Placement,
         drafting: Drafting,
-        forward: Forward = full,
+        forward: Forward = lazy,
     ) -> None:
         self.name, self.placement, self.drafting = name, placement, drafting
         self.forward = forward
