@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from outsize.forward.part import REVIVED
 from outsize.forward.prune import Prune
 from outsize.kernels.backend import AttentionSpec
 from outsize.kernels.plain import Plain
@@ -30,11 +31,11 @@ class Reference(Plain):
         self.values: list[dict[int, Tensor]] = [{} for _ in range(self.num_layers)]
         self.shares: dict[int, list[float]] = {}
         self.watched: list[int] = []
-        self.computed = 0
+        self.computed, self.is_prompt = 0, True
 
     def step(self, new: Sequence[int], prompt: bool) -> Tensor:
         """(V,): logits after the last token."""
-        start = len(self.tokens)
+        start, self.is_prompt = len(self.tokens), prompt
         self.tokens += new
         fresh = list(range(start, len(self.tokens)))
         for p, row in zip(fresh, self.model.embed(list(new)), strict=True):
@@ -75,7 +76,11 @@ class Reference(Plain):
                     break
                 held += score[p]
                 count += 1
-        return sorted(order[: max(count, len(always))])
+        order = order[: max(count, len(always))]
+        if not self.is_prompt:
+            late = [p for p in order if p not in self.keys[layer] and p not in always]
+            order = [p for p in order if p not in late[REVIVED:]]
+        return sorted(order)
 
     def run(self, layer: int, rows: list[int]) -> None:
         h = torch.stack([self.states[layer][p] for p in rows])

@@ -28,6 +28,7 @@ from outsize.model.transformer import Transformer
 from outsize.model_config import Description
 
 COLUMNS = 64  # of hidden states that are put in another order at once
+REVIVED = 7  # tokens at most, at each prune point of a step of few rows: beyond, it takes twice as long
 LATER = 1e-12  # how much better the later of two tokens is that are attended to alike
 
 
@@ -78,6 +79,7 @@ class Part:
         self._revives = span.is_lazy and self._prune.mode == "revive"
         self._first = 0 if self._revives else span.start  # of those that are chosen among
         self._alive_N = torch.ones(n, dtype=torch.bool, device="cpu")
+        self._stopped_N = self._depths() if self._revives else self._alive_N[:0]
         self._revived: list[tuple[Pruned, NDArray[np.int64]]] = []
         self._revived_TD, self._revived_at = self._h_TD[:0], list[int]()
         kv.torn = kv.torn or span.is_lazy
@@ -103,6 +105,7 @@ class Part:
             assert pruned.states_PD is not None
             pruned.states_PD[torch.from_numpy(rows)] = self._revived_TD[at : at + len(rows)]
             pruned.depth[rows] = layer
+            self._stopped_N[torch.from_numpy(pruned.tokens[rows])] = layer
             at += len(rows)
 
     def finish(self) -> None:
@@ -183,8 +186,18 @@ class Part:
         else:
             count = _holding(score_N, share, max(0, forced))
         count = min(max(1, count, n - first - max(0, forced)), int(self._alive_N[first:].sum()))
+        order = first + score_N.topk(count).indices
         self._alive_N[:] = False
-        self._alive_N[first + score_N.topk(count).indices] = True
+        self._alive_N[order] = True
+        if self._revives and self.span.is_narrow:
+            self._alive_N[order[self._stopped_N[order] == layer][REVIVED:]] = False
+
+    def _depths(self) -> Tensor:
+        """(N,): layers that each earlier token has been through."""
+        out = torch.full((len(self._alive_N),), self._num_layers, dtype=torch.int64, device="cpu")
+        for pruned in self.kv.pruned:
+            out[torch.from_numpy(pruned.tokens)] = torch.from_numpy(pruned.depth)
+        return out
 
     def _drop_rows(self) -> bool:
         """Rows that go on come to the front; False: all do."""
