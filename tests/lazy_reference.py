@@ -1,5 +1,5 @@
-"""A slow, plain reference of lazy prefill: every layer keeps hidden states, keys and values of its own for every
-token, and attention is a loop over rows and heads. It shares nothing with the engine but the linear maps."""
+"""A slow, plain reference of lazy prefill: every layer keeps hidden states, keys and values of its own for
+each token, and attention is a loop over rows and heads. It shares the linear maps with the engine, no more."""
 
 from __future__ import annotations
 
@@ -108,7 +108,9 @@ class Reference(Plain):
         for p, row in zip(positions, x, strict=True):
             self.keys[spec.layer][p] = row[heads : heads + kv_heads]
             self.values[spec.layer][p] = row[heads + kv_heads :]
-        return torch.stack([self.row(spec, p, row[:heads]) for p, row in zip(positions, x, strict=True)])
+        return torch.stack(
+            [self.row(spec, p, row[:heads]) for p, row in zip(positions, x, strict=True)]
+        )
 
     def row(self, spec: AttentionSpec, p: int, q_HE: Tensor) -> Tensor:
         far = spec.window or 1 << 60
@@ -121,7 +123,9 @@ class Reference(Plain):
                 scores.append(spec.sinks[head])
             share = torch.stack(scores).softmax(0)[: len(seen)]
             total += share / spec.num_heads
-            out.append(sum(w * self.values[spec.layer][k][j] for w, k in zip(share, seen, strict=True)))
+            out.append(
+                sum(w * self.values[spec.layer][k][j] for w, k in zip(share, seen, strict=True))
+            )
         if p in self.watched:
             known = self.shares.setdefault(spec.layer, [0.0] * len(self.tokens))
             for k, w in zip(seen, total.tolist(), strict=True):

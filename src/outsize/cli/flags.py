@@ -77,6 +77,10 @@ FLAGS = {
     "draft": Flag(
         "--draft", "What drafts tokens: auto, none, ngram[:k=], model:PATH, mtp:FILE."
     ),
+    "prefill": Flag(
+        "--prefill",
+        "full, or lazy[:gentle|fast|SETTINGS]: hardly attended tokens skip layers (lossy).",
+    ),
     "adapters": Flag(*ADAPTER, Texts, named_adapters, "NAME=PATH"),
     "max_tokens": Flag("-n --max-tokens", "Most tokens to answer with."),
     "temperature": Flag("--temperature", "0: always the likeliest token."),

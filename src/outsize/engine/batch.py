@@ -135,7 +135,7 @@ class Batch:
         return [live.request for live, _, _ in chosen]
 
     def _learn(self, spans: list[Span], seconds: float, waited: float) -> None:
-        if self._pace is not None:
+        if self._pace is not None and not any(span.is_lazy for span in spans):
             prompt = sum(s.num_rows for s in spans if not is_narrow(s))
             self._pace.saw(prompt, sum(map(is_narrow, spans)), seconds, waited)
 
@@ -151,6 +151,7 @@ class Batch:
         except Exception as e:
             self._fail(live, e)
         request.known = min(len(request.seq.tokens) - 1, request.kv.length)
+        request.computed = request.kv.computed
 
     def _chosen(self) -> Iterator[tuple[Live, Span, Span | None]]:
         """What the next step runs: (whose, what, what is left of it)."""
@@ -207,7 +208,7 @@ class Batch:
 
     def _is_coming(self, live: Live) -> bool:
         """Is a longer beginning of its prompt being computed for another request? Then it waits for that."""
-        if self.prefixes is None or live.flow is not None:
+        if self.prefixes is None or live.flow is not None or live.request.is_lazy:
             return False
         return self.prefixes.is_coming(live.request, [other.request for other in self.running])
 
@@ -228,7 +229,7 @@ class Batch:
                 live.swapped = None
             if live.flow is None:
                 request.kv.give_room(room)
-                if self.prefixes is not None:
+                if self.prefixes is not None and not request.is_lazy:
                     self.prefixes.use(request, [other.request for other in self.running])
                 live.flow = self._scheduler.flow(request)
                 live.span = next(iter(first(live.flow)), None)
@@ -268,6 +269,7 @@ class Batch:
             live.flow.close()
         if live.swapped is not None:
             live.swapped.close()
+        keep = keep and not live.request.is_lazy
         if keep and self.prefixes is not None and live.flow is not None:
             self.prefixes.keep(live.request)
         # Whoever still reads the reply would hold memory that others are given.

@@ -48,7 +48,7 @@ class Prefixes:
         now = max((self._shared(request, k.tokens, k.adapter) for k in self._kept), default=0)
         for other in running:
             shared = self._shared(request, other.seq.tokens[: other.seq.num_prompt], other.adapter)
-            if shared > max(now, self._computed(other)):
+            if not other.is_lazy and shared > max(now, self._computed(other)):
                 return True
         return False
 
@@ -95,6 +95,8 @@ class Prefixes:
 
     def _computed(self, request: Request) -> int:
         """Tokens of a request's prompt that are stored, up to a multiple of the chunk."""
+        if request.is_lazy:
+            return 0
         return min(request.known, request.seq.num_prompt) // self._chunk * self._chunk
 
     def _shared(self, request: Request, tokens: Sequence[int], adapter: str | None) -> int:

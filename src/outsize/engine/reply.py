@@ -48,6 +48,8 @@ class Reply:
     reasoning: str = ""  # what the model thought before it answered, where it says that apart
     cached_tokens: int = 0  # of the prompt, that were not computed again
     logprobs: tuple[TokenLogprob, ...] = ()  # of the reply's tokens, if they were asked for
+    lossy: bool = False  # tokens of the prompt may have skipped layers: not the model's own answer
+    computed_share: float = 1.0  # of (token, layer) pairs; below 1, some skipped layers
 
     def __str__(self) -> str:
         return self.text
@@ -115,4 +117,6 @@ def account(request: Request, model: str, options: Mapping[str, object], usage: 
         reasoning=request.stream.reasoning,
         cached_tokens=request.cached,
         logprobs=tuple(request.logprobs),
+        lossy=request.is_lazy,
+        computed_share=round(request.computed, 4),
     )

@@ -11,6 +11,7 @@ import torch
 
 from outsize.draft.drafter import Company
 from outsize.draft.load import Drafting
+from outsize.draft.spec import DraftSpec
 from outsize.engine.choosing import chooser
 from outsize.engine.decode import decode
 from outsize.engine.drive import Flow
@@ -28,6 +29,7 @@ from outsize.storage.stats import IOStats
 from outsize.system import memory
 
 T = TypeVar("T")
+NO_DRAFTS = Drafting(DraftSpec("none"))
 
 
 class Scheduler:
@@ -90,7 +92,10 @@ class Scheduler:
     def flow(self, request: Request) -> Flow:
         """What a request asks of each step. Raises OptionError for an adapter that is not loaded."""
         constraint, adapter = request.seq.constraint, self.adapter(request.adapter)
-        sampler, drafts = chooser(request.options, self.drafting, constraint, self.company)
+        prune = request.seq.prune
+        revives = prune is not None and prune.mode == "revive"
+        drafting = NO_DRAFTS if revives else self.drafting
+        sampler, drafts = chooser(request.options, drafting, constraint, self.company)
         request.sampler = sampler
         return decode(request.seq, drafts, sampler, request.drafts, request.cached, adapter)
 

@@ -1,11 +1,11 @@
-"""Lazy prefill: tokens of a prompt that its last ones hardly attend to skip the later layers (LazyLLM, arXiv
-2407.14057). Lossy; spans that ask for nothing run beside, in full.
+"""Lazy prefill: tokens of a prompt that its last ones hardly attend to skip the later layers (LazyLLM,
+arXiv 2407.14057). Lossy; spans that ask for nothing run beside, in full.
 
-As the full pass (full.py), it runs one sub-layer after another over all rows, so that weights are fetched once
-a step; between some layers the rows that go on are chosen anew: those that the last rows attend to most there
-go on, at their own positions, and the others' hidden states stay behind. While decoding, a token that the newest
-one attends to may be revived: it is computed from where it stopped, and its keys and values are sorted in.
-So each (token, layer) pair is computed once at most.
+As the full pass (full.py), it runs one sub-layer after another over all rows, so that weights are fetched
+once a step. At some layers the rows that go on are chosen anew: those that the last rows attend to most go
+on, at their own positions, and the others' hidden states stay behind. While decoding, a token that the newest
+one attends to may be revived: it is computed from where it stopped, and its keys and values are sorted in. So
+each (token, layer) pair is computed once at most.
 
 Laws: where nothing is pruned, the bits of `full`; each span's answer is its own, whatever runs beside it.
 """
@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-from torch import Tensor
 
 from outsize.forward.full import added, full, outs
 from outsize.forward.part import Group, Part, Watch

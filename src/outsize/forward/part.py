@@ -28,7 +28,9 @@ from outsize.model.transformer import Transformer
 from outsize.model_config import Description
 
 COLUMNS = 64  # of hidden states that are put in another order at once
-REVIVED = 7  # tokens at most, at each prune point of a step of few rows: beyond, it takes twice as long
+REVIVED = (
+    7  # tokens at most, at each prune point of a step of few rows: beyond, it takes twice as long
+)
 LATER = 1e-12  # how much better the later of two tokens is that are attended to alike
 
 
@@ -60,8 +62,8 @@ class Watch:
 
 
 class Part:
-    """A span's rows: its own tokens (the fresh ones), those that go on at the front; and earlier ones that are
-    revived."""
+    """A span's rows: its own tokens (the fresh ones), those that go on at the front; and earlier ones that
+    are revived."""
 
     def __init__(self, model: Transformer, span: Span, kv: KV) -> None:
         """The cache forgets what is at the span's positions."""
@@ -224,7 +226,9 @@ class Part:
                 rows = np.flatnonzero((pruned.depth == layer) & alive[pruned.tokens])
                 if len(rows):
                     self._revived.append((pruned, rows[np.argsort(pruned.tokens[rows])]))
-        self._revived_at = [p for pruned, rows in self._revived for p in pruned.tokens[rows].tolist()]
+        self._revived_at = [
+            p for pruned, rows in self._revived for p in pruned.tokens[rows].tolist()
+        ]
         states = [
             pruned.states_PD[torch.from_numpy(rows)]
             for pruned, rows in self._revived

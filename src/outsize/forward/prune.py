@@ -1,5 +1,5 @@
-"""What `--prefill` says: run a prompt in full, or let its less attended tokens skip the later layers (LazyLLM,
-arXiv 2407.14057). Text -> settings; settings -> prune points of a model."""
+"""What `--prefill` says: run a prompt in full, or let its less attended tokens skip the later layers
+(LazyLLM, arXiv 2407.14057). Text -> settings; settings -> prune points of a model."""
 
 from __future__ import annotations
 
@@ -29,6 +29,14 @@ class Prune:
     window: int = 1
     layers: int = 1
     mass: float | None = None
+
+    def check_drafts(self, kind: str) -> None:
+        """Raise OptionError for a drafter that was asked for (by its kind), and would not be used."""
+        if self.mode == "revive" and kind not in ("auto", "none"):
+            raise OptionError(
+                f"prefill with mode=revive looks anew at the prompt for each token, one by one, and "
+                f"draft={kind} guesses several; use mode=once, or draft=none"
+            )
 
     def points(self, num_layers: int) -> dict[int, float]:
         """Prune points: layers done, and the share that goes on; where two fall together, the smaller. Raises
@@ -81,7 +89,8 @@ def _made(text: str, base: Prune, told: Mapping[str, str]) -> Prune:
         raise OptionError(
             f"prefill is {text!r}: keep and mass both say how many tokens go on; give one of them"
         )
-    made = replace(base, **_score(text, told["score"])) if "score" in told else base
+    window, layers = _score(text, told.get("score", "last"))
+    made = replace(base, window=window, layers=layers)
     if "mode" in told:
         if told["mode"] not in MODES:
             raise OptionError(f"prefill is {text!r}: mode {_unknown(told['mode'], MODES)}")
@@ -106,17 +115,18 @@ def _made(text: str, base: Prune, told: Mapping[str, str]) -> Prune:
     return made
 
 
-def _score(text: str, value: str) -> dict[str, int]:
+def _score(text: str, value: str) -> tuple[int, int]:
+    """Rows, and layers."""
     kind, colon, count = value.partition(":")
     if kind not in SCORES:
         raise OptionError(f"prefill is {text!r}: score {_unknown(kind, SCORES)}")
     if kind == "last" and not colon:
-        return {"window": 1, "layers": 1}
+        return 1, 1
     most = MOST_WINDOW
     if kind == "last" or not (count.isdecimal() and 1 <= int(count[:9]) <= most):
         need = "no number" if kind == "last" else f"a whole number from 1 to {most}, as in {kind}:4"
         raise OptionError(f"prefill is {text!r}: score={value}; {kind} takes {need}")
-    return {"window": 1, "layers": 1} | {kind: int(count)}
+    return (int(count), 1) if kind == "window" else (1, int(count))
 
 
 def _shares(text: str, key: str, value: str, most: int = 64) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""How much some rows attend to each entry of a cache: the mean over heads of what attention weighs entries by.
+"""How much some rows attend to each entry of a cache: what attention weighs entries by, averaged over heads.
 Attention's own kernels never write that down; for a few rows it is one small product more.
 
 Shapes: R rows, S stored entries, H query heads, J key heads, G = H / J, E numbers a head.
@@ -20,7 +20,11 @@ SCORES = 1 << 20  # scores at once
 
 
 def attended(
-    spec: AttentionSpec, qkv_RN: Tensor, cos_sin: Tensor, rows: Sequence[int], kv: tuple[Tensor, Sequence[int]]
+    spec: AttentionSpec,
+    qkv_RN: Tensor,
+    cos_sin: Tensor,
+    rows: Sequence[int],
+    kv: tuple[Tensor, Sequence[int]],
 ) -> Tensor:
     """(S,) fp32: of each entry, the share of attention that rows (their projections, rotary angles and
     positions) give it, summed over them. `kv`: the layer's entries (C, S, E), and their positions. Changes
@@ -62,7 +66,9 @@ def _scores(q_RHE: Tensor, k_JSE: Tensor) -> Tensor:
     """(H, R, S) fp32, in products of equal sizes: the library keeps a kernel for each size it has seen."""
     num_kv, size, head_dim = k_JSE.shape
     num_rows = len(q_RHE)
-    q_JNE = q_RHE.view(num_rows, num_kv, -1, head_dim).permute(1, 2, 0, 3).reshape(num_kv, -1, head_dim)
+    q_JNE = (
+        q_RHE.view(num_rows, num_kv, -1, head_dim).permute(1, 2, 0, 3).reshape(num_kv, -1, head_dim)
+    )
     out = torch.empty(num_kv, q_JNE.shape[1], size, dtype=torch.float32, device="cpu")
     for start in range(0, size, BLOCK):
         some = k_JSE[:, start : start + BLOCK]

@@ -78,9 +78,7 @@ def _segment(
         yield attend_row(q_THE[row], seen_CSE, spec.scale, spec.sinks)
 
 
-def attend_row(
-    q_HE: Tensor, kv_CSE: Tensor, scale: float, sinks_H: Tensor | None = None
-) -> Tensor:
+def attend_row(q_HE: Tensor, kv_CSE: Tensor, scale: float, sinks_H: Tensor | None = None) -> Tensor:
     """(1, H*E): a row attends to all S entries; with `sinks`, also to nothing, which has that score."""
     num_kv, head_dim = kv_CSE.shape[0] // 2, q_HE.shape[1]
     q_1JGE = q_HE.reshape(1, num_kv, -1, head_dim)

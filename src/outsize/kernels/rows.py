@@ -37,13 +37,13 @@ class Segment:
         masks = [self.positions[a] + j + 1 for a in self.anchors for j in range(self.depth)]
         return [*self.positions, *masks]
 
-    def spans(
-        self, layer: int, slots: Sequence[int], window: int | None
-    ) -> list[AttentionSpan]:
+    def spans(self, layer: int, slots: Sequence[int], window: int | None) -> list[AttentionSpan]:
         """What each row sees in a layer, whose entries of tokens are at `slots`; masks' go behind all."""
         kept, out = self.kv.positions[layer], []
         for slot in slots:
-            out.append(AttentionSpan(slot, self._first(kept, kept[slot], window), slot + 1, slot + 1))
+            out.append(
+                AttentionSpan(slot, self._first(kept, kept[slot], window), slot + 1, slot + 1)
+            )
         block = len(kept)
         for a in self.anchors:
             seen = slots[a] + 1

@@ -1,5 +1,6 @@
 """The KV cache of one sequence, ragged by layer: each layer keeps its own entries and their positions, so
-that a pass may store different tokens in different layers. Entries are sorted by position, whenever they came.
+that a pass may store different tokens in different layers. Entries are sorted by position, whenever they
+came.
 
 A layer's storage is (C, capacity, E): key heads, then value heads, each head's entries in a row, so that
 reading a head is one sequential run.
@@ -48,6 +49,15 @@ class KV:
     def length(self) -> int:
         """Tokens so far. (Of some a layer may have no entry; of the last, each layer has.)"""
         return min(kept[-1] + 1 if kept else 0 for kept in self.positions)
+
+    @property
+    def computed(self) -> float:
+        """Share of the (token, layer) pairs so far that were computed."""
+        if not self.pruned:
+            return 1.0
+        num_layers = len(self.positions)
+        missing = sum(pruned.missing(num_layers) for pruned in self.pruned)
+        return 1.0 - missing / max(1, num_layers * self.length)
 
     def append(self, layer: int, k_TJE: Tensor, v_TJE: Tensor, positions: Sequence[int]) -> Tensor:
         """Store T entries, copied; positions must rise. Returns the view."""
@@ -155,6 +165,7 @@ class KV:
 
     def truncate(self, length: int) -> None:
         """Forget every entry at position `length` or later."""
+        self.torn = self.torn and length > 0
         for kept in self.positions:
             if kept and kept[-1] >= length:
                 del kept[bisect_left(kept, length) :]
