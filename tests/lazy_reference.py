@@ -1,5 +1,5 @@
-"""A slow, plain reference of lazy prefill: every layer keeps hidden states, keys and values of its own for
-each token, and attention is a loop over rows and heads. It shares the linear maps with the engine, no more."""
+"""A slow, plain reference of lazy prefill: each layer keeps hidden states, keys and values of its own for
+each token, and attention is a loop over rows and heads. It shares linear maps with the engine, no more."""
 
 from __future__ import annotations
 

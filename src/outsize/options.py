@@ -12,7 +12,18 @@ from os import PathLike
 from pathlib import Path
 from typing import TypedDict
 
-from outsize.arguments import flag, mapping, path, real, whole, word, wrong
+from outsize.arguments import (
+    adapter_names,
+    biases,
+    flag,
+    mapping,
+    path,
+    real,
+    schema,
+    strings,
+    whole,
+    word,
+)
 from outsize.arguments import text as checked_text
 from outsize.errors import OptionError
 
@@ -104,11 +115,11 @@ class Options:
             put("logprobs", whole("logprobs", self.logprobs, 0, MOST_LOGPROBS))
         for name in ("raw", "special", "ignore_eos", "continue_final"):
             flag(name, getattr(self, name))
-        put("logit_bias", _biases(self.logit_bias))
-        put("stop", _strings("stop", self.stop))
-        put("show_tokens", _strings("show_tokens", self.show_tokens))
-        put("schema", _schema(self.schema))
-        put("adapter", _names(self.adapter))
+        put("logit_bias", biases(self.logit_bias))
+        put("stop", strings("stop", self.stop))
+        put("show_tokens", strings("show_tokens", self.show_tokens))
+        put("schema", schema(self.schema))
+        put("adapter", adapter_names(self.adapter))
         if self.template_args is not None:
             mapping("template_args", self.template_args, "a dict with names of variables")
         if any(not s for s in self.stop):
@@ -164,45 +175,6 @@ class Options:
         return made
 
 
-def _strings(name: str, value: object) -> tuple[str, ...]:
-    items = (value,) if isinstance(value, str) else value
-    if not isinstance(items, list | tuple) or not all(isinstance(s, str) for s in items):
-        raise wrong(name, value, "a string or a list of strings")
-    return tuple(items)
-
-
-def _schema(value: object) -> Mapping[str, object] | None:
-    """A JSON schema; True is the one of any JSON."""
-    if value is None or value is True:
-        return None if value is None else {}
-    return mapping("schema", value, "a JSON schema as a dict, or True for any JSON")
-
-
-def _biases(value: object) -> Mapping[int, float] | None:
-    """By token id: from -100 to 100, as OpenAI's."""
-    if value is None:
-        return None
-    if not isinstance(value, Mapping):
-        raise wrong("logit_bias", value, "a dict with numbers by token id")
-    return {
-        whole("a token of logit_bias", k, 0, 1 << 31): real(
-            "a bias of logit_bias", v, -100.0, 100.0
-        )
-        for k, v in value.items()
-    }
-
-
-def _names(value: object) -> str | tuple[str | None, ...] | None:
-    """Of adapters."""
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, list | tuple) or not all(isinstance(s, str | None) for s in value):
-        raise wrong(
-            "adapter", value, "an adapter's name, or a list with one (or None) for each prompt"
-        )
-    return tuple(value)
-
-
 class LoadChanges(TypedDict, total=False):
     """The fields of LoadOptions, as keywords of `outsize.load`."""
 
@@ -218,6 +190,7 @@ class LoadChanges(TypedDict, total=False):
     quiet: bool
     experts: str | None
     draft: str
+    prefix_cache: str | None
     grammars: bool
     adapters: Mapping[str, str | PathLike[str]] | None
     defaults: Collection[str]
@@ -242,6 +215,8 @@ class LoadOptions:
     experts: str | None = None  # None: what `bench cache --write-config` chose, or the default
     draft: str = "auto"
     prefill: str = "full"  # how prompts are run, where a request says nothing; all else is lossy
+    # Where prompts are kept for those that begin alike (outsize/prefix/spec.py); None: in memory.
+    prefix_cache: str | None = None
     grammars: bool = False  # room in the plan for replies that obey a schema or grammar, and tools
     adapters: Mapping[str, Path] = field(default_factory=dict)  # LoRA files, by names for requests
     # Names of these that are defaults (of the environment or config.toml): left out where they do not apply.
@@ -259,8 +234,9 @@ class LoadOptions:
             whole("threads", self.threads, 1, 1024)
         for name in ("encoding", "verify", "draft", "prefill"):
             word(name, getattr(self, name))
-        if self.experts is not None:
-            word("experts", self.experts)
+        for name in ("experts", "prefix_cache"):
+            if getattr(self, name) is not None:
+                word(name, getattr(self, name))
         for name in ("force", "native", "quiet", "grammars"):
             flag(name, getattr(self, name))
         given: object = {} if self.adapters is None else self.adapters

@@ -109,7 +109,7 @@ def show(name: str, options: SpeedOptions) -> None:
     """Print the ceilings, the measurement and, last, one JSON object."""
     o = options
     how: LoadChanges = {"threads": o.threads, "native": o.native, "quiet": o.quiet}
-    how["prefill"] = o.prefill
+    how |= {"prefill": o.prefill, "prefix_cache": "off"}
     with loading.load(name, **how) as model:
         c = ceilings(model.pack)
         print(f"{model.name} on {probe.processor()}, {torch.get_num_threads()} threads")

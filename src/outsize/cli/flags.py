@@ -81,6 +81,10 @@ FLAGS = {
         "--prefill",
         "full, or lazy[:gentle|fast|SETTINGS]: hardly attended tokens skip layers (lossy).",
     ),
+    "prefix_cache": Flag(
+        "--prefix-cache",
+        "Keep prompts for those that begin alike: off, memory or disk[:SIZE][,writes=SIZE a day].", kind=str,
+    ),
     "adapters": Flag(*ADAPTER, Texts, named_adapters, "NAME=PATH"),
     "max_tokens": Flag("-n --max-tokens", "Most tokens to answer with."),
     "temperature": Flag("--temperature", "0: always the likeliest token."),

@@ -149,6 +149,7 @@ class Model:
             for request in ran:
                 request.advance(now, self.bytes_read)
         together.check()
+        self.scheduler.settle()
         return [self.scheduler.reply(request, started, before) for request in requests]
 
     def chat(self, messages: Messages, **changes: Unpack[Changes]) -> Reply:
@@ -248,9 +249,14 @@ class Model:
         )
         self.scheduler.adapter(name)
         cached = 0 if prefix is None else prefix.shared(ids, (name, options.prefill))
+        if prefix is not None:
+            self.scheduler.conversations.add(prefix)
         kv = self.transformer.new_kv() if prefix is None else prefix.kv
         kv.truncate(cached)
-        return Request(seq, kv, stream, cached, cached, seeded(options), adapter=name)
+        exact = 0 if prefix is None else prefix.exact
+        return Request(
+            seq, kv, stream, cached, cached, seeded(options), name, exact, keeps=prefix is None
+        )
 
     def new_kv(self, tokens: int) -> KV:
         """An empty cache for so many tokens, and what is drafted behind them."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from outsize.engine.decode import DraftCounts, Sequence
 from outsize.kv.kv import KV
 from outsize.options import Options
+from outsize.prefix.disk import Traffic
 from outsize.sampling.logprobs import TokenLogprob
 from outsize.sampling.sample import Sampler
 from outsize.storage.stats import IOStats
@@ -25,6 +26,12 @@ class Request:
     known: int  # tokens whose keys and values are in the cache, as of the last step that ended
     options: Options  # with a seed
     adapter: str | None = None
+    exact: int = 0  # of `cached`, those that were computed as a prompt's are, in whole chunks
+    keeps: bool = True  # its cache is its own, and may be taken apart when it has ended
+    keys: list[bytes] | None = None  # names of its prompt's chunks, once they were asked for
+    traffic: Traffic = field(
+        default_factory=Traffic
+    )  # of its prompt, with the prefix cache on disk
     sampler: Sampler | None = None  # once it runs
     drafts: DraftCounts = field(default_factory=DraftCounts)
     text: str = ""

@@ -3,9 +3,10 @@ threads take turns step by step. `engine/batch.py` runs requests."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import TypeVar
+from weakref import WeakSet
 
 import torch
 
@@ -15,12 +16,15 @@ from outsize.draft.spec import DraftSpec
 from outsize.engine.choosing import chooser
 from outsize.engine.decode import decode
 from outsize.engine.drive import Flow
+from outsize.engine.prefixes import Prefixes
 from outsize.engine.reply import Reply, Usage, account
 from outsize.engine.request import Counts, Request
 from outsize.engine.step_lock import StepLock
 from outsize.errors import OptionError
 from outsize.forward.forward import Forward
 from outsize.forward.lazy import lazy
+from outsize.kv.kv import KV
+from outsize.kv.prefix import CachedPrefix
 from outsize.log import warn
 from outsize.model.lora import Adapter
 from outsize.model.transformer import Transformer
@@ -43,11 +47,14 @@ class Scheduler:
         placement: Placement,
         drafting: Drafting,
         forward: Forward = lazy,
+        prefixes: Prefixes | None = None,
     ) -> None:
+        """`prefixes`: keeps what was computed, for prompts that begin alike."""
         self.name, self.placement, self.drafting = name, placement, drafting
-        self.forward = forward
+        self.forward, self.prefixes = forward, prefixes
         self.company = Company()
         self.adapters: dict[str, Adapter] = {}
+        self.conversations: WeakSet[CachedPrefix] = WeakSet()
         self.given_up = 0  # bytes of weights that were resident at first, and had to go
         self._transformer: Transformer | None = transformer
         self._watch = memory.Watch(placement.budget)
@@ -76,6 +83,8 @@ class Scheduler:
             self._lock.close(self._end)
             self.drafting.close()
             self.adapters.clear()
+            if self.prefixes is not None:
+                self.prefixes.close()
         self._transformer = None
         memory.promise(self, 0)
         memory.trim()
@@ -100,8 +109,12 @@ class Scheduler:
         return decode(request.seq, drafts, sampler, request.drafts, request.cached, adapter)
 
     def keep_budget(self) -> None:
-        """Drop resident weights if others need the memory, or we have more than was planned."""
-        if excess := self._watch.excess():
+        """Let go of kept prompts, then of resident weights, if others need the memory, or we have more than
+        was planned."""
+        excess = self._watch.excess()
+        if excess and self.prefixes is not None:
+            excess = max(0, excess - self.prefixes.shrink(excess))
+        if excess:
             self.give_up(excess, f"memory is short by {excess / 1e6:,.0f} MB")
 
     def give_up(self, size: int, why: str) -> None:
@@ -111,6 +124,16 @@ class Scheduler:
             warn(
                 f"{why}: {freed / 1e6:,.0f} MB of weights are read from disk from now on, which is slower"
             )
+
+    def settle(self) -> None:
+        """Wait until prompts that are kept on disk are written."""
+        if self.prefixes is not None:
+            self.prefixes.flush()
+
+    def apart(self, running: Collection[KV]) -> int:
+        """Tokens whose keys and values conversations keep between their turns."""
+        kvs = [prefix.kv for prefix in self.conversations]
+        return sum(kv.length for kv in kvs if not any(kv is one for one in running))
 
     def counts(self) -> Counts:
         """What has been read and waited for so far. Raises ClosedError."""

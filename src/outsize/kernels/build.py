@@ -189,18 +189,18 @@ def mapped(name: str) -> str | None:
     return next((path for path in paths if name in Path(path).name), None)
 
 
+def processor() -> str:
+    """Which processor this is, and what it can do."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else [platform.processor()]
+    found = sorted({line for line in lines if line.startswith(("flags", "model name"))})
+    return "\0".join((platform.machine(), *found))
+
+
 @cache
 def _key(flags: tuple[str, ...]) -> str:
     """Names what is built: a hash of sources, flags and processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else [platform.processor()]
-    processor = sorted({line for line in lines if line.startswith(("flags", "model name"))})
-    parts = (
-        *(p.read_text() for p in (HEADER, *SOURCES)),
-        *flags,
-        platform.machine(),
-        *processor,
-    )
+    parts = (*(p.read_text() for p in (HEADER, *SOURCES)), *flags, processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

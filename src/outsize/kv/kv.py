@@ -134,6 +134,35 @@ class KV:
             stored, _ = self.reserve(layer, theirs[:count])
             stored[:, :count] = other.view(layer)[:, :count]
 
+    @property
+    def like(self) -> Tensor:
+        """(L, C, 0, E): an empty tensor of the type of blocks, which have all layers' entries."""
+        num_heads, _, head_dim = self._stored[0].shape
+        return self._stored[0].new_empty(len(self._stored), num_heads, 0, head_dim)
+
+    def blocks(self, start: int, size: int, count: int, move: bool = False) -> list[Tensor]:
+        """`count` copies (L, C, size, E) of the entries of `size` positions each, from `start` on, of a cache
+        whose layers all have all positions. `move`: nothing else is needed any more, and each layer's memory
+        is let go once it is copied."""
+        layers, (num_heads, _, head_dim) = len(self._stored), self._stored[0].shape
+        shape = layers, num_heads, size, head_dim
+        out = [self._stored[0].new_empty(shape) for _ in range(count)]
+        for layer, stored in enumerate(self._stored):
+            for i, block in enumerate(out):
+                at = start + i * size
+                block[layer] = stored[:, at : at + size]
+            if move:
+                self._stored[layer] = stored.new_empty(num_heads, 0, head_dim)
+                self.positions[layer] = array("i")
+        return out
+
+    def append_block(self, block: Tensor) -> None:
+        """The next entries of all layers, copied: what `blocks` gave."""
+        for layer, entries in enumerate(block):
+            start = len(self.positions[layer])
+            stored, at = self.reserve(layer, range(start, start + entries.shape[1]))
+            stored[:, at : at + entries.shape[1]] = entries
+
     def emptied(self) -> KV:
         """Another cache of the same shape, with nothing in it."""
         num_heads, _, head_dim = self._stored[0].shape

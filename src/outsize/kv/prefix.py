@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from outsize.kv.kv import KV
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class CachedPrefix:
     """A cache and the tokens it was computed from."""
 
     kv: KV
     tokens: list[int] = field(default_factory=list)
     way: Hashable = None  # that it was computed in: by which adapter, ...
+    exact: int = 0  # leading tokens that were computed as a prompt's are, in whole chunks
 
     def shared(self, ids: Sequence[int], way: Hashable = None) -> int:
         """How many leading tokens need not be run again; the last always is."""
@@ -26,4 +27,5 @@ class CachedPrefix:
                 break
             count += 1
         self.tokens = self.tokens[:count]  # the others' entries are about to be written over
+        self.exact = min(self.exact, count)
         return count

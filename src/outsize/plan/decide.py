@@ -19,9 +19,10 @@ from outsize.model_config import Description
 from outsize.options import LoadOptions
 from outsize.pack import fetch
 from outsize.pack.outline import Outline
-from outsize.plan import beside, drafts
+from outsize.plan import beside, drafts, fixed
 from outsize.plan.place import copy_bytes, place, tokenizer_bytes
 from outsize.plan.placement import Placement
+from outsize.prefix.spec import parse_prefix
 from outsize.storage.table import VERIFY
 from outsize.weights.spec import parse_experts
 
@@ -96,6 +97,8 @@ def decide(
     brings more than its memory takes from weights. Raises BudgetError, ContextError."""
     grammars = options.streams if options.grammars else 0
     outline = replace(outline, streams=options.streams, grammars=grammars)
+    if parse_prefix(options.prefix_cache or "memory").kind == "disk":
+        outline = replace(outline, staging=fixed.staging(outline, options.chunk))
     longest, context = outline.description.context, options.context
     if context is not None and context > longest:
         raise ContextError(f"context is {context:,}; this model holds from 2 to {longest:,} tokens")

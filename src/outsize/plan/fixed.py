@@ -16,6 +16,7 @@ from outsize.pack.outline import Outline
 from outsize.pack.tables import TableHeader
 from outsize.plan.placement import ADAPTER, TEMPLATE
 from outsize.plan.warmup import COMPILED, COMPILED_BYTES
+from outsize.prefix.disk import staging_bytes
 from outsize.storage.buffers import huge_bytes
 from outsize.weights.rows import IN_FLIGHT as ROWS_IN_FLIGHT
 
@@ -35,6 +36,14 @@ def kv_bytes(o: Outline) -> int:
     ropes = len({layer.rope for layer in d.layers})
     routed = 0 if d.mixture is None else d.width * (o.activation_bytes + 4) + 200 * d.mixture.used
     return kv + 4 * d.width + 4 * d.head_dim * ropes + routed + 100
+
+
+def staging(o: Outline, chunk: int | None) -> int:
+    """Of blocks of keys and values on their way to and from a disk."""
+    d = o.description
+    return staging_bytes(
+        2 * d.num_layers * d.num_kv_heads * d.head_dim * o.activation_bytes * (chunk or CHUNK)
+    )
 
 
 def kv_tokens(o: Outline, context: int) -> int:
@@ -83,6 +92,7 @@ def fixed_costs(o: Outline, runtime: int, tokenizer: int, context: int) -> dict[
         **({GRAMMARS: grammar_bytes(o)} if o.grammars else {}),
         **({"cache policy": policy_bytes(o)} if routed(o) else {}),
         **({"copies of experts": o.copies} if o.copies else {}),
+        **({"prefix cache": o.staging} if o.staging else {}),
         "scratch": max(
             scratch_bytes(o, context),
             o.step_scratch,

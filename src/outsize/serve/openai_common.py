@@ -126,7 +126,7 @@ def usage(replies: Iterable[Reply], prompt_tokens: int, model: Model) -> dict[st
         "prompt_tokens": prompt_tokens,
         "completion_tokens": new,
         "total_tokens": prompt_tokens + new,
-        "prompt_tokens_details": {"cached_tokens": each[0].cached_tokens if each else 0},
+        "prompt_tokens_details": {"cached_tokens": each[0].reused_tokens if each else 0},
         "completion_tokens_details": {
             "reasoning_tokens": thought,
             "accepted_prediction_tokens": accepted,
