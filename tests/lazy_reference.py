@@ -47,7 +47,7 @@ class Reference(Plain):
         for layer in range(self.num_layers):
             if layer in self.points and (prompt or revives):
                 kept_always = fresh[-self.prune.window :] if prompt else fresh
-                chosen = self.best(chosen, layer, size, kept_always)
+                chosen = self.best(chosen, layer, size, kept_always, start)
             rows = [p for p in chosen if p not in self.keys[layer]]
             rows += [] if prompt or revives else [p for p in fresh if p not in rows]
             self.run(layer, sorted(rows))
@@ -62,7 +62,9 @@ class Reference(Plain):
     def points(self) -> dict[int, float]:
         return self.prune.points(self.num_layers)
 
-    def best(self, chosen: list[int], layer: int, size: int, always: list[int]) -> list[int]:
+    def best(
+        self, chosen: list[int], layer: int, size: int, always: list[int], fresh: int
+    ) -> list[int]:
         seeing = [i for i in range(layer) if self.d.layers[i].window is None]
         layers = (seeing or list(range(layer)))[-self.prune.layers :]
         score = {p: sum(self.shares[i][p] for i in layers) for p in chosen}
@@ -77,9 +79,9 @@ class Reference(Plain):
                 held += score[p]
                 count += 1
         order = order[: max(count, len(always))]
-        if not self.is_prompt:
-            late = [p for p in order if p not in self.keys[layer] and p not in always]
-            order = [p for p in order if p not in late[REVIVED:]]
+        late = [p for p in order if p not in self.keys[layer] and p < fresh]
+        most = self.model.chunk if self.is_prompt else REVIVED
+        order = [p for p in order if p not in late[most:]]
         return sorted(order)
 
     def run(self, layer: int, rows: list[int]) -> None:

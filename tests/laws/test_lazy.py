@@ -119,13 +119,13 @@ def test_company_changes_no_bit(family: str, mode: str, open_tiny: Callable[...,
             wanted.append(outcome(request))
         requests = [model.start(ids, one) for ids, one in zip(prompts, asked, strict=True)]
         assert [r.is_lazy for r in requests] == [i % 3 > 0 for i in range(7)]
-        slow, kept = Pace(token_s=1.0, step_s=0.0), Prefixes(CHUNK)
+        slow, model.scheduler.prefixes = Pace(token_s=1.0, step_s=0.0), Prefixes(CHUNK)
         arrivals = {0: requests[:2], 1: requests[2:3], 4: requests[3:5], 9: requests[5:]}
-        run(Batch(model.scheduler, streams=5, pace=slow, prefixes=kept), arrivals)
+        run(Batch(model.scheduler, streams=5, pace=slow), arrivals)
         assert [outcome(r) for r in requests] == wanted
         assert all(0.3 < r.computed < 1 for r in requests if r.is_lazy)
         again = [model.start(prompts[i], asked[i]) for i in (1, 2)]  # what others kept is not taken
-        run(Batch(model.scheduler, prefixes=kept), {0: again})
+        run(Batch(model.scheduler), {0: again})
         assert [outcome(r) for r in again] == wanted[1:3]
         assert [r.cached for r in again] == [0, 0]
 
@@ -190,9 +190,17 @@ def test_put_aside_and_brought_back(mode: str, open_tiny: Callable[..., Model]) 
 
 @pytest.mark.parametrize("mode", ["revive", "once", "drop"])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "olmoe"])
-def test_a_second_long_turn(family: str, mode: str, open_tiny: Callable[..., Model]) -> None:
+@pytest.mark.parametrize("chunk", [8, 512])
+def test_a_second_long_turn(
+    family: str,
+    mode: str,
+    chunk: int,
+    open_tiny: Callable[..., Model],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A cache cut back within the prompt, and another long span behind it: as the plain way."""
     t, prune = open_tiny(family, "fp32").transformer, Prune((0.6, 0.3), (0.3, 0.67), mode)
+    monkeypatch.setattr(t, "chunk", chunk)
     reference, kv = Reference(t, prune), t.new_kv()
     for start, tokens in ((0, PROMPT), (40, NEXT[:1]), (41, PROMPT[5:35]), (71, NEXT[1:2])):
         (out,) = lazy(t, [Span(start, tokens, prune=prune)], [kv])
@@ -228,7 +236,7 @@ def test_a_step_that_was_broken_off_leaves_nothing_to_go_on_from(
     twin.reset()
     talk.reset()
     assert list(talk.say("and " + text)) == list(twin.say("and " + text))
-    assert talk.reply.cached_tokens == 0
+    assert talk.reply.reused_tokens == 0
 
 
 def test_other_ways_with_a_prompt_are_not_mixed(open_tiny: Callable[..., Model]) -> None:
@@ -240,7 +248,7 @@ def test_other_ways_with_a_prompt_are_not_mixed(open_tiny: Callable[..., Model])
     assert talk.reply.computed_share < 1
     talk.options = talk.options.with_changes({"prefill": "full"})
     list(talk.say("more"))
-    assert talk.reply.cached_tokens == 0
+    assert talk.reply.reused_tokens == 0
     assert (talk.reply.lossy, talk.reply.computed_share) == (False, 1.0)
     exact = model.conversation(max_tokens=4)
     exact.messages = talk.messages[:-2]

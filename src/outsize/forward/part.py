@@ -28,9 +28,9 @@ from outsize.model.transformer import Transformer
 from outsize.model_config import Description
 
 COLUMNS = 64  # of hidden states that are put in another order at once
-REVIVED = (
-    7  # tokens at most, at each prune point of a step of few rows: beyond, it takes twice as long
-)
+# Tokens at most that a step of few rows revives at each prune point: beyond, it takes twice as long. One with
+# a long span revives a chunk of them, for whose rows there is memory.
+REVIVED = 7
 LATER = 1e-12  # how much better the later of two tokens is that are attended to alike
 
 
@@ -191,8 +191,9 @@ class Part:
         order = first + score_N.topk(count).indices
         self._alive_N[:] = False
         self._alive_N[order] = True
-        if self._revives and self.span.is_narrow:
-            self._alive_N[order[self._stopped_N[order] == layer][REVIVED:]] = False
+        if self._revives:
+            most = REVIVED if self.span.is_narrow else self._chunk
+            self._alive_N[order[self._stopped_N[order] == layer][most:]] = False
 
     def _depths(self) -> Tensor:
         """(N,): layers that each earlier token has been through."""
@@ -255,8 +256,8 @@ def _holding(score_N: Tensor, share: float, forced: int) -> int:
 
 
 def _pieces(count: int, most: int) -> list[slice]:
-    """So many rows in equal pieces, of a multiple of 64 rows each."""
+    """So many rows in pieces alike, if possible of a multiple of 64 rows."""
     if not count:
         return []
-    size = math.ceil(count / math.ceil(count / most) / 64) * 64
+    size = min(most, math.ceil(count / math.ceil(count / most) / 64) * 64)
     return [slice(at, min(count, at + size)) for at in range(0, count, size)]

@@ -16,7 +16,7 @@ from outsize.kernels.attention import rotate
 from outsize.kernels.backend import AttentionSpec
 
 BLOCK = 512  # entries at once: products of one size, whatever the length of the cache
-SCORES = 1 << 20  # scores at once
+SCORES = 1 << 18  # scores at once
 
 
 def attended(
