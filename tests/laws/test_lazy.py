@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,8 +27,10 @@ from outsize.forward.lazy import lazy
 from outsize.forward.prune import Prune, parse_prefill
 from outsize.forward.span import Span
 from outsize.kv.kv import KV
+from outsize.model.paged import PagedLayer
 from outsize.options import Options
 from outsize.sampling.sample import greedy
+from tests.drafts import write_peft
 from tests.golden import tiny
 from tests.laws.test_batch import CHUNK, chunked, options, outcome, prompt, run
 from tests.lazy_reference import Reference
@@ -300,3 +303,74 @@ def test_the_settings_that_are_understood() -> None:
     assert Prune((0.5, 0.25, 0.1), (0.1, 0.2, 0.99)).points(3) == {1: 0.25, 2: 0.1}
     with pytest.raises(OptionError, match="prunes between layers, and this model has 1"):
         Prune().points(1)
+
+
+@pytest.mark.parametrize("mode", ["revive", "once", "drop"])
+def test_replies_put_aside_go_on_as_they_would_have(
+    mode: str, open_tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = {"prefill": f"lazy:keep=.6/.3,after=.3/.67,mode={mode}"}
+    with chunked(open_tiny("llama", "int8")) as model:
+        asked = [options(i).with_changes(how) for i in range(3)]
+        prompts, wanted = [prompt(i, n) for i, n in enumerate((50, 40, 45))], []
+        for ids, one in zip(prompts, asked, strict=True):
+            wanted.append(model.start(ids, one))
+            run(Batch(model.scheduler), {0: wanted[-1:]})
+        monkeypatch.setattr("outsize.engine.batch.GRAIN", 2)
+        monkeypatch.setattr(Batch, "room", 112)
+        requests = [model.start(ids, one) for ids, one in zip(prompts, asked, strict=True)]
+        batch, aside = Batch(model.scheduler), 0
+        for request in requests:
+            batch.add(request)
+        while ran := batch.step():
+            aside += any(live.swapped is not None for live in batch.waiting)
+            for request in ran:
+                request.advance(0.0)
+        assert aside
+        assert list(map(outcome, requests)) == list(map(outcome, wanted))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "olmoe", "gpt_oss"])
+def test_weights_are_fetched_once_a_step(
+    family: str,
+    open_paged: Callable[..., Model],
+    open_tiny: Callable[..., Model],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Lazy and full spans share a pass over the layers; weights from disk give the bits of resident ones."""
+    prune = Prune((0.6, 0.3), (0.3, 0.67), "revive")
+    lengths = ((40, prune), (30, None), (6, prune))
+    outs, calls, run_layer = list[torch.Tensor](), [0], PagedLayer.__call__
+
+    def counting(self: PagedLayer, chunks: Any) -> None:
+        calls[0] += 1
+        run_layer(self, chunks)
+
+    monkeypatch.setattr(PagedLayer, "__call__", counting)
+    for model in (open_tiny(family), open_paged(family, "none")):
+        t = model.transformer
+        kvs, found, calls[0] = [t.new_kv() for _ in lengths], [], 0
+        for j in range(4):
+            spans = [
+                Span(n + j - 1, [NEXT[j]], prune=p) if j else Span(0, PROMPT[:n], prune=p)
+                for n, p in lengths
+            ]
+            found += lazy(t, spans, kvs)
+        assert calls[0] == 4 * 2 * t.description.num_layers
+        outs.append(torch.cat([out.logits_KV for out in found]))
+    assert torch.equal(outs[0], outs[1])
+
+
+def test_an_adapter_is_on_in_all_rows(open_tiny: Callable[..., Model], tmp_path: Path) -> None:
+    """Of a step that prunes: as the full pass where all go on, and another answer than without it."""
+    model, how = open_tiny("llama", "int8"), "lazy:keep=.999/.999,after=.3/.67,mode=revive"
+    model.load_adapter("other", write_peft(model, tmp_path / "lora", 3))
+    said = {}
+    for name, adapter in (("with", "other"), ("without", None)):
+        for prefill in ("full", how, "lazy:keep=.6/.3,after=.3/.67,mode=revive"):
+            request = model.start(prompt(1, 60), Options(seed=1, max_tokens=9, logprobs=2,
+                                  prefill=prefill, adapter=adapter, ignore_eos=True))  # fmt: skip
+            run(Batch(model.scheduler), {0: [request]})
+            said[name, prefill] = outcome(request)
+        assert said[name, "full"] == said[name, how]
+    assert len({str(one) for one in said.values()}) == 4
