@@ -7,6 +7,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from outsize.errors import OptionError
 
@@ -140,7 +141,7 @@ def _shares(text: str, key: str, value: str, most: int = 64) -> tuple[float, ...
             f"prefill is {text!r}: {key}={value}; shares above 0 and up to 1 are expected, as in {key}="
             + ("0.95" if most == 1 else ".5/.75")
         )
-    if key == "after" and any(a >= b for a, b in zip(found, found[1:], strict=False)):
+    if key == "after" and any(a >= b for a, b in pairwise(found)):
         raise OptionError(
             f"prefill is {text!r}: after={value}, and prune points come one after the other; give shares of "
             "the layers that rise"
