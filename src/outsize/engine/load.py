@@ -25,6 +25,7 @@ from outsize.engine import open_prefixes
 from outsize.engine.model import Model
 from outsize.engine.scheduler import Scheduler
 from outsize.engine.step_lock import check_fork
+from outsize.forward.prune import parse_prefill
 from outsize.home import expanded
 from outsize.kernels.attention import CHUNK
 from outsize.kernels.backend import Backend
@@ -159,6 +160,8 @@ def _open(
         warn(note)
     if experts.is_lossy and not options.quiet:
         warn(f"{experts.lossy} changes the model's answers; leave it out for the exact ones")
+    if parse_prefill(options.prefill) is not None and not options.quiet:
+        warn(f"prefill={options.prefill} is lossy: answers change; leave it out for the exact ones")
     if on_plan is not None:
         on_plan(outline, placement)
     chunk = options.chunk or _chunk(options, outline, placement)
@@ -181,7 +184,7 @@ def _open(
     prefixes = open_prefixes.make(kept, made, placement, transformer, known)
     scheduler = Scheduler(made.path.name, transformer, placement, drafts, prefixes=prefixes)
     scheduler.adapters = known
-    return Model(made, found, scheduler)
+    return Model(made, found, scheduler, options.prefill)
 
 
 def _chunk(options: LoadOptions, outline: Outline, placement: Placement) -> int:

@@ -80,7 +80,9 @@ class Prefixes:
             self.disk.close()
 
     def keys(self, request: Request) -> list[bytes]:
-        """The names of a prompt's whole chunks."""
+        """The names of a prompt's whole chunks; none where tokens may skip layers: nothing is shared."""
+        if request.is_lazy:
+            return []
         if request.keys is None:
             start = root(self._ties.of(request.adapter))
             request.keys = chain(start, request.seq.tokens[: request.seq.num_prompt], self._chunk)
