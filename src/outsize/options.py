@@ -67,6 +67,7 @@ class Changes(TypedDict, total=False):
     adapter: str | Sequence[str | None] | None
     special: bool
     template_args: Mapping[str, object] | None
+    prefill: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,7 @@ class Options:
     template_args: Mapping[str, object] | None = None  # variables for the chat template
     continue_final: bool = False  # go on with the last message, which is the assistant's
     show_tokens: tuple[str, ...] = ()  # control tokens, by name, that the reply's text shows
+    prefill: str | None = None  # how prompts are run; None: as the model was opened to
 
     def __post_init__(self) -> None:
         put = partial(object.__setattr__, self)
@@ -105,8 +107,9 @@ class Options:
             put(name, real(name, getattr(self, name), low, high))
         if self.seed is not None:
             put("seed", whole("seed", self.seed, 0, (1 << 63) - 1))
-        if self.system is not None:
-            checked_text("system", self.system)
+        for name in ("system", "prefill"):
+            if getattr(self, name) is not None:
+                checked_text(name, getattr(self, name))
         put("repeat_last_n", whole("repeat_last_n", self.repeat_last_n, -1, 1 << 24))
         if self.logprobs is not None:
             put("logprobs", whole("logprobs", self.logprobs, 0, MOST_LOGPROBS))
@@ -191,6 +194,7 @@ class LoadChanges(TypedDict, total=False):
     grammars: bool
     adapters: Mapping[str, str | PathLike[str]] | None
     defaults: Collection[str]
+    prefill: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,9 +204,7 @@ class LoadOptions:
     # Of the whole process: bytes, "4GB", "75%", or what is free, less a tenth.
     memory: str | int = "auto"
     context: int | None = None  # tokens; None: as many as the model has, and fit
-    streams: int = (
-        1  # replies that are computed at once, for whose keys and values the plan has room
-    )
+    streams: int = 1  # replies computed at once, for whose keys and values the plan has room
     chunk: int | None = None  # tokens of a prompt computed at once, at multiples of it; None: 512
     threads: int | None = None  # None: as many as there are cores that other programs leave free
     encoding: str = "auto"  # of the weights, when a model is packed
@@ -212,11 +214,10 @@ class LoadOptions:
     quiet: bool = False
     experts: str | None = None  # None: what `bench cache --write-config` chose, or the default
     draft: str = "auto"
+    prefill: str = "full"  # how prompts are run, where a request says nothing; all else is lossy
     # Where prompts are kept for those that begin alike (outsize/prefix/spec.py); None: in memory.
     prefix_cache: str | None = None
-    grammars: bool = (
-        False  # room in the plan for replies that obey a schema or a grammar, and for tools
-    )
+    grammars: bool = False  # room in the plan for replies that obey a schema or grammar, and tools
     adapters: Mapping[str, Path] = field(default_factory=dict)  # LoRA files, by names for requests
     # Names of these that are defaults (of the environment or config.toml): left out where they do not apply.
     defaults: Collection[str] = ()
@@ -231,7 +232,7 @@ class LoadOptions:
             raise OptionError(f"chunk is {self.chunk}; it can be {', '.join(map(str, CHUNKS))}")
         if self.threads is not None:
             whole("threads", self.threads, 1, 1024)
-        for name in ("encoding", "verify", "draft"):
+        for name in ("encoding", "verify", "draft", "prefill"):
             word(name, getattr(self, name))
         for name in ("experts", "prefix_cache"):
             if getattr(self, name) is not None:
@@ -272,5 +273,4 @@ def parse_size(text: str, name: str = "size") -> int:
     if not match:
         raise OptionError(f"{name} is {text!r}, which is no size; write it like 900MB or 4GB")
     number, unit, binary = match.groups()
-    factor = 1024 ** " kmgt".index(unit) if binary and unit else _UNITS[unit]
-    return int(float(number) * factor)
+    return int(float(number) * (1024 ** " kmgt".index(unit) if binary and unit else _UNITS[unit]))

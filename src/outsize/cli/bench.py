@@ -30,6 +30,7 @@ class SpeedFlags:
     new_tokens: Annotated[int, Flag("--new-tokens", "Tokens to decode.")] = 64
     repeats: Annotated[int, Flag("--repeats", "Measured runs.")] = 5
     batch: Annotated[int, Flag("--batch", "Sequences decoded at once.")] = 1
+    prefill: str = "full"
     threads: int | None = None
     native: bool = True
     quiet: bool = False

@@ -77,6 +77,10 @@ FLAGS = {
     "draft": Flag(
         "--draft", "What drafts tokens: auto, none, ngram[:k=], model:PATH, mtp:FILE."
     ),
+    "prefill": Flag(
+        "--prefill",
+        "full, or lazy[:gentle|fast|SETTINGS]: hardly attended tokens skip layers (lossy).",
+    ),
     "prefix_cache": Flag(
         "--prefix-cache",
         "Keep prompts for those that begin alike: off, memory or disk[:SIZE][,writes=SIZE a day].", kind=str,

@@ -133,7 +133,7 @@ class Batch:
         return [live.request for live, _, _ in chosen]
 
     def _learn(self, spans: list[Span], seconds: float, waited: float) -> None:
-        if self._pace is not None:
+        if self._pace is not None and not any(span.is_lazy for span in spans):
             prompt = sum(s.num_rows for s in spans if not is_narrow(s))
             self._pace.saw(prompt, sum(map(is_narrow, spans)), seconds, waited)
 
@@ -149,6 +149,7 @@ class Batch:
         except Exception as e:
             self._fail(live, e)
         request.known = min(len(request.seq.tokens) - 1, request.kv.length)
+        request.computed = request.kv.computed
 
     def _chosen(self) -> Iterator[tuple[Live, Span, Span | None]]:
         """What the next step runs: (whose, what, what is left of it)."""

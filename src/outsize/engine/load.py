@@ -25,6 +25,7 @@ from outsize.engine import open_prefixes
 from outsize.engine.model import Model
 from outsize.engine.scheduler import Scheduler
 from outsize.engine.step_lock import check_fork
+from outsize.forward.prune import parse_prefill
 from outsize.home import expanded
 from outsize.kernels.attention import CHUNK
 from outsize.kernels.backend import Backend
@@ -51,7 +52,6 @@ from outsize.weights import load as weights
 from outsize.weights.open_pack import LoadPlan
 from outsize.weights.spec import ExpertOptions, Recorder, parse_experts
 
-SHARED_CHUNK = 256  # tokens of a prompt computed at once, where prompts are to share much
 MOSTLY = 0.9  # of a pack's bytes: then what kernels do not compute is small
 LEAST_SHARE = 0.25  # of a tokenizer's estimated memory, that it takes in any case
 
@@ -160,6 +160,8 @@ def _open(
         warn(note)
     if experts.is_lossy and not options.quiet:
         warn(f"{experts.lossy} changes the model's answers; leave it out for the exact ones")
+    if parse_prefill(options.prefill) is not None and not options.quiet:
+        warn(f"prefill={options.prefill} is lossy: answers change; leave it out for the exact ones")
     if on_plan is not None:
         on_plan(outline, placement)
     chunk = options.chunk or _chunk(options, outline, placement)
@@ -182,13 +184,13 @@ def _open(
     prefixes = open_prefixes.make(kept, made, placement, transformer, known)
     scheduler = Scheduler(made.path.name, transformer, placement, drafts, prefixes=prefixes)
     scheduler.adapters = known
-    return Model(made, found, scheduler)
+    return Model(made, found, scheduler, options.prefill)
 
 
 def _chunk(options: LoadOptions, outline: Outline, placement: Placement) -> int:
     """Tokens of a prompt that are computed at once: fewer where other replies would wait for them."""
     if options.streams == 1:
-        return CHUNK if options.prefix_cache in (None, "off") else SHARED_CHUNK
+        return CHUNK if options.prefix_cache in (None, "off") else open_prefixes.SHARED_CHUNK
     return chunk_plan.best(planning.cost_if_known(outline, placement))
 
 

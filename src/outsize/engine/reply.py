@@ -50,6 +50,8 @@ class Reply:
     reused_bytes_read: int = 0  # of keys and values, from the prefix cache on disk
     kept_bytes_written: int = 0  # of keys and values, to it
     logprobs: tuple[TokenLogprob, ...] = ()  # of the reply's tokens, if they were asked for
+    lossy: bool = False  # tokens of the prompt may have skipped layers: not the model's own answer
+    computed_share: float = 1.0  # of (token, layer) pairs; below 1, some skipped layers
 
     def __str__(self) -> str:
         return self.text
@@ -119,4 +121,6 @@ def account(request: Request, model: str, options: Mapping[str, object], usage: 
         reused_bytes_read=request.traffic.read,
         kept_bytes_written=request.traffic.written,
         logprobs=tuple(request.logprobs),
+        lossy=request.is_lazy,
+        computed_share=round(request.computed, 4),
     )

@@ -40,6 +40,12 @@ class Request:
     first_read: int = 0  # bytes that had been read when the first token came
     end_s: float = 0.0
     closed: bool = False
+    computed: float = 1.0  # share of the (token, layer) pairs so far
+
+    @property
+    def is_lazy(self) -> bool:
+        """May tokens of its prompt skip layers? Then its keys and values are nobody else's."""
+        return self.seq.prune is not None
 
     def advance(self, now: float, bytes_read: int = 0) -> str:
         """Text that became certain in the last step; none before the first token, nor once the end was

@@ -12,6 +12,7 @@ import torch
 
 from outsize.draft.drafter import Company
 from outsize.draft.load import Drafting
+from outsize.draft.spec import DraftSpec
 from outsize.engine.choosing import chooser
 from outsize.engine.decode import decode
 from outsize.engine.drive import Flow
@@ -21,7 +22,7 @@ from outsize.engine.request import Counts, Request
 from outsize.engine.step_lock import StepLock
 from outsize.errors import OptionError
 from outsize.forward.forward import Forward
-from outsize.forward.full import full
+from outsize.forward.lazy import lazy
 from outsize.kv.kv import KV
 from outsize.kv.prefix import CachedPrefix
 from outsize.log import warn
@@ -32,6 +33,7 @@ from outsize.storage.stats import IOStats
 from outsize.system import memory
 
 T = TypeVar("T")
+NO_DRAFTS = Drafting(DraftSpec("none"))
 
 
 class Scheduler:
@@ -44,7 +46,7 @@ class Scheduler:
         transformer: Transformer,
         placement: Placement,
         drafting: Drafting,
-        forward: Forward = full,
+        forward: Forward = lazy,
         prefixes: Prefixes | None = None,
     ) -> None:
         """`prefixes`: keeps what was computed, for prompts that begin alike."""
@@ -99,7 +101,10 @@ class Scheduler:
     def flow(self, request: Request) -> Flow:
         """What a request asks of each step. Raises OptionError for an adapter that is not loaded."""
         constraint, adapter = request.seq.constraint, self.adapter(request.adapter)
-        sampler, drafts = chooser(request.options, self.drafting, constraint, self.company)
+        prune = request.seq.prune
+        revives = prune is not None and prune.mode == "revive"
+        drafting = NO_DRAFTS if revives else self.drafting
+        sampler, drafts = chooser(request.options, drafting, constraint, self.company)
         request.sampler = sampler
         return decode(request.seq, drafts, sampler, request.drafts, request.cached, adapter)
 

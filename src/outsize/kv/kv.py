@@ -1,5 +1,6 @@
 """The KV cache of one sequence, ragged by layer: each layer keeps its own entries and their positions, so
-that a pass may store different tokens in different layers.
+that a pass may store different tokens in different layers. Entries are sorted by position, whenever they
+came.
 
 A layer's storage is (C, capacity, E): key heads, then value heads, each head's entries in a row, so that
 reading a head is one sequential run.
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from outsize.errors import ReadError
+from outsize.kv.pruned import Pruned
 
 FIRST = 256  # entries a layer starts with; it doubles when full
 
@@ -36,6 +38,8 @@ class KV:
         shape = 2 * num_heads, room, head_dim
         self._stored = [torch.empty(shape, dtype=dtype, device="cpu") for _ in range(num_layers)]
         self.positions = [array("i") for _ in range(num_layers)]
+        self.pruned: list[Pruned] = []  # of each prompt that not all layers have seen all tokens of
+        self.torn = False  # a step that moves entries began, and has not ended
 
     @property
     def nbytes(self) -> int:
@@ -43,16 +47,50 @@ class KV:
 
     @property
     def length(self) -> int:
-        """Tokens that every layer has."""
-        return min(len(kept) for kept in self.positions)
+        """Tokens so far. (Of some a layer may have no entry; of the last, each layer has.)"""
+        return min(kept[-1] + 1 if kept else 0 for kept in self.positions)
+
+    @property
+    def computed(self) -> float:
+        """Share of the (token, layer) pairs so far that were computed."""
+        if not self.pruned:
+            return 1.0
+        num_layers = len(self.positions)
+        missing = sum(pruned.missing(num_layers) for pruned in self.pruned)
+        return 1.0 - missing / max(1, num_layers * self.length)
 
     def append(self, layer: int, k_TJE: Tensor, v_TJE: Tensor, positions: Sequence[int]) -> Tensor:
         """Store T entries, copied; positions must rise. Returns the view."""
-        stored, start = self.reserve(layer, positions)
-        num_heads, end = k_TJE.shape[1], start + len(positions)
-        stored[:num_heads, start:end] = k_TJE.transpose(0, 1)
-        stored[num_heads:, start:end] = v_TJE.transpose(0, 1)
-        return stored[:, :end]
+        stored, slots = self.place(layer, positions)
+        num_heads = k_TJE.shape[1]
+        if isinstance(slots, range):
+            stored[:num_heads, slots.start : slots.stop] = k_TJE.transpose(0, 1)
+            stored[num_heads:, slots.start : slots.stop] = v_TJE.transpose(0, 1)
+        else:
+            index = torch.tensor(slots, dtype=torch.int64, device="cpu")
+            stored[:num_heads, index] = k_TJE.transpose(0, 1).to(stored.dtype)
+            stored[num_heads:, index] = v_TJE.transpose(0, 1).to(stored.dtype)
+        return self.view(layer)
+
+    def place(
+        self, layer: int, positions: Sequence[int], beyond: int = 0
+    ) -> tuple[Tensor, range | tuple[int, ...]]:
+        """As `reserve`, for rising positions that may be among those that are there: later entries make
+        room. The index of each."""
+        kept = self.positions[layer]
+        if not kept or positions[0] > kept[-1]:
+            stored, start = self.reserve(layer, positions, beyond)
+            return stored, range(start, start + len(positions))
+        old, new = np.array(kept, dtype=np.int64), np.array(positions, dtype=np.int64)
+        merged = np.sort(np.concatenate([old, new]))
+        slots = np.searchsorted(merged, new)
+        first = int(slots[0])
+        stored, used = self.reserve(layer, positions, beyond)
+        moved = torch.from_numpy(np.searchsorted(merged, old[first:]))
+        for head in stored:  # one after the other: what is copied meanwhile is small
+            head[moved] = head[first:used].clone()
+        self.positions[layer] = array("i", merged.tolist())
+        return stored, tuple(slots.tolist())
 
     def reserve(self, layer: int, positions: Sequence[int], beyond: int = 0) -> tuple[Tensor, int]:
         """Room for entries that the caller fills at once: all of the layer's storage, and the index
@@ -135,6 +173,8 @@ class KV:
         for layer, old in enumerate(self._stored):
             file.write(_bytes(self.view(layer).contiguous()).data)
             self._stored[layer] = old.new_empty(old.shape[0], 0, old.shape[2])
+        for pruned in self.pruned:
+            pruned.write(file)
 
     def read(self, file: BinaryIO, room: int) -> None:
         """What `write` wrote, into storage for `room` entries a layer."""
@@ -142,11 +182,11 @@ class KV:
             used = len(self.positions[layer])
             self._stored[layer] = old.new_empty(old.shape[0], max(room, used), old.shape[2])
             entries = old.new_empty(old.shape[0], used, old.shape[2])
-            if file.readinto(_bytes(entries).data) != entries.nbytes:  # type: ignore[attr-defined]
-                raise ReadError(
-                    "the file that keys and values were put aside in is shorter than it was"
-                )
+            _fill(entries, file)
             self._stored[layer][:, :used] = entries
+        for pruned in self.pruned:
+            if (states := pruned.room()) is not None:
+                _fill(states, file)
 
     def view(self, layer: int) -> Tensor:
         """(C, S, E): the entries of a layer, no copy."""
@@ -154,9 +194,13 @@ class KV:
 
     def truncate(self, length: int) -> None:
         """Forget every entry at position `length` or later."""
+        self.torn = self.torn and length > 0
         for kept in self.positions:
             if kept and kept[-1] >= length:
                 del kept[bisect_left(kept, length) :]
+        if self.pruned:
+            shorter = [pruned.before(length) for pruned in self.pruned]
+            self.pruned = [pruned for pruned in shorter if len(pruned.tokens)]
 
     def keep(self, layer: int, indices: Sequence[int]) -> None:
         """Of one layer, keep only the entries at these rising indices."""
@@ -165,6 +209,12 @@ class KV:
             :, torch.tensor(indices, dtype=torch.int64, device="cpu")
         ]
         self.positions[layer] = array("i", [kept[i] for i in indices])
+
+
+def _fill(x: Tensor, file: BinaryIO) -> None:
+    """With a file's next bytes. Raises ReadError."""
+    if file.readinto(_bytes(x).data) != x.nbytes:  # type: ignore[attr-defined]
+        raise ReadError("the file that keys and values were put aside in is shorter than it was")
 
 
 def _bytes(x: Tensor) -> NDArray[np.uint8]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from outsize.kv.kv import KV
@@ -14,13 +14,13 @@ class CachedPrefix:
 
     kv: KV
     tokens: list[int] = field(default_factory=list)
-    adapter: str | None = None  # that computed it
+    way: Hashable = None  # that it was computed in: by which adapter, ...
     exact: int = 0  # leading tokens that were computed as a prompt's are, in whole chunks
 
-    def shared(self, ids: Sequence[int], adapter: str | None) -> int:
+    def shared(self, ids: Sequence[int], way: Hashable = None) -> int:
         """How many leading tokens need not be run again; the last always is."""
-        if adapter != self.adapter:
-            self.tokens, self.adapter = [], adapter
+        if way != self.way or self.kv.torn:
+            self.tokens, self.way = [], way
         count = 0
         for ours, theirs in zip(self.tokens, ids[:-1], strict=False):
             if ours != theirs:

@@ -24,7 +24,7 @@ from outsize.model.layers import cos_sin
 from outsize.model.lora import Adapter
 from outsize.model.memory import WeightMemory
 from outsize.model.paged import PagedLayer, link
-from outsize.model.step import Step
+from outsize.model.step import Step, Watch
 from outsize.model.sublayer import attention_sublayer, ffn_sublayer, mixture_sublayer, vector
 from outsize.model_config import Description, Rope
 from outsize.weights.load import Loaded
@@ -100,12 +100,16 @@ class Transformer:
         return rows if scale == 1.0 else rows.mul_(scale)
 
     def step(
-        self, segments: Sequence[Segment], wide: bool, added: Sequence[tuple[slice, Adapter]] = ()
+        self,
+        segments: Sequence[Segment],
+        wide: bool,
+        added: Sequence[tuple[slice, Adapter]] = (),
+        watches: Sequence[Watch] = (),
     ) -> Step:
         """A step of these rows; its rotary angles are computed once for all layers."""
         positions = [p for s in segments for p in s.all_positions()]
         angles = rotary_angles(self._ropes, self.description.head_dim, positions)
-        return Step(Rows(segments, wide), angles, PLAIN if wide else self.backend, added)
+        return Step(Rows(segments, wide), angles, PLAIN if wide else self.backend, added, watches)
 
     def normed(self, h_TD: Tensor) -> Tensor:
         """What the head reads."""

@@ -15,6 +15,11 @@ def summary(reply: Reply, disk_bytes_per_s: float | None = None) -> str:
         f"peak memory {reply.peak_memory_bytes / 1e6:,.0f} of {reply.budget_bytes / 1e6:,.0f} MB, "
         f"read {reply.bytes_read / 1e6:,.0f} MB",
     ]
+    if reply.lossy:
+        parts.append(
+            f"lossy: prefill={reply.options['prefill']} computed {reply.computed_share:.0%} of tokens times "
+            "layers"
+        )
     if reply.drafted:
         parts.append(
             f"{reply.accepted} of {reply.drafted} draft tokens accepted, "

@@ -17,7 +17,14 @@ from outsize.serve.sse import COMMENT, DONE, SSE, data
 from outsize.version import __version__
 
 TEMPERATURE = 1.0  # OpenAI's default, as top_p's
-SAME_NAMES = ("min_p", "repeat_last_n", "presence_penalty", "frequency_penalty", "ignore_eos")
+SAME_NAMES = (
+    "min_p",
+    "repeat_last_n",
+    "presence_penalty",
+    "frequency_penalty",
+    "ignore_eos",
+    "prefill",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,4 +147,6 @@ def account(replies: list[Reply]) -> dict[str, Any]:
         "tokens_per_s": first.tokens_per_s,
         "drafted": sum(r.drafted for r in replies),
         "accepted": sum(r.accepted for r in replies),
+        "lossy": first.lossy,
+        "computed_share": first.computed_share,
     }
