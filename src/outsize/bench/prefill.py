@@ -102,7 +102,7 @@ def _rows(model: Model, options: PrefillOptions, quiet: bool, folder: Path) -> I
         for mode, reply in bench.all(ids, ways(options.lazy)):
             found.setdefault((length, mode), []).append(reply)
     for (length, mode), replies in found.items():
-        base = FULL if mode.startswith("lazy") else COLD
+        base = COLD if mode in (COLD, MEMORY, DISK) else FULL
         yield _row(length, mode, replies, found[length, base])
 
 
