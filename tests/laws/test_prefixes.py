@@ -52,7 +52,7 @@ def little(folder: Path) -> Prefixes:
 
 
 def options(seed: int) -> Options:
-    return Options(max_tokens=6, temperature=0.8, seed=seed, logprobs=2, ignore_eos=True)
+    return Options(max_tokens=3, temperature=0.8, seed=seed, logprobs=2, ignore_eos=True)
 
 
 def outcome(request: Request) -> tuple[object, ...]:

@@ -178,7 +178,7 @@ def _open(
         opened.callback(loaded.close)
         threads = kernel_threads(options, made, native)
         transformer = Transformer(made.description, loaded, native, placement.ceiling, threads)
-        transformer.chunk = chunk
+        transformer.chunk, transformer.kv = chunk, options.kv
         drafts = _drafting(made, options, placement, transformer, smaller)
         opened.pop_all()
     prefixes = open_prefixes.make(kept, made, placement, transformer, known)

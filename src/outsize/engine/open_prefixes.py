@@ -84,7 +84,7 @@ def _base(made: Pack, model: Transformer) -> dict[str, object]:
     by the pack's header with its checksums; and what computes, since another sums in another order."""
     return {
         "pack": hashlib.sha256((made.path / HEADER).read_bytes()).hexdigest(),
-        "kv": str(model.dtype),
+        "kv": f"{model.dtype} {model.kv}",
         "chunk": model.chunk,
         "torch": torch.__version__,
         "processor": torch.backends.cpu.get_cpu_capability(),
