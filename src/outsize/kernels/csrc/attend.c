@@ -225,7 +225,7 @@ scores(const bf16 *k, long n, long E, const bf16 *const *q, const long count, fl
         for (long i = 0; i < count; i++) acc[i] = (v8){0};
         for (long e = 0; e < E; e += 8) {
             v8 key = ups8(k + e);
-            for (long i = 0; i < count; i++) acc[i] += key * load8(query[i] + e);
+            for (long i = 0; i < count; i++) acc[i] = mul_add8(key, load8(query[i] + e), acc[i]);
         }
         for (long i = 0; i < count; i++) out[i][s] = sum8(acc[i]);
     }
@@ -238,18 +238,27 @@ mix(const bf16 *v, long n, long E, float (*w)[CHUNK], const long count, float *c
         for (long i = 0; i < count; i++) acc[i] = (v8){0};
         for (long s = 0; s < n; s++) {
             v8 value = ups8(v + s * E + e);
-            for (long i = 0; i < count; i++) acc[i] += value * w[i][s];
+            for (long i = 0; i < count; i++) acc[i] = mul_add8(value, all8(w[i][s]), acc[i]);
         }
         for (long i = 0; i < count; i++) memcpy(out[i] + e, &acc[i], sizeof acc[i]);
     }
 }
 #endif
 
+/* Eight at a time as intrinsics, since gcc makes three instructions of a choice, and clang none of a reduction. */
+static float largest(const float *x, long n) {
+    v8 eight = all8(-INFINITY);
+    long s = 0;
+    for (; s + 8 <= n; s += 8) eight = max8(eight, load8(x + s));
+    float most = eight[0];
+    for (long i = 1; i < 8; i++) most = eight[i] > most ? eight[i] : most;
+    for (; s < n; s++) most = x[s] > most ? x[s] : most;
+    return most;
+}
+
 /* Scores to weights, over [lo, hi) of n; nothing elsewhere. */
 static void soften(float *score, long n, long lo, long hi, float *top, float *total) {
-    float most = -INFINITY, sum = 0;
-#pragma omp simd reduction(max : most)
-    for (long s = lo; s < hi; s++) most = score[s] > most ? score[s] : most;
+    float most = largest(score + lo, hi - lo), sum = 0;
     for (long s = 0; s < lo; s++) score[s] = 0;
 #pragma omp simd reduction(+ : sum)
     for (long s = lo; s < hi; s++) {
@@ -332,8 +341,8 @@ static void combine(long G, long E, const float *part, long chunks, long stride,
         for (long c = 0; c < chunks; c++) {
             const float *p = part + c * stride;
             float w = exp_poly(p[G * E + g] - top);
-            total += w * p[G * E + G + g];
-            for (long i = 0; i < E; i++) sum[i] += w * p[g * E + i];
+            total = mul_add(w, p[G * E + G + g], total);
+            for (long i = 0; i < E; i++) sum[i] = mul_add(w, p[g * E + i], sum[i]);
         }
         for (long i = 0; i < E; i++) out[g * E + i] = down(sum[i] / total);
     }
