@@ -35,6 +35,7 @@ RANGES = {
 }  # fmt: skip
 MOST_LOGPROBS = 20  # likeliest tokens that are reported
 CHUNKS = (32, 64, 128, 256, 512)  # tokens of a prompt
+KVS = ("auto", "int8")
 CAPACITIES = "1%,2%,5%,10%,20%,40%"  # of `outsize bench cache`
 EVICTIONS = "lru,fifo,lfu,lfru,static,least_stale,stale_cyclic,echo,belady"
 # What chooses among tokens that are drawn, and the values that mean the likeliest alone, or all.
@@ -194,6 +195,7 @@ class LoadChanges(TypedDict, total=False):
     grammars: bool
     adapters: Mapping[str, str | PathLike[str]] | None
     defaults: Collection[str]
+    kv: str
     prefill: str
 
 
@@ -214,6 +216,7 @@ class LoadOptions:
     quiet: bool = False
     experts: str | None = None  # None: what `bench cache --write-config` chose, or the default
     draft: str = "auto"
+    kv: str = "auto"  # how keys and values are kept: as they are computed, or int8 (lossy)
     prefill: str = "full"  # how prompts are run, where a request says nothing; all else is lossy
     # Where prompts are kept for those that begin alike (outsize/prefix/spec.py); None: in memory.
     prefix_cache: str | None = None
@@ -232,6 +235,8 @@ class LoadOptions:
             raise OptionError(f"chunk is {self.chunk}; it can be {', '.join(map(str, CHUNKS))}")
         if self.threads is not None:
             whole("threads", self.threads, 1, 1024)
+        if self.kv not in KVS:
+            raise OptionError(f"kv is {self.kv!r}; known are {', '.join(KVS)}")
         for name in ("encoding", "verify", "draft", "prefill"):
             word(name, getattr(self, name))
         for name in ("experts", "prefix_cache"):

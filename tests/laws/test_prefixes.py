@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from outsize.engine.prefixes import Prefixes, Ties
 from outsize.engine.request import Request
 from outsize.options import Options
 from outsize.prefix.disk import DiskBlocks
+from tests.drafts import write_peft
 
 CHUNK, PAIRS = 32, 200
 FAMILIES = ["llama", "gemma3", "qwen3_moe", "gpt_oss"]
@@ -44,8 +46,13 @@ def on_disk(folder: Path, most: int = 1 << 30) -> DiskBlocks:
     return DiskBlocks(folder, most, 1 << 40, True)
 
 
+def little(folder: Path) -> Prefixes:
+    """Two chunks in memory, the rest on disk."""
+    return Prefixes(CHUNK, 2 * CHUNK, on_disk(folder))
+
+
 def options(seed: int) -> Options:
-    return Options(max_tokens=6, temperature=0.8, seed=seed, logprobs=2, ignore_eos=True)
+    return Options(max_tokens=3, temperature=0.8, seed=seed, logprobs=2, ignore_eos=True)
 
 
 def outcome(request: Request) -> tuple[object, ...]:
@@ -155,6 +162,67 @@ def test_of_other_adapters_and_threads_nothing_is_taken(open_tiny: Callable[...,
         assert [answer(model, [ids])[0].cached for _ in range(2)] == [0, 96]
         threads[0] = 2
         assert answer(model, [ids])[0].cached == 0
+
+
+def test_a_prompt_larger_than_the_cache(open_tiny: Callable[..., Model], tmp_path: Path) -> None:
+    """Its first chunks are kept, and not put out by its last (as in antirez/ds4#157)."""
+    model = open_tiny("llama", "int8")
+    ids = random.Random(1).choices(range(5, 200), k=200)
+    nbytes = model.transformer.new_kv().like.new_empty(0).element_size()
+    d = model.pack.description
+    file = 2 * d.num_layers * d.num_kv_heads * d.head_dim * CHUNK * nbytes + 4096
+    written, cached = [], []
+    for _ in range(3):
+        with keeping(model, lambda: Prefixes(CHUNK, 0, on_disk(tmp_path, 3 * file))):
+            (request,) = answer(model, [ids])
+            assert model.scheduler.prefixes is not None
+            model.scheduler.prefixes.flush()
+            written.append(request.traffic.written)
+            cached.append(request.cached)
+    assert written == [3 * file, 0, 0]
+    assert cached == [0, 96, 96]
+
+
+def test_with_adapters(open_tiny: Callable[..., Model], tmp_path: Path) -> None:
+    """Each adapter has its own beginnings; one under another name, or changed under its own, too."""
+    model = open_tiny("llama", "int8")
+    for seed in (1, 2):
+        model.load_adapter(f"prefix-{seed}", write_peft(model, tmp_path / str(seed), seed))
+    names = (None, "prefix-1", "prefix-2", "prefix-1")
+    ids = random.Random(1).choices(range(5, 200), k=100)
+
+    def ask(name: str | None) -> Request:
+        request = model.start(list(ids), options(3).with_changes({"adapter": name}))
+        batch = Batch(model.scheduler)
+        batch.add(request)
+        while batch.step():
+            request.advance(0.0)
+        return request
+
+    with keeping(model, lambda: None):
+        wanted = [outcome(ask(name)) for name in names]
+    ties = Ties(lambda name: {"adapter": None if name is None else model.adapters[name].digest})
+    with keeping(model, lambda: Prefixes(CHUNK, ties=ties)):
+        found = [ask(name) for name in names]
+        assert [outcome(r) for r in found] == wanted
+        assert [r.cached for r in found] == [0, 0, 0, 96]
+        model.load_adapter("prefix-1", tmp_path / "2")
+        changed = ask("prefix-1")
+    assert changed.cached == 96, "the same factors, computed under another name"
+    assert outcome(changed) == wanted[2]
+
+
+def test_where_weights_are_read_from_disk(open_paged: Callable[..., Model], tmp_path: Path) -> None:
+    """In the least memory, with drafts; blocks come from disk, too."""
+    prompts = [p for pair in pairs(9, 4) for p in pair]
+    for family in ("llama", "qwen3_moe"):
+        model = open_paged(family)
+        wanted = cold(model, prompts)
+        for _ in range(2):
+            with keeping(model, partial(little, tmp_path / family)):
+                requests = answer(model, prompts)
+                assert [outcome(r) for r in requests] == wanted
+        assert sum(r.traffic.read for r in requests) > 0
 
 
 def test_other_processes_find_it(folder_of: Callable[[str], Path], own_home: Path) -> None:

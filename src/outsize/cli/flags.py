@@ -81,6 +81,7 @@ FLAGS = {
         "--prefill",
         "full, or lazy[:gentle|fast|SETTINGS]: hardly attended tokens skip layers (lossy).",
     ),
+    "kv": Flag("--kv", "Keys and values: auto (as they are computed), or int8: half the memory, lossy."),
     "prefix_cache": Flag(
         "--prefix-cache",
         "Keep prompts for those that begin alike: off, memory or disk[:SIZE][,writes=SIZE a day].", kind=str,

@@ -52,7 +52,6 @@ from outsize.weights import load as weights
 from outsize.weights.open_pack import LoadPlan
 from outsize.weights.spec import ExpertOptions, Recorder, parse_experts
 
-SHARED_CHUNK = 256  # tokens of a prompt computed at once, where prompts are to share much
 MOSTLY = 0.9  # of a pack's bytes: then what kernels do not compute is small
 LEAST_SHARE = 0.25  # of a tokenizer's estimated memory, that it takes in any case
 
@@ -179,7 +178,7 @@ def _open(
         opened.callback(loaded.close)
         threads = kernel_threads(options, made, native)
         transformer = Transformer(made.description, loaded, native, placement.ceiling, threads)
-        transformer.chunk = chunk
+        transformer.chunk, transformer.kv = chunk, options.kv
         drafts = _drafting(made, options, placement, transformer, smaller)
         opened.pop_all()
     prefixes = open_prefixes.make(kept, made, placement, transformer, known)
@@ -191,7 +190,7 @@ def _open(
 def _chunk(options: LoadOptions, outline: Outline, placement: Placement) -> int:
     """Tokens of a prompt that are computed at once: fewer where other replies would wait for them."""
     if options.streams == 1:
-        return CHUNK if options.prefix_cache in (None, "off") else SHARED_CHUNK
+        return CHUNK if options.prefix_cache in (None, "off") else open_prefixes.SHARED_CHUNK
     return chunk_plan.best(planning.cost_if_known(outline, placement))
 
 

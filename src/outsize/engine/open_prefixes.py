@@ -25,6 +25,7 @@ from outsize.prefix.spec import PrefixSpec, parse_prefix
 from outsize.weights.spec import parse_experts
 
 COMPUTING = ("kernels", "encoding", "kv", "model", "forward")  # folders of this package
+SHARED_CHUNK = 256  # tokens of a prompt computed at once, where prompts are to share much
 SHARE = 0.125  # of the budget, that prompts may take in memory; one context in any case
 
 
@@ -49,7 +50,7 @@ def check(options: LoadOptions) -> Checked:
         )
     if lossy:
         return Checked(PrefixSpec("off"))
-    spec = parse_prefix(options.prefix_cache or "memory")
+    spec = parse_prefix(options.prefix_cache)
     return Checked(spec, *folder.prepare(spec)) if spec.kind == "disk" else Checked(spec)
 
 
@@ -83,7 +84,7 @@ def _base(made: Pack, model: Transformer) -> dict[str, object]:
     by the pack's header with its checksums; and what computes, since another sums in another order."""
     return {
         "pack": hashlib.sha256((made.path / HEADER).read_bytes()).hexdigest(),
-        "kv": str(model.dtype),
+        "kv": f"{model.dtype} {model.kv}",
         "chunk": model.chunk,
         "torch": torch.__version__,
         "processor": torch.backends.cpu.get_cpu_capability(),

@@ -52,6 +52,12 @@ class Prefixes:
         is none."""
         return self._memory.forget(() if spare is None else frozenset(self.keys(spare)))
 
+    def limit(self, tokens: int) -> None:
+        """Keep no more in memory from now on."""
+        self._most = min(self._most, tokens)
+        while self.tokens > self._most and self.forget():
+            pass
+
     def shrink(self, size: int) -> int:
         """Let go of blocks of so many bytes in all, if there are so many; the bytes."""
         before = self._memory.nbytes
@@ -84,12 +90,8 @@ class Prefixes:
 
     def is_coming(self, request: Request, running: Sequence[Request]) -> bool:
         """Will a request that runs soon have computed more of this prompt's beginning than there is now?"""
-        now = max(request.cached, self._there(request) * self._chunk)
-        for other in running:
-            shared = self._shared(request, other)
-            if shared > max(now, self._computed(other)):
-                return True
-        return False
+        more = [s for o in running if (s := self._shared(request, o)) > self._computed(o)]
+        return bool(more) and max(more) > max(request.cached, self._there(request) * self._chunk)
 
     def make_room(self, request: Request, tokens: int) -> bool:
         """Let go of blocks until at most so many tokens are kept in memory; a request's own go last. True:
@@ -130,27 +132,26 @@ class Prefixes:
         if count > 0:
             self._put(request, keys[first : first + count], first)
         self._memory.touch(keys)
-        while self.tokens > self._most and self.forget():
-            pass
+        self.limit(self._most)
         request.exact = len(keys) * self._chunk
 
     def _put(self, request: Request, keys: Sequence[bytes], first: int) -> None:
         """Blocks from number `first` on, into memory, and to disk."""
         made = request.kv.blocks(first * self._chunk, self._chunk, len(keys), move=True)
-        for key, block in zip(keys, made, strict=True):
+        for number, (key, block) in enumerate(zip(keys, made, strict=True), first):
             self._memory.put(key, block)
-            if self.disk is not None and key not in self.disk:
-                self.disk.put(key, block, request.traffic)
+            if self.disk is not None and number < self.disk.fitting(block.nbytes):
+                self.disk.put(key, number, block, request.traffic)
 
     def _write(self, disk: DiskBlocks, request: Request, keys: Sequence[bytes]) -> None:
         """To disk, block by block, a prompt's first that are not there."""
         disk.touch(keys)
-        for i, key in enumerate(keys):
+        for i, key in enumerate(keys[: disk.fitting(self._shape(request).nbytes)]):
             if key not in disk:
                 block = self._memory.get(key)
                 if block is None:
                     (block,) = request.kv.blocks(i * self._chunk, self._chunk, 1)
-                disk.put(key, block, request.traffic)
+                disk.put(key, i, block, request.traffic)
 
     def _restore(self, request: Request, keys: Sequence[bytes], take: bool) -> int:
         """Append blocks to an empty cache, as far as they are there and sound; their tokens."""
@@ -162,13 +163,18 @@ class Prefixes:
             kv.append_block(block)
             count += 1
         if self.disk is not None and count < len(keys):
-            layers, heads, _, dim = kv.like.shape
-            shape = Shape((layers, heads, self._chunk, dim), kv.like.dtype)
+            shape = self._shape(request)
             for block in self.disk.read(keys[count:], shape, self._backend, request.traffic):
                 kv.append_block(block)
                 count += 1
             self.disk.touch(keys)
         return count * self._chunk
+
+    def _shape(self, request: Request) -> Shape:
+        """Of a block."""
+        like = request.kv.like
+        layers, heads, _, dim = like.shape
+        return Shape((layers, heads, self._chunk, dim), like.dtype)
 
     def _there(self, request: Request) -> int:
         """Blocks of a prompt's beginning that are in memory or on disk."""

@@ -152,7 +152,7 @@ class Scheduler:
         size, threads = self.placement.budget, torch.get_num_threads()
         context = self.placement.context
         shown = {**request.options.to_json(), "context": context, "threads": threads}
-        shown |= {"memory": size, "chunk": self.transformer.chunk}
+        shown |= {"memory": size, "chunk": self.transformer.chunk, "kv": self.transformer.kv}
         tables = self.transformer.loaded.tables
         cached = not all(table.is_direct for table in tables)
         return account(request, self.name, shown, Usage(started, before, self.counts(), cached))

@@ -69,14 +69,14 @@ class Rows:
 
     def table(self, layer: int, window: int | None) -> AttentionTable:
         """What each row sees in a layer, with room made for its entry. Layers alike share it."""
-        found = [s.kv.place(layer, s.positions, s.num_masks) for s in self.segments]
-        key = window, *(slots for _, slots in found)
+        found = [s.kv.opened(layer, s.positions, s.num_masks) for s in self.segments]
+        key = window, *(slots for _, slots, _ in found)
         if key not in self._tables:
             pairs = zip(self.segments, found, strict=True)
             self._tables[key] = AttentionTable(
-                [s.spans(layer, slots, window) for s, (_, slots) in pairs]
+                [s.spans(layer, slots, window) for s, (_, slots, _) in pairs]
             )
         table = self._tables[key]
-        for number, (stored, _) in enumerate(found):
-            table.store(number, stored)
+        for number, (stored, _, coded) in enumerate(found):
+            table.store(number, stored, coded)
         return table

@@ -73,6 +73,13 @@ class KV:
             stored[num_heads:, index] = v_TJE.transpose(0, 1).to(stored.dtype)
         return self.view(layer)
 
+    def opened(
+        self, layer: int, positions: Sequence[int], beyond: int = 0
+    ) -> tuple[Tensor, range | tuple[int, ...], Tensor | None]:
+        """As `place`, for kernels, which also read what is there; and where entries are kept in 8 bits, if
+        they are."""
+        return *self.place(layer, positions, beyond), None
+
     def place(
         self, layer: int, positions: Sequence[int], beyond: int = 0
     ) -> tuple[Tensor, range | tuple[int, ...]]:
@@ -122,7 +129,7 @@ class KV:
     def fit(self) -> None:
         """Let go of storage beyond what is used."""
         for layer in range(len(self._stored)):
-            self._stored[layer] = self.view(layer).clone(memory_format=torch.contiguous_format)
+            self._stored[layer] = self.entries(layer).clone(memory_format=torch.contiguous_format)
 
     def copy_from(self, other: KV, length: int) -> None:
         """Become the first `length` positions of another cache of the same model."""
@@ -130,7 +137,7 @@ class KV:
             count = bisect_left(theirs, length)
             self.positions[layer] = theirs[:0]
             stored, _ = self.reserve(layer, theirs[:count])
-            stored[:, :count] = other.view(layer)[:, :count]
+            stored[:, :count] = other.entries(layer)[:, :count]
 
     @property
     def like(self) -> Tensor:
@@ -169,7 +176,7 @@ class KV:
     def write(self, file: BinaryIO) -> None:
         """All entries into a file, and let their memory go; `read` brings them back, bit by bit."""
         for layer, old in enumerate(self._stored):
-            file.write(_bytes(self.view(layer).contiguous()).data)
+            file.write(_bytes(self.entries(layer).contiguous()).data)
             self._stored[layer] = old.new_empty(old.shape[0], 0, old.shape[2])
         for pruned in self.pruned:
             pruned.write(file)
@@ -186,9 +193,13 @@ class KV:
             if (states := pruned.room()) is not None:
                 _fill(states, file)
 
-    def view(self, layer: int) -> Tensor:
-        """(C, S, E): the entries of a layer, no copy."""
+    def entries(self, layer: int) -> Tensor:
+        """(C, S, ...): the entries of a layer as they are stored, no copy."""
         return self._stored[layer][:, : len(self.positions[layer])]
+
+    def view(self, layer: int) -> Tensor:
+        """(C, S, E): the entries of a layer as numbers; here no copy."""
+        return self.entries(layer)
 
     def truncate(self, length: int) -> None:
         """Forget every entry at position `length` or later."""
@@ -202,7 +213,7 @@ class KV:
 
     def keep(self, layer: int, indices: Sequence[int]) -> None:
         """Of one layer, keep only the entries at these rising indices."""
-        kept, stored = self.positions[layer], self.view(layer)
+        kept, stored = self.positions[layer], self.entries(layer)
         stored[:, : len(indices)] = stored[
             :, torch.tensor(indices, dtype=torch.int64, device="cpu")
         ]

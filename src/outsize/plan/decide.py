@@ -96,8 +96,8 @@ def decide(
     """The placement for a budget of `size` bytes; with `--draft auto` also the kind of drafter: the best that
     brings more than its memory takes from weights. Raises BudgetError, ContextError."""
     grammars = options.streams if options.grammars else 0
-    outline = replace(outline, streams=options.streams, grammars=grammars)
-    if parse_prefix(options.prefix_cache or "memory").kind == "disk":
+    outline = replace(outline, streams=options.streams, grammars=grammars, kv=options.kv)
+    if parse_prefix(options.prefix_cache).kind == "disk":
         outline = replace(outline, staging=fixed.staging(outline, options.chunk))
     longest, context = outline.description.context, options.context
     if context is not None and context > longest:

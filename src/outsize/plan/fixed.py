@@ -11,6 +11,7 @@ from dataclasses import replace
 from outsize.caching.eviction.echo import BYTES as ECHO_BYTES
 from outsize.kernels.attention import CHUNK, score_bytes
 from outsize.kernels.plain import WIDE_BYTES
+from outsize.kv.int8 import STEP
 from outsize.pack.kinds.kind import kinds
 from outsize.pack.outline import Outline
 from outsize.pack.tables import TableHeader
@@ -32,18 +33,24 @@ STREAM_TOKENS = 512  # of context that each further reply at once is planned for
 def kv_bytes(o: Outline) -> int:
     """Of one token: its keys and values in all layers, its residual row, its rotary angles, its id."""
     d = o.description
-    kv = 2 * d.num_layers * d.num_kv_heads * d.head_dim * o.activation_bytes
+    kv = stored_bytes(o)
+    if o.kv == "int8":  # of one layer, as numbers
+        kv += 2 * d.num_kv_heads * d.head_dim * o.activation_bytes
     ropes = len({layer.rope for layer in d.layers})
     routed = 0 if d.mixture is None else d.width * (o.activation_bytes + 4) + 200 * d.mixture.used
     return kv + 4 * d.width + 4 * d.head_dim * ropes + routed + 100
 
 
+def stored_bytes(o: Outline) -> int:
+    """Of one token: its keys and values in all layers."""
+    d = o.description
+    entry = d.head_dim + STEP if o.kv == "int8" else d.head_dim * o.activation_bytes
+    return 2 * d.num_layers * d.num_kv_heads * entry
+
+
 def staging(o: Outline, chunk: int | None) -> int:
     """Of blocks of keys and values on their way to and from a disk."""
-    d = o.description
-    return staging_bytes(
-        2 * d.num_layers * d.num_kv_heads * d.head_dim * o.activation_bytes * (chunk or CHUNK)
-    )
+    return staging_bytes(stored_bytes(o) * (chunk or CHUNK))
 
 
 def kv_tokens(o: Outline, context: int) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from queue import Queue
@@ -47,6 +49,7 @@ class Traffic:
 
     read: int = 0
     written: int = 0
+    since: float = field(default_factory=time.time)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class DiskBlocks:
     def __init__(self, folder: Path, most: int, daily: int, is_writable: bool) -> None:
         self._folder, self._most, self._daily = folder, most, daily
         self._is_writable, self._stats = is_writable, IOStats()
-        self._queue: Queue[tuple[bytes, Tensor, Traffic] | None] = Queue(QUEUED)
+        self._queue: Queue[tuple[bytes, int, Tensor, Traffic] | None] = Queue(QUEUED)
         self._thread: threading.Thread | None = None
         self._has_said = False
 
@@ -91,10 +94,11 @@ class DiskBlocks:
                     waiting.append(self._submit(reader, left.popleft(), shape.nbytes))
                 block = self._finish(*waiting.popleft(), shape)
                 if block is None:
-                    left.clear()
-                    continue
+                    break
                 traffic.read += shape.nbytes
                 yield block
+            for pending in waiting:  # behind a gap
+                self._finish(*pending, shape)
 
     def _submit(self, reader: Reader, key: bytes, nbytes: int) -> Pending:
         table = opened(self._folder, key, nbytes, self._stats)
@@ -121,15 +125,19 @@ class DiskBlocks:
         return raw[: shape.nbytes].view(shape.dtype).view(shape.sizes)
 
     def touch(self, keys: Sequence[bytes]) -> None:
-        """They were used now; the first blocks of a prompt last, so that they stay longest."""
-        for key in reversed(keys):
-            try:
-                os.utime(self.path(key))
-            except OSError:
-                continue
+        """A prompt's blocks were used now."""
+        now = time.time()
+        for number, key in enumerate(keys):
+            with contextlib.suppress(OSError):
+                _used(self.path(key), number, now)
 
-    def put(self, key: bytes, block: Tensor, traffic: Traffic) -> None:
-        """Have a block written, once the thread has written those before it."""
+    def fitting(self, nbytes: int) -> int:
+        """How many blocks of so many bytes there is room for at all: of a longer prompt, the last ones would
+        put out the first."""
+        return self._most // (aligned(nbytes, PAGE) + PAGE)
+
+    def put(self, key: bytes, number: int, block: Tensor, traffic: Traffic) -> None:
+        """Have a prompt's block of this number written, once the thread has written those before it."""
         if not self._is_writable:
             return
         if self._thread is None:
@@ -137,7 +145,7 @@ class DiskBlocks:
                 target=self._serve, name="outsize-prefixes", daemon=True
             )
             self._thread.start()
-        self._queue.put((key, block, traffic))
+        self._queue.put((key, number, block, traffic))
 
     def flush(self) -> None:
         """Wait until everything is written."""
@@ -162,7 +170,7 @@ class DiskBlocks:
                 self._queue.task_done()
         self._queue.task_done()
 
-    def _write(self, key: bytes, block: Tensor, traffic: Traffic) -> None:
+    def _write(self, key: bytes, number: int, block: Tensor, traffic: Traffic) -> None:
         data = block.flatten().view(torch.uint8).numpy()
         path, size = self.path(key), aligned(data.nbytes, PAGE) + PAGE
         if path.exists():
@@ -173,6 +181,7 @@ class DiskBlocks:
         part = path.with_suffix(f".{os.getpid()}-{next(_numbers)}{PART}")
         try:
             write(part, key, np.ascontiguousarray(data))
+            _used(part, number, traffic.since)
             os.replace(part, path)
         except BaseException:
             part.unlink(missing_ok=True)
@@ -188,6 +197,13 @@ class DiskBlocks:
         if not self._has_said:
             warn(f"the prefix cache in {self._folder} does not take this prompt: {why}")
         self._has_said = True
+
+
+def _used(path: Path, number: int, when: float) -> None:
+    """A prompt's block of this number was used then. Later ones are of no use without the first, which count
+    as used last, and stay longest."""
+    at = when - number / 1000
+    os.utime(path, (at, at))
 
 
 def _reason(e: OSError) -> str:

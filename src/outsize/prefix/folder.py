@@ -62,7 +62,7 @@ def prepare(spec: PrefixSpec) -> tuple[Path, int, bool]:
             f"the {there / 1e9:,.1f} GB in it; give a smaller size, or make room"
         )
     if is_writable:
-        _sweep(folder)
+        sweep(folder)
     return folder, spec.size or min(MOST, int(SHARE * free) + there), is_writable
 
 
@@ -103,7 +103,7 @@ def blocks(folder: Path) -> Iterator[tuple[str, int, float]]:
                     yield entry.name, found.st_size, found.st_mtime
 
 
-def _sweep(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Remove what a process that was killed had begun to write."""
     with os.scandir(folder) as entries:
         for entry in entries:

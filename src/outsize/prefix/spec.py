@@ -21,8 +21,10 @@ class PrefixSpec:
     writes: int = DAILY  # bytes written a day at most
 
 
-def parse_prefix(text: str) -> PrefixSpec:
-    """Raises OptionError."""
+def parse_prefix(text: str | None) -> PrefixSpec:
+    """None: memory. Raises OptionError."""
+    if text is None:
+        return PrefixSpec("memory")
     head, *rest = text.strip().split(",")
     kind, _, size = head.partition(":")
     if kind not in KINDS:

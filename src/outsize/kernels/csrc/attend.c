@@ -24,12 +24,46 @@ typedef struct {
     bf16 *cache; /* (2 kv_heads, capacity, head_dim): keys, then values */
     long slot;   /* where this row's entry goes */
     long capacity, first, seen, from;
+    uint8_t *coded; /* or null: (2 kv_heads, coded_capacity, head_dim + 2), where the entry is kept in 8 bits */
+    long coded_capacity;
 } Row;
 
 /* Rows r0 to r1, which share a cache, over entries lo to hi; `own`: the one row's second run. */
 typedef struct {
     long r0, r1, head, lo, hi, own;
 } Task;
+
+/* An entry of E numbers as codes, whose step stands behind them in bf16; and the numbers that those are. */
+static void code8(bf16 *entry, long E, uint8_t *coded) {
+    float most = 0;
+    for (long i = 0; i < E; i++) {
+        const float x = up(entry[i]), size = x < 0 ? -x : x;
+        most = size > most ? size : most;
+    }
+    const bf16 kept = down(most / 127);
+    const float step = up(kept);
+    for (long i = 0; i < E; i++) {
+        float code = step ? rintf(up(entry[i]) / step) : 0;
+        code = code > 127 ? 127 : code < -127 ? -127 : code;
+        coded[i] = (uint8_t)(int8_t)code;
+        entry[i] = down(code * step);
+    }
+    memcpy(coded + E, &kept, sizeof kept);
+}
+
+/* out (heads, capacity, E): the first `count` entries of `coded` (heads, coded_capacity, E + 2) as numbers. */
+void decode_entries(const uint8_t *coded, bf16 *out, const long *shape, long count) {
+    const long heads = shape[0], coded_capacity = shape[1], capacity = shape[2], E = shape[3];
+#pragma omp parallel for schedule(static) collapse(2) num_threads(threads_for(heads * count * E))
+    for (long c = 0; c < heads; c++)
+        for (long s = 0; s < count; s++) {
+            const int8_t *code = (const int8_t *)coded + (c * coded_capacity + s) * (E + 2);
+            bf16 *entry = out + (c * capacity + s) * E, kept;
+            memcpy(&kept, code + E, sizeof kept);
+            const float step = up(kept);
+            for (long i = 0; i < E; i++) entry[i] = down(code[i] * step);
+        }
+}
 
 /* One row's query (scaled) and cache entry from its projections. */
 static void prepare(const Attention *a, const bf16 *qkv, const float *cos_sin, Row row, bf16 *q) {
@@ -53,6 +87,7 @@ static void prepare(const Attention *a, const bf16 *qkv, const float *cos_sin, R
         } else {
             bf16 *entry = row.cache + ((c - H) * row.capacity + row.slot) * E;
             for (long i = 0; i < E; i++) entry[i] = down(x[i]);
+            if (row.coded) code8(entry, E, row.coded + ((c - H) * row.coded_capacity + row.slot) * (E + 2));
         }
     }
 }
