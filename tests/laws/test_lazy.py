@@ -26,6 +26,7 @@ from outsize.forward.full import full
 from outsize.forward.lazy import lazy
 from outsize.forward.prune import Prune, parse_prefill
 from outsize.forward.span import Span
+from outsize.kv.int8 import Int8KV, decode
 from outsize.kv.kv import KV
 from outsize.model.paged import PagedLayer
 from outsize.options import Options
@@ -375,3 +376,19 @@ def test_an_adapter_is_on_in_all_rows(open_tiny: Callable[..., Model], tmp_path:
             said[name, prefill] = outcome(request)
         assert said[name, "full"] == said[name, how]
     assert len({str(one) for one in said.values()}) == 4
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_with_keys_and_values_in_8_bits(native: bool, open_tiny: Callable[..., Model]) -> None:
+    """A neutral setting gives the full pass's bits there, too; entries that move take their steps along."""
+    t, neutral = open_tiny("llama", "int8", native).transformer, Prune((0.999,), (0.3,), "revive")
+    like, kvs = t.new_kv(), [Int8KV(t.new_kv(), decode) for _ in range(3)]
+    pruned = SETTINGS["revive"]
+    for start, tokens in ((0, PROMPT), *((40 + j, [token]) for j, token in enumerate(NEXT))):
+        (ours,) = lazy(t, [Span(start, tokens, prune=neutral)], kvs[:1])
+        (theirs,) = full(t, [Span(start, tokens)], kvs[1:2])
+        assert torch.equal(ours.logits_KV, theirs.logits_KV)
+        (exact,) = lazy(t, [Span(start, tokens, prune=pruned)], [like])
+        (lossy,) = lazy(t, [Span(start, tokens, prune=pruned)], kvs[2:])
+        assert away(lossy.logits_KV, exact.logits_KV) < 0.4
+    check_depths(kvs[2], t.description.num_layers, 48)

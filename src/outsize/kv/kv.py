@@ -25,6 +25,7 @@ from outsize.errors import ReadError
 from outsize.kv.pruned import Pruned
 
 FIRST = 256  # entries a layer starts with; it doubles when full
+MOVED = 1024  # entries that are copied at once where others are put before them
 
 
 class KV:
@@ -88,16 +89,13 @@ class KV:
         if not kept or positions[0] > kept[-1]:
             stored, start = self.reserve(layer, positions, beyond)
             return stored, range(start, start + len(positions))
-        old, new = np.array(kept, dtype=np.int64), np.array(positions, dtype=np.int64)
-        merged = np.sort(np.concatenate([old, new]))
-        slots = np.searchsorted(merged, new)
-        first = int(slots[0])
+        places = [bisect_left(kept, position) for position in positions]
         stored, used = self.reserve(layer, positions, beyond)
-        moved = torch.from_numpy(np.searchsorted(merged, old[first:]))
-        for head in stored:  # one after the other: what is copied meanwhile is small
-            head[moved] = head[first:used].clone()
-        self.positions[layer] = array("i", merged.tolist())
-        return stored, tuple(slots.tolist())
+        del kept[used:]
+        _make_room(stored, used, places)
+        for number, (place, position) in enumerate(zip(places, positions, strict=True)):
+            kept.insert(place + number, position)
+        return stored, tuple(place + number for number, place in enumerate(places))
 
     def reserve(self, layer: int, positions: Sequence[int], beyond: int = 0) -> tuple[Tensor, int]:
         """Room for entries that the caller fills at once: all of the layer's storage, and the index
@@ -220,6 +218,17 @@ class KV:
             :, torch.tensor(indices, dtype=torch.int64, device="cpu")
         ]
         self.positions[layer] = array("i", [kept[i] for i in indices])
+
+
+def _make_room(stored_CSE: Tensor, used: int, places: Sequence[int]) -> None:
+    """Of so many entries, those from each of the rising places on move up by one."""
+    end = used
+    for shift in range(len(places), 0, -1):
+        start = places[shift - 1]
+        for stop in range(end, start, -MOVED):
+            low = max(start, stop - MOVED)
+            stored_CSE[:, low + shift : stop + shift] = stored_CSE[:, low:stop].clone()
+        end = start
 
 
 def _fill(x: Tensor, file: BinaryIO) -> None:
