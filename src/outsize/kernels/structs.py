@@ -203,7 +203,7 @@ class AttentionTable:
 
     def store(self, number: int, stored: Tensor, coded: Tensor | None) -> None:
         """Sequence `number` has its entries in `stored` (2J, capacity, E), and, if it keeps them in 8 bits,
-        in `coded` (2J, capacity, E + 2); those of mask tokens are not kept."""
+        in `coded` (2J, capacity, ...); those of mask tokens are not kept."""
         cells = self._cells[self._rows[number]]
         cells[:, 0], cells[:, 2] = stored.data_ptr(), stored.shape[1]
         if coded is not None:

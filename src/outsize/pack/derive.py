@@ -95,7 +95,7 @@ def _kept(table: TableHeader, stored: Stored) -> TablePlan:
 
 
 def _record(table: TableHeader, number: int, stored: Stored) -> Record:
-    """A record as it is."""
+    """A record as it is; tensors by name, so that a pack as it was made and as it is read give the same."""
 
     def fields(name: str, piece: int) -> Mapping[str, Tensor]:
         return stored(table, number)[name][piece]
@@ -105,5 +105,5 @@ def _record(table: TableHeader, number: int, stored: Stored) -> Record:
             Made(m.encoding, m.num_rows, m.width, partial(fields, name, i))
             for i, m in enumerate(matrices)
         )
-        for name, matrices in table.tensors.items()
+        for name, matrices in sorted(table.tensors.items())
     }

@@ -11,7 +11,7 @@ from dataclasses import replace
 from outsize.caching.eviction.echo import BYTES as ECHO_BYTES
 from outsize.kernels.attention import CHUNK, score_bytes
 from outsize.kernels.plain import WIDE_BYTES
-from outsize.kv.int8 import STEP
+from outsize.kv.int8 import entry_bytes
 from outsize.pack.kinds.kind import kinds
 from outsize.pack.outline import Outline
 from outsize.pack.tables import TableHeader
@@ -44,7 +44,7 @@ def kv_bytes(o: Outline) -> int:
 def stored_bytes(o: Outline) -> int:
     """Of one token: its keys and values in all layers."""
     d = o.description
-    entry = d.head_dim + STEP if o.kv == "int8" else d.head_dim * o.activation_bytes
+    entry = entry_bytes(d.head_dim) if o.kv == "int8" else d.head_dim * o.activation_bytes
     return 2 * d.num_layers * d.num_kv_heads * entry
 
 
