@@ -1,4 +1,4 @@
-"""Mutated model files. `python -m tests.hostile 2000` runs many and prints one JSON object.
+"""Mutated model files. `python -m tests.hostile 2000 1 quantized` runs many and prints one JSON object.
 
 Each mutant goes the whole way: parse, recipe, plan, tokenizer, pack. Only OutsizeErrors may come out,
 each within the time limit, and the process may not grow beyond the memory limit.
@@ -20,10 +20,10 @@ from pathlib import Path
 
 from outsize.checkpoint.opening import open_checkpoint
 from outsize.errors import OutsizeError
-from outsize.log import warn
 from outsize.pack import write
 from outsize.progress import silent
-from tests.checkpoint import blocks
+from tests.checkpoint import blocks, quantizers
+from tests.checkpoint.quantizers import FORMATS
 from tests.golden import tiny
 from tests.golden.test_golden import write_gguf
 
@@ -34,6 +34,12 @@ HEADER = 12_000  # most of what can be said wrongly is said here
 def flip_bits(r: random.Random, data: bytearray) -> None:
     for _ in range(r.choice((1, 1, 2, 8, 64))):
         data[r.randrange(min(len(data), HEADER))] ^= 1 << r.randrange(8)
+
+
+def flip_numbers(r: random.Random, data: bytearray) -> None:
+    """Also of what lies behind the header: zero points, the groups of inputs, shapes."""
+    for _ in range(r.choice((1, 8))):
+        data[r.randrange(len(data))] = r.choice((0, 1, 127, 128, 255))
 
 
 def truncate(r: random.Random, data: bytearray) -> None:
@@ -93,7 +99,7 @@ def swap_word(r: random.Random, data: bytearray) -> None:
 
 GGUF_ONLY = (huge_counts, nested_arrays)
 MUTATIONS: tuple[Mutation, ...] = (
-    flip_bits, truncate, huge_number, huge_counts, copy_stretch, insert_or_delete, wrong_type,
+    flip_bits, flip_numbers, truncate, huge_number, huge_counts, copy_stretch, insert_or_delete, wrong_type,
     nested_arrays, swap_word,
 )  # fmt: skip
 
@@ -124,11 +130,15 @@ def mutant(r: random.Random, seeds: dict[str, Path], folder: Path) -> tuple[Path
     return path, f"{kind}:{target.name}:{'+'.join(names)}"
 
 
+def quiet(text: str) -> None:
+    """What a user would be told."""
+
+
 def attempt(path: Path, home: Path) -> str:
     """The whole way; "sound", or the error's class. Anything but an OutsizeError goes up."""
     try:
         how = write.PackOptions(str(path), "auto", True, "test")
-        made = write.write(open_checkpoint(path), how, home, silent, warn, lambda text: None)
+        made = write.write(open_checkpoint(path), how, home, silent, quiet, quiet)
     except OutsizeError as e:
         if len(str(e)) < 20:
             raise AssertionError(f"an error that says nothing: {e!r}") from e
@@ -137,16 +147,25 @@ def attempt(path: Path, home: Path) -> str:
     return "sound"
 
 
-def run(count: int, seed: int) -> dict[str, object]:
+def made(root: Path, what: str) -> dict[str, Path]:
+    """What is to be mutated: models as they are, or quantized safetensors."""
+    if what == "quantized":
+        how = ("awq", "gptq-zeros", "packed-zeros", "fp8-blocks", "int8", "nvfp4")
+        return {name: quantizers.write_folder(root / name, "llama", FORMATS[name]) for name in how}
+    return {
+        "gguf": write_gguf(root / "seed.gguf", "llama"),
+        "gguf_types": blocks.write_model(root / "types.gguf", blocks.matrices()),
+        "safetensors": tiny.write_folder(root / "seed", "qwen3"),
+    }
+
+
+def run(count: int, seed: int, what: str = "plain") -> dict[str, object]:
     r, results, slowest = random.Random(seed), Counter[str](), 0.0
     with tempfile.TemporaryDirectory() as base:
         root = Path(base)
-        seeds = {
-            "gguf": write_gguf(root / "seed.gguf", "llama"),
-            "gguf_types": blocks.write_model(root / "types.gguf", blocks.matrices()),
-            "safetensors": tiny.write_folder(root / "seed", "qwen3"),
-        }
-        attempt(seeds["gguf"], root / "home")
+        seeds = made(root, what)
+        for path in seeds.values():
+            attempt(path, root / "home")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for number in range(count):
             path, what = mutant(r, seeds, root / "mutant")
@@ -165,4 +184,4 @@ def run(count: int, seed: int) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1)))
+    print(json.dumps(run(int(sys.argv[1]), int((*sys.argv, 1)[2]), *sys.argv[3:])))

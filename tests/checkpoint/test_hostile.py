@@ -19,10 +19,10 @@ from tests.golden.test_golden import write_gguf
 ROOT = Path(__file__).parents[2]
 
 
-def mutants(count: int, seed: int) -> dict[str, object]:
+def mutants(count: int, seed: int, what: str) -> dict[str, object]:
     """In a process of its own, so that its memory is its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.hostile", str(count), str(seed)],
+        [sys.executable, "-m", "tests.hostile", str(count), str(seed), what],
         capture_output=True, text=True, cwd=ROOT, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -30,11 +30,12 @@ def mutants(count: int, seed: int) -> dict[str, object]:
     return result
 
 
+@pytest.mark.parametrize("what", ["plain", "quantized"])
 @pytest.mark.parametrize(
     ("count", "seed"), [(300, 1), pytest.param(2000, 7, marks=pytest.mark.slow)]
 )
-def test_mutants_give_only_our_errors(count: int, seed: int) -> None:
-    result = mutants(count, seed)
+def test_mutants_give_only_our_errors(count: int, seed: int, what: str) -> None:
+    result = mutants(count, seed, what)
     assert float(str(result["slowest_s"])) < 2
     assert int(str(result["memory_grown_mb"])) < 300
     assert "CheckpointError" in str(result["results"])

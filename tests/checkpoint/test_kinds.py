@@ -33,7 +33,6 @@ QUANTIZED = [
     ({"quantization_config": {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}},
      "compressed-tensors .nvfp4-pack"),
     ({"compression_config": {"format": "pack-quantized"}}, "compressed-tensors"),
-    ({"quantization_config": {"quant_method": "fp8"}}, "FP8"),
     ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes .4 bits"),
     ({"quantization_config": {"load_in_8bit": True}}, "bitsandbytes .8 bits"),
     ({"quantization": {"bits": 4, "group_size": 64}}, "MLX .4 bits"),
@@ -42,7 +41,7 @@ QUANTIZED = [
     ({"quantization_config": {"quant_method": "quanto"}}, "Quanto"),
     ({"quantization_config": {"quant_method": "torchao"}}, "torchao"),
     ({"quantization_config": {"quant_method": "newest"}}, "newest"),
-    ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "FP8"),
+    ({"text_config": {"quantization_config": {"quant_method": "modelopt"}}}, "ModelOpt"),
 ]  # fmt: skip
 
 

@@ -42,13 +42,14 @@ def test_copies_of_missing_experts(family: str, folder_of: Callable[[str], Path]
     assert 0 < (ours - whole[1]).norm() / whole[1].norm() < 0.4  # near ties are routed otherwise
 
 
-def test_copies_as_a_user_asks_for_them(folder_of: Callable[[str], Path]) -> None:
-    path, spec = str(folder_of("mixtral")), "misses=copy:int8"
+@pytest.mark.parametrize("encoding", ["int8", "q4_0"])
+def test_copies_as_a_user_asks_for_them(encoding: str, folder_of: Callable[[str], Path]) -> None:
+    path, spec = str(folder_of("mixtral")), f"misses=copy:{encoding}"
     with outsize.load(path, encoding="bf16", experts=spec, context=64, quiet=True) as model:
         assert model.placement.fixed["copies of experts"] > 0
         assert model.generate("abab", raw=True, max_tokens=3)
     with pytest.raises(OptionError, match="same model and smaller"):
-        outsize.load(path, encoding="int8", experts=spec, quiet=True)
+        outsize.load(path, encoding=encoding, experts=spec, quiet=True)
     with pytest.raises(OptionError, match="is a dense model, which has none"):
         outsize.load(str(folder_of("llama")), encoding="bf16", experts=spec, quiet=True)
 

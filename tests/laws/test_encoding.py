@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from outsize.encoding.find import ENCODINGS, encoding
+from outsize.encoding.fp8 import Fp8
 from outsize.encoding.plain import Encoding, slice_rows
 from outsize.errors import UnsupportedError
 from outsize.kernels import layouts
@@ -85,6 +86,7 @@ def test_rows_are_rows_of_decode(name: str) -> None:
         ("fp32", 0.0),
         ("bf16", 3e-3),
         ("int8", 1.2e-2),
+        ("fp8", 4e-2),
         ("int4", 0.11),
         ("group4", 0.1),
         ("group5", 0.05),
@@ -123,6 +125,17 @@ def test_gradient_reaches_the_input(name: str, wide: bool, kernel: Backend) -> N
     assert x.grad is not None
     exact = up @ e.decode(fields)
     assert (x.grad.float() - exact).norm() <= 2e-2 * exact.norm()
+
+
+def test_fp8_keeps_every_code_and_scale() -> None:
+    e = Fp8()
+    codes = torch.randint(0, 256, (32, 320), dtype=torch.uint8)
+    codes[(codes & 127) == 127] = 0  # no number
+    scale = torch.rand(32, 3) * 1e-3
+    decoded = e.decode(e.from_codes(codes, scale))
+    for k in (0, 127, 128, 255, 256, 319):
+        column = codes[:, k].view(torch.float8_e4m3fn).float() * scale[:, k // 128]
+        assert torch.equal(decoded[:, k], column)
 
 
 def test_zero_rows_stay_zero() -> None:

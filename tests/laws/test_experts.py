@@ -17,9 +17,7 @@ from outsize.caching.policy import Hints, make
 from outsize.caching.prefetcher import Scored
 from outsize.caching.replay.simulate import Link, Replay, ReplaySetup
 from outsize.caching.replay.trace import Event, waves
-from outsize.encoding.group import Group
-from outsize.encoding.int4 import Int4
-from outsize.encoding.plain import Encoding
+from outsize.encoding.find import encoding as encoding_of
 from outsize.engine.model import Model
 from outsize.errors import OptionError, UnsupportedError
 from outsize.forward.full import full
@@ -123,13 +121,15 @@ def test_rows_do_not_see_company(packs: dict[str, Pack]) -> None:
         assert torch.equal(single.logits_KV, both[0].logits_KV)
 
 
-@pytest.mark.parametrize("encoding", ["int4", "group4", "group5", "group8"])
+@pytest.mark.parametrize(
+    "encoding", ["int4", "group4", "group5", "group8", "q4_0", "q5_1", "nvfp4"]
+)
 def test_experts_in_one_call_are_the_single_ones(encoding: str) -> None:
     kernels = native_in(home_folder() / "native")
     if kernels is None:
         pytest.skip("no C compiler on this machine")
     width, inner, rows, used = 128, 192, 5, 3
-    kind: Encoding = Int4(kernels) if encoding == "int4" else Group(int(encoding[5:]), kernels)
+    kind = encoding_of(encoding, kernels)
 
     def expert() -> Built:
         pair = {"gate_up": torch.randn(2 * inner, width), "down": torch.randn(width, inner)}
@@ -154,10 +154,13 @@ def test_experts_in_one_call_are_the_single_ones(encoding: str) -> None:
     assert one.any()
 
 
+@pytest.mark.parametrize("encoding", ["int4", "q4_0"])
 @pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
-def test_same_bits_with_kernels(family: str, open_tiny: Callable[..., Model]) -> None:
+def test_same_bits_with_kernels(
+    family: str, encoding: str, open_tiny: Callable[..., Model]
+) -> None:
     """The model with all its experts held, and with few, both through the native kernels."""
-    model = open_tiny(family, "int4")
+    model = open_tiny(family, encoding)
     pack = model.pack
     backend = native_in(home_folder() / "native") or PLAIN
     expected = logits(model.transformer)

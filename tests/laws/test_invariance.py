@@ -32,7 +32,7 @@ def alone(model: Model, i: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2", "llama+biases"])
-@pytest.mark.parametrize("encoding", ["int4", "int8"])
+@pytest.mark.parametrize("encoding", ["int4", "int8", "q4_0", "q5_1"])
 @pytest.mark.parametrize("native", [True, False])
 def test_rows_do_not_see_their_company(
     family: str, encoding: str, native: bool, open_tiny: Callable[..., Model]
@@ -51,7 +51,7 @@ def test_rows_do_not_see_their_company(
         assert torch.equal(outs[i].logits_KV, torch.stack(expected[i]))
 
 
-@pytest.mark.parametrize("encoding", ["int4", "int8"])
+@pytest.mark.parametrize("encoding", ["int4", "int8", "q4_0", "q5_1"])
 def test_a_batch_gives_the_text_of_single_runs(
     encoding: str, open_tiny: Callable[..., Model]
 ) -> None:
@@ -77,6 +77,15 @@ def test_grouped_kernels_are_invariant(home: object) -> None:
             fields, x = e.encode(torch.randn(96, 192)), torch.randn(13, 192)
             rows = torch.cat([e.linear(x[i : i + 1], fields, False) for i in range(13)])
             assert torch.equal(e.linear(x, fields, False), rows)
+
+
+def test_fp8_is_invariant() -> None:
+    from outsize.encoding.fp8 import Fp8
+
+    e = Fp8()
+    fields, x = e.encode(torch.randn(96, 192)), torch.randn(13, 192)
+    rows = torch.cat([e.linear(x[i : i + 1], fields, False) for i in range(13)])
+    assert torch.equal(e.linear(x, fields, False), rows)
 
 
 def test_closed_models_say_so(folder_of: Callable[[str], object]) -> None:

@@ -93,7 +93,7 @@ def test_the_engine_runs_masks_as_training_did(
     assert error < (0.05 if native else 1e-2)  # the adapter's factors are bf16
 
 
-@pytest.mark.parametrize("encoding", ["int4", "int8"])
+@pytest.mark.parametrize("encoding", ["int4", "int8", "q4_0"])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
 def test_masks_change_no_bit_of_ordinary_rows(
     family: str, encoding: str, open_tiny: Callable[..., Model]

@@ -177,3 +177,42 @@ def test_half_of_a_pair_in_arguments_can_be_sent(value: str) -> None:
     made = object_of(f'{{"a": "{value}"}}')
     wanted = json.loads(f'"{value}"').encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     assert json.dumps(made, ensure_ascii=False).encode().decode() == f'{{"a": "{wanted}"}}'
+
+
+FUNCTION = {"name": "weather", "parameters": SCHEMA}
+TOOLS_AND_SCHEMA: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {
+        "messages": SAID,
+        "tools": [{"type": "function", "function": FUNCTION}],
+        "response_format": {"type": "json_object"},
+    },
+    "/v1/responses": {
+        "input": "Weather?",
+        "tools": [{"type": "function", **FUNCTION}],
+        "text": {"format": {"type": "json_object"}},
+    },
+    "/v1/messages": {
+        "messages": SAID,
+        "max_tokens": 5,
+        "tools": [{"name": "weather", "input_schema": SCHEMA}],
+        "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}},
+    },
+    "/api/chat": {
+        "messages": SAID,
+        "tools": [{"type": "function", "function": FUNCTION}],
+        "format": "json",
+    },
+}
+
+
+@pytest.mark.parametrize("path", TOOLS_AND_SCHEMA)
+def test_tools_with_a_schema_are_refused_by_a_field_that_was_sent(
+    served: Running, path: str
+) -> None:
+    """Programs leave out the field that an error names, and ask again."""
+    body = {"model": "other", **TOOLS_AND_SCHEMA[path]}
+    with served.client() as client:
+        answer = client.post(path, json=body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error if isinstance(error, str) else error["message"]).startswith("tools: ")

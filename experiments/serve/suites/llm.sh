@@ -13,20 +13,24 @@ try() { # NAME PATTERN COMMAND...
         failed=$((failed + 1)); echo "FAILED  $1"; sed 's/^/        /' <<<"$out" | tail -20
     fi
 }
+# The call is made, and its result taken. A small model may call again and again, until `llm` ends that.
+try_tool() { # NAME COMMAND...
+    local whole='out=$("$@" 2>&1) && ended=0 || { grep -q "Chain limit" <<<"$out"; ended=$?; }; echo "$out"; exit $ended'
+    try "$1" 'Tool call: llm_time' bash -c "$whole" - "${@:2}" -T llm_time --td -o temperature 0 "What time is it?"
+}
 at="openai endpoint $URL/v1 -m $MODEL -o max_tokens 60"
 try "plain" . $llm $at "Say hello"
 try "no stream" . $llm $at --no-stream "Say hello"
 try "system" . $llm $at -s "You are brief" "Say hello"
 try "schema" '^\{"name": ?".*", ?"age": ?-?[0-9]+' $llm $at --schema 'name, age int' "Invent a dog"
-try "tool" . $llm $at -T llm_time "What time is it?"
+try_tool "tool" $llm openai endpoint $URL/v1 -m $MODEL -o max_tokens 200
 try "responses" . $llm openai endpoint $URL/v1 -m $MODEL --responses "Say hello"
 try "responses, schema" '^\{"name": ?".*", ?"age": ?-?[0-9]+' $llm openai endpoint $URL/v1 -m $MODEL --responses --schema 'name, age int' "Invent a dog"
-try "responses, tool" . $llm openai endpoint $URL/v1 -m $MODEL --responses -T llm_time "What time is it?"
+try_tool "responses, tool" $llm openai endpoint $URL/v1 -m $MODEL --responses -o max_tokens 200
 try "ollama models" . $llm ollama models
-name=$($llm ollama models | awk 'NR==2 {print $1}')
-name=ollama/$name
+name=ollama/$($llm ollama models | awk 'NR==2 {print $1}')
 try "ollama plain" . $llm -m "$name" -o num_predict 60 "Say hello"
 try "ollama schema" '"age": ?-?[0-9]+' $llm -m "$name" -o num_predict 60 --schema 'name, age int' "Invent a dog"
-try "ollama tool" . $llm -m "$name" -o num_predict 60 -T llm_time "What time is it?"
+try_tool "ollama tool" $llm -m "$name" -o num_predict 200
 echo "$passed passed, $failed failed"
 [ $failed = 0 ]

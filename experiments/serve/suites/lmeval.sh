@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # lm-eval over HTTP: token ids in, log-probabilities out; then the same by the model in a process of its own.
 # usage: SUITES=FOLDER SOURCE=MODEL lmeval.sh URL     (SOURCE: what the server was started with; empty: the default model.
-# The second half needs outsize in the python on PATH.)
+# The second half needs outsize in the python on PATH, and as many threads as the server has (OMP_NUM_THREADS): a long
+# prompt's products in bf16 are rounded otherwise with one thread than with two, by some .02 nats a token.)
 . "$(dirname "$0")/common.sh"
 out=${OUT:-$(mktemp -d)}
 [ -n "${OUT:-}" ] || trap 'rm -r "$out"' EXIT

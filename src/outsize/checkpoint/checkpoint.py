@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
@@ -30,6 +30,38 @@ class Tensor:
     size: int  # bytes
     scales: Tensor | None = None  # MXFP4 in two tensors: this one's bytes are the codes alone
     factor: Tensor | None = None  # of all numbers; in a stack of matrices, one for each
+    joined: Joined | None = None  # a matrix in several tensors: offset and size are of the codes
+
+
+class Numbers(Protocol):
+    """What several stored tensors say together, read: numbers (N, K)."""
+
+    def floats(self) -> Floats:
+        """fp32, as the format's own definition has them."""
+        ...
+
+    def coded(self) -> Coded | None:
+        """Codes in a form of kernels/palettes.py, where one holds them exactly."""
+        ...
+
+    def codes(self, encoding: str) -> Codes | None:
+        """Codes for an encoding of 8 bits, where it holds them exactly."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A matrix that is stored in several tensors, or some of its rows. `read`: of the parts, from a first row
+    on, before another."""
+
+    parts: Mapping[str, Tensor]
+    read: Callable[[Mapping[str, Tensor], int, int], Numbers]
+    start: int
+    stop: int
+
+    def numbers(self) -> Numbers:
+        """Reads them. Raises CheckpointError, UnsupportedError."""
+        return self.read(self.parts, self.start, self.stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +93,8 @@ class Checkpoint:
     files: tuple[Path, ...]  # that hold the weights
     sidecars: tuple[Path, ...] = ()  # that decide an answer, too
     licence: str | None = None
+    # Biases of matrices in GPTQ: its tools write zeros for those that have none.
+    perhaps_zero: frozenset[str] = frozenset()
 
 
 def read_raw(tensor: Tensor) -> Bytes:
@@ -86,9 +120,23 @@ def pread(f: BinaryIO, offset: int, size: int, what: str) -> bytearray:
     return out
 
 
+def rows_of(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Some rows of a matrix (fewer at its end), as a tensor of their own."""
+    num_rows, width = tensor.shape
+    stop, row_bytes = min(stop, num_rows), tensor.size // num_rows
+    shape, size = (stop - start, width), (stop - start) * row_bytes
+    if tensor.joined is not None:
+        first = tensor.joined.start
+        some = replace(tensor.joined, start=first + start, stop=first + stop)
+        return replace(tensor, shape=shape, size=size, joined=some)
+    scales = None if tensor.scales is None else rows_of(tensor.scales, start, stop)
+    offset = tensor.offset + start * row_bytes
+    return replace(tensor, shape=shape, offset=offset, size=size, scales=scales)
+
+
 def refuse_unreadable(tensor: Tensor) -> None:
     """Raises UnsupportedError, naming type and tensor, for a type whose numbers outsize does not know."""
-    if not tensor.kind.is_readable:
+    if not tensor.kind.is_readable and tensor.joined is None:
         raise UnsupportedError(
             f"{tensor.path.name}: tensor {tensor.name!r} has type {tensor.kind.name}, which outsize cannot "
             "read; use a file quantized as Q4_K_M, Q8_0, IQ4_XS or the like"
@@ -98,6 +146,8 @@ def refuse_unreadable(tensor: Tensor) -> None:
 def read_floats(tensor: Tensor) -> Floats:
     """A tensor's numbers as fp32 in its shape. Raises UnsupportedError."""
     refuse_unreadable(tensor)
+    if tensor.joined is not None:
+        return tensor.joined.numbers().floats()
     out = dequantize(tensor.kind, read_raw(tensor), tensor.shape)
     if tensor.factor is not None:
         with np.errstate(all="ignore"):
@@ -107,6 +157,8 @@ def read_floats(tensor: Tensor) -> Floats:
 
 def read_codes(tensor: Tensor, encoding: str) -> Codes | None:
     """A matrix's own codes for this encoding, or None if its type has none."""
+    if tensor.joined is not None:
+        return tensor.joined.numbers().codes(encoding)
     if tensor.factor is not None:
         return None
     rows, width = tensor.shape
@@ -116,6 +168,8 @@ def read_codes(tensor: Tensor, encoding: str) -> Codes | None:
 def read_coded(tensor: Tensor) -> Coded | None:
     """A matrix as its file codes it, or None if its type has no codes of up to 6 bits, or it has a factor and
     its form no place for one."""
+    if tensor.joined is not None:
+        return tensor.joined.numbers().coded()
     rows, width = tensor.shape
     if tensor.factor is None:
         return coded(tensor.kind, read_raw(tensor), (rows, width))

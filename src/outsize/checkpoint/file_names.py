@@ -13,10 +13,12 @@ from outsize.errors import CheckpointError
 
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf|\.safetensors)", re.DOTALL)
 MAX_PARTS = 1024
-# Files beside safetensors that decide what goes in and what comes out, and a folder of templates.
+# Files beside safetensors that decide what goes in and what comes out (the last: how the weights of older
+# quantized checkpoints are stored), and a folder of templates.
 SIDECARS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+    "quantize_config.json", "quant_config.json",
 )  # fmt: skip
 MORE_TEMPLATES = "additional_chat_templates"
 # The last of these in a name is its quantization: Q4_K_M, UD-Q4_K_XL, i1-IQ2_XXS, BF16, MXFP4_MOE.

@@ -1,10 +1,20 @@
-"""Quantized safetensors, named for what they are: their matrices are not the tensors of the family."""
+"""How the weights of a folder are quantized: in a way that is read, or named for what it is and refused."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from outsize.checkpoint.read_json import read_json
+from outsize.checkpoint.safetensors_quantized.scheme import (
+    AWQ,
+    COMPRESSED,
+    GPTQ,
+    METHODS,
+    WAY_OUT,
+    Scheme,
+    scheme_of,
+)  # fmt: skip
 from outsize.errors import UnsupportedError
 
 NAMES = {
@@ -24,20 +34,58 @@ QUANTIZED = {
 READ = ("mxfp4",)  # gpt-oss as it is published
 
 
-def quantization_of(config: Mapping[str, object]) -> str:
-    """How a config.json says that its weights are quantized; "" for not at all, or in a way that is read."""
+# What these hold is read as a config of that method.
+OLDER = {"quantize_config.json": GPTQ, "quant_config.json": AWQ}
+
+
+def quantization(config: Mapping[str, object], folder: Path) -> Scheme | None:
+    """How the weights of a folder are quantized; None if they are not, or as gpt-oss is. Raises
+    UnsupportedError for a quantization that is not read, naming it."""
+    for key, value in _stated(config):
+        method = str(value.get("quant_method", "")).lower()
+        method = method or (COMPRESSED if key == "compression_config" else "")
+        name = _name(key, method, value)
+        if method in METHODS:
+            return scheme_of(value, method, name, str(folder))
+        if name:
+            raise _refusal(folder, name)
+    if "quantization_config" in config:
+        return None
+    for file, name in QUANTIZED.items():
+        if (folder / file).is_file():
+            return _older(folder, file, name)
+    return None
+
+
+def _stated(config: Mapping[str, object]) -> Iterator[tuple[str, Mapping[str, object]]]:
+    """What a config says of quantization, if anything, and under which key."""
     nested = config.get("text_config")
-    parts = [config, nested] if isinstance(nested, Mapping) else [config]
-    for part in parts:
+    for part in [config, nested] if isinstance(nested, Mapping) else [config]:
         for key in ("quantization_config", "compression_config", "quantization"):
             value = part.get(key)
             if isinstance(value, Mapping) and value:
-                return _name(key, value)
-    return ""
+                yield key, value
 
 
-def _name(key: str, value: Mapping[str, object]) -> str:
-    method = str(value.get("quant_method", "")).lower()
+def _older(folder: Path, file: str, name: str) -> Scheme:
+    """Of a checkpoint whose config.json does not say. Raises UnsupportedError."""
+    if file not in OLDER:
+        raise _refusal(folder, name)
+    values = read_json(folder / file)
+    method = str(values.get("quant_method") or OLDER[file]).lower()
+    if method not in METHODS:
+        raise _refusal(folder, NAMES.get(method, method[:40]))
+    return scheme_of(values, method, NAMES[method], str(folder))
+
+
+def _refusal(folder: Path, name: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{folder}: the weights are quantized with {name}, which outsize does not read; {WAY_OUT}"
+    )
+
+
+def _name(key: str, method: str, value: Mapping[str, object]) -> str:
+    """The quantization in words; "" for none."""
     if method in READ:
         return ""
     four, eight = (value.get(f"load_in_{n}bit", value.get(f"_load_in_{n}bit")) for n in (4, 8))
@@ -47,20 +95,8 @@ def _name(key: str, value: Mapping[str, object]) -> str:
         return f"MLX ({value.get('bits', '?')} bits)"
     if not method and {four, eight} <= {False}:
         return ""
-    name = NAMES.get(method, method[:40] or ("compressed-tensors" if key[0] == "c" else key))
+    name = NAMES.get(method, method[:40] or key)
     inner = value.get("quant_algo", value.get("format", value.get("bits", value.get("w_bit"))))
     if inner is None:
         return name
     return f"{name} ({inner} bits)" if isinstance(inner, int) else f"{name} ({str(inner)[:40]})"
-
-
-def refuse_quantized(config: Mapping[str, object], folder: Path) -> None:
-    """Raises UnsupportedError for a folder whose weights are in a quantization that is not read."""
-    name = quantization_of(config)
-    if not name and "quantization_config" not in config:
-        name = next((n for file, n in QUANTIZED.items() if (folder / file).is_file()), "")
-    if name:
-        raise UnsupportedError(
-            f"{folder}: the weights are quantized with {name}, which outsize does not read; use the original "
-            "checkpoint (F32, F16 or BF16) or a GGUF of it, such as Q4_K_M or Q8_0"
-        )

@@ -62,7 +62,7 @@ FLAGS = {
         "--chunk", "Tokens of a prompt computed, and kept for later prompts, at once: 32 to 512."
     ),
     "threads": Flag("-t --threads", "Processor threads."),
-    "encoding": Flag("--encoding", "auto (from the file), bf16, fp32, int8 or int4."),
+    "encoding": Flag("--encoding", "auto (from the file), bf16, fp32, int8, int4 or a GGUF type (q4_k)."),
     "verify": Flag("--verify", "Check weights read from disk: first (time), always or never."),
     "force": Flag("--force", "Run even in less memory than is needed."),
     "native": Flag("--native/--no-native", "Use the compiled row kernels, where they can be."),

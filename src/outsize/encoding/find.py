@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from outsize.encoding import group, int4, int8, palette, plain
+from outsize.encoding import fp8, group, int4, int8, palette, plain
 from outsize.encoding.group import Group
 from outsize.encoding.int4 import Int4
 from outsize.encoding.palette import Palette
@@ -16,7 +16,7 @@ from outsize.kernels.palettes import FORMS
 from outsize.kernels.plain import PLAIN
 
 ENCODINGS: dict[str, Encoding] = {
-    e.name: e for module in (plain, int8, int4, group, palette) for e in module.ENCODINGS
+    e.name: e for module in (plain, fp8, int8, int4, group, palette) for e in module.ENCODINGS
 }
 NATIVE = frozenset(
     n for n, e in ENCODINGS.items() if isinstance(e, Group | Int4 | Palette)
@@ -41,6 +41,8 @@ HELD = {
     "TQ1_0": "tq",
     "TQ2_0": "tq",
 }
+# Quantized safetensors whose kind is named as the encoding that has its numbers.
+HELD_AS_THEY_ARE = ("fp8", "int8")
 # Without our kernels: types of few levels, and those of more bits.
 CODED = ("Q4_0", "Q4_1", "Q4_K", "Q2_K", "Q3_K")
 BYTES = ("Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0")
@@ -60,6 +62,8 @@ def encoding_for(source_type: str, width: int, wanted: str, grouped: bool) -> st
     form = form_of(source_type)
     if grouped and form and width % 32 == 0:
         return form
+    if source_type in HELD_AS_THEY_ARE:
+        return source_type
     if source_type in CODED and torch_reads_tiles():
         return "int4"
     return "int8" if form or source_type in BYTES else "bf16"

@@ -1,4 +1,4 @@
-"""int8 with one scale a row: w = scale * code, codes in -127..127.
+"""int8 with one scale a row: w = scale * code, codes in -127..127 (of a published checkpoint: in -128..127).
 
 The scale is rounded to bf16 (the kernel's type) before the codes are chosen, so rounding it costs
 nothing. Narrow: `_weight_int8pack_mm`, row-invariant. Wide: codes are exact in bf16, so the matmul
@@ -44,6 +44,11 @@ class Int8:
         step_N1 = scale_N.float().clamp_min(torch.finfo(torch.float32).tiny)[:, None]
         codes = (w_NK / step_N1).round_().clamp_(-127, 127).to(torch.int8)
         return {"codes": codes, "scale": scale_N}
+
+    def from_codes(self, code_NK: Tensor, step_N1: Tensor) -> dict[str, Tensor]:
+        """Fields that keep every code (-128 is one, too) and step, which bf16 must hold."""
+        scale_N = _pad_rows(step_N1, ROW_STEP)[:, 0].to(torch.bfloat16)
+        return {"codes": _pad_rows(code_NK, ROW_STEP), "scale": scale_N}
 
     def decode(self, fields: Fields) -> Tensor:
         return fields["codes"].float() * fields["scale"].float()[:, None]

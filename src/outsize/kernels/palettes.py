@@ -87,6 +87,10 @@ FORMS: dict[str, Form] = {
     "iq4_xs": Form(4, 32, _NL4, "int8"),
     "mxfp4": Form(4, 32, _FP4_TWICE, "bf16"),  # half of each scale, a power of two
     "nvfp4": Form(4, 16, _FP4_TWICE, unit=1 / 2, outer=True),
+    **{f"int4-{g}-fp32": Form(4, g, _linear(4, 8), "fp32") for g in (32, 128)},
+    "int8-128": Form(8, 128, _linear(8, 128)),
+    **{f"int8-{g}-bf16": Form(8, g, _linear(8, 128), "bf16") for g in (32, 128)},
+    **{f"int8-{g}-fp32": Form(8, g, _linear(8, 128), "fp32") for g in (32, 128)},
     **{f"int4-{g}": Form(4, g, _linear(4, 8)) for g in (32, 64, 128, 256)},
     **{f"int4-{g}-bf16": Form(4, g, _linear(4, 8), "bf16") for g in (32, 64, 128, 256)},
     **{f"uint4-{g}": Form(4, g, _linear(4, 0), "fp16", "zero") for g in (32, 64, 128, 256)},

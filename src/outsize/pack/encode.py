@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from outsize.checkpoint.checkpoint import read_coded, read_codes, read_floats
+from outsize.checkpoint.checkpoint import read_coded, read_codes, read_floats, rows_of
 from outsize.checkpoint.coded import Floats
 from outsize.encoding.find import encoding
+from outsize.encoding.fp8 import Fp8
 from outsize.encoding.group import Group
 from outsize.encoding.int4 import Int4
+from outsize.encoding.int8 import Int8
 from outsize.encoding.palette import Palette
 from outsize.kernels.palettes import FORMS
+from outsize.pack.tables import Matrix
 from outsize.pack.tensors import Made, Part, Piece
+
+UNIT = 64  # rows that every encoding can begin at
+SLICE = 4 << 20  # weights that are encoded at once; some 25 bytes each are at work for a moment
 
 
 def encode(piece: Piece | Made, num_rows: int) -> Mapping[str, Tensor]:
@@ -30,9 +38,38 @@ def encode(piece: Piece | Made, num_rows: int) -> Mapping[str, Tensor]:
     return encoding(piece.encoding).encode(_stack(floats, piece.parts, num_rows))
 
 
+def slices(piece: Piece | Made, matrix: Matrix) -> Iterator[tuple[int, int, Piece | Made]]:
+    """The same in pieces of few rows, so that a large matrix is never whole in memory: the first row of each
+    in the matrix, how many it fills, and what is in them. Whole, where rows cannot be told apart."""
+    if isinstance(piece, Made):
+        yield 0, matrix.num_rows, piece
+        return
+    alone = all(spec.row_axis == 0 for spec in matrix.specs.values())
+    rows = [part.shape[0] for part in piece.parts]
+    if not alone or any(n % UNIT for n in rows[:-1]) or not all(map(_in_order, piece.parts)):
+        yield 0, matrix.num_rows, piece
+        return
+    at = 0
+    for part, count in zip(piece.parts, rows, strict=True):
+        step = math.lcm(UNIT, part.head_dim or 1)
+        step *= max(1, SLICE // (step * piece.width))
+        for start in range(0, count, step):
+            some = replace(part, tensor=rows_of(part.tensor, start, start + step))
+            stop = at + min(step, count - start)
+            is_last = stop == sum(rows)
+            yield at, (matrix.num_rows if is_last else stop) - at, Piece(piece.encoding, (some,))
+            at = stop
+
+
+def _in_order(part: Part) -> bool:
+    """Are its rows those of a stored matrix, one after the other?"""
+    whole = (part.first, part.step, part.transposed) == (0, 1, False)
+    return whole and len(part.tensor.shape) == 2
+
+
 def _kept(piece: Piece, num_rows: int) -> dict[str, Tensor] | None:
-    """In int4 or a group, from codes that the source has."""
-    if piece.encoding not in ("int4", "group4", "group5", "group8"):
+    """In bytes, int4 or a group, from codes that the source has."""
+    if piece.encoding not in ("int4", "int8", "fp8", "group4", "group5", "group8"):
         return None
     found = [read_codes(part.tensor, piece.encoding) for part in piece.parts]
     codes = [c for c in found if c is not None]
@@ -48,6 +85,10 @@ def _kept(piece: Piece, num_rows: int) -> dict[str, Tensor] | None:
     )
     if piece.encoding == "int4":
         return Int4().from_codes(code, step, low)
+    if piece.encoding == "int8":
+        return Int8().from_codes(code.view(torch.int8), step)
+    if piece.encoding == "fp8":
+        return Fp8().from_codes(code, step)
     return Group(int(piece.encoding[-1])).from_codes(code, step)
 
 

@@ -16,6 +16,7 @@ from outsize.checkpoint.spec import Spec, parse
 from outsize.errors import OptionError, PackError
 from outsize.home import home
 from outsize.kernels.find import find as find_backend
+from outsize.kernels.palettes import FORMS
 from outsize.kernels.plain import PLAIN
 from outsize.log import say, silent, warn
 from outsize.options import DEFAULT_MODEL, DEFAULT_MODEL_SHA256
@@ -25,7 +26,7 @@ from outsize.pack.outline import Outline, of_checkpoint, of_pack
 from outsize.progress import Progress, bars
 from outsize.version import __version__
 
-ENCODINGS = ("auto", "bf16", "fp32", "int8", "int4")
+ENCODINGS = ("auto", "bf16", "fp32", "int8", "int4", *FORMS)
 
 
 def check_encoding(encoding: str) -> None:

@@ -29,10 +29,10 @@ from outsize.errors import CheckpointError, DiskFullError, PackError, SourceErro
 from outsize.family.find import recipe as find_recipe
 from outsize.model_config import Description
 from outsize.pack import store
-from outsize.pack.encode import encode
+from outsize.pack.encode import encode, slices
 from outsize.pack.folders import rename, safe, sync
 from outsize.pack.format import HEADER, TOKENIZER, Pack, read_header, write_header
-from outsize.pack.layout import fault, lossy_tensors, plan
+from outsize.pack.layout import fault, lossy_tensors, plan, refuse_biases, rounded_tensors
 from outsize.pack.lock import locked
 from outsize.pack.source import Source, file_stats, identity, layout_hash
 from outsize.pack.tables import Matrix, TableHeader
@@ -72,6 +72,8 @@ def write(
             f"{len(lossy)} tensors (the first is {lossy[0]}) are Q2_K or Q3_K and are re-encoded "
             "as int4, which changes their numbers a little; a Q4_K_M file is kept exactly"
         )
+    _warn_of_rounding(tables, warn)
+    refuse_biases(checkpoint, tables)
     source = _source(checkpoint, how, tables, home, progress)
     stem = checkpoint.files[0].stem if checkpoint.format == "gguf" else Path(how.spec).name
     name = f"{safe(stem)}-{source.identity[:12]}-{how.wanted}"
@@ -100,6 +102,15 @@ def write(
         with suppress(SourceError):  # another process was first
             store.remove(home, twin.path.name)
     return made
+
+
+def _warn_of_rounding(tables: Sequence[TablePlan], warn: Callable[[str], None]) -> None:
+    if rounded := rounded_tensors(tables):
+        name, kind, encoding = rounded[0]
+        warn(
+            f"{len(rounded)} quantized tensors are not kept exactly (the first, {name}, is {kind} and is "
+            f"packed as {encoding}), which changes their numbers a little; --encoding fp32 keeps them"
+        )
 
 
 def _check_plan(d: Description, tables: Sequence[TablePlan]) -> None:
@@ -248,12 +259,17 @@ def _write_record(f: BinaryIO, header: TableHeader, record: Record) -> int:
     buffer = bytearray(header.stride)
     for name, pieces in record.items():
         for matrix, piece in zip(header.tensors[name], pieces, strict=True):
-            _put(buffer, matrix, encode(piece, matrix.num_rows))
+            for first, count, some in slices(piece, matrix):
+                _put(buffer, matrix, encode(some, count), first)
     f.write(buffer)
     return zlib.crc32(buffer)
 
 
-def _put(buffer: bytearray, matrix: Matrix, fields: Mapping[str, Tensor]) -> None:
+def _put(buffer: bytearray, matrix: Matrix, fields: Mapping[str, Tensor], first: int) -> None:
+    """Writes the fields of rows from `first` on where they belong."""
+    specs = matrix.specs
     for name, offset in matrix.offsets().items():
-        raw = fields[name].contiguous().view(torch.uint8).numpy().tobytes()
-        buffer[offset : offset + len(raw)] = raw
+        raw = fields[name].contiguous().view(torch.uint8).numpy()
+        steps = len(fields[name]) if specs[name].row_axis == 0 else 1
+        at = offset + first // specs[name].rows * (raw.nbytes // steps)
+        buffer[at : at + raw.nbytes] = raw.tobytes()

@@ -140,7 +140,7 @@ class Generate(Request):
     context: Annotated[list[int] | None, Field(fail_fast=True, max_length=MOST_IDS)] = (
         None  # of an answer before, which is gone on with
     )
-    suffix: Annotated[str | None, Neutral(("",), "this model does not fill in between texts")] = (
+    suffix: Annotated[str | None, Neutral(("",), "outsize does not fill in between two texts")] = (
         None
     )
     template: Annotated[str | None, Neutral(("",), "the model's own chat template is used")] = None

@@ -201,6 +201,6 @@ class TextBody(Common):
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     echo: bool | None = None
     best_of: Annotated[int | None, Field(ge=1, le=16)] = None  # as `n`: all are returned
-    suffix: Annotated[
-        str | None, Neutral(("",), "this model was not made to fill in between two texts")
-    ] = None
+    suffix: Annotated[str | None, Neutral(("",), "outsize does not fill in between two texts")] = (
+        None
+    )

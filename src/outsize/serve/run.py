@@ -91,7 +91,7 @@ async def _with_tools(service: Service, ask: Ask) -> tuple[Ask, ToolFormat | Non
         raise invalid("tools are for chats, not for a text to continue", "tools")
     if ask.options.schema is not None:
         raise invalid(
-            "a reply cannot both call tools and obey a schema; give one", "response_format"
+            "tools: a reply cannot both call tools and obey a schema; give one of them", "tools"
         )
     model = service.model
     form = format_of("\n".join(model.pack.chat_templates.values()), model.tokens.is_marker)

@@ -232,15 +232,29 @@ decode_group(const Matrix *m, const long bits, const int coded, long tile, const
 enum { MAX_ROWS = 4 };
 typedef uint8_t u32 __attribute__((vector_size(32)));
 
-static void floats_of(const void *p, long kind, long at, float *out) {
-    for (long r = 0; r < TILE; r++)
-        switch (kind) {
-        case FP16: out[r] = (float)((const half *)p)[at + r]; break;
-        case HALF_FLOAT: out[r] = up(((const bf16 *)p)[at + r]); break;
-        case FP32: out[r] = ((const float *)p)[at + r]; break;
-        case INT8: out[r] = ((const int8_t *)p)[at + r]; break;
-        default: out[r] = ((const uint8_t *)p)[at + r];
-        }
+static inline void floats_of(const void *p, long kind, long at, float *out) {
+#ifdef __F16C__
+    if (kind == FP16) {
+        const half *x = (const half *)p + at;
+        _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128((const void *)x)));
+        _mm256_storeu_ps(out + 8, _mm256_cvtph_ps(_mm_loadu_si128((const void *)(x + 8))));
+        return;
+    }
+#endif
+    switch (kind) {
+    case FP16:
+        for (long r = 0; r < TILE; r++) out[r] = (float)((const half *)p)[at + r];
+        break;
+    case HALF_FLOAT:
+        for (long r = 0; r < TILE; r++) out[r] = up(((const bf16 *)p)[at + r]);
+        break;
+    case FP32: memcpy(out, (const float *)p + at, TILE * sizeof *out); break;
+    case INT8:
+        for (long r = 0; r < TILE; r++) out[r] = ((const int8_t *)p)[at + r];
+        break;
+    default:
+        for (long r = 0; r < TILE; r++) out[r] = ((const uint8_t *)p)[at + r];
+    }
 }
 
 /* Each byte's entry of a table of 16, or 0 from 128 on. */
@@ -313,29 +327,42 @@ static inline v16 widened(u32 bytes, const long last) {
 #endif
 }
 
+/* The levels of a chunk, as they meet two inputs: for each 4 of these, rows 0 to 7 and 8 to 15, two times two. */
+static inline __attribute__((always_inline)) void
+levels_of(const uint8_t *p, const long bits, const uint8_t *table, const long chunk, v16 *out) {
+    for (long at = 0; at < chunk; at += TILE, p += 32 * bits)
+        for (long j = 0; j < 4; j++)
+            for (long q = 0; q < 2; q++, out += 2) {
+                const u32 bytes = levels_at(p, bits, j, q, table);
+                out[0] = widened(bytes, 0);
+                out[1] = widened(bytes, 1);
+            }
+}
+
 /* Adds what a chunk of inputs, from k on, brings the tile's sixteen rows. */
 static inline __attribute__((always_inline)) void
-add_chunk(const Matrix *m, const long bits, const uint8_t *p, const uint8_t *table, const Row *x, long k,
-          const float *step, const long count, float (*part)[TILE]) {
+add_chunk(const Matrix *m, const v16 *w, const Row *x, long k, const float *step, const float *lows, const long count,
+          float (*part)[TILE], float (*low)[TILE]) {
     const long chunk = chunk_of(m);
     v8i acc[MAX_ROWS][2];
     for (long t = 0; t < count; t++) acc[t][0] = acc[t][1] = (v8i){0} + x[t].start[k / chunk];
-    for (long at = k; at < k + chunk; at += TILE, p += 32 * bits)
-        for (long j = 0; j < 4; j++)
-            for (long q = 0; q < 2; q++) {
-                const u32 bytes = levels_at(p, bits, j, q, table);
-                const v16 w[2] = {widened(bytes, 0), widened(bytes, 1)};
-                for (long t = 0; t < count; t++)
-                    for (long i = 0; i < 2; i++) {
-                        int32_t two;
-                        memcpy(&two, x[t].whole + at + 4 * j + 2 * i, sizeof two);
-                        acc[t][q] += dot16(w[i], (v16)((v8i){0} + two));
-                    }
+    for (long at = k; at < k + chunk; at += 4, w += 4)
+        for (long i = 0; i < 2; i++)
+            for (long t = 0; t < count; t++) {
+                int32_t two;
+                memcpy(&two, x[t].whole + at + 2 * i, sizeof two);
+                const v16 v = (v16)((v8i){0} + two);
+                acc[t][0] += dot16(w[i], v);
+                acc[t][1] += dot16(w[2 + i], v);
             }
     for (long t = 0; t < count; t++)
         for (long q = 0; q < 2; q++) {
             float *out = part[t] + 8 * q;
             v8 sum = load8(out) + floats8(acc[t][q]) * (load8(step + 8 * q) * x[t].scale[k / TAKEN]);
+            memcpy(out, &sum, sizeof sum);
+            if (!lows) continue;
+            out = low[t] + 8 * q;
+            sum = load8(out) + load8(lows + 8 * q) * x[t].sum[k / chunk];
             memcpy(out, &sum, sizeof sum);
         }
 }
@@ -347,31 +374,40 @@ static inline const uint8_t *table_of(const Matrix *m, const long bits, long til
     return room;
 }
 
+/* One tile's products with `count` rows of x, up to PASS. */
 static inline __attribute__((always_inline)) void
-tile_rows(const Matrix *m, const long bits, const int coded, long tile, char *scratch, long row, const long count,
-          bf16 *y) {
+tile_rows(const Matrix *m, const long bits, const int coded, long tile, char *scratch, long count, bf16 *y) {
     const struct Palette *pal = m->palette;
     const long group = pal->group, groups = groups_of(m), run = run_of(m), chunk = chunk_of(m);
     const uint8_t *p = m->codes + tile * 2 * bits * m->width;
     uint8_t room[64] = {0};
     const uint8_t *table = coded ? table_of(m, bits, tile, room) : 0;
-    Row x[MAX_ROWS];
-    for (long t = 0; t < count; t++) x[t] = row_at(scratch, row + t, m);
-    float total[MAX_ROWS][TILE] = {{0}};
+    Row x[PASS];
+    float total[PASS][TILE], part[PASS][TILE], low[PASS][TILE], step[TILE], lows[TILE], block[TILE], low_block[TILE];
+    for (long t = 0; t < count; t++) x[t] = row_at(scratch, t, m);
+    for (long r = 0; r < TILE; r++) block[r] = low_block[r] = 1;
+    memset(total, 0, count * sizeof *total);
     for (long first = 0; first < groups; first += run) {
-        float part[MAX_ROWS][TILE] = {{0}}, low[MAX_ROWS][TILE] = {{0}}, step[TILE], lows[TILE];
+        memset(part, 0, count * sizeof *part);
+        memset(low, 0, count * sizeof *low);
         for (long k = first * group; k < (first + run) * group; k += chunk, p += 2 * bits * chunk) {
             const long at = (tile * groups + k / group) * TILE;
+            v16 w[TAKEN];
+            levels_of(p, bits, table, chunk, w);
             floats_of(pal->step, pal->step_kind, at, step);
-            add_chunk(m, bits, p, table, x, k, step, count, part);
-            if (!pal->low) continue;
-            floats_of(pal->low, pal->low_kind, at, lows);
-            for (long t = 0; t < count; t++)
-                for (long r = 0; r < TILE; r++)
-                    low[t][r] += (pal->low_kind == ZERO ? -lows[r] * step[r] : lows[r]) * x[t].sum[k / chunk];
+            if (pal->low) floats_of(pal->low, pal->low_kind, at, lows);
+            for (long r = 0; r < TILE && pal->low_kind == ZERO; r++) lows[r] = -lows[r] * step[r];
+            for (long t = 0; t < count; t += MAX_ROWS) {
+#define CALL(n) add_chunk(m, w, x + t, k, step, pal->low ? lows : 0, n, part + t, low + t)
+                switch (count - t) {
+                case 1: CALL(1); break;
+                case 2: CALL(2); break;
+                case 3: CALL(3); break;
+                default: CALL(4);
+                }
+#undef CALL
+            }
         }
-        float block[TILE], low_block[TILE];
-        for (long r = 0; r < TILE; r++) block[r] = low_block[r] = 1;
         const long at = (tile * (groups / run) + first / run) * TILE;
         if (pal->block) floats_of(pal->block, FP16, at, block);
         if (pal->low_block) floats_of(pal->low_block, FP16, at, low_block);
@@ -403,20 +439,14 @@ decode_group(const Matrix *m, const long bits, const int coded, long tile, const
 }
 #endif
 
-#define ROWS(n) tile_rows(m, bits, coded, tile, scratch, row, n, y)
+#ifdef __AVX512VNNI__
 static inline __attribute__((always_inline)) void
 sized(const Matrix *m, const long bits, const int coded, long tile, char *scratch, long row, long count, bf16 *y) {
-#ifdef __AVX512VNNI__
+#define ROWS(n) tile_rows(m, bits, coded, tile, scratch, row, n, y)
     FOR_1_TO_8(count, ROWS)
-#else
-    switch (count) {
-    case 1: ROWS(1); break;
-    case 2: ROWS(2); break;
-    case 3: ROWS(3); break;
-    default: ROWS(4);
-    }
-#endif
+#undef ROWS
 }
+#endif
 
 /* CALL(bits, coded) with constants. */
 #define FOR_PALETTE(m, CALL)                                                                             \
@@ -434,28 +464,35 @@ sized(const Matrix *m, const long bits, const int coded, long tile, char *scratc
     case 16: CALL(8, 0); break;                                                                          \
     }
 
-static void linear_rows(const Matrix *m, long tile, char *scratch, long row, long count, bf16 *y) {
-#define CALL(bits, coded) sized(m, bits, coded, tile, scratch, row, count, y)
+/* A tile's products with `count` rows of x, already taken. */
+static void linear_rows(const Matrix *m, long tile, char *scratch, long count, bf16 *y) {
+#ifdef __AVX512VNNI__
+    const long passes = (count + MAX_ROWS - 1) / MAX_ROWS;
+    for (long i = 0; i < passes; i++) {
+        const long first = count * i / passes, few = count * (i + 1) / passes - first;
+#define CALL(bits, coded) sized(m, bits, coded, tile, scratch, first, few, y + first * m->rows)
+        FOR_PALETTE(m, CALL)
+#undef CALL
+    }
+#else
+#define CALL(bits, coded) tile_rows(m, bits, coded, tile, scratch, count, y)
     FOR_PALETTE(m, CALL)
 #undef CALL
+#endif
 }
 
 /* y = x @ w.T, all bf16, for `count` rows of x. scratch holds 4 * width bytes for each of min(count, PASS) of them. */
 void palette_linear(const Matrix *m, const bf16 *x, bf16 *y, long count, char *scratch) {
     const long K = m->width, N = m->rows;
     for (long from = 0; from < count; from += PASS, x += PASS * K, y += PASS * N) {
-        const long some = count - from < PASS ? count - from : PASS, passes = (some + MAX_ROWS - 1) / MAX_ROWS;
+        const long some = count - from < PASS ? count - from : PASS;
 #pragma omp parallel num_threads(threads_for(some * N * K))
         {
 #pragma omp for schedule(static)
             for (long g = 0; g < some * (K / TAKEN); g++)
                 take(m, x + g / (K / TAKEN) * K, g % (K / TAKEN) * TAKEN, row_at(scratch, g / (K / TAKEN), m));
-#pragma omp for collapse(2) schedule(static)
-            for (long tile = 0; tile < N / TILE; tile++)
-                for (long i = 0; i < passes; i++) {
-                    const long first = some * i / passes, few = some * (i + 1) / passes - first;
-                    linear_rows(m, tile, scratch, first, few, y + first * N + tile * TILE);
-                }
+#pragma omp for schedule(static)
+            for (long tile = 0; tile < N / TILE; tile++) linear_rows(m, tile, scratch, some, y + tile * TILE);
         }
     }
 }

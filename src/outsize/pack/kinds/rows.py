@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from outsize.checkpoint.checkpoint import Tensor
+from outsize.checkpoint.checkpoint import rows_of
 from outsize.kernels.palettes import FORMS
 from outsize.model_config import Description
 from outsize.pack.kinds.kind import Group, Kind
@@ -32,13 +32,13 @@ class Rows(Kind):
     def plan(self, group: Group, tensors: SourceTensors) -> list[TablePlan]:
         name, d, wanted = group.name, tensors.description, tensors.wanted
         tensor = tensors.find(name, 0, (d.vocab_size, d.width))
-        if wanted in FORMS and FORMS[wanted].bits < HEAD_BITS or wanted == "int4":
+        if (wanted in FORMS and FORMS[wanted].bits < HEAD_BITS) or wanted == "int4":
             wanted = "q8_0" if tensors.grouped and d.width % 32 == 0 else "int8"
         encoding = tensors.encoding(tensor, wanted)
         block = _rows_per_record(encoding, d)
         starts = range(0, d.vocab_size, block)
         records: list[Record] = [
-            {name: (Piece(encoding, (Part(_slice(tensor, s, s + block)),)),)} for s in starts
+            {name: (Piece(encoding, (Part(rows_of(tensor, s, s + block)),)),)} for s in starts
         ]
         layout, stride = lay_out({name: (Matrix(encoding, block, d.width, 0),)})
         header = TableHeader(name, "rows", tuple(starts), stride, layout, (), d.vocab_size)
@@ -79,14 +79,6 @@ class Rows(Kind):
 def _rows_per_record(encoding: str, d: Description) -> int:
     size = Matrix(encoding, BLOCK, d.width, 0).size
     return min(max(1, ROW_RECORD // size) * BLOCK, aligned(d.vocab_size, BLOCK))
-
-
-def _slice(tensor: Tensor, start: int, stop: int) -> Tensor:
-    """Rows start..stop of a matrix (fewer at its end), as a tensor of their own."""
-    num_rows, width = tensor.shape
-    stop, row_bytes = min(stop, num_rows), tensor.size // num_rows
-    shape, offset = (stop - start, width), tensor.offset + start * row_bytes
-    return Tensor(tensor.name, tensor.kind, shape, tensor.path, offset, (stop - start) * row_bytes)
 
 
 KIND = Rows()
