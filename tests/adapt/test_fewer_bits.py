@@ -17,6 +17,7 @@ from outsize.adapt import calibration
 from outsize.adapt.bits import Option, choose
 from outsize.adapt.palettes import Factor, encoding_of, rounded
 from outsize.adapt.repack import BitsOptions, bits_of, repack
+from outsize.adapt.spill import Spill
 from outsize.adapt.statistics import FIRST, WEIGHT, Inputs, States, sequences
 from outsize.adapt.trainable import Change, TrainableModel
 from outsize.bench.synthetic.folder import write_folder
@@ -25,12 +26,20 @@ from outsize.checkpoint.lora import KEY
 from outsize.draft import mtp_file
 from outsize.draft.spec import DraftSpec
 from outsize.encoding.find import ENCODINGS
-from outsize.errors import AdapterError, BudgetError, DataError, OptionError, UnsupportedError
+from outsize.errors import (
+    AdapterError,
+    BudgetError,
+    DataError,
+    DiskFullError,
+    OptionError,
+    UnsupportedError,
+)
 from outsize.kernels.palettes import FORMS
 from outsize.model.lora_file import additions
 from outsize.pack import fetch, store
 from outsize.pack.format import HEADER, Pack, read_header
 from outsize.pack.outline import of_pack
+from outsize.pack.tables import Matrix
 from outsize.progress import silent
 from tests.command import outsize as outsize_here
 
@@ -250,6 +259,20 @@ def test_what_cannot_be(base: Pack, text: Path, tmp_path: Path) -> None:
     few = repack(base, BitsOptions(3.5, calibrate=text, quiet=True)).pack
     with pytest.raises(OptionError, match=r"has 3\.\d\d bits a weight already"):
         repack(few, BitsOptions(3.5, calibrate=text, quiet=True))
+
+
+def test_candidates_in_a_file(tmp_path: Path) -> None:
+    spill, e = Spill(tmp_path / "s"), ENCODINGS["palette3"]
+    made = {k: e.encode(torch.randn(40, 256)) for k in range(3)}
+    for k, fields in made.items():
+        spill.put(k, Matrix("palette3", 40, 256, 0), fields)
+    for k in (2, 0, 1):
+        for name, field in spill.get(k).items():
+            assert torch.equal(field, made[k][name])
+    (tmp_path / "s").unlink()
+    (tmp_path / "s").mkdir()
+    with pytest.raises(DiskFullError, match="candidates cannot be kept"):
+        spill.put(3, Matrix("palette3", 40, 256, 0), made[0])
 
 
 def test_on_the_command_line(base: Pack, text: Path) -> None:

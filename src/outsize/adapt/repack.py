@@ -94,6 +94,7 @@ def repack(base: Pack, options: BitsOptions) -> Repacked:
     name = "" if options.calibrate is None else options.calibrate.name
     given = None if text is None else calibration.given(base, text, name)
     kind = _numbers(base)
+    folder.mkdir(parents=True, exist_ok=True)
     peak.check(base, peak.peak_bytes(base, kind.itemsize, runtime_bytes(PLAIN)), budget)
     with bars(options.quiet) as progress:
         model = TrainableModel(base, torch.device("cpu"), kind, progress)
