@@ -143,6 +143,7 @@ def test_list_rm_version_doctor(tiny: str) -> None:
     assert pack["name"] in outsize("list").stdout
     assert "removed" in outsize("rm", pack["name"]).stdout
     assert outsize("version").stdout.startswith("outsize 0.")
+    assert outsize("--version").stdout == outsize("version").stdout
     seen = json.loads(outsize("doctor", "--json").stdout)
     assert seen["memory_bytes_per_s"] > 1e8
     assert seen["disk_bytes_per_s"] > 1e6

@@ -3,6 +3,7 @@ are its own."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from outsize.checkpoint.coded import Coded, numbers
 from outsize.encoding.palette import Palette
+from outsize.engine.model import Model
 from outsize.kernels import build
 from outsize.kernels.find import native_in
 from outsize.kernels.native import Native
@@ -118,6 +120,31 @@ def test_products_are_those_of_the_numbers(name: str, native: Native) -> None:
     columns = native._some_palettes(NativePalette(e.coded(fields)), 0, ROWS)
     exact = w_NK.bfloat16().float()
     assert ((columns.float() - exact).abs() <= exact.abs() * 2**-7).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", FILED)
+def test_products_of_fp32_keep_their_precision(name: str, native: Native) -> None:
+    e, fields = Palette(name, FORMS[name], native), fields_of(stored(name))
+    product = e.product(fields)
+    torch.manual_seed(4)
+    x = torch.randn(60, WIDTH)
+    want = x @ e.decode(fields).T
+    alone = torch.cat([product(row, False) for row in x.split(1)])
+    assert alone.dtype is torch.float32
+    assert (alone - want).norm() <= 2e-4 * want.norm()
+    for rows in (2, 3, 9, 60):
+        assert torch.equal(product(x[:rows], False), alone[:rows])
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_all_logits_are_in_fp32(native: bool, open_tiny: Callable[..., Model]) -> None:
+    """Not only the largest ones: steps of bf16 are 1/250 of a logit."""
+    model = open_tiny("llama", "q8_0", native).transformer
+    torch.manual_seed(6)
+    x = torch.randn(2, model.description.width)
+    want = x @ model.head_rows(torch.arange(model.description.vocab_size)).T
+    assert (model.project(x) - want).norm() <= 2e-4 * want.norm()
 
 
 @needs_compiler

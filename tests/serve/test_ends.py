@@ -75,4 +75,5 @@ def test_from_start_to_end(process: subprocess.Popen[str]) -> None:
     assert not [child for child in children if child.is_running()]
     rest = process.stderr.read()
     assert "Traceback" not in rest
+    assert "llama is ready" in rest
     assert f"POST {CHAT} 200" in rest

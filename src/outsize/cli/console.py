@@ -114,6 +114,8 @@ class Commands(typer.core.TyperGroup):
     """The commands, ended in one line by an interrupt, a full disk, or a reader of their output that left."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args[:1] in (["--version"], ["-V"]):
+            args = ["version"]
         if args[:1] == ["run"]:
             args = ["run", *arguments(args[1:], self.commands["run"])]
         return super().parse_args(ctx, args)

@@ -50,7 +50,10 @@ def named_adapters(given: Sequence[str] | None) -> dict[str, Path]:
 
 
 Texts = list[str] | None
-ADAPTER = "--adapter", "A LoRA adapter, NAME=PATH (repeatable; the first is used)."
+ADAPTER = (
+    "--adapter",
+    "A LoRA adapter, NAME=PATH (repeatable; the first is used, or what a request names).",
+)
 # By field of `LoadOptions` (opens a model) and of `Options` (a request).
 FLAGS = {
     "memory": Flag(

@@ -77,4 +77,5 @@ def serve(
         say(
             f"{url} is a page to chat; programs ask {url}/v1 (OpenAI), or {url} (Anthropic, Ollama)"
         )
+        host.on_ready = lambda: say(f"{host.name} is ready")
     server.run(host, bound)

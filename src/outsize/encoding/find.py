@@ -32,6 +32,11 @@ def encoding(name: str, backend: Backend = PLAIN) -> Encoding:
     return replace(found, backend=backend) if isinstance(found, Group | Int4 | Palette) else found
 
 
+def gives_fp32(e: Encoding) -> bool:
+    """Do products of fp32 inputs keep their precision, and are as fast as those of bf16?"""
+    return isinstance(e, Group | Palette)
+
+
 # The form that holds a checkpoint tensor's type, where its name is another.
 HELD = {
     "IQ1_S": "iq1",

@@ -31,8 +31,8 @@ from outsize.kernels.palettes import (
     PaletteMatrix,
     decode_tiles,
     pack_codes,
+    row_codes,
     shared_levels,
-    unpack_codes,
     weights,
 )
 from outsize.kernels.plain import PLAIN
@@ -155,11 +155,7 @@ class Palette:
 
     def rows(self, fields: Fields, ids_T: Tensor) -> Tensor:
         tile_T, row_T = ids_T // TILE, ids_T % TILE
-        packed, count = (
-            fields["codes"][tile_T],
-            torch.arange(len(ids_T), dtype=torch.int64, device="cpu"),
-        )
-        code_TK = unpack_codes(self.form.bits, packed)[count, :, row_T].flatten(1)
+        code_TK = row_codes(self.form.bits, fields["codes"], ids_T)
         by_row = {
             name: field[tile_T, :, row_T].float()[:, None]
             for name, field in fields.items()

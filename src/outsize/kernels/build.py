@@ -17,15 +17,18 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 NAMES = (
-    "rows.c", "attend.c", "groups.c", "tiles.c", "palettes.c", "lowrank.c", "experts.c", "reads.c",
+    "palettes.c", "groups.c", "attend.c", "tiles.c", "rows.c", "lowrank.c", "experts.c", "reads.c",
 )  # fmt: skip
 SOURCES = tuple(Path(__file__).with_name("csrc") / n for n in NAMES)
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+LIMIT_S = 300  # of a file, on a machine that is busy
 NO_COMPILER = "no C compiler was found"
 HEADER = Path(__file__).with_name("csrc") / "numbers.h"
 FLAGS = (
@@ -220,13 +223,13 @@ def _kept(cc: str, flags: tuple[str, ...], path: Path) -> str:
 
 def _compile(cc: str, flags: tuple[str, ...], path: Path) -> str:
     """Why it failed, or "". Raises OSError."""
-    objects = []
+    objects = [str(path.with_name(f"{source.stem}.o")) for source in SOURCES]
+    each = [(cc, *flags, "-c", str(s), "-o", o) for s, o in zip(SOURCES, objects, strict=True)]
     try:
-        for source in SOURCES:
-            objects.append(str(path.with_name(f"{source.stem}.o")))
-            _call(cc, *flags, "-c", str(source), "-o", objects[-1])
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_call, each))
         # Linked without -fopenmp: its symbols are found in the runtime already loaded.
-        _call(cc, "-shared", *objects, "-o", str(path), "-lm", "-pthread")
+        _call((cc, "-shared", *objects, "-o", str(path), "-lm", "-pthread"))
     except subprocess.CalledProcessError as e:
         lines = e.stderr.decode(errors="replace").splitlines()
         return f"{cc} failed: {next((s for s in lines if 'error' in s), 'no reason given')[:200]}"
@@ -235,5 +238,5 @@ def _compile(cc: str, flags: tuple[str, ...], path: Path) -> str:
     return ""
 
 
-def _call(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+def _call(command: Sequence[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, timeout=LIMIT_S)

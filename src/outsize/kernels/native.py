@@ -46,7 +46,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "group_decode": [_P, _P],
     "tile_linear": [_P, _P, _P, _P, _L, _L, _L, _P],
     "tile_decode": [_P, _P, _P, _L, _L, _L, _L],
-    "palette_linear": [_P, _P, _P, _L, _P],
+    "palette_linear": [_P, _P, _P, _L, _I, _P],
     "palette_decode": [_P, _P, _L, _L],
     "lowrank_rows": [_P, _P, _P, _L, _P],
     "expert_rows": [_P, _P, _P, _L, _P, _P, _L, _L, _I, _P],
@@ -138,16 +138,15 @@ class Native(Plain):
         return out.T
 
     def _palettes(self, m: NativePalette, x_TK: Tensor, wide: bool) -> Tensor:
-        if x_TK.dtype is not BF16:
+        """x may be fp32, too."""
+        count, is_fp32 = len(x_TK), x_TK.dtype is FP32
+        if wide and is_fp32:
             return palette_product(m.coded, x_TK, wide)
-        count = len(x_TK)
         if wide and count > PALETTE_ROWS and self._multiplies_bf16:
             return wide_linear(x_TK, m.rows, partial(self._some_palettes, m))
-        x_TK, out = x_TK.contiguous(), _empty(count, m.rows)
-        scratch = self._scratch(4 * min(count, PASS) * m.width)
-        self._palette_linear(
-            m.pointer, address(x_TK, BF16), out.data_ptr(), count, scratch.data_ptr()
-        )
+        x_TK, out = x_TK.contiguous(), _empty(count, m.rows, dtype=FP32 if is_fp32 else BF16)
+        scratch, x = self._scratch(4 * min(count, PASS) * m.width), address(x_TK, out.dtype)
+        self._palette_linear(m.pointer, x, out.data_ptr(), count, is_fp32, scratch.data_ptr())
         return out
 
     def _some_palettes(self, m: NativePalette, start: int, stop: int) -> Tensor:

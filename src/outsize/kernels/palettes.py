@@ -132,11 +132,12 @@ def shared_levels(levels: tuple[int, ...]) -> Tensor:
 
 
 def offset_levels(form: Form, own: Tensor | None) -> tuple[Tensor | None, int]:
-    """Levels as bytes that are not negative, and what is too much in them; no levels where a code is one."""
+    """Levels as bytes that are not negative, and what is too much in them; no levels where a code
+    is one, and its bits are more than a register looks up."""
     if own is not None:
         return (own.short() + 128).to(torch.uint8), 128
     first = form.levels[0]
-    if form.levels == tuple(range(first, first + len(form.levels))):
+    if form.bits > 4 and form.levels == tuple(range(first, first + len(form.levels))):
         return None, -first
     offset = -min(form.levels)
     return (shared_levels(form.levels).short() + offset).to(torch.uint8), offset
@@ -188,6 +189,33 @@ def unpack_codes(bits: int, packed: Tensor) -> Tensor:
         low = [code | (rest >> 2 * j & 3) << at for j, code in enumerate(low)]
     codes: Tensor = torch.stack(low, dim=-2).unflatten(-1, (TILE, 4)).transpose(-3, -2)
     return codes
+
+
+def row_codes(bits: int, packed: Tensor, ids_T: Tensor) -> Tensor:
+    """(T, K) codes of some rows of the (J, K / 16, 32 * bits) bytes of all: no tile is unpacked whole."""
+    whole, high = (32 * bits // 64 * 64, 32) if bits in (3, 5) else (32 * bits, 0)
+    tile_T, row_T = ids_T // TILE, ids_T % TILE
+    planes = packed[..., :whole].unflatten(-1, (-1, TILE, 4))[
+        tile_T, :, :, row_T
+    ]  # (T, K / 16, p, 4)
+    made: list[Tensor]
+    if bits == 8:
+        made = list(planes.unbind(2))
+    elif bits < 4:
+        made = [planes[:, :, 0] >> 2 * j & 3 for j in range(4)]
+    else:
+        made = [planes[:, :, j // 2] >> 4 * (j % 2) & 15 for j in range(4)]
+    if bits == 6:
+        made = [code | (planes[:, :, 2] >> 2 * j & 3) << 4 for j, code in enumerate(made)]
+    if high:
+        ones = packed[..., whole:].unflatten(-1, (4, 8))[
+            tile_T, :, :, row_T // 2
+        ]  # (T, K / 16, slot)
+        ones = ones >> (row_T % 2 * 4).to(torch.uint8)[:, None, None]
+        inputs = torch.arange(4, dtype=torch.uint8, device="cpu")
+        at = 4 if bits > 4 else 2
+        made = [code | (ones[:, :, j, None] >> inputs & 1) << at for j, code in enumerate(made)]
+    return torch.stack(made, dim=2).flatten(1)
 
 
 def decode_tiles(form: Form, width: int, fields: Mapping[str, Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from outsize.encoding.group import Group
+from outsize.encoding.find import gives_fp32
 from outsize.kernels.attention import CHUNK
 from outsize.kernels.backend import Backend
 from outsize.kernels.norm import RMSNorm
@@ -122,7 +122,7 @@ class Transformer:
     def project(self, x_KD: Tensor) -> Tensor:
         """(K, V) fp32 of normed states. Kernels of int4 and int8 give bf16, whose steps near 20 are 0.125,
         more than often lies between the two best tokens; there each row's best are computed again in fp32."""
-        exact = isinstance(self._head.encoding, Group) or self.dtype == torch.float32
+        exact = gives_fp32(self._head.encoding) or self.dtype == torch.float32
         logits = self._project(x_KD if exact else x_KD.to(self.dtype), torch.float32)
         if not exact:
             for row, x_D in zip(logits, x_KD, strict=True):

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from outsize.encoding.find import gives_fp32
 from outsize.kernels.attention import CHUNK
 from outsize.kernels.backend import Backend
 from outsize.kernels.norm import RMSNorm
@@ -249,9 +250,5 @@ def _first_matrix(t: TableHeader) -> tuple[Matrix, ...]:
 def _head_time(o: Outline, t: TableHeader, backend: Backend) -> float:
     (weight,) = next(iter(_random(t, backend).values()))
     x_KD: Tensor = torch.randn(1, o.description.width, dtype=torch.float32, device="cpu")
-    x_KD = (
-        x_KD
-        if o.activation_bytes == 4 or weight.encoding.name.startswith("group")
-        else x_KD.bfloat16()
-    )
+    x_KD = x_KD if o.activation_bytes == 4 or gives_fp32(weight.encoding) else x_KD.bfloat16()
     return median_s(lambda: weight.encoding.linear(x_KD, weight.fields, False), STEPS)

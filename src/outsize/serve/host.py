@@ -63,6 +63,7 @@ class Host:
         )  # requests that wait for the close
         self.failed: Exception | None = None  # why the model could not be opened at first
         self.on_failure: Callable[[], None] = lambda: None
+        self.on_ready: Callable[[], None] = lambda: None  # each time that the model was opened
 
     def start(self) -> None:
         """Begin to open the model."""
@@ -117,6 +118,7 @@ class Host:
         self.name = self.name if self._was_open else short(self._model.name)
         self._service = Service(self._model, Limits(max_queue=self.options.max_queue))
         self.state, self._was_open, self._asked = READY, True, time.monotonic()
+        self.on_ready()
         return self._service
 
     def _in_thread(self) -> asyncio.Future[Model]:

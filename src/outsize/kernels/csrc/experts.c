@@ -7,7 +7,7 @@
 void group_linear(const Matrix *m, const void *x, void *y, long count, int wide, char *scratch);
 void tile_linear(const uint8_t *packed, const bf16 *scales, const bf16 *x, bf16 *y, long rows, long width,
                  long count, float *scratch);
-void palette_linear(const Matrix *m, const bf16 *x, bf16 *y, long count, char *scratch);
+void palette_linear(const Matrix *m, const void *x, void *y, long count, int wide, char *scratch);
 void gate_rows(const bf16 *gate_up, bf16 *out, long rows, long width, int kind);
 
 typedef struct {
@@ -20,7 +20,7 @@ typedef struct {
 } Place;
 
 static void linear(const Matrix *m, const bf16 *x, bf16 *y, long count, char *scratch) {
-    if (m->palette) palette_linear(m, x, y, count, scratch);
+    if (m->palette) palette_linear(m, x, y, count, 0, scratch);
     else if (m->bits) group_linear(m, x, y, count, 0, scratch);
     else tile_linear(m->codes, m->scale, x, y, m->rows, m->width, count, (float *)scratch);
 }

@@ -52,12 +52,15 @@ static inline Row row_at(char *scratch, long row, const Matrix *m) {
     return x;
 }
 
+/* Where a row's products go, or its inputs lie: bf16, or fp32. */
+static inline char *number_at(const void *x, long i, int wide) { return (char *)x + i * (wide ? 4 : 2); }
+
 /* 32 inputs of a row, from k on. */
-static void take(const Matrix *m, const bf16 *x, long k, Row row) {
+static void take(const Matrix *m, const void *x, int wide, long k, Row row) {
     const long chunk = chunk_of(m);
     float taken[TAKEN];
     int16_t whole[TAKEN];
-    for (long i = 0; i < TAKEN; i++) taken[i] = up(x[k + i]);
+    for (long i = 0; i < TAKEN; i++) taken[i] = wide ? ((const float *)x)[k + i] : up(((const bf16 *)x)[k + i]);
 #ifdef __AVX512VNNI__
     const float scale = integers32(taken, IN_BYTES, whole);
 #else
@@ -150,10 +153,10 @@ levels_at(const uint8_t *p, const long bits, const long j, const int coded, cons
     return out;
 }
 
-/* One tile's products with `count` rows of x, the first of which is number `row`. */
+/* One tile's products with up to `count` rows of x, the first of which is number `row`, the last number `last`. */
 static inline __attribute__((always_inline)) void
-tile_rows(const Matrix *m, const long bits, const int coded, long tile, char *scratch, long row, const long count,
-          bf16 *y) {
+tile_rows(const Matrix *m, const long bits, const int coded, long tile, char *scratch, long row, long last,
+          const long count, char *y, int wide) {
     const struct Palette *pal = m->palette;
     const long width = m->width, group = pal->group, groups = groups_of(m), run = run_of(m), chunk = chunk_of(m);
     const uint8_t *p = m->codes + tile * 2 * bits * width;
@@ -162,7 +165,7 @@ tile_rows(const Matrix *m, const long bits, const int coded, long tile, char *sc
     Row x[MAX_ROWS];
     __m512 total[MAX_ROWS], part[MAX_ROWS], low[MAX_ROWS];
     for (long t = 0; t < count; t++) {
-        x[t] = row_at(scratch, row + t, m);
+        x[t] = row_at(scratch, row + t < last ? row + t : last, m);
         total[t] = _mm512_setzero_ps();
     }
     for (long first = 0; first < groups; first += run) {
@@ -208,7 +211,12 @@ tile_rows(const Matrix *m, const long bits, const int coded, long tile, char *sc
     }
     __m512 all = _mm512_set1_ps(pal->unit);
     if (pal->outer) all = _mm512_mul_ps(all, floats16(pal->outer, FP32, tile * TILE));
-    for (long t = 0; t < count; t++) store_bf16(y + t * m->rows, _mm512_mul_ps(total[t], all));
+    for (long t = 0; t < count && row + t <= last; t++) {
+        void *out = number_at(y, t * m->rows, wide);
+        const __m512 product = _mm512_mul_ps(total[t], all);
+        if (wide) _mm512_storeu_ps(out, product);
+        else store_bf16(out, product);
+    }
 }
 
 /* One group of a tile, from input k on, as numbers: input after input, `stride` apart, sixteen rows each. */
@@ -376,7 +384,8 @@ static inline const uint8_t *table_of(const Matrix *m, const long bits, long til
 
 /* One tile's products with `count` rows of x, up to PASS. */
 static inline __attribute__((always_inline)) void
-tile_rows(const Matrix *m, const long bits, const int coded, long tile, char *scratch, long count, bf16 *y) {
+tile_rows(const Matrix *m, const long bits, const int coded, long tile, char *scratch, long count, char *y,
+          int wide) {
     const struct Palette *pal = m->palette;
     const long group = pal->group, groups = groups_of(m), run = run_of(m), chunk = chunk_of(m);
     const uint8_t *p = m->codes + tile * 2 * bits * m->width;
@@ -417,7 +426,9 @@ tile_rows(const Matrix *m, const long bits, const int coded, long tile, char *sc
     for (long t = 0; t < count; t++)
         for (long r = 0; r < TILE; r++) {
             float all = pal->unit * (pal->outer ? pal->outer[tile * TILE + r] : 1);
-            y[t * m->rows + r] = down(total[t][r] * all);
+            void *out = number_at(y, t * m->rows + r, wide);
+            if (wide) *(float *)out = total[t][r] * all;
+            else *(bf16 *)out = down(total[t][r] * all);
         }
 }
 
@@ -440,22 +451,26 @@ decode_group(const Matrix *m, const long bits, const int coded, long tile, const
 #endif
 
 #ifdef __AVX512VNNI__
+/* A constant for each number of rows would take a compiler half a minute: of 3, 5 and 7 one is computed twice. */
 static inline __attribute__((always_inline)) void
-sized(const Matrix *m, const long bits, const int coded, long tile, char *scratch, long row, long count, bf16 *y) {
-#define ROWS(n) tile_rows(m, bits, coded, tile, scratch, row, n, y)
-    FOR_1_TO_8(count, ROWS)
+sized(const Matrix *m, const long bits, const int coded, long tile, char *scratch, long row, long count, char *y,
+      int wide) {
+    const long last = row + count - 1;
+#define ROWS(n) tile_rows(m, bits, coded, tile, scratch, row, last, n, y, wide)
+    if (count == 1) ROWS(1);
+    else if (count == 2) ROWS(2);
+    else if (count <= 4) ROWS(4);
+    else if (count <= 6) ROWS(6);
+    else ROWS(8);
 #undef ROWS
 }
 #endif
 
-/* CALL(bits, coded) with constants. */
+/* CALL(bits, coded) with constants: are codes looked up? Those of up to 4 bits always are. */
 #define FOR_PALETTE(m, CALL)                                                                             \
     switch ((m)->bits * 2 + ((m)->palette->levels != 0)) {                                               \
-    case 4: CALL(2, 0); break;                                                                           \
     case 5: CALL(2, 1); break;                                                                           \
-    case 6: CALL(3, 0); break;                                                                           \
     case 7: CALL(3, 1); break;                                                                           \
-    case 8: CALL(4, 0); break;                                                                           \
     case 9: CALL(4, 1); break;                                                                           \
     case 10: CALL(5, 0); break;                                                                          \
     case 11: CALL(5, 1); break;                                                                          \
@@ -465,34 +480,38 @@ sized(const Matrix *m, const long bits, const int coded, long tile, char *scratc
     }
 
 /* A tile's products with `count` rows of x, already taken. */
-static void linear_rows(const Matrix *m, long tile, char *scratch, long count, bf16 *y) {
+static void linear_rows(const Matrix *m, long tile, char *scratch, long count, char *y, int wide) {
 #ifdef __AVX512VNNI__
     const long passes = (count + MAX_ROWS - 1) / MAX_ROWS;
     for (long i = 0; i < passes; i++) {
         const long first = count * i / passes, few = count * (i + 1) / passes - first;
-#define CALL(bits, coded) sized(m, bits, coded, tile, scratch, first, few, y + first * m->rows)
+#define CALL(bits, coded) sized(m, bits, coded, tile, scratch, first, few, number_at(y, first * m->rows, wide), wide)
         FOR_PALETTE(m, CALL)
 #undef CALL
     }
 #else
-#define CALL(bits, coded) tile_rows(m, bits, coded, tile, scratch, count, y)
+#define CALL(bits, coded) tile_rows(m, bits, coded, tile, scratch, count, y, wide)
     FOR_PALETTE(m, CALL)
 #undef CALL
 #endif
 }
 
-/* y = x @ w.T, all bf16, for `count` rows of x. scratch holds 4 * width bytes for each of min(count, PASS) of them. */
-void palette_linear(const Matrix *m, const bf16 *x, bf16 *y, long count, char *scratch) {
+/* y = x @ w.T for `count` rows of x: bf16, or fp32 where `wide` is set. scratch holds 4 * width bytes for each of
+ * min(count, PASS) of them. */
+void palette_linear(const Matrix *m, const void *x, void *y, long count, int wide, char *scratch) {
     const long K = m->width, N = m->rows;
-    for (long from = 0; from < count; from += PASS, x += PASS * K, y += PASS * N) {
+    for (long from = 0; from < count; from += PASS) {
         const long some = count - from < PASS ? count - from : PASS;
 #pragma omp parallel num_threads(threads_for(some * N * K))
         {
 #pragma omp for schedule(static)
-            for (long g = 0; g < some * (K / TAKEN); g++)
-                take(m, x + g / (K / TAKEN) * K, g % (K / TAKEN) * TAKEN, row_at(scratch, g / (K / TAKEN), m));
+            for (long g = 0; g < some * (K / TAKEN); g++) {
+                const long row = g / (K / TAKEN);
+                take(m, number_at(x, (from + row) * K, wide), wide, g % (K / TAKEN) * TAKEN, row_at(scratch, row, m));
+            }
 #pragma omp for schedule(static)
-            for (long tile = 0; tile < N / TILE; tile++) linear_rows(m, tile, scratch, some, y + tile * TILE);
+            for (long tile = 0; tile < N / TILE; tile++)
+                linear_rows(m, tile, scratch, some, number_at(y, from * N + tile * TILE, wide), wide);
         }
     }
 }
