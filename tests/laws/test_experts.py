@@ -154,18 +154,24 @@ def test_experts_in_one_call_are_the_single_ones(encoding: str) -> None:
     assert one.any()
 
 
-@pytest.mark.parametrize("encoding", ["int4", "q4_0"])
-@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("family", "encoding"),
+    [
+        *((family, e) for family in ("olmoe", "qwen3_moe") for e in ("int4", "q4_0")),
+        ("qwen3_moe", "palette3-fp16"),  # levels of its own come with each record
+    ],
+)
 def test_same_bits_with_kernels(
     family: str, encoding: str, open_tiny: Callable[..., Model]
 ) -> None:
-    """The model with all its experts held, and with few, both through the native kernels."""
+    """The model with all it has held, and with few experts and layers, both through the native kernels."""
     model = open_tiny(family, encoding)
     pack = model.pack
     backend = native_in(home_folder() / "native") or PLAIN
     expected = logits(model.transformer)
     shares = {t.name: all_of(t) for t in pack.tables}
     shares |= {t.name: Share((), 12) for t in pack.tables if t.kind == "experts"}
+    shares["attn-0"] = Share((), 2)
     loaded = weights.load(pack, backend, LoadPlan(shares))
     try:
         few = Transformer(pack.description, loaded, backend)

@@ -166,6 +166,18 @@ def test_rows_keep_their_size_and_what_is_no_number(name: str, native: Native) -
 
 
 @needs_compiler
+def test_levels_are_read_where_they_are(native: Native) -> None:
+    """A slot's bytes become those of another record, and what was made for it stays."""
+    for bits in (2, 3, 4, 5, 6):
+        e, fields = own_levels(f"palette{bits}", native)
+        product, x = e.product(fields), torch.randn(2, WIDTH).bfloat16()
+        product(x, False)
+        fields["levels"].copy_(-fields["levels"].flip(1))
+        want = x.float() @ e.decode(fields).T
+        assert (product(x, False).float() - want).norm() <= 0.004 * want.norm()
+
+
+@needs_compiler
 def test_largest_inputs_and_levels_do_not_overflow(native: Native) -> None:
     e, fields = own_levels("palette6-fp16", native)
     fields["levels"].fill_(127)

@@ -131,11 +131,9 @@ def shared_levels(levels: tuple[int, ...]) -> Tensor:
     return torch.tensor(levels, dtype=torch.int8, device="cpu")
 
 
-def offset_levels(form: Form, own: Tensor | None) -> tuple[Tensor | None, int]:
-    """Levels as bytes that are not negative, and what is too much in them; no levels where a code
-    is one, and its bits are more than a register looks up."""
-    if own is not None:
-        return (own.short() + 128).to(torch.uint8), 128
+def offset_levels(form: Form) -> tuple[Tensor | None, int]:
+    """The levels of all tiles as bytes that are not negative, and what is too much in them; no levels where a
+    code is one, and its bits are more than a register looks up."""
     first = form.levels[0]
     if form.bits > 4 and form.levels == tuple(range(first, first + len(form.levels))):
         return None, -first
@@ -195,9 +193,8 @@ def row_codes(bits: int, packed: Tensor, ids_T: Tensor) -> Tensor:
     """(T, K) codes of some rows of the (J, K / 16, 32 * bits) bytes of all: no tile is unpacked whole."""
     whole, high = (32 * bits // 64 * 64, 32) if bits in (3, 5) else (32 * bits, 0)
     tile_T, row_T = ids_T // TILE, ids_T % TILE
-    planes = packed[..., :whole].unflatten(-1, (-1, TILE, 4))[
-        tile_T, :, :, row_T
-    ]  # (T, K / 16, p, 4)
+    by_row = packed[..., :whole].unflatten(-1, (-1, TILE, 4))
+    planes = by_row[tile_T, :, :, row_T]  # (T, K / 16, plane, 4)
     made: list[Tensor]
     if bits == 8:
         made = list(planes.unbind(2))
@@ -208,9 +205,8 @@ def row_codes(bits: int, packed: Tensor, ids_T: Tensor) -> Tensor:
     if bits == 6:
         made = [code | (planes[:, :, 2] >> 2 * j & 3) << 4 for j, code in enumerate(made)]
     if high:
-        ones = packed[..., whole:].unflatten(-1, (4, 8))[
-            tile_T, :, :, row_T // 2
-        ]  # (T, K / 16, slot)
+        by_slot = packed[..., whole:].unflatten(-1, (4, 8))
+        ones = by_slot[tile_T, :, :, row_T // 2]  # (T, K / 16, slot)
         ones = ones >> (row_T % 2 * 4).to(torch.uint8)[:, None, None]
         inputs = torch.arange(4, dtype=torch.uint8, device="cpu")
         at = 4 if bits > 4 else 2

@@ -54,6 +54,7 @@ class _Palette(ctypes.Structure):
 # Their numbers in palettes.c.
 KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.int8: 3, torch.uint8: 4}
 ZERO = 5
+SIGNED = 128  # what C adds to levels of a tile's own
 
 
 class NativePalette:
@@ -66,13 +67,14 @@ class NativePalette:
         form, f = coded.form, coded.fields
         step, low = f["step"], f.get("low")
         low_kind = 0 if low is None else ZERO if form.low == "zero" else KINDS[low.dtype]
-        levels, offset = offset_levels(form, f.get("levels"))
-        self._levels, stride = levels, 0 if "levels" not in f else 1 << form.bits
+        own = f.get("levels")  # where they are: a slot's change with the record that is in it
+        levels, offset = offset_levels(form) if own is None else (own, SIGNED)
+        self._levels, stride = levels, 0 if own is None else 1 << form.bits
         self._palette = _Palette(
             form.group, KINDS[step.dtype], low_kind, address(step, step.dtype),
             address_if(f.get("block"), torch.float16), None if low is None else address(low, low.dtype),
             address_if(f.get("low_block"), torch.float16), address_if(f.get("outer"), torch.float32),
-            address_if(levels, torch.uint8), stride, offset, form.unit,
+            address_if(levels, torch.uint8 if own is None else torch.int8), stride, offset, form.unit,
         )  # fmt: skip
         codes, palette = address(f["codes"], torch.uint8), ctypes.addressof(self._palette)
         self.struct = _Matrix(form.bits, self.rows, self.width, codes, None, None, palette)

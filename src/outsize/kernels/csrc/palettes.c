@@ -20,7 +20,8 @@ struct Palette {
     const void *low;   /* or null; ZERO: UINT8, less than the level in steps */
     const half *low_block;
     const float *outer;    /* (tiles, 16), or null */
-    const uint8_t *levels; /* (1 << bits) less `offset`, for every tile, or `stride` apart; null: codes are levels */
+    const uint8_t *levels; /* (1 << bits) less `offset`, for every tile; or signed, of each tile's own, `stride` apart;
+                              null: codes are levels */
     long stride, offset;
     float unit;
 };
@@ -116,6 +117,7 @@ static inline __attribute__((always_inline)) Table table_of(const Matrix *m, con
         const uint8_t *p = levels + tile * m->palette->stride + 16 * i;
         if (bits >= 4) some = _mm_loadu_si128((const void *)p);
         else memcpy(&some, p, bits == 3 ? 8 : 4);
+        if (m->palette->stride) some = _mm_xor_si128(some, _mm_set1_epi8((char)128));
         t.quarters[i] = _mm512_broadcast_i32x4(some);
     }
     return t;
@@ -379,6 +381,7 @@ add_chunk(const Matrix *m, const v16 *w, const Row *x, long k, const float *step
 static inline const uint8_t *table_of(const Matrix *m, const long bits, long tile, uint8_t *room) {
     if (!m->palette->levels) return 0;
     memcpy(room, m->palette->levels + tile * m->palette->stride, (size_t)1 << bits);
+    for (long i = 0; i < 1 << bits && m->palette->stride; i++) room[i] ^= 128;
     return room;
 }
 
