@@ -26,6 +26,7 @@ from outsize.checkpoint.lora import KEY
 from outsize.draft import mtp_file
 from outsize.draft.spec import DraftSpec
 from outsize.encoding.find import ENCODINGS
+from outsize.engine import load as loading
 from outsize.errors import (
     AdapterError,
     BudgetError,
@@ -204,6 +205,27 @@ def test_the_fewest_bits_of_a_divergence(base: Pack, text: Path) -> None:
     assert 2.2 < q.bits < 4
     with pytest.raises(OptionError, match="with the most bits that palettes have"):
         repack(base, BitsOptions(None, 1e-9, text, quiet=True))
+
+
+def test_all_parts_of_a_text_are_fitted_to_and_measured(base: Pack) -> None:
+    """A file that joins two texts, the first of which is long enough alone."""
+    parts = ["".join(f"{word} {i % 7} {word}\n" for i in range(4000)) for word in ("abc", "XYZ")]
+    with mock.patch.object(calibration, "TIMES", 8):
+        found = calibration.given(base, "".join(parts), "both")
+        assert len(found.tokens) == calibration.due(base.description)
+    first, second = (set(loading.tokens(base).encode(part)) for part in parts)
+    share = sum(t in second - first for t in found.tokens) / len(found.tokens)
+    assert 0.2 < share < 0.5
+
+
+def test_a_text_just_long_enough(base: Pack) -> None:
+    """No room for pieces apart: all of it, in its order."""
+    tokens, need = loading.tokens(base), calibration.due(base.description) + calibration.HELD_OUT
+    lines = ["one two three 4"] * (need // len(tokens.encode("one two three 4\n")) + 1)
+    text = "\n".join(lines)
+    found = calibration.given(base, text, "short")
+    both = [*found.tokens, *found.held_out]
+    assert sorted(both) == sorted(tokens.encode(text)[:need])
 
 
 def test_its_own_text(base: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
