@@ -34,7 +34,8 @@ VALUES: tuple[Any, ...] = (
     0, 1, -1, 2, 3, 63, 64, 4097, 2**24, 2**31, 2**40, 2**62, 2**63, 2**64, 10**400, 0.5, -0.0, 1e-320, 1e-30,
     1e5, 1e30, 1e308, math.nan, math.inf, -math.inf, True, False, None, "", "x", "../x", "\0", "fp32", "int4",
     "group8", "q8_0", "q2_k", "nvfp4", "palette3-fp16",
-    "uint4-32", "fp8", "clamped_swiglu", "gelu", "rows", "experts", [], [0], ["x"], [[0]], {}, {"x": 0}, [0] * 9999,
+    "uint4-32", "fp8",
+    "clamped_swiglu", "gelu", "rows", "experts", [], [0], ["x"], [[0]], {}, {"x": 0}, [0] * 9999,
 )  # fmt: skip
 Place = tuple[str | int, ...]
 Change = Callable[[Any, Place], Any]  # of a header's body

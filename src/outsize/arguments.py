@@ -85,3 +85,42 @@ def function(name: str, value: object) -> None:
     """Something to call, or None. Raises OptionError."""
     if value is not None and not callable(value):
         raise wrong(name, value, "a function")
+
+
+def strings(name: str, value: object) -> tuple[str, ...]:
+    items = (value,) if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not all(isinstance(s, str) for s in items):
+        raise wrong(name, value, "a string or a list of strings")
+    return tuple(items)
+
+
+def schema(value: object) -> Mapping[str, object] | None:
+    """A JSON schema; True is the one of any JSON."""
+    if value is None or value is True:
+        return None if value is None else {}
+    return mapping("schema", value, "a JSON schema as a dict, or True for any JSON")
+
+
+def biases(value: object) -> Mapping[int, float] | None:
+    """By token id: from -100 to 100, as OpenAI's."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise wrong("logit_bias", value, "a dict with numbers by token id")
+    return {
+        whole("a token of logit_bias", k, 0, 1 << 31): real(
+            "a bias of logit_bias", v, -100.0, 100.0
+        )
+        for k, v in value.items()
+    }
+
+
+def adapter_names(value: object) -> str | tuple[str | None, ...] | None:
+    """Of adapters."""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list | tuple) or not all(isinstance(s, str | None) for s in value):
+        raise wrong(
+            "adapter", value, "an adapter's name, or a list with one (or None) for each prompt"
+        )
+    return tuple(value)

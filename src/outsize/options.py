@@ -12,7 +12,18 @@ from os import PathLike
 from pathlib import Path
 from typing import TypedDict
 
-from outsize.arguments import flag, mapping, path, real, whole, word, wrong
+from outsize.arguments import (
+    adapter_names,
+    biases,
+    flag,
+    mapping,
+    path,
+    real,
+    schema,
+    strings,
+    whole,
+    word,
+)
 from outsize.arguments import text as checked_text
 from outsize.errors import OptionError
 
@@ -24,6 +35,7 @@ RANGES = {
 }  # fmt: skip
 MOST_LOGPROBS = 20  # likeliest tokens that are reported
 CHUNKS = (32, 64, 128, 256, 512)  # tokens of a prompt
+KVS = ("auto", "int8")
 CAPACITIES = "1%,2%,5%,10%,20%,40%"  # of `outsize bench cache`
 EVICTIONS = "lru,fifo,lfu,lfru,static,least_stale,stale_cyclic,echo,belady"
 # What chooses among tokens that are drawn, and the values that mean the likeliest alone, or all.
@@ -56,6 +68,7 @@ class Changes(TypedDict, total=False):
     adapter: str | Sequence[str | None] | None
     special: bool
     template_args: Mapping[str, object] | None
+    prefill: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +98,7 @@ class Options:
     template_args: Mapping[str, object] | None = None  # variables for the chat template
     continue_final: bool = False  # go on with the last message, which is the assistant's
     show_tokens: tuple[str, ...] = ()  # control tokens, by name, that the reply's text shows
+    prefill: str | None = None  # how prompts are run; None: as the model was opened to
 
     def __post_init__(self) -> None:
         put = partial(object.__setattr__, self)
@@ -94,18 +108,19 @@ class Options:
             put(name, real(name, getattr(self, name), low, high))
         if self.seed is not None:
             put("seed", whole("seed", self.seed, 0, (1 << 63) - 1))
-        if self.system is not None:
-            checked_text("system", self.system)
+        for name in ("system", "prefill"):
+            if getattr(self, name) is not None:
+                checked_text(name, getattr(self, name))
         put("repeat_last_n", whole("repeat_last_n", self.repeat_last_n, -1, 1 << 24))
         if self.logprobs is not None:
             put("logprobs", whole("logprobs", self.logprobs, 0, MOST_LOGPROBS))
         for name in ("raw", "special", "ignore_eos", "continue_final"):
             flag(name, getattr(self, name))
-        put("logit_bias", _biases(self.logit_bias))
-        put("stop", _strings("stop", self.stop))
-        put("show_tokens", _strings("show_tokens", self.show_tokens))
-        put("schema", _schema(self.schema))
-        put("adapter", _names(self.adapter))
+        put("logit_bias", biases(self.logit_bias))
+        put("stop", strings("stop", self.stop))
+        put("show_tokens", strings("show_tokens", self.show_tokens))
+        put("schema", schema(self.schema))
+        put("adapter", adapter_names(self.adapter))
         if self.template_args is not None:
             mapping("template_args", self.template_args, "a dict with names of variables")
         if any(not s for s in self.stop):
@@ -161,45 +176,6 @@ class Options:
         return made
 
 
-def _strings(name: str, value: object) -> tuple[str, ...]:
-    items = (value,) if isinstance(value, str) else value
-    if not isinstance(items, list | tuple) or not all(isinstance(s, str) for s in items):
-        raise wrong(name, value, "a string or a list of strings")
-    return tuple(items)
-
-
-def _schema(value: object) -> Mapping[str, object] | None:
-    """A JSON schema; True is the one of any JSON."""
-    if value is None or value is True:
-        return None if value is None else {}
-    return mapping("schema", value, "a JSON schema as a dict, or True for any JSON")
-
-
-def _biases(value: object) -> Mapping[int, float] | None:
-    """By token id: from -100 to 100, as OpenAI's."""
-    if value is None:
-        return None
-    if not isinstance(value, Mapping):
-        raise wrong("logit_bias", value, "a dict with numbers by token id")
-    return {
-        whole("a token of logit_bias", k, 0, 1 << 31): real(
-            "a bias of logit_bias", v, -100.0, 100.0
-        )
-        for k, v in value.items()
-    }
-
-
-def _names(value: object) -> str | tuple[str | None, ...] | None:
-    """Of adapters."""
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, list | tuple) or not all(isinstance(s, str | None) for s in value):
-        raise wrong(
-            "adapter", value, "an adapter's name, or a list with one (or None) for each prompt"
-        )
-    return tuple(value)
-
-
 class LoadChanges(TypedDict, total=False):
     """The fields of LoadOptions, as keywords of `outsize.load`."""
 
@@ -215,9 +191,12 @@ class LoadChanges(TypedDict, total=False):
     quiet: bool
     experts: str | None
     draft: str
+    prefix_cache: str | None
     grammars: bool
     adapters: Mapping[str, str | PathLike[str]] | None
     defaults: Collection[str]
+    kv: str
+    prefill: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,9 +206,7 @@ class LoadOptions:
     # Of the whole process: bytes, "4GB", "75%", or what is free, less a tenth.
     memory: str | int = "auto"
     context: int | None = None  # tokens; None: as many as the model has, and fit
-    streams: int = (
-        1  # replies that are computed at once, for whose keys and values the plan has room
-    )
+    streams: int = 1  # replies computed at once, for whose keys and values the plan has room
     chunk: int | None = None  # tokens of a prompt computed at once, at multiples of it; None: 512
     threads: int | None = None  # None: as many as there are cores that other programs leave free
     encoding: str = "auto"  # of the weights, when a model is packed
@@ -239,9 +216,11 @@ class LoadOptions:
     quiet: bool = False
     experts: str | None = None  # None: what `bench cache --write-config` chose, or the default
     draft: str = "auto"
-    grammars: bool = (
-        False  # room in the plan for replies that obey a schema or a grammar, and for tools
-    )
+    kv: str = "auto"  # how keys and values are kept: as they are computed, or int8 (lossy)
+    prefill: str = "full"  # how prompts are run, where a request says nothing; all else is lossy
+    # Where prompts are kept for those that begin alike (outsize/prefix/spec.py); None: in memory.
+    prefix_cache: str | None = None
+    grammars: bool = False  # room in the plan for replies that obey a schema or grammar, and tools
     adapters: Mapping[str, Path] = field(default_factory=dict)  # LoRA files, by names for requests
     # Names of these that are defaults (of the environment or config.toml): left out where they do not apply.
     defaults: Collection[str] = ()
@@ -256,10 +235,13 @@ class LoadOptions:
             raise OptionError(f"chunk is {self.chunk}; it can be {', '.join(map(str, CHUNKS))}")
         if self.threads is not None:
             whole("threads", self.threads, 1, 1024)
-        for name in ("encoding", "verify", "draft"):
+        if self.kv not in KVS:
+            raise OptionError(f"kv is {self.kv!r}; known are {', '.join(KVS)}")
+        for name in ("encoding", "verify", "draft", "prefill"):
             word(name, getattr(self, name))
-        if self.experts is not None:
-            word("experts", self.experts)
+        for name in ("experts", "prefix_cache"):
+            if getattr(self, name) is not None:
+                word(name, getattr(self, name))
         for name in ("force", "native", "quiet", "grammars"):
             flag(name, getattr(self, name))
         given: object = {} if self.adapters is None else self.adapters
@@ -296,5 +278,4 @@ def parse_size(text: str, name: str = "size") -> int:
     if not match:
         raise OptionError(f"{name} is {text!r}, which is no size; write it like 900MB or 4GB")
     number, unit, binary = match.groups()
-    factor = 1024 ** " kmgt".index(unit) if binary and unit else _UNITS[unit]
-    return int(float(number) * factor)
+    return int(float(number) * (1024 ** " kmgt".index(unit) if binary and unit else _UNITS[unit]))

@@ -37,7 +37,7 @@ from outsize.errors import (
 )
 from outsize.kernels.palettes import FORMS
 from outsize.model.lora_file import additions
-from outsize.pack import fetch, store
+from outsize.pack import derive, fetch, store
 from outsize.pack.format import HEADER, Pack, read_header
 from outsize.pack.outline import of_pack
 from outsize.pack.tables import Matrix
@@ -196,6 +196,16 @@ def test_a_pack_of_few_bits(base: Pack, text: Path) -> None:
     assert "quality" not in (base.path / HEADER).read_text()
     with pytest.raises(OptionError, match=r"KL is 0\.\d+ nats at 3\.\d+ bits"):
         repack(base, BitsOptions(3.5, 1e-6, text, quiet=True))
+
+
+def test_records_are_laid_out_alike(base: Pack) -> None:
+    """From a pack that was just made, and from the same as it is read."""
+    again = read_header(base.path)
+    assert [*again.table_of("ffn-0").tensors] != [*base.table_of("ffn-0").tensors]
+    headers = [
+        [t.header for t in derive.tables_with(pack, lambda *_: {}, {})] for pack in (base, again)
+    ]
+    assert headers[0] == headers[1]
 
 
 def test_the_fewest_bits_of_a_divergence(base: Pack, text: Path) -> None:

@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import outsize
 from outsize.checkpoint.checkpoint import read_coded, read_floats
 from outsize.checkpoint.opening import open_checkpoint
 from outsize.checkpoint.quantized import quantization
-from outsize.errors import CheckpointError, OutsizeError, UnsupportedError
+from outsize.errors import CheckpointError, OutsizeError, PackError, UnsupportedError
 from tests.checkpoint import quantizers
 from tests.checkpoint.quantizers import AWQ, FORMATS, FP8, GPTQ, compressed, group_of
 from tests.golden import tiny
@@ -248,3 +249,25 @@ def test_a_matrix_that_two_kinds_could_hold(tmp_path: Path) -> None:
     folder = quantizers.write_folder(tmp_path / "m", "llama", how)
     with pytest.raises(UnsupportedError, match="fits 2 of the 2 kinds of weights in config_groups"):
         open_checkpoint(folder)
+
+
+def test_symmetric_zero_points_as_the_other_format_stores_them(tmp_path: Path) -> None:
+    """GPTQModel writes 8 where its config says "gptq", which stores 7: symmetric is what both mean."""
+    said = load_file(damaged(tmp_path / "a", "gptq", lambda _: None) / "model.safetensors")
+    assert (said[f"{STEM}.qzeros"] == 0x77777777).all()
+    change = put("qzeros", said[f"{STEM}.qzeros"] + 0x11111111)
+    folders = tmp_path / "a", damaged(tmp_path / "b", "gptq", change)
+    seven, eight = (read_floats(open_checkpoint(f).tensors[f"{STEM}.weight"]) for f in folders)
+    assert (seven == eight).all()
+
+
+@pytest.mark.parametrize("scale", [torch.nan, torch.inf])
+def test_scales_that_are_no_numbers(scale: float, tmp_path: Path) -> None:
+    """However a token is drawn, the reply is an error in words."""
+    change = put("scales", torch.full((2, 96), scale).half())
+    with outsize.load(str(damaged(tmp_path / "m", "gptq", change)), quiet=True) as model:
+        for temperature in (0.0, 0.7):
+            with pytest.raises(
+                PackError, match=r"largest logit is nan.* values that are not finite"
+            ):
+                model.generate("ab", raw=True, max_tokens=4, temperature=temperature)

@@ -32,12 +32,13 @@ FAMILIES = ["llama", "gemma3", "qwen3_moe"]
 
 @contextmanager
 def chunked(model: Model) -> Iterator[Model]:
-    """With a small chunk, as tiny prompts need to be cut at all."""
+    """With a small chunk, as tiny prompts need to be cut at all, and without a prefix cache."""
     before, model.transformer.chunk = model.transformer.chunk, CHUNK
+    kept, model.scheduler.prefixes = model.scheduler.prefixes, None
     try:
         yield model
     finally:
-        model.transformer.chunk = before
+        model.transformer.chunk, model.scheduler.prefixes = before, kept
 
 
 def prompt(seed: int, length: int) -> list[int]:
@@ -91,7 +92,8 @@ def test_a_cached_beginning_changes_no_bit(family: str, open_tiny: Callable[...,
         common = prompt(1, 70)
         prompts = [common + prompt(i, n) for i, n in enumerate((3, 30, 1, 60))] + [common]
         wanted = [alone(model, ids, i) for i, ids in enumerate(prompts)]
-        batch = Batch(model.scheduler, pace=Pace(1.0), prefixes=Prefixes(CHUNK))
+        model.scheduler.prefixes = Prefixes(CHUNK)
+        batch = Batch(model.scheduler, pace=Pace(1.0))
         later = [model.start(ids, options(i)) for i, ids in enumerate(prompts)]
         run(batch, {0: later[:1], 2: later[1:3], 30: later[3:]})
         assert [outcome(r) for r in later] == wanted
@@ -140,7 +142,8 @@ def test_what_ended_holds_no_keys_and_values(open_tiny: Callable[..., Model]) ->
         for prefixes in (None, Prefixes(CHUNK)):
             requests = [model.start(prompt(i, n), options(i)) for i, n in enumerate((50, 9, 70))]
             requests[1].seq.finish = "cancelled"
-            batch = Batch(model.scheduler, prefixes=prefixes)
+            model.scheduler.prefixes = prefixes
+            batch = Batch(model.scheduler)
             run(batch, {0: requests})
             assert [request.kv.nbytes for request in requests] == [0, 0, 0]
             assert batch.stored == (0 if prefixes is None else 32 + 64)
@@ -163,7 +166,8 @@ def test_one_that_cannot_be_put_aside_fails_alone(
         monkeypatch.setattr(Batch, "room", 112)
         monkeypatch.setattr(KV, what, fail)
         requests = [model.start(prompt(i, 50), options(i)) for i in range(2)]
-        batch = Batch(model.scheduler, prefixes=Prefixes(CHUNK))
+        model.scheduler.prefixes = Prefixes(CHUNK)
+        batch = Batch(model.scheduler)
         for request in requests:
             batch.add(request)
         while ran := batch.step():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -81,3 +82,18 @@ def test_a_cache_that_was_filled_from_elsewhere_goes_on_alike(
         theirs.append(layer, k_JSE.transpose(0, 1), v_JSE.transpose(0, 1), positions)
     (one,), (other,) = (full(t, [Span(40, [7])], [kv]) for kv in (ours, theirs))
     assert torch.equal(one.logits_KV, other.logits_KV)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sets(st.integers(0, 60), min_size=2), st.data())
+def test_entries_are_sorted_in_whenever_they_come(positions: set[int], data: st.DataObject) -> None:
+    late = data.draw(st.sets(st.sampled_from(sorted(positions)), min_size=1))
+    kv, twin = make(), make()
+    k, v = entries(range(61))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("outsize.kv.kv.MOVED", 7)
+        for some in (sorted(positions - late), sorted(late)):
+            kv.append(0, k[some], v[some], some)
+    twin.append(0, k[sorted(positions)], v[sorted(positions)], sorted(positions))
+    assert kv.positions[0] == twin.positions[0]
+    assert torch.equal(kv.view(0), twin.view(0))

@@ -3,8 +3,10 @@ are its own."""
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -29,9 +31,18 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def native(home: Path) -> Native:
-    found = native_in(home / "native")
+OTHERS = ["haswell", "x86-64"] if platform.machine() == "x86_64" else []  # AVX2, and SSE2
+
+
+@pytest.fixture(
+    scope="module",
+    params=["native", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)],
+)
+def native(request: pytest.FixtureRequest, home: Path) -> Native:
+    """This processor's kernels, and those that others compile: the laws are the same everywhere."""
+    flags = tuple(f"-march={request.param}" if "march" in f else f for f in build.FLAGS)
+    with mock.patch.object(build, "FLAGS", flags):
+        found = native_in(home / request.param)
     assert found is not None
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -22,8 +23,9 @@ from outsize.engine import load as loading
 from outsize.engine.model import Model
 from outsize.errors import CheckpointError, OptionError, PackError, ReadError
 from outsize.family.find import recipe
-from outsize.pack import fetch, layout
-from outsize.pack.format import HEADER, TOKENIZER, read_header
+from outsize.pack import fetch, layout, tokenizer_file
+from outsize.pack.format import HEADER, read_header
+from outsize.pack.outline import of_pack
 from outsize.storage.stats import IOStats
 from outsize.storage.table import Table
 from tests.golden import tiny
@@ -124,10 +126,30 @@ def test_prompt_ids_outside_of_the_embedding_are_refused(open_tiny: Callable[...
 def test_a_tokenizer_that_lies_is_refused(lie: Callable[..., Path]) -> None:
     for number, text in enumerate((b"{", b"\xff", b"[]", b'{"model": 7}', b"[" * 99_999)):
         folder = lie(tokenizer_crc=zlib.crc32(text))
-        (folder / TOKENIZER).write_bytes(text)
+        tokenizer_file.write(folder, text)
         with pytest.raises(PackError, match="its tokenizer cannot be read"):
             loading.tokens(read_header(folder))
         shutil.move(folder, folder.with_name(str(number)))
+
+
+def test_a_tokenizer_file_that_lies_about_its_length_is_refused(lie: Callable[..., Path]) -> None:
+    folder = lie()
+    path, text = folder / tokenizer_file.NAME, tokenizer_file.read(folder)
+    bomb = gzip.compress(bytes(1 << 28))[:-4] + (100).to_bytes(4, "little")
+    short = gzip.compress(text)[:-4] + (len(text) + 1).to_bytes(4, "little")
+    for data in (bomb, short, path.read_bytes()[:-9], b"no gzip", path.read_bytes()[:2]):
+        path.write_bytes(data)
+        with pytest.raises(PackError, match=r"its tokenizer does not match|missing or too long"):
+            loading.tokens(read_header(folder))
+
+
+def test_a_pack_of_before_has_its_tokenizer_as_it_is(lie: Callable[..., Path]) -> None:
+    folder = lie()
+    (folder / tokenizer_file.PLAIN).write_bytes(tokenizer_file.read(folder))
+    (folder / tokenizer_file.NAME).unlink()
+    made = read_header(folder)
+    assert loading.tokens(made).encode("ab")
+    assert of_pack(made).tokenizer_bytes == (folder / tokenizer_file.PLAIN).stat().st_size
 
 
 def test_a_header_without_end_is_not_read(lie: Callable[..., Path]) -> None:

@@ -22,7 +22,7 @@ from outsize.errors import DiskFullError, HashError, PackError, SourceError
 from outsize.family.find import recipe
 from outsize.kernels.plain import PLAIN
 from outsize.options import DEFAULT_MODEL, DEFAULT_MODEL_SHA256
-from outsize.pack import fetch, store, write
+from outsize.pack import fetch, store, tokenizer_file, write
 from outsize.pack.format import HEADER, read_header
 from outsize.pack.kinds.kind import groups, kinds
 from outsize.pack.layout import plan
@@ -121,7 +121,7 @@ def test_the_default_model_is_hashed_before_it_is_planned_or_packed(
         getattr(fetch, step)(DEFAULT_MODEL, quiet=True)
 
 
-@pytest.mark.parametrize("name", ["embed.records", "ffn-0.records", HEADER, "tokenizer.json"])
+@pytest.mark.parametrize("name", ["embed.records", "ffn-0.records", HEADER, tokenizer_file.NAME])
 def test_a_flipped_bit_is_found(packed: tuple[Path, Path], name: str) -> None:
     source, path = packed
     data = bytearray((path / name).read_bytes())

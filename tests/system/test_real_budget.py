@@ -41,7 +41,7 @@ from outsize.plan.warmup import runtime_bytes
 from outsize.system import memory as budget
 how = json.loads(sys.argv[1])
 model, more, opens = how.pop("model"), how.pop("more"), how.pop("opens", 1)
-later, prompt = how.pop("later", {}), "a b " * 120
+later, prompt = how.pop("later", {}), "a b " * how.pop("words", 120)
 load_options = LoadOptions(**how)
 least = decide.foresee(model, load_options, 1 << 40, runtime_bytes(decide.compiled(load_options)))[1].least
 open_models = []
@@ -118,6 +118,12 @@ def test_a_draft_model_keeps_the_budget(more: int, pack_of: Callable[..., Pack])
     found = ran(pack_of(MAIN), more, draft=f"model:{pack_of(SMALL).path}")
     assert found["peak"] <= found["budget"]
     assert found["fixed"]["draft model"] > pack_of(SMALL).size
+
+
+def test_hidden_states_that_stay_behind_keep_the_budget(pack_of: Callable[..., Pack]) -> None:
+    found = ran(pack_of(MAIN), 10 * MB, prefill="lazy:fast,mode=revive", context=1024, words=250)
+    assert found["peak"] <= found["budget"]
+    assert found["streamed"]
 
 
 def test_several_opens_in_one_process_keep_the_budget(pack_of: Callable[..., Pack]) -> None:

@@ -136,7 +136,12 @@ def _serve(pipe: Connection, model: str, options: SpeculateOptions) -> None:
     """The other process: texts in, answers out, until an empty one."""
     probe.set_threads(options.threads)
     with loading.load(
-        model, memory=options.memory, context=options.context, draft=options.draft, quiet=True
+        model,
+        memory=options.memory,
+        context=options.context,
+        draft=options.draft,
+        prefix_cache="off",
+        quiet=True,
     ) as m:
         held = round(1 - m.placement.streamed / max(1, m.pack.size), 4)
         pipe.send(

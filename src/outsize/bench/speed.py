@@ -13,8 +13,10 @@ import torch
 from outsize.arguments import whole
 from outsize.engine import load as loading
 from outsize.engine.model import Model
-from outsize.forward.full import full
+from outsize.forward.lazy import lazy
+from outsize.forward.prune import parse_prefill
 from outsize.forward.span import Span
+from outsize.options import LoadChanges
 from outsize.pack.format import Pack
 from outsize.plan import probe
 from outsize.system.memory import peak
@@ -30,6 +32,7 @@ class SpeedOptions:
     new_tokens: int = 64
     repeats: int = 5
     batch: int = 1  # sequences decoded at once
+    prefill: str = "full"
     threads: int | None = None
     native: bool = True
     quiet: bool = False
@@ -37,6 +40,7 @@ class SpeedOptions:
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "new_tokens", "repeats", "batch"):
             whole(name, getattr(self, name), 1, 1 << 20)
+        parse_prefill(self.prefill)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,17 +84,18 @@ def prompt(model: Model, length: int, start: int) -> list[int]:
 
 def measure(model: Model, prompt_tokens: int, new_tokens: int, batch: int) -> tuple[float, float]:
     """Tokens/s of one prefill and of decoding `batch` sequences greedily."""
-    transformer = model.transformer
+    transformer, prune = model.transformer, parse_prefill(model.prefill)
     kvs = [transformer.new_kv() for _ in range(batch)]
-    spans = [Span(0, prompt(model, prompt_tokens, i)) for i in range(batch)]
+    spans = [Span(0, prompt(model, prompt_tokens, i), prune=prune) for i in range(batch)]
     started = time.perf_counter()
-    outs = full(transformer, spans, kvs)
+    outs = lazy(transformer, spans, kvs)
     prefill_s = time.perf_counter() - started
     started = time.perf_counter()
     with transformer.threads.narrow(True):
         for i in range(new_tokens):
             picked = [int(out.logits_KV[-1].argmax()) for out in outs]
-            outs = full(transformer, [Span(prompt_tokens + i, [t]) for t in picked], kvs)
+            fed = [Span(prompt_tokens + i, [t], prune=prune) for t in picked]
+            outs = lazy(transformer, fed, kvs)
     decode_s = time.perf_counter() - started
     return batch * prompt_tokens / prefill_s, batch * new_tokens / decode_s
 
@@ -103,7 +108,9 @@ def spread(values: Sequence[float]) -> str:
 def show(name: str, options: SpeedOptions) -> None:
     """Print the ceilings, the measurement and, last, one JSON object."""
     o = options
-    with loading.load(name, threads=o.threads, native=o.native, quiet=o.quiet) as model:
+    how: LoadChanges = {"threads": o.threads, "native": o.native, "quiet": o.quiet}
+    how |= {"prefill": o.prefill, "prefix_cache": "off"}
+    with loading.load(name, **how) as model:
         c = ceilings(model.pack)
         print(f"{model.name} on {probe.processor()}, {torch.get_num_threads()} threads")
         print(
@@ -125,6 +132,7 @@ def show(name: str, options: SpeedOptions) -> None:
     print(f"  decode of {o.new_tokens}: {spread(decode)}, {of_decode:.0%} of the ceiling{batch}")
     print(json.dumps({
         "model": model.name, "threads": torch.get_num_threads(), "native": o.native, "batch": o.batch,
+        "prefill": o.prefill,
         "prompt_tokens": o.prompt_tokens, "new_tokens": o.new_tokens,
         "prefill_tokens_per_s": round(statistics.median(prefill), 2),
         "decode_tokens_per_s": round(statistics.median(decode), 3),

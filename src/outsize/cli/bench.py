@@ -30,6 +30,7 @@ class SpeedFlags:
     new_tokens: Annotated[int, Flag("--new-tokens", "Tokens to decode.")] = 64
     repeats: Annotated[int, Flag("--repeats", "Measured runs.")] = 5
     batch: Annotated[int, Flag("--batch", "Sequences decoded at once.")] = 1
+    prefill: str = "full"
     threads: int | None = None
     native: bool = True
     quiet: bool = False
@@ -113,6 +114,35 @@ def speculate(
         raise OptionError("give --prompts FILE")
     options = measure.SpeculateOptions(**asdict(own), threads=load.threads, quiet=load.quiet)
     measure.show(model, options, display.json)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillFlags:
+    """Which prompts, in which ways."""
+
+    lengths: Annotated[str, Flag("--lengths", "Tokens of prompts, as 512,1k,4k.")] = "512,1k,2k,4k"
+    prompts: Annotated[
+        Path | None, Flag("--prompts", "A text that prompts are cut from; else random tokens.")
+    ] = None
+    lazy: Annotated[str, Flag("--lazy", "Ways of lazy prefill to compare.")] = (
+        "lazy:gentle,lazy:fast"
+    )
+    repeats: Annotated[int, Flag("--repeats", "Prompts of each length.")] = 3
+
+
+@app.command()
+@with_flags
+def prefill(
+    own: PrefillFlags,
+    display: Annotated[DisplayOptions, only("json")],
+    load: Annotated[LoadOptions, only("memory", "context", "threads", "encoding", "quiet")],
+    model: Annotated[str, typer.Argument()] = DEFAULT_MODEL,
+    html: Annotated[Path | None, Flag("--html", "Write a page with plots.")] = None,
+) -> None:
+    """Seconds to the first token: whole, lazy (lossy), and with a beginning that was computed before."""
+    from outsize.bench import prefill as measure
+
+    measure.show(model, measure.PrefillOptions(**asdict(own)), load, display.json, html)
 
 
 @dataclass(frozen=True, slots=True)

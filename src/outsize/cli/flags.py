@@ -77,6 +77,15 @@ FLAGS = {
     "draft": Flag(
         "--draft", "What drafts tokens: auto, none, ngram[:k=], model:PATH, mtp:FILE."
     ),
+    "prefill": Flag(
+        "--prefill",
+        "full, or lazy[:gentle|fast|SETTINGS]: hardly attended tokens skip layers (lossy).",
+    ),
+    "kv": Flag("--kv", "Keys and values: auto (as they are computed), or int8: half the memory, lossy."),
+    "prefix_cache": Flag(
+        "--prefix-cache",
+        "Keep prompts for those that begin alike: off, memory or disk[:SIZE][,writes=SIZE a day].", kind=str,
+    ),
     "adapters": Flag(*ADAPTER, Texts, named_adapters, "NAME=PATH"),
     "max_tokens": Flag("-n --max-tokens", "Most tokens to answer with."),
     "temperature": Flag("--temperature", "0: always the likeliest token."),

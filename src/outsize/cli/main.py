@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from outsize.cli import adapt, bench, console, settings
+from outsize.cli import adapt, bench, cache, console, settings
 from outsize.cli.chat import chat
 from outsize.cli.doctor import doctor
 from outsize.cli.packs import list_packs, pack, rm
@@ -36,6 +36,7 @@ for command in (rm, doctor, version):
     app.command()(command)
 app.add_typer(bench.app, name="bench")
 app.add_typer(adapt.app, name="adapt")
+app.add_typer(cache.app, name="cache")
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ class PlanFlags:
 
 @with_flags
 def plan(
-    load: Annotated[LoadOptions, without("verify", "chunk")],
+    load: Annotated[LoadOptions, without("verify", "chunk", "prefill")],
     own: PlanFlags,
     display: Annotated[DisplayOptions, only("json")],
     model: Annotated[str, typer.Argument()] = DEFAULT_MODEL,

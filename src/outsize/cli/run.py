@@ -38,8 +38,10 @@ def run(
     load = replace(load, grammars=request.schema is not None or request.grammar is not None)
     if prompt is None:
         talk.chat(name, load, request, display)
-    else:
-        session.answer(name, prompt, load, request, display)
+        return
+    if load.prefix_cache in (None, "memory"):  # of no use to one prompt
+        load = replace(load, prefix_cache="off")
+    session.answer(name, prompt, load, request, display)
 
 
 def understand(arguments: Sequence[str], model: str | None) -> tuple[str, str | None]:
@@ -79,6 +81,10 @@ def check_use(
     if "adapter" in given and prompt and len(load.adapters) > 1:
         raise OptionError(
             f"--adapter is given {len(load.adapters)} times, and one prompt is answered with one; give one"
+        )
+    if "prefix_cache" in given and prompt and load.prefix_cache == "memory":
+        raise OptionError(
+            "--prefix-cache memory is forgotten with this one prompt; give disk, which other runs find again"
         )
     if "logprobs" in given and prompt and not display.json:
         raise OptionError("--logprobs is part of what --json prints; add --json")

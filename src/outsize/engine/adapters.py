@@ -36,3 +36,5 @@ def make_room(scheduler: Scheduler, pack: Pack, name: str, size: int, moment: in
     if short:
         scheduler.give_up(short, f"adapter {name} takes {due / 1e6:,.0f} MB")
     scheduler.placement = beside.with_sizes(placement, sizes | {name: size}, pack)
+    if scheduler.prefixes is not None:
+        scheduler.prefixes.limit(scheduler.placement.kv_tokens)

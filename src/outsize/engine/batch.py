@@ -15,7 +15,6 @@ from itertools import count
 
 from outsize.engine.drive import Flow, first, following, run
 from outsize.engine.pace import Pace
-from outsize.engine.prefixes import Prefixes
 from outsize.engine.request import Request
 from outsize.engine.scheduler import Scheduler
 from outsize.engine.swap import Swapped
@@ -56,12 +55,10 @@ class Batch:
         scheduler: Scheduler,
         streams: int | None = None,
         pace: Pace | None = None,
-        prefixes: Prefixes | None = None,
     ) -> None:
-        """`streams`: the most that run at once. `pace`: slices long prompts; None: a prompt is one step.
-        `prefixes`: keeps what was computed, for prompts that begin alike."""
+        """`streams`: the most that run at once. `pace`: slices long prompts; None: a prompt is one step."""
         self._scheduler, self._streams = scheduler, streams
-        self._pace, self.prefixes = pace, prefixes
+        self._pace, self.prefixes = pace, scheduler.prefixes
         self.waiting, self.running = list[Live](), list[Live]()
         self.beside = 0  # tokens whose keys and values are in memory for others than these
         self.failed: dict[int, Exception] = {}  # by the id of a request, until it is taken out
@@ -91,7 +88,8 @@ class Batch:
     @property
     def _asked(self) -> int:
         """As `used`, without what may be forgotten."""
-        return self.beside + sum(live.need for live in self.running)
+        apart = self._scheduler.apart([live.request.kv for live in self.running])
+        return self.beside + apart + sum(live.need for live in self.running)
 
     @property
     def room(self) -> int:
@@ -135,7 +133,7 @@ class Batch:
         return [live.request for live, _, _ in chosen]
 
     def _learn(self, spans: list[Span], seconds: float, waited: float) -> None:
-        if self._pace is not None:
+        if self._pace is not None and not any(span.is_lazy for span in spans):
             prompt = sum(s.num_rows for s in spans if not is_narrow(s))
             self._pace.saw(prompt, sum(map(is_narrow, spans)), seconds, waited)
 
@@ -151,6 +149,7 @@ class Batch:
         except Exception as e:
             self._fail(live, e)
         request.known = min(len(request.seq.tokens) - 1, request.kv.length)
+        request.computed = request.kv.computed
 
     def _chosen(self) -> Iterator[tuple[Live, Span, Span | None]]:
         """What the next step runs: (whose, what, what is left of it)."""
@@ -201,9 +200,11 @@ class Batch:
                 continue
             if not self._has_room(live.need):
                 return
+            left = self.room - self._asked - live.need
+            take = self.prefixes is not None and self.prefixes.make_room(live.request, left)
             self.waiting.remove(live)
             self.running.append(live)
-            self._begin(live)
+            self._begin(live, take)
 
     def _is_coming(self, live: Live) -> bool:
         """Is a longer beginning of its prompt being computed for another request? Then it waits for that."""
@@ -213,13 +214,10 @@ class Batch:
 
     def _has_room(self, need: int) -> bool:
         """With what may be forgotten for it. One that is alone always has."""
-        if self.running and self._asked + need > self.room:
-            return False
-        while self.used + need > self.room and self.prefixes is not None and self.prefixes.forget():
-            pass
-        return True
+        return not self.running or self._asked + need <= self.room
 
-    def _begin(self, live: Live) -> None:
+    def _begin(self, live: Live, take: bool) -> None:
+        """`take`: what is cached of its prompt is moved, as there is no room for a copy."""
         request = live.request
         room = request.seq.limit + self._scheduler.drafting.spare
         try:
@@ -229,7 +227,7 @@ class Batch:
             if live.flow is None:
                 request.kv.give_room(room)
                 if self.prefixes is not None:
-                    self.prefixes.use(request, [other.request for other in self.running])
+                    self.prefixes.use(request, [other.request for other in self.running], take)
                 live.flow = self._scheduler.flow(request)
                 live.span = next(iter(first(live.flow)), None)
         except Exception as e:
@@ -269,6 +267,6 @@ class Batch:
         if live.swapped is not None:
             live.swapped.close()
         if keep and self.prefixes is not None and live.flow is not None:
-            self.prefixes.keep(live.request)
+            self.prefixes.keep(live.request, live.request.keeps)
         # Whoever still reads the reply would hold memory that others are given.
         live.request.kv = live.request.kv.emptied()

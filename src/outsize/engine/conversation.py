@@ -100,6 +100,7 @@ class Conversation:
             # The last token was chosen, but has not been run; nor, after an error, have others.
             tokens = request.seq.tokens
             self._prefix.tokens = tokens[: min(len(tokens) - 1, request.known)]
+            self._prefix.exact = min(request.exact, len(self._prefix.tokens))
             if request.text or request.seq.finish not in (None, "cancelled"):
                 answer = {"role": "assistant", "content": request.text}
                 self.messages = [*messages, answer]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from outsize.draft.drafter import Draft, Drafter
 from outsize.draft.verify import Check, Pick
+from outsize.forward.prune import Prune
 from outsize.forward.span import Out, Span
 from outsize.model.lora import Adapter
 from outsize.sampling.constraint import Constraint
@@ -26,6 +27,7 @@ class Sequence:
     ends: frozenset[int]  # ids that end the text
     finish: str | None = None
     constraint: Constraint | None = None  # what the text obeys; where it is complete, the text ends
+    prune: Prune | None = None  # tokens that may skip layers: lossy
 
     @property
     def new_tokens(self) -> list[int]:
@@ -86,7 +88,7 @@ def decode(
         ready = len(seq.tokens) - done == 1
         draft = drafter.propose(seq.tokens, most) if ready else Draft()
         fed = (*seq.tokens[done:], *draft.tokens)
-        out = yield Span(done, fed, len(draft.tokens) + 1, draft.masks, adapter)
+        out = yield Span(done, fed, len(draft.tokens) + 1, draft.masks, adapter, seq.prune)
         kept = check(draft, out.logits_KV, seq.tokens, pick)
         done = len(seq.tokens) + len(kept) - 1  # the last kept token has not been run yet
         seq.extend(kept)

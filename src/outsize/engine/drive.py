@@ -27,7 +27,7 @@ def run(
     narrow = all(is_narrow(span) for span in spans)
     with model.threads.narrow(narrow):
         outs = forward(model, spans, kvs)
-    if times is not None and narrow:
+    if times is not None and narrow and not any(span.is_lazy for span in spans):
         rows, masked = sum(s.num_rows for s in spans), any(s.masks is not None for s in spans)
         seconds = time.perf_counter() - started
         waited_s = min(seconds, model.waited_s - waited)

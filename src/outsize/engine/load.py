@@ -21,9 +21,11 @@ from outsize.draft.spec import DraftSpec, parse_draft
 from outsize.draft.stats import DraftStats
 from outsize.draft.step_time import ExpertUnion
 from outsize.encoding.find import NATIVE
+from outsize.engine import open_prefixes
 from outsize.engine.model import Model
 from outsize.engine.scheduler import Scheduler
 from outsize.engine.step_lock import check_fork
+from outsize.forward.prune import parse_prefill
 from outsize.home import expanded
 from outsize.kernels.attention import CHUNK
 from outsize.kernels.backend import Backend
@@ -33,8 +35,8 @@ from outsize.log import warn
 from outsize.model.lora_file import read_adapter
 from outsize.model.transformer import Transformer
 from outsize.options import DEFAULT_MODEL, LoadChanges, LoadOptions
-from outsize.pack import fetch
-from outsize.pack.format import TOKENIZER, Pack, damaged
+from outsize.pack import fetch, tokenizer_file
+from outsize.pack.format import Pack, damaged
 from outsize.pack.outline import Outline, of_pack
 from outsize.plan import chunk as chunk_plan
 from outsize.plan import decide, probe
@@ -65,10 +67,11 @@ def load(
     be. `memory` caps the whole process: bytes, "4GB", "75%", or "auto" (what is free, less a tenth).
     `threads` sets torch's threads for the process; without it there are as many as cores, and fewer compute
     single tokens while other programs keep cores busy. `experts` says how experts are cached
-    (docs/experts.md), `draft` what drafts tokens (docs/drafting.md); `adapters` are LoRA adapters, by the
-    names that requests use; `defaults` are names of these that are left out, not refused, where they do not
-    apply (encoding, experts). `recorder` is given what each layer's router chooses, `before` the plan
-    before weights are read.
+    (docs/experts.md), `draft` what drafts tokens (docs/drafting.md), `prefix_cache` where prompts are kept
+    for those that begin alike (docs/using.md): off, memory, or disk[:SIZE][,writes=SIZE]; `adapters` are
+    LoRA adapters, by the names that requests use; `defaults` are names of these that are left out, not
+    refused, where they do not apply (encoding, experts, prefix_cache). `recorder` is given what each layer's
+    router chooses, `before` the plan before weights are read.
     Raises OutsizeError; BudgetError before anything is read."""
     source = fetch.named(model)
     check_fork(source)
@@ -88,6 +91,7 @@ def open_model(
     for name, given in (("recorder", recorder), ("before", before)):
         arguments.function(name, given)
     size, quiet = memory.parse(options.memory), options.quiet
+    prefixes = open_prefixes.check(options)
     found = fetch.find(source, options.encoding)
     if found is None and (options.memory != "auto" or options.experts):
         decide.foresee(source, options, size, runtime_bytes(compiled(options)))
@@ -96,7 +100,8 @@ def open_model(
     experts = replace(parse_experts(options.experts or ""), recorder=recorder)
     low = experts.copies
     copies = fetch.pack(source, encoding=low, quiet=quiet) if low else None
-    return _open(Packs(made, draft_pack(options), copies), options, size, experts, before)
+    packs = Packs(made, draft_pack(options), copies)
+    return _open(packs, options, Beside(size, experts, prefixes), before)
 
 
 def kernel_threads(options: LoadOptions, made: Pack, native: Backend) -> Threads:
@@ -124,16 +129,23 @@ class Packs(NamedTuple):
         return decide.with_all(of_pack(self.model), options.adapters, smaller, copies)
 
 
+class Beside(NamedTuple):
+    """What the options say, parsed: bytes of memory, how experts are cached, where prompts are kept."""
+
+    size: int
+    experts: ExpertOptions
+    prefixes: open_prefixes.Checked
+
+
 def _open(
     packs: Packs,
     options: LoadOptions,
-    size: int,
-    experts: ExpertOptions,
+    parsed: Beside,
     on_plan: Callable[[Outline, Placement], None] | None,
 ) -> Model:
     """Plan, and refuse; then read: the tokenizer, adapters, the model that drafts, and at last the weights,
     so that what reading takes for a moment is there."""
-    made, native = packs.model, compiled(options)
+    made, native, (size, experts, kept) = packs.model, compiled(options), parsed
     if packs.smaller is not None:
         drafting.same_vocabulary(made, packs.smaller)
     outline, before = packs.outline(options), runtime_bytes(native)
@@ -148,6 +160,8 @@ def _open(
         warn(note)
     if experts.is_lossy and not options.quiet:
         warn(f"{experts.lossy} changes the model's answers; leave it out for the exact ones")
+    if parse_prefill(options.prefill) is not None and not options.quiet:
+        warn(f"prefill={options.prefill} is lossy: answers change; leave it out for the exact ones")
     if on_plan is not None:
         on_plan(outline, placement)
     chunk = options.chunk or _chunk(options, outline, placement)
@@ -164,18 +178,19 @@ def _open(
         opened.callback(loaded.close)
         threads = kernel_threads(options, made, native)
         transformer = Transformer(made.description, loaded, native, placement.ceiling, threads)
-        transformer.chunk = chunk
+        transformer.chunk, transformer.kv = chunk, options.kv
         drafts = _drafting(made, options, placement, transformer, smaller)
         opened.pop_all()
-    scheduler = Scheduler(made.path.name, transformer, placement, drafts)
-    scheduler.adapters |= known
-    return Model(made, found, scheduler)
+    prefixes = open_prefixes.make(kept, made, placement, transformer, known)
+    scheduler = Scheduler(made.path.name, transformer, placement, drafts, prefixes=prefixes)
+    scheduler.adapters = known
+    return Model(made, found, scheduler, options.prefill)
 
 
 def _chunk(options: LoadOptions, outline: Outline, placement: Placement) -> int:
     """Tokens of a prompt that are computed at once: fewer where other replies would wait for them."""
     if options.streams == 1:
-        return CHUNK
+        return CHUNK if options.prefix_cache in (None, "off") else open_prefixes.SHARED_CHUNK
     return chunk_plan.best(planning.cost_if_known(outline, placement))
 
 
@@ -222,7 +237,7 @@ def _warn_slow(made: Pack, native: Backend) -> None:
 
 
 def tokens(made: Pack) -> Tokens:
-    raw = (made.path / TOKENIZER).read_bytes()
+    raw = tokenizer_file.read(made.path)
     if zlib.crc32(raw) != made.tokenizer_crc:
         raise damaged(made.path, "its tokenizer does not match its checksum")
     try:

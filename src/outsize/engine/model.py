@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from typing import NoReturn
@@ -21,6 +22,7 @@ from outsize.engine.scheduler import Scheduler
 from outsize.engine.scoring import Scored, scored
 from outsize.engine.stream import Streaming
 from outsize.errors import ContextError, OptionError
+from outsize.forward.prune import Prune, parse_prefill
 from outsize.kv.kv import KV
 from outsize.kv.prefix import CachedPrefix
 from outsize.model.lora import Adapter
@@ -44,8 +46,11 @@ class Model:
     """A pack, opened; close it, or use it in a `with`. Any number of threads may use it: they take turns step
     by step, and after an exception in the middle of a step the next answer is right."""
 
-    def __init__(self, pack: Pack, tokens: Tokens, scheduler: Scheduler) -> None:
-        self.pack, self.tokens, self.scheduler = pack, tokens, scheduler
+    def __init__(
+        self, pack: Pack, tokens: Tokens, scheduler: Scheduler, prefill: str = "full"
+    ) -> None:
+        """`prefill`: how prompts are run whose options do not say."""
+        self.pack, self.tokens, self.scheduler, self.prefill = pack, tokens, scheduler, prefill
         templates = "\n".join(pack.chat_templates.values())
         self._format = format_of(tokens, templates) if templates else PLAIN
         self._grammars = Grammars(tokens, pack.eos)
@@ -144,6 +149,7 @@ class Model:
             for request in ran:
                 request.advance(now, self.bytes_read)
         together.check()
+        self.scheduler.settle()
         return [self.scheduler.reply(request, started, before) for request in requests]
 
     def chat(self, messages: Messages, **changes: Unpack[Changes]) -> Reply:
@@ -234,16 +240,23 @@ class Model:
         ends |= {i for i in stops if i is not None}
         form = PLAIN if options.raw else self._format.after(self.tokens, ids)
         constraint = self._grammars.constraint(options, form)
-        seq = decode.Sequence(list(ids), len(ids), limit, ends, constraint=constraint)
+        options = replace(options, prefill=options.prefill or self.prefill)
+        prune = self._prune(str(options.prefill))
+        seq = decode.Sequence(list(ids), len(ids), limit, ends, constraint=constraint, prune=prune)
         stream, name = (
             Stream(self.tokens, options.stop, form, options.show_tokens),
             options.adapter_of(0),
         )
         self.scheduler.adapter(name)
-        cached = 0 if prefix is None else prefix.shared(ids, name)
+        cached = 0 if prefix is None else prefix.shared(ids, (name, options.prefill))
+        if prefix is not None:
+            self.scheduler.conversations.add(prefix)
         kv = self.transformer.new_kv() if prefix is None else prefix.kv
         kv.truncate(cached)
-        return Request(seq, kv, stream, cached, cached, seeded(options), adapter=name)
+        exact = 0 if prefix is None else prefix.exact
+        return Request(
+            seq, kv, stream, cached, cached, seeded(options), name, exact, keeps=prefix is None
+        )
 
     def new_kv(self, tokens: int) -> KV:
         """An empty cache for so many tokens, and what is drafted behind them."""
@@ -255,6 +268,14 @@ class Model:
         name, file = arguments.text("name", name), arguments.path("path", path)
         adapters.load(self.scheduler, self.pack, name, file)
         memory.trim()  # what making it took for a moment
+
+    def _prune(self, prefill: str) -> Prune | None:
+        """Raises OptionError where it cannot be used with this model, or with what drafts."""
+        prune = parse_prefill(prefill)
+        if prune is not None:
+            prune.points(self.pack.description.num_layers)
+            prune.check_drafts(self.drafting.spec.kind)
+        return prune
 
     def _limit(self, ids: Sequence[int], options: Options) -> int:
         return min(len(ids) + options.max_tokens, self.context)

@@ -46,8 +46,12 @@ class Reply:
         False  # through the page cache: the disk's file system refuses direct reads
     )
     reasoning: str = ""  # what the model thought before it answered, where it says that apart
-    cached_tokens: int = 0  # of the prompt, that were not computed again
+    reused_tokens: int = 0  # of the prompt, that were not computed again
+    reused_bytes_read: int = 0  # of keys and values, from the prefix cache on disk
+    kept_bytes_written: int = 0  # of keys and values, to it
     logprobs: tuple[TokenLogprob, ...] = ()  # of the reply's tokens, if they were asked for
+    lossy: bool = False  # tokens of the prompt may have skipped layers: not the model's own answer
+    computed_share: float = 1.0  # of (token, layer) pairs; below 1, some skipped layers
 
     def __str__(self) -> str:
         return self.text
@@ -113,6 +117,10 @@ def account(request: Request, model: str, options: Mapping[str, object], usage: 
         options=options,
         cached_reads=cached_reads,
         reasoning=request.stream.reasoning,
-        cached_tokens=request.cached,
+        reused_tokens=request.cached,
+        reused_bytes_read=request.traffic.read,
+        kept_bytes_written=request.traffic.written,
         logprobs=tuple(request.logprobs),
+        lossy=request.is_lazy or options["kv"] == "int8",
+        computed_share=round(request.computed, 4),
     )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from outsize.engine.decode import DraftCounts, Sequence
 from outsize.kv.kv import KV
 from outsize.options import Options
+from outsize.prefix.disk import Traffic
 from outsize.sampling.logprobs import TokenLogprob
 from outsize.sampling.sample import Sampler
 from outsize.storage.stats import IOStats
@@ -25,6 +26,12 @@ class Request:
     known: int  # tokens whose keys and values are in the cache, as of the last step that ended
     options: Options  # with a seed
     adapter: str | None = None
+    exact: int = 0  # of `cached`, those that were computed as a prompt's are, in whole chunks
+    keeps: bool = True  # its cache is its own, and may be taken apart when it has ended
+    keys: list[bytes] | None = None  # names of its prompt's chunks, once they were asked for
+    traffic: Traffic = field(
+        default_factory=Traffic
+    )  # of its prompt, with the prefix cache on disk
     sampler: Sampler | None = None  # once it runs
     drafts: DraftCounts = field(default_factory=DraftCounts)
     text: str = ""
@@ -33,6 +40,12 @@ class Request:
     first_read: int = 0  # bytes that had been read when the first token came
     end_s: float = 0.0
     closed: bool = False
+    computed: float = 1.0  # share of the (token, layer) pairs so far
+
+    @property
+    def is_lazy(self) -> bool:
+        """May tokens of its prompt skip layers? Then its keys and values are nobody else's."""
+        return self.seq.prune is not None
 
     def advance(self, now: float, bytes_read: int = 0) -> str:
         """Text that became certain in the last step; none before the first token, nor once the end was

@@ -3,23 +3,28 @@ threads take turns step by step. `engine/batch.py` runs requests."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import TypeVar
+from weakref import WeakSet
 
 import torch
 
 from outsize.draft.drafter import Company
 from outsize.draft.load import Drafting
+from outsize.draft.spec import DraftSpec
 from outsize.engine.choosing import chooser
 from outsize.engine.decode import decode
 from outsize.engine.drive import Flow
+from outsize.engine.prefixes import Prefixes
 from outsize.engine.reply import Reply, Usage, account
 from outsize.engine.request import Counts, Request
 from outsize.engine.step_lock import StepLock
 from outsize.errors import OptionError
 from outsize.forward.forward import Forward
-from outsize.forward.full import full
+from outsize.forward.lazy import lazy
+from outsize.kv.kv import KV
+from outsize.kv.prefix import CachedPrefix
 from outsize.log import warn
 from outsize.model.lora import Adapter
 from outsize.model.transformer import Transformer
@@ -28,6 +33,7 @@ from outsize.storage.stats import IOStats
 from outsize.system import memory
 
 T = TypeVar("T")
+NO_DRAFTS = Drafting(DraftSpec("none"))
 
 
 class Scheduler:
@@ -40,12 +46,15 @@ class Scheduler:
         transformer: Transformer,
         placement: Placement,
         drafting: Drafting,
-        forward: Forward = full,
+        forward: Forward = lazy,
+        prefixes: Prefixes | None = None,
     ) -> None:
+        """`prefixes`: keeps what was computed, for prompts that begin alike."""
         self.name, self.placement, self.drafting = name, placement, drafting
-        self.forward = forward
+        self.forward, self.prefixes = forward, prefixes
         self.company = Company()
         self.adapters: dict[str, Adapter] = {}
+        self.conversations: WeakSet[CachedPrefix] = WeakSet()
         self.given_up = 0  # bytes of weights that were resident at first, and had to go
         self._transformer: Transformer | None = transformer
         self._watch = memory.Watch(placement.budget)
@@ -74,6 +83,8 @@ class Scheduler:
             self._lock.close(self._end)
             self.drafting.close()
             self.adapters.clear()
+            if self.prefixes is not None:
+                self.prefixes.close()
         self._transformer = None
         memory.promise(self, 0)
         memory.trim()
@@ -90,13 +101,20 @@ class Scheduler:
     def flow(self, request: Request) -> Flow:
         """What a request asks of each step. Raises OptionError for an adapter that is not loaded."""
         constraint, adapter = request.seq.constraint, self.adapter(request.adapter)
-        sampler, drafts = chooser(request.options, self.drafting, constraint, self.company)
+        prune = request.seq.prune
+        revives = prune is not None and prune.mode == "revive"
+        drafting = NO_DRAFTS if revives else self.drafting
+        sampler, drafts = chooser(request.options, drafting, constraint, self.company)
         request.sampler = sampler
         return decode(request.seq, drafts, sampler, request.drafts, request.cached, adapter)
 
     def keep_budget(self) -> None:
-        """Drop resident weights if others need the memory, or we have more than was planned."""
-        if excess := self._watch.excess():
+        """Let go of kept prompts, then of resident weights, if others need the memory, or we have more than
+        was planned."""
+        excess = self._watch.excess()
+        if excess and self.prefixes is not None:
+            excess = max(0, excess - self.prefixes.shrink(excess))
+        if excess:
             self.give_up(excess, f"memory is short by {excess / 1e6:,.0f} MB")
 
     def give_up(self, size: int, why: str) -> None:
@@ -106,6 +124,16 @@ class Scheduler:
             warn(
                 f"{why}: {freed / 1e6:,.0f} MB of weights are read from disk from now on, which is slower"
             )
+
+    def settle(self) -> None:
+        """Wait until prompts that are kept on disk are written."""
+        if self.prefixes is not None:
+            self.prefixes.flush()
+
+    def apart(self, running: Collection[KV]) -> int:
+        """Tokens whose keys and values conversations keep between their turns."""
+        kvs = [prefix.kv for prefix in self.conversations]
+        return sum(kv.length for kv in kvs if not any(kv is one for one in running))
 
     def counts(self) -> Counts:
         """What has been read and waited for so far. Raises ClosedError."""
@@ -124,7 +152,7 @@ class Scheduler:
         size, threads = self.placement.budget, torch.get_num_threads()
         context = self.placement.context
         shown = {**request.options.to_json(), "context": context, "threads": threads}
-        shown |= {"memory": size, "chunk": self.transformer.chunk}
+        shown |= {"memory": size, "chunk": self.transformer.chunk, "kv": self.transformer.kv}
         tables = self.transformer.loaded.tables
         cached = not all(table.is_direct for table in tables)
         return account(request, self.name, shown, Usage(started, before, self.counts(), cached))

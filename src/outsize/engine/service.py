@@ -13,7 +13,6 @@ from outsize.engine.batch import Batch
 from outsize.engine.load_report import Load, Totals, load_of
 from outsize.engine.model import Model
 from outsize.engine.pace import Pace
-from outsize.engine.prefixes import Prefixes
 from outsize.engine.reply import Reply
 from outsize.engine.request import Request
 from outsize.errors import QueueFullError, UnavailableError
@@ -111,9 +110,8 @@ class Service:
     def __init__(self, model: Model, limits: Limits | None = None) -> None:
         self.model, limits = model, limits or Limits()
         self.streams, self.max_queue = limits.streams or model.placement.streams, limits.max_queue
-        prefixes = Prefixes(model.transformer.chunk)
         pace = Pace(read_s=_slice_read_s(model.placement))
-        self._batch = Batch(model.scheduler, self.streams, pace, prefixes)
+        self._batch = Batch(model.scheduler, self.streams, pace)
         self._changed = threading.Condition()
         self._arrived, self._answers = list[Answer](), dict[int, Answer]()
         self._is_ending = self._is_closed = False

@@ -49,4 +49,5 @@ class Streaming:
 
     @property
     def reply(self) -> Reply:
+        self._scheduler.settle()
         return self._scheduler.reply(self.request, self._started, self._before)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from outsize.forward.full import is_narrow
 from outsize.forward.span import Span
 
 
@@ -17,7 +16,9 @@ def split(span: Span, most: int, chunk: int) -> tuple[Span, Span | None]:
     the rest, if there is one. Only the last part gives logits."""
     end = max(span.start + most, (span.start // chunk + 1) * chunk) // chunk * chunk
     size = end - span.start
-    if is_narrow(span) or size >= len(span.tokens):
+    if (
+        span.is_narrow or span.is_lazy or size >= len(span.tokens)
+    ):  # who goes on is chosen once for all
         return span, None
     first = replace(span, tokens=span.tokens[:size], want=0)
     return first, replace(span, start=end, tokens=span.tokens[size:])

@@ -17,14 +17,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from outsize.forward.span import Out, Span
+from outsize.forward.span import NARROW, Out, Span
 from outsize.kernels.rows import Segment
 from outsize.kv.kv import KV
 from outsize.model.lora import Adapter
 from outsize.model.step import Step
 from outsize.model.transformer import Transformer
-
-NARROW = 16  # tokens: the longest span that runs row by row
 
 Pair = tuple[Span, KV]
 
@@ -32,8 +30,12 @@ Pair = tuple[Span, KV]
 @torch.inference_mode()
 def full(model: Transformer, spans: Sequence[Span], kvs: Sequence[KV]) -> list[Out]:
     """The `Forward` that computes everything: one step of a ragged batch. Appends to the caches."""
-    rows = hidden(model, list(zip(spans, kvs, strict=True)))
-    ends = [len(span.tokens) for span in spans]
+    return outs(model, spans, hidden(model, list(zip(spans, kvs, strict=True))))
+
+
+def outs(model: Transformer, spans: Sequence[Span], rows: Sequence[Tensor]) -> list[Out]:
+    """What spans are sent back, of the residual streams of their last tokens and masks."""
+    ends = [len(h) - span.num_masks for h, span in zip(rows, spans, strict=True)]
     wanted = [h[e - s.want : e] for h, e, s in zip(rows, ends, spans, strict=True)]
     logits = model.logits(torch.cat(wanted)).split([span.want for span in spans])
     masks = [
@@ -49,11 +51,11 @@ def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:
         kv.truncate(span.start)
     order = sorted(range(len(pairs)), key=lambda i: is_narrow(pairs[i][0]))
     ordered = [pairs[i] for i in order]
-    h_TD = _embedded(model, [span for span, _ in ordered])
+    h_TD = embedded(model, [span for span, _ in ordered])
     steps, at = [], 0
     for segments, wide, spans in _groups(ordered, model.chunk):
         end = at + sum(s.length for s in segments)
-        steps.append((slice(at, end), model.step(segments, wide, list(_added(segments, spans)))))
+        steps.append((slice(at, end), model.step(segments, wide, list(added(segments, spans)))))
         at = end
     model.begin(len(pairs) > 1 or not is_narrow(pairs[0][0]))
     _run(model, h_TD, steps)
@@ -63,10 +65,10 @@ def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:
 
 def is_narrow(span: Span) -> bool:
     """Is each of its rows computed as if alone? A drafting step's always are."""
-    return len(span.tokens) <= NARROW or span.masks is not None
+    return span.is_narrow
 
 
-def _embedded(model: Transformer, spans: Sequence[Span]) -> Tensor:
+def embedded(model: Transformer, spans: Sequence[Span]) -> Tensor:
     """(T, D) fp32: of each span, its tokens' rows of the embedding (all looked up at once), then its mask
     tokens' own, block by block."""
     h_TD = model.embed([token for span in spans for token in span.tokens])
@@ -80,7 +82,7 @@ def _embedded(model: Transformer, spans: Sequence[Span]) -> Tensor:
     return torch.cat(rows)
 
 
-def _added(segments: Sequence[Segment], spans: Sequence[Span]) -> Iterator[tuple[slice, Adapter]]:
+def added(segments: Sequence[Segment], spans: Sequence[Span]) -> Iterator[tuple[slice, Adapter]]:
     """Which rows of a step an adapter adds to: all of a span's by its own, its mask tokens' by theirs."""
     at = 0
     for segment, span in zip(segments, spans, strict=True):

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from outsize.forward.prune import Prune
 from outsize.model.lora import Adapter
+
+NARROW = 16  # tokens: the longest span that runs row by row
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +33,29 @@ class Span:
     want: int = 1
     masks: MaskTokens | None = None
     adapter: Adapter | None = None
+    prune: Prune | None = None  # tokens that may skip layers: lossy
+
+    @property
+    def is_narrow(self) -> bool:
+        """Is each of its rows computed as if alone? A drafting step's always are."""
+        return len(self.tokens) <= NARROW or self.masks is not None
+
+    @property
+    def is_lazy(self) -> bool:
+        """Does this step prune or revive? Only one that revives does so once the prompt is done."""
+        return self.prune is not None and (not self.is_narrow or self.prune.mode == "revive")
 
     @property
     def positions(self) -> range:
         return range(self.start, self.start + len(self.tokens))
 
     @property
+    def num_masks(self) -> int:
+        return 0 if self.masks is None else len(self.masks.anchors) * len(self.masks.rows_KD)
+
+    @property
     def num_rows(self) -> int:
-        masks = 0 if self.masks is None else len(self.masks.anchors) * len(self.masks.rows_KD)
-        return len(self.tokens) + masks
+        return len(self.tokens) + self.num_masks
 
 
 @dataclass(frozen=True, slots=True)

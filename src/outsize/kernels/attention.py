@@ -10,6 +10,7 @@ Shapes: T new tokens, S stored, H query heads, J key heads, C = 2J, G = H / J, E
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cache
 
@@ -63,44 +64,28 @@ def _segment(
     kv_CSE = s.kv.append(spec.layer, k_TJE[:count], v_TJE[:count], s.positions)
     if wide:
         seen = s.kv.positions[spec.layer]
-        yield attend_span(q_THE[:count], kv_CSE, seen, spec.scale, spec.window, spec.sinks)
-    else:
-        yield attend_rows(q_THE[:count], kv_CSE, spec.scale, spec.window, spec.sinks)
-    if s.num_masks:
-        yield from _masks(spec, s, (q_THE[count:], k_TJE[count:], v_TJE[count:]), kv_CSE)
+        yield attend_span(q_THE[:count], s.positions, kv_CSE, seen, spec)
+        return
+    kept = s.kv.positions[spec.layer]
+    slots = [bisect_left(kept, position) for position in s.positions]
+    spans = s.spans(spec.layer, slots, spec.window)
+    for row, span in enumerate(spans):
+        seen_CSE = kv_CSE[:, span.first : span.seen]
+        if row >= count:  # a mask token sees its anchor's past, then its own block so far
+            own = slice(span.start - len(kept) + count, span.slot + 1 - len(kept) + count)
+            own_CME = torch.cat([k_TJE[own], v_TJE[own]], dim=1).transpose(0, 1)
+            seen_CSE = torch.cat([seen_CSE, own_CME.to(kv_CSE.dtype)], dim=1)
+        yield attend_row(q_THE[row], seen_CSE, spec.scale, spec.sinks)
 
 
-def _masks(
-    spec: AttentionSpec, s: Segment, qkv: tuple[Tensor, Tensor, Tensor], kv_CSE: Tensor
-) -> Iterator[Tensor]:
-    """Each mask token over what it sees: its anchor's past, then its own block so far."""
-    q_MHE, k_MJE, v_MJE = qkv
-    own_CME = torch.cat([k_MJE, v_MJE], dim=1).transpose(0, 1).to(kv_CSE.dtype)
-    size, count = kv_CSE.shape[1], len(s.positions)
-    for row, span in enumerate(s.spans(size - count, spec.window)[count:]):
-        own = own_CME[:, span.start - size : span.slot + 1 - size]
-        seen_CSE = torch.cat([kv_CSE[:, span.first : span.seen], own], dim=1)
-        yield attend_rows(q_MHE[row : row + 1], seen_CSE, spec.scale, None, spec.sinks)
-
-
-def attend_rows(
-    q_THE: Tensor, kv_CSE: Tensor, scale: float, window: int | None, sinks_H: Tensor | None = None
-) -> Tensor:
-    """(T, H*E): the last T of S tokens attend, each to itself and what is before it; with `sinks`, also
-    to nothing, which has that score."""
-    num_new, num_heads, head_dim = q_THE.shape
-    num_kv, size = kv_CSE.shape[0] // 2, kv_CSE.shape[1]
-    q_TJGE = q_THE.reshape(num_new, 1, num_kv, num_heads // num_kv, head_dim)
-    out = []
-    for row in range(num_new):
-        end = size - num_new + row + 1
-        seen = kv_CSE[None, :, max(0, end - window) if window else 0 : end]
-        k_JSE, v_JSE = seen[:, :num_kv], seen[:, num_kv:]
-        if sinks_H is not None:
-            out.append(_row_with_sinks(q_TJGE[row], k_JSE, v_JSE, scale, sinks_H))
-            continue
-        out.append(scaled_dot_product_attention(q_TJGE[row], k_JSE, v_JSE, scale=scale))
-    return torch.cat(out).view(num_new, -1)
+def attend_row(q_HE: Tensor, kv_CSE: Tensor, scale: float, sinks_H: Tensor | None = None) -> Tensor:
+    """(1, H*E): a row attends to all S entries; with `sinks`, also to nothing, which has that score."""
+    num_kv, head_dim = kv_CSE.shape[0] // 2, q_HE.shape[1]
+    q_1JGE = q_HE.reshape(1, num_kv, -1, head_dim)
+    k_1JSE, v_1JSE = kv_CSE[None, :num_kv], kv_CSE[None, num_kv:]
+    if sinks_H is not None:
+        return _row_with_sinks(q_1JGE, k_1JSE, v_1JSE, scale, sinks_H).view(1, -1)
+    return scaled_dot_product_attention(q_1JGE, k_1JSE, v_1JSE, scale=scale).view(1, -1)
 
 
 def _row_with_sinks(
@@ -115,19 +100,20 @@ def _row_with_sinks(
 
 def attend_span(
     q_THE: Tensor,
+    queries_T: Sequence[int],
     kv_CSE: Tensor,
-    positions_S: Sequence[int],
-    scale: float,
-    window: int | None,
-    sinks_H: Tensor | None = None,
+    keys_S: Sequence[int],
+    spec: AttentionSpec,
 ) -> Tensor:
-    """(T, H*E): the same for a long span, all at once."""
+    """(T, H*E): many rows at once, each over the entries that its position may see; theirs are among them.
+    Positions of both rise."""
     num_new, _, head_dim = q_THE.shape
-    num_kv, size = kv_CSE.shape[0] // 2, kv_CSE.shape[1]
-    if (head_dim >= WIDE_HEAD and q_THE.dtype == torch.bfloat16) or sinks_H is not None:
-        return _blocked(q_THE * scale, kv_CSE, positions_S, window, sinks_H)
-    plain = size == num_new and (window is None or size <= window)
-    mask = None if plain else _mask(positions_S, size - num_new, size, 0, size, window)
+    (num_heads, size), window = kv_CSE.shape[:2], spec.window
+    num_kv = num_heads // 2
+    if (head_dim >= WIDE_HEAD and q_THE.dtype == torch.bfloat16) or spec.sinks is not None:
+        return _blocked(q_THE * spec.scale, queries_T, kv_CSE, keys_S, spec)
+    plain = size == num_new and (window is None or keys_S[-1] - keys_S[0] < window)
+    mask = None if plain else _mask(queries_T, keys_S, window)
     q_HTE = q_THE.transpose(0, 1)
     if q_THE.dtype == torch.bfloat16 and keeps_kernels():
         q_HTE, kv_CSE = _filled(q_HTE, 1), _filled(kv_CSE, 1)
@@ -138,7 +124,7 @@ def attend_span(
         kv_CSE[None, num_kv:],
         mask,
         is_causal=plain,
-        scale=scale,
+        scale=spec.scale,
         enable_gqa=True,
     )
     return out_HTE[0, :, :num_new].transpose(0, 1).flatten(1)
@@ -157,12 +143,10 @@ def _filled(x: Tensor, axis: int) -> Tensor:
     return pad(x, [*[0, 0] * (x.ndim - 1 - axis), 0, short]) if short else x
 
 
-def _mask(
-    positions: Sequence[int], first: int, last: int, start: int, end: int, window: int | None
-) -> Tensor:
-    """(last - first, end - start) bool: which entries each query may see."""
-    queries = torch.tensor(positions[first:last], dtype=torch.int64, device="cpu")
-    apart = queries[:, None] - torch.tensor(positions[start:end], dtype=torch.int64, device="cpu")
+def _mask(queries: Sequence[int], keys: Sequence[int], window: int | None) -> Tensor:
+    """(T, S) bool: which entries each query may see, by their positions."""
+    apart = torch.tensor(queries, dtype=torch.int64, device="cpu")[:, None]
+    apart = apart - torch.tensor(keys, dtype=torch.int64, device="cpu")
     return (apart >= 0) if window is None else (apart >= 0) & (apart < window)
 
 
@@ -179,24 +163,25 @@ def score_bytes(d: Description, context: int, activation_bytes: int) -> int:
 
 def _blocked(
     q_THE: Tensor,
+    queries: Sequence[int],
     kv_CSE: Tensor,
-    positions: Sequence[int],
-    window: int | None,
-    sinks_H: Tensor | None,
+    keys: Sequence[int],
+    spec: AttentionSpec,
 ) -> Tensor:
     num_new, num_heads, head_dim = q_THE.shape
-    num_kv, size = kv_CSE.shape[0] // 2, kv_CSE.shape[1]
-    group, past = num_heads // num_kv, size - num_new
+    num_kv, window, sinks_H = kv_CSE.shape[0] // 2, spec.window, spec.sinks
+    group = num_heads // num_kv
     q_JTGE = q_THE.reshape(num_new, num_kv, group, head_dim).transpose(0, 1)
     out = torch.empty_like(q_JTGE)
-    block = _block(num_heads, size)
+    block = _block(num_heads, kv_CSE.shape[1])
     for first in range(0, num_new, block):
         last = min(first + block, num_new)
-        start, end = max(0, past + first - window + 1) if window else 0, past + last
+        start = bisect_left(keys, queries[first] - window + 1) if window else 0
+        end = bisect_right(keys, queries[last - 1])
         k_JSE, v_JSE = kv_CSE[:num_kv, start:end], kv_CSE[num_kv:, start:end]
         rows_JRE = q_JTGE[:, first:last].reshape(num_kv, -1, head_dim)
         score = torch.bmm(rows_JRE, k_JSE.transpose(1, 2)).float()
-        hidden = ~_mask(positions, past + first, end, start, end, window)
+        hidden = ~_mask(queries[first:last], keys[start:end], window)
         score.view(num_kv, last - first, group, -1).masked_fill_(hidden[:, None], -torch.inf)
         if sinks_H is not None:
             sinks_JTG = sinks_H.view(num_kv, 1, group).expand(-1, last - first, -1)

@@ -84,6 +84,10 @@ class Backend(Protocol):
         """activation(gate) * up: (T, 2F) -> (T, F)."""
         ...
 
+    def decode_entries(self, coded_CSX: Tensor, out_CSE: Tensor, count: int) -> None:
+        """The first entries of a cache that is kept in 8 bits (kv/int8.py), as numbers."""
+        ...
+
     def attend(self, spec: AttentionSpec, qkv: Tensor, cos_sin: Tensor, rows: Rows) -> Tensor:
         """(T, H*E) of the projections (T, (H + 2J)*E): bias, norms, rotation by `cos_sin` (T, 1, E/2)
         complex, storing of keys and values in each sequence's cache, attention."""

@@ -29,11 +29,15 @@ NAMES = (
 SOURCES = tuple(Path(__file__).with_name("csrc") / n for n in NAMES)
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 LIMIT_S = 300  # of a file, on a machine that is busy
+# What says in /proc/cpuinfo which instructions there are; on ARM, the last three.
+PROCESSOR = ("flags", "model name", "Features", "CPU implementer", "CPU part")
 NO_COMPILER = "no C compiler was found"
 HEADER = Path(__file__).with_name("csrc") / "numbers.h"
+# On ARM `mcpu` says what `march` does elsewhere; Apple's clang has no other before version 15.
+OWN_PROCESSOR = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 FLAGS = (
     "-O3",
-    "-march=native",
+    OWN_PROCESSOR,
     "-std=gnu11",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -189,18 +193,19 @@ def mapped(name: str) -> str | None:
     return next((path for path in paths if name in Path(path).name), None)
 
 
+def processor() -> str:
+    """Which processor this is, and what it can do."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    found = sorted({line for line in lines if line.startswith(PROCESSOR)})
+    # Elsewhere than on Linux: a Mac's version names its chip.
+    return "\0".join((platform.machine(), *(found or (platform.processor(), platform.version()))))
+
+
 @cache
 def _key(flags: tuple[str, ...]) -> str:
     """Names what is built: a hash of sources, flags and processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else [platform.processor()]
-    processor = sorted({line for line in lines if line.startswith(("flags", "model name"))})
-    parts = (
-        *(p.read_text() for p in (HEADER, *SOURCES)),
-        *flags,
-        platform.machine(),
-        *processor,
-    )
+    parts = (*(p.read_text() for p in (HEADER, *SOURCES)), *flags, processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -42,6 +42,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "residual_rows": [_P, _P, _P, _F, _L, _L],
     "gate_rows": [_P, _P, _L, _L, _I],
     "attend_rows": [_P, _P, _P, _P, _L, _L, _P, _P],
+    "decode_entries": [_P, _P, _P, _L],
     "group_linear": [_P, _P, _P, _L, _I, _P],
     "group_decode": [_P, _P],
     "tile_linear": [_P, _P, _P, _P, _L, _L, _L, _P],
@@ -78,6 +79,7 @@ class Native(Plain):
         self.library = lib
         found = {name: _function(lib, name) for name in SIGNATURES}
         self._set_threads, self._attend = found["set_threads"], found["attend_rows"]
+        self._decode_entries = found["decode_entries"]
         self._norm, self._residual = found["norm_rows"], found["residual_rows"]
         self._gate, self._lowrank = found["gate_rows"], found["lowrank_rows"]
         self._group_linear, self._group_decode = found["group_linear"], found["group_decode"]
@@ -202,6 +204,14 @@ class Native(Plain):
             scratch.data_ptr(), out.data_ptr(),
         )  # fmt: skip
         return out
+
+    def decode_entries(self, coded_CSX: Tensor, out_CSE: Tensor, count: int) -> None:
+        if out_CSE.dtype is not BF16:
+            super().decode_entries(coded_CSX, out_CSE, count)
+            return
+        heads, capacity, width = out_CSE.shape
+        shape = (_L * 4)(heads, coded_CSX.shape[1], capacity, width)
+        self._decode_entries(coded_CSX.data_ptr(), out_CSE.data_ptr(), shape, count)
 
     def lowrank(
         self, matrix: LowRankMatrix, x_TK: Tensor, y_TN: Tensor, rows: slice, wide: bool

@@ -18,6 +18,7 @@ from outsize.kernels.norm import RMSNorm
 from outsize.kernels.palettes import PaletteMatrix, palette_numbers
 from outsize.kernels.rows import Rows
 from outsize.kernels.structs import Coded, ExpertMatrices, LowRankMatrix
+from outsize.kv.int8 import decode
 
 WIDE_BYTES = 8 << 20  # decoded at once: it stays in the cache until the matmul has read it
 TILE_ROWS = 48  # up to here an int4 kernel beats decoding every weight, even for one long span
@@ -52,6 +53,9 @@ class Plain:
     def gate(self, gate_up: Tensor, activation: str) -> Tensor:
         gate, up = gate_up.chunk(2, dim=1)
         return ACTIVATIONS[activation](gate).mul_(up)
+
+    def decode_entries(self, coded_CSX: Tensor, out_CSE: Tensor, count: int) -> None:
+        decode(coded_CSX, out_CSE, count)
 
     def attend(self, spec: AttentionSpec, qkv: Tensor, cos_sin: Tensor, rows: Rows) -> Tensor:
         return attention.attend(spec, qkv, cos_sin, rows)

@@ -6,6 +6,7 @@ token, or a mask token of a draft, which stands after a token (its anchor) and i
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,11 +16,11 @@ from outsize.kv.kv import KV
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The rows of one sequence in a step: its tokens; then, block by block, `depth` mask tokens after each of
-    the tokens with the numbers `anchors`."""
+    """The rows of one sequence in a step: its tokens, by rising position; then, block by block, `depth` mask
+    tokens after each of the tokens with the numbers `anchors`."""
 
     kv: KV
-    positions: range
+    positions: Sequence[int]
     anchors: tuple[int, ...] = ()
     depth: int = 0
 
@@ -36,20 +37,25 @@ class Segment:
         masks = [self.positions[a] + j + 1 for a in self.anchors for j in range(self.depth)]
         return [*self.positions, *masks]
 
-    def spans(self, start: int, window: int | None) -> list[AttentionSpan]:
-        """What each row sees, if its tokens' entries go to slots from `start` on, and masks' behind them."""
-        far = window or 1 << 60
-        out = []
-        for slot in range(start, start + len(self.positions)):
-            out.append(AttentionSpan(slot, max(0, slot + 1 - far), slot + 1, slot + 1))
-        block = start + len(self.positions)
+    def spans(self, layer: int, slots: Sequence[int], window: int | None) -> list[AttentionSpan]:
+        """What each row sees in a layer, whose entries of tokens are at `slots`; masks' go behind all."""
+        kept, out = self.kv.positions[layer], []
+        for slot in slots:
+            out.append(
+                AttentionSpan(slot, self._first(kept, kept[slot], window), slot + 1, slot + 1)
+            )
+        block = len(kept)
         for a in self.anchors:
-            seen = start + a + 1
+            seen = slots[a] + 1
             for j in range(self.depth):
-                first = min(seen - 1, max(0, seen + j + 1 - far))
-                out.append(AttentionSpan(block + j, first, seen, block))
+                first = self._first(kept, self.positions[a] + j + 1, window)
+                out.append(AttentionSpan(block + j, min(seen - 1, first), seen, block))
             block += self.depth
         return out
+
+    def _first(self, kept: Sequence[int], position: int, window: int | None) -> int:
+        """The first entry that a row at a position sees."""
+        return 0 if window is None else bisect_left(kept, position + 1 - window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +69,14 @@ class Rows:
 
     def table(self, layer: int, window: int | None) -> AttentionTable:
         """What each row sees in a layer, with room made for its entry. Layers alike share it."""
-        found = [s.kv.reserve(layer, s.positions, s.num_masks) for s in self.segments]
-        key = window, *(start for _, start in found)
+        found = [s.kv.opened(layer, s.positions, s.num_masks) for s in self.segments]
+        key = window, *(slots for _, slots, _ in found)
         if key not in self._tables:
             pairs = zip(self.segments, found, strict=True)
-            self._tables[key] = AttentionTable([s.spans(start, window) for s, (_, start) in pairs])
+            self._tables[key] = AttentionTable(
+                [s.spans(layer, slots, window) for s, (_, slots, _) in pairs]
+            )
         table = self._tables[key]
-        for number, (stored, _) in enumerate(found):
-            table.store(number, stored)
+        for number, (stored, _, coded) in enumerate(found):
+            table.store(number, stored, coded)
         return table

@@ -194,15 +194,18 @@ class AttentionTable:
 
     def __init__(self, spans: Sequence[Sequence[AttentionSpan]]) -> None:
         """`spans`: of each sequence's rows."""
-        flat = [(0, s.slot, 0, s.first, s.seen, s.start) for rows in spans for s in rows]
+        flat = [(0, s.slot, 0, s.first, s.seen, s.start, 0, 0) for rows in spans for s in rows]
         self._cells = np.array(flat, dtype=np.int64)
         self.most_chunks = max(s.num_chunks for rows in spans for s in rows)
         self.pointer = self._cells.ctypes.data
         ends = np.cumsum([len(rows) for rows in spans]).tolist()
         self._rows = [slice(end - len(rows), end) for end, rows in zip(ends, spans, strict=True)]
 
-    def store(self, number: int, stored: Tensor) -> None:
-        """Sequence `number` keeps its entries in `stored` (2J, capacity, E)."""
-        rows = self._rows[number]
-        self._cells[rows, 0] = stored.data_ptr()
-        self._cells[rows, 2] = stored.shape[1]
+    def store(self, number: int, stored: Tensor, coded: Tensor | None) -> None:
+        """Sequence `number` has its entries in `stored` (2J, capacity, E), and, if it keeps them in 8 bits,
+        in `coded` (2J, capacity, ...); those of mask tokens are not kept."""
+        cells = self._cells[self._rows[number]]
+        cells[:, 0], cells[:, 2] = stored.data_ptr(), stored.shape[1]
+        if coded is not None:
+            is_kept = cells[:, 5] > cells[:, 1]
+            cells[:, 6], cells[:, 7] = is_kept * coded.data_ptr(), coded.shape[1]

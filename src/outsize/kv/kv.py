@@ -1,5 +1,6 @@
 """The KV cache of one sequence, ragged by layer: each layer keeps its own entries and their positions, so
-that a pass may store different tokens in different layers.
+that a pass may store different tokens in different layers. Entries are sorted by position, whenever they
+came.
 
 A layer's storage is (C, capacity, E): key heads, then value heads, each head's entries in a row, so that
 reading a head is one sequential run.
@@ -21,8 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from outsize.errors import ReadError
+from outsize.kv.pruned import Pruned
 
 FIRST = 256  # entries a layer starts with; it doubles when full
+MOVED = 1024  # entries that are copied at once where others are put before them
 
 
 class KV:
@@ -36,6 +39,8 @@ class KV:
         shape = 2 * num_heads, room, head_dim
         self._stored = [torch.empty(shape, dtype=dtype, device="cpu") for _ in range(num_layers)]
         self.positions = [array("i") for _ in range(num_layers)]
+        self.pruned: list[Pruned] = []  # of each prompt that not all layers have seen all tokens of
+        self.torn = False  # a step that moves entries began, and has not ended
 
     @property
     def nbytes(self) -> int:
@@ -43,16 +48,54 @@ class KV:
 
     @property
     def length(self) -> int:
-        """Tokens that every layer has."""
-        return min(len(kept) for kept in self.positions)
+        """Tokens so far. (Of some a layer may have no entry; of the last, each layer has.)"""
+        return min(kept[-1] + 1 if kept else 0 for kept in self.positions)
+
+    @property
+    def computed(self) -> float:
+        """Share of the (token, layer) pairs so far that were computed."""
+        if not self.pruned:
+            return 1.0
+        num_layers = len(self.positions)
+        missing = sum(pruned.missing(num_layers) for pruned in self.pruned)
+        return 1.0 - missing / max(1, num_layers * self.length)
 
     def append(self, layer: int, k_TJE: Tensor, v_TJE: Tensor, positions: Sequence[int]) -> Tensor:
         """Store T entries, copied; positions must rise. Returns the view."""
-        stored, start = self.reserve(layer, positions)
-        num_heads, end = k_TJE.shape[1], start + len(positions)
-        stored[:num_heads, start:end] = k_TJE.transpose(0, 1)
-        stored[num_heads:, start:end] = v_TJE.transpose(0, 1)
-        return stored[:, :end]
+        stored, slots = self.place(layer, positions)
+        num_heads = k_TJE.shape[1]
+        if isinstance(slots, range):
+            stored[:num_heads, slots.start : slots.stop] = k_TJE.transpose(0, 1)
+            stored[num_heads:, slots.start : slots.stop] = v_TJE.transpose(0, 1)
+        else:
+            index = torch.tensor(slots, dtype=torch.int64, device="cpu")
+            stored[:num_heads, index] = k_TJE.transpose(0, 1).to(stored.dtype)
+            stored[num_heads:, index] = v_TJE.transpose(0, 1).to(stored.dtype)
+        return self.view(layer)
+
+    def opened(
+        self, layer: int, positions: Sequence[int], beyond: int = 0
+    ) -> tuple[Tensor, range | tuple[int, ...], Tensor | None]:
+        """As `place`, for kernels, which also read what is there; and where entries are kept in 8 bits, if
+        they are."""
+        return *self.place(layer, positions, beyond), None
+
+    def place(
+        self, layer: int, positions: Sequence[int], beyond: int = 0
+    ) -> tuple[Tensor, range | tuple[int, ...]]:
+        """As `reserve`, for rising positions that may be among those that are there: later entries make
+        room. The index of each."""
+        kept = self.positions[layer]
+        if not kept or positions[0] > kept[-1]:
+            stored, start = self.reserve(layer, positions, beyond)
+            return stored, range(start, start + len(positions))
+        places = [bisect_left(kept, position) for position in positions]
+        stored, used = self.reserve(layer, positions, beyond)
+        del kept[used:]
+        _make_room(stored, used, places)
+        for number, (place, position) in enumerate(zip(places, positions, strict=True)):
+            kept.insert(place + number, position)
+        return stored, tuple(place + number for number, place in enumerate(places))
 
     def reserve(self, layer: int, positions: Sequence[int], beyond: int = 0) -> tuple[Tensor, int]:
         """Room for entries that the caller fills at once: all of the layer's storage, and the index
@@ -86,7 +129,7 @@ class KV:
     def fit(self) -> None:
         """Let go of storage beyond what is used."""
         for layer in range(len(self._stored)):
-            self._stored[layer] = self.view(layer).clone(memory_format=torch.contiguous_format)
+            self._stored[layer] = self.entries(layer).clone(memory_format=torch.contiguous_format)
 
     def copy_from(self, other: KV, length: int) -> None:
         """Become the first `length` positions of another cache of the same model."""
@@ -94,7 +137,36 @@ class KV:
             count = bisect_left(theirs, length)
             self.positions[layer] = theirs[:0]
             stored, _ = self.reserve(layer, theirs[:count])
-            stored[:, :count] = other.view(layer)[:, :count]
+            stored[:, :count] = other.entries(layer)[:, :count]
+
+    @property
+    def like(self) -> Tensor:
+        """(L, C, 0, E): an empty tensor of the type of blocks, which have all layers' entries."""
+        num_heads, _, head_dim = self._stored[0].shape
+        return self._stored[0].new_empty(len(self._stored), num_heads, 0, head_dim)
+
+    def blocks(self, start: int, size: int, count: int, move: bool = False) -> list[Tensor]:
+        """`count` copies (L, C, size, E) of the entries of `size` positions each, from `start` on, of a cache
+        whose layers all have all positions. `move`: nothing else is needed any more, and each layer's memory
+        is let go once it is copied."""
+        layers, (num_heads, _, head_dim) = len(self._stored), self._stored[0].shape
+        shape = layers, num_heads, size, head_dim
+        out = [self._stored[0].new_empty(shape) for _ in range(count)]
+        for layer, stored in enumerate(self._stored):
+            for i, block in enumerate(out):
+                at = start + i * size
+                block[layer] = stored[:, at : at + size]
+            if move:
+                self._stored[layer] = stored.new_empty(num_heads, 0, head_dim)
+                self.positions[layer] = array("i")
+        return out
+
+    def append_block(self, block: Tensor) -> None:
+        """The next entries of all layers, copied: what `blocks` gave."""
+        for layer, entries in enumerate(block):
+            start = len(self.positions[layer])
+            stored, at = self.reserve(layer, range(start, start + entries.shape[1]))
+            stored[:, at : at + entries.shape[1]] = entries
 
     def emptied(self) -> KV:
         """Another cache of the same shape, with nothing in it."""
@@ -104,8 +176,10 @@ class KV:
     def write(self, file: BinaryIO) -> None:
         """All entries into a file, and let their memory go; `read` brings them back, bit by bit."""
         for layer, old in enumerate(self._stored):
-            file.write(_bytes(self.view(layer).contiguous()).data)
+            file.write(_bytes(self.entries(layer).contiguous()).data)
             self._stored[layer] = old.new_empty(old.shape[0], 0, old.shape[2])
+        for pruned in self.pruned:
+            pruned.write(file)
 
     def read(self, file: BinaryIO, room: int) -> None:
         """What `write` wrote, into storage for `room` entries a layer."""
@@ -113,29 +187,54 @@ class KV:
             used = len(self.positions[layer])
             self._stored[layer] = old.new_empty(old.shape[0], max(room, used), old.shape[2])
             entries = old.new_empty(old.shape[0], used, old.shape[2])
-            if file.readinto(_bytes(entries).data) != entries.nbytes:  # type: ignore[attr-defined]
-                raise ReadError(
-                    "the file that keys and values were put aside in is shorter than it was"
-                )
+            _fill(entries, file)
             self._stored[layer][:, :used] = entries
+        for pruned in self.pruned:
+            if (states := pruned.room()) is not None:
+                _fill(states, file)
+
+    def entries(self, layer: int) -> Tensor:
+        """(C, S, ...): the entries of a layer as they are stored, no copy."""
+        return self._stored[layer][:, : len(self.positions[layer])]
 
     def view(self, layer: int) -> Tensor:
-        """(C, S, E): the entries of a layer, no copy."""
-        return self._stored[layer][:, : len(self.positions[layer])]
+        """(C, S, E): the entries of a layer as numbers; here no copy."""
+        return self.entries(layer)
 
     def truncate(self, length: int) -> None:
         """Forget every entry at position `length` or later."""
+        self.torn = self.torn and length > 0
         for kept in self.positions:
             if kept and kept[-1] >= length:
                 del kept[bisect_left(kept, length) :]
+        if self.pruned:
+            shorter = [pruned.before(length) for pruned in self.pruned]
+            self.pruned = [pruned for pruned in shorter if len(pruned.tokens)]
 
     def keep(self, layer: int, indices: Sequence[int]) -> None:
         """Of one layer, keep only the entries at these rising indices."""
-        kept, stored = self.positions[layer], self.view(layer)
+        kept, stored = self.positions[layer], self.entries(layer)
         stored[:, : len(indices)] = stored[
             :, torch.tensor(indices, dtype=torch.int64, device="cpu")
         ]
         self.positions[layer] = array("i", [kept[i] for i in indices])
+
+
+def _make_room(stored_CSE: Tensor, used: int, places: Sequence[int]) -> None:
+    """Of so many entries, those from each of the rising places on move up by one."""
+    end = used
+    for shift in range(len(places), 0, -1):
+        start = places[shift - 1]
+        for stop in range(end, start, -MOVED):
+            low = max(start, stop - MOVED)
+            stored_CSE[:, low + shift : stop + shift] = stored_CSE[:, low:stop].clone()
+        end = start
+
+
+def _fill(x: Tensor, file: BinaryIO) -> None:
+    """With a file's next bytes. Raises ReadError."""
+    if file.readinto(_bytes(x).data) != x.nbytes:  # type: ignore[attr-defined]
+        raise ReadError("the file that keys and values were put aside in is shorter than it was")
 
 
 def _bytes(x: Tensor) -> NDArray[np.uint8]:

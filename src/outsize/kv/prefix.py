@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from outsize.kv.kv import KV
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class CachedPrefix:
     """A cache and the tokens it was computed from."""
 
     kv: KV
     tokens: list[int] = field(default_factory=list)
-    adapter: str | None = None  # that computed it
+    way: Hashable = None  # that it was computed in: by which adapter, ...
+    exact: int = 0  # leading tokens that were computed as a prompt's are, in whole chunks
 
-    def shared(self, ids: Sequence[int], adapter: str | None) -> int:
+    def shared(self, ids: Sequence[int], way: Hashable = None) -> int:
         """How many leading tokens need not be run again; the last always is."""
-        if adapter != self.adapter:
-            self.tokens, self.adapter = [], adapter
+        if way != self.way or self.kv.torn:
+            self.tokens, self.way = [], way
         count = 0
         for ours, theirs in zip(self.tokens, ids[:-1], strict=False):
             if ours != theirs:
                 break
             count += 1
         self.tokens = self.tokens[:count]  # the others' entries are about to be written over
+        self.exact = min(self.exact, count)
         return count

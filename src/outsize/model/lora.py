@@ -8,7 +8,9 @@ Shapes: T rows, K inputs, N outputs, P stacked projections, R rank.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -57,6 +59,17 @@ class Adapter:
     def nbytes(self) -> int:
         """What it holds."""
         return sum(stack.nbytes for stack in self._stacks.values())
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of its factors: the same of two adapters that add the same."""
+        found = hashlib.sha256()
+        for place, stack in self._stacks.items():
+            found.update(f"{place} {stack.ends}".encode())
+            for factor in (stack.a, stack.b, stack.scale):
+                if factor is not None:
+                    found.update(factor.contiguous().flatten().view(torch.uint8).numpy().data)
+        return found.hexdigest()
 
 
 def stack_bytes(d: Description, shapes: Shapes) -> list[int]:

@@ -8,14 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
-from outsize.kernels.backend import Backend
+from outsize.kernels.backend import AttentionSpec, Backend
 from outsize.kernels.norm import RMSNorm
 from outsize.kernels.rows import Rows
 from outsize.model.lora import Adapter
 from outsize.model_config import Rope
+
+
+class Watch(Protocol):
+    """Looks at what some rows of a step attend to, in some layers."""
+
+    @property
+    def rows(self) -> slice: ...
+
+    def is_for(self, layer: int) -> bool: ...
+
+    def see(self, spec: AttentionSpec, qkv_RN: Tensor, cos_sin: Tensor) -> None:
+        """The rows' projections, which are its own to change, and rotary angles; keys are stored."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +40,7 @@ class Step:
     cos_sin: Mapping[Rope, Tensor]  # rotary angles (T, 1, E/2), complex, for each kind of rope
     backend: Backend  # the plain one for wide steps
     added: Sequence[tuple[slice, Adapter]] = ()  # rows that an adapter adds to
+    watches: Sequence[Watch] = ()
 
     @property
     def wide(self) -> bool:

@@ -77,7 +77,11 @@ class Attention:
             some = qkv[:, at : at + norm.weight.shape[-1]]
             some.copy_(norm(some.float()))
             at += some.shape[1]
-        inner = step.backend.attend(self._spec, qkv, step.cos_sin[self._rope], step.rows)
+        cos_sin = step.cos_sin[self._rope]
+        watched = [(w, qkv[w.rows].clone()) for w in step.watches if w.is_for(self._index)]
+        inner = step.backend.attend(self._spec, qkv, cos_sin, step.rows)
+        for watch, rows in watched:
+            watch.see(self._spec, rows, cos_sin[watch.rows])
         return step.add(self._index, "o", inner, self._o(inner, step.wide))
 
 

@@ -19,12 +19,13 @@ from outsize.kernels.norm import RMSNorm
 from outsize.kernels.plain import PLAIN
 from outsize.kernels.rows import Rows, Segment
 from outsize.kernels.threads import Threads
+from outsize.kv.int8 import Int8KV
 from outsize.kv.kv import KV
 from outsize.model.layers import cos_sin
 from outsize.model.lora import Adapter
 from outsize.model.memory import WeightMemory
 from outsize.model.paged import PagedLayer, link
-from outsize.model.step import Step
+from outsize.model.step import Step, Watch
 from outsize.model.sublayer import attention_sublayer, ffn_sublayer, mixture_sublayer, vector
 from outsize.model_config import Description, Rope
 from outsize.weights.load import Loaded
@@ -65,6 +66,7 @@ class Transformer:
         self._ropes = description.ropes
         self.backend = backend if self.dtype == torch.bfloat16 else PLAIN
         self.chunk = CHUNK  # tokens of a prompt that are computed at once, at multiples of it
+        self.kv = "auto"  # how keys and values are kept, or int8
         self._own, self.threads = backend, threads or Threads(torch.get_num_threads())
         self.memory = WeightMemory(description, loaded, self.paged_layers, ceiling)
 
@@ -91,6 +93,9 @@ class Transformer:
     def new_kv(self, room: int = 0) -> KV:
         """An empty cache for one sequence; with `room` for so many tokens it never moves."""
         d = self.description
+        if self.kv == "int8":
+            like = KV(d.num_layers, d.num_kv_heads, d.head_dim, self.dtype)
+            return Int8KV(like, self.backend.decode_entries, room)
         return KV(d.num_layers, d.num_kv_heads, d.head_dim, self.dtype, room)
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
@@ -100,12 +105,16 @@ class Transformer:
         return rows if scale == 1.0 else rows.mul_(scale)
 
     def step(
-        self, segments: Sequence[Segment], wide: bool, added: Sequence[tuple[slice, Adapter]] = ()
+        self,
+        segments: Sequence[Segment],
+        wide: bool,
+        added: Sequence[tuple[slice, Adapter]] = (),
+        watches: Sequence[Watch] = (),
     ) -> Step:
         """A step of these rows; its rotary angles are computed once for all layers."""
         positions = [p for s in segments for p in s.all_positions()]
         angles = rotary_angles(self._ropes, self.description.head_dim, positions)
-        return Step(Rows(segments, wide), angles, PLAIN if wide else self.backend, added)
+        return Step(Rows(segments, wide), angles, PLAIN if wide else self.backend, added, watches)
 
     def normed(self, h_TD: Tensor) -> Tensor:
         """What the head reads."""

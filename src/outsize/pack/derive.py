@@ -16,8 +16,9 @@ from pathlib import Path
 from torch import Tensor
 
 from outsize.errors import PackError
+from outsize.pack import tokenizer_file
 from outsize.pack.folders import safe
-from outsize.pack.format import TOKENIZER, Pack, Quality, read_header
+from outsize.pack.format import Pack, Quality, read_header
 from outsize.pack.kinds.kind import groups
 from outsize.pack.kinds.layers import tables_of
 from outsize.pack.layout import fault
@@ -66,7 +67,7 @@ def derive(
         if final.exists():
             shutil.rmtree(final)
         draft = replace(base, path=final, source=source, tables=(), quality=quality)
-        text = (base.path / TOKENIZER).read_bytes
+        text = partial(tokenizer_file.read, base.path)
         return write_whole(draft, text, tables, progress, None, is_alone)
 
 
@@ -94,7 +95,7 @@ def _kept(table: TableHeader, stored: Stored) -> TablePlan:
 
 
 def _record(table: TableHeader, number: int, stored: Stored) -> Record:
-    """A record as it is."""
+    """A record as it is; tensors by name, so that a pack as it was made and as it is read give the same."""
 
     def fields(name: str, piece: int) -> Mapping[str, Tensor]:
         return stored(table, number)[name][piece]
@@ -104,5 +105,5 @@ def _record(table: TableHeader, number: int, stored: Stored) -> Record:
             Made(m.encoding, m.num_rows, m.width, partial(fields, name, i))
             for i, m in enumerate(matrices)
         )
-        for name, matrices in table.tensors.items()
+        for name, matrices in sorted(table.tensors.items())
     }

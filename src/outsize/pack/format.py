@@ -2,7 +2,7 @@
 
     pack.json        what is in it: description, tables, tokenizer settings, a checksum of itself
     *.records        one file a table: equally long records, each padded to 4096 bytes
-    tokenizer.json
+    tokenizer.json.gz
 
 A table holds layers (a record is one layer's attention, or feed-forward), experts (a record is one expert
 of one layer) or rows (a record is a block of consecutive rows of an embedding or a head). A record's
@@ -21,19 +21,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from outsize.checkpoint.read_json import MAX_JSON
 from outsize.checkpoint.typed_json import read_fields
 from outsize.encoding import int4
 from outsize.errors import PackError
 from outsize.family import bounds
 from outsize.model_config import Description
-from outsize.pack import layout
+from outsize.pack import layout, tokenizer_file
 from outsize.pack.source import Source
 from outsize.pack.tables import TableHeader
 
 VERSION = 2
 HEADER = "pack.json"
-TOKENIZER = "tokenizer.json"
 LAYOUTS = {"int4": int4.LAYOUT}
 MOST_HEADER = 8 << 20  # bytes; the largest known mixture's is 1 MB
 
@@ -197,11 +195,8 @@ def _fault(pack: Pack) -> str:
         )
     if pack.source.size < 0 or not pack.source.files:
         return "its source is no file"
-    return "" if _is_sized(pack.path / TOKENIZER) else f"{TOKENIZER} is missing or too long"
-
-
-def _is_sized(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size <= MAX_JSON
+    sized = tokenizer_file.is_sized(pack.path)
+    return "" if sized else f"{tokenizer_file.NAME} is missing or too long"
 
 
 def _file_fault(folder: Path, table: TableHeader) -> str:

@@ -9,7 +9,8 @@ from outsize.checkpoint import tokenizer
 from outsize.checkpoint.checkpoint import Checkpoint
 from outsize.family.find import recipe
 from outsize.model_config import Description
-from outsize.pack.format import TOKENIZER, Pack, Quality
+from outsize.pack import tokenizer_file
+from outsize.pack.format import Pack, Quality
 from outsize.pack.layout import plan
 from outsize.pack.tables import TableHeader
 
@@ -36,6 +37,8 @@ class Outline:
     smaller: Outline | None = None  # of a draft model, which is held whole
     streams: int = 1  # replies that are computed at once
     has_template: bool = False  # a chat template, which a process of its own renders
+    kv: str = "auto"  # how keys and values are kept, or int8
+    staging: int = 0  # bytes of blocks of the prefix cache on their way to and from a disk
     grammars: int = 0  # replies at once that may have to obey a schema or a grammar
 
     @property
@@ -53,7 +56,7 @@ class Outline:
 
 
 def of_pack(pack: Pack) -> Outline:
-    size = (pack.path / TOKENIZER).stat().st_size
+    size = tokenizer_file.size(pack.path)
     return Outline(
         pack.path.name, pack.description, pack.tables, size, True, pack.source.sha256,
         pack.source.kin, pack.quality, has_template=bool(pack.chat_templates),

@@ -28,10 +28,10 @@ from outsize.checkpoint.source import hash_files
 from outsize.errors import CheckpointError, DiskFullError, PackError, SourceError
 from outsize.family.find import recipe as find_recipe
 from outsize.model_config import Description
-from outsize.pack import store
+from outsize.pack import store, tokenizer_file
 from outsize.pack.encode import encode, slices
 from outsize.pack.folders import rename, safe, sync
-from outsize.pack.format import HEADER, TOKENIZER, Pack, read_header, write_header
+from outsize.pack.format import HEADER, Pack, read_header, write_header
 from outsize.pack.layout import fault, lossy_tensors, plan, refuse_biases, rounded_tensors
 from outsize.pack.lock import locked
 from outsize.pack.source import Source, file_stats, identity, layout_hash
@@ -225,7 +225,7 @@ def _full(home: Path, size: int) -> DiskFullError:
 
 def _write_text(draft: Pack, folder: Path, text: bytes) -> Pack:
     """Tokenizer and header."""
-    (folder / TOKENIZER).write_bytes(text)
+    tokenizer_file.write(folder, text)
     pack = replace(draft, tokenizer_crc=zlib.crc32(text))
     write_header(pack, folder)
     return pack

@@ -10,6 +10,7 @@ from pathlib import Path
 from outsize.draft import load as drafting
 from outsize.draft.spec import DraftSpec, parse_draft
 from outsize.errors import BudgetError, ContextError, OptionError
+from outsize.forward.prune import parse_prefill
 from outsize.home import expanded
 from outsize.kernels.backend import Backend
 from outsize.kernels.find import find
@@ -18,9 +19,10 @@ from outsize.model_config import Description
 from outsize.options import LoadOptions
 from outsize.pack import fetch
 from outsize.pack.outline import Outline
-from outsize.plan import beside, drafts
+from outsize.plan import beside, drafts, fixed
 from outsize.plan.place import copy_bytes, place, tokenizer_bytes
 from outsize.plan.placement import Placement
+from outsize.prefix.spec import parse_prefix
 from outsize.storage.table import VERIFY
 from outsize.weights.spec import parse_experts
 
@@ -28,7 +30,9 @@ from outsize.weights.spec import parse_experts
 def check(options: LoadOptions) -> None:
     """Parse the options that are texts. Raises OptionError, UnsupportedError."""
     parse_experts(options.experts or "")
-    parse_draft(options.draft)
+    draft, prune = parse_draft(options.draft), parse_prefill(options.prefill)
+    if prune is not None:
+        prune.check_drafts(draft.kind)
     if options.verify not in VERIFY:
         raise OptionError(f"verify is {options.verify!r}; known are {', '.join(VERIFY)}")
 
@@ -92,7 +96,9 @@ def decide(
     """The placement for a budget of `size` bytes; with `--draft auto` also the kind of drafter: the best that
     brings more than its memory takes from weights. Raises BudgetError, ContextError."""
     grammars = options.streams if options.grammars else 0
-    outline = replace(outline, streams=options.streams, grammars=grammars)
+    outline = replace(outline, streams=options.streams, grammars=grammars, kv=options.kv)
+    if parse_prefix(options.prefix_cache).kind == "disk":
+        outline = replace(outline, staging=fixed.staging(outline, options.chunk))
     longest, context = outline.description.context, options.context
     if context is not None and context > longest:
         raise ContextError(f"context is {context:,}; this model holds from 2 to {longest:,} tokens")

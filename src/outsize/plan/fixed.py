@@ -11,11 +11,13 @@ from dataclasses import replace
 from outsize.caching.eviction.echo import BYTES as ECHO_BYTES
 from outsize.kernels.attention import CHUNK, score_bytes
 from outsize.kernels.plain import WIDE_BYTES
+from outsize.kv.int8 import entry_bytes
 from outsize.pack.kinds.kind import kinds
 from outsize.pack.outline import Outline
 from outsize.pack.tables import TableHeader
 from outsize.plan.placement import ADAPTER, TEMPLATE
 from outsize.plan.warmup import COMPILED, COMPILED_BYTES
+from outsize.prefix.disk import staging_bytes
 from outsize.storage.buffers import huge_bytes
 from outsize.weights.rows import IN_FLIGHT as ROWS_IN_FLIGHT
 
@@ -31,10 +33,24 @@ STREAM_TOKENS = 512  # of context that each further reply at once is planned for
 def kv_bytes(o: Outline) -> int:
     """Of one token: its keys and values in all layers, its residual row, its rotary angles, its id."""
     d = o.description
-    kv = 2 * d.num_layers * d.num_kv_heads * d.head_dim * o.activation_bytes
+    kv = stored_bytes(o)
+    if o.kv == "int8":  # of one layer, as numbers
+        kv += 2 * d.num_kv_heads * d.head_dim * o.activation_bytes
     ropes = len({layer.rope for layer in d.layers})
     routed = 0 if d.mixture is None else d.width * (o.activation_bytes + 4) + 200 * d.mixture.used
     return kv + 4 * d.width + 4 * d.head_dim * ropes + routed + 100
+
+
+def stored_bytes(o: Outline) -> int:
+    """Of one token: its keys and values in all layers."""
+    d = o.description
+    entry = entry_bytes(d.head_dim) if o.kv == "int8" else d.head_dim * o.activation_bytes
+    return 2 * d.num_layers * d.num_kv_heads * entry
+
+
+def staging(o: Outline, chunk: int | None) -> int:
+    """Of blocks of keys and values on their way to and from a disk."""
+    return staging_bytes(stored_bytes(o) * (chunk or CHUNK))
 
 
 def kv_tokens(o: Outline, context: int) -> int:
@@ -83,6 +99,7 @@ def fixed_costs(o: Outline, runtime: int, tokenizer: int, context: int) -> dict[
         **({GRAMMARS: grammar_bytes(o)} if o.grammars else {}),
         **({"cache policy": policy_bytes(o)} if routed(o) else {}),
         **({"copies of experts": o.copies} if o.copies else {}),
+        **({"prefix cache": o.staging} if o.staging else {}),
         "scratch": max(
             scratch_bytes(o, context),
             o.step_scratch,

@@ -21,6 +21,9 @@ from outsize.system.address_space import bounds
 from outsize.weights.residency import Share, all_of
 
 MB = 1_000_000
+KV_INT8 = (
+    "keys and values are kept in 8 bits, which changes answers a little (lossy); --kv auto is exact"
+)
 RESERVE_SHARE, RESERVE = 0.01, 20 * MB  # page cache of libraries, page tables, kernel stacks
 IN_FLIGHT, IN_FLIGHT_LEAST = 8 << 20, 4 << 20  # bytes read ahead to keep the disk busy
 SHORTEST = 1024  # tokens of context that are always planned for, if the user asked for none
@@ -193,7 +196,7 @@ def place(
     else:
         idle = lent_bytes(o, fixed["scratch"], FRAGMENTS)
         shares, spare = lend(o, _stream(o, room), idle), 0
-    notes = []
+    notes = [KV_INT8] if o.kv == "int8" else []
     if context is None and chosen < o.description.context:
         notes.append(
             f"context shortened from {o.description.context:,} to {chosen:,} tokens to fit; "

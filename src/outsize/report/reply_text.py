@@ -10,11 +10,16 @@ from outsize.engine.reply import Reply
 def summary(reply: Reply, disk_bytes_per_s: float | None = None) -> str:
     """The line. `disk_bytes_per_s`: the measured rate of the disk, to compare with."""
     parts = [
-        f"{reply.prompt_tokens} prompt tokens, first token after {reply.first_token_s:.2f} s",
+        f"{reply.prompt_tokens} prompt tokens{_reused(reply)}, first token after {reply.first_token_s:.2f} s",
         f"{reply.new_tokens} tokens at {reply.tokens_per_s:.1f}/s",
         f"peak memory {reply.peak_memory_bytes / 1e6:,.0f} of {reply.budget_bytes / 1e6:,.0f} MB, "
         f"read {reply.bytes_read / 1e6:,.0f} MB",
     ]
+    if reply.lossy:
+        parts.append(
+            f"lossy: prefill={reply.options['prefill']} computed {reply.computed_share:.0%} of tokens times "
+            "layers"
+        )
     if reply.drafted:
         parts.append(
             f"{reply.accepted} of {reply.drafted} draft tokens accepted, "
@@ -40,6 +45,16 @@ def summary(reply: Reply, disk_bytes_per_s: float | None = None) -> str:
     if reply.cached_reads:
         parts.append("read through the page cache: the pack's file system refuses direct reads")
     return f"[{'; '.join(parts)}]"
+
+
+def _reused(reply: Reply) -> str:
+    """How much of the prompt was not computed again, and what the prefix cache on disk read and wrote."""
+    said = [f"{reply.reused_tokens} of them reused"] if reply.reused_tokens else []
+    if reply.reused_bytes_read:
+        said.append(f"{reply.reused_bytes_read / 1e6:,.0f} MB of keys and values read")
+    if reply.kept_bytes_written:
+        said.append(f"{reply.kept_bytes_written / 1e6:,.0f} MB of them written for later")
+    return f" ({', '.join(said)})" if said else ""
 
 
 def _experts(counts: Mapping[str, float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from outsize.errors import OptionError
+from outsize.errors import OptionError, PackError
 from outsize.options import Options
 from outsize.sampling.constraint import Constraint
 from outsize.sampling.logprobs import TokenLogprob, logprob_of
@@ -21,8 +22,19 @@ Floats = NDArray[np.float64]
 
 
 def greedy(logits_V: Tensor, tokens: Sequence[int]) -> int:
-    """The likeliest token; of equals, the first."""
-    return int(logits_V.argmax())
+    """The likeliest token; of equals, the first. Raises PackError."""
+    token = int(logits_V.argmax())  # one that is no number, if there is one
+    _check_number(float(logits_V[token]))
+    return token
+
+
+def _check_number(largest: float) -> None:
+    """Damaged weights make logits that are no numbers, which no token can be drawn from. Raises PackError."""
+    if not math.isfinite(largest):
+        raise PackError(
+            f"the largest logit is {largest}, from which no token can be drawn: the weights, or an "
+            "adapter's, have values that are not finite; fetch the model again, or run it without the adapter"
+        )
 
 
 def penalize(logits_V: Tensor, tokens: Sequence[int], options: Options) -> Tensor:
@@ -68,13 +80,14 @@ def keep_min_p(prob: Floats, p: float) -> Floats:
 
 def probs(logits_V: Tensor, options: Options) -> Probs:
     """The distribution to draw from: cut at temperature 1 (top-k, top-p, min-p), then heated or cooled; at 0
-    the likeliest token alone."""
+    the likeliest token alone. Raises PackError."""
     if options.temperature == 0:
         return Probs(np.array([greedy(logits_V, ())]), np.ones(1))
     logits = logits_V.double().numpy()
     count = min(options.top_k or len(logits), len(logits))
     part = np.argpartition(-logits, count - 1)[:count]
     order = part[np.lexsort((part, -logits[part]))]  # ties by id, so that a seed is enough
+    _check_number(float(logits[order[0]]))
     prob = np.exp(logits[order] - logits[order[0]])
     prob = keep_min_p(keep_top_p(keep_top_k(prob, options.top_k), options.top_p), options.min_p)
     prob = prob[: np.count_nonzero(prob)]  # impossible ones are not drawn, however a sum is rounded

@@ -92,7 +92,7 @@ class Frames:
 
 def _usage(end: End) -> Frame:
     """What was computed, and what was known: the prompt is the sum of both."""
-    reply, cached = end.reply, end.reply.cached_tokens
+    reply, cached = end.reply, end.reply.reused_tokens
     return {
         "input_tokens": reply.prompt_tokens - cached, "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": cached, "output_tokens": reply.new_tokens, "outsize": account([reply]),

@@ -17,7 +17,14 @@ from outsize.serve.sse import COMMENT, DONE, SSE, data
 from outsize.version import __version__
 
 TEMPERATURE = 1.0  # OpenAI's default, as top_p's
-SAME_NAMES = ("min_p", "repeat_last_n", "presence_penalty", "frequency_penalty", "ignore_eos")
+SAME_NAMES = (
+    "min_p",
+    "repeat_last_n",
+    "presence_penalty",
+    "frequency_penalty",
+    "ignore_eos",
+    "prefill",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +126,7 @@ def usage(replies: Iterable[Reply], prompt_tokens: int, model: Model) -> dict[st
         "prompt_tokens": prompt_tokens,
         "completion_tokens": new,
         "total_tokens": prompt_tokens + new,
-        "prompt_tokens_details": {"cached_tokens": each[0].cached_tokens if each else 0},
+        "prompt_tokens_details": {"cached_tokens": each[0].reused_tokens if each else 0},
         "completion_tokens_details": {
             "reasoning_tokens": thought,
             "accepted_prediction_tokens": accepted,
@@ -140,4 +147,6 @@ def account(replies: list[Reply]) -> dict[str, Any]:
         "tokens_per_s": first.tokens_per_s,
         "drafted": sum(r.drafted for r in replies),
         "accepted": sum(r.accepted for r in replies),
+        "lossy": first.lossy,
+        "computed_share": first.computed_share,
     }

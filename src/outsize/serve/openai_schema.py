@@ -47,6 +47,7 @@ class Common(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
+    prefill: Text | None = None
     user: Annotated[str | None, NoEffect()] = None
     metadata: Annotated[dict[str, Any] | None, NoEffect()] = None
     service_tier: Annotated[str | None, Neutral(("auto", "default"))] = None

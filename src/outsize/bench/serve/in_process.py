@@ -78,7 +78,8 @@ class InProcess:
 def _run(pipe: Connection, model: str, how: LoadChanges) -> None:
     """The other process: answers until the pipe is closed."""
     probe.set_threads(how.get("threads"))
-    with loading.load(model, **how) as m:
+    once: LoadChanges = {**how, "prefix_cache": "off"}
+    with loading.load(model, **once) as m:
         held = round(1 - m.placement.streamed / max(1, m.pack.size), 4)
         pipe.send({"held_share": held, "context": m.context})
         while True:

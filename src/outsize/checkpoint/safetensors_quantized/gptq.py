@@ -65,6 +65,8 @@ def _zeros(tensor: Tensor, scheme: Scheme, span: Span) -> int | Bytes:
     words = Span(span.start // pack, -(-span.stop // pack))
     packed = stored.columns(tensor, words)
     zeros = unpacked(packed, scheme.bits).T[span.start - words.start * pack :][: len(span)]
+    if scheme.symmetric and (zeros == middle).all():
+        return middle  # as gptq_v2 stores it, which some files call gptq
     if scheme.zero_shift:
         if (zeros == top).any():
             raise UnsupportedError(

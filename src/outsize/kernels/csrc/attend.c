@@ -24,12 +24,57 @@ typedef struct {
     bf16 *cache; /* (2 kv_heads, capacity, head_dim): keys, then values */
     long slot;   /* where this row's entry goes */
     long capacity, first, seen, from;
+    uint8_t *coded; /* or null: (2 kv_heads, coded_capacity, ...), where the entry is kept in 8 bits */
+    long coded_capacity;
 } Row;
 
 /* Rows r0 to r1, which share a cache, over entries lo to hi; `own`: the one row's second run. */
 typedef struct {
     long r0, r1, head, lo, hi, own;
 } Task;
+
+/* Bytes of an entry that is kept in 8 bits: E codes, and a step in bf16 for each GROUP of them, or for all. */
+enum { KV_GROUP = 32 };
+static long group_of(long E) { return E % KV_GROUP ? E : KV_GROUP; }
+static long coded_bytes(long E) { return E + E / group_of(E) * (long)sizeof(bf16); }
+
+/* An entry in 8 bits; and the numbers that its codes stand for. */
+static void code8(bf16 *entry, long E, uint8_t *coded) {
+    for (long g = 0, n = group_of(E); g < E / n; g++, entry += n) {
+        float most = 0;
+        for (long i = 0; i < n; i++) {
+            const float x = up(entry[i]), size = x < 0 ? -x : x;
+            most = size > most ? size : most;
+        }
+        const bf16 kept = down(most / 127);
+        const float step = up(kept);
+        for (long i = 0; i < n; i++) {
+            float code = step ? rintf(up(entry[i]) / step) : 0;
+            code = code > 127 ? 127 : code < -127 ? -127 : code;
+            coded[g * n + i] = (uint8_t)(int8_t)code;
+            entry[i] = down(code * step);
+        }
+        memcpy(coded + E + g * sizeof kept, &kept, sizeof kept);
+    }
+}
+
+/* out (heads, capacity, E): the first `count` entries of `coded` (heads, coded_capacity, ...) as numbers. */
+void decode_entries(const uint8_t *coded, bf16 *out, const long *shape, long count) {
+    const long heads = shape[0], coded_capacity = shape[1], capacity = shape[2], E = shape[3];
+    const long bytes = coded_bytes(E), n = group_of(E);
+#pragma omp parallel for schedule(static) collapse(2) num_threads(threads_for(heads * count * E))
+    for (long c = 0; c < heads; c++)
+        for (long s = 0; s < count; s++) {
+            const int8_t *code = (const int8_t *)coded + (c * coded_capacity + s) * bytes;
+            bf16 *entry = out + (c * capacity + s) * E;
+            for (long g = 0; g < E / n; g++) {
+                bf16 kept;
+                memcpy(&kept, code + E + g * sizeof kept, sizeof kept);
+                const float step = up(kept);
+                for (long i = g * n; i < (g + 1) * n; i++) entry[i] = down(code[i] * step);
+            }
+        }
+}
 
 /* One row's query (scaled) and cache entry from its projections. */
 static void prepare(const Attention *a, const bf16 *qkv, const float *cos_sin, Row row, bf16 *q) {
@@ -53,6 +98,8 @@ static void prepare(const Attention *a, const bf16 *qkv, const float *cos_sin, R
         } else {
             bf16 *entry = row.cache + ((c - H) * row.capacity + row.slot) * E;
             for (long i = 0; i < E; i++) entry[i] = down(x[i]);
+            if (row.coded)
+                code8(entry, E, row.coded + ((c - H) * row.coded_capacity + row.slot) * coded_bytes(E));
         }
     }
 }
@@ -178,7 +225,7 @@ scores(const bf16 *k, long n, long E, const bf16 *const *q, const long count, fl
         for (long i = 0; i < count; i++) acc[i] = (v8){0};
         for (long e = 0; e < E; e += 8) {
             v8 key = ups8(k + e);
-            for (long i = 0; i < count; i++) acc[i] += key * load8(query[i] + e);
+            for (long i = 0; i < count; i++) acc[i] = mul_add8(key, load8(query[i] + e), acc[i]);
         }
         for (long i = 0; i < count; i++) out[i][s] = sum8(acc[i]);
     }
@@ -191,18 +238,27 @@ mix(const bf16 *v, long n, long E, float (*w)[CHUNK], const long count, float *c
         for (long i = 0; i < count; i++) acc[i] = (v8){0};
         for (long s = 0; s < n; s++) {
             v8 value = ups8(v + s * E + e);
-            for (long i = 0; i < count; i++) acc[i] += value * w[i][s];
+            for (long i = 0; i < count; i++) acc[i] = mul_add8(value, all8(w[i][s]), acc[i]);
         }
         for (long i = 0; i < count; i++) memcpy(out[i] + e, &acc[i], sizeof acc[i]);
     }
 }
 #endif
 
+/* Eight at a time as intrinsics, since gcc makes three instructions of a choice, and clang none of a reduction. */
+static float largest(const float *x, long n) {
+    v8 eight = all8(-INFINITY);
+    long s = 0;
+    for (; s + 8 <= n; s += 8) eight = max8(eight, load8(x + s));
+    float most = eight[0];
+    for (long i = 1; i < 8; i++) most = eight[i] > most ? eight[i] : most;
+    for (; s < n; s++) most = x[s] > most ? x[s] : most;
+    return most;
+}
+
 /* Scores to weights, over [lo, hi) of n; nothing elsewhere. */
 static void soften(float *score, long n, long lo, long hi, float *top, float *total) {
-    float most = -INFINITY, sum = 0;
-#pragma omp simd reduction(max : most)
-    for (long s = lo; s < hi; s++) most = score[s] > most ? score[s] : most;
+    float most = largest(score + lo, hi - lo), sum = 0;
     for (long s = 0; s < lo; s++) score[s] = 0;
 #pragma omp simd reduction(+ : sum)
     for (long s = lo; s < hi; s++) {
@@ -285,8 +341,8 @@ static void combine(long G, long E, const float *part, long chunks, long stride,
         for (long c = 0; c < chunks; c++) {
             const float *p = part + c * stride;
             float w = exp_poly(p[G * E + g] - top);
-            total += w * p[G * E + G + g];
-            for (long i = 0; i < E; i++) sum[i] += w * p[g * E + i];
+            total = mul_add(w, p[G * E + G + g], total);
+            for (long i = 0; i < E; i++) sum[i] = mul_add(w, p[g * E + i], sum[i]);
         }
         for (long i = 0; i < E; i++) out[g * E + i] = down(sum[i] / total);
     }

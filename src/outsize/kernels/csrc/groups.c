@@ -131,6 +131,11 @@ static inline u32 fifths(const uint8_t *high) {
     const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201);
     __m256i own = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), spread), bit);
     return (u32)_mm256_and_si256(_mm256_cmpeq_epi8(own, bit), _mm256_set1_epi8(16));
+#elif defined(__aarch64__)
+    const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201)), sixteen = vdupq_n_u8(16);
+    const uint8x16_t a = vcombine_u8(vdup_n_u8(high[0]), vdup_n_u8(high[1]));
+    const uint8x16_t b = vcombine_u8(vdup_n_u8(high[2]), vdup_n_u8(high[3]));
+    return (u32)joined((uint32x4_t)(vtstq_u8(a, bit) & sixteen), (uint32x4_t)(vtstq_u8(b, bit) & sixteen));
 #else
     u32 out;
     for (long i = 0; i < GROUP; i++) out[i] = (high[i / 8] >> (i % 8) & 1) << 4;
@@ -143,6 +148,10 @@ static inline v16 widened(u32 bytes, long half) {
 #ifdef __AVX2__
     __m256i all = (__m256i)bytes;
     return (v16)_mm256_cvtepi8_epi16(half ? _mm256_extracti128_si256(all, 1) : _mm256_castsi256_si128(all));
+#elif defined(__aarch64__)
+    int8x16_t halves[2];
+    memcpy(halves, &bytes, sizeof halves);
+    return (v16)joined((uint32x4_t)vmovl_s8(vget_low_s8(halves[half])), (uint32x4_t)vmovl_high_s8(halves[half]));
 #else
     v16 out;
     for (long i = 0; i < 16; i++) out[i] = (int8_t)bytes[16 * half + i];
@@ -205,7 +214,7 @@ dot(const Matrix *m, const long bits, long n, Input x, const long count, float *
             for (long t = 0; t < count; t++) {
                 const int16_t *in = x.x + ((g + i) * count + t) * GROUP;
                 v8i both = dot16(w[2 * i], load16(in)) + dot16(w[2 * i + 1], load16(in + 16));
-                sum[t] += floats8(both) * scale[(g + i) * MAX_ROWS + t];
+                sum[t] = mul_add8(floats8(both), all8(scale[(g + i) * MAX_ROWS + t]), sum[t]);
             }
     }
     for (long t = 0; t < count; t++) out[t] = sum8(sum[t]);

@@ -47,8 +47,8 @@ static inline void dots(const bf16 *a, const bf16 *x, long n, long some, float *
     for (long r = 0; r < some; r++) {
         v8 sum = {0}, other = {0};
         for (long i = 0; i < n; i += 16) {
-            sum += ups8(a + r * n + i) * ups8(x + i);
-            other += ups8(a + r * n + i + 8) * ups8(x + i + 8);
+            sum = mul_add8(ups8(a + r * n + i), ups8(x + i), sum);
+            other = mul_add8(ups8(a + r * n + i + 8), ups8(x + i + 8), other);
         }
         out[r] = sum8(sum + other);
     }
@@ -77,8 +77,8 @@ static inline void add16(const bf16 *b, long stride, long rank, const bf16 *inne
         for (long h = 0; h < 2; h++) {
             v8 first, second;
             pairs8(b + r * stride + 16 * h, &first, &second);
-            sum[h] += first * up(inner[r * step]);
-            sum[h] += second * up(inner[r * step + 1]);
+            sum[h] = mul_add8(first, all8(up(inner[r * step])), sum[h]);
+            sum[h] = mul_add8(second, all8(up(inner[r * step + 1])), sum[h]);
         }
     for (long i = 0; i < 16; i++) y[i] = down(up(y[i]) + sum[i / 8][i % 8]);
 #endif

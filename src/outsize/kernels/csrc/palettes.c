@@ -240,7 +240,6 @@ decode_group(const Matrix *m, const long bits, const int coded, long tile, const
 }
 #else
 enum { MAX_ROWS = 4 };
-typedef uint8_t u32 __attribute__((vector_size(32)));
 
 static inline void floats_of(const void *p, long kind, long at, float *out) {
 #ifdef __F16C__
@@ -267,16 +266,98 @@ static inline void floats_of(const void *p, long kind, long at, float *out) {
     }
 }
 
+#ifdef __aarch64__
+typedef uint8x16_t Levels; /* of an input: a byte a row */
+
+static inline __attribute__((always_inline)) uint8x16_t
+look_up(const uint8_t *table, const long bits, uint8x16_t code) {
+    const uint8x16x4_t t = {{vld1q_u8(table), vld1q_u8(table + 16), vld1q_u8(table + 32), vld1q_u8(table + 48)}};
+    const uint8x16x2_t half = {{t.val[0], t.val[1]}};
+    return bits == 6 ? vqtbl4q_u8(t, code) : bits == 5 ? vqtbl2q_u8(half, code) : vqtbl1q_u8(t.val[0], code);
+}
+
+/* The levels of inputs 4j to 4j + 3 of 16 that lie at p. */
+static inline __attribute__((always_inline)) void
+levels_at(const uint8_t *p, const long bits, const long j, const uint8_t *table, Levels *out) {
+    const uint8x16x4_t low = vld4q_u8(bits < 4 ? p : bits == 8 ? p + 64 * j : p + j / 2 * 64);
+    const uint8x16x4_t top = bits == 6 ? vld4q_u8(p + 128) : low;
+    uint8x16_t high = vdupq_n_u8(0);
+    if (bits == 3 || bits == 5) { /* a row's four bits are half a byte */
+        const uint8x8_t eight = vld1_u8(p + (bits == 3 ? 64 : 128) + 8 * j);
+        high = vcombine_u8(vzip1_u8(eight, eight), vzip2_u8(eight, eight));
+    }
+    for (long i = 0; i < 4; i++) {
+        uint8x16_t code = low.val[i];
+        if (bits < 8) code = bits < 4 ? code >> 2 * j & 3 : code >> 4 * (j & 1) & 15;
+        if (bits == 3 || bits == 5) {
+            const uint8x16_t bit = vreinterpretq_u8_u16(vdupq_n_u16((uint16_t)(0x1001 << i)));
+            code |= vtstq_u8(high, bit) & vdupq_n_u8(bits == 3 ? 4 : 16);
+        }
+        if (bits == 6) code |= (top.val[i] >> 2 * j & 3) << 4;
+        out[i] = table ? look_up(table, bits, code) : code;
+    }
+}
+
+/* The same as bytes: of four inputs, sixteen rows. */
+static inline __attribute__((always_inline)) void
+level_bytes(const uint8_t *p, const long bits, const long j, const uint8_t *table, uint8_t (*out)[TILE]) {
+    Levels w[4];
+    levels_at(p, bits, j, table, w);
+    memcpy(out, w, sizeof w);
+}
+
+/* The levels of a chunk of inputs. */
+static inline __attribute__((always_inline)) void
+levels_of(const uint8_t *p, const long bits, const uint8_t *table, const long chunk, Levels *out) {
+    for (long at = 0; at < chunk; at += TILE, p += 32 * bits)
+        for (long j = 0; j < 4; j++, out += 4) levels_at(p, bits, j, table, out);
+}
+
+/* Adds what a chunk of inputs, from k on, brings the tile's sixteen rows. */
+static inline __attribute__((always_inline)) void
+add_chunk(const Matrix *m, const Levels *w, const Row *x, long k, const float *step, const float *lows, const long count,
+          float (*part)[TILE], float (*low)[TILE]) {
+    const long chunk = chunk_of(m);
+    int32x4_t acc[MAX_ROWS][4];
+    for (long t = 0; t < count; t++)
+        for (long q = 0; q < 4; q++) acc[t][q] = vdupq_n_s32(x[t].start[k / chunk]);
+    for (long at = k; at < k + chunk; at += 4, w += 4) {
+#define INPUT(i)                                                                                         \
+    do {                                                                                                 \
+        const int16x8_t a = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(w[i])));                          \
+        const int16x8_t b = vreinterpretq_s16_u16(vmovl_high_u8(w[i]));                                  \
+        for (long t = 0; t < count; t++) {                                                               \
+            const int16x4_t four = vld1_s16(x[t].whole + at);                                            \
+            acc[t][0] = vmlal_lane_s16(acc[t][0], vget_low_s16(a), four, i);                             \
+            acc[t][1] = vmlal_high_lane_s16(acc[t][1], a, four, i);                                      \
+            acc[t][2] = vmlal_lane_s16(acc[t][2], vget_low_s16(b), four, i);                             \
+            acc[t][3] = vmlal_high_lane_s16(acc[t][3], b, four, i);                                      \
+        }                                                                                                \
+    } while (0)
+        INPUT(0);
+        INPUT(1);
+        INPUT(2);
+        INPUT(3);
+#undef INPUT
+    }
+    for (long t = 0; t < count; t++)
+        for (long q = 0; q < 4; q++) {
+            float *out = part[t] + 4 * q;
+            const float32x4_t steps = vmulq_n_f32(vld1q_f32(step + 4 * q), x[t].scale[k / TAKEN]);
+            vst1q_f32(out, vfmaq_f32(vld1q_f32(out), vcvtq_f32_s32(acc[t][q]), steps));
+            if (!lows) continue;
+            out = low[t] + 4 * q;
+            vst1q_f32(out, vfmaq_n_f32(vld1q_f32(out), vld1q_f32(lows + 4 * q), x[t].sum[k / chunk]));
+        }
+}
+#else
+typedef uint8_t u32 __attribute__((vector_size(32)));
+typedef v16 Levels; /* two inputs of eight rows */
+
 /* Each byte's entry of a table of 16, or 0 from 128 on. */
 static inline u32 look_up16(const uint8_t *table, u32 code) {
 #ifdef __AVX2__
     return (u32)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)table)), (__m256i)code);
-#elif defined(__ARM_NEON)
-    uint8x16_t some = vld1q_u8(table), halves[2];
-    memcpy(halves, &code, sizeof halves);
-    for (long i = 0; i < 2; i++) halves[i] = vqtbl1q_u8(some, halves[i]);
-    memcpy(&code, halves, sizeof halves);
-    return code;
 #else
     u32 out;
     for (long i = 0; i < 32; i++) out[i] = code[i] < 128 ? table[code[i] & 15] : 0;
@@ -324,6 +405,15 @@ levels_at(const uint8_t *p, const long bits, const long j, const long eight, con
     return out;
 }
 
+/* The same as bytes: of four inputs, sixteen rows. */
+static inline __attribute__((always_inline)) void
+level_bytes(const uint8_t *p, const long bits, const long j, const uint8_t *table, uint8_t (*out)[TILE]) {
+    for (long q = 0; q < 2; q++) {
+        const u32 bytes = levels_at(p, bits, j, q, table);
+        for (long i = 0; i < 32; i++) out[i % 4][8 * q + i / 4] = bytes[i];
+    }
+}
+
 /* Of each four bytes the first two or the last two, as integers of 16 bits. */
 static inline v16 widened(u32 bytes, const long last) {
 #ifdef __AVX2__
@@ -339,7 +429,7 @@ static inline v16 widened(u32 bytes, const long last) {
 
 /* The levels of a chunk, as they meet two inputs: for each 4 of these, rows 0 to 7 and 8 to 15, two times two. */
 static inline __attribute__((always_inline)) void
-levels_of(const uint8_t *p, const long bits, const uint8_t *table, const long chunk, v16 *out) {
+levels_of(const uint8_t *p, const long bits, const uint8_t *table, const long chunk, Levels *out) {
     for (long at = 0; at < chunk; at += TILE, p += 32 * bits)
         for (long j = 0; j < 4; j++)
             for (long q = 0; q < 2; q++, out += 2) {
@@ -351,7 +441,7 @@ levels_of(const uint8_t *p, const long bits, const uint8_t *table, const long ch
 
 /* Adds what a chunk of inputs, from k on, brings the tile's sixteen rows. */
 static inline __attribute__((always_inline)) void
-add_chunk(const Matrix *m, const v16 *w, const Row *x, long k, const float *step, const float *lows, const long count,
+add_chunk(const Matrix *m, const Levels *w, const Row *x, long k, const float *step, const float *lows, const long count,
           float (*part)[TILE], float (*low)[TILE]) {
     const long chunk = chunk_of(m);
     v8i acc[MAX_ROWS][2];
@@ -368,14 +458,15 @@ add_chunk(const Matrix *m, const v16 *w, const Row *x, long k, const float *step
     for (long t = 0; t < count; t++)
         for (long q = 0; q < 2; q++) {
             float *out = part[t] + 8 * q;
-            v8 sum = load8(out) + floats8(acc[t][q]) * (load8(step + 8 * q) * x[t].scale[k / TAKEN]);
+            v8 sum = mul_add8(floats8(acc[t][q]), load8(step + 8 * q) * x[t].scale[k / TAKEN], load8(out));
             memcpy(out, &sum, sizeof sum);
             if (!lows) continue;
             out = low[t] + 8 * q;
-            sum = load8(out) + load8(lows + 8 * q) * x[t].sum[k / chunk];
+            sum = mul_add8(load8(lows + 8 * q), all8(x[t].sum[k / chunk]), load8(out));
             memcpy(out, &sum, sizeof sum);
         }
 }
+#endif
 
 /* A tile's levels, with room for sixteen; null where codes are levels. */
 static inline const uint8_t *table_of(const Matrix *m, const long bits, long tile, uint8_t *room) {
@@ -404,7 +495,7 @@ tile_rows(const Matrix *m, const long bits, const int coded, long tile, char *sc
         memset(low, 0, count * sizeof *low);
         for (long k = first * group; k < (first + run) * group; k += chunk, p += 2 * bits * chunk) {
             const long at = (tile * groups + k / group) * TILE;
-            v16 w[TAKEN];
+            Levels w[TAKEN];
             levels_of(p, bits, table, chunk, w);
             floats_of(pal->step, pal->step_kind, at, step);
             if (pal->low) floats_of(pal->low, pal->low_kind, at, lows);
@@ -424,7 +515,11 @@ tile_rows(const Matrix *m, const long bits, const int coded, long tile, char *sc
         if (pal->block) floats_of(pal->block, FP16, at, block);
         if (pal->low_block) floats_of(pal->low_block, FP16, at, low_block);
         for (long t = 0; t < count; t++)
-            for (long r = 0; r < TILE; r++) total[t][r] += part[t][r] * block[r] + low[t][r] * low_block[r];
+            for (long r = 0; r < TILE; r += 8) {
+                v8 sum = mul_add8(load8(part[t] + r), load8(block + r), load8(total[t] + r));
+                sum = mul_add8(load8(low[t] + r), load8(low_block + r), sum);
+                memcpy(total[t] + r, &sum, sizeof sum);
+            }
     }
     for (long t = 0; t < count; t++)
         for (long r = 0; r < TILE; r++) {
@@ -441,15 +536,13 @@ decode_group(const Matrix *m, const long bits, const int coded, long tile, const
     uint8_t room[64] = {0};
     const uint8_t *table = coded ? table_of(m, bits, tile, room) : 0;
     for (long k = 0; k < m->palette->group; k += TILE, p += 32 * bits)
-        for (long j = 0; j < 4; j++, out += 4 * stride)
-            for (long q = 0; q < 2; q++) {
-                const u32 bytes = levels_at(p, bits, j, q, table);
-                for (long r = 0; r < 8; r++)
-                    for (long i = 0; i < 4; i++) {
-                        const float level = (float)(bytes[4 * r + i] - (int)m->palette->offset);
-                        out[i * stride + 8 * q + r] = down(level * step[8 * q + r] + low[8 * q + r]);
-                    }
-            }
+        for (long j = 0; j < 4; j++) {
+            uint8_t level[4][TILE];
+            level_bytes(p, bits, j, table, level);
+            for (long i = 0; i < 4; i++, out += stride)
+                for (long r = 0; r < TILE; r++)
+                    out[r] = down(mul_add((float)(level[i][r] - (int)m->palette->offset), step[r], low[r]));
+        }
 }
 #endif
 

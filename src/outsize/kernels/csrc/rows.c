@@ -34,7 +34,7 @@ void residual_rows(float *h, const bf16 *y, const float *weight, float eps, long
         for (long i = 0; i < width; i++) sum += up(y[i]) * up(y[i]);
         r = 1.0f / sqrtf(sum / width + eps);
 #pragma omp simd
-        for (long i = 0; i < width; i++) h[i] += up(y[i]) * r * weight[i];
+        for (long i = 0; i < width; i++) h[i] = mul_add(up(y[i]) * r, weight[i], h[i]);
     }
 }
 

@@ -97,8 +97,15 @@ typedef struct {
 
 /* Codes of two inputs, side by side, for eight outputs: low or high nibbles of the bytes at p and at p + 32. */
 static inline v16 code_pairs(const uint8_t *p, long high) {
+#ifdef __aarch64__
+    uint8x16_t both = vcombine_u8(vld1_u8(p), vld1_u8(p + 32));
+    both = high ? both >> 4 : both & 15;
+    both = vzip1q_u8(both, vextq_u8(both, both, 8));
+    return (v16)joined((uint32x4_t)vmovl_u8(vget_low_u8(both)), (uint32x4_t)vmovl_high_u8(both));
+#else
     v8i both = bytes8(p) | bytes8(p + 32) << 16;
     return (v16)((high ? both >> 4 : both) & 0x000F000F);
+#endif
 }
 
 /* Adds to `total` what 32 inputs, from g * GROUP on, bring 16 * eights outputs of `count` rows. The weights lie as
@@ -119,7 +126,7 @@ slice(const uint8_t *p, const int16_t *pairs, const bf16 *scales, Inputs in, lon
         for (long t = 0; t < count; t++) {
             int32_t two;
             memcpy(&two, x + t * in.width + k, sizeof two);
-            v16 v = (v16)((v8i){0} + two);
+            v16 v = (v16)repeated(two);
             for (long q = 0; q < 2 * eights; q++) acc[t][q] += dot16(w[q], v);
         }
     }
@@ -131,8 +138,8 @@ slice(const uint8_t *p, const int16_t *pairs, const bf16 *scales, Inputs in, lon
         for (long t = 0; t < count; t++) {
             long group = (first + t) * (in.width / GROUP) + g;
             float *out = total[t] + at;
-            v8 sum = load8(out) + floats8(acc[t][q]) * (step * in.scale[group]);
-            sum += low * in.sums[group];
+            v8 sum = mul_add8(floats8(acc[t][q]), step * in.scale[group], load8(out));
+            sum = mul_add8(low, all8(in.sums[group]), sum);
             memcpy(out, &sum, sizeof sum);
         }
     }
