@@ -17,6 +17,7 @@ from typing import Any
 OUTSIZE = "-c", "from outsize.cli.main import main; main()"
 PEERS = Path(__file__).parent / "peers"
 LLAMA, ACCELERATE = str(PEERS / "llamacpp.py"), str(PEERS / "offload.py")
+LLAMA_SERVER = str(PEERS / "llamaserver.py")
 HIDDEN = False, argparse.SUPPRESS  # of a flag that a script gives to itself
 WRAP = "", "a command that caps what follows it at {bytes} of memory, page cache included"
 Row = dict[str, Any]

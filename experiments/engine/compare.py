@@ -21,7 +21,18 @@ from pathlib import Path
 
 from experiments import runs
 from experiments.memory import paging
-from experiments.runs import ACCELERATE, LLAMA, OUTSIZE, WRAP, Row, arguments, busy, compared, fresh
+from experiments.runs import (
+    ACCELERATE,
+    LLAMA,
+    LLAMA_SERVER,
+    OUTSIZE,
+    WRAP,
+    Row,
+    arguments,
+    busy,
+    compared,
+    fresh,
+)
 
 LIMIT_S = 1800
 KEYS = ("decode_tokens_per_s", "prefill_tokens_per_s")
@@ -41,6 +52,8 @@ def ours(a: argparse.Namespace, model: str, cap: int) -> Row:
 def theirs(a: argparse.Namespace, model: str, cap: int, as_it_comes: bool = False) -> Row:
     flags = ["--no-repack"] * ((a.no_repack or cap > 0) and not as_it_comes)
     command = [LLAMA, model, "--threads", str(a.threads or os.cpu_count()), *flags]
+    if a.server:
+        command = [LLAMA_SERVER, model, "--threads", command[3], "--server", a.server]
     if Path(model).is_dir():
         command = [ACCELERATE, model, "--cap", str(cap)]
     if cap:
@@ -92,6 +105,7 @@ def main() -> None:
         __doc__, "models+", wrap=WRAP, pairs=5, new=(12, "tokens, under a cap"),
         threads=(0, "else what each takes; llama.cpp one a core"), loops=[0], shares=[0.75, 0.6, 0.5],
         least=(0, "caps are never below this many bytes"), peer=("", "the Python that has llama_cpp"),
+        server=("", "llama-server, in place of that; without a cap"),
         no_repack=(False, "llama.cpp's weights stay in the file"),
     )  # fmt: skip
     for model in a.models:

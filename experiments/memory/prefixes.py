@@ -23,17 +23,17 @@ from outsize.engine.service import Limits, Service
 from outsize.options import Options
 from outsize.system.memory import peak, resident
 
-CONTEXT, NEW, DOCUMENTS, CHUNK, GROWTH = 2048, 8, 6, 128, 0.01
+CONTEXT, NEW, DOCUMENTS, CHUNK, GROWTH = 1024, 8, 6, 64, 0.01
 
 
 def prompts(vocabulary: int, count: int) -> list[list[int]]:
     draw = random.Random(0)
-    lengths = [draw.randrange(200, 1200) for _ in range(DOCUMENTS)]
+    lengths = [draw.randrange(100, 600) for _ in range(DOCUMENTS)]
     documents = [draw.choices(range(vocabulary), k=n) for n in lengths]
     out = []
     for i in range(count):
         ids = list(draw.choice(documents))
-        whole = CONTEXT - NEW - len(ids) if i % 10 == 9 else draw.randrange(1, 150)
+        whole = CONTEXT - NEW - len(ids) if i % 10 == 9 else draw.randrange(1, 80)
         out.append(ids + draw.choices(range(vocabulary), k=whole))
     return out
 

@@ -1,7 +1,8 @@
 """What fewer bits cost: `python -m experiments.quality.palettes MODEL TEXT GSM8K.jsonl.gz [--arms ...]`.
 
-Every matrix of the layers in each arm, with statistics of 8 tokens an input of TEXT; then the divergence from
-the pack's own numbers on 1,024 other tokens of TEXT and 512 of GSM8K, in nats. All bits are counted.
+Every matrix of the layers (--every 3: of every third one) in each arm, with statistics of 8 tokens an input
+of TEXT; then the divergence from the pack's own numbers on 1,024 other tokens of TEXT and 512 of GSM8K, in
+nats. All bits are counted.
 
     palette:B        tables for 16 rows, steps for 64 inputs, error feedback: what `outsize pack --bits` makes
     even:B           the same with evenly spaced levels: "uniform"
@@ -165,7 +166,9 @@ class Arms:
         weights = sum(self.made[f"palette:{sizes[0]}", *s][0].numel() for s in stacks)
         budget, options = int(float(what) * weights / 8), self.options(sizes)
         if kind == "best":
-            return {s: f"palette:{b}" for s, b in choose(options, budget).items()}
+            layers = sorted({i for i, _ in stacks})
+            packed = {(layers.index(i), n): found for (i, n), found in options.items()}
+            return {(layers[i], n): f"palette:{b}" for (i, n), b in choose(packed, budget).items()}
         picked, order = dict.fromkeys(stacks, sizes[0]), list(stacks)
         random.Random(number).shuffle(order)
         size = {s: {o.bits: o.size for o in options[s]} for s in stacks}
@@ -199,7 +202,7 @@ def measured(model: TrainableModel, ids: torch.Tensor) -> Callable[[Over], Row]:
 
 @torch.inference_mode()
 def main() -> None:
-    a = arguments(__doc__, "model", "text", "gsm", arms=ARMS.split(), ggml="", probe=1)
+    a = arguments(__doc__, "model", "text", "gsm", arms=ARMS.split(), ggml="", probe=1, every=1)
     pack, began = fetch.pack(a.model, quiet=True), time.time()
     words, other = tokens_of(a.model, Path(a.text), Path(a.gsm))
     device, start = torch.device("cpu"), start_of(pack)
@@ -218,7 +221,9 @@ def main() -> None:
     with Records(pack) as records:
         arms = Arms(a.arms, a.ggml, records, model)
         for layer in range(pack.description.num_layers):
-            arms.layer(layer, inputs.next(), cost if a.probe else None)  # type: ignore[arg-type]
+            moments = inputs.next()
+            if layer % a.every == 0:
+                arms.layer(layer, moments, cost if a.probe else None)  # type: ignore[arg-type]
             probe.advance()
             print(
                 f"layer {layer} of {pack.description.num_layers}: {time.time() - began:.0f} s",
@@ -237,9 +242,11 @@ def main() -> None:
         row: Row = {"model": pack.path.name, "arm": arm, "fitted_to": len(fit_to)}
         row["bits"] = round(8 * sum(made[1] for made in found.values()) / weights, 4)
         row |= {name: measure(over) for name, measure in measures.items()}
+        if a.every > 1:
+            row["every"] = a.every
         if len(set(parts.values())) > 1:
             row["sizes"] = {
-                f"{n}": "".join(parts[i, n][-1] for i in range(pack.description.num_layers))
+                n: "".join(parts[s][-1] for s in sorted(parts) if s[1] == n)
                 for n in ("qkv", "o", "gate_up", "down")
             }  # fmt: skip
         record(row, a.output)

@@ -17,6 +17,7 @@ from outsize.adapt import calibration
 from outsize.adapt.bits import Option, choose
 from outsize.adapt.palettes import Factor, encoding_of, rounded
 from outsize.adapt.repack import BitsOptions, bits_of, repack
+from outsize.adapt.spill import Spill
 from outsize.adapt.statistics import FIRST, WEIGHT, Inputs, States, sequences
 from outsize.adapt.trainable import Change, TrainableModel
 from outsize.bench.synthetic.folder import write_folder
@@ -25,12 +26,21 @@ from outsize.checkpoint.lora import KEY
 from outsize.draft import mtp_file
 from outsize.draft.spec import DraftSpec
 from outsize.encoding.find import ENCODINGS
-from outsize.errors import AdapterError, BudgetError, DataError, OptionError, UnsupportedError
+from outsize.engine import load as loading
+from outsize.errors import (
+    AdapterError,
+    BudgetError,
+    DataError,
+    DiskFullError,
+    OptionError,
+    UnsupportedError,
+)
 from outsize.kernels.palettes import FORMS
 from outsize.model.lora_file import additions
 from outsize.pack import derive, fetch, store
 from outsize.pack.format import HEADER, Pack, read_header
 from outsize.pack.outline import of_pack
+from outsize.pack.tables import Matrix
 from outsize.progress import silent
 from tests.command import outsize as outsize_here
 
@@ -207,6 +217,27 @@ def test_the_fewest_bits_of_a_divergence(base: Pack, text: Path) -> None:
         repack(base, BitsOptions(None, 1e-9, text, quiet=True))
 
 
+def test_all_parts_of_a_text_are_fitted_to_and_measured(base: Pack) -> None:
+    """A file that joins two texts, the first of which is long enough alone."""
+    parts = ["".join(f"{word} {i % 7} {word}\n" for i in range(4000)) for word in ("abc", "XYZ")]
+    with mock.patch.object(calibration, "TIMES", 8):
+        found = calibration.given(base, "".join(parts), "both")
+        assert len(found.tokens) == calibration.due(base.description)
+    first, second = (set(loading.tokens(base).encode(part)) for part in parts)
+    share = sum(t in second - first for t in found.tokens) / len(found.tokens)
+    assert 0.2 < share < 0.5
+
+
+def test_a_text_just_long_enough(base: Pack) -> None:
+    """No room for pieces apart: all of it, in its order."""
+    tokens, need = loading.tokens(base), calibration.due(base.description) + calibration.HELD_OUT
+    lines = ["one two three 4"] * (need // len(tokens.encode("one two three 4\n")) + 1)
+    text = "\n".join(lines)
+    found = calibration.given(base, text, "short")
+    both = [*found.tokens, *found.held_out]
+    assert sorted(both) == sorted(tokens.encode(text)[:need])
+
+
 def test_its_own_text(base: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same each time, and never the part that quality is measured on."""
     monkeypatch.setattr(calibration, "LENGTH", 40)
@@ -260,6 +291,20 @@ def test_what_cannot_be(base: Pack, text: Path, tmp_path: Path) -> None:
     few = repack(base, BitsOptions(3.5, calibrate=text, quiet=True)).pack
     with pytest.raises(OptionError, match=r"has 3\.\d\d bits a weight already"):
         repack(few, BitsOptions(3.5, calibrate=text, quiet=True))
+
+
+def test_candidates_in_a_file(tmp_path: Path) -> None:
+    spill, e = Spill(tmp_path / "s"), ENCODINGS["palette3"]
+    made = {k: e.encode(torch.randn(40, 256)) for k in range(3)}
+    for k, fields in made.items():
+        spill.put(k, Matrix("palette3", 40, 256, 0), fields)
+    for k in (2, 0, 1):
+        for name, field in spill.get(k).items():
+            assert torch.equal(field, made[k][name])
+    (tmp_path / "s").unlink()
+    (tmp_path / "s").mkdir()
+    with pytest.raises(DiskFullError, match="candidates cannot be kept"):
+        spill.put(3, Matrix("palette3", 40, 256, 0), made[0])
 
 
 def test_on_the_command_line(base: Pack, text: Path) -> None:

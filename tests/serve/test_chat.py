@@ -45,6 +45,15 @@ def test_an_answer_has_everything(client: httpx.Client, served: Running) -> None
     assert used["outsize"]["first_token_s"] > 0
 
 
+def test_a_lazy_answer_says_so(client: httpx.Client) -> None:
+    words = [{"role": "user", "content": "hello there " * 9}]
+    used = asked(client, CHAT, chat(messages=words, prefill="lazy:fast"))["usage"]["outsize"]
+    assert used["lossy"]
+    assert 0.2 < used["computed_share"] < 0.9
+    used = asked(client, CHAT, chat(messages=words))["usage"]["outsize"]
+    assert (used["lossy"], used["computed_share"]) == (False, 1.0)
+
+
 def test_the_order_of_a_stream(client: httpx.Client) -> None:
     chunks = streamed(client, CHAT, chat(n=2, temperature=1, seed=7))
     assert len({chunk["id"] for chunk in chunks}) == 1

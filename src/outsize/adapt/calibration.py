@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -22,6 +25,7 @@ from outsize.progress import Progress
 TIMES = 8  # tokens for each input of the widest map: with fewer, errors are fitted to the text
 HELD_OUT = 1024  # tokens more, on which quality is measured
 OWN = "its own text"
+Encode = Callable[[str], list[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +53,50 @@ def read(path: Path) -> str:
 
 
 def given(pack: Pack, text: str, name: str) -> Calibration:
-    """The beginning of a text. Raises DataError."""
+    """Pieces from all over a text, or its beginning where it is short. Raises DataError."""
     need = due(pack.description) + HELD_OUT
-    tokens, found = loading.tokens(pack), list[int]()
-    for line in text.splitlines(keepends=True):
-        found += tokens.encode(line, start=False)
-        if len(found) >= need:
-            break
-    if len(found) < need:
+    encode = partial(loading.tokens(pack).encode, start=False)
+    pieces = _pieces(encode, text, math.ceil(need / LENGTH)) or _beginning(encode, text, need)
+    found = sum(len(piece) for piece in pieces)
+    if found < need:
         raise DataError(
-            f"{name} has {len(found):,} tokens, and this model needs {need:,}: {TIMES} for each of a map's "
+            f"{name} has {found:,} tokens, and this model needs {need:,}: {TIMES} for each of a map's "
             f"{due(pack.description) // TIMES:,} inputs, and {HELD_OUT:,} to measure on; give a longer text"
         )
-    return Calibration(found[HELD_OUT:need], found[:HELD_OUT], start_of(pack), name)
+    apart = max(1, HELD_OUT // LENGTH)
+    kept = {(2 * i + 1) * len(pieces) // (2 * apart) for i in range(apart)}
+    held_out = [t for i in sorted(kept) for t in pieces[i]]
+    rest = [t for i, piece in enumerate(pieces) if i not in kept for t in piece]
+    return Calibration(rest[: need - HELD_OUT], held_out[:HELD_OUT], start_of(pack), name)
+
+
+def _pieces(encode: Encode, text: str, count: int) -> list[list[int]]:
+    """So many pieces of LENGTH tokens, evenly apart, each from the beginning of a line on: a file that joins
+    several texts has all of them fitted to. No pieces where some would be short."""
+    lines = text.splitlines(keepends=True)
+    starts = [0, *accumulate(map(len, lines))]
+    firsts = [bisect_left(starts, i * len(text) // count) for i in range(count)]
+    out = []
+    for first, after in zip(firsts, [*firsts[1:], len(lines)], strict=True):
+        piece = list[int]()
+        for line in lines[first:after]:
+            piece += encode(line)
+            if len(piece) >= LENGTH:
+                break
+        if len(piece) < LENGTH:
+            return []
+        out.append(piece[:LENGTH])
+    return out
+
+
+def _beginning(encode: Encode, text: str, need: int) -> list[list[int]]:
+    """In pieces of LENGTH tokens; fewer than needed where the text ends."""
+    found = list[int]()
+    for line in text.splitlines(keepends=True):
+        found += encode(line)
+        if len(found) >= need:
+            break
+    return [found[i : i + LENGTH] for i in range(0, min(len(found), need), LENGTH)]
 
 
 @torch.inference_mode()

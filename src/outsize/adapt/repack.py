@@ -32,7 +32,7 @@ from outsize.progress import Progress, bars, steps
 from outsize.storage.records import Records
 from outsize.system import memory
 
-METHOD = 1  # raise it where the same options would give other numbers
+METHOD = 2  # raise it where the same options would give other numbers
 LOW = 8.0  # bits a weight, below which a model counts as quantized
 TRIES = 6  # budgets, for the fewest bits of a given KL
 LEAST, MOST = 2.0, 8.0
@@ -94,6 +94,7 @@ def repack(base: Pack, options: BitsOptions) -> Repacked:
     name = "" if options.calibrate is None else options.calibrate.name
     given = None if text is None else calibration.given(base, text, name)
     kind = _numbers(base)
+    folder.mkdir(parents=True, exist_ok=True)
     peak.check(base, peak.peak_bytes(base, kind.itemsize, runtime_bytes(PLAIN)), budget)
     with bars(options.quiet) as progress:
         model = TrainableModel(base, torch.device("cpu"), kind, progress)

@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from outsize.errors import DiskFullError
 from outsize.kernels.plain import PLAIN
 from outsize.pack.tables import Matrix
 from outsize.storage.table import view
 
 
 class Spill:
-    """One behind the other; what was put can be read at any time. Raises OSError."""
+    """One behind the other; what was put can be read at any time."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._end = path, 0
@@ -22,13 +23,19 @@ class Spill:
         path.touch()
 
     def put(self, key: Hashable, matrix: Matrix, fields: Mapping[str, Tensor]) -> None:
-        """`matrix`: its encoding and shape."""
+        """`matrix`: its encoding and shape. Raises DiskFullError."""
         raw = bytearray(matrix.size)
         for name, at in matrix.offsets().items():
             part = fields[name].contiguous().view(torch.uint8).numpy().tobytes()
             raw[at : at + len(part)] = part
-        with self._path.open("ab") as file:
-            file.write(raw)
+        try:
+            with self._path.open("ab") as file:
+                file.write(raw)
+        except OSError as e:
+            raise DiskFullError(
+                f"candidates cannot be kept in {self._path.parent} ({self._end / 1e6:,.0f} MB are): "
+                f"{e.strerror or e}; make room, or set OUTSIZE_HOME to another disk"
+            ) from None
         self._places[key] = self._end, matrix
         self._end += len(raw)
 
