@@ -22,8 +22,10 @@ DRAWS = 10_000
 AGAINST = [
     ("gentle, revive", "gentle"), ("gentle, drop", "gentle"), ("fast, revive", "fast"),
     ("fast, drop", "fast"), ("fast", "random tokens"), ("fast", "static prune"),
-    ("fast", "early layers choose"), ("fast, drop", "static prune"),
+    ("fast", "early layers choose"), ("fast, drop", "static prune"), ("fast, revive", "static prune"),
     ("fast, revive", "early layers choose"), ("fast, window:16", "fast"),
+    ("fast, window:48", "fast"), ("fast, window:48", "random tokens"),
+    ("fast, window:48", "early layers choose"), ("fast, window:48", "static prune"),
 ]  # fmt: skip
 
 
@@ -46,14 +48,11 @@ def asked(rows: Sequence[Row]) -> Iterator[Row]:
     for (model, asks), some in grouped(rows, "model", "asks").items():
         ways = {str(way): found for (way,), found in grouped(some, "way").items()}
         for way, found in ways.items():
-            row = {"model": model, "asks": asks, "way": way} | _about(found)
-            yield row | _apart(found, ways["full"])
-            for (gold,), of_place in grouped(found, "gold").items():
-                yield (
-                    row
-                    | {"part": "place", "gold": gold, "prompts": len(of_place)}
-                    | _apart(of_place, ways["full"])
-                )
+            about = {"model": model, "asks": asks, "way": way}
+            yield about | _about(found) | _apart(found, ways["full"])
+            for (gold,), placed in grouped(found, "gold").items():
+                at = {"part": "place", "gold": gold, "prompts": len(placed)}
+                yield about | at | _apart(placed, ways["full"])
         for way, other in AGAINST:
             if way in ways and other in ways:
                 about = {
@@ -104,11 +103,15 @@ def text(rows: Sequence[Row]) -> Iterator[Row]:
             "held_by_layer": layers.tolist(),
         } | {key: float(x.mean()) for key, x in kept.items()}  # fmt: skip
     points = [{"score": "last"} | r for r in rows if "kl" in r]
+    by_last = {
+        (r["passage"], r["after"], r["keep"]): r["kl"] for r in points if r["score"] == "last"
+    }
     for about, some in grouped(points, "model", "after", "keep", "score").items():
         yield dict(zip(("model", "after", "keep", "score"), about, strict=True)) | {
             "part": "one point", "prompts": len(some),
             "share": statistics.mean(r["share"] for r in some), "kl": interval([r["kl"] for r in some]),
             "kl_median": statistics.median(r["kl"] for r in some), "top1": sum(r["top1"] for r in some),
+            "less_than_last": sum(r["kl"] < by_last[r["passage"], r["after"], r["keep"]] for r in some),
             "first_kept": sum(r["first_kept"] for r in some if "first_kept" in r),
         }  # fmt: skip
 

@@ -30,6 +30,7 @@ WAYS = {
     "static prune": "lazy:keep=.3,after=.15,mode=drop",
     "early layers choose": "early:.15/.26",
     "fast, window:16": "lazy:fast,score=window:16",
+    "fast, window:48": "lazy:fast,score=window:48",  # as many as TAIL
     "fast, layers:4": "lazy:fast,score=layers:4",
     "more at the end": "lazy:keep=.5/.4/.3,after=.15/.45/.75",
     "later": "lazy:keep=.5/.25/.125,after=.3/.6/.9",
