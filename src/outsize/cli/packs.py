@@ -31,7 +31,8 @@ class BitsFlags:
         Flag("--bits", "Lossy: so many bits a weight of the layers, 2 to 8, as 3.5."),
     ] = None
     calibrate: Annotated[
-        Path | None, Flag("--calibrate", "A text to fit to, of all kinds that matter; else its own.")
+        Path | None,
+        Flag("--calibrate", "A text to fit to, of all kinds that matter; else its own."),
     ] = None
     max_kl: Annotated[
         float | None,
