@@ -158,6 +158,7 @@ class Emulated:
         assert self.process.returncode == 0
 
     def __getitem__(self, name: str) -> Function:
+        assert f"({name})" in DRIVER.read_text(), f"{DRIVER.name} cannot call {name} yet"
         return Function(self, name)
 
     __getattr__ = __getitem__

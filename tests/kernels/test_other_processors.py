@@ -27,6 +27,7 @@ from outsize.kernels.norm import RMSNorm
 from outsize.kernels.palettes import FORMS
 from outsize.kernels.plain import PLAIN, lowrank_product
 from outsize.kernels.structs import LowRankMatrix, NativeMatrix, NativePalette
+from outsize.kv.int8 import decode, encode
 from outsize.plan import decide
 from outsize.storage.native_reader import CANCELLED, FAILED, GOOD, Job
 from tests import IS_WORKER
@@ -186,6 +187,15 @@ def test_lowrank(coarse: bool, other: Native) -> None:
         assert torch.equal(single, ours[t : t + 1])
 
 
+@pytest.mark.parametrize("width", [24, 64])
+def test_entries_in_8_bits(width: int, other: Native) -> None:
+    coded = encode(torch.randn(4, 9, width).bfloat16())
+    ours, twin = torch.zeros(2, 4, 12, width, dtype=torch.bfloat16)
+    other.decode_entries(coded, ours, 9)
+    decode(coded, twin, 9)
+    assert torch.equal(ours, twin)
+
+
 def test_checksums(library: Emulated | ctypes.CDLL) -> None:
     function = library["checksum"]
     function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_long], ctypes.c_uint32
@@ -222,21 +232,24 @@ def test_reading_threads(library: Emulated | ctypes.CDLL) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "encoding"), [("gemma3", "int8"), ("gpt_oss", "int4"), ("olmoe", "q4_0")]
+    ("family", "encoding", "kv"),
+    [("gemma3", "int8", "int8"), ("gpt_oss", "int4", "auto"), ("olmoe", "q4_0", "auto")],
 )
 def test_a_model(
     family: str,
     encoding: str,
+    kv: str,
     other: Native,
     folder_of: Callable[[str], Path],
     open_tiny: Callable[..., Model],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Attention with windows and sinks, mixtures of experts: all of a step."""
+    """Attention with windows and sinks, mixtures of experts, keys and values in 8 bits: all of a step."""
     plain = open_tiny(family, encoding, False)
     assert plain.transformer.backend is PLAIN
+    monkeypatch.setattr(plain.transformer, "kv", kv)
     monkeypatch.setattr(decide, "find", lambda *_: other)
-    with outsize.load(str(folder_of(family)), encoding=encoding, quiet=True) as model:
+    with outsize.load(str(folder_of(family)), encoding=encoding, kv=kv, quiet=True) as model:
         assert model.transformer.backend is other
         with routed_alike(plain, model):
             twin, ours = logits(plain, [7, 1, 1, 1]), logits(model, [7, 1, 1, 1])
