@@ -64,7 +64,7 @@ def sizes(text: str) -> list[int]:
 
 def ways(text: str) -> list[str]:
     """Settings of lazy prefill, which may have commas themselves: each begins with "lazy"."""
-    return [f"lazy{part}" for part in f",{text}".split(",lazy") if part or text == "lazy"]
+    return [f"lazy{part}" for part in f",{text}".split(",lazy")[1:]]
 
 
 def show(
