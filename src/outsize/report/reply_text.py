@@ -15,11 +15,13 @@ def summary(reply: Reply, disk_bytes_per_s: float | None = None) -> str:
         f"peak memory {reply.peak_memory_bytes / 1e6:,.0f} of {reply.budget_bytes / 1e6:,.0f} MB, "
         f"read {reply.bytes_read / 1e6:,.0f} MB",
     ]
-    if reply.lossy:
+    if reply.options["prefill"] != "full":
         parts.append(
             f"lossy: prefill={reply.options['prefill']} computed {reply.computed_share:.0%} of tokens times "
             "layers"
         )
+    if reply.options["kv"] == "int8":
+        parts.append("lossy: keys and values in 8 bits")
     if reply.drafted:
         parts.append(
             f"{reply.accepted} of {reply.drafted} draft tokens accepted, "
