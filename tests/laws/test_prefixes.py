@@ -157,7 +157,7 @@ def test_of_other_adapters_and_threads_nothing_is_taken(open_tiny: Callable[...,
     model = open_tiny("llama", "int8")
     ids = random.Random(1).choices(range(5, 200), k=100)
     threads = [1]
-    ties = Ties(lambda adapter: {"adapter": adapter, "threads": threads[0]})
+    ties: Ties = lambda adapter: {"adapter": adapter, "threads": threads[0]}  # noqa: E731
     with keeping(model, lambda: Prefixes(CHUNK, ties=ties)):
         assert [answer(model, [ids])[0].cached for _ in range(2)] == [0, 96]
         threads[0] = 2
@@ -201,7 +201,7 @@ def test_with_adapters(open_tiny: Callable[..., Model], tmp_path: Path) -> None:
 
     with keeping(model, lambda: None):
         wanted = [outcome(ask(name)) for name in names]
-    ties = Ties(lambda name: {"adapter": None if name is None else model.adapters[name].digest})
+    ties: Ties = lambda name: {"adapter": name and model.adapters[name].digest}  # noqa: E731
     with keeping(model, lambda: Prefixes(CHUNK, ties=ties)):
         found = [ask(name) for name in names]
         assert [outcome(r) for r in found] == wanted

@@ -20,7 +20,6 @@ from outsize.engine.scheduler import Scheduler
 from outsize.engine.swap import Swapped
 from outsize.errors import DiskFullError
 from outsize.forward.chunked import split
-from outsize.forward.full import is_narrow
 from outsize.forward.span import Out, Span
 
 GRAIN = 256  # tokens that a request may grow by before it is asked for again
@@ -126,7 +125,7 @@ class Batch:
         for (live, _, rest), out in zip(chosen, outs, strict=True):
             self._hand_out(live, rest, out)
         gained = sum(len(live.request.seq.tokens) for live, _, _ in chosen) - before
-        if all(map(is_narrow, spans)):
+        if all(span.is_narrow for span in spans):
             self._scheduler.company.saw(len(chosen) - 1, gained)
         self.drop_ended()
         self._scheduler.keep_budget()
@@ -134,8 +133,8 @@ class Batch:
 
     def _learn(self, spans: list[Span], seconds: float, waited: float) -> None:
         if self._pace is not None and not any(span.is_lazy for span in spans):
-            prompt = sum(s.num_rows for s in spans if not is_narrow(s))
-            self._pace.saw(prompt, sum(map(is_narrow, spans)), seconds, waited)
+            prompt = sum(s.num_rows for s in spans if not s.is_narrow)
+            self._pace.saw(prompt, sum(s.is_narrow for s in spans), seconds, waited)
 
     def _hand_out(self, live: Live, rest: Span | None, out: Out) -> None:
         """Give a flow what it asked for, once it has all of it."""
@@ -156,7 +155,7 @@ class Batch:
         replies, prompts = list[tuple[Live, Span]](), list[tuple[Live, Span]]()
         for live in self.running:
             if live.span is not None:
-                (replies if is_narrow(live.span) else prompts).append((live, live.span))
+                (replies if live.span.is_narrow else prompts).append((live, live.span))
         yield from self._replies(replies)
         yield from self._prompts(prompts, len(replies))
 
@@ -213,7 +212,7 @@ class Batch:
         return self.prefixes.is_coming(live.request, [other.request for other in self.running])
 
     def _has_room(self, need: int) -> bool:
-        """With what may be forgotten for it. One that is alone always has."""
+        """For what is asked, whatever is kept. One that is alone always has."""
         return not self.running or self._asked + need <= self.room
 
     def _begin(self, live: Live, take: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator, Sequence
 
 from outsize.draft.step_time import StepTimes
 from outsize.forward.forward import Forward
-from outsize.forward.full import full, is_narrow
+from outsize.forward.full import full
 from outsize.forward.span import Out, Span
 from outsize.kv.kv import KV
 from outsize.model.transformer import Transformer
@@ -24,7 +24,7 @@ def run(
 ) -> list[Out]:
     """One step. `times` learns how long steps take that have no prompt to run."""
     started, waited, asked = time.perf_counter(), model.waited_s, model.asked
-    narrow = all(is_narrow(span) for span in spans)
+    narrow = all(span.is_narrow for span in spans)
     with model.threads.narrow(narrow):
         outs = forward(model, spans, kvs)
     if times is not None and narrow and not any(span.is_lazy for span in spans):

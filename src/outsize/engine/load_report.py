@@ -40,8 +40,6 @@ class Totals:
     cancelled: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    prefix_bytes_read: int = 0  # from the prefix cache on disk
-    prefix_bytes_written: int = 0
     new_tokens: int = 0
     drafted: int = 0
     accepted: int = 0
@@ -54,8 +52,6 @@ class Totals:
         self.cancelled += request.seq.finish == "cancelled"
         self.prompt_tokens += request.seq.num_prompt
         self.cached_tokens += request.cached
-        self.prefix_bytes_read += request.traffic.read
-        self.prefix_bytes_written += request.traffic.written
         self.new_tokens += len(request.seq.new_tokens)
         self.drafted += request.drafts.drafted
         self.accepted += request.drafts.accepted

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from outsize.engine.prefixes import Prefixes, Ties
+from outsize.engine.prefixes import Prefixes
 from outsize.errors import OptionError
 from outsize.kernels.build import processor
 from outsize.model.lora import Adapter
@@ -76,7 +76,7 @@ def make(
         digest = None if adapter is None else known[adapter].digest
         return base | {"adapter": digest, "threads": torch.get_num_threads()}
 
-    return Prefixes(model.chunk, tokens, disk, Ties(ties), model.backend)
+    return Prefixes(model.chunk, tokens, disk, ties, model.backend)
 
 
 def _base(made: Pack, model: Transformer) -> dict[str, object]:

@@ -9,21 +9,22 @@ chunk's last bits depend on where it was cut. So an answer has the same bits wit
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from outsize.engine.request import Request
 from outsize.kernels.backend import Backend
 from outsize.kernels.plain import PLAIN
+from outsize.kv.prefix import common
 from outsize.prefix.disk import DiskBlocks, Shape
-from outsize.prefix.keys import chain, common, root
+from outsize.prefix.keys import chain, root
 from outsize.prefix.memory import MemoryBlocks
 
+# Of an adapter's name: what blocks are bound to beside tokens, all that their bits depend on.
+Ties = Callable[[str | None], dict[str, object]]
 
-@dataclass(frozen=True, slots=True)
-class Ties:
-    """What blocks are bound to beside tokens: `of(adapter)` says all that their bits depend on."""
 
-    of: Callable[[str | None], dict[str, object]] = lambda adapter: {"adapter": adapter}
+def by_name(adapter: str | None) -> dict[str, object]:
+    """The ties of one process in which an adapter keeps its name."""
+    return {"adapter": adapter}
 
 
 class Prefixes:
@@ -34,11 +35,11 @@ class Prefixes:
         chunk: int,
         most: int = 1 << 40,
         disk: DiskBlocks | None = None,
-        ties: Ties | None = None,
+        ties: Ties = by_name,
         backend: Backend = PLAIN,
     ) -> None:
         """`most`: tokens that are kept in memory."""
-        self._chunk, self._most, self._ties = chunk, most, ties or Ties()
+        self._chunk, self._most, self._ties = chunk, most, ties
         self._memory, self.disk, self._backend = MemoryBlocks(chunk), disk, backend
         self.hits = 0  # tokens that were not computed again
 
@@ -47,10 +48,9 @@ class Prefixes:
         """Tokens whose keys and values are kept in memory."""
         return self._memory.tokens
 
-    def forget(self, spare: Request | None = None) -> bool:
-        """Let go of the block in memory that was not used for longest, and is not a request's; False: there
-        is none."""
-        return self._memory.forget(() if spare is None else frozenset(self.keys(spare)))
+    def forget(self) -> bool:
+        """Let go of the block in memory that was not used for longest; False: there is none."""
+        return self._memory.forget()
 
     def limit(self, tokens: int) -> None:
         """Keep no more in memory from now on."""
@@ -84,7 +84,7 @@ class Prefixes:
         if request.is_lazy:
             return []
         if request.keys is None:
-            start = root(self._ties.of(request.adapter))
+            start = root(self._ties(request.adapter))
             request.keys = chain(start, request.seq.tokens[: request.seq.num_prompt], self._chunk)
         return request.keys
 
@@ -96,7 +96,8 @@ class Prefixes:
     def make_room(self, request: Request, tokens: int) -> bool:
         """Let go of blocks until at most so many tokens are kept in memory; a request's own go last. True:
         those that are left are its own, and are to be taken, not copied."""
-        while self.tokens > tokens and self.forget(request):
+        own = frozenset(self.keys(request))
+        while self.tokens > tokens and self._memory.forget(own):
             pass
         return self.tokens > tokens
 

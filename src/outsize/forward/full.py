@@ -49,7 +49,7 @@ def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:
     """For each span (T, D) fp32: the residual stream after the last block, for all its tokens."""
     for span, kv in pairs:
         kv.truncate(span.start)
-    order = sorted(range(len(pairs)), key=lambda i: is_narrow(pairs[i][0]))
+    order = sorted(range(len(pairs)), key=lambda i: pairs[i][0].is_narrow)
     ordered = [pairs[i] for i in order]
     h_TD = embedded(model, [span for span, _ in ordered])
     steps, at = [], 0
@@ -57,15 +57,10 @@ def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:
         end = at + sum(s.length for s in segments)
         steps.append((slice(at, end), model.step(segments, wide, list(added(segments, spans)))))
         at = end
-    model.begin(len(pairs) > 1 or not is_narrow(pairs[0][0]))
+    model.begin(len(pairs) > 1 or not pairs[0][0].is_narrow)
     _run(model, h_TD, steps)
     rows = h_TD.split([span.num_rows for span, _ in ordered])
     return [h for _, h in sorted(zip(order, rows, strict=True), key=lambda item: item[0])]
-
-
-def is_narrow(span: Span) -> bool:
-    """Is each of its rows computed as if alone? A drafting step's always are."""
-    return span.is_narrow
 
 
 def embedded(model: Transformer, spans: Sequence[Span]) -> Tensor:
@@ -110,7 +105,7 @@ def _groups(pairs: Sequence[Pair], chunk: int) -> Iterator[tuple[list[Segment], 
     chunk of few tokens, as a prompt's last may be, is not wide either: its bits are those of a short span."""
     short, spans = [], []
     for span, kv in pairs:
-        if is_narrow(span):
+        if span.is_narrow:
             masks = span.masks
             blocks = () if masks is None else (masks.anchors, len(masks.rows_KD))
             short.append(Segment(kv, span.positions, *blocks))

@@ -21,11 +21,17 @@ class CachedPrefix:
         """How many leading tokens need not be run again; the last always is."""
         if way != self.way or self.kv.torn:
             self.tokens, self.way = [], way
-        count = 0
-        for ours, theirs in zip(self.tokens, ids[:-1], strict=False):
-            if ours != theirs:
-                break
-            count += 1
+        count = common(self.tokens, ids[:-1])
         self.tokens = self.tokens[:count]  # the others' entries are about to be written over
         self.exact = min(self.exact, count)
         return count
+
+
+def common(ours: Sequence[object], theirs: Sequence[object]) -> int:
+    """How many items two sequences share from their beginnings."""
+    count = 0
+    for a, b in zip(ours, theirs, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count

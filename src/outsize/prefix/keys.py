@@ -23,13 +23,3 @@ def chain(start: bytes, tokens: Sequence[int], chunk: int) -> list[bytes]:
         last = hashlib.sha256(last + array("q", tokens[at : at + chunk]).tobytes()).digest()
         out.append(last)
     return out
-
-
-def common(ours: Sequence[bytes], theirs: Sequence[bytes]) -> int:
-    """How many blocks two prompts share from their beginnings."""
-    count = 0
-    for a, b in zip(ours, theirs, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
