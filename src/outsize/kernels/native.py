@@ -258,4 +258,13 @@ class Wide(Plain):
     """What long spans run on: torch's products and attention, and the C functions between them."""
 
     def __init__(self, native: Native) -> None:
-        self.norm, self.residual, self.gate = native.norm, native.residual, native.gate
+        self._native = native
+
+    def norm(self, h_TD: Tensor, norm: RMSNorm) -> Tensor:
+        return self._native.norm(h_TD, norm)
+
+    def residual(self, h_TD: Tensor, y_TD: Tensor, post: RMSNorm | None) -> None:
+        self._native.residual(h_TD, y_TD, post)
+
+    def gate(self, gate_up: Tensor, activation: str) -> Tensor:
+        return self._native.gate(gate_up, activation)
