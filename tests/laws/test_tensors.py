@@ -46,6 +46,8 @@ def test_an_unknown_tensor_is_refused_by_name(family: str, folder_of: Folders) -
         "model.layers.0.self_attn.q_proj.lora_A.weight",
         "score.weight",
     ):
+        if name in checkpoint.tensors:
+            continue
         with pytest.raises(UnsupportedError, match=name):
             planned(with_tensor(checkpoint, name))
 
@@ -76,7 +78,7 @@ def test_spares_change_nothing(family: str, folder_of: Folders) -> None:
     checkpoint = open_checkpoint(folder_of(family))
     assert planned(with_tensor(checkpoint, SPARE)) == planned(checkpoint)
     for name in IMAGES:
-        if family == "gemma3":
+        if family in ("gemma3", "ministral3"):
             assert planned(with_tensor(checkpoint, name)) == planned(checkpoint)
         else:
             with pytest.raises(UnsupportedError, match=name):

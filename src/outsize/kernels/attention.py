@@ -75,27 +75,27 @@ def _segment(
             own = slice(span.start - len(kept) + count, span.slot + 1 - len(kept) + count)
             own_CME = torch.cat([k_TJE[own], v_TJE[own]], dim=1).transpose(0, 1)
             seen_CSE = torch.cat([seen_CSE, own_CME.to(kv_CSE.dtype)], dim=1)
-        yield attend_row(q_THE[row], seen_CSE, spec.scale, spec.sinks)
+        yield attend_row(q_THE[row], seen_CSE, spec)
 
 
-def attend_row(q_HE: Tensor, kv_CSE: Tensor, scale: float, sinks_H: Tensor | None = None) -> Tensor:
-    """(1, H*E): a row attends to all S entries; with `sinks`, also to nothing, which has that score."""
+def attend_row(q_HE: Tensor, kv_CSE: Tensor, spec: AttentionSpec) -> Tensor:
+    """(1, H*E): a row attends to all S entries; with sinks, also to nothing, which has that score."""
     num_kv, head_dim = kv_CSE.shape[0] // 2, q_HE.shape[1]
     q_1JGE = q_HE.reshape(1, num_kv, -1, head_dim)
     k_1JSE, v_1JSE = kv_CSE[None, :num_kv], kv_CSE[None, num_kv:]
-    if sinks_H is not None:
-        return _row_with_sinks(q_1JGE, k_1JSE, v_1JSE, scale, sinks_H).view(1, -1)
-    return scaled_dot_product_attention(q_1JGE, k_1JSE, v_1JSE, scale=scale).view(1, -1)
+    if spec.sinks is None and not spec.cap:
+        return scaled_dot_product_attention(q_1JGE, k_1JSE, v_1JSE, scale=spec.scale).view(1, -1)
+    score = capped((q_1JGE @ k_1JSE.transpose(-1, -2)).float() * spec.scale, spec.cap)
+    if spec.sinks is not None:
+        nothing = spec.sinks.view(*score.shape[:-1], 1)
+        score = torch.cat([score, nothing], dim=-1)
+    share = score.softmax(-1)[..., : kv_CSE.shape[1]]
+    return (share.to(v_1JSE.dtype) @ v_1JSE).view(1, -1)
 
 
-def _row_with_sinks(
-    q_1JGE: Tensor, k_1JSE: Tensor, v_1JSE: Tensor, scale: float, sinks_H: Tensor
-) -> Tensor:
-    """One token: nothing is one more score, whose value is zero."""
-    score = (q_1JGE @ k_1JSE.transpose(-1, -2)).float() * scale
-    nothing = sinks_H.view(*score.shape[:-1], 1)
-    share = torch.cat([score, nothing], dim=-1).softmax(-1)[..., :-1]
-    return share.to(v_1JSE.dtype) @ v_1JSE
+def capped(score: Tensor, cap: float) -> Tensor:
+    """Scores x as cap * tanh(x / cap) (Gemma 2, arXiv 2408.00118); as they are without a cap."""
+    return (score / cap).tanh() * cap if cap else score
 
 
 def attend_span(
@@ -110,7 +110,8 @@ def attend_span(
     num_new, _, head_dim = q_THE.shape
     (num_heads, size), window = kv_CSE.shape[:2], spec.window
     num_kv = num_heads // 2
-    if (head_dim >= WIDE_HEAD and q_THE.dtype == torch.bfloat16) or spec.sinks is not None:
+    wide_bf16 = head_dim >= WIDE_HEAD and q_THE.dtype == torch.bfloat16
+    if wide_bf16 or spec.sinks is not None or spec.cap:
         return _blocked(q_THE * spec.scale, queries_T, kv_CSE, keys_S, spec)
     plain = size == num_new and (window is None or keys_S[-1] - keys_S[0] < window)
     mask = None if plain else _mask(queries_T, keys_S, window)
@@ -156,7 +157,7 @@ def _block(num_heads: int, size: int) -> int:
 
 def score_bytes(d: Description, context: int, activation_bytes: int) -> int:
     """The most that scores take while a long span attends."""
-    if (d.head_dim >= WIDE_HEAD and activation_bytes == 2) or d.sinks:
+    if (d.head_dim >= WIDE_HEAD and activation_bytes == 2) or d.sinks or d.attn_cap:
         return _block(d.num_heads, context) * d.num_heads * context * SCORE_FORMS
     return 0 if context <= CHUNK else MASK_BYTES * CHUNK * context
 
@@ -180,7 +181,7 @@ def _blocked(
         end = bisect_right(keys, queries[last - 1])
         k_JSE, v_JSE = kv_CSE[:num_kv, start:end], kv_CSE[num_kv:, start:end]
         rows_JRE = q_JTGE[:, first:last].reshape(num_kv, -1, head_dim)
-        score = torch.bmm(rows_JRE, k_JSE.transpose(1, 2)).float()
+        score = capped(torch.bmm(rows_JRE, k_JSE.transpose(1, 2)).float(), spec.cap)
         hidden = ~_mask(queries[first:last], keys[start:end], window)
         score.view(num_kv, last - first, group, -1).masked_fill_(hidden[:, None], -torch.inf)
         if sinks_H is not None:

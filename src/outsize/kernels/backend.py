@@ -28,7 +28,8 @@ Places = Sequence[tuple[int, int, float]]  # row, number among its choices, weig
 class AttentionSpec:
     """One layer's attention, for any backend: sizes, and tensors that never change, fp32. `window`: how many
     entries a row sees, itself among them (None: all); `bias` of query, key and value; `norm` of query and key
-    heads; `sinks`: each head's score of attending to nothing."""
+    heads; `sinks`: each head's score of attending to nothing; `cap`: scores x are cap * tanh(x / cap), if it
+    is not 0."""
 
     layer: int
     num_heads: int
@@ -39,6 +40,7 @@ class AttentionSpec:
     bias: Tensor | None = None
     norm: RMSNorm | None = None
     sinks: Tensor | None = None
+    cap: float = 0.0
     struct: Attention = field(init=False)
     pointer: int = field(init=False)
 
@@ -47,7 +49,7 @@ class AttentionSpec:
         bias, sinks = address_if(self.bias, torch.float32), address_if(self.sinks, torch.float32)
         struct = Attention(
             self.num_heads, self.num_kv_heads, self.head_dim, self.window or 0, self.scale, eps, bias,
-            norm, sinks,
+            norm, sinks, self.cap,
         )  # fmt: skip
         object.__setattr__(self, "struct", struct)
         object.__setattr__(self, "pointer", ctypes.addressof(struct))

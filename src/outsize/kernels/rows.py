@@ -67,6 +67,10 @@ class Rows:
     wide: bool
     _tables: dict[object, AttentionTable] = field(default_factory=dict)
 
+    def all_positions(self) -> list[int]:
+        """Of every row, in order."""
+        return [p for s in self.segments for p in s.all_positions()]
+
     def table(self, layer: int, window: int | None) -> AttentionTable:
         """What each row sees in a layer, with room made for its entry. Layers alike share it."""
         found = [s.kv.opened(layer, s.positions, s.num_masks) for s in self.segments]
