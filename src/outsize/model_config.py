@@ -23,7 +23,9 @@ class Rope:
     scale: float = 1.0
     rotated: int | None = None  # of a head's numbers, the first ones; None: all
     original: int = 0  # positions that training knew, where any of the next three is used
-    long_divisors: tuple[float, ...] = ()  # in place of `divisors`, in a context beyond the original
+    long_divisors: tuple[
+        float, ...
+    ] = ()  # in place of `divisors`, in a context beyond the original
     growth: float = 0.0  # dynamic: beyond the original positions the base grows, by this factor
     query_growth: float = 0.0  # queries grow by 1 + this * log(1 + position // original)
 

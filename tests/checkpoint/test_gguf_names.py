@@ -56,7 +56,9 @@ def converted(family: str, name: str) -> Iterator[str]:
             "model.layers.0.block_sparse_moe.experts", "layers.0.feed_forward.experts"
         )
     if family == "minimax_m2":
-        name = name.replace("model.layers.0.block_sparse_moe.experts", "layers.0.feed_forward.experts")
+        name = name.replace(
+            "model.layers.0.block_sparse_moe.experts", "layers.0.feed_forward.experts"
+        )
     name = re.sub(r"\.sinks$", ".sinks.weight", name)
     name = name.replace("e_score_correction_bias", "e_score_correction.bias")
     if "input_linear" in name:  # cut by the converter, which writes the halves under its own names

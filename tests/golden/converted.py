@@ -19,7 +19,12 @@ ARCHITECTURES = {
     "minimax_m2": "minimax-m2", "glm4_moe": "glm4moe", "deepseek_v3": "deepseek2",
     "glm4_moe_lite": "deepseek2",
 }  # fmt: skip
-PERMUTED = ("granite", "granitemoe", "smollm3", "ministral3")  # query and key rows in adjacent pairs
+PERMUTED = (
+    "granite",
+    "granitemoe",
+    "smollm3",
+    "ministral3",
+)  # query and key rows in adjacent pairs
 MULTIPLIERS = {
     "attention_multiplier": "attention.scale", "embedding_multiplier": "embedding_scale",
     "residual_multiplier": "residual_scale", "logits_scaling": "logit_scale",
@@ -63,7 +68,10 @@ def metadata(family: str) -> dict[str, object]:
 
 def _windows(s: dict[str, Any]) -> dict[str, object]:
     kinds = [kind == "sliding_attention" for kind in s["layer_types"]]
-    return {"attention.sliding_window": s["sliding_window"], "attention.sliding_window_pattern": kinds}
+    return {
+        "attention.sliding_window": s["sliding_window"],
+        "attention.sliding_window_pattern": kinds,
+    }
 
 
 def _olmo3(s: dict[str, Any]) -> dict[str, object]:

@@ -48,7 +48,7 @@ def shapes(family: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         with safe_open(Path(folder) / "model.safetensors", "np") as file:
-            found = {name: file.get_slice(name).get_shape() for name in file.keys()}
+            found = {name: file.get_slice(name).get_shape() for name in file.offset_keys()}
     known = json.loads(path.read_text()) | {family: dict(sorted(found.items()))}
     lines = (f'  "{name}": {json.dumps(known[name])}' for name in sorted(known))
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -150,7 +150,9 @@ def test_gguf_equals_golden(family: str, tmp_path: Path) -> None:
 def test_converted_equals_golden(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(smollm3, "PERIOD", 2)  # files do not say; of three layers, the fourth is none
+    monkeypatch.setattr(
+        smollm3, "PERIOD", 2
+    )  # files do not say; of three layers, the fourth is none
     path = converted.write(tmp_path / "tiny.gguf", family)
     with outsize.load(str(path), encoding="fp32", quiet=True) as model:
         ours = logits(model, [30, *[1] * 10])

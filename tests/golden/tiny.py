@@ -183,7 +183,9 @@ CONFIGS |= {
             "beta_slow": 1.0, "original_max_position_embeddings": 16,
         },
     },
-    "glm4_moe_lite": {**LATENT, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "glm4_moe_lite": {
+        **LATENT, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse", "sparse"],
+    },
 }  # fmt: skip
 STORED = json.loads((Path(__file__).with_name("shapes.json")).read_text())
 # The transformers class that runs a family: AFM's architecture is Qwen3's with other numbers.

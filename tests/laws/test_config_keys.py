@@ -150,14 +150,21 @@ def test_no_key_of_the_class_is_unclassified(family: str) -> None:
         *count,
     }
     for key in keys.NEUTRAL & known.DEFAULTS.keys():
-        assert key in ("max_window_layers", "intermediate_size", "head_dim")  # read by other families
+        assert key in (
+            "max_window_layers",
+            "intermediate_size",
+            "head_dim",
+        )  # read by other families
 
 
 @pytest.mark.parametrize("family", families())
 def test_a_heeded_key_matters_or_is_refused(family: str, folder_of: Folders) -> None:
     checkpoint, config = open_checkpoint(folder_of(family)), tiny.config(family)
     # What names tensors only is held by test_tensors.py.
-    for key in family_of(family).DEFAULTS.keys() - {"tie_word_embeddings", "num_nextn_predict_layers"}:
+    for key in family_of(family).DEFAULTS.keys() - {
+        "tie_word_embeddings",
+        "num_nextn_predict_layers",
+    }:
         value, more = CHANGES[key]
         if key == "sliding_window":
             more = {k: v for k, v in more.items() if k in family_of(family).DEFAULTS}

@@ -18,8 +18,8 @@ from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 
 from outsize.errors import UnsupportedError
 from outsize.kernels.plain import ACTIVATIONS
-from outsize.model.layers import cos_sin
 from outsize.model.attention import vector
+from outsize.model.layers import cos_sin
 from outsize.model_config import Description, Rope
 from outsize.pack.format import Pack
 from outsize.plan.probe import instruction_sets

@@ -80,7 +80,9 @@ def _router_fault(m: Mixture) -> str:
     if m.groups > 1 and (m.count // m.groups < 2 or m.score != "sigmoid"):
         return f"{m.groups:,} groups of {m.count:,} experts weighed by {m.score} cannot be"
     if m.used > m.count // m.groups * m.used_groups:
-        return f"{m.used:,} experts of {m.used_groups:,} groups of {m.count // m.groups:,} cannot be"
+        return (
+            f"{m.used:,} experts of {m.used_groups:,} groups of {m.count // m.groups:,} cannot be"
+        )
     return _outside("the scale of experts", m.scale, *SCALE)
 
 

@@ -1,5 +1,5 @@
-"""GLM 4.5 to 4.7 (Air and full): experts chosen by sigmoids and a bias, one expert for all tokens beside, first
-layers without experts, half of each head turned; the full ones norm each query and key head."""
+"""GLM 4.5 to 4.7 (Air and full): experts chosen by sigmoids and a bias, one expert for all tokens beside,
+first layers without experts, half of each head turned; the full ones norm each query and key head."""
 
 from __future__ import annotations
 

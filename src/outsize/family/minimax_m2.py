@@ -30,9 +30,7 @@ FIXED: dict[str, tuple[object, ...]] = {
     "attention_bias": (None, False), "norm_topk_prob": (None, True), "sliding_window": (None,),
 }  # fmt: skip
 GGUF_READ = ("scoring_func", "rotary_dim")
-HF_LAYER = with_names(
-    {**MIXTRAL, "choice_bias": "block_sparse_moe.e_score_correction_bias"}
-)
+HF_LAYER = with_names({**MIXTRAL, "choice_bias": "block_sparse_moe.e_score_correction_bias"})
 
 
 def recipe(config: Config) -> Recipe:

@@ -55,5 +55,7 @@ def _turns(config: Config, count: int) -> list[bool]:
         period = PERIOD if config.format == "gguf" else config.integer("no_rope_layer_interval")
         return [(i + 1) % period != 0 for i in range(count)]
     if not isinstance(said, list) or len(said) != count or any(v not in (0, 1) for v in said):
-        raise UnsupportedError(f"config: no_rope_layers must list 0 or 1 for each of {count} layers")
+        raise UnsupportedError(
+            f"config: no_rope_layers must list 0 or 1 for each of {count} layers"
+        )
     return [v == 1 for v in said]

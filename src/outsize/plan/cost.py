@@ -228,7 +228,9 @@ def _expert_times(o: Outline, t: TableHeader, backend: Backend, tokens: int) -> 
         ffn = Dense(Linear(made["gate_up"]), Linear(made["down"]), d.activation)
         rows, dtype = max(1, tokens * mixture.used // mixture.count), made["gate_up"]
         return _times(ffn, d.width, rows, activation_type(dtype), backend)
-    norm = RMSNorm(torch.ones(d.width, dtype=torch.float32, device="cpu"), d.norm_eps, torch.float32)
+    norm = RMSNorm(
+        torch.ones(d.width, dtype=torch.float32, device="cpu"), d.norm_eps, torch.float32
+    )
     numbers_ND = torch.randn(mixture.count, d.width, dtype=torch.float32, device="cpu")
     choice = torch.zeros(mixture.count, dtype=torch.float32, device="cpu")
     router = Router(norm, numbers_ND, mixture, None, choice if mixture.choice_bias else None)

@@ -186,8 +186,8 @@ def check_unicode(text: str) -> None:
 
 
 def _remembering_nothing(tokenizer: Tokenizer) -> Tokenizer:
-    """A tokenizer without its cache of 10,000 pieces of texts, 8 KB each where a whole text is one piece: 80 MB
-    outside `--memory`, and no faster (with none of them 300,000 tokens/s here, with all 280,000)."""
+    """A tokenizer without its cache of 10,000 pieces of texts, 8 KB each where a whole text is one piece:
+    80 MB outside `--memory`, and no faster (with none of them 300,000 tokens/s here, with all 280,000)."""
     if (resize := getattr(tokenizer.model, "_resize_cache", None)) is not None:
         resize(0)
     return tokenizer

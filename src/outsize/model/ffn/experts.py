@@ -74,7 +74,9 @@ class Router:
             return order_TN
         by_TGM = order_TN.view(len(order_TN), m.groups, -1)
         best_TU = by_TGM.topk(2, dim=-1).values.sum(-1).topk(m.used_groups, dim=-1).indices
-        is_out = torch.ones(by_TGM.shape[:2], dtype=torch.bool, device="cpu").scatter(1, best_TU, False)
+        is_out = torch.ones(by_TGM.shape[:2], dtype=torch.bool, device="cpu").scatter(
+            1, best_TU, False
+        )
         return by_TGM.masked_fill(is_out[..., None], -torch.inf).flatten(1)
 
     def early(self, h_TD: Tensor, most: int) -> Scored:

@@ -24,7 +24,12 @@ class Layers(Kind):
         final = {"final_norm": vector(("final_norm", d.width))}
         ffn = _dense(d) if d.mixture is None else _routed(d, d.mixture)
         dense = (Group(DENSE, 3, _dense(d)),) if len(d.routed) not in (0, d.num_layers) else ()
-        return (Group("attn", 2, _attention(d)), Group("ffn", 3, ffn), *dense, Group(FINAL, 5, final))
+        return (
+            Group("attn", 2, _attention(d)),
+            Group("ffn", 3, ffn),
+            *dense,
+            Group(FINAL, 5, final),
+        )
 
     def plan(self, group: Group, tensors: SourceTensors) -> list[TablePlan]:
         layers = (0,) if group.name == FINAL else layers_of(tensors.description, group.name)
