@@ -45,7 +45,7 @@ LATENT = {
 def metadata(family: str) -> dict[str, object]:
     """The keys of the architecture, without its name."""
     s = tiny.config(family)
-    head = s.get("head_dim", 0)
+    head = s.get("head_dim", tiny.WIDTH // tiny.HEADS)
     rope = s.get("rope_parameters") or s.get("rope_scaling") or {}
     rope = rope.get("full_attention", rope)
     out: dict[str, object] = {

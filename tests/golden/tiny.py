@@ -126,7 +126,7 @@ CONFIGS |= {
     "phi3": {
         "rope_theta": 10000.0, "tie_word_embeddings": False, "original_max_position_embeddings": 16,
         "rope_scaling": {"type": "longrope", "short_factor": SHORT[:6], "long_factor": LONG[:6]},
-        "partial_rotary_factor": 0.75, "sliding_window": 24, "head_dim": 16,
+        "partial_rotary_factor": 0.75, "sliding_window": 24,
     },
     "granite": {
         "rope_theta": 10000.0, "tie_word_embeddings": True, "embedding_multiplier": 12.0,
@@ -201,7 +201,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 def config(family: str) -> dict[str, Any]:
     base, more = VARIANTS.get(family, (family, {}))
     made = COMMON | CONFIGS[base] | more | {"model_type": base}
-    return {k: v for k, v in made.items() if k != "head_dim" or "kv_lora_rank" not in made}
+    return {
+        k: v
+        for k, v in made.items()
+        if k != "head_dim" or not (base == "phi3" or "kv_lora_rank" in made)
+    }
 
 
 def expert_shapes(family: str, layer: str) -> dict[str, tuple[int, ...]]:

@@ -31,8 +31,7 @@ DEFAULTS: dict[str, object] = {
     "attn_logit_softcapping": 50.0,
 }
 FIXED: dict[str, tuple[object, ...]] = {
-    "hidden_act": ("silu", "gelu_pytorch_tanh", "gelu"),  # not read
-    "cache_implementation": (None, "hybrid", "dynamic", "static"),
+    "hidden_act": ("silu", "gelu_pytorch_tanh"),  # not read
 }
 GGUF_READ = ("attn_logit_softcapping", "final_logit_softcapping")
 PERIOD, LARGEST = 2, 46  # layers of the 27B, whose scale is of another size

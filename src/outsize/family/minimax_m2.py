@@ -13,6 +13,7 @@ DEFAULTS: dict[str, object] = {
     **HEEDED,
     "hidden_size": 3072,
     "intermediate_size": 1536,
+    "head_dim": 128,
     "num_hidden_layers": 62,
     "num_attention_heads": 48,
     "num_key_value_heads": 8,

@@ -16,6 +16,7 @@ YARN: dict[str, object] = {
 }  # fmt: skip
 DEFAULTS: dict[str, object] = {
     **{k: v for k, v in mistral.DEFAULTS.items() if k != "layer_types"},
+    "head_dim": 128,
     "num_hidden_layers": 34,
     "max_position_embeddings": 262_144,
     "rms_norm_eps": 1e-5,

@@ -23,6 +23,7 @@ DEFAULTS: dict[str, object] = {
     "moe_intermediate_size": 1408,
     "shared_expert_intermediate_size": 5632,
     "norm_topk_prob": False,
+    "max_window_layers": 28,
     "layer_types": None,
 }  # fmt: skip
 FIXED: dict[str, tuple[object, ...]] = {
@@ -52,8 +53,9 @@ def recipe(config: Config) -> Recipe:
 
 
 def _layers(config: Config, plain: tuple[Layer, ...]) -> tuple[Layer, ...]:
-    """Windows are of the layers that are said to have them: by default of none."""
-    reach, has = common.window(config), [False] * len(plain)
+    """Windows are of the layers of that type, or of every other one of the first `max_window_layers`."""
+    reach, first = common.window(config), config.count("max_window_layers")
+    has = [reach is not None and i % 2 == 0 and i < first for i in range(len(plain))]
     if config.get("layer_types") is not None:
         has = common.sliding(config, len(plain), 1)
     return tuple(replace(p, window=reach if h else None) for p, h in zip(plain, has, strict=True))
