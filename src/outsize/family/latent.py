@@ -78,7 +78,7 @@ def _one_head(config: Config, sizes: Latent) -> Config:
 
 def _scale(config: Config, sizes: Latent) -> float:
     """1 / sqrt of a whole key's numbers; under YaRN with a factor of its own, squared."""
-    scale = (sizes.key + sizes.rope) ** -0.5
+    scale = 1 / math.sqrt(sizes.key + sizes.rope)
     if config.format == "gguf":
         is_yarn = config.get("rope.scaling.type") == "yarn"
         times = config.number("yarn_log_multiplier", 0.0) / LOG_PART if is_yarn else 0.0

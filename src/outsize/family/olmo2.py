@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from outsize.family import olmo3
 from outsize.family.common import HEEDED, POST_NORMED, describe, names
 from outsize.family.config import Config
@@ -26,5 +24,4 @@ FIXED: dict[str, tuple[object, ...]] = {"clip_qkv": (None,)}
 def recipe(config: Config) -> Recipe:
     if config.format == "gguf":  # which calls both olmo2
         return olmo3.recipe(config)
-    made = replace(describe(config), **olmo3.NORMS)
-    return Recipe(made, names(config, POST_NORMED), interleaved=False)
+    return Recipe(olmo3.normed(describe(config)), names(config, POST_NORMED), interleaved=False)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from outsize.family.common import HEEDED, POST_NORMED, describe, names, sliding, window
 from outsize.family.config import Config
 from outsize.family.rope import rope
-from outsize.model_config import Layer, Recipe, Rope
+from outsize.model_config import Description, Layer, Recipe, Rope
 
 DEFAULTS: dict[str, object] = {
     **HEEDED,
@@ -25,12 +25,16 @@ DEFAULTS: dict[str, object] = {
 }
 FIXED: dict[str, tuple[object, ...]] = {"clip_qkv": (None,)}
 PERIOD = 4
-NORMS = {"pre_norm": False, "post_norm": True, "qk_norm_whole": True}
+
+
+def normed(d: Description) -> Description:
+    """With norms after each half, and of all query heads, and of all key heads."""
+    return replace(d, pre_norm=False, post_norm=True, qk_norm_whole=True)
 
 
 def recipe(config: Config) -> Recipe:
     base = describe(config, "" if config.format == "gguf" else "full_attention")
-    made = replace(base, **NORMS, layers=_layers(config, base.layers))
+    made = replace(normed(base), layers=_layers(config, base.layers))
     return Recipe(made, names(config, POST_NORMED), interleaved=False)
 
 

@@ -89,18 +89,11 @@ def _long(config: Config, table: Table, base: float, pairs: int) -> Rope:
     factor = config.integer("max_position_embeddings") / original
     if table.get("factor") is not None:
         factor = _positive(table, "factor")
+    longer = factor > 1 and original > 1
+    scale = math.sqrt(1 + math.log(factor) / math.log(original)) if longer else 1.0
     if table.get("attention_factor") is not None:
         scale = _positive(table, "attention_factor")
-    else:
-        scale = length_of(factor, original)
     return Rope(base, short, scale, original=int(original), long_divisors=far)
-
-
-def length_of(factor: float, original: float) -> float:
-    """How much longer LongRoPE makes queries and keys."""
-    if factor <= 1 or original <= 1:
-        return 1.0
-    return math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def _numbers(table: Table, key: str, count: int) -> tuple[float, ...]:
@@ -141,8 +134,8 @@ def _table(config: Config, kind: str) -> dict[str, object]:
             raise CheckpointError(f"config: rope_parameters {kind} is {inner!r}, an object is due")
         found = inner | (old if kind == "full_attention" else {})
     _kind(found)
-    own_keys = {TEMPERED, "max_position_embeddings"} if TEMPERED in config.values else set()
-    _known(found, KEYS | own_keys, "rope_scaling" if old else "rope_parameters")
+    more = {TEMPERED, "max_position_embeddings"} if TEMPERED in config.values else set()
+    _known(found, KEYS | more, "rope_scaling" if old else "rope_parameters")
     if PARTIAL not in config.values and found.get(PARTIAL) not in (None, 1, 1.0):
         raise UnsupportedError(
             f"config: {PARTIAL} is {found[PARTIAL]!r}; heads that rotate whole (1.0) are known"
@@ -164,6 +157,7 @@ def _known(table: Table, keys: set[str], name: str) -> None:
 
 def _kind(table: Table) -> str:
     kind = table.get("rope_type") or table.get("type") or "default"
+    kind = "default" if kind == "mrope" else kind
     if kind not in KINDS:
         raise UnsupportedError(
             f"config: rope_type {kind!r} is not known; known are {', '.join(KINDS)}"
