@@ -205,24 +205,26 @@ def mixture(config: Config, renorm: bool, width: str = "intermediate_size") -> M
 def sigmoid_mixture(config: Config) -> Mixture:
     """Experts as DeepSeek V3 and GLM 4.5 route them: by sigmoids, with a bias for choosing, in groups; an
     expert for all tokens beside."""
-    renorm = config.flag("norm_topk_prob")
-    if config.format == "gguf" and config.get("norm_topk_prob") is None:
-        renorm = False
-    made = mixture(config, renorm, "moe_intermediate_size")
-    if config.format == "gguf" and config.get("scoring_func") not in (None, SIGMOID):
-        raise UnsupportedError(
-            f"config: {config.key('scoring_func')} is {config.get('scoring_func')!r}; sigmoid "
-            f"({SIGMOID}) is known"
-        )
+    made = mixture(config, config.flag("norm_topk_prob"), "moe_intermediate_size")
     return replace(
         made,
-        score="sigmoid",
+        score=sigmoid(config),
         choice_bias=config.format != "gguf" or config.has(".exp_probs_b.bias"),
         groups=config.count("n_group", 1) or 1,
         used_groups=config.count("topk_group", 1) or 1,
         scale=config.number("routed_scaling_factor", 1.0),
         shared=made.width * config.count("n_shared_experts"),
     )
+
+
+def sigmoid(config: Config) -> str:
+    """What weighs experts. Raises UnsupportedError for a GGUF that says otherwise."""
+    if config.format == "gguf" and config.get("scoring_func") not in (None, SIGMOID):
+        raise UnsupportedError(
+            f"config: {config.key('scoring_func')} is {config.get('scoring_func')!r}; sigmoid "
+            f"({SIGMOID}) is known"
+        )
+    return "sigmoid"
 
 
 def first_dense(config: Config, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:

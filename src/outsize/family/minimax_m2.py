@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from outsize.family.common import HEEDED, MIXTRAL, describe, mixture, names, with_names
+from outsize.family.common import HEEDED, MIXTRAL, describe, mixture, names, sigmoid, with_names
 from outsize.family.config import Config
 from outsize.model_config import Recipe
 
@@ -36,6 +36,6 @@ HF_LAYER = with_names({**MIXTRAL, "choice_bias": "block_sparse_moe.e_score_corre
 
 def recipe(config: Config) -> Recipe:
     base = describe(config)
-    mixed = replace(mixture(config, renorm=True), score="sigmoid", choice_bias=True)
+    mixed = replace(mixture(config, renorm=True), score=sigmoid(config), choice_bias=True)
     made = replace(base, qk_norm_whole=True, mixture=mixed, ffn_width=mixed.width)
     return Recipe(made, names(config, HF_LAYER), interleaved=False)

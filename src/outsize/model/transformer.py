@@ -141,7 +141,9 @@ class Transformer:
                 row[ids] = self._head.rows(ids) @ x_D
         d = self.description
         logits = logits if d.logit_scale == 1.0 else logits.mul_(d.logit_scale)
-        return capped(logits, d.logit_cap)
+        for row in logits if d.logit_cap else ():  # each as if alone, whatever its place
+            row.copy_(capped(row, d.logit_cap))
+        return logits
 
     def likely(self, x_KD: Tensor, count: int) -> Tensor:
         """(K, C) ids of the likeliest tokens after normed states, roughly: in the type of activations."""

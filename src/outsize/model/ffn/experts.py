@@ -56,7 +56,7 @@ class Router:
         x, m = x_TD.float(), self._mixture
         rows = [x @ self._w_ND.T] if wide else [(self._w_ND @ row)[None] for row in x]
         z_TN = torch.cat(rows) + self._bias_N
-        p_TN = self._weigh(z_TN)
+        p_TN = self._weigh(z_TN) if wide else torch.cat([self._weigh(z) for z in z_TN.split(1)])
         if routing_bias_N is None:
             ids_TK = self._order(p_TN).topk(m.used, dim=-1).indices
         else:
@@ -99,8 +99,8 @@ class SharedExpert:
         if self._gate_D is None:
             return y_TD
         x, gate_D = x_TD.float(), self._gate_D
-        gate_T = x @ gate_D if step.wide else torch.stack([row @ gate_D for row in x])
-        return y_TD * gate_T.sigmoid()[:, None]
+        rows = [x @ gate_D] if step.wide else [(row @ gate_D)[None] for row in x]
+        return y_TD * torch.cat([row.sigmoid() for row in rows])[:, None]
 
 
 Expert = Dense | Biased
