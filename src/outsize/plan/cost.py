@@ -222,7 +222,7 @@ def _sublayer_times(
 def _expert_times(o: Outline, t: TableHeader, backend: Backend, tokens: int) -> tuple[float, float]:
     """One expert, or one router and the expert that all tokens use, for a token and for its share of a
     chunk."""
-    d, mixture, made = o.description, o.description.mixture, _random(t, backend)
+    d, mixture, made = o.description, o.description.mixture, dict(_random(t, backend))
     assert mixture is not None
     if "router" not in made:
         ffn = Dense(Linear(made["gate_up"]), Linear(made["down"]), d.activation)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tokenizers import pre_tokenizers
 
-from outsize.bench.synthetic.shapes import ARCHITECTURES, Size, recipe, tensors
+from outsize.bench.synthetic.shapes import ARCHITECTURES, Size, gguf_values, recipe, tensors
 from outsize.errors import OptionError
 
 BLOCK = 32
@@ -47,7 +47,7 @@ def write(
     except ImportError:
         raise OptionError("this needs the package 'gguf': pip install 'outsize[bench]'") from None
     made, writer = recipe(family, size), gguf.GGUFWriter(path, ARCHITECTURES.get(family, family))
-    _config(writer, size)
+    _config(writer, gguf_values(family, size))
     _tokenizer(writer, size.vocab)
     listed = list(tensors(made))
     for name, shape, kind in listed:
@@ -69,22 +69,14 @@ def _stored(shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
     return *shape[:-1], shape[-1] // BLOCK * (18 if kind == "Q4_0" else 34)
 
 
-def _config(writer: Any, size: Size) -> None:
-    writer.add_block_count(size.layers)
-    writer.add_context_length(size.context)
-    writer.add_embedding_length(size.width)
-    writer.add_feed_forward_length(size.ffn)
-    writer.add_head_count(size.heads)
-    writer.add_head_count_kv(size.kv_heads)
-    writer.add_key_length(size.head)
-    writer.add_value_length(size.head)
-    writer.add_rope_dimension_count(size.head)
-    if size.experts:
-        writer.add_expert_count(size.experts)
-        writer.add_expert_used_count(size.used)
-        writer.add_expert_feed_forward_length(size.ffn)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10_000.0)
+def _config(writer: Any, values: dict[str, object]) -> None:
+    for key, value in values.items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        else:
+            writer.add_float32(key, value)
 
 
 def _tokenizer(writer: Any, vocab: int) -> None:
