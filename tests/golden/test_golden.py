@@ -53,8 +53,14 @@ def test_golden(family: str, lengths: list[int], open_tiny: Callable[..., Model]
     np.testing.assert_allclose(ours, reference(family), atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("family", tiny.CONFIGS)
+@pytest.mark.parametrize(
+    ("family", "native"),
+    [
+        pytest.param(f, n, marks=pytest.mark.slow if f in tiny.STORED and not n else ())
+        for f in tiny.CONFIGS
+        for n in (True, False)
+    ],
+)
 def test_golden_in_tiles(family: str, native: bool, open_tiny: Callable[..., Model]) -> None:
     """All matrices in the tiled layout: in 8 bits, and activations in bf16, logits stay near, but where a
     near tie sends a token to another expert."""

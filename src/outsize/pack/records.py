@@ -90,8 +90,8 @@ def _tensor_fault(name: str, due: TensorSpec, pieces: Sequence[Matrix]) -> str:
         in_pieces = due.width and len(pieces) > 1
         if in_pieces or any(m.encoding != FLOATS for m in pieces):
             return f"tensor {name!r} is not in {FLOATS}, or in pieces"
-    if name in HALVES and any(m.encoding not in (FLOATS, HALF) for m in pieces):
-        return f"tensor {name!r} is in neither {HALF} nor {FLOATS}"
+    if name in HALVES and (len(pieces) > 1 or pieces[0].encoding not in (FLOATS, HALF)):
+        return f"tensor {name!r} is in neither {HALF} nor {FLOATS}, or in pieces"
     return next((p for m in pieces if (p := _encoding_fault(name, m))), "")
 
 

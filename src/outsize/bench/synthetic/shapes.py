@@ -15,7 +15,6 @@ from outsize.pack.kinds.kind import groups
 from outsize.pack.kinds.layers import DENSE, layers_of
 from outsize.pack.records import FIXED, HALVES, TensorSpec
 
-
 SMALL = Latent(64, 32, 32, 32, 64)
 
 
