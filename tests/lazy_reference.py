@@ -116,7 +116,8 @@ class Reference(Plain):
 
     def row(self, spec: AttentionSpec, p: int, q_HE: Tensor) -> Tensor:
         far = spec.window or 1 << 60
-        seen = sorted(k for k in self.keys[spec.layer] if 0 <= p - k < far)
+        near = p // far * far if spec.chunked else p - far + 1
+        seen = sorted(k for k in self.keys[spec.layer] if near <= k <= p)
         out, total = [], torch.zeros(len(seen))
         for head, q in enumerate(q_HE):
             j = head * spec.num_kv_heads // spec.num_heads

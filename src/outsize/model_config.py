@@ -28,6 +28,7 @@ class Rope:
     ] = ()  # in place of `divisors`, in a context beyond the original
     growth: float = 0.0  # dynamic: beyond the original positions the base grows, by this factor
     query_growth: float = 0.0  # queries grow by 1 + this * log(1 + position // original)
+    query_shift: int = 0  # added to the position there
 
     def pairs(self, head_dim: int) -> int:
         """How many pairs of a head rotate."""
@@ -43,11 +44,14 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What differs from layer to layer: the rope, and how many tokens attention sees (None: all)."""
+    """What differs from layer to layer: the rope, and how many tokens attention sees (None: all). `chunked`:
+    those of the token's own piece of so many positions, instead of the last ones."""
 
     rope: Rope
     window: int | None = None
     dense: bool = False  # in a model with experts: a plain feed-forward instead
+    chunked: bool = False
+    unit_norm: bool = False  # query and key heads are normed, without weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,7 @@ class Mixture:
     used_groups: int = 1
     scale: float = 1.0  # times the weights, at the end
     shared: int = 0  # width of an expert that every token uses beside its own; 0: none
+    weighs_input: bool = False  # what enters an expert is weighed, not what comes out
     shared_gate: bool = False  # that one's output times the sigmoid of a product of its own
 
 
@@ -140,7 +145,7 @@ class Description:
         """Is it a dense decoder without what few families have? Training and adapters know those only."""
         known = Description(**{name: getattr(self, name) for name in USUAL})
         ropes = all(Rope(r.base, r.divisors, r.scale) == r for r in self.ropes)
-        return known == self and ropes
+        return known == self and ropes and all(Layer(x.rope, x.window) == x for x in self.layers)
 
     def for_context(self, context: int) -> Description:
         """As a run of so many positions computes it."""
@@ -168,4 +173,5 @@ class Recipe:
     interleaved: bool  # foreign query/key rows already rotate in adjacent pairs
     norm_shift: float = 0.0  # added to norm weights (families that store w - 1)
     paired: bool = False  # experts as one stack, transposed, rows of gate and up in turn
+    turned: bool = False  # experts as one stack, transposed, gate's rows before up's
     spares: tuple[str, ...] = ()  # patterns of foreign tensors that a text model needs not

@@ -17,7 +17,7 @@ ARCHITECTURES = {
     "qwen2_moe": "qwen2moe", "phi3": "phi3", "granite": "granite", "granitemoe": "granitemoe",
     "olmo2": "olmo2", "olmo3": "olmo2", "smollm3": "smollm3", "ministral3": "mistral3", "gemma2": "gemma2",
     "minimax_m2": "minimax-m2", "glm4_moe": "glm4moe", "deepseek_v3": "deepseek2",
-    "glm4_moe_lite": "deepseek2",
+    "glm4_moe_lite": "deepseek2", "llama4": "llama4",
 }  # fmt: skip
 PERMUTED = (
     "granite",
@@ -126,6 +126,10 @@ OWN = {
         "expert_feed_forward_length": tiny.FFN,
     },
     "glm4_moe": lambda s: {"rope.dimension_count": tiny.HEAD_DIM // 2, "expert_gating_func": 2},
+    "llama4": lambda s: {
+        "feed_forward_length": s["intermediate_size_mlp"], "interleave_moe_layer_step": 1,
+        "expert_feed_forward_length": s["intermediate_size"],
+    },
     "deepseek_v3": _latent,
     "glm4_moe_lite": _latent,
 }  # fmt: skip
@@ -179,6 +183,11 @@ def _changed(
             (name.replace("kv_b", "k_b"), both[:, :key].swapaxes(1, 2)),
             (name.replace("kv_b", "v_b"), both[:, key:]),
         ]
+    if family == "llama4" and ".experts." in name:  # columns, gate's before up's
+        w, name = w.swapaxes(1, 2), f"{name}.weight"
+        if "gate_up" in name:
+            halves = zip(("gate", "up"), np.split(w, 2, axis=1), strict=True)
+            return [(name.replace("gate_up", k), half) for k, half in halves]
     if "input_linear" in name:
         halves = zip(("gate", "up"), np.split(w, 2, axis=1), strict=True)
         return [(f"{layer}.mlp.experts.{k}_proj.weight", half) for k, half in halves]

@@ -42,7 +42,8 @@ def main() -> None:
 def shapes(family: str) -> None:
     """Of the checkpoint that transformers saves of the tiny config."""
     settings, path = tiny.config(family), Path(__file__).with_name("shapes.json")
-    kind = settings.pop("model_type")
+    kind = tiny.REFERENCE.get(family, settings.pop("model_type"))
+    settings.pop("model_type", None)
     config = transformers.AutoConfig.for_model(kind, **settings)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 import outsize
 from outsize.engine.model import Model
-from outsize.family import smollm3
+from outsize.family import llama4, smollm3
 from outsize.family.find import families
 from outsize.forward.full import full
 from outsize.forward.span import Span
@@ -159,6 +159,8 @@ def test_converted_equals_golden(
     monkeypatch.setattr(
         smollm3, "PERIOD", 2
     )  # files do not say; of three layers, the fourth is none
+    own = {k: v for k, v in tiny.config("llama4").items() if k in llama4.GGUF}
+    monkeypatch.setattr(llama4, "GGUF", {**llama4.GGUF, **own, "no_rope_layer_interval": 2})
     path = converted.write(tmp_path / "tiny.gguf", family)
     with outsize.load(str(path), encoding="fp32", quiet=True) as model:
         ours = logits(model, [30, *[1] * 10])

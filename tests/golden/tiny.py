@@ -17,7 +17,7 @@ TOKENS = [(7 * i * i + 3 * i + 11) % VOCAB for i in range(40)]
 EXPERTS = 8
 OLD_MIXTURES = ("olmoe", "mixtral", "qwen3_moe", "gpt_oss")
 NEW_MIXTURES = (
-    "qwen2_moe", "granitemoe", "minimax_m2", "glm4_moe", "deepseek_v3", "glm4_moe_lite",
+    "qwen2_moe", "granitemoe", "minimax_m2", "glm4_moe", "deepseek_v3", "glm4_moe_lite", "llama4",
 )  # fmt: skip
 MIXTURES = (*OLD_MIXTURES, *NEW_MIXTURES)
 
@@ -183,13 +183,20 @@ CONFIGS |= {
             "beta_slow": 1.0, "original_max_position_embeddings": 16,
         },
     },
+    "llama4": {
+        "rope_theta": 5e5, "tie_word_embeddings": False, "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 2, "intermediate_size": 64, "intermediate_size_mlp": 96,
+        "no_rope_layers": [1, 0, 1], "interleave_moe_layer_step": 1,
+        "attention_chunk_size": 16, "attn_temperature_tuning": True, "floor_scale": 8, "attn_scale": 0.1,
+        "use_qk_norm": True, "attention_bias": False,
+    },
     "glm4_moe_lite": {
         **LATENT, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse", "sparse"],
     },
 }  # fmt: skip
 STORED = json.loads((Path(__file__).with_name("shapes.json")).read_text())
 # The transformers class that runs a family: AFM's architecture is Qwen3's with other numbers.
-REFERENCE = {"gemma3": "gemma3_text", "afm": "qwen3"}
+REFERENCE = {"gemma3": "gemma3_text", "afm": "qwen3", "llama4": "llama4_text"}
 
 
 # Families with what few of their checkpoints have; no vectors are kept of these.

@@ -34,7 +34,7 @@ CLASSES = {
     "olmo2": "Olmo2Config", "olmo3": "Olmo3Config", "smollm3": "SmolLM3Config",
     "ministral3": "Ministral3Config", "gemma2": "Gemma2Config", "minimax_m2": "MiniMaxM2Config",
     "glm4_moe": "Glm4MoeConfig", "deepseek_v3": "DeepseekV3Config",
-    "glm4_moe_lite": "Glm4MoeLiteConfig",
+    "glm4_moe_lite": "Glm4MoeLiteConfig", "llama4": "Llama4TextConfig",
 }  # fmt: skip
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0}
@@ -66,6 +66,9 @@ CHANGES: dict[str, tuple[object, dict[str, object]]] = {
     "routed_scaling_factor": (3.0, {}), "kv_lora_rank": (64, {}), "q_lora_rank": (32, {}),
     "qk_rope_head_dim": (32, {}), "qk_nope_head_dim": (64, {}), "v_head_dim": (32, {}),
     "mlp_layer_types": (["dense", "dense", "sparse"], {}),
+    "intermediate_size_mlp": (192, {}), "moe_layers": ([1], {}), "attn_temperature_tuning": (None, {}),
+    "interleave_moe_layer_step": (2, {"moe_layers": None}), "attention_chunk_size": (5, {}),
+    "floor_scale": (9, {}), "attn_scale": (0.4, {}),
 }  # fmt: skip
 HARMLESS = {
     "unsloth_version": "2026.1", "use_mrope": False, "is_llama_config": True, "rope_interleaved": False,

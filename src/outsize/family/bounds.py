@@ -98,6 +98,10 @@ def _layer_fault(d: Description, layer: Layer) -> str:
             return f"a rope has {len(divisors):,} divisors, none or {pairs:,} are due"
     if (rope.long_divisors or rope.growth or rope.query_growth) and not 0 < rope.original <= MOST:
         return f"a rope's original context is {rope.original:,}, a number from 1 to {MOST:,} is due"
+    if rope.query_shift not in (0, 1) or (layer.chunked and layer.window is None):
+        return "a rope's shift is 0 or 1, and pieces of a context have a size"
+    if layer.unit_norm and (d.qk_norm or d.latent is not None):
+        return "heads are normed with weights and without: one of the two is due"
     if rope.growth and pairs < 2:
         return f"a growing rope turns {pairs} pairs, 2 or more are due"
     found = [

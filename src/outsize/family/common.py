@@ -264,6 +264,18 @@ def window(config: Config) -> int | None:
     return config.integer("sliding_window")
 
 
+def positioned(config: Config, count: int, period: int) -> list[bool]:
+    """Which layers have positions: as listed, or all but each `period`th."""
+    said = None if config.format == "gguf" else config.get("no_rope_layers")
+    if not said:
+        return [(i + 1) % period != 0 for i in range(count)]
+    if not isinstance(said, list) or len(said) != count or any(v not in (0, 1) for v in said):
+        raise UnsupportedError(
+            f"config: no_rope_layers must list 0 or 1 for each of {count} layers"
+        )
+    return [v == 1 for v in said]
+
+
 def sliding(config: Config, count: int, period: int) -> list[bool]:
     """Which layers have a sliding window: by their stated types, or all but each `period`th."""
     kinds, pattern = config.get("layer_types"), config.get("sliding_window_pattern")

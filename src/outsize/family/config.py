@@ -37,6 +37,7 @@ FEW_KEYS = {
     "scoring_func": "expert_gating_func",
     "first_k_dense_replace": "leading_dense_block_count",
     "num_nextn_predict_layers": "nextn_predict_layers",
+    "interleave_moe_layer_step": "interleave_moe_layer_step",
     "kv_lora_rank": "attention.kv_lora_rank",
     "q_lora_rank": "attention.q_lora_rank",
     "qk_head_dim": "attention.key_length_mla",

@@ -20,7 +20,7 @@ from outsize.model_config import Recipe
 ALIASES = {
     "gemma3_text": "gemma3", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss", "qwen2moe": "qwen2_moe",
     "minimax-m2": "minimax_m2", "glm4moe": "glm4_moe", "deepseek2": "deepseek_v3",
-    "mistral3": "ministral3",
+    "mistral3": "ministral3", "llama4_text": "llama4",
 }  # fmt: skip
 NOT_FAMILIES = ("bounds", "common", "config", "find", "keys", "latent", "rope")
 EMBEDDINGS = (

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from outsize.errors import UnsupportedError
-from outsize.family.common import HEEDED, WINDOWS, describe, names, sliding, window
+from outsize.family.common import HEEDED, WINDOWS, describe, names, positioned, sliding, window
 from outsize.family.config import Config
 from outsize.model_config import Layer, Recipe
 
@@ -38,7 +37,8 @@ def recipe(config: Config) -> Recipe:
 
 def _layers(config: Config, plain: tuple[Layer, ...]) -> tuple[Layer, ...]:
     count, is_gguf = len(plain), config.format == "gguf"
-    turns = _turns(config, count)
+    period = PERIOD if is_gguf else config.integer("no_rope_layer_interval")
+    turns = positioned(config, count, period)
     reach, has = (None, [False] * count) if is_gguf else (window(config), [not t for t in turns])
     if not is_gguf and config.get("layer_types") is not None:
         has = sliding(config, count, 1)
@@ -46,16 +46,3 @@ def _layers(config: Config, plain: tuple[Layer, ...]) -> tuple[Layer, ...]:
         Layer(p.rope if t else replace(p.rope, rotated=0, divisors=()), reach if h else None)
         for p, t, h in zip(plain, turns, has, strict=True)
     )
-
-
-def _turns(config: Config, count: int) -> list[bool]:
-    """Which layers have positions."""
-    said = None if config.format == "gguf" else config.get("no_rope_layers")
-    if said is None:
-        period = PERIOD if config.format == "gguf" else config.integer("no_rope_layer_interval")
-        return [(i + 1) % period != 0 for i in range(count)]
-    if not isinstance(said, list) or len(said) != count or any(v not in (0, 1) for v in said):
-        raise UnsupportedError(
-            f"config: no_rope_layers must list 0 or 1 for each of {count} layers"
-        )
-    return [v == 1 for v in said]

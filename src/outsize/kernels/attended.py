@@ -41,7 +41,8 @@ def attended(
         apart_RS = some[:, None] - keys
         unseen = apart_RS < 0
         if spec.window is not None:
-            unseen |= apart_RS >= spec.window
+            least = [spec.sight.least(position) for position in rows[at : at + step]]
+            unseen |= keys < torch.tensor(least, dtype=torch.int64, device="cpu")[:, None]
         score_HRS.masked_fill_(unseen, -torch.inf)
         if spec.sinks is not None:
             nothing = spec.sinks.view(-1, 1, 1).expand(-1, len(some), 1)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from outsize.kernels.norm import RMSNorm
-from outsize.kernels.rows import Rows
+from outsize.kernels.rows import Rows, Sight
 from outsize.kernels.structs import Attention, Coded, ExpertMatrices, LowRankMatrix, address_if
 
 Product = Callable[[Tensor, bool], Tensor]  # (x (T, K), is it wide?) -> (T, N) in the type of x
@@ -29,7 +29,7 @@ class AttentionSpec:
     """One layer's attention, for any backend: sizes, and tensors that never change, fp32. `window`: how many
     entries a row sees, itself among them (None: all); `bias` of query, key and value; `norm` of query and key
     heads; `sinks`: each head's score of attending to nothing; `cap`: scores x are cap * tanh(x / cap), if it
-    is not 0."""
+    is not 0; `chunked`: a row sees entries of its own piece of `window` positions."""
 
     layer: int
     num_heads: int
@@ -41,8 +41,14 @@ class AttentionSpec:
     norm: RMSNorm | None = None
     sinks: Tensor | None = None
     cap: float = 0.0
+    chunked: bool = False
     struct: Attention = field(init=False)
     pointer: int = field(init=False)
+
+    @property
+    def sight(self) -> Sight:
+        """What a row sees."""
+        return Sight(self.window, self.chunked)
 
     def __post_init__(self) -> None:
         norm, eps = (None, 0.0) if self.norm is None else (self.norm.pointer, self.norm.eps)

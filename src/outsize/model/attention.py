@@ -26,6 +26,7 @@ class Attention:
         self._queries = d.num_heads * d.head_dim
         bias = vector(w["qkv_bias"]) if d.qkv_bias else None
         norm = _head_norms(d, w) if d.qk_norm else None
+        norm = _unit_norm(d) if d.layers[index].unit_norm else norm
         sinks = vector(w["sinks"]) if d.sinks else None
         self._spec = spec_of(d, index, bias, norm, sinks)
 
@@ -50,8 +51,9 @@ def spec_of(
     sinks: Tensor | None = None,
 ) -> AttentionSpec:
     """What backends are told of a layer's attention."""
-    window, sizes = d.layers[index].window, (d.num_heads, d.num_kv_heads, d.head_dim)
-    return AttentionSpec(index, *sizes, d.attn_scale, window, bias, norm, sinks, d.attn_cap)
+    layer, sizes = d.layers[index], (d.num_heads, d.num_kv_heads, d.head_dim)
+    more = bias, norm, sinks, d.attn_cap, layer.chunked
+    return AttentionSpec(index, *sizes, d.attn_scale, layer.window, *more)
 
 
 def attend(spec: AttentionSpec, qkv: Tensor, rope: Rope, step: Step) -> Tensor:
@@ -76,6 +78,12 @@ def _head_norms(d: Description, w: Weights) -> RMSNorm:
     q = vector(w["q_norm"]).expand(d.num_heads, -1)
     k = vector(w["k_norm"]).expand(d.num_kv_heads, -1)
     return RMSNorm(torch.cat([q, k]), d.norm_eps, torch.float32)
+
+
+def _unit_norm(d: Description) -> RMSNorm:
+    """Of each head apart, without weights."""
+    shape = d.num_heads + d.num_kv_heads, d.head_dim
+    return RMSNorm(torch.ones(shape, dtype=torch.float32, device="cpu"), d.norm_eps, torch.float32)
 
 
 def _whole_norms(d: Description, w: Weights) -> tuple[RMSNorm, ...]:

@@ -60,7 +60,9 @@ def _base(rope: Rope, rotated: int, positions_T1: Tensor) -> Tensor | float:
 
 def query_growth(rope: Rope, positions: Sequence[int]) -> Tensor | None:
     """(T, 1): what queries are multiplied by (Llama 4's temperature); None: nothing."""
-    if not rope.query_growth or not positions or max(positions) < rope.original:
+    shift = rope.query_shift
+    if not rope.query_growth or not positions or max(positions) + shift < rope.original:
         return None
-    times = torch.tensor(positions, dtype=torch.float32, device="cpu") / rope.original
+    times = torch.tensor(positions, dtype=torch.float32, device="cpu") + shift
+    times = times / rope.original
     return (1 + rope.query_growth * torch.log1p(times.floor()))[:, None]

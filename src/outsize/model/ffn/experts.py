@@ -137,6 +137,7 @@ class Mixture:
         assert d.mixture is not None
         self.router, self._shared, self._scale = router, shared, d.residual_scale
         self._bank, self._activation, self._used = bank, d.activation, d.mixture.used
+        self._weighs_input = d.mixture.weighs_input
         self.ahead: Callable[[], Router | None] = lambda: None
         self._built: dict[int, Built] = {}
 
@@ -152,7 +153,7 @@ class Mixture:
         weights = [row for _, w in routed for row in w.tolist()]
         early = self._early(chunks)
         rows, weights = self._resolved(rows, weights, early)
-        sums = _Sums(chunks, xs, self._used, self._activation)
+        sums = _Sums(chunks, xs, self._used, self._activation, self._weighs_input)
         in_order = any(step.wide for _, step in chunks)
         places = _places(rows, weights)
         for found in self._bank.stream(rows, early, in_order):
@@ -204,8 +205,11 @@ def _places(rows: Sequence[Sequence[int]], weights: Sequence[Sequence[float]]) -
 class _Sums:
     """Collects the experts' outputs for all chunks."""
 
-    def __init__(self, chunks: Chunks, xs: Sequence[Tensor], used: int, activation: str) -> None:
+    def __init__(
+        self, chunks: Chunks, xs: Sequence[Tensor], used: int, activation: str, weighs_input: bool
+    ) -> None:
         self._chunks, self._xs, self._activation = chunks, xs, activation
+        self._weighs_input = weighs_input
         self._starts, at = [], 0
         for h, _ in chunks:
             self._starts.append(at)
@@ -224,6 +228,10 @@ class _Sums:
             mine = [(e, [(t - start, k, w) for t, k, w in p if t in rows]) for e, p in experts]
             mine = [(e, p) for e, p in mine if p]
             native, theirs = [e.native for e, _ in mine], [p for _, p in mine]
+            if self._weighs_input:
+                for e, places in mine:
+                    add_weighed(e.ffn, places, x, step, out)
+                continue
             if step.backend.experts(native, theirs, x, out, self._activation):
                 continue
             for e, places in mine:
@@ -248,10 +256,24 @@ def _in_order(out_TKD: Tensor) -> Tensor:
 
 def add(ffn: Expert, places: Places, x_TD: Tensor, step: Step, out: Tensor) -> None:
     """One expert, the plain way."""
+    rows, slots, weights = _columns(places)
+    _put(ffn(x_TD[rows], step).float() * weights[:, None], rows, slots, step, out)
+
+
+def add_weighed(ffn: Expert, places: Places, x_TD: Tensor, step: Step, out: Tensor) -> None:
+    """One expert whose inputs are weighed."""
+    rows, slots, weights = _columns(places)
+    x = (x_TD[rows].float() * weights[:, None]).to(x_TD.dtype)
+    _put(ffn(x, step).float(), rows, slots, step, out)
+
+
+def _columns(places: Places) -> tuple[Tensor, Tensor, Tensor]:
     columns = zip(*places, strict=True)
     rows, slots = (torch.tensor(next(columns), dtype=torch.int64, device="cpu") for _ in range(2))
-    weights = torch.tensor(next(columns), dtype=torch.float32, device="cpu")
-    y = ffn(x_TD[rows], step).float() * weights[:, None]
+    return rows, slots, torch.tensor(next(columns), dtype=torch.float32, device="cpu")
+
+
+def _put(y: Tensor, rows: Tensor, slots: Tensor, step: Step, out: Tensor) -> None:
     if step.wide:
         out.index_add_(0, rows, y)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from outsize.model_config import Description, Mixture
 from outsize.pack.kinds.kind import Group, Kind
@@ -28,8 +29,11 @@ class Experts(Kind):
         if FUSED in tensors.recipe.names:
             specs["gate_up"] = matrix(d.width, (FUSED, 2 * _mixture(d).width))
         count = _mixture(d).count
+        recipe = tensors.recipe
+        make = partial(_turned if recipe.turned else _paired, tensors)
+        stacked = recipe.turned or recipe.paired
         records = [
-            _paired(tensors, i, e) if tensors.recipe.paired else tensors.record(i, specs, e)
+            make(i, e) if stacked else tensors.record(i, specs, e)
             for i in d.routed
             for e in range(count)
         ]
@@ -50,6 +54,17 @@ def _mixture(d: Description) -> Mixture:
 
 def _specs(d: Description) -> Specs:
     return gated(d, _mixture(d).bias, "expert_", _mixture(d).width)
+
+
+def _turned(tensors: SourceTensors, i: int, e: int) -> Record:
+    """An expert whose gate and up lie beside each other in one tensor of columns."""
+    width, inner = tensors.description.width, _mixture(tensors.description).width
+    both = tensors.find(FUSED, i, (width, 2 * inner), e)
+    down = tensors.find("expert_down", i, (inner, width), e)
+    return {
+        name: (Piece(tensors.encoding(t), (Part(t, transposed=True),)),)
+        for name, t in (("gate_up", both), ("down", down))
+    }
 
 
 def _paired(tensors: SourceTensors, i: int, e: int) -> Record:
