@@ -25,7 +25,7 @@ DEFAULTS: dict[str, object] = {
     "attention_bias": False,
 }  # fmt: skip
 GGUF_READ = ("interleave_moe_layer_step",)
-SPARES = (r"(model\.)?(vision_model|multi_modal_projector)\..*",)
+SPARES = (r"vision_model\..*", r"multi_modal_projector\.linear_1\.weight")
 HF_LAYER = with_names(
     {
         **{n: f"feed_forward.{n}_proj.weight" for n in GATED},

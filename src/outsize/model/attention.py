@@ -52,8 +52,10 @@ def spec_of(
 ) -> AttentionSpec:
     """What backends are told of a layer's attention."""
     layer, sizes = d.layers[index], (d.num_heads, d.num_kv_heads, d.head_dim)
-    more = bias, norm, sinks, d.attn_cap, layer.chunked
-    return AttentionSpec(index, *sizes, d.attn_scale, layer.window, *more)
+    tensors = bias, norm, sinks
+    return AttentionSpec(
+        index, *sizes, d.attn_scale, layer.window, *tensors, cap=d.attn_cap, chunked=layer.chunked
+    )
 
 
 def attend(spec: AttentionSpec, qkv: Tensor, rope: Rope, step: Step) -> Tensor:

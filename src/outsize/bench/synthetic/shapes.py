@@ -95,6 +95,8 @@ def _own(family: str, size: Size) -> dict[str, object]:
             "qk_nope_head_dim": x.key, "v_head_dim": x.value, "num_key_value_heads": size.heads,
             "n_group": 1, "topk_group": 1,
         }  # fmt: skip
+    if family == "llama4":
+        return {"interleave_moe_layer_step": 1}
     return SIGMOID if family == "glm4_moe" else {}
 
 
