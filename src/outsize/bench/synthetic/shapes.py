@@ -58,6 +58,12 @@ SIZES = {
     ),
     "70b": Size(80, 8192, 28_672, 64, 8, 128_256),
 }  # fmt: skip
+# Types of layers' matrices, the embedding and the head.
+MIXES = {
+    "q4_0": ("Q4_0", "Q8_0", "Q8_0"),
+    "q4_k_m": ("Q4_K", "Q4_K", "Q6_K"),
+    "q3_k": ("Q3_K", "Q8_0", "Q8_0"),
+}
 # In a GGUF.
 ARCHITECTURES = {
     "qwen3_moe": "qwen3moe", "mixtral": "llama", "gpt_oss": "gpt-oss", "qwen2_moe": "qwen2moe",
@@ -138,23 +144,34 @@ def _reader(family: str) -> str:
 Listed = Iterator[tuple[str, tuple[int, ...], str]]
 
 
-def tensors(recipe: Recipe) -> Listed:
-    """(foreign name, shape, GGUF type) of every tensor."""
+def tensors(recipe: Recipe, types: str = "q4_0") -> Listed:
+    """(foreign name, shape, GGUF type) of every tensor, with the types of a mix: one of MIXES (q4_k_m with
+    Q4_K for experts' down, too)."""
     d, names = recipe.description, recipe.names
-    yield names["embed"], (d.vocab_size, d.width), "Q8_0"
-    yield names["head"], (d.vocab_size, d.width), "Q8_0"
+    most, embed, head = MIXES[types]
+    yield names["embed"], (d.vocab_size, d.width), embed
+    yield names["head"], (d.vocab_size, d.width), head
     yield names["final_norm"], (d.width,), "F32"
     parts = [group for _, group in groups(d) if group.name in ("attn", "ffn", DENSE)]
     for i in range(d.num_layers):
+        large = "Q6_K" if types == "q4_k_m" and _more_bits(i, d.num_layers) else most
         for group in parts:
             for name, spec in group.specs.items() if i in layers_of(d, group.name) else ():
-                yield from ((n.replace("{i}", str(i)), s, k) for n, s, k in _of(recipe, name, spec))
+                for foreign, shape, kind in _of(recipe, name, spec, most, large):
+                    yield foreign.replace("{i}", str(i)), shape, kind
         if d.mixture is not None and i in d.routed:
-            yield from _experts(recipe, i, d.mixture)
+            yield from _experts(recipe, i, d.mixture, most)
 
 
-def _of(recipe: Recipe, name: str, spec: TensorSpec) -> Listed:
-    """The tensors that a record's tensor is made of; {i} is not filled in."""
+def _more_bits(layer: int, count: int) -> bool:
+    """Does llama.cpp's Q4_K_M give this layer's values and down more bits (`use_more_bits`)?"""
+    first = count // 8
+    return layer < first or layer >= 7 * count // 8 or (layer - first) % 3 == 2
+
+
+def _of(recipe: Recipe, name: str, spec: TensorSpec, most: str, large: str) -> Listed:
+    """The tensors that a record's tensor is made of; {i} is not filled in. `large`: the type of values and
+    down."""
     d, names = recipe.description, recipe.names
     if name in HALVES and d.latent is not None:
         if name in names:
@@ -163,16 +180,17 @@ def _of(recipe: Recipe, name: str, spec: TensorSpec) -> Listed:
             yield (
                 names["kv_b"],
                 (d.num_heads * (d.latent.key + d.latent.value), d.latent.rank),
-                "Q4_0",
+                most,
             )
         return
     fused = len(spec.parts) > 1 and name in names
     for part, rows in [(name, spec.rows)] if fused else spec.parts:
-        kind = "F32" if name in FIXED or not spec.width else "Q4_0"
+        kind = large if part in ("v", "down") else most
+        kind = "F32" if name in FIXED or not spec.width else kind
         yield names[part], (rows, spec.width) if spec.width else (rows,), kind
 
 
-def _experts(recipe: Recipe, layer: int, m: Mixture) -> Listed:
+def _experts(recipe: Recipe, layer: int, m: Mixture, kind: str) -> Listed:
     """Experts: stacked in a GGUF, each by itself elsewhere."""
     d, names, count = recipe.description, recipe.names, m.count
     up, down = (m.width, d.width), (d.width, m.width)
@@ -182,6 +200,6 @@ def _experts(recipe: Recipe, layer: int, m: Mixture) -> Listed:
     for name, shape in (("expert_gate", up), ("expert_up", up), ("expert_down", down)):
         foreign = names[name].replace("{i}", str(layer))
         if "{e}" in foreign:
-            yield from ((foreign.replace("{e}", str(e)), shape, "Q4_0") for e in range(count))
+            yield from ((foreign.replace("{e}", str(e)), shape, kind) for e in range(count))
         else:
-            yield foreign, (count, *shape), "Q4_0"
+            yield foreign, (count, *shape), kind
