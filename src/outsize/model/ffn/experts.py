@@ -46,7 +46,8 @@ class Router:
         """`choice_N`: added to weights where experts are chosen."""
         self.norm, self._w_ND, self._mixture, self._choice_N = norm, w_ND, mixture, choice_N
         self._bias_N = w_ND.new_zeros(len(w_ND)) if bias_N is None else bias_N
-        self._weigh = torch.sigmoid if mixture.score == "sigmoid" else partial(softmax, dim=-1)
+        self._is_sigmoid = mixture.score == "sigmoid"
+        self._weigh = torch.sigmoid if self._is_sigmoid else partial(softmax, dim=-1)
 
     def __call__(
         self, x_TD: Tensor, wide: bool, routing_bias_N: Tensor | None = None
@@ -56,12 +57,14 @@ class Router:
         x, m = x_TD.float(), self._mixture
         rows = [x @ self._w_ND.T] if wide else [(self._w_ND @ row)[None] for row in x]
         z_TN = torch.cat(rows) + self._bias_N
-        p_TN = self._weigh(z_TN) if wide else torch.cat([self._weigh(z) for z in z_TN.split(1)])
-        if routing_bias_N is None:
-            ids_TK = self._order(p_TN).topk(m.used, dim=-1).indices
-        else:
+        # A sigmoid's last bit depends on a number's place among all of them; softmax goes row by row.
+        apart = self._is_sigmoid and not wide
+        p_TN = torch.cat([self._weigh(z) for z in z_TN.split(1)]) if apart else self._weigh(z_TN)
+        if routing_bias_N is not None:
             range_T1 = z_TN.amax(-1, keepdim=True) - z_TN.amin(-1, keepdim=True)
             ids_TK = (z_TN + range_T1 * routing_bias_N).topk(m.used, dim=-1).indices
+        else:
+            ids_TK = self._order(p_TN).topk(m.used, dim=-1).indices
         weights_TK = p_TN.gather(1, ids_TK)
         if m.renorm:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
