@@ -87,7 +87,7 @@ class Reference(Plain):
     def run(self, layer: int, rows: list[int]) -> None:
         h = torch.stack([self.states[layer][p] for p in rows])
         angles = rotary_angles(self.d.ropes, self.d.head_dim, rows)
-        told = SimpleNamespace(wide=False, positions=rows)
+        told = SimpleNamespace(wide=False, positions=rows, all_positions=lambda: rows)
         for part in self.model.paged_layers[2 * layer : 2 * layer + 2]:
             part([(h, Step(told, angles, self))])  # type: ignore[arg-type]
         for p, row in zip(rows, h, strict=True):
@@ -116,11 +116,14 @@ class Reference(Plain):
 
     def row(self, spec: AttentionSpec, p: int, q_HE: Tensor) -> Tensor:
         far = spec.window or 1 << 60
-        seen = sorted(k for k in self.keys[spec.layer] if 0 <= p - k < far)
+        near = p // far * far if spec.chunked else p - far + 1
+        seen = sorted(k for k in self.keys[spec.layer] if near <= k <= p)
         out, total = [], torch.zeros(len(seen))
         for head, q in enumerate(q_HE):
             j = head * spec.num_kv_heads // spec.num_heads
             scores = [self.keys[spec.layer][k][j] @ q * spec.scale for k in seen]
+            if spec.cap:
+                scores = [spec.cap * (s / spec.cap).tanh() for s in scores]
             if spec.sinks is not None:
                 scores.append(spec.sinks[head])
             share = torch.stack(scores).softmax(0)[: len(seen)]

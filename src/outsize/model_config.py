@@ -6,28 +6,52 @@ A family file (family/) makes it from a published config; that is needed to pack
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 BIASED = "clamped_swiglu"  # of experts with biases
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", BIASED)
+SCORES = ("softmax", "sigmoid")
 
 
 @dataclass(frozen=True, slots=True)
 class Rope:
     """Rotary position embedding (arXiv 2104.09864): pair i of a head is rotated by the angle
-    position * base ** (-i / (head_dim / 2)) / divisors[i], and multiplied by `scale`."""
+    position * base ** (-i / (rotated / 2)) / divisors[i], and multiplied by `scale`."""
 
     base: float
     divisors: tuple[float, ...] = ()
     scale: float = 1.0
+    rotated: int | None = None  # of a head's numbers, the first ones; None: all
+    original: int = 0  # positions that training knew, where any of the next three is used
+    long_divisors: tuple[
+        float, ...
+    ] = ()  # in place of `divisors`, in a context beyond the original
+    growth: float = 0.0  # dynamic: beyond the original positions the base grows, by this factor
+    query_growth: float = 0.0  # queries grow by 1 + this * log(1 + position // original)
+    query_shift: int = 0  # added to the position there
+
+    def pairs(self, head_dim: int) -> int:
+        """How many pairs of a head rotate."""
+        return (head_dim if self.rotated is None else self.rotated) // 2
+
+    def for_context(self, context: int) -> Rope:
+        """The rope of a run of so many positions: one of two sets of divisors (LongRoPE)."""
+        if not self.long_divisors:
+            return self
+        divisors = self.long_divisors if context > self.original else self.divisors
+        return replace(self, divisors=divisors, long_divisors=(), original=0)
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What differs from layer to layer: the rope, and how many tokens attention sees (None: all)."""
+    """What differs from layer to layer: the rope, and how many tokens attention sees (None: all). `chunked`:
+    those of the token's own piece of so many positions, instead of the last ones."""
 
     rope: Rope
     window: int | None = None
+    dense: bool = False  # in a model with experts: a plain feed-forward instead
+    chunked: bool = False
+    unit_norm: bool = False  # query and key heads are normed, without weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +63,28 @@ class Mixture:
     width: int  # of one expert
     renorm: bool  # are the used ones' weights made to sum to 1?
     bias: bool = False  # of the router and of each expert's maps
+    score: str = "softmax"  # what makes weights of the router's logits, one of SCORES
+    choice_bias: bool = False  # added to the weights where experts are chosen, and only there
+    groups: int = 1  # equal groups of experts, of which the best `used_groups` are chosen first
+    used_groups: int = 1
+    scale: float = 1.0  # times the weights, at the end
+    shared: int = 0  # width of an expert that every token uses beside its own; 0: none
+    weighs_input: bool = False  # what enters an expert is weighed, not what comes out
+    shared_gate: bool = False  # that one's output times the sigmoid of a product of its own
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """Latent attention (DeepSeek V2, arXiv 2405.04434): each token's keys and values of all heads are made
+    of `rank` numbers, and a key of `rope` rotated numbers is shared by all heads. Here a description has one
+    key head of rope + rank numbers (`head_dim`), and keys' and values' maps are applied to queries and
+    sums."""
+
+    rank: int
+    rope: int
+    key: int  # numbers of a head's key that do not rotate
+    value: int  # numbers of a head's value
+    query_rank: int = 0  # queries are made of so many numbers; 0: of the model's width
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +113,12 @@ class Description:
     post_norm: bool = False  # norms after attention and after the feed-forward, too
     tied: bool = False  # the head is the embedding
     mixture: Mixture | None = None
+    pre_norm: bool = True  # norms before attention and before the feed-forward
+    residual_scale: float = 1.0  # times what a sub-layer adds to the residual stream
+    logit_scale: float = 1.0  # times the logits
+    logit_cap: float = 0.0  # logits x become cap * tanh(x / cap); 0: they stay
+    attn_cap: float = 0.0  # the same of attention's scores
+    latent: Latent | None = None  # attention over a latent that all heads share
 
     @property
     def num_layers(self) -> int:
@@ -81,8 +133,35 @@ class Description:
         """Each kind once, in order."""
         return tuple(dict.fromkeys(layer.rope for layer in self.layers))
 
+    @property
+    def routed(self) -> tuple[int, ...]:
+        """The layers that have experts."""
+        if self.mixture is None:
+            return ()
+        return tuple(i for i, layer in enumerate(self.layers) if not layer.dense)
+
+    @property
+    def is_usual(self) -> bool:
+        """Is it a dense decoder without what few families have? Training and adapters know those only."""
+        known = Description(**{name: getattr(self, name) for name in USUAL})
+        ropes = all(Rope(r.base, r.divisors, r.scale) == r for r in self.ropes)
+        return known == self and ropes and all(Layer(x.rope, x.window) == x for x in self.layers)
+
+    def for_context(self, context: int) -> Description:
+        """As a run of so many positions computes it."""
+        layers = (replace(layer, rope=layer.rope.for_context(context)) for layer in self.layers)
+        return replace(self, layers=tuple(layers))
+
     def to_json(self) -> dict[str, object]:
         return asdict(self)
+
+
+# What a description may say, and be a usual one.
+USUAL = (
+    "family", "width", "num_heads", "num_kv_heads", "head_dim", "ffn_width", "vocab_size", "context",
+    "norm_eps", "attn_scale", "layers", "activation", "embed_scale", "qkv_bias", "o_bias", "mlp_bias",
+    "qk_norm", "post_norm", "tied",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,4 +173,5 @@ class Recipe:
     interleaved: bool  # foreign query/key rows already rotate in adjacent pairs
     norm_shift: float = 0.0  # added to norm weights (families that store w - 1)
     paired: bool = False  # experts as one stack, transposed, rows of gate and up in turn
+    turned: bool = False  # experts as one stack, transposed, gate's rows before up's
     spares: tuple[str, ...] = ()  # patterns of foreign tensors that a text model needs not

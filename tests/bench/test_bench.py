@@ -108,8 +108,12 @@ def test_the_harness_answers_as_the_model_does(
     assert text == model.generate("the sea", raw=True, max_tokens=5)[0].text
 
 
+SYNTHETIC = ("llama", "qwen2", "qwen3", "gemma3", "olmoe", "mixtral", "qwen3_moe", "gpt_oss")
+
+
 @pytest.mark.parametrize(
-    "family", ["llama", "qwen2", "qwen3", "gemma3", "olmoe", "mixtral", "qwen3_moe", "gpt_oss"]
+    "family",
+    [*SYNTHETIC, *("phi3", "granite", "olmo2", "gemma2", "qwen2_moe", "glm4_moe", "deepseek_v3")],
 )
 def test_synthetic_models_run(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -21,7 +21,7 @@ bailingmoe bailingmoe2 deepseek-r1-qwen grok-2 hunyuan kormo llada-moe megrez qw
 I|'LL| say| myHTTP| x|=|1|2|3|4|5|;↵↵| | don|'t| (|日本語|、| a|+b
 command-r exaone minerva-7b refact smollm starcoder
 I|'|LL| say| myHTTP| x|=|1|2|3|4|5|;|↵↵ | don|'t| (|日本語|、| a|+|b
-dbrx falcon3 jais-2 lfm2 llama-bpe llama-v3 llama3 midm-2.0 minicpm5 pixtral smaug-bpe
+chatglm-bpe dbrx falcon3 glm4 jais-2 lfm2 llama-bpe llama-v3 llama3 midm-2.0 minicpm5 pixtral smaug-bpe
 I|'LL| say| myHTTP| x|=|123|45|;↵↵| | don|'t| (|日本語|、| a|+b
 deepseek-coder deepseek-llm
 I|'|LL| say| myHTTP| x|=|1|2|3|4|5|;|↵|↵| | don|'|t| (|日本語|、| a|+|b

@@ -40,6 +40,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "moe_gelu": ("Mixtral", {"hidden_act": "gelu", "num_local_experts": 4}),
     "no_bias": ("GptOss", {"attention_bias": False, "head_dim": 32, "num_local_experts": 4,
                            "num_experts_per_tok": 2, "sliding_window": 8}),
+    "interleaved": ("Llama4Text", {
+        "intermediate_size_mlp": 128, "interleave_moe_layer_step": 2, "num_local_experts": 4, "head_dim": 16,
+        "attention_chunk_size": 8, "no_rope_layers": [1, 0, 1], "floor_scale": 4, "use_qk_norm": False}),
     "linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
     "yarn": ("Qwen3", {"rope_parameters": YARN, "max_position_embeddings": 16}),
     "yarn_mscale": ("Llama", {"rope_parameters": YARN | {

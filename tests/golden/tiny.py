@@ -14,7 +14,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 VOCAB, WIDTH, FFN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 288, 64, 96, 3, 4, 2, 32
 TOKENS = [(7 * i * i + 3 * i + 11) % VOCAB for i in range(40)]
 
-EXPERTS, MIXTURES = 8, ("olmoe", "mixtral", "qwen3_moe", "gpt_oss")
+EXPERTS = 8
+OLD_MIXTURES = ("olmoe", "mixtral", "qwen3_moe", "gpt_oss")
+NEW_MIXTURES = (
+    "qwen2_moe", "granitemoe", "minimax_m2", "glm4_moe", "deepseek_v3", "glm4_moe_lite", "llama4",
+)  # fmt: skip
+MIXTURES = (*OLD_MIXTURES, *NEW_MIXTURES)
 
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -28,6 +33,7 @@ COMMON: dict[str, Any] = {
     "max_position_embeddings": 512,
     "bos_token_id": 256,
     "eos_token_id": 257,
+    "pad_token_id": 0,
 }
 LLAMA3 = {
     "rope_type": "llama3",
@@ -99,8 +105,98 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "swiglu_limit": 7.0,
     },
 }
+SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+SHORT, LONG = [1.0 + 0.05 * i for i in range(16)], [1.0 + 0.5 * i for i in range(16)]
+SIGMOID: dict[str, Any] = {
+    "n_routed_experts": EXPERTS, "num_experts_per_tok": 3, "moe_intermediate_size": 64,
+    "n_shared_experts": 1, "routed_scaling_factor": 1.8, "norm_topk_prob": True,
+    "num_nextn_predict_layers": 0, "tie_word_embeddings": False,
+}  # fmt: skip
+LATENT: dict[str, Any] = {
+    **SIGMOID, "kv_lora_rank": 32, "q_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32,
+    "v_head_dim": 24, "num_key_value_heads": HEADS, "rope_theta": 10000.0,
+}  # fmt: skip
+# Families whose tensors' names and shapes are in shapes.json, as transformers writes their checkpoints.
+CONFIGS |= {
+    "qwen2_moe": {
+        "rope_theta": 1e6, "tie_word_embeddings": False, "num_experts": EXPERTS, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 64, "shared_expert_intermediate_size": 128, "norm_topk_prob": False,
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False, "head_dim": 16,
+    },
+    "phi3": {
+        "rope_theta": 10000.0, "tie_word_embeddings": False, "original_max_position_embeddings": 16,
+        "rope_scaling": {"type": "longrope", "short_factor": SHORT[:6], "long_factor": LONG[:6]},
+        "partial_rotary_factor": 0.75, "sliding_window": 24,
+    },
+    "granite": {
+        "rope_theta": 10000.0, "tie_word_embeddings": True, "embedding_multiplier": 12.0,
+        "logits_scaling": 8.0, "residual_multiplier": 0.22, "attention_multiplier": 0.0625,
+        "attention_bias": False, "mlp_bias": False, "head_dim": 16,
+    },
+    "granitemoe": {
+        "rope_theta": 10000.0, "tie_word_embeddings": True, "embedding_multiplier": 12.0,
+        "logits_scaling": 6.0, "residual_multiplier": 0.22, "attention_multiplier": 0.0625,
+        "num_local_experts": EXPERTS, "num_experts_per_tok": 3, "attention_bias": False, "head_dim": 16,
+    },
+    "olmo2": {"rope_theta": 500000.0, "tie_word_embeddings": False, "attention_bias": False, "head_dim": 16},
+    "olmo3": {
+        "rope_theta": 500000.0, "tie_word_embeddings": False, "attention_bias": False, "head_dim": 16,
+        "sliding_window": 8, "layer_types": SLIDING,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500000.0},
+            "full_attention": {
+                "rope_type": "yarn", "rope_theta": 500000.0, "factor": 8.0, "attention_factor": 1.2,
+                "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 16,
+            },
+        },
+    },
+    "smollm3": {
+        "rope_theta": 2e6, "tie_word_embeddings": True, "no_rope_layers": [1, 0, 1],
+        "no_rope_layer_interval": 2, "use_sliding_window": False, "attention_bias": False,
+        "mlp_bias": False, "head_dim": 16,
+    },
+    "ministral3": {
+        "tie_word_embeddings": False, "sliding_window": None,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "beta_fast": 32.0, "beta_slow": 1.0,
+            "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 16,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+    "gemma2": {
+        "rope_theta": 1e4, "tie_word_embeddings": True, "sliding_window": 8, "query_pre_attn_scalar": 32,
+        "layer_types": SLIDING, "hidden_activation": "gelu_pytorch_tanh", "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 10.0, "attention_bias": False,
+    },
+    "minimax_m2": {
+        "rope_theta": 5e6, "tie_word_embeddings": False, "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 3, "rotary_dim": 16,
+    },
+    "glm4_moe": {
+        **SIGMOID, "rope_theta": 1e6, "partial_rotary_factor": 0.5, "attention_bias": True,
+        "use_qk_norm": True, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    },
+    "deepseek_v3": {
+        **LATENT, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
+        "rope_scaling": {
+            "type": "yarn", "factor": 8.0, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32.0,
+            "beta_slow": 1.0, "original_max_position_embeddings": 16,
+        },
+    },
+    "llama4": {
+        "rope_theta": 5e5, "tie_word_embeddings": False, "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 2, "intermediate_size": 64, "intermediate_size_mlp": 96,
+        "no_rope_layers": [1, 0, 1], "interleave_moe_layer_step": 1,
+        "attention_chunk_size": 16, "attn_temperature_tuning": True, "floor_scale": 8, "attn_scale": 0.1,
+        "use_qk_norm": True, "attention_bias": False,
+    },
+    "glm4_moe_lite": {
+        **LATENT, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse", "sparse"],
+    },
+}  # fmt: skip
+STORED = json.loads((Path(__file__).with_name("shapes.json")).read_text())
 # The transformers class that runs a family: AFM's architecture is Qwen3's with other numbers.
-REFERENCE = {"gemma3": "gemma3_text", "afm": "qwen3"}
+REFERENCE = {"gemma3": "gemma3_text", "afm": "qwen3", "llama4": "llama4_text"}
 
 
 # Families with what few of their checkpoints have; no vectors are kept of these.
@@ -111,7 +207,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def config(family: str) -> dict[str, Any]:
     base, more = VARIANTS.get(family, (family, {}))
-    return COMMON | CONFIGS[base] | more | {"model_type": base}
+    made = COMMON | CONFIGS[base] | more | {"model_type": base}
+    return {
+        k: v
+        for k, v in made.items()
+        if k != "head_dim" or not (base == "phi3" or "kv_lora_rank" in made)
+    }
 
 
 def expert_shapes(family: str, layer: str) -> dict[str, tuple[int, ...]]:
@@ -142,6 +243,8 @@ def expert_shapes(family: str, layer: str) -> dict[str, tuple[int, ...]]:
 
 def shapes(family: str) -> dict[str, tuple[int, ...]]:
     """Tensor names and shapes, in Hugging Face's naming."""
+    if family in STORED:
+        return {name: tuple(shape) for name, shape in STORED[family].items()}
     head_dim = config(family)["head_dim"]
     q, kv = HEADS * head_dim, KV_HEADS * head_dim
     out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, WIDTH)}
@@ -187,7 +290,7 @@ def weights(family: str) -> dict[str, np.ndarray]:
     random = np.random.default_rng(20260822)
     return {
         name: (random.standard_normal(shape) * (0.2 if "norm" not in name else 0.1)
-               + ("norm" in name and family != "gemma3")).astype(np.float32)
+               + ("norm" in name and family not in ("gemma2", "gemma3"))).astype(np.float32)
         for name, shape in shapes(family).items()
     }  # fmt: skip
 

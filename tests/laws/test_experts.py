@@ -85,16 +85,29 @@ def ranked(pack: Pack) -> range:
     return range(sum(len(t.keys) for t in pack.tables if t.kind == "experts"))
 
 
+AHEAD = ("none", "top:3", "score:0.1", "quantile:0.8", "previous")
+# Each way on the routers of old; each router that differs from them once in each way ahead.
+WAYS = [
+    *((f, 10, ahead, e) for f in tiny.OLD_MIXTURES for ahead in AHEAD for e in LIVE),
+    *(("gpt_oss", 17, ahead, e) for ahead in AHEAD for e in LIVE),
+    *((f, 10, AHEAD[i % len(AHEAD)], LIVE[i % len(LIVE)]) for i, f in enumerate(tiny.NEW_MIXTURES)),
+]
+SLOW = [
+    *(
+        (f, 17, ahead, e)
+        for f in tiny.OLD_MIXTURES
+        if f != "gpt_oss"
+        for ahead in AHEAD
+        for e in LIVE
+    ),
+    *((f, 10, ahead, e) for f in tiny.NEW_MIXTURES for ahead in AHEAD for e in LIVE),
+]
+
+
 @pytest.mark.parametrize(
-    ("family", "capacity"),
-    [
-        *((f, 10) for f in tiny.MIXTURES),
-        ("gpt_oss", 17),
-        *(pytest.param(f, 17, marks=pytest.mark.slow) for f in tiny.MIXTURES if f != "gpt_oss"),
-    ],
+    ("family", "capacity", "prefetch", "eviction"),
+    [*WAYS, *(pytest.param(*way, marks=pytest.mark.slow) for way in SLOW)],
 )
-@pytest.mark.parametrize("prefetch", ["none", "top:3", "score:0.1", "quantile:0.8", "previous"])
-@pytest.mark.parametrize("eviction", LIVE)
 def test_same_bits(
     packs: dict[str, Pack], resident: dict[str, Tensor],
     family: str, prefetch: str, eviction: str, capacity: int,

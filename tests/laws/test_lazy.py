@@ -61,8 +61,15 @@ def check_depths(kv: KV, num_layers: int, length: int) -> None:
         assert list(kept) == [p for p in range(length) if depth[p] > layer]
 
 
-@pytest.mark.parametrize("family", tiny.CONFIGS)
-@pytest.mark.parametrize("how", SETTINGS)
+# The blocks that few families have, in one way; the others are slow.
+WAYS = [
+    pytest.param(how, f, marks=pytest.mark.slow if f in tiny.STORED and how != "revive" else ())
+    for how in SETTINGS
+    for f in tiny.CONFIGS
+]
+
+
+@pytest.mark.parametrize(("how", "family"), WAYS)
 def test_pruning_and_reviving_equal_the_plain_way(
     how: str, family: str, open_tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,8 +99,14 @@ def test_pruning_and_reviving_equal_the_plain_way(
         assert (revived > 0) == (prune.mode == "revive")
 
 
-@pytest.mark.parametrize("family", tiny.CONFIGS)
-@pytest.mark.parametrize("encoding", ["int8", "fp32"])
+@pytest.mark.parametrize(
+    ("encoding", "family"),
+    [
+        pytest.param(e, f, marks=pytest.mark.slow if f in tiny.STORED and e == "int8" else ())
+        for e in ("int8", "fp32")
+        for f in tiny.CONFIGS
+    ],
+)
 def test_where_nothing_is_pruned_it_is_the_full_pass(
     family: str, encoding: str, open_tiny: Callable[..., Model]
 ) -> None:

@@ -26,8 +26,14 @@ TOLERANCE = 0.03
 
 
 @pytest.mark.skipif(build.compiler() is None, reason="no C compiler on this machine")
-@pytest.mark.parametrize("family", [*tiny.CONFIGS, *tiny.VARIANTS])
-@pytest.mark.parametrize("lengths", [[1] * 20, [16, 3, 16], [30, 1, 1, 4]])
+@pytest.mark.parametrize(
+    ("family", "lengths"),
+    [
+        pytest.param(f, n, marks=pytest.mark.slow if f in tiny.STORED and n[0] < 30 else ())
+        for f in (*tiny.CONFIGS, *tiny.VARIANTS)
+        for n in ([1] * 20, [16, 3, 16], [30, 1, 1, 4])
+    ],
+)
 def test_native_is_plain(family: str, lengths: list[int], open_tiny: Callable[..., Model]) -> None:
     native, plain = open_tiny(family, "bf16", True), open_tiny(family, "bf16", False)
     assert native.transformer.backend.name == "native"

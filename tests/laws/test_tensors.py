@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,8 @@ def test_an_unknown_tensor_is_refused_by_name(family: str, folder_of: Folders) -
         "model.layers.0.self_attn.q_proj.lora_A.weight",
         "score.weight",
     ):
+        if name in checkpoint.tensors:
+            continue
         with pytest.raises(UnsupportedError, match=name):
             planned(with_tensor(checkpoint, name))
 
@@ -76,7 +79,7 @@ def test_spares_change_nothing(family: str, folder_of: Folders) -> None:
     checkpoint = open_checkpoint(folder_of(family))
     assert planned(with_tensor(checkpoint, SPARE)) == planned(checkpoint)
     for name in IMAGES:
-        if family == "gemma3":
+        if family in ("gemma3", "ministral3"):
             assert planned(with_tensor(checkpoint, name)) == planned(checkpoint)
         else:
             with pytest.raises(UnsupportedError, match=name):
@@ -87,6 +90,8 @@ def test_spares_change_nothing(family: str, folder_of: Folders) -> None:
 def test_a_tensor_that_is_not_there_is_named(family: str, folder_of: Folders) -> None:
     checkpoint = open_checkpoint(folder_of(family))
     for name in checkpoint.tensors:
+        if family in tiny.STORED and re.search(r"layers\.[02]\.|experts\.[1-7]\.", name):
+            continue  # one layer, and of its experts one, says it of all
         rest = {k: t for k, t in checkpoint.tensors.items() if k != name}
         with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
             planned(replace(checkpoint, tensors=rest))

@@ -395,10 +395,7 @@ def synthetic_outline(family: str, size: str) -> Outline:
         nbytes = torch.Size(shape).numel() // block.length * block.size
         tensors[name] = Tensor(name, block, shape, Path("none"), 0, nbytes)
     architecture = shapes.ARCHITECTURES.get(family, family)
-    keys = {
-        f"{architecture}.{shapes.GGUF_KEYS[k]}": v
-        for k, v in shapes.values(shapes.SIZES[size]).items()
-    }
+    keys = shapes.gguf_values(family, shapes.SIZES[size])
     spec = TokenizerSpec(json=tiny.tokenizer().to_str())
     checkpoint = Checkpoint("gguf", architecture, keys, tensors, spec, ())
     return of_checkpoint(checkpoint, f"{family}-{size}", "auto", True)

@@ -133,7 +133,7 @@ def _stored(
 def _check(base: Pack, options: BitsOptions) -> None:
     """Refuse what is known to fail. Raises OptionError, UnsupportedError."""
     d = base.description
-    if d.mixture is not None or d.sinks or d.qk_norm_whole:
+    if not d.is_usual:
         raise UnsupportedError(
             f"{base.path.name} is a {d.family} model; fewer bits are for dense models without sinks: leave "
             "--bits out, or give a checkpoint of fewer bits"

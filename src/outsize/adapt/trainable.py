@@ -18,8 +18,8 @@ from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 
 from outsize.errors import UnsupportedError
 from outsize.kernels.plain import ACTIVATIONS
+from outsize.model.attention import vector
 from outsize.model.layers import cos_sin
-from outsize.model.sublayer import vector
 from outsize.model_config import Description, Rope
 from outsize.pack.format import Pack
 from outsize.plan.probe import instruction_sets
@@ -87,7 +87,7 @@ class TrainableModel:
         self, pack: Pack, device: torch.device, dtype: torch.dtype, progress: Progress
     ) -> None:
         d = pack.description
-        if d.mixture is not None or d.sinks or d.qk_norm_whole:
+        if not d.is_usual:
             raise UnsupportedError(
                 f"{pack.path.name} is a {d.family} model; training knows dense models without sinks"
             )

@@ -103,6 +103,7 @@ KNOWN = {
     "a.x-4.0": _gpt2,
     "bailingmoe": _bailing,
     "bailingmoe2": _bailing,
+    "chatglm-bpe": _cl100k,
     "command-r": replace(_digit_gpt2, nfc=True),
     "dbrx": _cl100k,
     "deepseek-coder": PreTokenizer(
@@ -125,6 +126,7 @@ KNOWN = {
     "exaone4": _gpt2,
     "falcon3": _llama3,
     "gigachat": _gpt2,
+    "glm4": _cl100k,
     "gpt-2": _gpt2,
     "gpt-4o": _gpt4o,
     "gpt2": _gpt2,

@@ -68,6 +68,6 @@ def _header(pack: Pack) -> str:
     stride = max(t.stride for t in pack.tables if t.kind == "experts")
     return (
         "# route_trace v1\n"
-        f"# model={pack.path.name} n_layer={d.num_layers} n_expert={d.mixture.count} "
+        f"# model={pack.path.name} n_layer={len(d.routed)} n_expert={d.mixture.count} "
         f"n_expert_used={d.mixture.used}\n# expert_bytes={stride}\n"
     )

@@ -49,6 +49,8 @@ def check(path: Path, k: int, model: Outline) -> tuple[AdapterFile, Adapter, Ten
         raise UnsupportedError(
             f"{path}: mask-token drafters (mtp) are for dense models; use --draft ngram"
         )
+    if not d.is_usual:
+        raise UnsupportedError(f"{path}: mask-token drafters of {d.family} models are not known")
     if file.about.get("kind") != MTP:
         raise AdapterError(
             f"{path} is no mask-token drafter: a LoRA adapter is loaded with --adapter NAME={path}, and "

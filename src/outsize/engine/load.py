@@ -177,7 +177,8 @@ def _open(
             loaded = weights.load(made, native, plan, progress)
         opened.callback(loaded.close)
         threads = kernel_threads(options, made, native)
-        transformer = Transformer(made.description, loaded, native, placement.ceiling, threads)
+        description = made.description.for_context(placement.context)
+        transformer = Transformer(description, loaded, native, placement.ceiling, threads)
         transformer.chunk, transformer.kv = chunk, options.kv
         drafts = _drafting(made, options, placement, transformer, smaller)
         opened.pop_all()
@@ -203,7 +204,8 @@ def _draft_model(pack: Pack, options: LoadOptions, placement: Placement) -> Draf
         plan = LoadPlan(own.shares, options.verify)
         loaded = weights.load(pack, native, plan, progress)
     threads = kernel_threads(options, pack, native)
-    transformer = Transformer(pack.description, loaded, native, None, threads)
+    description = pack.description.for_context(context)
+    transformer = Transformer(description, loaded, native, None, threads)
     return DraftModel(transformer, own.context, loaded.close_with(transformer))
 
 

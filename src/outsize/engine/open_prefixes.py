@@ -71,6 +71,8 @@ def make(
         writes = checked.spec.writes
         disk = DiskBlocks(checked.folder, checked.size, writes, checked.is_writable)
     base = _base(made, model) if disk is not None else {}
+    if model.description.ropes != made.description.ropes:  # a run of another context has another
+        base |= {"ropes": repr(model.description.ropes)}
 
     def ties(adapter: str | None) -> dict[str, object]:
         digest = None if adapter is None else known[adapter].digest

@@ -4,7 +4,7 @@ for more than a machine can address. Checkpoints and packs are held to the same.
 from __future__ import annotations
 
 from outsize.family.config import LIMITS, MOST_HEAD
-from outsize.model_config import ACTIVATIONS, BIASED, Description, Layer
+from outsize.model_config import ACTIVATIONS, BIASED, SCORES, Description, Latent, Layer, Mixture
 
 MOST = 1 << 24
 WHOLE = {
@@ -12,7 +12,11 @@ WHOLE = {
     "num_heads": LIMITS["num_attention_heads"], "num_kv_heads": LIMITS["num_key_value_heads"],
     "num_layers": LIMITS["num_hidden_layers"],
 }  # fmt: skip
-REAL = {"norm_eps": (1e-20, 1.0), "attn_scale": (1e-12, 1e4), "embed_scale": (1e-12, 1e5)}
+REAL = {
+    "norm_eps": (1e-20, 1.0), "attn_scale": (1e-12, 1e4), "embed_scale": (1e-12, 1e5),
+    "residual_scale": (1e-6, 1e4), "logit_scale": (1e-6, 1e6), "logit_cap": (0.0, 1e6),
+    "attn_cap": (0.0, 1e6),
+}  # fmt: skip
 BASE, DIVISOR, SCALE = (1.0, 1e12), (1e-12, 1e12), (1e-6, 1e3)
 
 
@@ -31,7 +35,25 @@ def fault(d: Description) -> str:
         )
     if d.qk_norm and d.qk_norm_whole:
         return "queries and keys are normed by heads and as a whole: one of the two is due"
+    if not (d.pre_norm or d.post_norm):
+        return "nothing is normed: norms before or after each half are due"
+    if d.latent is not None and (problem := _latent_fault(d, d.latent)):
+        return problem
     return _mixture_fault(d) or next((p for layer in d.layers if (p := _layer_fault(d, layer))), "")
+
+
+def _latent_fault(d: Description, x: Latent) -> str:
+    sizes = (x.rank, x.rope, x.key, x.value)
+    if min(sizes) <= 0 or max(*sizes, x.query_rank) > MOST or x.query_rank < 0 or x.rope % 2:
+        return f"latent attention of sizes {sizes} and {x.query_rank} cannot be"
+    if d.num_kv_heads != 1 or d.head_dim != x.rank + x.rope:
+        return (
+            f"{d.num_kv_heads} key heads of {d.head_dim:,} numbers of a latent; one of "
+            f"{x.rank + x.rope:,} is due"
+        )
+    others = d.qkv_bias or d.qk_norm or d.qk_norm_whole or d.sinks
+    ropes = all(r.rotated == x.rope for r in d.ropes)
+    return "" if ropes and not others else "latent attention has another's rope, norms or biases"
 
 
 def _mixture_fault(d: Description) -> str:
@@ -43,25 +65,51 @@ def _mixture_fault(d: Description) -> str:
         )
     if m is None:
         return ""
-    if 0 < m.used <= m.count <= MOST and m.width == d.ffn_width:
-        return ""
-    return (
-        f"{m.used:,} of {m.count:,} experts of {m.width:,} numbers beside an ffn_width of {d.ffn_width:,} "
-        "cannot be"
-    )
+    if not (0 < m.used <= m.count <= MOST and 0 < m.width <= MOST and 0 <= m.shared <= MOST):
+        return f"{m.used:,} of {m.count:,} experts of {m.width:,} numbers, and one of {m.shared:,}, cannot be"
+    if not d.routed:
+        return "no layer has experts, of which there are some"
+    return _router_fault(m)
+
+
+def _router_fault(m: Mixture) -> str:
+    if m.score not in SCORES:
+        return f"experts are weighed by {m.score[:80]!r}; known are {', '.join(SCORES)}"
+    if not 0 < m.used_groups <= m.groups <= m.count or m.count % m.groups:
+        return f"{m.used_groups:,} of {m.groups:,} groups of {m.count:,} experts cannot be"
+    if m.groups > 1 and (m.count // m.groups < 2 or m.score != "sigmoid"):
+        return f"{m.groups:,} groups of {m.count:,} experts weighed by {m.score} cannot be"
+    if m.used > m.count // m.groups * m.used_groups:
+        return (
+            f"{m.used:,} experts of {m.used_groups:,} groups of {m.count // m.groups:,} cannot be"
+        )
+    return _outside("the scale of experts", m.scale, *SCALE)
 
 
 def _layer_fault(d: Description, layer: Layer) -> str:
     rope = layer.rope
     if layer.window is not None and not 0 < layer.window <= MOST:
         return f"a window is {layer.window:,}, a whole number from 1 to {MOST:,} is due"
-    if len(rope.divisors) not in (0, d.head_dim // 2):
-        return f"a rope has {len(rope.divisors):,} divisors, none or {d.head_dim // 2:,} are due"
+    if rope.rotated is not None and (rope.rotated % 2 or not 0 <= rope.rotated <= d.head_dim):
+        return f"a rope turns {rope.rotated:,} of {d.head_dim:,} numbers, an even number is due"
+    pairs = rope.pairs(d.head_dim)
+    for divisors in (rope.divisors, rope.long_divisors):
+        if len(divisors) not in (0, pairs):
+            return f"a rope has {len(divisors):,} divisors, none or {pairs:,} are due"
+    if (rope.long_divisors or rope.growth or rope.query_growth) and not 0 < rope.original <= MOST:
+        return f"a rope's original context is {rope.original:,}, a number from 1 to {MOST:,} is due"
+    if rope.query_shift not in (0, 1) or (layer.chunked and layer.window is None):
+        return "a rope's shift is 0 or 1, and pieces of a context have a size"
+    if layer.unit_norm and (d.qk_norm or d.latent is not None):
+        return "heads are normed with weights and without: one of the two is due"
+    if rope.growth and pairs < 2:
+        return f"a growing rope turns {pairs} pairs, 2 or more are due"
     found = [
         _outside("a rope's base", rope.base, *BASE),
         _outside("a rope's scale", rope.scale, *SCALE),
     ]
-    found += [_outside("a rope's divisor", divisor, *DIVISOR) for divisor in rope.divisors]
+    numbers = (*rope.divisors, *rope.long_divisors, rope.growth or 1.0, rope.query_growth or 1.0)
+    found += [_outside("a rope's divisor", number, *DIVISOR) for number in numbers]
     return next(filter(None, found), "")
 
 

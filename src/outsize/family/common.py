@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from outsize.errors import CheckpointError, UnsupportedError
 from outsize.family import rope
@@ -10,6 +11,7 @@ from outsize.family.config import Config
 from outsize.model_config import Description, Layer, Mixture
 
 GATED = ("gate", "up", "down")
+SIGMOID = 2  # in a GGUF's expert_gating_func
 GGUF_NAMES: Mapping[str, str] = {
     "embed": "token_embd.weight",
     "head": "output.weight",
@@ -30,12 +32,27 @@ GGUF_NAMES: Mapping[str, str] = {
     "router_bias": "blk.{i}.ffn_gate_inp.bias",
     **{f"expert_{n}": f"blk.{{i}}.ffn_{n}_exps.weight" for n in GATED},
     **{f"expert_{n}_bias": f"blk.{{i}}.ffn_{n}_exps.bias" for n in GATED},
+    "choice_bias": "blk.{i}.exp_probs_b.bias",
+    **{f"shared_{n}": f"blk.{{i}}.ffn_{n}_shexp.weight" for n in GATED},
+    "shared_router": "blk.{i}.ffn_gate_inp_shexp.weight",
 }
+NOTHING: Mapping[str, str] = {}
 GGUF_FUSED = "blk.{i}.ffn_gate_up_exps.weight"  # of each expert gate's rows, then up's
 GGUF_SINGLE = {f"expert_{k}": f"blk.{{i}}.ffn_{k}.{{e}}.weight" for k in GATED}
 EXPERTS = {
     "router": "mlp.gate.weight",
     **{f"expert_{n}": f"mlp.experts.{{e}}.{n}_proj.weight" for n in GATED},
+}
+MIXTRAL = {  # the layout of Mixtral's first checkpoints
+    "router": "block_sparse_moe.gate.weight",
+    "expert_gate": "block_sparse_moe.experts.{e}.w1.weight",
+    "expert_up": "block_sparse_moe.experts.{e}.w3.weight",
+    "expert_down": "block_sparse_moe.experts.{e}.w2.weight",
+}
+SHARED = {
+    **EXPERTS,
+    "choice_bias": "mlp.gate.e_score_correction_bias",
+    **{f"shared_{n}": f"mlp.shared_experts.{n}_proj.weight" for n in GATED},
 }
 FUSED = "mlp.experts.gate_up_proj"
 _LAYER = {
@@ -46,6 +63,12 @@ _LAYER = {
     "ffn_norm": "post_attention_layernorm.weight",
     **{n: f"mlp.{n}_proj.weight" for n in GATED},
     **{f"{n}_bias": f"mlp.{n}_proj.bias" for n in GATED},
+}
+# Norms after each half, and none before.
+POST_NORMED = {
+    **{k: v for k, v in _LAYER.items() if k not in ("attn_norm", "ffn_norm")},
+    "attn_post_norm": "post_attention_layernorm.weight",
+    "ffn_post_norm": "post_feedforward_layernorm.weight",
 }
 # What the usual configs heed. A family's DEFAULTS say what transformers' class takes for a key that is
 # left out (tests/laws/test_config_keys.py); the sizes of a published model come with it.
@@ -70,10 +93,12 @@ ACTIVATIONS = {
 }
 
 
-def names(config: Config, layer: Mapping[str, str] = _LAYER) -> Mapping[str, str]:
-    """Our tensor names -> the checkpoint's."""
+def names(
+    config: Config, layer: Mapping[str, str] = _LAYER, gguf: Mapping[str, str] = NOTHING
+) -> Mapping[str, str]:
+    """Our tensor names -> the checkpoint's. `gguf`: what a family's GGUF files call otherwise."""
     if config.format == "gguf":
-        return _gguf_names(config)
+        return {**_gguf_names(config), **gguf}
     if "expert_gate_up" not in layer and config.has(FUSED):
         layer = {
             **layer,
@@ -177,6 +202,53 @@ def mixture(config: Config, renorm: bool, width: str = "intermediate_size") -> M
     return made
 
 
+def sigmoid_mixture(config: Config) -> Mixture:
+    """Experts as DeepSeek V3 and GLM 4.5 route them: by sigmoids, with a bias for choosing, in groups; an
+    expert for all tokens beside."""
+    made = mixture(config, config.flag("norm_topk_prob"), "moe_intermediate_size")
+    return replace(
+        made,
+        score=sigmoid(config),
+        choice_bias=config.format != "gguf" or config.has(".exp_probs_b.bias"),
+        groups=config.count("n_group", 1) or 1,
+        used_groups=config.count("topk_group", 1) or 1,
+        scale=config.number("routed_scaling_factor", 1.0),
+        shared=made.width * config.count("n_shared_experts"),
+    )
+
+
+def sigmoid(config: Config) -> str:
+    """What weighs experts. Raises UnsupportedError for a GGUF that says otherwise."""
+    if config.format == "gguf" and config.get("scoring_func") not in (None, SIGMOID):
+        raise UnsupportedError(
+            f"config: {config.key('scoring_func')} is {config.get('scoring_func')!r}; sigmoid "
+            f"({SIGMOID}) is known"
+        )
+    return "sigmoid"
+
+
+def first_dense(config: Config, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """The layers, of which the first ones have no experts."""
+    count = config.count("first_k_dense_replace")
+    return tuple(replace(layer, dense=i < count) for i, layer in enumerate(layers))
+
+
+def without_next(config: Config) -> tuple[Config, tuple[str, ...]]:
+    """The config without the layers that predict further tokens, which a GGUF counts as layers; and what
+    their tensors are called, which nothing uses."""
+    more, count = config.count("num_nextn_predict_layers"), config.integer("num_hidden_layers")
+    if not more:
+        return config, ()
+    if config.format == "gguf":
+        if more >= count:
+            raise CheckpointError(f"config: {more} of {count} layers predict further tokens")
+        count -= more
+        values = {**config.values, config.key("num_hidden_layers"): count}
+        config = replace(config, values=values)
+    prefix = r"blk\." if config.format == "gguf" else r"model\.layers\."
+    return config, tuple(rf"{prefix}{count + i}\..*" for i in range(more))
+
+
 def is_tied(config: Config) -> bool:
     """Does the head share the embedding? A head of its own in the file is used whatever the config says,
     as transformers does; without one, a GGUF is tied, and a Hugging Face config must say so."""
@@ -190,6 +262,18 @@ def window(config: Config) -> int | None:
     if config.get("sliding_window") is None or config.get("use_sliding_window") is False:
         return None
     return config.integer("sliding_window")
+
+
+def positioned(config: Config, count: int, period: int) -> list[bool]:
+    """Which layers have positions: as listed, or all but each `period`th."""
+    said = None if config.format == "gguf" else config.get("no_rope_layers")
+    if not said:
+        return [(i + 1) % period != 0 for i in range(count)]
+    if not isinstance(said, list) or len(said) != count or any(v not in (0, 1) for v in said):
+        raise UnsupportedError(
+            f"config: no_rope_layers must list 0 or 1 for each of {count} layers"
+        )
+    return [v == 1 for v in said]
 
 
 def sliding(config: Config, count: int, period: int) -> list[bool]:

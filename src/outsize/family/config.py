@@ -26,6 +26,34 @@ GGUF_KEYS = {
     "num_experts_per_tok": "expert_used_count",
     "moe_intermediate_size": "expert_feed_forward_length",
 }
+# Those that few families have, each of which names its own (`GGUF_READ`).
+FEW_KEYS = {
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+    "n_shared_experts": "expert_shared_count",
+    "n_group": "expert_group_count",
+    "topk_group": "expert_group_used_count",
+    "routed_scaling_factor": "expert_weights_scale",
+    "norm_topk_prob": "expert_weights_norm",
+    "scoring_func": "expert_gating_func",
+    "first_k_dense_replace": "leading_dense_block_count",
+    "num_nextn_predict_layers": "nextn_predict_layers",
+    "interleave_moe_layer_step": "interleave_moe_layer_step",
+    "kv_lora_rank": "attention.kv_lora_rank",
+    "q_lora_rank": "attention.q_lora_rank",
+    "qk_head_dim": "attention.key_length_mla",
+    "v_head_dim": "attention.value_length_mla",
+    "value_length": "attention.value_length",
+    "rotary_dim": "rope.dimension_count",
+    "yarn_log_multiplier": "rope.scaling.yarn_log_multiplier",
+    "temperature_scale": "attention.temperature_scale",
+    "temperature_length": "attention.temperature_length",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "logits_scaling": "logit_scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "attention_multiplier": "attention.scale",
+}
 LIMITS = {"num_hidden_layers": 4096, "num_attention_heads": 4096, "num_key_value_heads": 4096}
 MOST_HEAD = 4096
 
@@ -47,10 +75,13 @@ class Config:
     names: frozenset[str]  # of the checkpoint's tensors
     vocab_size: int
     divisors: tuple[float, ...] = field(default=())  # rope divisors stored as a tensor (GGUF)
+    long_divisors: tuple[float, ...] = field(default=())  # the same for a long context (LongRoPE)
 
     def key(self, key: str) -> str:
         """The key under which this format keeps it."""
-        return f"{self.architecture}.{GGUF_KEYS.get(key, key)}" if self.format == "gguf" else key
+        if self.format != "gguf":
+            return key
+        return f"{self.architecture}.{GGUF_KEYS.get(key) or FEW_KEYS.get(key, key)}"
 
     def get(self, key: str) -> object:
         """A GGUF's list of one number for every layer is that number."""
@@ -73,6 +104,13 @@ class Config:
                 f"config: {self.key(key)} is {value!r}, a whole number from 1 to {limit:,} is expected"
             )
         return value
+
+    def count(self, key: str, default: int = 0) -> int:
+        """A whole number that may be 0; `default` if it is left out."""
+        value = self.get(key)
+        if value is None:
+            return default
+        return 0 if value == 0 and not isinstance(value, bool) else self.integer(key)
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key)

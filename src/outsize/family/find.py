@@ -17,8 +17,12 @@ from outsize.family.config import Config
 from outsize.family.keys import check, check_gguf
 from outsize.model_config import Recipe
 
-ALIASES = {"gemma3_text": "gemma3", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss"}
-NOT_FAMILIES = ("bounds", "common", "config", "find", "keys", "rope")
+ALIASES = {
+    "gemma3_text": "gemma3", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss", "qwen2moe": "qwen2_moe",
+    "minimax-m2": "minimax_m2", "glm4moe": "glm4_moe", "deepseek2": "deepseek_v3",
+    "mistral3": "ministral3", "llama4_text": "llama4",
+}  # fmt: skip
+NOT_FAMILIES = ("bounds", "common", "config", "find", "keys", "latent", "rope")
 EMBEDDINGS = (
     "token_embd.weight",
     "model.embed_tokens.weight",
@@ -34,11 +38,11 @@ def families() -> list[str]:
 
 def recipe(checkpoint: Checkpoint) -> Recipe:
     """What the checkpoint is and where it keeps it. Raises UnsupportedError, CheckpointError."""
-    name = ALIASES.get(checkpoint.architecture, checkpoint.architecture)
+    name = _named(checkpoint)
     family = registry.module(package, name, "architecture", families())
     config = _config(checkpoint, name, family.DEFAULTS)
     if checkpoint.format == "gguf":
-        check_gguf(config)
+        check_gguf(config, getattr(family, "GGUF_READ", ()))
     else:
         fixed = getattr(family, "FIXED", {})  # most have none
         check(name, _stated(checkpoint.config), family.DEFAULTS, fixed)
@@ -48,17 +52,27 @@ def recipe(checkpoint: Checkpoint) -> Recipe:
     return made
 
 
+def _named(checkpoint: Checkpoint) -> str:
+    """The family's name. Mistral 3's folders are of two, as the text model's part says."""
+    name, inner = checkpoint.architecture, checkpoint.config.get("text_config")
+    if checkpoint.format != "gguf" and name == "mistral3" and isinstance(inner, dict):
+        name = str(inner.get("model_type", "mistral"))
+    return ALIASES.get(name, name)
+
+
 def _stated(values: Mapping[str, object]) -> Mapping[str, object]:
     """The text model's part of a config, each key under one name."""
     inner = values.get("text_config")
     out = dict(values)
     if isinstance(inner, dict):  # whether the head is tied, the whole model's part says
         out = inner | {"tie_word_embeddings": values.get("tie_word_embeddings", True)}
-    if out.get("num_experts") is not None:
-        count = out.pop("num_experts")
+    for name in ("num_experts", "n_routed_experts"):
+        if out.get(name) is None:
+            continue
+        count = out.pop(name)
         if out.setdefault("num_local_experts", count) != count:
             raise CheckpointError(
-                f"config: num_experts is {count!r}, num_local_experts {out['num_local_experts']!r}; "
+                f"config: {name} is {count!r}, num_local_experts {out['num_local_experts']!r}; "
                 "they are two names of one number"
             )
     return out
@@ -78,12 +92,13 @@ def _config(checkpoint: Checkpoint, name: str, defaults: Mapping[str, object]) -
         values=checkpoint.config if is_gguf else {**defaults, **_stated(checkpoint.config)},
         names=frozenset(checkpoint.tensors),
         vocab_size=embedding[0].shape[0],
-        divisors=_divisors(checkpoint),
+        divisors=_divisors(checkpoint, "rope_freqs.weight", "rope_factors_short.weight"),
+        long_divisors=_divisors(checkpoint, "rope_factors_long.weight"),
     )
 
 
-def _divisors(checkpoint: Checkpoint) -> tuple[float, ...]:
-    tensor = checkpoint.tensors.get("rope_freqs.weight")
+def _divisors(checkpoint: Checkpoint, *names: str) -> tuple[float, ...]:
+    tensor = next((checkpoint.tensors[n] for n in names if n in checkpoint.tensors), None)
     if tensor is None or tensor.size > 1 << 16:
         return ()
     return tuple(float(v) for v in read_floats(tensor).ravel())

@@ -10,10 +10,10 @@ GGUF: keys of the architecture are few and defined by one project, so that an un
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from outsize.errors import UnsupportedError
-from outsize.family.config import GGUF_KEYS, Config, plain
+from outsize.family.config import FEW_KEYS, GGUF_KEYS, Config, plain
 
 Fixed = Mapping[str, tuple[object, ...]]
 NOTHING: tuple[object, ...] = (None, False, 0, "", [], {})  # no bias, no window, ...
@@ -32,7 +32,8 @@ NEUTRAL = {
     "pad_token_id", "bos_token_id", "eos_token_id", "pretraining_tp", "attention_dropout", "_name_or_path",
     "model_type", "output_attentions", "output_router_logits", "router_aux_loss_coef",
     "router_jitter_noise", "_sliding_window_pattern", "neftune_noise_alpha", "experts_per_token",
-    "_attn_implementation", "attn_implementation", "max_window_layers", "intermediate_size",
+    "_attn_implementation", "attn_implementation", "max_window_layers", "intermediate_size", "head_dim",
+    "qk_head_dim", "resid_pdrop", "embd_pdrop", "aux_loss_alpha", "seq_aux",
 }  # fmt: skip
 # Known in these values only, by all families.
 FIXED: dict[str, tuple[object, ...]] = {
@@ -75,7 +76,7 @@ def check(
     family: str, stated: Mapping[str, object], heeded: Mapping[str, object], own: Fixed
 ) -> None:
     """Raises UnsupportedError for a key of a Hugging Face config that is not heeded as it should be."""
-    fixed = FIXED | dict(own)
+    fixed = {key: allowed for key, allowed in FIXED.items() if key not in heeded} | dict(own)
     for key, value in stated.items():
         if key in heeded and key not in fixed:
             continue
@@ -89,14 +90,15 @@ def check(
             raise _refusal(family, key, value, allowed)
 
 
-def check_gguf(config: Config) -> None:
-    """Raises UnsupportedError for a key of a GGUF's architecture that is not heeded as it should be."""
-    prefix, head = f"{config.architecture}.", config.head_dim
+def check_gguf(config: Config, own: Collection[str] = ()) -> None:
+    """Raises UnsupportedError for a key of a GGUF's architecture that is not heeded as it should be. `own`:
+    those that the family reads beside the usual ones, under Hugging Face's names."""
+    prefix, head, read = f"{config.architecture}.", config.head_dim, {FEW_KEYS[k] for k in own}
     sizes = {"attention.value_length": (head,), "rope.dimension_count": (head,)}
-    fixed = GGUF_FIXED | sizes
+    fixed = {k: v for k, v in (GGUF_FIXED | sizes).items() if k not in read}
     for full, value in config.values.items():
         key = full.removeprefix(prefix)
-        if key == full or key in READ or key in GGUF_NEUTRAL or key.startswith("vision."):
+        if key == full or key in READ | read or key in GGUF_NEUTRAL or key.startswith("vision."):
             continue
         value = plain(value)
         allowed = fixed.get(key, (0,))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from outsize.family import mistral
-from outsize.family.common import mixture, names, with_names
+from outsize.family.common import MIXTRAL, mixture, names, with_names
 from outsize.family.config import Config
 from outsize.model_config import Recipe
 
@@ -17,14 +17,7 @@ DEFAULTS: dict[str, object] = {
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
 }
-HF_LAYER = with_names(
-    {
-        "router": "block_sparse_moe.gate.weight",
-        "expert_gate": "block_sparse_moe.experts.{e}.w1.weight",
-        "expert_up": "block_sparse_moe.experts.{e}.w3.weight",
-        "expert_down": "block_sparse_moe.experts.{e}.w2.weight",
-    }
-)
+HF_LAYER = with_names(MIXTRAL)
 
 
 def recipe(config: Config) -> Recipe:

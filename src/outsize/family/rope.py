@@ -1,4 +1,5 @@
-"""Rotary positions as configs state them: plain, slowed for all pairs alike (linear), Llama 3's and YaRN.
+"""Rotary positions as configs state them: plain, slowed for all pairs alike (linear), Llama 3's, YaRN,
+LongRoPE (two sets of divisors, one of which a run takes by its context) and dynamic (a base that grows).
 
 Semantics are transformers' for Hugging Face configs (modeling_rope_utils.py) and llama.cpp's for GGUF
 (llama-model.cpp, ggml_rope_yarn).
@@ -8,18 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from outsize.errors import CheckpointError, UnsupportedError
 from outsize.family.config import Config
 from outsize.model_config import Rope
 
 Table = Mapping[str, object]
-KINDS = ("default", "linear", "llama3", "yarn")
+KINDS = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
 KEYS = {
     "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor",
     "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim",
-    "truncate", "partial_rotary_factor", "finetuned",
+    "truncate", "partial_rotary_factor", "finetuned", "short_factor", "long_factor", "mrope_section",
+    "mrope_interleaved",
 }  # fmt: skip
+# In texts, the three positions of a token that multimodal ropes (mrope) take are one: sections say nothing.
+TEMPERED = "llama_4_scaling_beta"
+PARTIAL = "partial_rotary_factor"
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 ORIGINAL = "original_max_position_embeddings"
 MOST = 1 << 24  # positions
@@ -34,12 +40,68 @@ def rope(config: Config, kind: str = "") -> Rope:
     base = _positive(table, "rope_theta")
     if base <= 1:
         raise CheckpointError(f"config: rope_theta is {base}, more than 1 is expected")
+    rotated = rotated_of(config, table)
+    made = _scaled(config, table, base, rotated)
+    made = made if rotated == config.head_dim else replace(made, rotated=rotated)
+    if table.get(TEMPERED):
+        growth = _positive(table, TEMPERED)
+        made = replace(made, query_growth=growth, original=int(_positive(table, ORIGINAL)))
+    return made
+
+
+def rotated_of(config: Config, table: Table) -> int:
+    """How many numbers of a head rotate: so many, or a part of them. Raises CheckpointError."""
+    head_dim, part = config.head_dim, table.get(PARTIAL)
+    if config.get("rotary_dim") is not None:
+        found = config.integer("rotary_dim")
+    elif part is None:
+        return head_dim
+    else:
+        found = int(head_dim * min(_positive(table, PARTIAL), 1e6))
+    if found % 2 or not 0 < found <= head_dim:
+        raise CheckpointError(
+            f"config: {found} numbers of heads of {head_dim} rotate ({PARTIAL} {part!r}); an even number of "
+            "them is due"
+        )
+    return found
+
+
+def _scaled(config: Config, table: Table, base: float, dim: int) -> Rope:
     how = _kind(table)
     if how == "default":
         return Rope(base)
     if how == "yarn":
-        return yarn(table, base, config.head_dim)
-    return Rope(base, rope_divisors(table, base, config.head_dim))
+        return yarn(table, base, dim)
+    if how == "longrope":
+        return _long(config, table, base, dim // 2)
+    if how == "dynamic":
+        growth, original = _positive(table, "factor"), config.integer("max_position_embeddings")
+        if dim < 4:
+            raise CheckpointError(f"config: a dynamic rope of {dim} numbers; 4 or more are due")
+        return Rope(base, original=original, growth=growth)
+    return Rope(base, rope_divisors(table, base, dim))
+
+
+def _long(config: Config, table: Table, base: float, pairs: int) -> Rope:
+    """LongRoPE (arXiv 2402.13753)."""
+    short, far = (_numbers(table, key, pairs) for key in ("short_factor", "long_factor"))
+    original = _positive(table, ORIGINAL)
+    factor = config.integer("max_position_embeddings") / original
+    if table.get("factor") is not None:
+        factor = _positive(table, "factor")
+    longer = factor > 1 and original > 1
+    scale = math.sqrt(1 + math.log(factor) / math.log(original)) if longer else 1.0
+    if table.get("attention_factor") is not None:
+        scale = _positive(table, "attention_factor")
+    return Rope(base, short, scale, original=int(original), long_divisors=far)
+
+
+def _numbers(table: Table, key: str, count: int) -> tuple[float, ...]:
+    found = table.get(key)
+    if not isinstance(found, list) or len(found) != count:
+        size = f"{len(found):,} numbers" if isinstance(found, list) else repr(found)[:80]
+        raise CheckpointError(f"config: rope scaling {key} is {size}, {count} numbers are due")
+    return tuple(_positive({key: value}, key) for value in found)
 
 
 def context(config: Config, kind: str = "") -> int:
@@ -53,9 +115,10 @@ def context(config: Config, kind: str = "") -> int:
         made = _gguf_factor(config) * config.integer(key)
     else:
         table = _table(config, kind)
-        if _kind(table) != "yarn":
+        if _kind(table) not in ("yarn", "dynamic"):
             return stated
-        made = _positive(table, "factor") * _positive(table, ORIGINAL)
+        known = _positive(table, ORIGINAL) if _kind(table) == "yarn" else stated
+        made = _positive(table, "factor") * known
     return max(stated, int(min(made, MOST)))
 
 
@@ -71,12 +134,13 @@ def _table(config: Config, kind: str) -> dict[str, object]:
             raise CheckpointError(f"config: rope_parameters {kind} is {inner!r}, an object is due")
         found = inner | (old if kind == "full_attention" else {})
     _kind(found)
-    _known(found, KEYS, "rope_scaling" if old else "rope_parameters")
-    if found.get("partial_rotary_factor") not in (None, 1, 1.0):
+    more = {TEMPERED, "max_position_embeddings"} if TEMPERED in config.values else set()
+    _known(found, KEYS | more, "rope_scaling" if old else "rope_parameters")
+    if PARTIAL not in config.values and found.get(PARTIAL) not in (None, 1, 1.0):
         raise UnsupportedError(
-            f"config: partial_rotary_factor is {found['partial_rotary_factor']!r}; heads that rotate "
-            "whole (1.0) are known"
+            f"config: {PARTIAL} is {found[PARTIAL]!r}; heads that rotate whole (1.0) are known"
         )
+    found = {PARTIAL: config.get(PARTIAL), TEMPERED: config.get(TEMPERED)} | found
     original = config.get(ORIGINAL) or found.get(ORIGINAL) or config.get("max_position_embeddings")
     base = found.get("rope_theta") or config.number("rope_theta", 10_000.0)
     return found | {ORIGINAL: original, "rope_theta": base}
@@ -93,6 +157,7 @@ def _known(table: Table, keys: set[str], name: str) -> None:
 
 def _kind(table: Table) -> str:
     kind = table.get("rope_type") or table.get("type") or "default"
+    kind = "default" if kind == "mrope" else kind
     if kind not in KINDS:
         raise UnsupportedError(
             f"config: rope_type {kind!r} is not known; known are {', '.join(KINDS)}"
@@ -174,7 +239,8 @@ def _gguf_factor(config: Config) -> float:
 def _gguf(config: Config) -> Rope:
     """Linear where a file names no kind; a factor times the divisors of a tensor, where both are there."""
     base, kind = config.number("rope_theta", 10_000.0), config.get("rope.scaling.type") or "linear"
-    if kind not in ("none", "linear", "yarn") or (kind == "yarn" and config.divisors):
+    known = ("none", "linear", "yarn", *(("longrope",) if config.long_divisors else ()))
+    if kind not in known or (kind == "yarn" and config.divisors):
         also = " beside rope_freqs.weight" if config.divisors else ""
         raise UnsupportedError(
             f"config: {config.key('rope.scaling.type')} {kind!r}{also} is not known; known are none, "
@@ -183,11 +249,30 @@ def _gguf(config: Config) -> Rope:
     scale = config.number("rope.scaling.attn_factor", 1.0)
     if kind == "yarn":
         return _gguf_yarn(config, base, scale)
-    factor, half = 1.0 if kind == "none" else _gguf_factor(config), config.head_dim // 2
+    rotated = gguf_rotated(config)
+    factor, half = _gguf_factor(config) if kind == "linear" else 1.0, rotated // 2
     divisors = config.divisors or ((1.0,) * half if factor != 1.0 else ())
-    if len(divisors) not in (0, half):
-        raise CheckpointError(f"rope_freqs.weight has {len(divisors):,} numbers, {half} are due")
-    return Rope(base, tuple(factor * divisor for divisor in divisors), scale)
+    if {len(divisors), len(config.long_divisors)} - {0, half}:
+        size = max(len(divisors), len(config.long_divisors))
+        raise CheckpointError(f"the tensor of rope divisors has {size:,} numbers, {half} are due")
+    made = Rope(base, tuple(factor * divisor for divisor in divisors), scale)
+    if config.long_divisors:
+        original = config.integer(
+            "rope.scaling.original_context_length", config.integer("max_position_embeddings")
+        )
+        made = replace(made, original=original, long_divisors=config.long_divisors)
+    return made if rotated == config.head_dim else replace(made, rotated=rotated)
+
+
+def gguf_rotated(config: Config) -> int:
+    """How many numbers of a head rotate. (A family whose heads rotate whole refuses others before.)"""
+    found = config.integer("rotary_dim", config.head_dim)
+    if found % 2 or found > config.head_dim:
+        raise CheckpointError(
+            f"config: {config.key('rotary_dim')} is {found} of heads of {config.head_dim} numbers; an even "
+            "number of them is due"
+        )
+    return found
 
 
 def _gguf_yarn(config: Config, base: float, scale: float) -> Rope:
@@ -195,11 +280,15 @@ def _gguf_yarn(config: Config, base: float, scale: float) -> Rope:
     original = config.number(
         "rope.scaling.original_context_length", config.number("max_position_embeddings")
     )
-    table = {
+    table: dict[str, object] = {
         "factor": factor,
         ORIGINAL: original,
         "beta_fast": config.number("rope.scaling.yarn_beta_fast", 32.0),
         "beta_slow": config.number("rope.scaling.yarn_beta_slow", 1.0),
     }
     scale *= config.number("rope.scaling.yarn_attn_factor", 1.0)
-    return yarn(table | {"attention_factor": scale * _length({}, factor)}, base, config.head_dim)
+    rotated = gguf_rotated(config)
+    if config.get("yarn_log_multiplier") is not None:
+        table |= {"mscale": 1.0, "mscale_all_dim": config.number("yarn_log_multiplier")}
+    made = yarn(table | {"attention_factor": scale * _length(table, factor)}, base, rotated)
+    return made if rotated == config.head_dim else replace(made, rotated=rotated)

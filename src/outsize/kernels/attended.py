@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from outsize.kernels.attention import rotate
+from outsize.kernels.attention import capped, rotate
 from outsize.kernels.backend import AttentionSpec
 
 BLOCK = 512  # entries at once: products of one size, whatever the length of the cache
@@ -37,10 +37,12 @@ def attended(
     for at in range(0, len(q_RHE), step):
         some = torch.tensor(rows[at : at + step], dtype=torch.int64, device="cpu")
         score_HRS = _scores(q_RHE[at : at + step], kv_CSE[: spec.num_kv_heads]) * spec.scale
+        score_HRS = capped(score_HRS, spec.cap)
         apart_RS = some[:, None] - keys
         unseen = apart_RS < 0
         if spec.window is not None:
-            unseen |= apart_RS >= spec.window
+            least = [spec.sight.least(position) for position in rows[at : at + step]]
+            unseen |= keys < torch.tensor(least, dtype=torch.int64, device="cpu")[:, None]
         score_HRS.masked_fill_(unseen, -torch.inf)
         if spec.sinks is not None:
             nothing = spec.sinks.view(-1, 1, 1).expand(-1, len(some), 1)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from outsize.kernels.backend import AttentionSpec
-from outsize.kernels.rows import Rows, Segment
+from outsize.kernels.rows import Rows, Segment, Sight
 from outsize.model_config import Description
 
 BLOCK, LEAST_BLOCK = 128, 16  # queries at once in the blocked way
@@ -68,34 +68,34 @@ def _segment(
         return
     kept = s.kv.positions[spec.layer]
     slots = [bisect_left(kept, position) for position in s.positions]
-    spans = s.spans(spec.layer, slots, spec.window)
+    spans = s.spans(spec.layer, slots, spec.sight)
     for row, span in enumerate(spans):
         seen_CSE = kv_CSE[:, span.first : span.seen]
         if row >= count:  # a mask token sees its anchor's past, then its own block so far
             own = slice(span.start - len(kept) + count, span.slot + 1 - len(kept) + count)
             own_CME = torch.cat([k_TJE[own], v_TJE[own]], dim=1).transpose(0, 1)
             seen_CSE = torch.cat([seen_CSE, own_CME.to(kv_CSE.dtype)], dim=1)
-        yield attend_row(q_THE[row], seen_CSE, spec.scale, spec.sinks)
+        yield attend_row(q_THE[row], seen_CSE, spec)
 
 
-def attend_row(q_HE: Tensor, kv_CSE: Tensor, scale: float, sinks_H: Tensor | None = None) -> Tensor:
-    """(1, H*E): a row attends to all S entries; with `sinks`, also to nothing, which has that score."""
+def attend_row(q_HE: Tensor, kv_CSE: Tensor, spec: AttentionSpec) -> Tensor:
+    """(1, H*E): a row attends to all S entries; with sinks, also to nothing, which has that score."""
     num_kv, head_dim = kv_CSE.shape[0] // 2, q_HE.shape[1]
     q_1JGE = q_HE.reshape(1, num_kv, -1, head_dim)
     k_1JSE, v_1JSE = kv_CSE[None, :num_kv], kv_CSE[None, num_kv:]
-    if sinks_H is not None:
-        return _row_with_sinks(q_1JGE, k_1JSE, v_1JSE, scale, sinks_H).view(1, -1)
-    return scaled_dot_product_attention(q_1JGE, k_1JSE, v_1JSE, scale=scale).view(1, -1)
+    if spec.sinks is None and not spec.cap:
+        return scaled_dot_product_attention(q_1JGE, k_1JSE, v_1JSE, scale=spec.scale).view(1, -1)
+    score = capped((q_1JGE @ k_1JSE.transpose(-1, -2)).float() * spec.scale, spec.cap)
+    if spec.sinks is not None:
+        nothing = spec.sinks.view(*score.shape[:-1], 1)
+        score = torch.cat([score, nothing], dim=-1)
+    share = score.softmax(-1)[..., : kv_CSE.shape[1]]
+    return (share.to(v_1JSE.dtype) @ v_1JSE).view(1, -1)
 
 
-def _row_with_sinks(
-    q_1JGE: Tensor, k_1JSE: Tensor, v_1JSE: Tensor, scale: float, sinks_H: Tensor
-) -> Tensor:
-    """One token: nothing is one more score, whose value is zero."""
-    score = (q_1JGE @ k_1JSE.transpose(-1, -2)).float() * scale
-    nothing = sinks_H.view(*score.shape[:-1], 1)
-    share = torch.cat([score, nothing], dim=-1).softmax(-1)[..., :-1]
-    return share.to(v_1JSE.dtype) @ v_1JSE
+def capped(score: Tensor, cap: float) -> Tensor:
+    """Scores x as cap * tanh(x / cap) (Gemma 2, arXiv 2408.00118); as they are without a cap."""
+    return (score / cap).tanh() * cap if cap else score
 
 
 def attend_span(
@@ -108,12 +108,13 @@ def attend_span(
     """(T, H*E): many rows at once, each over the entries that its position may see; theirs are among them.
     Positions of both rise."""
     num_new, _, head_dim = q_THE.shape
-    (num_heads, size), window = kv_CSE.shape[:2], spec.window
+    (num_heads, size), sight = kv_CSE.shape[:2], spec.sight
     num_kv = num_heads // 2
-    if (head_dim >= WIDE_HEAD and q_THE.dtype == torch.bfloat16) or spec.sinks is not None:
+    wide_bf16 = head_dim >= WIDE_HEAD and q_THE.dtype == torch.bfloat16
+    if wide_bf16 or spec.sinks is not None or spec.cap:
         return _blocked(q_THE * spec.scale, queries_T, kv_CSE, keys_S, spec)
-    plain = size == num_new and (window is None or keys_S[-1] - keys_S[0] < window)
-    mask = None if plain else _mask(queries_T, keys_S, window)
+    plain = size == num_new and sight.least(keys_S[-1]) <= keys_S[0]
+    mask = None if plain else _mask(queries_T, keys_S, sight)
     q_HTE = q_THE.transpose(0, 1)
     if q_THE.dtype == torch.bfloat16 and keeps_kernels():
         q_HTE, kv_CSE = _filled(q_HTE, 1), _filled(kv_CSE, 1)
@@ -143,11 +144,16 @@ def _filled(x: Tensor, axis: int) -> Tensor:
     return pad(x, [*[0, 0] * (x.ndim - 1 - axis), 0, short]) if short else x
 
 
-def _mask(queries: Sequence[int], keys: Sequence[int], window: int | None) -> Tensor:
+def _mask(queries: Sequence[int], keys: Sequence[int], sight: Sight) -> Tensor:
     """(T, S) bool: which entries each query may see, by their positions."""
-    apart = torch.tensor(queries, dtype=torch.int64, device="cpu")[:, None]
-    apart = apart - torch.tensor(keys, dtype=torch.int64, device="cpu")
-    return (apart >= 0) if window is None else (apart >= 0) & (apart < window)
+    last_T1 = torch.tensor(queries, dtype=torch.int64, device="cpu")[:, None]
+    at_S = torch.tensor(keys, dtype=torch.int64, device="cpu")
+    if sight.window is None:
+        return at_S <= last_T1
+    least = [sight.least(position) for position in queries]
+    return (at_S <= last_T1) & (
+        at_S >= torch.tensor(least, dtype=torch.int64, device="cpu")[:, None]
+    )
 
 
 def _block(num_heads: int, size: int) -> int:
@@ -156,7 +162,7 @@ def _block(num_heads: int, size: int) -> int:
 
 def score_bytes(d: Description, context: int, activation_bytes: int) -> int:
     """The most that scores take while a long span attends."""
-    if (d.head_dim >= WIDE_HEAD and activation_bytes == 2) or d.sinks:
+    if (d.head_dim >= WIDE_HEAD and activation_bytes == 2) or d.sinks or d.attn_cap:
         return _block(d.num_heads, context) * d.num_heads * context * SCORE_FORMS
     return 0 if context <= CHUNK else MASK_BYTES * CHUNK * context
 
@@ -169,19 +175,19 @@ def _blocked(
     spec: AttentionSpec,
 ) -> Tensor:
     num_new, num_heads, head_dim = q_THE.shape
-    num_kv, window, sinks_H = kv_CSE.shape[0] // 2, spec.window, spec.sinks
+    num_kv, sight, sinks_H = kv_CSE.shape[0] // 2, spec.sight, spec.sinks
     group = num_heads // num_kv
     q_JTGE = q_THE.reshape(num_new, num_kv, group, head_dim).transpose(0, 1)
     out = torch.empty_like(q_JTGE)
     block = _block(num_heads, kv_CSE.shape[1])
     for first in range(0, num_new, block):
         last = min(first + block, num_new)
-        start = bisect_left(keys, queries[first] - window + 1) if window else 0
+        start = sight.first(keys, queries[first])
         end = bisect_right(keys, queries[last - 1])
         k_JSE, v_JSE = kv_CSE[:num_kv, start:end], kv_CSE[num_kv:, start:end]
         rows_JRE = q_JTGE[:, first:last].reshape(num_kv, -1, head_dim)
-        score = torch.bmm(rows_JRE, k_JSE.transpose(1, 2)).float()
-        hidden = ~_mask(queries[first:last], keys[start:end], window)
+        score = capped(torch.bmm(rows_JRE, k_JSE.transpose(1, 2)).float(), spec.cap)
+        hidden = ~_mask(queries[first:last], keys[start:end], sight)
         score.view(num_kv, last - first, group, -1).masked_fill_(hidden[:, None], -torch.inf)
         if sinks_H is not None:
             sinks_JTG = sinks_H.view(num_kv, 1, group).expand(-1, last - first, -1)

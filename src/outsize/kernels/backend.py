@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from outsize.kernels.norm import RMSNorm
-from outsize.kernels.rows import Rows
+from outsize.kernels.rows import Rows, Sight
 from outsize.kernels.structs import Attention, Coded, ExpertMatrices, LowRankMatrix, address_if
 
 Product = Callable[[Tensor, bool], Tensor]  # (x (T, K), is it wide?) -> (T, N) in the type of x
@@ -28,7 +28,8 @@ Places = Sequence[tuple[int, int, float]]  # row, number among its choices, weig
 class AttentionSpec:
     """One layer's attention, for any backend: sizes, and tensors that never change, fp32. `window`: how many
     entries a row sees, itself among them (None: all); `bias` of query, key and value; `norm` of query and key
-    heads; `sinks`: each head's score of attending to nothing."""
+    heads; `sinks`: each head's score of attending to nothing; `cap`: scores x are cap * tanh(x / cap), if it
+    is not 0; `chunked`: a row sees entries of its own piece of `window` positions."""
 
     layer: int
     num_heads: int
@@ -39,15 +40,22 @@ class AttentionSpec:
     bias: Tensor | None = None
     norm: RMSNorm | None = None
     sinks: Tensor | None = None
+    cap: float = 0.0
+    chunked: bool = False
     struct: Attention = field(init=False)
     pointer: int = field(init=False)
+
+    @property
+    def sight(self) -> Sight:
+        """What a row sees."""
+        return Sight(self.window, self.chunked)
 
     def __post_init__(self) -> None:
         norm, eps = (None, 0.0) if self.norm is None else (self.norm.pointer, self.norm.eps)
         bias, sinks = address_if(self.bias, torch.float32), address_if(self.sinks, torch.float32)
         struct = Attention(
             self.num_heads, self.num_kv_heads, self.head_dim, self.window or 0, self.scale, eps, bias,
-            norm, sinks,
+            norm, sinks, self.cap,
         )  # fmt: skip
         object.__setattr__(self, "struct", struct)
         object.__setattr__(self, "pointer", ctypes.addressof(struct))

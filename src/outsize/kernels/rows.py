@@ -9,9 +9,31 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from outsize.kernels.structs import AttentionSpan, AttentionTable
 from outsize.kv.kv import KV
+
+
+class Sight(NamedTuple):
+    """What a row sees of what was before it: the last `window` positions, itself among them (None: all); or,
+    `chunked`, those of its own piece of so many."""
+
+    window: int | None = None
+    chunked: bool = False
+
+    def least(self, position: int) -> int:
+        """The first position that a row at a position may see."""
+        if self.window is None:
+            return 0
+        start = (
+            position // self.window * self.window if self.chunked else position + 1 - self.window
+        )
+        return max(0, start)
+
+    def first(self, kept: Sequence[int], position: int) -> int:
+        """The first of the entries at rising positions that a row at a position sees."""
+        return 0 if self.window is None else bisect_left(kept, self.least(position))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,25 +59,20 @@ class Segment:
         masks = [self.positions[a] + j + 1 for a in self.anchors for j in range(self.depth)]
         return [*self.positions, *masks]
 
-    def spans(self, layer: int, slots: Sequence[int], window: int | None) -> list[AttentionSpan]:
+    def spans(self, layer: int, slots: Sequence[int], sight: Sight) -> list[AttentionSpan]:
         """What each row sees in a layer, whose entries of tokens are at `slots`; masks' go behind all."""
         kept, out = self.kv.positions[layer], []
         for slot in slots:
-            out.append(
-                AttentionSpan(slot, self._first(kept, kept[slot], window), slot + 1, slot + 1)
-            )
+            first = sight.first(kept, kept[slot])
+            out.append(AttentionSpan(slot, first, slot + 1, slot + 1))
         block = len(kept)
         for a in self.anchors:
             seen = slots[a] + 1
             for j in range(self.depth):
-                first = self._first(kept, self.positions[a] + j + 1, window)
+                first = sight.first(kept, self.positions[a] + j + 1)
                 out.append(AttentionSpan(block + j, min(seen - 1, first), seen, block))
             block += self.depth
         return out
-
-    def _first(self, kept: Sequence[int], position: int, window: int | None) -> int:
-        """The first entry that a row at a position sees."""
-        return 0 if window is None else bisect_left(kept, position + 1 - window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +84,18 @@ class Rows:
     wide: bool
     _tables: dict[object, AttentionTable] = field(default_factory=dict)
 
-    def table(self, layer: int, window: int | None) -> AttentionTable:
+    def all_positions(self) -> list[int]:
+        """Of every row, in order."""
+        return [p for s in self.segments for p in s.all_positions()]
+
+    def table(self, layer: int, sight: Sight) -> AttentionTable:
         """What each row sees in a layer, with room made for its entry. Layers alike share it."""
         found = [s.kv.opened(layer, s.positions, s.num_masks) for s in self.segments]
-        key = window, *(slots for _, slots, _ in found)
+        key = sight, *(slots for _, slots, _ in found)
         if key not in self._tables:
             pairs = zip(self.segments, found, strict=True)
             self._tables[key] = AttentionTable(
-                [s.spans(layer, slots, window) for s, (_, slots, _) in pairs]
+                [s.spans(layer, slots, sight) for s, (_, slots, _) in pairs]
             )
         table = self._tables[key]
         for number, (stored, _, coded) in enumerate(found):

@@ -168,7 +168,7 @@ class Attention(ctypes.Structure):
 
     _fields_ = (
         ("heads", _L), ("kv_heads", _L), ("head_dim", _L), ("window", _L),
-        ("scale", _F), ("eps", _F), ("bias", _P), ("norm", _P), ("sinks", _P),
+        ("scale", _F), ("eps", _F), ("bias", _P), ("norm", _P), ("sinks", _P), ("cap", _F),
     )  # fmt: skip
 
 

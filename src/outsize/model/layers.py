@@ -8,8 +8,11 @@ Shapes: T tokens, D model width, E numbers a head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from outsize.model_config import Rope
 from outsize.storage.table import Weight
@@ -34,10 +37,32 @@ class Linear:
 
 def cos_sin(rope: Rope, head_dim: int, positions_T: Tensor) -> Tensor:
     """(T, 1, E/2) complex: the rotary angle of each pair of a head, as cosine + i * sine (RoPE, arXiv
-    2104.09864)."""
-    half = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
-    rate = 1.0 / rope.base ** (half / head_dim)
+    2104.09864); 1 for pairs that do not rotate."""
+    pairs, positions_T1 = rope.pairs(head_dim), positions_T.float()[:, None]
+    power = torch.arange(0, 2 * pairs, 2, dtype=torch.float32, device="cpu") / max(1, 2 * pairs)
+    rate = 1.0 / _base(rope, 2 * pairs, positions_T1) ** power
     if rope.divisors:
         rate = rate / torch.tensor(rope.divisors, dtype=torch.float32, device="cpu")
-    angle_TP = positions_T.float()[:, None] * rate
-    return torch.polar(torch.full_like(angle_TP, rope.scale), angle_TP)[:, None]
+    angle_TP = positions_T1 * rate
+    turned = torch.polar(torch.full_like(angle_TP, rope.scale), angle_TP)
+    return pad(turned, (0, head_dim // 2 - pairs), value=1.0)[:, None]
+
+
+def _base(rope: Rope, rotated: int, positions_T1: Tensor) -> Tensor | float:
+    """Of a dynamic rope it grows with a token's position, as it does where texts are computed token by token
+    (transformers' NTK scaling)."""
+    if not rope.growth:
+        return rope.base
+    length_T1 = (positions_T1 + 1).clamp(min=float(rope.original))
+    grown = rope.growth * length_T1 / rope.original - (rope.growth - 1)
+    return rope.base * grown ** (rotated / (rotated - 2))
+
+
+def query_growth(rope: Rope, positions: Sequence[int]) -> Tensor | None:
+    """(T, 1): what queries are multiplied by (Llama 4's temperature); None: nothing."""
+    shift = rope.query_shift
+    if not rope.query_growth or not positions or max(positions) + shift < rope.original:
+        return None
+    times = torch.tensor(positions, dtype=torch.float32, device="cpu") + shift
+    times = times / rope.original
+    return (1 + rope.query_growth * torch.log1p(times.floor()))[:, None]

@@ -58,11 +58,19 @@ class Step:
         return y_TN
 
     def residual(
-        self, h_TD: Tensor, y_TD: Tensor, post: RMSNorm | None = None, bias_D: Tensor | None = None
+        self,
+        h_TD: Tensor,
+        y_TD: Tensor,
+        post: RMSNorm | None = None,
+        bias_D: Tensor | None = None,
+        scale: float = 1.0,
     ) -> None:
-        """h += post(y + bias), in place: every sub-layer's output passes here. Where several ranks each hold
-        a part of a sub-layer's weights, y is a partial sum, and here, before anything else, is the place to
-        add them up."""
+        """h += scale * post(y + bias), in place: every sub-layer's output passes here. Where several ranks
+        each hold a part of a sub-layer's weights, y is a partial sum, and here, before anything else, is the
+        place to add them up."""
         if bias_D is not None:
             y_TD = (y_TD + bias_D).to(y_TD.dtype)
+        if scale != 1.0:
+            y_TD = y_TD.float() if post is None else post(y_TD.float())
+            y_TD, post = y_TD * scale, None
         self.backend.residual(h_TD, y_TD, post)

@@ -11,14 +11,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from outsize.kernels.backend import AttentionSpec
 from outsize.kernels.norm import RMSNorm
+from outsize.model.attention import Attention, vector
 from outsize.model.ffn.dense import Dense
-from outsize.model.ffn.experts import Mixture
+from outsize.model.ffn.experts import Mixture, Router, SharedExpert
+from outsize.model.latent import LatentAttention
 from outsize.model.layers import Linear
 from outsize.model.step import Step
 from outsize.model_config import Description
-from outsize.storage.table import Weight, Weights, activation_type
+from outsize.model_config import Mixture as MixtureConfig
+from outsize.storage.table import Weights, activation_type
 from outsize.weights.experts import ExpertBank
 
 
@@ -31,101 +33,74 @@ class Runnable(Protocol):
 
 
 class SubLayer:
-    """h += post(body(norm(h)) + bias), in place; few families have the norm after the body, or the bias."""
+    """h += scale * post(body(norm(h)) + bias), in place; few families have the norm after the body, the bias
+    or the scale, or no norm before."""
 
     def __init__(
         self,
-        norm: RMSNorm,
+        norm: RMSNorm | torch.dtype,
         body: Callable[[Tensor, Step], Tensor],
         post: RMSNorm | None = None,
         bias_D: Tensor | None = None,
+        scale: float = 1.0,
     ) -> None:
+        """`norm`: or the type that enters the body as it is."""
         self._norm, self._body, self._post, self._bias_D = norm, body, post, bias_D
+        self._scale = scale
 
     def __call__(self, h_TD: Tensor, step: Step) -> None:
-        y_TD = self._body(step.backend.norm(h_TD, self._norm), step)
-        step.residual(h_TD, y_TD, self._post, self._bias_D)
+        norm = self._norm
+        x_TD = h_TD.to(norm) if isinstance(norm, torch.dtype) else step.backend.norm(h_TD, norm)
+        y_TD = self._body(x_TD, step)
+        step.residual(h_TD, y_TD, self._post, self._bias_D, self._scale)
 
     def run(self, chunks: Sequence[tuple[Tensor, Step]]) -> None:
         for h_TD, step in chunks:
             self(h_TD, step)
 
 
-class Attention:
-    """o(attend(qkv(x))): query, key and value as one linear map, attention over the cache, the output map."""
-
-    def __init__(self, d: Description, index: int, w: Weights) -> None:
-        self._index, self._rope = index, d.layers[index].rope
-        self._qkv, self._o = Linear(w["qkv"]), Linear(w["o"])
-        self._whole_norms = _whole_norms(d, w)
-        self._spec = AttentionSpec(
-            layer=index,
-            num_heads=d.num_heads,
-            num_kv_heads=d.num_kv_heads,
-            head_dim=d.head_dim,
-            scale=d.attn_scale,
-            window=d.layers[index].window,
-            bias=vector(w["qkv_bias"]) if d.qkv_bias else None,
-            norm=_head_norms(d, w) if d.qk_norm else None,
-            sinks=vector(w["sinks"]) if d.sinks else None,
-        )
-
-    def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
-        qkv = step.add(self._index, "qkv", x_TD, self._qkv(x_TD, step.wide))
-        at = 0
-        for norm in self._whole_norms:
-            some = qkv[:, at : at + norm.weight.shape[-1]]
-            some.copy_(norm(some.float()))
-            at += some.shape[1]
-        cos_sin = step.cos_sin[self._rope]
-        watched = [(w, qkv[w.rows].clone()) for w in step.watches if w.is_for(self._index)]
-        inner = step.backend.attend(self._spec, qkv, cos_sin, step.rows)
-        for watch, rows in watched:
-            watch.see(self._spec, rows, cos_sin[watch.rows])
-        return step.add(self._index, "o", inner, self._o(inner, step.wide))
-
-
-def _head_norms(d: Description, w: Weights) -> RMSNorm:
-    """Of each query and key head apart (H + J, E)."""
-    q = vector(w["q_norm"]).expand(d.num_heads, -1)
-    k = vector(w["k_norm"]).expand(d.num_kv_heads, -1)
-    return RMSNorm(torch.cat([q, k]), d.norm_eps, torch.float32)
-
-
-def _whole_norms(d: Description, w: Weights) -> tuple[RMSNorm, ...]:
-    """Norms of all query heads as one vector, and of all key heads."""
-    if not d.qk_norm_whole:
-        return ()
-    made = (RMSNorm(vector(w[k]), d.norm_eps, torch.float32) for k in ("q_norm", "k_norm"))
-    return tuple(made)
-
-
 def attention_sublayer(d: Description, index: int, w: Weights) -> SubLayer:
-    norm = RMSNorm(vector(w["attn_norm"]), d.norm_eps, activation_type(w["qkv"]))
+    body = Attention(d, index, w) if d.latent is None else LatentAttention(d, index, w)
     bias_D = vector(w["o_bias"]) if d.o_bias else None
-    return SubLayer(norm, Attention(d, index, w), _post(d, w, "attn_post_norm"), bias_D)
+    norm = _pre(d, w, "attn_norm", activation_type(w["o"]))
+    return SubLayer(norm, body, _post(d, w, "attn_post_norm"), bias_D, d.residual_scale)
 
 
 def ffn_sublayer(d: Description, index: int, w: Weights) -> SubLayer:
-    norm = RMSNorm(vector(w["ffn_norm"]), d.norm_eps, activation_type(w["gate_up"]))
+    norm = _pre(d, w, "ffn_norm", activation_type(w["gate_up"]))
     inner_bias, bias_D = (
         (vector(w["gate_up_bias"]), vector(w["down_bias"])) if d.mlp_bias else (None, None)
     )
     dense = Dense(Linear(w["gate_up"]), Linear(w["down"]), d.activation, index, inner_bias)
-    return SubLayer(norm, dense, _post(d, w, "ffn_post_norm"), bias_D)
+    return SubLayer(norm, dense, _post(d, w, "ffn_post_norm"), bias_D, d.residual_scale)
 
 
 def mixture_sublayer(d: Description, bank: ExpertBank, w: Weights) -> Mixture:
     norm = RMSNorm(vector(w["ffn_norm"]), d.norm_eps, bank.activation_type)
     (router,) = w["router"]
     bias = vector(w["router_bias"]) if "router_bias" in w else None
-    return Mixture(d, norm, router.encoding.decode(router.fields), bank, bias)
+    choice = vector(w["choice_bias"]) if "choice_bias" in w else None
+    made = mixture_of(d)
+    shared = shared_expert(d, w) if made.shared else None
+    numbers = router.encoding.decode(router.fields)
+    return Mixture(d, Router(norm, numbers, made, bias, choice), bank, shared)
+
+
+def mixture_of(d: Description) -> MixtureConfig:
+    assert d.mixture is not None
+    return d.mixture
+
+
+def shared_expert(d: Description, w: Weights) -> SharedExpert:
+    """The expert that all tokens use."""
+    gate_D = vector(w["shared_router"]) if "shared_router" in w else None
+    dense = Dense(Linear(w["shared_gate_up"]), Linear(w["shared_down"]), d.activation)
+    return SharedExpert(dense, gate_D)
+
+
+def _pre(d: Description, w: Weights, name: str, dtype: torch.dtype) -> RMSNorm | torch.dtype:
+    return RMSNorm(vector(w[name]), d.norm_eps, dtype) if d.pre_norm else dtype
 
 
 def _post(d: Description, w: Weights, name: str) -> RMSNorm | None:
     return RMSNorm(vector(w[name]), d.norm_eps, torch.float32) if d.post_norm else None
-
-
-def vector(weights: tuple[Weight, ...]) -> Tensor:
-    """A stored fp32 vector, whole."""
-    return torch.cat([w.encoding.decode(w.fields)[0] for w in weights])

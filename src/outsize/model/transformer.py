@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from outsize.encoding.find import gives_fp32
-from outsize.kernels.attention import CHUNK
+from outsize.kernels.attention import CHUNK, capped
 from outsize.kernels.backend import Backend
 from outsize.kernels.norm import RMSNorm
 from outsize.kernels.plain import PLAIN
@@ -21,12 +21,13 @@ from outsize.kernels.rows import Rows, Segment
 from outsize.kernels.threads import Threads
 from outsize.kv.int8 import Int8KV
 from outsize.kv.kv import KV
+from outsize.model.attention import vector
 from outsize.model.layers import cos_sin
 from outsize.model.lora import Adapter
 from outsize.model.memory import WeightMemory
 from outsize.model.paged import PagedLayer, link
 from outsize.model.step import Step, Watch
-from outsize.model.sublayer import attention_sublayer, ffn_sublayer, mixture_sublayer, vector
+from outsize.model.sublayer import attention_sublayer, ffn_sublayer, mixture_sublayer
 from outsize.model_config import Description, Rope
 from outsize.weights.load import Loaded
 
@@ -51,9 +52,10 @@ class Transformer:
         self._embed, self._head = loaded.embed, loaded.head
         self.dtype = loaded.activation_type
         self.paged_layers: list[PagedLayer] = []
+        banks = {bank.layer: bank for bank in loaded.banks}
         for i, (attn, ffn) in enumerate(loaded.layers):
             self.paged_layers.append(PagedLayer(partial(attention_sublayer, description, i), attn))
-            bank = loaded.banks[i] if loaded.banks else None
+            bank = banks.get(i)
             make = (
                 partial(ffn_sublayer, description, i)
                 if bank is None
@@ -143,6 +145,10 @@ class Transformer:
             for row, x_D in zip(logits, x_KD, strict=True):
                 ids = _best(row)
                 row[ids] = self._head.rows(ids) @ x_D
+        d = self.description
+        logits = logits if d.logit_scale == 1.0 else logits.mul_(d.logit_scale)
+        for row in logits if d.logit_cap else ():  # each as if alone, whatever its place
+            row.copy_(capped(row, d.logit_cap))
         return logits
 
     def likely(self, x_KD: Tensor, count: int) -> Tensor:

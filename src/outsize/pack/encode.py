@@ -129,19 +129,21 @@ def _shifted(part: Part) -> Floats:
 
 
 def _stack(arrays: Sequence[object], parts: Sequence[Part], num_rows: int) -> Tensor:
-    rows = [_interleave(np.asarray(a), p.head_dim) for a, p in zip(arrays, parts, strict=True)]
+    rows = [_interleave(np.asarray(a), p) for a, p in zip(arrays, parts, strict=True)]
     whole = np.concatenate(rows) if len(rows) > 1 else rows[0]
     missing = num_rows - len(whole)
     return torch.from_numpy(np.pad(whole, ((0, missing), (0, 0))) if missing else whole.copy())
 
 
-def _interleave(rows: np.ndarray, head_dim: int) -> np.ndarray:  # type: ignore[type-arg]
-    """Heads in halves (i, i + d/2) -> adjacent pairs (2i, 2i + 1); a vector's one row likewise."""
+def _interleave(rows: np.ndarray, part: Part) -> np.ndarray:  # type: ignore[type-arg]
+    """Heads in halves (i, i + r/2) -> adjacent pairs (2i, 2i + 1), of the r first rows of a head, which
+    rotate; a vector's one row likewise."""
+    head_dim, rotated = part.head_dim, part.rotated or part.head_dim
     if not head_dim:
         return rows
     vector = len(rows) == 1
-    heads = (rows.T if vector else rows).reshape(
-        -1, 2, head_dim // 2, 1 if vector else rows.shape[1]
-    )
-    mixed = heads.swapaxes(1, 2).reshape(-1, heads.shape[-1])
+    heads = (rows.T if vector else rows).reshape(-1, head_dim, 1 if vector else rows.shape[1])
+    halves = heads[:, :rotated].reshape(len(heads), 2, rotated // 2, -1)
+    pairs = halves.swapaxes(1, 2).reshape(len(heads), rotated, -1)
+    mixed = np.concatenate([pairs, heads[:, rotated:]], axis=1).reshape(-1, heads.shape[-1])
     return np.ascontiguousarray(mixed.T if vector else mixed)

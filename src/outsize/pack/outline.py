@@ -49,7 +49,7 @@ class Outline:
     def activation_bytes(self) -> int:
         """Of one number of an activation, key or value."""
         first = next(t for t in self.tables if t.name.startswith("attn"))
-        return 4 if first.tensors["qkv"][0].encoding == "fp32" else 2
+        return 4 if first.tensors["o"][0].encoding == "fp32" else 2
 
     def table(self, name: str) -> TableHeader:
         return next(t for t in self.tables if t.name == name)

@@ -15,6 +15,8 @@ from outsize.pack.tables import ALIGN, PAGE, Matrix, TableHeader, aligned
 
 FLOATS = "fp32"
 FIXED = frozenset({"router"})  # matrices that are read in fp32 only, as all vectors are
+# Maps of latent attention, which are products of each head apart: floats of 16 bits where others are codes.
+HALVES, HALF = frozenset({"k_b", "v_b"}), "bf16"
 Layout = dict[str, tuple[Matrix, ...]]
 
 
@@ -88,6 +90,8 @@ def _tensor_fault(name: str, due: TensorSpec, pieces: Sequence[Matrix]) -> str:
         in_pieces = due.width and len(pieces) > 1
         if in_pieces or any(m.encoding != FLOATS for m in pieces):
             return f"tensor {name!r} is not in {FLOATS}, or in pieces"
+    if name in HALVES and (len(pieces) > 1 or pieces[0].encoding not in (FLOATS, HALF)):
+        return f"tensor {name!r} is in neither {HALF} nor {FLOATS}, or in pieces"
     return next((p for m in pieces if (p := _encoding_fault(name, m))), "")
 
 

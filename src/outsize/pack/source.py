@@ -103,7 +103,7 @@ def _contents(record: Record) -> Iterable[object]:
         for piece in pieces:
             parts = [
                 (p.tensor.name, p.tensor.kind.name, p.tensor.shape, p.tensor.offset, p.head_dim, p.shift,
-                 p.transposed, p.first, p.step)
+                 p.transposed, p.first, p.step, *((p.rotated,) if p.rotated else ()))
                 for p in piece.parts
             ]  # fmt: skip
             yield name, piece.encoding, parts

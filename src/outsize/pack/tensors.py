@@ -4,19 +4,21 @@ their rows are reordered; or fields that are made from another pack's."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 
-from outsize.checkpoint.checkpoint import Checkpoint, Tensor, refuse_unreadable
+from outsize.checkpoint.checkpoint import Checkpoint, Tensor, refuse_unreadable, rows_of
 from outsize.encoding.find import encoding_for
 from outsize.errors import CheckpointError
 from outsize.model_config import Recipe
-from outsize.pack.records import FIXED, FLOATS, Specs, TensorSpec
+from outsize.pack.records import FIXED, FLOATS, HALF, HALVES, Specs, TensorSpec
 from outsize.pack.tables import TableHeader
 from outsize.pack.unused import missing
 
 LOSSY = ("Q2_K", "Q3_K")
+HALVED = tuple(f"{n}{part}" for n in "qk" for part in ("", "_bias", "_norm"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,7 @@ class Part:
 
     tensor: Tensor
     head_dim: int = 0  # > 0: heads in halves, to be interleaved
+    rotated: int = 0  # how many of a head's rows are so; 0: all
     shift: float = 0.0  # added to every number
     transposed: bool = False
     first: int = 0  # of its rows (of a vector: its numbers), every `step`th from this one on
@@ -109,6 +112,8 @@ class SourceTensors:
         if found is None:
             raise missing(source, self.all, self.recipe)
         self.used.add(source)
+        if found.shape in ((1, *shape), (*shape, 1)) and len(shape) == 1:
+            found = replace(found, shape=shape)
         if found.shape != shape:
             raise CheckpointError(f"tensor {source!r} has shape {found.shape}, not {shape}")
         refuse_unreadable(found)
@@ -127,12 +132,14 @@ class SourceTensors:
         self, name: str, spec: TensorSpec, layer: int, expert: int | None
     ) -> tuple[Piece, ...]:
         """The parts of a tensor; of a matrix, those of one encoding as one."""
+        if name in HALVES:
+            return (self._by_head(name, spec, layer),)
         pieces: list[Piece] = []
-        for part, rows in spec.parts:
+        found = self._fused(name, spec, layer) if expert is None else None
+        for number, (part, rows) in enumerate(spec.parts):
             shape = (rows, spec.width) if spec.width else (rows,)
-            tensor = self.find(part, layer, shape, expert)
-            is_fixed = name in FIXED or not spec.width
-            encoding = FLOATS if is_fixed else self.encoding(tensor)
+            tensor = self.find(part, layer, shape, expert) if found is None else found[number]
+            encoding = self._encoding(name, spec, tensor)
             made = self._part(part, tensor)
             if pieces and spec.width and pieces[-1].encoding == encoding:
                 pieces[-1] = Piece(encoding, (*pieces[-1].parts, made))
@@ -140,11 +147,38 @@ class SourceTensors:
                 pieces.append(Piece(encoding, (made,)))
         return tuple(pieces)
 
+    def _encoding(self, name: str, spec: TensorSpec, tensor: Tensor) -> str:
+        return FLOATS if name in FIXED or not spec.width else self.encoding(tensor)
+
+    def _by_head(self, name: str, spec: TensorSpec, layer: int) -> Piece:
+        """A map of latent attention: stacked by head, keys' turned (GGUF), or both maps below each other in
+        each head, keys' not turned."""
+        d, kind = self.description, FLOATS if self.wanted == FLOATS else HALF
+        assert d.latent is not None
+        if name in self.recipe.names:
+            stack = self.find(name, layer, (d.num_heads, spec.rows // d.num_heads, spec.width))
+            return Piece(kind, (Part(replace(stack, shape=(spec.rows, spec.width))),))
+        key, value, is_key = d.latent.key, d.latent.value, name == "k_b"
+        both = self.find("kv_b", layer, (d.num_heads * (key + value), d.latent.rank))
+        starts = range(0 if is_key else key, both.shape[0], key + value)
+        size = key if is_key else value
+        parts = (Part(rows_of(both, i, i + size), transposed=is_key) for i in starts)
+        return Piece(kind, tuple(parts))
+
+    def _fused(self, name: str, spec: TensorSpec, layer: int) -> list[Tensor] | None:
+        """The parts of a tensor that a checkpoint keeps as one, under our name of the whole."""
+        if len(spec.parts) == 1 or name not in self.recipe.names:
+            return None
+        whole = self.find(name, layer, (spec.rows, spec.width))
+        ends = list(accumulate(rows for _, rows in spec.parts))
+        return [rows_of(whole, a, b) for a, b in zip([0, *ends], ends, strict=False)]
+
     def _part(self, name: str, tensor: Tensor) -> Part:
         """Query and key rows, their biases and norms rotate in adjacent pairs in a pack."""
-        halves = name.split("_")[0] in ("q", "k") and not self.recipe.interleaved
-        shift = self.recipe.norm_shift if name.endswith("norm") else 0.0
-        return Part(tensor, self.description.head_dim if halves else 0, shift)
+        d, shift = self.description, self.recipe.norm_shift if name.endswith("norm") else 0.0
+        halves = name in HALVED and d.latent is None and not self.recipe.interleaved
+        rotated = next((r.rotated for r in d.ropes if r.rotated), 0) or 0
+        return Part(tensor, d.head_dim if halves else 0, rotated if halves else 0, shift)
 
 
 def _unstack(stack: Tensor, index: int) -> Tensor:

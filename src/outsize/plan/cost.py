@@ -22,10 +22,10 @@ from outsize.kernels.plain import PLAIN
 from outsize.kernels.rows import Rows, Segment
 from outsize.kv.kv import KV
 from outsize.model.ffn.dense import Dense
-from outsize.model.ffn.experts import Router
+from outsize.model.ffn.experts import Router, SharedExpert
 from outsize.model.layers import Linear
 from outsize.model.step import Step
-from outsize.model.sublayer import attention_sublayer, ffn_sublayer
+from outsize.model.sublayer import attention_sublayer, ffn_sublayer, shared_expert
 from outsize.model.transformer import rotary_angles
 from outsize.pack.outline import Outline
 from outsize.pack.tables import Matrix, TableHeader
@@ -194,7 +194,7 @@ def _sublayer_times(
 ) -> tuple[float, float]:
     d, dtype = o.description, activation_type(_first_matrix(t))
     made = dict(_random(t, backend))
-    sublayer = (attention_sublayer if "qkv" in made else ffn_sublayer)(d, t.keys[0], made)
+    sublayer = (attention_sublayer if "o" in made else ffn_sublayer)(d, t.keys[0], made)
     own = PLAIN if dtype == torch.float32 else backend
     kv = KV(t.keys[0] + 1, d.num_kv_heads, d.head_dim, dtype)
     h_TD = torch.randn(tokens, d.width, dtype=torch.float32, device="cpu")
@@ -220,31 +220,42 @@ def _sublayer_times(
 
 
 def _expert_times(o: Outline, t: TableHeader, backend: Backend, tokens: int) -> tuple[float, float]:
-    """One expert, or one router, for a token and for its share of a chunk."""
-    d, mixture, made = o.description, o.description.mixture, _random(t, backend)
+    """One expert, or one router and the expert that all tokens use, for a token and for its share of a
+    chunk."""
+    d, mixture, made = o.description, o.description.mixture, dict(_random(t, backend))
     assert mixture is not None
-    if "router" in made:
-        router = Router(
-            RMSNorm(torch.ones(d.width, dtype=torch.float32, device="cpu"), d.norm_eps, torch.float32),
-            torch.randn(mixture.count, d.width, dtype=torch.float32, device="cpu"),
-            mixture.used, mixture.renorm,
-        )  # fmt: skip
-        x_TD = torch.randn(tokens, d.width, dtype=torch.float32, device="cpu")
-        return (
-            median_s(lambda: router(x_TD[:1], False), STEPS),
-            median_s(lambda: router(x_TD, True), CHUNKS),
-        )
-    ffn = Dense(Linear(made["gate_up"]), Linear(made["down"]), d.activation)
-    dtype = activation_type(made["gate_up"])
-    rows = max(1, tokens * mixture.used // mixture.count)
-    x_TD = torch.randn(rows, d.width, dtype=torch.float32, device="cpu").to(dtype)
+    if "router" not in made:
+        ffn = Dense(Linear(made["gate_up"]), Linear(made["down"]), d.activation)
+        rows, dtype = max(1, tokens * mixture.used // mixture.count), made["gate_up"]
+        return _times(ffn, d.width, rows, activation_type(dtype), backend)
+    norm = RMSNorm(
+        torch.ones(d.width, dtype=torch.float32, device="cpu"), d.norm_eps, torch.float32
+    )
+    numbers_ND = torch.randn(mixture.count, d.width, dtype=torch.float32, device="cpu")
+    choice = torch.zeros(mixture.count, dtype=torch.float32, device="cpu")
+    router = Router(norm, numbers_ND, mixture, None, choice if mixture.choice_bias else None)
+    x_TD = torch.randn(tokens, d.width, dtype=torch.float32, device="cpu")
+    step_s = median_s(lambda: router(x_TD[:1], False), STEPS)
+    chunk_s = median_s(lambda: router(x_TD, True), CHUNKS)
+    if not mixture.shared:
+        return step_s, chunk_s
+    dtype = made["shared_gate_up"]
+    more = _times(shared_expert(d, made), d.width, tokens, activation_type(dtype), backend)
+    return step_s + more[0], chunk_s + more[1]
+
+
+def _times(
+    ffn: Dense | SharedExpert, width: int, rows: int, dtype: torch.dtype, backend: Backend
+) -> tuple[float, float]:
+    """Of a token, and of so many."""
+    x_TD = torch.randn(rows, width, dtype=torch.float32, device="cpu").to(dtype)
     own = PLAIN if dtype == torch.float32 else backend
     one, many = Step(Rows([], False), {}, own), Step(Rows([], True), {}, PLAIN)
     return median_s(lambda: ffn(x_TD[:1], one), STEPS), median_s(lambda: ffn(x_TD, many), CHUNKS)
 
 
 def _first_matrix(t: TableHeader) -> tuple[Matrix, ...]:
-    return t.tensors["qkv" if "qkv" in t.tensors else "gate_up"]
+    return t.tensors["o" if "o" in t.tensors else "gate_up"]
 
 
 def _head_time(o: Outline, t: TableHeader, backend: Backend) -> float:

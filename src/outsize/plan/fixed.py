@@ -65,10 +65,18 @@ def scratch_bytes(o: Outline, context: int) -> int:
     heads = (d.num_heads + d.num_kv_heads) * d.head_dim
     queries = d.num_heads * d.head_dim
     rows = d.width * a + d.qkv_rows * (a + 4 * d.qkv_bias) + 4 * heads * (1 + d.qk_norm)
+    if (
+        d.latent is not None
+    ):  # queries before and after their map, latents, and what comes of values
+        rows += a * (2 * d.num_heads * (d.latent.key + d.latent.rope + d.latent.value) + queries)
     attention = c * (rows + 3 * a * queries) + score_bytes(d, context, a)
-    ffn = c * (d.width * (2 * a + 4) + 3 * d.ffn_width * a + 8 * d.ffn_width * d.mlp_bias)
+    inner = (
+        d.ffn_width if d.mixture is None else max(d.ffn_width, d.mixture.width, d.mixture.shared)
+    )
+    ffn = c * (d.width * (2 * a + 4) + 3 * inner * a + 8 * inner * d.mlp_bias)
     ffn += 0 if d.mixture is None else 4 * c * (d.width + d.mixture.count)
-    block = min(WIDE_BYTES, 2 * d.ffn_width * d.width * a)
+    ffn += 0 if d.mixture is None or not d.mixture.shared else 8 * c * d.width
+    block = min(WIDE_BYTES, 2 * inner * d.width * a)
     decoded = 2 * block + c * block // d.width  # once more as the matmul packs it; and its product
     logits = 3 * 4 * d.vocab_size
     most = max(attention, c * rows + decoded, ffn + decoded, logits)

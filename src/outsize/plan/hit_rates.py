@@ -40,7 +40,7 @@ PRIOR = HitRates("a prior", tuple(zip(SHARES, LOW, HIGH, strict=True)))
 def recorded(trace: Trace, d: Description, eviction: str) -> HitRates:
     """The hit rates of an eviction policy on a trace of this model, replayed at each share. Raises TraceError
     for another model's."""
-    shape = None if d.mixture is None else (d.num_layers, d.mixture.count)
+    shape = None if d.mixture is None else (len(d.routed), d.mixture.count)
     if shape != (trace.layers, trace.experts):
         raise TraceError(
             f"{trace.name} has {trace.layers} layers of {trace.experts} experts, this model "

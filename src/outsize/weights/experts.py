@@ -34,8 +34,8 @@ class Copies(NamedTuple):
 
 @dataclass(slots=True)
 class ExpertBank:
-    """The experts of one layer, by number. `number`: the layer's place in its table; `following`: the next
-    layer's bank."""
+    """The experts of one layer, by number. `number`: the layer's place in its table; `ordinal`: among all
+    layers that have experts, by which traces know them; `following`: the next such layer's bank."""
 
     cache: RoutedCache
     activation_type: torch.dtype
@@ -43,6 +43,7 @@ class ExpertBank:
     number: int
     count: int
     settings: CacheSettings
+    ordinal: int = 0
     following: ExpertBank | None = None
     copies: Copies | None = None
 
@@ -136,7 +137,7 @@ class ExpertBank:
         prefetcher, after = self.settings.prefetcher, self.following
         if prefetcher is not None and after is not None:
             wanted = prefetcher(
-                Seen(self.layer, ids, after.layer, after.number * after.count, early)
+                Seen(self.ordinal, ids, after.ordinal, after.number * after.count, early)
             )
             after.cache.prefetch_some(wanted, most_ahead(after.cache.slots))
 
@@ -164,11 +165,12 @@ def load(pack: OpenPack) -> tuple[ExpertBank, ...]:
         for number, key in enumerate(header.keys[::count]):
             layer = key // count
             banks[layer] = ExpertBank(cache, dtype, layer, number, count, settings)
-    for layer, bank in banks.items():
-        bank.following = banks[(layer + 1) % len(banks)]
+    ordered = tuple(banks[layer] for layer in sorted(banks))
+    for ordinal, bank in enumerate(ordered):
+        bank.ordinal, bank.following = ordinal, ordered[(ordinal + 1) % len(ordered)]
     if pack.plan.copies is not None:
         _load_copies(pack, pack.plan.copies, banks)
-    return tuple(banks[layer] for layer in sorted(banks))
+    return ordered
 
 
 def _load_copies(pack: OpenPack, copies: Pack, banks: Mapping[int, ExpertBank]) -> None:

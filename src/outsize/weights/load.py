@@ -21,6 +21,7 @@ from outsize import weights as package
 from outsize.kernels.backend import Backend
 from outsize.kernels.plain import PLAIN
 from outsize.pack.format import Pack
+from outsize.pack.kinds.layers import DENSE
 from outsize.progress import Progress, silent
 from outsize.storage.table import activation_type
 from outsize.weights.experts import ExpertBank
@@ -38,14 +39,15 @@ class Loaded:
         layers: Mapping[str, Mapping[int, LayerRecord]] = kinds["layers"]
         self.kinds = kinds
         self.embed, self.head = rows["embed"], rows.get("head", rows["embed"])
+        ffn = {**layers["ffn"], **layers.get(DENSE, {})}
         self.layers = tuple(
-            (layers["attn"][i], layers["ffn"][i]) for i in range(pack.pack.description.num_layers)
+            (layers["attn"][i], ffn[i]) for i in range(pack.pack.description.num_layers)
         )
         self.banks: tuple[ExpertBank, ...] = kinds.get("experts", ())
         final = layers["final"][0].pinned
         assert final is not None
         self.final_norm = final
-        self.activation_type = activation_type(pack.pack.table_of("attn-0").tensors["qkv"])
+        self.activation_type = activation_type(pack.pack.table_of("attn-0").tensors["o"])
         self.reader, self.tables = pack.reader, pack.tables
         self.stats, self.expert_stats = pack.stats, pack.expert_stats
         self._pack = pack

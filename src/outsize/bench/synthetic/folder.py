@@ -38,7 +38,7 @@ def write_folder(folder: Path, family: str, size: Size, seed: int) -> int:
 
 
 def _folder_config(folder: Path, family: str, size: Size) -> None:
-    config = values(size) | {
+    config = values(size, family) | {
         "model_type": family, "vocab_size": size.vocab, "hidden_act": "silu",
         "tie_word_embeddings": False, "eos_token_id": size.vocab - 1, "torch_dtype": "bfloat16",
     }  # fmt: skip

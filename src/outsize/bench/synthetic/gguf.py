@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 from tokenizers import pre_tokenizers
 
-from outsize.bench.synthetic.shapes import ARCHITECTURES, MIXES, Size, recipe, tensors
+from outsize.bench.synthetic.shapes import (
+    ARCHITECTURES,
+    MIXES,
+    Size,
+    gguf_values,
+    recipe,
+    tensors,
+)
 from outsize.errors import OptionError
 
 CHUNK = 32 << 20  # weights made at once
@@ -77,7 +84,7 @@ def write(
         raise OptionError("this needs the package 'gguf': pip install 'outsize[bench]'") from None
     listed = _listed(family, size, types)
     writer = gguf.GGUFWriter(path, ARCHITECTURES.get(family, family))
-    _config(writer, size)
+    _config(writer, gguf_values(family, size))
     _tokenizer(writer, size.vocab)
     for name, shape, kind in listed:
         type = gguf.GGMLQuantizationType[kind]
@@ -111,22 +118,14 @@ def _listed(family: str, size: Size, types: str) -> list[tuple[str, tuple[int, .
     return listed
 
 
-def _config(writer: Any, size: Size) -> None:
-    writer.add_block_count(size.layers)
-    writer.add_context_length(size.context)
-    writer.add_embedding_length(size.width)
-    writer.add_feed_forward_length(size.ffn)
-    writer.add_head_count(size.heads)
-    writer.add_head_count_kv(size.kv_heads)
-    writer.add_key_length(size.head)
-    writer.add_value_length(size.head)
-    writer.add_rope_dimension_count(size.head)
-    if size.experts:
-        writer.add_expert_count(size.experts)
-        writer.add_expert_used_count(size.used)
-        writer.add_expert_feed_forward_length(size.ffn)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10_000.0)
+def _config(writer: Any, values: dict[str, object]) -> None:
+    for key, value in values.items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        else:
+            writer.add_float32(key, value)
 
 
 def _tokenizer(writer: Any, vocab: int) -> None:

@@ -8,9 +8,14 @@ from dataclasses import dataclass
 import outsize.family as family_folder
 from outsize import registry
 from outsize.errors import OptionError
-from outsize.family.config import GGUF_KEYS, Config
+from outsize.family.config import FEW_KEYS, GGUF_KEYS, Config
 from outsize.family.find import families
-from outsize.model_config import Description, Recipe
+from outsize.model_config import Latent, Mixture, Recipe
+from outsize.pack.kinds.kind import groups
+from outsize.pack.kinds.layers import DENSE, layers_of
+from outsize.pack.records import FIXED, HALVES, TensorSpec
+
+SMALL = Latent(64, 32, 32, 32, 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,8 @@ class Size:
     head_dim: int = 0  # 0: width / heads
     experts: int = 0
     used: int = 0
+    dense: int = 0  # width of the layers without experts; 0: as an expert's
+    latent: Latent = SMALL  # of families that have it
 
     @property
     def head(self) -> int:
@@ -45,37 +52,83 @@ SIZES = {
     "tiny-moe": Size(2, 256, 128, 4, 2, 512, 512, experts=16, used=4),
     "7b-a1b": Size(16, 2048, 1024, 16, 16, 50_304, experts=64, used=8),
     "30b-a3b": Size(48, 2048, 768, 32, 4, 151_936, head_dim=128, experts=128, used=8),
+    "30b-a3b-flash": Size(  # GLM 4.7 Flash
+        47, 2048, 1536, 20, 20, 154_880, experts=64, used=4, dense=10_240,
+        latent=Latent(512, 64, 192, 256, 768),
+    ),
     "70b": Size(80, 8192, 28_672, 64, 8, 128_256),
-}
+}  # fmt: skip
 # Types of layers' matrices, the embedding and the head.
 MIXES = {
     "q4_0": ("Q4_0", "Q8_0", "Q8_0"),
     "q4_k_m": ("Q4_K", "Q4_K", "Q6_K"),
     "q3_k": ("Q3_K", "Q8_0", "Q8_0"),
 }
-ARCHITECTURES = {"qwen3_moe": "qwen3moe", "mixtral": "llama", "gpt_oss": "gpt-oss"}  # in a GGUF
+# In a GGUF.
+ARCHITECTURES = {
+    "qwen3_moe": "qwen3moe", "mixtral": "llama", "gpt_oss": "gpt-oss", "qwen2_moe": "qwen2moe",
+    "minimax_m2": "minimax-m2", "glm4_moe": "glm4moe", "deepseek_v3": "deepseek2",
+    "glm4_moe_lite": "deepseek2", "ministral3": "mistral3", "olmo3": "olmo2",
+}  # fmt: skip
+SIGMOID: dict[str, object] = {
+    "n_shared_experts": 1, "first_k_dense_replace": 1, "norm_topk_prob": True,
+    "routed_scaling_factor": 1.8,
+}  # fmt: skip
 
 
-def values(size: Size) -> dict[str, object]:
+def values(size: Size, family: str = "") -> dict[str, object]:
     """The config, under Hugging Face's names."""
     mixed = {
         "num_local_experts": size.experts, "num_experts_per_tok": size.used,
         "moe_intermediate_size": size.ffn,
     }  # fmt: skip
     return (mixed if size.experts else {}) | {
-        "num_hidden_layers": size.layers, "hidden_size": size.width, "intermediate_size": size.ffn,
+        "num_hidden_layers": size.layers, "hidden_size": size.width,
+        "intermediate_size": size.dense or size.ffn,
         "num_attention_heads": size.heads, "num_key_value_heads": size.kv_heads, "head_dim": size.head,
         "rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "max_position_embeddings": size.context,
-    }  # fmt: skip
+    } | _own(family, size)  # fmt: skip
+
+
+def _own(family: str, size: Size) -> dict[str, object]:
+    """What few families' configs say beside."""
+    if family == "qwen2_moe":
+        return {"shared_expert_intermediate_size": 4 * size.ffn}
+    if family in ("deepseek_v3", "glm4_moe_lite"):
+        x = size.latent
+        return SIGMOID | {
+            "kv_lora_rank": x.rank, "q_lora_rank": x.query_rank, "qk_rope_head_dim": x.rope,
+            "qk_nope_head_dim": x.key, "v_head_dim": x.value, "num_key_value_heads": size.heads,
+            "n_group": 1, "topk_group": 1,
+        }  # fmt: skip
+    if family == "llama4":
+        return {"interleave_moe_layer_step": 1}
+    return SIGMOID if family == "glm4_moe" else {}
+
+
+def gguf_values(family: str, size: Size) -> dict[str, object]:
+    """The same, under a GGUF's names."""
+    found, x = values(size, family), size.latent
+    if "kv_lora_rank" in found:
+        for key in ("qk_rope_head_dim", "qk_nope_head_dim"):
+            del found[key]
+        found |= {"rotary_dim": x.rope, "qk_head_dim": x.key + x.rope, "num_key_value_heads": 1}
+        found |= {"head_dim": x.rank + x.rope, "value_length": x.rank}
+    if family in ("deepseek_v3", "glm4_moe_lite", "glm4_moe", "minimax_m2"):
+        found["scoring_func"] = 2
+    architecture = ARCHITECTURES.get(family, family)
+    return {f"{architecture}.{GGUF_KEYS.get(k) or FEW_KEYS[k]}": v for k, v in found.items()}
 
 
 def recipe(family: str, size: Size, format: str = "gguf") -> Recipe:
     """As the family describes a checkpoint of these numbers. Raises UnsupportedError."""
     made = registry.module(family_folder, family, "architecture", families())
-    keys, architecture = {**made.DEFAULTS, **values(size), "vocab_size": size.vocab}, family
+    keys = {**made.DEFAULTS, **values(size, family), "vocab_size": size.vocab}
     if format == "gguf":
-        architecture = ARCHITECTURES.get(family, family)
-        keys = {f"{architecture}.{GGUF_KEYS[k]}": v for k, v in values(size).items()}
+        keys, architecture = gguf_values(family, size), ARCHITECTURES.get(family, family)
+        made = registry.module(family_folder, _reader(family), "architecture", families())
+    else:
+        architecture = family
     names = frozenset({"output.weight", "lm_head.weight", "model.embed_tokens.weight"})
     found: Recipe = made.recipe(Config(format, architecture, keys, names, size.vocab))
     if (found.description.mixture is None) != (size.experts == 0):
@@ -83,7 +136,15 @@ def recipe(family: str, size: Size, format: str = "gguf") -> Recipe:
     return found
 
 
-def tensors(recipe: Recipe, types: str = "q4_0") -> Iterator[tuple[str, tuple[int, ...], str]]:
+def _reader(family: str) -> str:
+    """The family that a GGUF of this one is read as."""
+    return {"glm4_moe_lite": "deepseek_v3", "olmo3": "olmo2"}.get(family, family)
+
+
+Listed = Iterator[tuple[str, tuple[int, ...], str]]
+
+
+def tensors(recipe: Recipe, types: str = "q4_0") -> Listed:
     """(foreign name, shape, GGUF type) of every tensor, with the types of a mix: one of MIXES (q4_k_m with
     Q4_K for experts' down, too)."""
     d, names = recipe.description, recipe.names
@@ -91,13 +152,15 @@ def tensors(recipe: Recipe, types: str = "q4_0") -> Iterator[tuple[str, tuple[in
     yield names["embed"], (d.vocab_size, d.width), embed
     yield names["head"], (d.vocab_size, d.width), head
     yield names["final_norm"], (d.width,), "F32"
+    parts = [group for _, group in groups(d) if group.name in ("attn", "ffn", DENSE)]
     for i in range(d.num_layers):
-        for name, shape in shapes(d).items():
-            more = types == "q4_k_m" and name in ("v", "down") and _more_bits(i, d.num_layers)
-            kind = "F32" if len(shape) == 1 else "Q6_K" if more else most
-            yield names[name].replace("{i}", str(i)), shape, kind
-        if d.mixture is not None:
-            yield from _experts(recipe, i, d.mixture.count, most)
+        large = "Q6_K" if types == "q4_k_m" and _more_bits(i, d.num_layers) else most
+        for group in parts:
+            for name, spec in group.specs.items() if i in layers_of(d, group.name) else ():
+                for foreign, shape, kind in _of(recipe, name, spec, most, large):
+                    yield foreign.replace("{i}", str(i)), shape, kind
+        if d.mixture is not None and i in d.routed:
+            yield from _experts(recipe, i, d.mixture, most)
 
 
 def _more_bits(layer: int, count: int) -> bool:
@@ -106,44 +169,34 @@ def _more_bits(layer: int, count: int) -> bool:
     return layer < first or layer >= 7 * count // 8 or (layer - first) % 3 == 2
 
 
-def shapes(d: Description) -> dict[str, tuple[int, ...]]:
-    """Our tensor names and their shapes, of one layer; {i} is not filled in."""
-    q, kv = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
-    out: dict[str, tuple[int, ...]] = {
-        "attn_norm": (d.width,),
-        "q": (q, d.width), "k": (kv, d.width), "v": (kv, d.width), "o": (d.width, q),
-        "ffn_norm": (d.width,),
-    }  # fmt: skip
-    if d.mixture is None:
-        up, down = (d.ffn_width, d.width), (d.width, d.ffn_width)
-        out |= {"gate": up, "up": up, "down": down}
-    if d.o_bias:
-        out |= {"o_bias": (d.width,)}
-    if d.sinks:
-        out |= {"sinks": (d.num_heads,)}
-    if d.qk_norm_whole:
-        out |= {"q_norm": (q,), "k_norm": (kv,)}
-    if d.qkv_bias:
-        out |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,)}
-    if d.qk_norm:
-        out |= {"q_norm": (d.head_dim,), "k_norm": (d.head_dim,)}
-    if d.post_norm:
-        out |= {"attn_post_norm": (d.width,), "ffn_post_norm": (d.width,)}
-    return out
-
-
-def _experts(
-    recipe: Recipe, layer: int, count: int, kind: str
-) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """A router and its experts: stacked in a GGUF, each by itself elsewhere."""
+def _of(recipe: Recipe, name: str, spec: TensorSpec, most: str, large: str) -> Listed:
+    """The tensors that a record's tensor is made of; {i} is not filled in. `large`: the type of values and
+    down."""
     d, names = recipe.description, recipe.names
-    up, down = (d.ffn_width, d.width), (d.width, d.ffn_width)
-    yield names["router"].replace("{i}", str(layer)), (count, d.width), "F32"
-    if d.mixture is not None and d.mixture.bias:
-        yield names["router_bias"].replace("{i}", str(layer)), (count,), "F32"
-        for name, width in (("gate", d.ffn_width), ("up", d.ffn_width), ("down", d.width)):
-            foreign = names[f"expert_{name}_bias"].replace("{i}", str(layer))
-            yield foreign, (count, width), "F32"
+    if name in HALVES and d.latent is not None:
+        if name in names:
+            yield names[name], (d.num_heads, spec.rows // d.num_heads, spec.width), "Q8_0"
+        elif name == "k_b":
+            yield (
+                names["kv_b"],
+                (d.num_heads * (d.latent.key + d.latent.value), d.latent.rank),
+                most,
+            )
+        return
+    fused = len(spec.parts) > 1 and name in names
+    for part, rows in [(name, spec.rows)] if fused else spec.parts:
+        kind = large if part in ("v", "down") else most
+        kind = "F32" if name in FIXED or not spec.width else kind
+        yield names[part], (rows, spec.width) if spec.width else (rows,), kind
+
+
+def _experts(recipe: Recipe, layer: int, m: Mixture, kind: str) -> Listed:
+    """Experts: stacked in a GGUF, each by itself elsewhere."""
+    d, names, count = recipe.description, recipe.names, m.count
+    up, down = (m.width, d.width), (d.width, m.width)
+    for name, width in (("gate", m.width), ("up", m.width), ("down", d.width)) if m.bias else ():
+        foreign = names[f"expert_{name}_bias"].replace("{i}", str(layer))
+        yield foreign, (count, width), "F32"
     for name, shape in (("expert_gate", up), ("expert_up", up), ("expert_down", down)):
         foreign = names[name].replace("{i}", str(layer))
         if "{e}" in foreign:

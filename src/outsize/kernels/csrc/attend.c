@@ -18,6 +18,7 @@ typedef struct {
     const float *bias; /* (heads + 2 kv_heads) * head_dim, or null */
     const float *norm; /* (heads + kv_heads) * head_dim, or null */
     const float *sinks; /* heads: the score of attending to nothing; or null */
+    float cap; /* 0: none; else scores x are cap * tanh(x / cap) */
 } Attention;
 
 typedef struct {
@@ -256,6 +257,12 @@ static float largest(const float *x, long n) {
     return most;
 }
 
+/* tanh(z) == 1 - 2 / (1 + e^(2z)) */
+static void capped(float *score, long n, float cap) {
+#pragma omp simd
+    for (long s = 0; s < n; s++) score[s] = cap * (1.0f - 2.0f / (1.0f + exp_poly(2.0f * score[s] / cap)));
+}
+
 /* Scores to weights, over [lo, hi) of n; nothing elsewhere. */
 static void soften(float *score, long n, long lo, long hi, float *top, float *total) {
     float most = largest(score + lo, hi - lo), sum = 0;
@@ -322,6 +329,8 @@ static void run(const Attention *a, Task task, const Row *row, const bf16 *q, fl
         }
         float w[TILE][CHUNK];
         scores_sized(keys, n, E, query, used, w);
+        if (a->cap)
+            for (long i = 0; i < used; i++) capped(w[i], n, a->cap);
         for (long i = 0; i < used; i++) soften(w[i], n, lo[i], hi[i], top[i], top[i] + G);
         mix_sized(v, n, E, w, used, out);
     }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
-from outsize.model_config import Description
+from outsize.model_config import Description, Mixture
 from outsize.pack.kinds.kind import Group, Kind
 from outsize.pack.kinds.layers import gated, keys_fault, kind_fault, tables_of
 from outsize.pack.records import FLOATS, Specs, matrix
@@ -26,36 +27,49 @@ class Experts(Kind):
     def plan(self, group: Group, tensors: SourceTensors) -> list[TablePlan]:
         d, specs = tensors.description, dict(group.specs)
         if FUSED in tensors.recipe.names:
-            specs["gate_up"] = matrix(d.width, (FUSED, 2 * d.ffn_width))
-        count = _count(d)
+            specs["gate_up"] = matrix(d.width, (FUSED, 2 * _mixture(d).width))
+        count = _mixture(d).count
+        recipe = tensors.recipe
+        make = partial(_turned if recipe.turned else _paired, tensors)
+        stacked = recipe.turned or recipe.paired
         records = [
-            _paired(tensors, i, e) if tensors.recipe.paired else tensors.record(i, specs, e)
-            for i in range(d.num_layers)
+            make(i, e) if stacked else tensors.record(i, specs, e)
+            for i in d.routed
             for e in range(count)
         ]
-        return tables_of(group.name, "experts", records, count)
+        return tables_of(group.name, "experts", records, count, d.routed)
 
     def fault(self, d: Description, group: Group, tables: Sequence[TableHeader]) -> str:
         problem = kind_fault("experts", group, tables)
-        return problem or keys_fault(d, group.name, tables, _count(d))
+        return problem or keys_fault(d, group.name, tables, _mixture(d).count)
 
     def least_slots(self, d: Description, table: TableHeader) -> int:
-        assert d.mixture is not None
-        return min(len(table.keys), LEAST_EXPERTS * d.mixture.used)
+        return min(len(table.keys), LEAST_EXPERTS * _mixture(d).used)
 
 
-def _count(d: Description) -> int:
+def _mixture(d: Description) -> Mixture:
     assert d.mixture is not None
-    return d.mixture.count
+    return d.mixture
 
 
 def _specs(d: Description) -> Specs:
-    return gated(d, d.mixture is not None and d.mixture.bias, "expert_")
+    return gated(d, _mixture(d).bias, "expert_", _mixture(d).width)
+
+
+def _turned(tensors: SourceTensors, i: int, e: int) -> Record:
+    """An expert whose gate and up lie beside each other in one tensor of columns."""
+    width, inner = tensors.description.width, _mixture(tensors.description).width
+    both = tensors.find(FUSED, i, (width, 2 * inner), e)
+    down = tensors.find("expert_down", i, (inner, width), e)
+    return {
+        name: (Piece(tensors.encoding(t), (Part(t, transposed=True),)),)
+        for name, t in (("gate_up", both), ("down", down))
+    }
 
 
 def _paired(tensors: SourceTensors, i: int, e: int) -> Record:
     """An expert whose gate and up lie row by row in one tensor; transposed, if it is not in MXFP4."""
-    width, inner = tensors.description.width, tensors.description.ffn_width
+    width, inner = tensors.description.width, _mixture(tensors.description).width
     stack = tensors.all.get(tensors.source_name(FUSED, i))
     turned = stack is None or stack.kind.name != "MXFP4"
     way = -1 if turned else 1

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from outsize.errors import UnsupportedError
-from outsize.model_config import Description
+from outsize.model_config import Description, Latent, Mixture
 from outsize.pack.kinds.kind import Group, Kind
 from outsize.pack.records import Specs, TensorSpec, lay_out, matrix, record_fault, vector
 from outsize.pack.tables import Matrix, TableHeader
@@ -14,23 +14,27 @@ from outsize.pack.tensors import Record, SourceTensors, TablePlan
 
 GOLDEN = 0.6180339887498949
 FINAL = "final"
+DENSE = "dense"  # feed-forwards of layers without experts, in a model that has some
 
 
 class Layers(Kind):
     """The keys of a table's header are its layers' numbers. Layers of equal encodings make one table."""
 
     def groups(self, d: Description) -> Sequence[Group]:
+        final = {"final_norm": vector(("final_norm", d.width))}
+        ffn = _dense(d) if d.mixture is None else _routed(d, d.mixture)
+        dense = (Group(DENSE, 3, _dense(d)),) if len(d.routed) not in (0, d.num_layers) else ()
         return (
             Group("attn", 2, _attention(d)),
-            Group("ffn", 3, _feed_forward(d)),
-            Group(FINAL, 5, {"final_norm": vector(("final_norm", d.width))}),
+            Group("ffn", 3, ffn),
+            *dense,
+            Group(FINAL, 5, final),
         )
 
     def plan(self, group: Group, tensors: SourceTensors) -> list[TablePlan]:
-        count = 1 if group.name == FINAL else tensors.description.num_layers
-        return tables_of(
-            group.name, "layers", [tensors.record(i, group.specs) for i in range(count)]
-        )
+        layers = (0,) if group.name == FINAL else layers_of(tensors.description, group.name)
+        records = [tensors.record(i, group.specs) for i in layers]
+        return tables_of(group.name, "layers", records, layers=layers)
 
     def fault(self, d: Description, group: Group, tables: Sequence[TableHeader]) -> str:
         names = [t.name for t in tables]
@@ -56,13 +60,24 @@ class Layers(Kind):
             yield from ((1, name, i) for name, i in sorted(of_layer[layer], reverse=True))
 
 
+def layers_of(d: Description, name: str) -> tuple[int, ...]:
+    """The layers that have a record in the tables of a group."""
+    if d.mixture is None or name == "attn":
+        return tuple(range(d.num_layers))
+    routed = d.routed
+    return tuple(i for i in range(d.num_layers) if i not in routed) if name == DENSE else routed
+
+
 def _attention(d: Description) -> Specs:
     q, kv = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
-    specs = {
-        "attn_norm": vector(("attn_norm", d.width)),
-        "qkv": matrix(d.width, ("q", q), ("k", kv), ("v", kv)),
-        "o": matrix(q, ("o", d.width)),
-    }
+    specs: dict[str, TensorSpec] = {}
+    if d.pre_norm:
+        specs["attn_norm"] = vector(("attn_norm", d.width))
+    if d.latent is not None:
+        specs |= _latent(d, d.latent)
+    else:
+        specs["qkv"] = matrix(d.width, ("q", q), ("k", kv), ("v", kv))
+        specs["o"] = matrix(q, ("o", d.width))
     if d.qkv_bias:
         specs["qkv_bias"] = vector(("q_bias", q), ("k_bias", kv), ("v_bias", kv))
     if d.o_bias:
@@ -77,22 +92,52 @@ def _attention(d: Description) -> Specs:
     return specs
 
 
-def _feed_forward(d: Description) -> Specs:
-    norm = {"ffn_norm": vector(("ffn_norm", d.width))}
-    if d.mixture is not None:
-        specs = norm | {"router": matrix(d.width, ("router", d.mixture.count))}
-        if d.mixture.bias:
-            specs["router_bias"] = vector(("router_bias", d.mixture.count))
-        return specs
-    specs = norm | gated(d, d.mlp_bias)
+def _latent(d: Description, x: Latent) -> Specs:
+    """Keys' map is stored turned, head by head, as GGUF files have it."""
+    width, queries = x.query_rank or d.width, d.num_heads * (x.key + x.rope)
+    specs = {
+        "kv_a": matrix(d.width, ("kv_a", x.rank + x.rope)),
+        "kv_a_norm": vector(("kv_a_norm", x.rank)),
+        "q_b": matrix(width, ("q_b", queries)),
+        "k_b": matrix(x.key, ("k_b", d.num_heads * x.rank)),
+        "v_b": matrix(x.rank, ("v_b", d.num_heads * x.value)),
+        "o": matrix(d.num_heads * x.value, ("o", d.width)),
+    }
+    if x.query_rank:
+        specs["q_a"] = matrix(d.width, ("q_a", x.query_rank))
+        specs["q_a_norm"] = vector(("q_a_norm", x.query_rank))
+    return specs
+
+
+def _routed(d: Description, m: Mixture) -> Specs:
+    """The router, and an expert that all tokens use."""
+    specs = _norm(d) | {"router": matrix(d.width, ("router", m.count))}
+    if m.bias:
+        specs["router_bias"] = vector(("router_bias", m.count))
+    if m.choice_bias:
+        specs["choice_bias"] = vector(("choice_bias", m.count))
+    if m.shared:
+        shared = gated(d, False, "shared_", m.shared)
+        specs |= {f"shared_{name}": spec for name, spec in shared.items()}
+    if m.shared_gate:
+        specs["shared_router"] = vector(("shared_router", d.width))
+    return specs
+
+
+def _norm(d: Description) -> dict[str, TensorSpec]:
+    return {"ffn_norm": vector(("ffn_norm", d.width))} if d.pre_norm else {}
+
+
+def _dense(d: Description) -> Specs:
+    specs = _norm(d) | gated(d, d.mlp_bias, "", d.ffn_width)
     if d.post_norm:
         specs["ffn_post_norm"] = vector(("ffn_post_norm", d.width))
     return specs
 
 
-def gated(d: Description, bias: bool, prefix: str = "") -> dict[str, TensorSpec]:
+def gated(d: Description, bias: bool, prefix: str, inner: int) -> dict[str, TensorSpec]:
     """A gated feed-forward, or one expert: gate and up as one matrix, and down."""
-    inner, up, down = d.ffn_width, f"{prefix}up", f"{prefix}down"
+    up, down = f"{prefix}up", f"{prefix}down"
     specs = {
         "gate_up": matrix(d.width, (f"{prefix}gate", inner), (up, inner)),
         "down": matrix(inner, (down, d.width)),
@@ -103,9 +148,16 @@ def gated(d: Description, bias: bool, prefix: str = "") -> dict[str, TensorSpec]
     return specs
 
 
-def tables_of(name: str, kind: str, records: Sequence[Record], each: int = 1) -> list[TablePlan]:
+def tables_of(
+    name: str,
+    kind: str,
+    records: Sequence[Record],
+    each: int = 1,
+    layers: Sequence[int] | None = None,
+) -> list[TablePlan]:
     """Records of one shape make one table, since its records are equally long. `each`: records of a layer,
-    which stay together. Raises UnsupportedError."""
+    which stay together; `layers`: whose they are, by default all. Raises UnsupportedError."""
+    of = range(len(records) // each) if layers is None else layers
     groups: dict[tuple[object, ...], list[int]] = {}
     for first in range(0, len(records), each):
         layer = range(first, first + each)
@@ -120,7 +172,8 @@ def tables_of(name: str, kind: str, records: Sequence[Record], each: int = 1) ->
             for k, pieces in records[keys[0]].items()
         }
         layout, stride = lay_out(matrices)
-        header = TableHeader(f"{name}-{number}", kind, tuple(keys), stride, layout, ())
+        named = tuple(of[i // each] * each + i % each for i in keys)
+        header = TableHeader(f"{name}-{number}", kind, named, stride, layout, ())
         plans.append(TablePlan(header, tuple(records[i] for i in keys)))
     return plans
 
@@ -148,9 +201,10 @@ def keys_fault(d: Description, name: str, tables: Sequence[TableHeader], each: i
         for table in tables
         for at in range(0, len(table.keys), each)
     )
-    if whole and sorted(layers) == list(range(d.num_layers)):
+    due = layers_of(d, name)
+    if whole and sorted(layers) == list(due):
         return ""
-    return f"the tables of {name!r} do not hold each of {d.num_layers:,} layers once"
+    return f"the tables of {name!r} do not hold each of {len(due):,} layers once"
 
 
 KIND = Layers()

@@ -1,0 +1,49 @@
+"""Granite 3 and 4 (dense): llama with multipliers of embeddings, attention's scores, what is added to the
+residual stream, and logits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from outsize.family.common import HEEDED, describe, names
+from outsize.family.config import Config
+from outsize.model_config import Description, Recipe
+
+MULTIPLIERS: dict[str, object] = {
+    "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+}  # fmt: skip
+DEFAULTS: dict[str, object] = {
+    **HEEDED,
+    **MULTIPLIERS,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "max_position_embeddings": 2048,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+GGUF_READ = tuple(MULTIPLIERS)
+
+
+def multiplied(config: Config) -> Description:
+    """A llama with its multipliers. llama.cpp takes 0, and a key that is not there, for none."""
+    base = describe(config)
+    is_gguf = config.format == "gguf"
+
+    def number(key: str, none: float) -> float:
+        return none if is_gguf and not config.get(key) else config.number(key)
+
+    return replace(
+        base,
+        embed_scale=number("embedding_multiplier", 1.0),
+        attn_scale=number("attention_multiplier", base.attn_scale),
+        residual_scale=number("residual_multiplier", 1.0),
+        logit_scale=1 / number("logits_scaling", 1.0),
+    )
+
+
+def recipe(config: Config) -> Recipe:
+    return Recipe(multiplied(config), names(config), interleaved=config.format == "gguf")

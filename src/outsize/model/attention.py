@@ -1,0 +1,101 @@
+"""Attention of a layer: its projections, what backends are told of it, its norms.
+
+Shapes: T rows, D model width, H query heads, J key heads, E numbers a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from outsize.kernels.backend import AttentionSpec
+from outsize.kernels.norm import RMSNorm
+from outsize.model.layers import Linear, query_growth
+from outsize.model.step import Step
+from outsize.model_config import Description, Rope
+from outsize.storage.table import Weight, Weights
+
+
+class Attention:
+    """o(attend(qkv(x))): query, key and value as one linear map, attention over the cache, the output map."""
+
+    def __init__(self, d: Description, index: int, w: Weights) -> None:
+        self._index, self._rope = index, d.layers[index].rope
+        self._qkv, self._o = Linear(w["qkv"]), Linear(w["o"])
+        self._whole_norms = _whole_norms(d, w)
+        self._queries = d.num_heads * d.head_dim
+        bias = vector(w["qkv_bias"]) if d.qkv_bias else None
+        norm = _head_norms(d, w) if d.qk_norm else None
+        norm = _unit_norm(d) if d.layers[index].unit_norm else norm
+        sinks = vector(w["sinks"]) if d.sinks else None
+        self._spec = spec_of(d, index, bias, norm, sinks)
+
+    def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
+        qkv = step.add(self._index, "qkv", x_TD, self._qkv(x_TD, step.wide))
+        at = 0
+        for norm in self._whole_norms:
+            some = qkv[:, at : at + norm.weight.shape[-1]]
+            some.copy_(norm(some.float()))
+            at += some.shape[1]
+        if self._rope.query_growth:
+            grow_queries(qkv[:, : self._queries], self._rope, step)
+        inner = attend(self._spec, qkv, self._rope, step)
+        return step.add(self._index, "o", inner, self._o(inner, step.wide))
+
+
+def spec_of(
+    d: Description,
+    index: int,
+    bias: Tensor | None = None,
+    norm: RMSNorm | None = None,
+    sinks: Tensor | None = None,
+) -> AttentionSpec:
+    """What backends are told of a layer's attention."""
+    layer, sizes = d.layers[index], (d.num_heads, d.num_kv_heads, d.head_dim)
+    tensors = bias, norm, sinks
+    return AttentionSpec(
+        index, *sizes, d.attn_scale, layer.window, *tensors, cap=d.attn_cap, chunked=layer.chunked
+    )
+
+
+def attend(spec: AttentionSpec, qkv: Tensor, rope: Rope, step: Step) -> Tensor:
+    """Attention over the cache, which those who watch the step see, too."""
+    cos_sin = step.cos_sin[rope]
+    watched = [(w, qkv[w.rows].clone()) for w in step.watches if w.is_for(spec.layer)]
+    inner = step.backend.attend(spec, qkv, cos_sin, step.rows)
+    for watch, rows in watched:
+        watch.see(spec, rows, cos_sin[watch.rows])
+    return inner
+
+
+def grow_queries(q_TN: Tensor, rope: Rope, step: Step) -> None:
+    """Queries of far positions grow, in place."""
+    growth_T1 = query_growth(rope, step.rows.all_positions())
+    if growth_T1 is not None:
+        q_TN.copy_(q_TN.float() * growth_T1)
+
+
+def _head_norms(d: Description, w: Weights) -> RMSNorm:
+    """Of each query and key head apart (H + J, E)."""
+    q = vector(w["q_norm"]).expand(d.num_heads, -1)
+    k = vector(w["k_norm"]).expand(d.num_kv_heads, -1)
+    return RMSNorm(torch.cat([q, k]), d.norm_eps, torch.float32)
+
+
+def _unit_norm(d: Description) -> RMSNorm:
+    """Of each head apart, without weights."""
+    shape = d.num_heads + d.num_kv_heads, d.head_dim
+    return RMSNorm(torch.ones(shape, dtype=torch.float32, device="cpu"), d.norm_eps, torch.float32)
+
+
+def _whole_norms(d: Description, w: Weights) -> tuple[RMSNorm, ...]:
+    """Norms of all query heads as one vector, and of all key heads."""
+    if not d.qk_norm_whole:
+        return ()
+    made = (RMSNorm(vector(w[k]), d.norm_eps, torch.float32) for k in ("q_norm", "k_norm"))
+    return tuple(made)
+
+
+def vector(weights: tuple[Weight, ...]) -> Tensor:
+    """A stored fp32 vector, whole."""
+    return torch.cat([w.encoding.decode(w.fields)[0] for w in weights])
