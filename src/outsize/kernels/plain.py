@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear, silu
+from torch.nn.functional import gelu, linear, relu, silu
 
 from outsize.kernels import attention, layouts
 from outsize.kernels.backend import AttentionSpec, Backend, Places, Product
@@ -26,6 +26,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": silu,
     "gelu_tanh": partial(gelu, approximate="tanh"),
     "gelu": gelu,
+    "relu": relu,
+    "relu2": lambda x: relu(x).square(),
 }
 _INT4_MM = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 
