@@ -48,7 +48,11 @@ class Fixed:
 
 @contextmanager
 def opened(
-    pack: Pack, how: str | None, slots: int | None = None, policy: str = "lru", backend: Backend = PLAIN
+    pack: Pack,
+    how: str | None,
+    slots: int | None = None,
+    policy: str = "lru",
+    backend: Backend = PLAIN,
 ) -> Iterator[Transformer]:
     """With so many slots for bundles; `how` None: dense."""
     bundles = make(pack, None, silent)

@@ -69,6 +69,14 @@ class SparsityFlags:
     predictor: Annotated[
         str, Flag("--predictor", "svd[:RANK], trained[:RANK], gate[:BITS] or gate:exact.")
     ] = "svd"
+    order: Annotated[
+        str,
+        Flag(
+            "--order",
+            "Of neurons: use (bundles of few), or natural (of 32 neighbours, exact codes).",
+        ),
+    ] = "use"
+    bundle: Annotated[int | None, Flag("--bundle", "Neurons that are read together.")] = None
     tokens: Annotated[int, Flag("--tokens", "Of the data, that are read.")] = 8192
     resume: Annotated[bool, Flag("--resume", "Go on from the checkpoint.")] = False
 

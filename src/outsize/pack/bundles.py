@@ -7,7 +7,7 @@ Shapes: F neurons of a layer, N bundles of them, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +54,9 @@ class BundleLayout:
     bundle: int  # neurons
     count: int  # bundles of a layer
     gate_up: tuple[Matrix, ...]
-    down: Matrix
+    down: (
+        Matrix | None
+    )  # None: by rows, a neuron's column each, of eight bits (pack/bundle_rows.py)
     regions: tuple[Region, ...]
     shared: tuple[str, ...]  # fields of `down` that all bundles share, and that are kept apart
     stride: int
@@ -62,6 +64,11 @@ class BundleLayout:
     @property
     def neurons(self) -> int:
         return self.bundle * self.count
+
+    @property
+    def used(self) -> int:
+        """Bytes of a record that are not padding."""
+        return sum(region.size for region in self.regions)
 
 
 def bundle_of(header: TableHeader) -> int:
@@ -83,11 +90,8 @@ def layout(header: TableHeader, bundle: int) -> BundleLayout:
         raise UnsupportedError(f"table {header.name}: gate and up are not of {neurons:,} rows each")
     count, regions, at = neurons // bundle, list[Region](), 0
     for tensor, matrix in ((GATE, gate_up[0]), (UP, gate_up[-1])):
-        for field, spec in encoding(matrix.encoding).specs(bundle, matrix.width).items():
-            unit = spec.shape[spec.row_axis]
-            region = Region(tensor, field, spec.dtype, spec.shape, spec.row_axis, unit, 1, at)
-            regions.append(region)
-            at += aligned(region.size, ALIGN)
+        regions += row_regions(tensor, matrix, bundle, at)
+        at = end_of(regions)
     shared = []
     for field, spec in down.specs.items():
         axis = column_axis(down, field)
@@ -97,10 +101,27 @@ def layout(header: TableHeader, bundle: int) -> BundleLayout:
         unit, each = _units(spec.shape[axis], count, header.name)
         shape = (*spec.shape[:axis], unit, *spec.shape[axis + 1 :])
         regions.append(Region(DOWN, field, spec.dtype, shape, axis, unit, each, at))
-        at += aligned(regions[-1].size, ALIGN)
+        at = end_of(regions)
     return BundleLayout(
         bundle, count, gate_up, down, tuple(regions), tuple(shared), aligned(at, PAGE)
     )
+
+
+def row_regions(tensor: str, matrix: Matrix, bundle: int, at: int) -> list[Region]:
+    """The fields of a bundle's rows of a matrix, from byte `at` of its record on."""
+    found: list[Region] = []
+    for field, spec in matrix.specs.items():
+        unit, axis = bundle // spec.rows, spec.row_axis
+        shape = (*spec.shape[:axis], unit, *spec.shape[axis + 1 :])
+        found.append(Region(tensor, field, spec.dtype, shape, axis, unit, 1, at))
+        at = end_of(found)
+    return found
+
+
+def end_of(regions: Sequence[Region]) -> int:
+    """Where the next region begins."""
+    last = regions[-1]
+    return last.offset + aligned(last.size, ALIGN)
 
 
 def column_axis(matrix: Matrix, field: str) -> int | None:
@@ -123,25 +144,29 @@ def _units(steps: int, count: int, name: str) -> tuple[int, int]:
     )
 
 
-def cut(form: BundleLayout, gate_up: list[Fields], down: Fields, number: int) -> bytearray:
-    """The record of one bundle of a layer, from its dense fields."""
-    out, rows = bytearray(form.stride), form.bundle
-    gates = _rows(form.gate_up[0], gate_up[0], number * rows, rows)
-    first = number * rows + (form.neurons if len(form.gate_up) == 1 else 0)
-    ups = _rows(form.gate_up[-1], gate_up[-1], first, rows)
+Prepared = Mapping[str, Fields]  # a layer's stored fields, by GATE, UP and DOWN
+
+
+def whole_columns(form: BundleLayout, gate_up: Sequence[Fields], down: Fields) -> Prepared:
+    """What bundles of neighbours are cut out of: the dense record's fields."""
+    m, count = form.gate_up, form.neurons
+    first = count if len(m) == 1 else 0
+    return {
+        GATE: slice_rows(m[0].specs, gate_up[0], 0, count),
+        UP: slice_rows(m[-1].specs, gate_up[-1], first, first + count),
+        DOWN: down,
+    }
+
+
+def cut(form: BundleLayout, prepared: Prepared, number: int) -> bytearray:
+    """The record of one bundle of a layer."""
+    out = bytearray(form.stride)
     for region in form.regions:
-        if region.tensor == DOWN:
-            at = number // region.each * region.unit
-            some = down[region.field].narrow(region.axis, at, region.unit)
-        else:
-            some = (gates if region.tensor == GATE else ups)[region.field]
+        at = number // region.each * region.unit
+        some = prepared[region.tensor][region.field].narrow(region.axis, at, region.unit)
         raw = some.contiguous().view(-1).view(torch.uint8).numpy()
         out[region.offset : region.offset + region.size] = raw.tobytes()
     return out
-
-
-def _rows(matrix: Matrix, fields: Fields, first: int, count: int) -> Fields:
-    return slice_rows(matrix.specs, fields, first, first + count)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ class NeuronAbout:
     version: int
     sha256: str  # of what the pack was made from
     layout: str  # of the pack's records
+    order: str  # of neurons: a digest, or "" for their own
     bundle: int  # neurons of a bundle
     count: int  # bundles of a layer
     predictor: str  # as `svd:64`

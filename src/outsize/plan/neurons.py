@@ -67,7 +67,7 @@ def search(options: LoadOptions, pack: Pack | None, name: str) -> NeuronPlan | N
 def _checked(spec: NeuronSpec, path: Path, pack: Pack) -> NeuronPlan:
     file = neuron_file.read(path, pack.description.num_layers)
     neuron_file.check_pack(file, pack.source.sha256, pack.source.layout, pack.path.name)
-    return NeuronPlan(spec, file, find(pack, file.about.bundle))
+    return NeuronPlan(spec, file, find(pack, file.about.bundle, file.about.order))
 
 
 def _clash(options: LoadOptions) -> str:

@@ -8,6 +8,7 @@ from the pack's own records and checked as those are.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -19,19 +20,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from outsize.checkpoint.bounded import read_regular
 from outsize.checkpoint.read_json import loads
 from outsize.errors import DiskFullError, OutsizeError, PackError, UnsupportedError
-from outsize.pack.bundles import BundleLayout, bundle_of, cut, layout, shared_fields
+from outsize.pack import bundle_rows, bundles
+from outsize.pack.bundle_rows import whole_rows
+from outsize.pack.bundles import BundleLayout, Prepared, cut, shared_fields, whole_columns
 from outsize.pack.folders import rename, sync
 from outsize.pack.format import Pack
 from outsize.pack.lock import locked
 from outsize.pack.tables import TableHeader
 from outsize.progress import Progress
 from outsize.storage.records import Records
+from outsize.storage.table import Weights
 
 VERSION, HEADER = 1, "neurons.json"
+NATURAL = ""  # neurons in their own order
 SLACK = 64 << 20  # bytes that a file system wants for itself
 MOST_HEADER = 64 << 20  # bytes: 10 for each bundle's checksum
 
@@ -72,9 +78,9 @@ class Bundles:
         return sum(t.bundles.size + t.shared.size for t in self.tables)
 
 
-def bundles_of(pack: Pack, bundle: int | None = None) -> Bundles:
-    """How a pack's neurons are cut, by headers alone; the tables' checksums are empty. Raises
-    UnsupportedError."""
+def bundles_of(pack: Pack, bundle: int | None = None, order: str = NATURAL) -> Bundles:
+    """How a pack's neurons are cut, by headers alone; the tables' checksums are empty. `order`: a digest of how
+    they are ordered, then by rows; NATURAL: neighbours as they are. Raises UnsupportedError."""
     name, d = pack.path.name, pack.description
     if d.mixture is not None:
         raise UnsupportedError(
@@ -82,13 +88,14 @@ def bundles_of(pack: Pack, bundle: int | None = None) -> Bundles:
             "dense models"
         )
     dense = [t for t in pack.tables if t.kind == "layers" and t.name.startswith("ffn-")]
-    size = bundle or max(bundle_of(t) for t in dense)
-    tables = tuple(_table(t, size, number) for number, t in enumerate(dense))
-    return Bundles(pack.path.with_name(f"{name}.neurons-{size}"), tables)
+    kind = bundles if order == NATURAL else bundle_rows
+    size = bundle or max(kind.bundle_of(t) for t in dense)
+    tables = tuple(_table(t, kind.layout(t, size), number) for number, t in enumerate(dense))
+    ending = f"{size}" if order == NATURAL else f"{size}-{order}"
+    return Bundles(pack.path.with_name(f"{name}.neurons-{ending}"), tables)
 
 
-def _table(dense: TableHeader, bundle: int, number: int) -> BundleTable:
-    form = layout(dense, bundle)
+def _table(dense: TableHeader, form: BundleLayout, number: int) -> BundleTable:
     keys = tuple(i * form.count + b for i in dense.keys for b in range(form.count))
     _, size = shared_fields(dense, form)
     return BundleTable(
@@ -99,9 +106,9 @@ def _table(dense: TableHeader, bundle: int, number: int) -> BundleTable:
     )
 
 
-def find(pack: Pack, bundle: int) -> Bundles:
+def find(pack: Pack, bundle: int, order: str = NATURAL) -> Bundles:
     """The folder as it was made for this very pack. Raises PackError."""
-    wanted = bundles_of(pack, bundle)
+    wanted = bundles_of(pack, bundle, order)
     body = _body(wanted.path)
     if body.get("pack") != _about(pack) or body.get("version") != VERSION:
         raise _unusable(wanted.path, "it was made of another pack, or by another outsize")
@@ -146,12 +153,16 @@ def _about(pack: Pack) -> list[str]:
     return [pack.source.sha256, pack.source.layout]
 
 
-def make(pack: Pack, bundle: int | None, progress: Progress) -> Bundles:
-    """The folder, made if it is not there. Raises UnsupportedError, PackError, DiskFullError."""
-    wanted = bundles_of(pack, bundle)
+def make(
+    pack: Pack, bundle: int | None, progress: Progress, order_LF: Tensor | None = None
+) -> Bundles:
+    """The folder, made if it is not there; in `order_LF`, bundles are of few neurons, by rows. Raises
+    UnsupportedError, PackError, DiskFullError."""
+    order = NATURAL if order_LF is None else digest(order_LF)
+    wanted = bundles_of(pack, bundle, order)
     with locked(wanted.path.with_name(f".{wanted.path.name}.lock")) as is_alone:
         with suppress(OutsizeError):
-            return find(pack, wanted.bundle)
+            return find(pack, wanted.bundle, order)
         for stale in wanted.path.parent.glob(f".{wanted.path.name}.tmp-*") if is_alone else ():
             shutil.rmtree(stale, ignore_errors=True)
         if wanted.path.exists():
@@ -162,14 +173,14 @@ def make(pack: Pack, bundle: int | None, progress: Progress) -> Bundles:
         )
         try:
             folder.mkdir()
-            _write(pack, wanted, folder, progress)
+            _write(pack, wanted, folder, progress, order_LF)
             sync(folder)
             rename(folder, wanted.path)
         except OSError as e:
             raise PackError(f"cannot write {wanted.path}: {e.strerror}") from None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    return find(pack, wanted.bundle)
+    return find(pack, wanted.bundle, order)
 
 
 def _check_room(wanted: Bundles) -> None:
@@ -181,7 +192,9 @@ def _check_room(wanted: Bundles) -> None:
         )
 
 
-def _write(pack: Pack, wanted: Bundles, folder: Path, progress: Progress) -> None:
+def _write(
+    pack: Pack, wanted: Bundles, folder: Path, progress: Progress, order_LF: Tensor | None
+) -> None:
     sums: dict[str, Sequence[int]] = {}
     done, total = 0, sum(t.bundles.size for t in wanted.tables)
     with Records(pack) as records:
@@ -193,7 +206,8 @@ def _write(pack: Pack, wanted: Bundles, folder: Path, progress: Progress) -> Non
                 open(folder / names[1].file, "wb") as on,
             ):
                 for number in range(len(table.layers)):
-                    some = list(_records(records, table, number))
+                    order = None if order_LF is None else order_LF[table.layers[number]]
+                    some = list(_records(table, records.read(table.dense, number), order))
                     out.write(b"".join(some[:-1]))
                     on.write(some[-1])
                     crcs = [zlib.crc32(raw) for raw in some]
@@ -207,16 +221,32 @@ def _write(pack: Pack, wanted: Bundles, folder: Path, progress: Progress) -> Non
     (folder / HEADER).write_text(json.dumps(whole, sort_keys=True), encoding="utf-8")
 
 
-def _records(records: Records, table: BundleTable, number: int) -> Iterator[bytes]:
+def _records(table: BundleTable, read: Weights, order_F: Tensor | None) -> Iterator[bytes]:
     """A layer's bundles in order, then what they share."""
-    read = records.read(table.dense, number)
-    gate_up, (down,) = [w.fields for w in read["gate_up"]], read["down"]
-    for b in range(table.form.count):
-        yield bytes(cut(table.form, gate_up, down.fields, b))
-    fields, size = shared_fields(table.dense, table.form)
+    form, whole = table.form, prepared(table, read, order_F)
+    for b in range(form.count):
+        yield bytes(cut(form, whole, b))
+    fields, size = shared_fields(table.dense, form)
     raw = bytearray(size)
     for f in fields:
-        some = read[f.tensor][f.piece].fields[f.field].contiguous().view(-1)
-        data = some.view(torch.uint8).numpy().tobytes()
+        some = read[f.tensor][f.piece].fields[f.field]
+        if f.tensor == "gate_up_bias" and order_F is not None:
+            some = some.view(-1, form.neurons)[:, order_F]
+        data = some.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         raw[f.offset : f.offset + len(data)] = data
     yield bytes(raw)
+
+
+def prepared(table: BundleTable, read: Weights, order_F: Tensor | None) -> Prepared:
+    """What a layer's bundles are cut out of, from its dense record."""
+    gate_up = read["gate_up"]
+    if order_F is None:
+        return whole_columns(table.form, [w.fields for w in gate_up], read["down"][0].fields)
+    pieces = list(zip(table.dense.tensors["gate_up"], [w.fields for w in gate_up], strict=True))
+    down = [w.encoding.decode(w.fields)[: w.num_rows] for w in read["down"]]
+    return whole_rows(table.form, pieces, torch.cat(down), order_F)
+
+
+def digest(order_LF: Tensor) -> str:
+    """What names an order of all layers' neurons."""
+    return hashlib.sha256(order_LF.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()[:12]

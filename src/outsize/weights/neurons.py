@@ -20,6 +20,7 @@ from torch import Tensor
 from outsize.caching.policy import Hints, make
 from outsize.encoding.find import encoding
 from outsize.kernels.plain import PLAIN
+from outsize.pack.bundle_rows import CODES, SCALE
 from outsize.pack.bundles import DOWN, GATE, BundleLayout, Region, shared_fields
 from outsize.pack.tables import Matrix
 from outsize.storage.reader import Reader
@@ -36,7 +37,7 @@ class Scratch:
 
     def __init__(self, form: BundleLayout, reader: Reader) -> None:
         self.form, self._reader = form, reader
-        self._down = _room(form.down, form.shared)
+        self._down = _rows_room(form) if form.down is None else _room(form.down, form.shared)
         self._gate_up = [_room(m, ()) for m in form.gate_up]
 
     def begin(self, count: int) -> None:
@@ -49,10 +50,13 @@ class Scratch:
         where = torch.tensor(ids, dtype=torch.int64, device="cpu")
         for region in self.form.regions:
             some = region.of(*found)
-            if region.tensor == DOWN:
+            if region.tensor != DOWN:
+                self._put_rows(region, at, some)
+            elif self.form.down is not None:
                 self._put_down(region, where, some)
             else:
-                self._put_rows(region, at, some)
+                first, last = at * region.unit, (at + len(ids)) * region.unit
+                self._down[region.field][first:last] = some.flatten(0, 1)
 
     def _put_down(self, region: Region, where: Tensor, some: Tensor) -> None:
         to = self._down[region.field].unflatten(region.axis, (-1, region.unit))
@@ -83,12 +87,31 @@ class Scratch:
             out.append(Weight(kind, some, rows))
         return tuple(out)
 
+    @property
+    def by_rows(self) -> bool:
+        """Is down kept by rows, a neuron's each?"""
+        return self.form.down is None
+
+    def down_rows(self) -> tuple[Tensor, Tensor]:
+        """Codes (n bundle, D) and scales of the bundles that were filled in."""
+        rows = self._count * self.form.bundle
+        return self._down[CODES][:rows], self._down[SCALE][:rows]
+
     def down(self, shared: Mapping[str, Tensor]) -> tuple[Weight, ...]:
         """(D, F), with numbers of no meaning where nothing was filled in. `shared`: the layer's own fields."""
         m = self.form.down
+        assert m is not None
         fields = {name: shared.get(name, self._down.get(name)) for name in m.specs}
         whole = {name: field for name, field in fields.items() if field is not None}
         return (Weight(encoding(m.encoding, self._reader.backend), whole, m.num_rows),)
+
+
+def _rows_room(form: BundleLayout) -> dict[str, Tensor]:
+    regions = [r for r in form.regions if r.tensor == DOWN]
+    return {
+        r.field: torch.zeros((form.neurons, *r.shape[1:]), dtype=r.dtype, device="cpu")
+        for r in regions
+    }
 
 
 def _room(matrix: Matrix, but: Sequence[str]) -> dict[str, Tensor]:
@@ -116,11 +139,9 @@ class NeuronBank:
     def form(self) -> BundleLayout:
         return self.scratch.form
 
-    def fetch(
-        self, ids: Sequence[int], rows: Sequence[Sequence[int]]
-    ) -> tuple[tuple[Weight, ...], tuple[Weight, ...]]:
-        """The matrices of some bundles, in this order; valid until the next call on this table. `rows`: those that
-        each token wants, in order. Raises PackError, ReadError."""
+    def fetch(self, ids: Sequence[int], rows: Sequence[Sequence[int]]) -> Scratch:
+        """The matrices of some bundles, in this order; valid until the next call on this table. `rows`: those
+        that each token wants, in order. Raises PackError, ReadError."""
         base, policy = self.number * self.form.count, self.cache.slot_table.policy
         policy.observe(self.number, [[base + i for i in row] for row in rows])
         self.scratch.begin(len(ids))
@@ -129,7 +150,7 @@ class NeuronBank:
             self.scratch.fill(at, wave, self.cache.locate([base + i for i in wave]))
             self.cache.release()
         policy.finish_ranking()
-        return self.scratch.gate_up(), self.scratch.down(self.shared)
+        return self.scratch
 
 
 def load(pack: OpenPack) -> tuple[NeuronBank, ...]:

@@ -14,13 +14,12 @@ from torch import Tensor
 from outsize.adapt import checkpoints
 from outsize.adapt.sparsity.cost import perplexity
 from outsize.adapt.sparsity.layer import Layer, fit, is_exact
-from outsize.adapt.sparsity.measure import samples
+from outsize.adapt.sparsity.measure import by_use, samples
 from outsize.adapt.sparsity.words import Words, words
 from outsize.adapt.trainable import TrainableModel, matmul_type
 from outsize.arguments import real, whole
 from outsize.checkpoint.lora import raw
 from outsize.encoding.find import encoding
-from outsize.encoding.plain import slice_rows
 from outsize.engine import load as loading
 from outsize.engine.model import Model
 from outsize.errors import AdapterError, OptionError, OutsizeError
@@ -28,6 +27,7 @@ from outsize.kernels.backend import Backend
 from outsize.model.predictors.predictor import by_name
 from outsize.options import LoadOptions
 from outsize.pack import fetch
+from outsize.pack.bundles import GATE
 from outsize.pack.format import Pack
 from outsize.pack.neuron_file import FIRING, KIND, SUFFIX, THRESHOLDS, VERSION, NeuronAbout
 from outsize.pack.tables import Matrix
@@ -35,7 +35,10 @@ from outsize.plan.decide import compiled
 from outsize.progress import Progress, bars, steps
 from outsize.storage.records import Records
 from outsize.storage.table import Weight
-from outsize.weights.bundles import Bundles, bundles_of, make
+from outsize.weights.bundles import NATURAL, Bundles, bundles_of, digest, make, prepared
+
+
+ORDERS = "use", "natural"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,10 @@ class SparsityOptions:
     output: Path | None = None  # None: beside the pack, where `--neurons auto` finds it
     share: float = 0.5  # of the bundles, that are computed
     predictor: str = "svd"
+    order: str = (
+        "use"  # of neurons: by use, in bundles of few; or natural, in bundles of 32 neighbours
+    )
+    bundle: int | None = None  # neurons of a bundle
     tokens: int = 8192  # that are read of the data
     resume: bool = False
     quiet: bool = False
@@ -57,6 +64,10 @@ class SparsityOptions:
         if self.share == 0:
             raise OptionError("share is 0: nothing would be computed; give more than 0, up to 1")
         whole("tokens", self.tokens, 1, 1 << 30)
+        if self.order not in ORDERS:
+            raise OptionError(f"order is {self.order!r}; known are {', '.join(ORDERS)}")
+        if self.bundle is not None:
+            whole("bundle", self.bundle, 1, 1 << 16)
         module, size = by_name(self.predictor)  # refuses what is not known
         module.check(size)
 
@@ -73,18 +84,20 @@ class Made:
 def run(options: SparsityOptions) -> Made:
     """Raises OptionError, UnsupportedError, DataError, AdapterError, PackError, DiskFullError."""
     pack = fetch.find(options.model) or fetch.pack(options.model, quiet=options.quiet)
-    bundles_of(pack)  # refuses what cannot be cut
+    order = NATURAL if options.order == "natural" else options.order
+    bundles_of(pack, options.bundle, order)  # refuses what cannot be cut
     found = words(pack, options.data, options.tokens)
     path = options.output or pack.path.with_name(pack.path.name + SUFFIX)
     kept = path.with_name(path.name + ".checkpoint")
     if options.resume and not kept.is_file():
         raise OptionError(f"there is no checkpoint {kept} to resume; leave out --resume")
     with bars(options.quiet) as progress:
-        bundles = make(pack, None, progress)
         model = TrainableModel(
             pack, torch.device("cpu"), matmul_type(torch.device("cpu")), progress
         )
-    work = Work(pack, bundles, options, found, kept)
+        order_LF = by_use(model, found.ids_BT) if options.order == "use" else None
+        bundles = make(pack, options.bundle, progress, order_LF)
+    work = Work(pack, bundles, options, found, kept, order_LF)
     with steps(options.quiet) as draw:
         layers = work.layers(model, draw)
         del model
@@ -103,6 +116,12 @@ class Work:
     options: SparsityOptions
     words: Words
     checkpoint: Path
+    order_LF: Tensor | None
+
+    @property
+    def order(self) -> str:
+        """What names the order of the neurons."""
+        return NATURAL if self.order_LF is None else digest(self.order_LF)
 
     @property
     def about(self) -> dict[str, object]:
@@ -111,7 +130,7 @@ class Work:
         return {
             "kind": f"{KIND} checkpoint", "version": VERSION, "sha256": source.sha256,
             "layout": source.layout, "bundle": self.bundles.bundle, "share": o.share,
-            "predictor": o.predictor, "data": self.words.fingerprint,
+            "predictor": o.predictor, "data": self.words.fingerprint, "order": self.order,
         }  # fmt: skip
 
     def layers(self, model: TrainableModel, progress: Progress) -> list[Layer]:
@@ -119,16 +138,24 @@ class Work:
         o, d = self.options, self.pack.description
         done = _resumed(self.checkpoint, self.about) if o.resume else []
         native = compiled(LoadOptions(quiet=True))
-        rest = samples(model, self.words.ids_BT, self.bundles.bundle, o.share, len(done))
+        bundle, order = self.bundles.bundle, self.order_LF
+        rest = samples(model, self.words.ids_BT, bundle, o.share, order, len(done))
         with Records(self.pack) as records:
             for sample in rest:
                 progress(f"layer {len(done)}", len(done), d.num_layers)
-                gate = _gate(records, self.bundles, len(done), native)
-                done.append(
-                    fit(sample, o.predictor, (d.activation, self.bundles.bundle), gate, native)
-                )
+                gate = self._gate(records, len(done), native)
+                done.append(fit(sample, o.predictor, (d.activation, bundle), gate, native))
                 _save(self.checkpoint, done, self.about)
         return done
+
+    def _gate(self, records: Records, layer: int, backend: Backend) -> Weight:
+        """A layer's gate, as its bundles have it."""
+        table = next(t for t in self.bundles.tables if layer in t.layers)
+        read, (m, *_) = records.read(table.dense, table.layers.index(layer)), table.form.gate_up
+        order = None if self.order_LF is None else self.order_LF[layer]
+        some = prepared(table, read, order)[GATE]
+        copied = {name: field.clone() for name, field in some.items()}
+        return Weight(encoding(m.encoding, backend), copied, table.form.neurons)
 
     def write(
         self, path: Path, layers: list[Layer], about: NeuronAbout | None = None
@@ -145,7 +172,7 @@ class Work:
             matrices |= {f"{i}.{name}": m for name, m in layer.matrices.items()}
             vectors |= {f"{i}.{name}": len(v) for name, v in layer.vectors.items()}
         about = about or NeuronAbout(
-            KIND, VERSION, source.sha256, source.layout, self.bundles.bundle, self.bundles.count,
+            KIND, VERSION, source.sha256, source.layout, self.order, self.bundles.bundle, self.bundles.count,
             o.predictor, is_exact(o.predictor, d.activation), o.share, _mean([x.fires for x in layers]),
             _mean([x.missed for x in layers]), matrices, vectors,
         )  # fmt: skip
@@ -155,16 +182,6 @@ class Work:
 
 def _mean(numbers: list[float]) -> float:
     return round(sum(numbers) / len(numbers), 6)
-
-
-def _gate(records: Records, bundles: Bundles, layer: int, backend: Backend) -> Weight:
-    """A layer's gate, as the pack has it."""
-    table = next(t for t in bundles.tables if layer in t.layers)
-    first = records.read(table.dense, table.layers.index(layer))["gate_up"][0]
-    m = table.form.gate_up[0]
-    some = slice_rows(m.specs, first.fields, 0, table.form.neurons)
-    copied = {name: field.clone() for name, field in some.items()}
-    return Weight(encoding(m.encoding, backend), copied, table.form.neurons)
 
 
 def _with_cost(

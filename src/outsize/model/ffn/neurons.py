@@ -72,15 +72,17 @@ class PagedNeurons:
     ) -> Tensor:
         """(T, D)."""
         form, ids = self._bank.form, sorted({i for row in rows for i in row})
-        gate_up, down = self._bank.fetch(ids, rows)
+        found = self._bank.fetch(ids, rows)
         if not ids:
             return torch.zeros_like(x_TD)
-        both = Linear(gate_up)(x_TD, False)
+        both = Linear(found.gate_up())(x_TD, False)
         if self._biases is not None:
             both = (both + self._biases.gate_up[:, ids].flatten()).to(both.dtype)
         inner = step.backend.gate(both, self._activation)
         shape = len(x_TD), len(ids), form.bundle
-        left_out = ~chosen_TN[:, ids, None]
+        inner = inner.view(shape).masked_fill(~chosen_TN[:, ids, None], 0)
+        if found.by_rows:
+            return step.backend.combine(inner.flatten(1), *found.down_rows())
         full = inner.new_zeros(len(x_TD), form.count, form.bundle)
-        full[:, ids] = inner.view(shape).masked_fill(left_out, 0)
-        return Linear(down)(full.flatten(1), False)
+        full[:, ids] = inner
+        return Linear(found.down(self._bank.shared))(full.flatten(1), False)
