@@ -85,8 +85,8 @@ class Backend(Protocol):
         ...
 
     def combine(self, inner_TF: Tensor, codes_FD: Tensor, scale_F: Tensor) -> Tensor:
-        """(T, D) of inner activations and rows of codes (int8) with a scale (bf16) each, which zeros leave out: a
-        row's result does not depend on those that it does not use."""
+        """(T, D) of inner activations and rows of codes (int8) with a scale (bf16) each, which zeros
+        leave out: a row's result does not depend on those that it does not use."""
         ...
 
     def decode_entries(self, coded_CSX: Tensor, out_CSE: Tensor, count: int) -> None:

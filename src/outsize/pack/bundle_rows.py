@@ -1,9 +1,10 @@
-"""Bundles of few neurons, in the order of their use: gate and up rows as rows of an encoding that stores rows apart, and
-down by columns, each a row of eight bits with a scale of its own.
+"""Bundles of few neurons, in the order of their use: gate and up rows as rows of an encoding that stores
+rows apart, and down by columns, each a row of eight bits with a scale of its own.
 
-What a pack keeps in tiles of 16 rows, and down in groups along the neurons, cannot be cut so finely as it is. Rows of
-Q4_0, Q5_0 and Q8_0, of int8 and of floats keep their numbers; others, and down, are re-encoded, in more bits than they
-have. (docs/results/neurons.md says why neighbours in bundles of 32 do not do.)
+What a pack keeps in tiles of 16 rows, and down in groups along the neurons, cannot be cut so finely as it
+is. Rows of Q4_0, Q5_0 and Q8_0, of int8 and of floats keep their numbers; others, and down, are re-
+encoded, in more bits than they have. (docs/results/neurons.md says why neighbours in bundles of 32 do not
+do.)
 
 Shapes: F neurons of a layer, D width.
 """
@@ -84,8 +85,8 @@ def _bits(name: str) -> int:
 def whole_rows(
     form: BundleLayout, gate_up: list[tuple[Matrix, Fields]], down_DF: Tensor, order_F: Tensor
 ) -> Prepared:
-    """What bundles are cut out of: a layer's neurons in this order. `gate_up`: as the pack has it; `down_DF`: its
-    numbers."""
+    """What bundles are cut out of: a layer's neurons in this order. `gate_up`: as the pack has it;
+    `down_DF`: its numbers."""
     neurons, (matrix,) = form.neurons, form.gate_up
     rows = torch.cat([order_F, order_F + neurons])
     fields = _reordered(matrix, gate_up, rows)
@@ -101,7 +102,8 @@ def whole_rows(
 
 
 def _reordered(to: Matrix, pieces: list[tuple[Matrix, Fields]], rows: Tensor) -> dict[str, Tensor]:
-    """Fields of `to` with these rows of the pieces, one below the other: exact where the encoding allows it."""
+    """Fields of `to` with these rows of the pieces, one below the other: exact where the encoding allows
+    it."""
     first, fields = pieces[0]
     kind = encoding(to.encoding)
     if len(pieces) == 1 and first.encoding == to.encoding:

@@ -1,5 +1,6 @@
-"""The layout of a bundle of neurons: where each stored field of its gate rows, up rows and down columns lies in
-its record. Codes are moved, never re-encoded, so what is put together again is the dense matrix, bit for bit.
+"""The layout of a bundle of neurons: where each stored field of its gate rows, up rows and down columns
+lies in its record. Codes are moved, never re-encoded, so what is put together again is the dense matrix,
+bit for bit.
 
 Shapes: F neurons of a layer, N bundles of them, D width.
 """
@@ -171,8 +172,8 @@ def cut(form: BundleLayout, prepared: Prepared, number: int) -> bytearray:
 
 @dataclass(frozen=True, slots=True)
 class SharedField:
-    """What is kept once a layer: a vector of the dense record (its norm, biases), or a field of `down` that all
-    bundles share."""
+    """What is kept once a layer: a vector of the dense record (its norm, biases), or a field of `down`
+    that all bundles share."""
 
     tensor: str
     piece: int

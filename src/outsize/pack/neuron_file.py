@@ -1,7 +1,6 @@
-"""The add-on file that says which neurons of a pack to compute: thresholds and predictors by layer, in safetensors,
-with what they were measured to cost. `outsize adapt sparsity` writes it. Hostile until proven; refused for another
-pack than it was made for.
-"""
+"""The add-on file that says which neurons of a pack to compute: thresholds and predictors by layer, in
+safetensors, with what they were measured to cost. `outsize adapt sparsity` writes it. Hostile until
+proven; refused for another pack than it was made for."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ class NeuronAbout:
 
     kind: str
     version: int
-    sha256: str  # of what the pack was made from
+    identity: str  # of the pack: all that decides an answer
     layout: str  # of the pack's records
     order: str  # of neurons: a digest, or "" for their own
     bundle: int  # neurons of a bundle
@@ -113,8 +112,8 @@ def read(path: Path, num_layers: int) -> NeuronFile:
         )
     if said.get("version") != VERSION:
         raise AdapterError(
-            f"{path} was made by another outsize (version {str(said.get('version'))[:20]}, this is {VERSION}); "
-            "make it again with `outsize adapt sparsity`"
+            f"{path} was made by another outsize (version {str(said.get('version'))[:20]}, this is "
+            f"{VERSION}); make it again with `outsize adapt sparsity`"
         )
     try:
         about = NeuronAbout(**read_fields(NeuronAbout, said, ""))
@@ -125,12 +124,12 @@ def read(path: Path, num_layers: int) -> NeuronFile:
     return NeuronFile(path, about, tensors)
 
 
-def check_pack(file: NeuronFile, sha256: str, layout: str, name: str) -> None:
+def check_pack(file: NeuronFile, identity: str, layout: str, name: str) -> None:
     """Raise AdapterError for another pack than the file was made for."""
-    if (file.about.sha256, file.about.layout) != (sha256, layout):
+    if (file.about.identity, file.about.layout) != (identity, layout):
         raise AdapterError(
-            f"{file.path} is for another pack than {name}: thresholds and predictors are of its very numbers; "
-            f"make one with `outsize adapt sparsity`"
+            f"{file.path} is for another pack than {name}: thresholds and predictors are of its very "
+            "numbers; make one with `outsize adapt sparsity`"
         )
 
 

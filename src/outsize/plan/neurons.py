@@ -1,5 +1,5 @@
-"""Paged neurons in a plan: which add-on file is meant, whether it fits the pack and the other options, what it takes,
-and whether it pays."""
+"""Paged neurons in a plan: which add-on file is meant, whether it fits the pack and the other options,
+what it takes, and whether it pays."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ def search(options: LoadOptions, pack: Pack | None, name: str) -> NeuronPlan | N
         if spec.file == AUTO:
             return None
         raise OptionError(
-            f"neurons is {options.neurons!r}, and {name} is a mixture of experts, which are paged as they are; "
-            "leave it out, and see --experts"
+            f"neurons is {options.neurons!r}, and {name} is a mixture of experts, which are paged as they "
+            "are; leave it out, and see --experts"
         )
     if pack is None:
         if spec.file == AUTO:
             return None
         raise OptionError(
-            f"neurons is {options.neurons!r}, and {name} is not packed here: such a file is for one pack; make "
-            "it with `outsize adapt sparsity`, or leave --neurons out"
+            f"neurons is {options.neurons!r}, and {name} is not packed here: such a file is for one pack; "
+            "make it with `outsize adapt sparsity`, or leave --neurons out"
         )
     beside = pack.path.with_name(pack.path.name + SUFFIX)
     path = beside if spec.file == AUTO else expanded(spec.file)
@@ -66,7 +66,7 @@ def search(options: LoadOptions, pack: Pack | None, name: str) -> NeuronPlan | N
 
 def _checked(spec: NeuronSpec, path: Path, pack: Pack) -> NeuronPlan:
     file = neuron_file.read(path, pack.description.num_layers)
-    neuron_file.check_pack(file, pack.source.sha256, pack.source.layout, pack.path.name)
+    neuron_file.check_pack(file, pack.source.identity, pack.source.layout, pack.path.name)
     return NeuronPlan(spec, file, find(pack, file.about.bundle, file.about.order))
 
 
@@ -122,8 +122,8 @@ def expected_bytes(o: Outline, p: Placement) -> int:
 
 
 def settle(o: Outline, found: NeuronPlan | None, decide: Decide) -> Outline:
-    """The outline with paged neurons, and a note of what they bring; without where `auto` finds that they do not
-    pay. Raises BudgetError."""
+    """The outline with paged neurons, and a note of what they bring; without where `auto` finds that they
+    do not pay. Raises BudgetError."""
     if found is None:
         return o
     paged = with_neurons(o, found)

@@ -1,5 +1,5 @@
-"""The folder of a pack's neurons, beside the pack: its feed-forwards cut into bundles (pack/bundles.py), made once
-from the pack's own records and checked as those are.
+"""The folder of a pack's neurons, beside the pack: its feed-forwards cut into bundles (pack/bundles.py),
+made once from the pack's own records and checked as those are.
 
     neurons.json          what it was made of, and checksums
     neurons-0.records     bundles of the layers of table ffn-0
@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,8 +80,8 @@ class Bundles:
 
 
 def bundles_of(pack: Pack, bundle: int | None = None, order: str = NATURAL) -> Bundles:
-    """How a pack's neurons are cut, by headers alone; the tables' checksums are empty. `order`: a digest of how
-    they are ordered, then by rows; NATURAL: neighbours as they are. Raises UnsupportedError."""
+    """How a pack's neurons are cut, by headers alone; the tables' checksums are empty. `order`: a digest
+    of how they are ordered, then by rows; NATURAL: neighbours as they are. Raises UnsupportedError."""
     name, d = pack.path.name, pack.description
     if d.mixture is not None:
         raise UnsupportedError(
@@ -120,7 +121,7 @@ def find(pack: Pack, bundle: int, order: str = NATURAL) -> Bundles:
 def _with_sums(path: Path, table: BundleTable, sums: object) -> BundleTable:
     found = []
     for header in (table.bundles, table.shared):
-        some = sums.get(header.name) if isinstance(sums, dict) else None
+        some: Any = sums.get(header.name) if isinstance(sums, dict) else None
         is_sound = isinstance(some, list) and len(some) == len(header.keys)
         if not is_sound or not all(type(n) is int and 0 <= n < 1 << 32 for n in some):
             raise _unusable(path, f"it has no checksums of {header.name}")
@@ -133,7 +134,7 @@ def _with_sums(path: Path, table: BundleTable, sums: object) -> BundleTable:
 
 def _body(path: Path) -> Mapping[str, object]:
     try:
-        whole = loads(read_regular(path / HEADER, MOST_HEADER, PackError).decode())
+        whole: Any = loads(read_regular(path / HEADER, MOST_HEADER, PackError).decode())
         body = whole["neurons"]
         good = zlib.crc32(json.dumps(body, sort_keys=True).encode()) == whole["checksum"]
     except (PackError, ValueError, KeyError, TypeError) as e:
@@ -150,7 +151,7 @@ def _unusable(path: Path, problem: str) -> PackError:
 
 
 def _about(pack: Pack) -> list[str]:
-    return [pack.source.sha256, pack.source.layout]
+    return [pack.source.identity, pack.source.layout]
 
 
 def make(

@@ -1,5 +1,5 @@
-"""How a user says which neurons are computed: `off`, `auto` or a file, and the eviction policy of their cache:
-`FILE,eviction=window`."""
+"""How a user says which neurons are computed: `off`, `auto` or a file, and the eviction policy of their
+cache: `FILE,eviction=window`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""A layer's neurons, bundle by bundle: those that a step needs are fetched through a cache that all layers share,
-and put together as matrices (LLM in a flash, arXiv 2312.11514).
+"""A layer's neurons, bundle by bundle: those that a step needs are fetched through a cache that all
+layers share, and put together as matrices (LLM in a flash, arXiv 2312.11514).
 
-Gate and up rows of the fetched bundles lie close together; down's columns lie where the dense matrix has them, in
-scratch as large as one layer's, and what is not fetched meets zeros. So a row's product is the dense kernel's, with
-zeros for the neurons that it left out: its bits depend neither on the other rows nor on what the cache holds.
+Gate and up rows of the fetched bundles lie close together; down's columns lie where the dense matrix has
+them, in scratch as large as one layer's, and what is not fetched meets zeros. So a row's product is the
+dense kernel's, with zeros for the neurons that it left out: its bits depend neither on the other rows nor
+on what the cache holds.
 
 Shapes: F neurons of a layer, N bundles of them, n of which are fetched, D width.
 """
@@ -25,7 +26,7 @@ from outsize.pack.bundles import DOWN, GATE, BundleLayout, Region, shared_fields
 from outsize.pack.tables import Matrix
 from outsize.storage.reader import Reader
 from outsize.storage.table import Table, Weight
-from outsize.weights.bundles import BundleTable, Bundles
+from outsize.weights.bundles import Bundles, BundleTable
 from outsize.weights.open_pack import OpenPack
 from outsize.weights.residency import RoutedCache, Share
 
@@ -45,8 +46,8 @@ class Scratch:
         self._count = count
 
     def fill(self, at: int, ids: Sequence[int], found: tuple[Tensor, Tensor]) -> None:
-        """Bundles `ids` of a layer, the `at`th on of those that were announced. `found`: records, and where in
-        them each is."""
+        """Bundles `ids` of a layer, the `at`th on of those that were announced. `found`: records, and
+        where in them each is."""
         where = torch.tensor(ids, dtype=torch.int64, device="cpu")
         for region in self.form.regions:
             some = region.of(*found)
@@ -98,7 +99,8 @@ class Scratch:
         return self._down[CODES][:rows], self._down[SCALE][:rows]
 
     def down(self, shared: Mapping[str, Tensor]) -> tuple[Weight, ...]:
-        """(D, F), with numbers of no meaning where nothing was filled in. `shared`: the layer's own fields."""
+        """(D, F), with numbers of no meaning where nothing was filled in. `shared`: the layer's own
+        fields."""
         m = self.form.down
         assert m is not None
         fields = {name: shared.get(name, self._down.get(name)) for name in m.specs}
@@ -125,8 +127,8 @@ def _room(matrix: Matrix, but: Sequence[str]) -> dict[str, Tensor]:
 
 @dataclass(slots=True)
 class NeuronBank:
-    """The neurons of one layer. `number`: the layer's place in its table; `vectors`: the norms and biases of its
-    feed-forward; `shared`: fields of down."""
+    """The neurons of one layer. `number`: the layer's place in its table; `vectors`: the norms and biases
+    of its feed-forward; `shared`: fields of down."""
 
     layer: int
     number: int

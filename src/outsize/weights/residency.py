@@ -101,8 +101,8 @@ class RecordCache(ABC):
         return [self._views[slots[i]] for i in ids]
 
     def locate(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """All of these at once, as bytes: slots (S, stride), and in which of them each is. Raises CapacityError,
-        PackError, ReadError."""
+        """All of these at once, as bytes: slots (S, stride), and in which of them each is. Raises
+        CapacityError, PackError, ReadError."""
         slots = self._demand(ids)
         for slot in slots.values():
             self._wait(slot)

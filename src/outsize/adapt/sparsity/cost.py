@@ -1,5 +1,5 @@
-"""What computing only some neurons costs: a held-out text's perplexity, run as decoding runs it, in spans of few
-tokens, with the engine that will run it."""
+"""What computing only some neurons costs: a held-out text's perplexity, run as decoding runs it, in spans
+of few tokens, with the engine that will run it."""
 
 from __future__ import annotations
 

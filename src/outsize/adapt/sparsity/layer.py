@@ -1,4 +1,5 @@
-"""One layer's predictor and threshold, from its activations: fitted on most of the text, set on the rest of it."""
+"""One layer's predictor and threshold, from its activations: fitted on most of the text, set on the rest
+of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a model's neurons do on a text, layer by layer: what enters each feed-forward, and how much each bundle adds.
+"""What a model's neurons do on a text, layer by layer: what enters each feed-forward, and how much each
+bundle adds.
 
 Shapes: B sequences, S tokens of all of them, D width, F neurons, N bundles.
 """
@@ -74,8 +75,8 @@ def samples(
     order_LF: Tensor | None = None,
     done: int = 0,
 ) -> Iterator[Sample]:
-    """Of each layer from `done` on, in order: only one layer's exist at a time. `order_LF`: of the neurons that
-    bundles are made of."""
+    """Of each layer from `done` on, in order: only one layer's exist at a time. `order_LF`: of the
+    neurons that bundles are made of."""
     states = States(model, ids_BT)
     for layer in range(model.description.num_layers):
         with torch.no_grad(), bf16_products():

@@ -1,5 +1,6 @@
-"""`outsize adapt sparsity`: measure which neurons of a dense model fire, fit what predicts them, set thresholds, and
-write the add-on file, with what it costs. What is done is kept after each layer, and gone on from."""
+"""`outsize adapt sparsity`: measure which neurons of a dense model fire, fit what predicts them, set
+thresholds, and write the add-on file, with what it costs. What is done is kept after each layer, and gone
+on from."""
 
 from __future__ import annotations
 
@@ -36,7 +37,6 @@ from outsize.progress import Progress, bars, steps
 from outsize.storage.records import Records
 from outsize.storage.table import Weight
 from outsize.weights.bundles import NATURAL, Bundles, bundles_of, digest, make, prepared
-
 
 ORDERS = "use", "natural"
 
@@ -128,7 +128,7 @@ class Work:
         """What decides the result."""
         o, source = self.options, self.pack.source
         return {
-            "kind": f"{KIND} checkpoint", "version": VERSION, "sha256": source.sha256,
+            "kind": f"{KIND} checkpoint", "version": VERSION, "identity": source.identity,
             "layout": source.layout, "bundle": self.bundles.bundle, "share": o.share,
             "predictor": o.predictor, "data": self.words.fingerprint, "order": self.order,
         }  # fmt: skip
@@ -166,18 +166,17 @@ class Work:
             THRESHOLDS: torch.tensor([layer.threshold for layer in layers]),
             FIRING: torch.stack([layer.firing_N for layer in layers]),
         }
-        matrices, vectors = {}, {}
+        matrices: dict[str, Matrix] = {}
+        vectors: dict[str, int] = {}
         for i, layer in enumerate(layers):
-            tensors |= {f"{i}.{name}": t for name, t in (layer.tensors | layer.vectors).items()}
+            tensors |= {f"{i}.{name}": t for name, t in {**layer.tensors, **layer.vectors}.items()}
             matrices |= {f"{i}.{name}": m for name, m in layer.matrices.items()}
             vectors |= {f"{i}.{name}": len(v) for name, v in layer.vectors.items()}
         about = about or NeuronAbout(
-            KIND, VERSION, source.sha256, source.layout, self.order, self.bundles.bundle, self.bundles.count,
-            o.predictor, is_exact(o.predictor, d.activation), o.share, _mean([x.fires for x in layers]),
-            _mean([x.missed for x in layers]), matrices, vectors,
-        )  # fmt: skip
-        checkpoints.save(path, tensors, about.to_json())
-        return about
+            KIND, VERSION, source.identity, source.layout, self.order, self.bundles.bundle,
+            self.bundles.count, o.predictor, is_exact(o.predictor, d.activation), o.share, _mean([x.fires
+            for x in layers]), _mean([x.missed for x in layers]), matrices, vectors, )  # fmt: skip
+            checkpoints.save(path, tensors, about.to_json()) return about
 
 
 def _mean(numbers: list[float]) -> float:
@@ -215,7 +214,7 @@ def _save(path: Path, layers: list[Layer], about: Mapping[str, object]) -> None:
     tensors: dict[str, Tensor] = {}
     said = []
     for i, layer in enumerate(layers):
-        tensors |= {f"{i}|{n}": t for n, t in (layer.tensors | layer.vectors).items()}
+        tensors |= {f"{i}|{n}": t for n, t in {**layer.tensors, **layer.vectors}.items()}
         tensors[f"{i}|{FIRING}"] = layer.firing_N
         matrices = {n: [m.encoding, m.num_rows, m.width] for n, m in layer.matrices.items()}
         said.append([layer.threshold, layer.missed, layer.kept, matrices, sorted(layer.vectors)])
@@ -240,7 +239,7 @@ def _resumed(path: Path, about: Mapping[str, object]) -> list[Layer]:
 def _layer(tensors: Mapping[str, Tensor], i: int, told: tuple[Any, ...]) -> Layer:
     """One layer as the checkpoint has it."""
     threshold, missed, kept, matrices, vectors = told
-    made = {n: Matrix(*sizes, 0) for n, sizes in matrices.items()}
+    made = {n: Matrix(kind, rows, width, 0) for n, (kind, rows, width) in matrices.items()}
     names = [f"{n}.{f}" for n, m in made.items() for f in m.specs]
     return Layer(
         made, {n: tensors[f"{i}|{n}"] for n in names}, {n: tensors[f"{i}|{n}"] for n in vectors},

@@ -1,4 +1,5 @@
-"""The text that sparsity is measured on: files of prose, or of prompts and answers, as sequences of tokens."""
+"""The text that sparsity is measured on: files of prose, or of prompts and answers, as sequences of
+tokens."""
 
 from __future__ import annotations
 

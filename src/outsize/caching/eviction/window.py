@@ -1,5 +1,5 @@
-"""Window: what the last k tokens used stays, for the largest k that fits (LLM in a flash, section 3.1, whose k
-shrinks where the memory is too small).
+"""Window: what the last k tokens used stays, for the largest k that fits (LLM in a flash, section 3.1,
+whose k shrinks where the memory is too small).
 
 The victim is of the token longest ago; among those, of the layer whose next visit is farthest. Of a step that
 checks draft tokens, only the first ALPHA of its rows count as used now, since the others will likely be

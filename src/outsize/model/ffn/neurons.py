@@ -1,9 +1,10 @@
-"""The dense feed-forward of few rows, neurons by neurons: predict which bundles will fire, fetch those that are not in
-memory, compute them alone (LLM in a flash, arXiv 2312.11514). Lossy, but for a ReLU model with an exact gate.
+"""The dense feed-forward of few rows, neurons by neurons: predict which bundles will fire, fetch those
+that are not in memory, compute them alone (LLM in a flash, arXiv 2312.11514). Lossy, but for a ReLU model
+with an exact gate.
 
-A row's bits are its own: what it leaves out is zero in its inner activations, which the dense kernel multiplies. With
-all bundles chosen it is the dense feed-forward, bit for bit (tests/laws/test_neurons.py). Long spans are not run here:
-they want nearly all neurons anyway.
+A row's bits are its own: what it leaves out is zero in its inner activations, which the dense kernel
+multiplies. With all bundles chosen it is the dense feed-forward, bit for bit
+(tests/laws/test_neurons.py). Long spans are not run here: they want nearly all neurons anyway.
 
 Shapes: T rows, D width, F neurons, N bundles, n chosen by some row.
 """
@@ -35,7 +36,8 @@ class Biases:
 
 
 class PagedNeurons:
-    """h += post(down(activation(gate(x)) * up(x))) over the neurons that the predictor names, for each row."""
+    """h += post(down(activation(gate(x)) * up(x))) over the neurons that the predictor names, for each
+    row."""
 
     def __init__(
         self, d: Description, bank: NeuronBank, chooser: Chooser, recorder: Recorder | None = None

@@ -1,5 +1,5 @@
-"""Chooses a layer's bundles for each row: the predictor's scores against the layer's threshold, from an add-on file
-(pack/neuron_file.py)."""
+"""Chooses a layer's bundles for each row: the predictor's scores against the layer's threshold, from an
+add-on file (pack/neuron_file.py)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def choosers(file: NeuronFile, d: Description, backend: Backend) -> list[Chooser
     thresholds, about = file.numbers(THRESHOLDS).tolist(), file.about
     if about.bundle * about.count != d.ffn_width:
         raise AdapterError(
-            f"{file.path} is of {about.bundle * about.count:,} neurons a layer, this model has {d.ffn_width:,}"
+            f"{file.path} is of {about.bundle * about.count:,} neurons a layer, this model has "
+            f"{d.ffn_width:,}; make one with `outsize adapt sparsity`"
         )
     out = []
     for layer in range(d.num_layers):

@@ -1,5 +1,5 @@
-"""The gate itself, resident in few bits (`gate:3`), or as the pack has it (`gate:exact`): for a ReLU model the
-latter misses nothing, and the answer is the dense model's."""
+"""The gate itself, resident in few bits (`gate:3`), or as the pack has it (`gate:exact`): for a ReLU
+model the latter misses nothing, and the answer is the dense model's."""
 
 from __future__ import annotations
 

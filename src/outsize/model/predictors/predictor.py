@@ -4,9 +4,8 @@ A predictor is a file of this folder, found by its name: `fit(sample, size)` mak
 activations, `scores(maps, x)` gives a bundle's score for a token; a bundle whose score is above the layer's
 threshold is fetched and computed.
 
-Law: a token's scores depend on nothing but the token: each row is scored alone, by products that do not depend
-on threads, and sums in one order. Shapes: T tokens, D width, F neurons, N bundles, R rank.
-"""
+Law: a token's scores depend on nothing but the token: each row is scored alone, by products that do not
+depend on threads, and sums in one order. Shapes: T tokens, D width, F neurons, N bundles, R rank."""
 
 from __future__ import annotations
 
@@ -99,4 +98,5 @@ def halved(x_TF: Tensor, bundle: int) -> Tensor:
         x = x[:, :, :half] + x[:, :, half : 2 * half]
         if rest.shape[2]:
             x = torch.cat([x, rest], dim=2)
-    return x[:, :, 0]
+    sums: Tensor = x[:, :, 0]
+    return sums

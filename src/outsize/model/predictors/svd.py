@@ -1,5 +1,5 @@
-"""The gate at low rank, without training (arXiv 2603.14110): the factors that are nearest to it on the layer's
-own inputs, `svd:64` of rank 64."""
+"""The gate at low rank, without training (arXiv 2603.14110): the factors that are nearest to it on the
+layer's own inputs, `svd:64` of rank 64."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The paper's predictor, low-rank and trained, with one logit for each bundle instead of each neuron (LLM in a flash,
-section 3.1): a balanced cross-entropy over those that are worth computing; `trained:64` of rank 64."""
+"""The paper's predictor, low-rank and trained, with one logit for each bundle instead of each neuron (LLM
+in a flash, section 3.1): a balanced cross-entropy over those that are worth computing; `trained:64` of
+rank 64."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Neurons: a record is a bundle of neighbouring neurons of a dense feed-forward: gate rows, up rows, down columns
-(LLM in a flash, arXiv 2312.11514).
+"""Neurons: a record is a bundle of neighbouring neurons of a dense feed-forward: gate rows, up rows, down
+columns (LLM in a flash, arXiv 2312.11514).
 
 No checkpoint has them and no pack must: they are made of a pack's own records (weights/bundles.py) and lie
 beside it. pack/bundles.py has their layout.
