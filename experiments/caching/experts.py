@@ -101,6 +101,7 @@ def main() -> None:
     a = arguments(
         __doc__, "model", "trace", memory=int, wrap=WRAP, experts=(SPECS, "semicolon-separated"),
         shape=("30b-a3b", "a size of `outsize bench synthetic`, or small"), new=128, context=256,
+        types=("q4_0", "or q3_k: of a model that is made"),
         recall=(1.0, "an early gate that is right so often"), repeats=1, worker=HIDDEN,
         peer=(False, "llama.cpp, too, after each repeat"), python=("", "another one for llama.cpp"),
     )  # fmt: skip
@@ -112,7 +113,7 @@ def main() -> None:
         print(json.dumps(worker(a, trace)))
         return
     if not a.model.exists():
-        make(a.model, a.shape, trace)
+        make(a.model, a.shape, trace, types=a.types)
     fetch.pack(str(a.model), quiet=True)
     told = ["--memory", a.memory, "--new", a.new, "--context", a.context, "--recall", a.recall]
     ours = [

@@ -20,8 +20,8 @@ import numpy as np
 from torch import Tensor
 
 import outsize
-from outsize.bench.synthetic.gguf import BLOCK, write
-from outsize.bench.synthetic.shapes import SIZES, Size, recipe
+from outsize.bench.synthetic.gguf import TYPES, write
+from outsize.bench.synthetic.shapes import MIXES, SIZES, Size, recipe
 from outsize.caching.prefetcher import Scored
 from outsize.caching.replay.trace import Trace
 from outsize.model.ffn.experts import Mixture, Router
@@ -50,11 +50,13 @@ def prompt_of(trace: Trace) -> int:
 class Routed:
     """Changes random tensors, as they are written, into those of a model that routes as told."""
 
-    def __init__(self, wanted: Choices, size: Size, seed: int) -> None:
+    def __init__(self, wanted: Choices, size: Size, seed: int, types: str = "q4_0") -> None:
+        self._type = TYPES[MIXES[types][0]]
         self._wanted, self._size, self._names = wanted, size, recipe("qwen3_moe", size).names
         self._random = np.random.default_rng(seed)
         self._tokens = len(wanted[0])
-        self.channels = -(-self._tokens // BLOCK) * BLOCK
+        block = TYPES["Q8_0"].weights
+        self.channels = -(-self._tokens // block) * block
         if self.channels > size.width // 2 or FIRST + self._tokens > size.vocab:
             raise SystemExit(f"{self._tokens} tokens need a wider model or a larger vocabulary")
 
@@ -64,15 +66,21 @@ class Routed:
         for layer, wanted in enumerate(self._wanted):
             mine = {k: self._names[k].replace("{i}", str(layer)) for k in NEEDED}
             if name == mine["o"]:
-                stored.reshape(self._size.width, -1, 18)[: self.channels, :, :2] = 0
+                self._silenced(stored.reshape(1, self._size.width, -1))
             if name == mine["expert_down"]:
-                shape = self._size.experts, self._size.width, -1, 18
-                stored.reshape(shape)[:, : self.channels, :, :2] = 0
+                self._silenced(stored.reshape(self._size.experts, self._size.width, -1))
             if name == mine["ffn_norm"]:
                 stored[: self.channels] = 1
             if name == mine["router"]:
                 return self._router(wanted)
         return stored
+
+    def _silenced(self, stored: np.ndarray) -> None:  # type: ignore[type-arg]
+        """Nothing is written to the first channels: their blocks' scales are 0."""
+        blocks = stored.reshape(*stored.shape[:2], -1, self._type.nbytes)
+        for at in (self._type.scale, self._type.low):
+            if at is not None:
+                blocks[:, : self.channels, :, at : at + 2] = 0
 
     def _marked(self, stored: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
         """Q8_0: blocks of a half-precision step and 32 codes."""
@@ -95,12 +103,13 @@ class Routed:
         return out
 
 
-def make(path: Path, shape: str, trace: Trace, seed: int = 1) -> None:
-    """The GGUF, of the named size with the trace's layers, experts and experts a token."""
+def make(path: Path, shape: str, trace: Trace, seed: int = 1, types: str = "q4_0") -> None:
+    """The GGUF, of the named size with the trace's layers, experts and experts a token. `types`: a mix of
+    `bench synthetic` whose embedding is Q8_0."""
     small = Size(trace.layers, 512, 32, 4, 2, 1024, head_dim=64)
     base = small if shape == "small" else SIZES[shape]
     size = replace(base, layers=trace.layers, experts=trace.experts, used=trace.used)
-    write(path, "qwen3_moe", size, seed, Routed(choices(trace), size, seed))
+    write(path, "qwen3_moe", size, seed, Routed(choices(trace), size, seed, types), types)
 
 
 class Watched:

@@ -117,15 +117,49 @@ def test_synthetic_models_run(
     pytest.importorskip("gguf")
     path = tmp_path / f"{family}.gguf"
     size = "tiny-moe" if family in tiny.MIXTURES else "tiny"
-    make.show(path, family, size, 1, "auto", True)
+    make.show(path, make.What(family, size, 1), "auto", True)
     made = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert made["model_bytes"] == path.stat().st_size
     with outsize.load(str(path), quiet=True) as model:
         assert model.generate("abc", raw=True, max_tokens=3)[0].new_tokens >= 1
     with pytest.raises(OptionError, match="is there already"):
-        make.show(path, family, size, 1, "auto", True)
+        make.show(path, make.What(family, size, 1), "auto", True)
     with pytest.raises(OptionError, match="size 'huge' is not known"):
-        make.show(tmp_path / "x.gguf", family, "huge", 1, "auto", True)
+        make.show(tmp_path / "x.gguf", make.What(family, "huge"), "auto", True)
+
+
+@pytest.mark.parametrize("size", ["tiny", "tiny-moe"])
+def test_a_synthetic_model_in_a_mix_of_types(
+    size: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Q4_K_M's: more bits for the values' matrices of some layers, and weights of the same spread."""
+    gguf = pytest.importorskip("gguf")
+    path, family = tmp_path / "m.gguf", "qwen3_moe" if size == "tiny-moe" else "llama"
+    if size == "tiny-moe":  # its experts' rows are no whole blocks
+        with pytest.raises(OptionError, match="has rows of 128, Q4_K has blocks of 256; take q4_0"):
+            make.show(path, make.What(family, size, 1, "q4_k_m"), "auto", True)
+        return
+    make.show(path, make.What(family, size, 1, "q4_k_m"), "auto", True)
+    found = {t.name: t for t in gguf.GGUFReader(path).tensors}
+    assert {t.tensor_type.name for t in found.values()} == {"F32", "Q4_K", "Q6_K"}
+    for name in ("blk.0.attn_v.weight", "blk.1.attn_q.weight", "output.weight"):
+        some = gguf.dequantize(found[name].data, found[name].tensor_type)
+        assert abs(some.std() * some.shape[-1] ** 0.5 - 1) < 0.1
+    with outsize.load(str(path), quiet=True) as model:
+        assert model.generate("abc", raw=True, max_tokens=3)[0].new_tokens >= 1
+    make.show(tmp_path / "three.gguf", make.What(family, size, 1, "q3_k"), "auto", True)
+    found = {t.name: t for t in gguf.GGUFReader(tmp_path / "three.gguf").tensors}
+    some = gguf.dequantize(
+        found["blk.0.ffn_up.weight"].data, found["blk.0.ffn_up.weight"].tensor_type
+    )
+    assert abs(some.std() * some.shape[-1] ** 0.5 - 1) < 0.1
+
+
+def test_synthetic_types_are_named_or_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="types 'q2' are not known; known are q4_0, q4_k_m, q3_k"):
+        make.show(tmp_path / "m.gguf", make.What("llama", "tiny", 1, "q2"), "auto", True)
+    with pytest.raises(OptionError, match="a folder is written in bf16"):
+        make.show(tmp_path / "m", make.What("llama", "tiny", 1, "q4_k_m"), "auto", True)
 
 
 def test_a_synthetic_folder_runs_here_and_there(
@@ -133,7 +167,7 @@ def test_a_synthetic_folder_runs_here_and_there(
 ) -> None:
     """The same random weights give transformers' logits."""
     transformers = pytest.importorskip("transformers")
-    make.show(tmp_path / "m", "llama", "tiny", 1, "fp32", True)
+    make.show(tmp_path / "m", make.What("llama", "tiny", 1), "fp32", True)
     capsys.readouterr()
     ids = list(range(40, 60))
     reference = transformers.AutoModelForCausalLM.from_pretrained(

@@ -203,6 +203,7 @@ class SyntheticFlags:
         str, Flag("--size", "tiny, 0.5b ... 70b; with experts tiny-moe, 7b-a1b, 30b-a3b.")
     ] = "7b"
     seed: Annotated[int, Flag("--seed", "Of the random weights.")] = 0
+    types: Annotated[str, Flag("--types", "Of a GGUF's tensors: q4_0, q4_k_m or q3_k.")] = "q4_0"
 
 
 @app.command()
@@ -215,7 +216,8 @@ def synthetic(
     """Write a model with random weights (4-bit GGUF, or a bf16 folder), and pack it."""
     from outsize.bench.synthetic import make
 
-    make.show(path, own.family, own.size, own.seed, load.encoding, load.quiet)
+    what = make.What(own.family, own.size, own.seed, own.types)
+    make.show(path, what, load.encoding, load.quiet)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
-"""Writes a model with random weights as a GGUF: layers Q4_0, embedding and head Q8_0."""
+"""Writes a model with random weights as a GGUF: layers Q4_0, embedding and head Q8_0, or Q4_K_M's mix."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,28 @@ from typing import Any
 import numpy as np
 from tokenizers import pre_tokenizers
 
-from outsize.bench.synthetic.shapes import ARCHITECTURES, Size, recipe, tensors
+from outsize.bench.synthetic.shapes import ARCHITECTURES, MIXES, Size, recipe, tensors
 from outsize.errors import OptionError
 
-BLOCK = 32
 CHUNK = 32 << 20  # weights made at once
+
+
+@dataclass(frozen=True, slots=True)
+class Type:
+    """A GGUF type: weights and bytes of a block, where its fp16 scales are, and how widely its weights spread
+    where these are 1 and all other bytes are evenly drawn."""
+
+    weights: int
+    nbytes: int
+    spread: float
+    scale: int = 0
+    low: int | None = None  # Q4_K's scale of what it subtracts: 7.5 of the other make a mean of 0
+
+
+TYPES = {
+    "Q4_0": Type(32, 18, 4.6), "Q8_0": Type(32, 34, 74.0), "Q4_K": Type(256, 144, 258.0, low=2),
+    "Q6_K": Type(256, 210, 1365.0, scale=208), "Q3_K": Type(256, 110, 43.0, scale=108),
+}  # fmt: skip
 
 
 def blocks(random: np.random.Generator, shape: tuple[int, ...], kind: str) -> np.ndarray:  # type: ignore[type-arg]
@@ -23,33 +41,44 @@ def blocks(random: np.random.Generator, shape: tuple[int, ...], kind: str) -> np
     if kind == "F32":
         mean, spread = (1.0, 0.05) if len(shape) == 1 else (0.0, 1 / math.sqrt(shape[-1]))
         return (mean + spread * random.standard_normal(shape)).astype(np.float32)
-    size = 16 if kind == "Q4_0" else 32
-    spread = 4.6 if kind == "Q4_0" else 74.0  # of evenly drawn codes
-    count = math.prod(shape) // BLOCK
-    out = np.empty((count, 2 + size), np.uint8)
-    scale = np.full(count, 1 / (math.sqrt(shape[-1]) * spread), np.float16)
-    out[:, :2] = scale.view(np.uint8).reshape(count, 2)
-    for start in range(0, count, CHUNK // BLOCK):
-        part = out[start : start + CHUNK // BLOCK, 2:]
+    type = TYPES[kind]
+    count = math.prod(shape) // type.weights
+    out = np.empty((count, type.nbytes), np.uint8)
+    scale = 1 / (math.sqrt(shape[-1]) * type.spread)
+    for start in range(0, count, CHUNK // type.weights):
+        part = out[start : start + CHUNK // type.weights]
         part[:] = np.frombuffer(random.bytes(part.size), np.uint8).reshape(part.shape)
+        _put(part, type.scale, scale)
+        if type.low is not None:
+            _put(part, type.low, 7.5 * scale)
     return out.reshape(*shape[:-1], -1)
+
+
+def _put(blocks: np.ndarray, at: int, scale: float) -> None:  # type: ignore[type-arg]
+    blocks[:, at : at + 2] = np.array([scale], np.float16).view(np.uint8)
 
 
 Change = Callable[[str, np.ndarray], np.ndarray]  # type: ignore[type-arg]
 
 
 def write(
-    path: Path, family: str, size: Size, seed: int, change: Change = lambda name, stored: stored
+    path: Path,
+    family: str,
+    size: Size,
+    seed: int,
+    change: Change = lambda name, stored: stored,
+    types: str = "q4_0",
 ) -> int:
-    """The GGUF; its bytes. `change`: a tensor's stored bytes, by its name in the file, as they shall be."""
+    """The GGUF; its bytes. `change`: a tensor's stored bytes, by its name in the file, as they shall be;
+    `types`: one of MIXES. Raises OptionError where rows are no whole blocks of them."""
     try:
         gguf: Any = import_module("gguf")
     except ImportError:
         raise OptionError("this needs the package 'gguf': pip install 'outsize[bench]'") from None
-    made, writer = recipe(family, size), gguf.GGUFWriter(path, ARCHITECTURES.get(family, family))
+    listed = _listed(family, size, types)
+    writer = gguf.GGUFWriter(path, ARCHITECTURES.get(family, family))
     _config(writer, size)
     _tokenizer(writer, size.vocab)
-    listed = list(tensors(made))
     for name, shape, kind in listed:
         type = gguf.GGMLQuantizationType[kind]
         dtype, stored = (np.float32, shape) if kind == "F32" else (np.uint8, _stored(shape, kind))
@@ -66,7 +95,20 @@ def write(
 
 
 def _stored(shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
-    return *shape[:-1], shape[-1] // BLOCK * (18 if kind == "Q4_0" else 34)
+    return *shape[:-1], shape[-1] // TYPES[kind].weights * TYPES[kind].nbytes
+
+
+def _listed(family: str, size: Size, types: str) -> list[tuple[str, tuple[int, ...], str]]:
+    """The tensors, checked."""
+    if types not in MIXES:
+        raise OptionError(f"types {types!r} are not known; known are {', '.join(MIXES)}")
+    listed = list(tensors(recipe(family, size), types))
+    for name, shape, kind in listed:
+        if kind != "F32" and shape[-1] % (block := TYPES[kind].weights):
+            raise OptionError(
+                f"{name} has rows of {shape[-1]}, {kind} has blocks of {block}; take q4_0"
+            )
+    return listed
 
 
 def _config(writer: Any, size: Size) -> None:

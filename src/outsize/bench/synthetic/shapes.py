@@ -47,6 +47,12 @@ SIZES = {
     "30b-a3b": Size(48, 2048, 768, 32, 4, 151_936, head_dim=128, experts=128, used=8),
     "70b": Size(80, 8192, 28_672, 64, 8, 128_256),
 }
+# Types of layers' matrices, the embedding and the head.
+MIXES = {
+    "q4_0": ("Q4_0", "Q8_0", "Q8_0"),
+    "q4_k_m": ("Q4_K", "Q4_K", "Q6_K"),
+    "q3_k": ("Q3_K", "Q8_0", "Q8_0"),
+}
 ARCHITECTURES = {"qwen3_moe": "qwen3moe", "mixtral": "llama", "gpt_oss": "gpt-oss"}  # in a GGUF
 
 
@@ -77,18 +83,27 @@ def recipe(family: str, size: Size, format: str = "gguf") -> Recipe:
     return found
 
 
-def tensors(recipe: Recipe) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """(foreign name, shape, GGUF type) of every tensor."""
+def tensors(recipe: Recipe, types: str = "q4_0") -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """(foreign name, shape, GGUF type) of every tensor, with the types of a mix: one of MIXES (q4_k_m with
+    Q4_K for experts' down, too)."""
     d, names = recipe.description, recipe.names
-    yield names["embed"], (d.vocab_size, d.width), "Q8_0"
-    yield names["head"], (d.vocab_size, d.width), "Q8_0"
+    most, embed, head = MIXES[types]
+    yield names["embed"], (d.vocab_size, d.width), embed
+    yield names["head"], (d.vocab_size, d.width), head
     yield names["final_norm"], (d.width,), "F32"
     for i in range(d.num_layers):
         for name, shape in shapes(d).items():
-            foreign = names[name].replace("{i}", str(i))
-            yield foreign, shape, "Q4_0" if len(shape) == 2 else "F32"
+            more = types == "q4_k_m" and name in ("v", "down") and _more_bits(i, d.num_layers)
+            kind = "F32" if len(shape) == 1 else "Q6_K" if more else most
+            yield names[name].replace("{i}", str(i)), shape, kind
         if d.mixture is not None:
-            yield from _experts(recipe, i, d.mixture.count)
+            yield from _experts(recipe, i, d.mixture.count, most)
+
+
+def _more_bits(layer: int, count: int) -> bool:
+    """Does llama.cpp's Q4_K_M give this layer's values and down more bits (`use_more_bits`)?"""
+    first = count // 8
+    return layer < first or layer >= 7 * count // 8 or (layer - first) % 3 == 2
 
 
 def shapes(d: Description) -> dict[str, tuple[int, ...]]:
@@ -117,7 +132,9 @@ def shapes(d: Description) -> dict[str, tuple[int, ...]]:
     return out
 
 
-def _experts(recipe: Recipe, layer: int, count: int) -> Iterator[tuple[str, tuple[int, ...], str]]:
+def _experts(
+    recipe: Recipe, layer: int, count: int, kind: str
+) -> Iterator[tuple[str, tuple[int, ...], str]]:
     """A router and its experts: stacked in a GGUF, each by itself elsewhere."""
     d, names = recipe.description, recipe.names
     up, down = (d.ffn_width, d.width), (d.width, d.ffn_width)
@@ -130,6 +147,6 @@ def _experts(recipe: Recipe, layer: int, count: int) -> Iterator[tuple[str, tupl
     for name, shape in (("expert_gate", up), ("expert_up", up), ("expert_down", down)):
         foreign = names[name].replace("{i}", str(layer))
         if "{e}" in foreign:
-            yield from ((foreign.replace("{e}", str(e)), shape, "Q4_0") for e in range(count))
+            yield from ((foreign.replace("{e}", str(e)), shape, kind) for e in range(count))
         else:
-            yield foreign, (count, *shape), "Q4_0"
+            yield foreign, (count, *shape), kind
