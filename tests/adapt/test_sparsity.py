@@ -1,5 +1,5 @@
-"""`outsize adapt sparsity`: what it measures and writes, resumed to the bit, refused where it does not fit; and what
-a user sees of paged neurons."""
+"""`outsize adapt sparsity`: what it measures and writes, resumed to the bit, refused where it does not fit;
+and what a user sees of paged neurons."""
 
 from __future__ import annotations
 

@@ -161,7 +161,6 @@ class Work:
         self, path: Path, layers: list[Layer], about: NeuronAbout | None = None
     ) -> NeuronAbout:
         """The add-on file."""
-        o, source, d = self.options, self.pack.source, self.pack.description
         tensors = {
             THRESHOLDS: torch.tensor([layer.threshold for layer in layers]),
             FIRING: torch.stack([layer.firing_N for layer in layers]),
@@ -172,11 +171,21 @@ class Work:
             tensors |= {f"{i}.{name}": t for name, t in {**layer.tensors, **layer.vectors}.items()}
             matrices |= {f"{i}.{name}": m for name, m in layer.matrices.items()}
             vectors |= {f"{i}.{name}": len(v) for name, v in layer.vectors.items()}
-        about = about or NeuronAbout(
+        about = about or self._said(layers, matrices, vectors)
+        checkpoints.save(path, tensors, about.to_json())
+        return about
+
+    def _said(
+        self, layers: list[Layer], matrices: Mapping[str, Matrix], vectors: Mapping[str, int]
+    ) -> NeuronAbout:
+        """What the file says of itself; of its cost nothing yet."""
+        o, source, spec = self.options, self.pack.source, self.options.predictor
+        exact = is_exact(spec, self.pack.description.activation)
+        fires, missed = _mean([x.fires for x in layers]), _mean([x.missed for x in layers])
+        return NeuronAbout(
             KIND, VERSION, source.identity, source.layout, self.order, self.bundles.bundle,
-            self.bundles.count, o.predictor, is_exact(o.predictor, d.activation), o.share, _mean([x.fires
-            for x in layers]), _mean([x.missed for x in layers]), matrices, vectors, )  # fmt: skip
-            checkpoints.save(path, tensors, about.to_json()) return about
+            self.bundles.count, spec, exact, o.share, fires, missed, matrices, vectors,
+        )  # fmt: skip
 
 
 def _mean(numbers: list[float]) -> float:
