@@ -18,12 +18,26 @@ from outsize.adapt.sparsity import run as sparsity
 from outsize.adapt.sparsity import words
 from outsize.adapt.sparsity.run import SparsityOptions, run
 from outsize.caching.replay.trace import read as read_trace
-from outsize.errors import AdapterError, DataError, OptionError, PackError, UnsupportedError
+from outsize.engine import load as loading
+from outsize.errors import (
+    AdapterError,
+    BudgetError,
+    DataError,
+    OptionError,
+    PackError,
+    UnsupportedError,
+)
 from outsize.forward.full import full
 from outsize.forward.span import Span
-from outsize.pack import fetch, neuron_file
+from outsize.options import LoadOptions
+from outsize.pack import fetch, neuron_file, store
+from outsize.pack.kinds import neurons as kinds_of_neurons
 from outsize.pack.neuron_file import KIND
-from outsize.plan import decide
+from outsize.pack.outline import of_pack
+from outsize.plan import decide, place
+from outsize.plan import neurons as planned
+from outsize.plan.placement import BY_PROMPT, BY_ROUTER, MEMORY
+from outsize.system import memory
 from outsize.weights.neuron_spec import parse_neurons
 from tests.command import outsize as outsize_here
 from tests.golden import tiny
@@ -148,6 +162,11 @@ def test_a_relu_model_is_exact(text: Path, tmp_path: Path, home: Path) -> None:
             (reply,) = opened.generate(["a b"], max_tokens=3)
             assert not reply.lossy
     assert torch.equal(*rows)
+    packs = fetch.pack(folder, quiet=True).path.parent
+    name = fetch.pack(folder, quiet=True).path.name
+    assert list(packs.glob(f"{name}.neurons*"))
+    store.remove(packs, name)
+    assert not list(packs.glob(f"{name}*"))
 
 
 def test_what_a_reply_says(made: sparsity.Made, model: str) -> None:
@@ -165,6 +184,18 @@ def test_what_a_reply_says(made: sparsity.Made, model: str) -> None:
     assert "they do not pay" in plan["notes"][0]
     found = outsize_here("plan", model, "--neurons", str(made.path))
     assert "neurons-0 (" in found.stdout
+
+
+def test_the_command(model: str, text: Path, tmp_path: Path) -> None:
+    output = tmp_path / "f.safetensors"
+    given = ["--data", str(text), "--tokens", "1200", "-o", str(output), "--predictor", "gate:4"]
+    found = outsize_here("adapt", "sparsity", model, *given, "--share", "0.9", "--order", "natural")
+    assert found.returncode == 0, found.stderr
+    assert len(found.stdout.splitlines()) == 1 + tiny.LAYERS + 2
+    assert f"use it with --neurons {output}" in found.stderr
+    found = outsize_here("adapt", "sparsity", model, *given, "--share", "2")
+    assert found.returncode == 2
+    assert "share is 2" in found.stderr
 
 
 def test_auto_takes_the_file_beside_the_pack_where_it_pays(
@@ -301,3 +332,37 @@ def test_damaged_neurons(model: str, text: Path, tmp_path: Path) -> None:
         outsize.load(model, neurons=str(found.path), quiet=True)
     run(options(model, text, output=tmp_path / "f", order="natural"))  # makes them again
     outsize.load(model, neurons=str(found.path), quiet=True).close()
+
+
+def test_in_the_least_memory(
+    made: sparsity.Made, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan gives bundles few slots, feed-forwards are for prompts alone, and the answer is the same."""
+    with outsize.load(model, neurons=str(made.path), quiet=True, draft="none") as opened:
+        (expected,) = opened.generate(["The cat sat on"], max_tokens=12)
+    monkeypatch.setattr(loading, "runtime_bytes", lambda *_: 0)
+    monkeypatch.setattr(memory, "resident", lambda *_: 0)
+    monkeypatch.setattr(place, "TOKENIZER_PEAK", 0)
+    monkeypatch.setattr(place, "TOKENIZER_FACTOR", 0)
+    monkeypatch.setattr(kinds_of_neurons, "LEAST", 2)
+    pack = fetch.pack(model, quiet=True)
+    given = LoadOptions(neurons=str(made.path))
+    found = planned.search(given, pack, "tiny")
+    assert found is not None
+    outline = planned.with_neurons(of_pack(pack), found)
+    least = place.least_bytes(outline, 0, 0, 256)
+    little, more = (place.place(outline, size, 0, 0, 256) for size in (least, least + (1 << 20)))
+    tiers = {group: tier for group, tier, _ in little.groups if tier not in (MEMORY, BY_ROUTER)}
+    assert tiers["ffn-0"] == BY_PROMPT
+    assert little.shares["neurons-0"].ring < len(outline.table("neurons-0").keys)
+    assert planned.expected_bytes(outline, little) > planned.expected_bytes(outline, more)
+    with outsize.load(
+        model, memory=least, context=256, neurons=str(made.path), quiet=True, draft="none"
+    ) as opened:
+        (reply,) = opened.generate(["The cat sat on"], max_tokens=12)
+        assert not opened.transformer.paged_layers[1].is_resident
+    assert reply.text == expected.text
+    assert reply.experts is not None
+    assert reply.experts["misses"] > 0
+    with pytest.raises(BudgetError):
+        outsize.load(model, memory=least // 2, context=256, neurons=str(made.path), quiet=True)

@@ -67,6 +67,13 @@ class BundleLayout:
         return self.bundle * self.count
 
     @property
+    def room(self) -> int:
+        """Bytes of one layer's matrices, put together."""
+        rows = [r for r in self.regions if r.tensor == DOWN]
+        down = self.count * sum(r.size for r in rows) if self.down is None else self.down.size
+        return down + sum(m.size for m in self.gate_up)
+
+    @property
     def used(self) -> int:
         """Bytes of a record that are not padding."""
         return sum(region.size for region in self.regions)

@@ -82,7 +82,8 @@ def _clash(options: LoadOptions) -> str:
 def with_neurons(o: Outline, found: NeuronPlan) -> Outline:
     """The outline of a model whose neurons are paged."""
     tables = tuple(t.bundles for t in found.bundles.tables)
-    rooms = sum(t.dense.stride for t in found.bundles.tables)
+    rooms = sum(t.form.room for t in found.bundles.tables)
+    rooms += max(t.form.room for t in found.bundles.tables)  # fields on their way there
     shared = sum(t.shared.size for t in found.bundles.tables)
     about = found.file.about
     paged = PagedNeurons(
