@@ -2,7 +2,7 @@
 are known (an oracle), by the size of a bundle and the order of the neurons.
 
     python -m experiments.quality.neurons MODEL TEXT TOKENS NAME >>
-    experiments/results/xeon-2core/neurons-bundles.jsonl """
+    experiments/results/xeon-2core/neurons-bundles.jsonl"""
 
 from __future__ import annotations
 

@@ -344,6 +344,7 @@ def test_in_the_least_memory(
     monkeypatch.setattr(memory, "resident", lambda *_: 0)
     monkeypatch.setattr(place, "TOKENIZER_PEAK", 0)
     monkeypatch.setattr(place, "TOKENIZER_FACTOR", 0)
+    monkeypatch.setattr(place, "IN_FLIGHT_LEAST", 1)  # else all of so small a model is read ahead
     monkeypatch.setattr(kinds_of_neurons, "LEAST", 2)
     pack = fetch.pack(model, quiet=True)
     given = LoadOptions(neurons=str(made.path))
