@@ -18,6 +18,8 @@ import statistics
 import time
 from pathlib import Path
 
+import psutil
+
 import outsize
 from experiments.runs import HIDDEN, OUTSIZE, WRAP, Row, arguments, fresh, good, record
 from outsize.forward.full import full
@@ -71,6 +73,14 @@ def worker(model: str, memory: str, context: int, new: int) -> Row:
         }  # fmt: skip
 
 
+def settled() -> None:
+    """Wait until this process reads nothing more."""
+    before, now = -1, 0
+    while before != now:
+        time.sleep(0.1)
+        before, now = now, psutil.Process().io_counters().read_bytes
+
+
 class Disk:
     """How fast the disk is now, for the engine's own reader, into buffers that are there already: under
     a cap, new ones would first have to find memory."""
@@ -85,8 +95,7 @@ class Disk:
 
     def rate(self) -> float:
         """Bytes a second, with nothing else of ours under way."""
-        for cache in self._loaded.caches:
-            cache.drain()
+        settled()
         starts, tickets = range(0, self._table.header.size - PART, PART), []
         begun = time.perf_counter()
         for n in range(SAMPLE // PART):

@@ -138,7 +138,7 @@ def measured(model: Model, a: Any) -> Iterator[Row]:
 def decoded(model: Model, a: Any) -> Iterator[Row]:
     t = model.transformer
     for number, ids in numbered(passages(model, a), a):
-        for name, begun in all_ways(t, ids, ["full", "gentle", "fast"]).items():
+        for name, begun in all_ways(t, ids, a.ways_decode).items():
             started = time.thread_time()
             replies(t, [begun], LONG_REPLY)
             yield {
@@ -152,6 +152,7 @@ def main() -> None:
     a = arguments(
         __doc__, "part", "model", questions=Path("questions.jsonl.gz"), text=Path("text.txt"), count=60,
         skip=0, documents=6, tokens=1024, ways=list(WAYS), ways_first=["full"], seldom=1,
+        ways_decode=["full", "gentle", "fast"],
         after=[0.1, 0.3, 0.6, 0.9], keep=[0.1, 0.3], scores=["last"],
     )  # fmt: skip
     parts = {"qa": asked, "text": measured, "decode": decoded}

@@ -24,17 +24,18 @@ from outsize.model.transformer import Transformer
 REVIVE = "mode=revive"
 WAYS = {
     "full": "full",
-    "gentle": "lazy:gentle," + REVIVE,
-    "fast": "lazy:fast," + REVIVE,
+    "gentle": "lazy:gentle,score=last," + REVIVE,
+    "fast": "lazy:fast,score=last," + REVIVE,
     "random tokens": "random:.41",
-    "static prune": "lazy:keep=.3,after=.15,mode=drop",
+    "static prune": "lazy:score=last,keep=.3,after=.15,mode=drop",
     "early layers choose": "early:.15/.26",
+    "gentle, window:16": "lazy:gentle,score=window:16",
     "fast, window:16": "lazy:fast,score=window:16",
     "fast, window:48": "lazy:fast,score=window:48",  # as many as TAIL
     "fast, layers:4": "lazy:fast,score=layers:4",
-    "more at the end": "lazy:keep=.5/.4/.3,after=.15/.45/.75",
-    "later": "lazy:keep=.5/.25/.125,after=.3/.6/.9",
-    "mass .9": "lazy:gentle,mass=.9",
+    "more at the end": "lazy:score=last,keep=.5/.4/.3,after=.15/.45/.75",
+    "later": "lazy:score=last,keep=.5/.25/.125,after=.3/.6/.9",
+    "mass .9": "lazy:gentle,score=last,mass=.9",
 }  # of one that revives, the other modes are made
 SINKS, TAIL = (
     4,

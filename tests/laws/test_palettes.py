@@ -214,3 +214,16 @@ def test_levels_are_fitted(name: str) -> None:
     even = ((groups / step + 0.5).round() - 0.5) * step
     assert (e.decode(e.encode(w)) - w).norm() < 0.9 * (even - groups).norm()
     assert torch.equal(e.decode(e.encode(w * 2.0**-6)), e.decode(e.encode(w)) * 2.0**-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("scale", [1e-40, 1e-38, 1e-36, 1.0, 1e36])
+def test_decoding_rounds_tiny_and_huge_numbers_alike(scale: float, native: Native) -> None:
+    """Processors' own rounding to bf16 takes tiny numbers for zeros; ours does not."""
+    torch.manual_seed(5)
+    e = Palette("int4-32-fp32", FORMS["int4-32-fp32"], native)
+    step = torch.rand(ROWS, WIDTH // 32) * scale
+    step[::3, ::2] = 0
+    fields = e.from_codes(torch.randint(0, 16, (ROWS, WIDTH)).to(torch.uint8), {"step": step})
+    columns = native._some_palettes(NativePalette(e.coded(fields)), 0, ROWS)
+    assert torch.equal(columns, e.decode(fields).bfloat16())

@@ -64,6 +64,11 @@ class Backend(Protocol):
         """The compiled C files, whose threads read records (storage/reader.py); None without them."""
         ...
 
+    @property
+    def wide(self) -> Backend:
+        """What steps of many rows run on."""
+        ...
+
     def set_threads(self, count: int) -> None:
         """How many threads compute from now on, for the process."""
         ...

@@ -1,6 +1,7 @@
 """The native backend: the C files of csrc/, compiled for this machine. Shapes as there; bf16 unless said.
 
-Only steps of few rows run here, and matrices of any number of rows; the rest is torch's (plain.py).
+Steps of few rows run here whole; of those of many, matrices of any number of rows, norms and gates, and the
+rest is torch's (plain.py).
 """
 
 from __future__ import annotations
@@ -170,6 +171,10 @@ class Native(Plain):
             self._kept = _empty(rows * width)
         return self._kept[: rows * width].view(rows, width)
 
+    @property
+    def wide(self) -> Plain:
+        return Wide(self)
+
     def norm(self, h_TD: Tensor, norm: RMSNorm) -> Tensor:
         rows, width = h_TD.shape
         out = _empty(rows, width)
@@ -258,3 +263,10 @@ class Native(Plain):
             most, kind, scratch.data_ptr(),
         )  # fmt: skip
         return True
+
+
+class Wide(Plain):
+    """What long spans run on: torch's products and attention, and the C functions between them."""
+
+    def __init__(self, native: Native) -> None:
+        self.norm, self.residual, self.gate = native.norm, native.residual, native.gate

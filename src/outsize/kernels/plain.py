@@ -38,6 +38,10 @@ class Plain:
     name = "plain"
     library: ctypes.CDLL | None = None
 
+    @property
+    def wide(self) -> Plain:
+        return self
+
     def set_threads(self, count: int) -> None:
         """torch keeps its own."""
 

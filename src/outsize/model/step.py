@@ -38,7 +38,7 @@ class Step:
 
     rows: Rows
     cos_sin: Mapping[Rope, Tensor]  # rotary angles (T, 1, E/2), complex, for each kind of rope
-    backend: Backend  # the plain one for wide steps
+    backend: Backend  # in wide steps its `wide`
     added: Sequence[tuple[slice, Adapter]] = ()  # rows that an adapter adds to
     watches: Sequence[Watch] = ()
 

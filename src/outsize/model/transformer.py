@@ -125,7 +125,13 @@ class Transformer:
         """A step of these rows; its rotary angles are computed once for all layers."""
         positions = [p for s in segments for p in s.all_positions()]
         angles = rotary_angles(self._ropes, self.description.head_dim, positions)
-        return Step(Rows(segments, wide), angles, PLAIN if wide else self.backend, added, watches)
+        return Step(
+            Rows(segments, wide),
+            angles,
+            self.backend.wide if wide else self.backend,
+            added,
+            watches,
+        )
 
     def normed(self, h_TD: Tensor) -> Tensor:
         """What the head reads."""

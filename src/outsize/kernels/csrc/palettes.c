@@ -221,22 +221,70 @@ tile_rows(const Matrix *m, const long bits, const int coded, long tile, char *sc
     }
 }
 
+/* Two times sixteen numbers, rounded to bf16: those of a in the lower half. */
+static inline __attribute__((always_inline)) __m512i two_bf16(__m512 a, __m512 b, const int fast) {
+#ifdef __AVX512BF16__
+    if (fast) return (__m512i)_mm512_cvtne2ps_pbh(b, a);
+#endif
+    const __m512i one = _mm512_set1_epi32(1), half_less = _mm512_set1_epi32(0x7FFF);
+    const __m512i places = _mm512_set_epi32(
+        0x3F003D, 0x3B0039, 0x370035, 0x330031, 0x2F002D, 0x2B0029, 0x270025, 0x230021, 0x1F001D, 0x1B0019, 0x170015,
+        0x130011, 0x0F000D, 0x0B0009, 0x070005, 0x030001);
+    __m512i x = _mm512_castps_si512(a), y = _mm512_castps_si512(b);
+    x = _mm512_add_epi32(_mm512_add_epi32(x, half_less), _mm512_and_si512(_mm512_srli_epi32(x, 16), one));
+    y = _mm512_add_epi32(_mm512_add_epi32(y, half_less), _mm512_and_si512(_mm512_srli_epi32(y, 16), one));
+    return _mm512_permutex2var_epi16(x, places, y);
+}
+
+/* Does the processor's own rounding, which takes tiny numbers for zeros, give the same of any level * s + l? Where
+ * neither is tiny, nor is a sum of them, unless it is zero: all are multiples of 2^-123. */
+static inline int none_is_tiny(__m512 s, __m512 l) {
+#ifdef __AVX512BF16__
+    const __m512 least = _mm512_set1_ps(0x1p-100f), most = _mm512_set1_ps(0x1p100f), zero = _mm512_setzero_ps();
+    __mmask16 fine = 0xFFFF;
+    for (int i = 0; i < 2; i++) {
+        const __m512 x = _mm512_abs_ps(i ? l : s);
+        const __mmask16 large = _mm512_cmp_ps_mask(x, least, _CMP_GE_OQ) & _mm512_cmp_ps_mask(x, most, _CMP_LE_OQ);
+        fine &= large | _mm512_cmp_ps_mask(x, zero, _CMP_EQ_OQ);
+    }
+    return fine == 0xFFFF;
+#else
+    (void)s, (void)l;
+    return 0;
+#endif
+}
+
+static inline __attribute__((always_inline)) void
+decode_as(const Matrix *m, const long bits, const int coded, long tile, const uint8_t *p, __m512 s, __m512 l,
+          bf16 *out, long stride, const int fast) {
+    const Table table = table_of(m, bits, tile);
+    const __m512i offset = _mm512_set1_epi8((char)m->palette->offset);
+    for (long k = 0; k < m->palette->group; k += TILE, p += 32 * bits)
+#pragma GCC unroll 4
+        for (long j = 0; j < 4; j++, out += 4 * stride) {
+            const __m512i w = _mm512_sub_epi8(levels_at(p, bits, j, coded, &table), offset);
+            __m512 x[4];
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                const __m512i level = _mm512_srai_epi32(_mm512_slli_epi32(w, 24 - 8 * i), 24);
+                x[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(level), s, l);
+            }
+#pragma GCC unroll 2
+            for (int i = 0; i < 4; i += 2) {
+                const __m512i two = two_bf16(x[i], x[i + 1], fast);
+                _mm256_storeu_si256((void *)(out + i * stride), _mm512_castsi512_si256(two));
+                _mm256_storeu_si256((void *)(out + (i + 1) * stride), _mm512_extracti64x4_epi64(two, 1));
+            }
+        }
+}
+
 /* One group of a tile, from input k on, as numbers: input after input, `stride` apart, sixteen rows each. */
 static inline __attribute__((always_inline)) void
 decode_group(const Matrix *m, const long bits, const int coded, long tile, const uint8_t *p, const float *step,
              const float *low, bf16 *out, long stride) {
-    const Table table = table_of(m, bits, tile);
     const __m512 s = _mm512_loadu_ps(step), l = _mm512_loadu_ps(low);
-    const __m512i offset = _mm512_set1_epi32((int)m->palette->offset), byte = _mm512_set1_epi32(255);
-    for (long k = 0; k < m->palette->group; k += TILE, p += 32 * bits)
-#pragma GCC unroll 4
-        for (long j = 0; j < 4; j++) {
-            const __m512i w = levels_at(p, bits, j, coded, &table);
-            for (long i = 0; i < 4; i++, out += stride) {
-                const __m512i level = _mm512_and_si512(_mm512_srlv_epi32(w, _mm512_set1_epi32(8 * (int)i)), byte);
-                store_bf16(out, _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(level, offset)), s, l));
-            }
-        }
+    if (none_is_tiny(s, l)) decode_as(m, bits, coded, tile, p, s, l, out, stride, 1);
+    else decode_as(m, bits, coded, tile, p, s, l, out, stride, 0);
 }
 #else
 enum { MAX_ROWS = 4 };
@@ -612,30 +660,34 @@ void palette_linear(const Matrix *m, const void *x, void *y, long count, int wid
     }
 }
 
-static void decode_tile(const Matrix *m, long tile, bf16 *out, long stride) {
+/* A group of a tile's inputs. */
+static void decode_some(const Matrix *m, long tile, long g, bf16 *out, long stride) {
     const struct Palette *pal = m->palette;
-    const long groups = groups_of(m), run = run_of(m), per = 2 * m->bits * pal->group;
-    const uint8_t *p = m->codes + tile * groups * per;
+    const long groups = groups_of(m), run = run_of(m);
+    const long at = (tile * groups + g) * TILE, of_block = (tile * (groups / run) + g / run) * TILE;
+    const uint8_t *p = m->codes + (tile * groups + g) * 2 * m->bits * pal->group;
     float step[TILE], low[TILE], block[TILE], low_block[TILE];
     for (long r = 0; r < TILE; r++) low[r] = 0, block[r] = low_block[r] = 1;
-    for (long g = 0; g < groups; g++, p += per, out += pal->group * stride) {
-        const long at = (tile * groups + g) * TILE, of_block = (tile * (groups / run) + g / run) * TILE;
-        floats_of(pal->step, pal->step_kind, at, step);
-        if (pal->block) floats_of(pal->block, FP16, of_block, block);
-        if (pal->low) floats_of(pal->low, pal->low_kind, at, low);
-        if (pal->low_block) floats_of(pal->low_block, FP16, of_block, low_block);
-        for (long r = 0; r < TILE; r++) {
-            low[r] = pal->low_kind == ZERO ? -low[r] * step[r] : low[r] * low_block[r];
-            step[r] *= block[r] * pal->unit * (pal->outer ? pal->outer[tile * TILE + r] : 1);
-        }
-#define CALL(bits, coded) decode_group(m, bits, coded, tile, p, step, low, out, stride)
-        FOR_PALETTE(m, CALL)
-#undef CALL
+    floats_of(pal->step, pal->step_kind, at, step);
+    if (pal->block) floats_of(pal->block, FP16, of_block, block);
+    if (pal->low) floats_of(pal->low, pal->low_kind, at, low);
+    if (pal->low_block) floats_of(pal->low_block, FP16, of_block, low_block);
+    for (long r = 0; r < TILE; r++) {
+        low[r] = pal->low_kind == ZERO ? -low[r] * step[r] : low[r] * low_block[r];
+        step[r] *= block[r] * pal->unit * (pal->outer ? pal->outer[tile * TILE + r] : 1);
     }
+#define CALL(bits, coded) decode_group(m, bits, coded, tile, p, step, low, out, stride)
+    FOR_PALETTE(m, CALL)
+#undef CALL
 }
 
 /* out (width, count) bf16: rows first to first + count, multiples of 16, as numbers. */
 void palette_decode(const Matrix *m, bf16 *out, long first, long count) {
+    const long tiles = count / TILE, group = m->palette->group;
+    enum { BESIDE = 4 }; /* tiles whose numbers lie beside one another: 128 bytes, written before they leave the cache */
 #pragma omp parallel for schedule(static) num_threads(threads_for(count * m->width))
-    for (long tile = 0; tile < count / TILE; tile++) decode_tile(m, first / TILE + tile, out + tile * TILE, count);
+    for (long tile = 0; tile < tiles; tile += BESIDE)
+        for (long g = 0; g < groups_of(m); g++)
+            for (long t = tile; t < tile + BESIDE && t < tiles; t++)
+                decode_some(m, first / TILE + t, g, out + g * group * count + t * TILE, count);
 }
