@@ -316,7 +316,8 @@ def test_damaged_files(made: sparsity.Made, model: str, tmp_path: Path) -> None:
 
 def test_damaged_neurons(model: str, text: Path, tmp_path: Path) -> None:
     found = run(options(model, text, output=tmp_path / "f", order="natural"))
-    folder = next(fetch.pack(model, quiet=True).path.parent.glob("*.neurons-32"))
+    pack = fetch.pack(model, quiet=True).path
+    folder = pack.with_name(f"{pack.name}.neurons-32")
     records = folder / "neurons-0.records"
     whole = records.read_bytes()
     records.write_bytes(b"\x01" + whole[1:])
