@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
 BIASED = "clamped_swiglu"  # of experts with biases
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", BIASED)
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", BIASED)
 SCORES = ("softmax", "sigmoid")
 
 

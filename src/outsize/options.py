@@ -197,6 +197,7 @@ class LoadChanges(TypedDict, total=False):
     defaults: Collection[str]
     kv: str
     prefill: str
+    neurons: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +219,9 @@ class LoadOptions:
     draft: str = "auto"
     kv: str = "auto"  # how keys and values are kept: as they are computed, or int8 (lossy)
     prefill: str = "full"  # how prompts are run, where a request says nothing; all else is lossy
+    neurons: str = (
+        "off"  # which neurons single tokens compute: off (all), auto or an add-on file (lossy)
+    )
     # Where prompts are kept for those that begin alike (outsize/prefix/spec.py); None: in memory.
     prefix_cache: str | None = None
     grammars: bool = False  # room in the plan for replies that obey a schema or grammar, and tools
@@ -237,7 +241,7 @@ class LoadOptions:
             whole("threads", self.threads, 1, 1024)
         if self.kv not in KVS:
             raise OptionError(f"kv is {self.kv!r}; known are {', '.join(KVS)}")
-        for name in ("encoding", "verify", "draft", "prefill"):
+        for name in ("encoding", "verify", "draft", "prefill", "neurons"):
             word(name, getattr(self, name))
         for name in ("experts", "prefix_cache"):
             if getattr(self, name) is not None:

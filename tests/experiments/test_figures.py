@@ -26,6 +26,7 @@ UNKEPT = {
     "drafting.md": 34,
     "engine.md": 42,
     "memory.md": 12,
+    "neurons.md": 0,
     "prefill.md": 0,
     "serve.md": 0,
     "specmd.md": 32,

@@ -28,6 +28,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "both_biases": ("Llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 32}),
     "gelu": ("Llama", {"hidden_act": "gelu", "mlp_bias": True}),
+    "relu": ("Llama", {"hidden_act": "relu"}),
+    "relu_squared": ("Llama", {"hidden_act": "relu2"}),
     "qwen3_bias": ("Qwen3", {"attention_bias": True}),
     "gemma3_bias": ("Gemma3Text", {"attention_bias": True, "head_dim": 32, "tie_word_embeddings": True}),
     "layer_types": ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "layer_types": KINDS}),

@@ -14,6 +14,7 @@ from torch import Tensor
 from outsize.encoding.group import Group
 from outsize.encoding.int4 import Int4
 from outsize.engine.model import Model
+from outsize.home import home as home_folder
 from outsize.kernels import build
 from outsize.kernels.find import native_in
 from outsize.kernels.plain import PLAIN
@@ -150,3 +151,22 @@ def test_int4_rows_keep_their_size_and_what_is_no_number(home: Path) -> None:
     assert not bad[0].any()
     assert not bad[1:3].isfinite().any()
     assert torch.equal(bad[3], y[3])
+
+
+@pytest.mark.parametrize(("rows", "num", "width"), [(1, 40, 64), (3, 7, 576), (5, 96, 130)])
+def test_rows_of_eight_bits_combined(rows: int, num: int, width: int) -> None:
+    """Equal to the plain twin within rounding; and a row's bits are those of the rows that it uses alone."""
+    kernels = native_in(home_folder() / "native")
+    if kernels is None:
+        pytest.skip("no C compiler on this machine")
+    codes = torch.randint(-127, 128, (num, width), dtype=torch.int8)
+    scale = torch.rand(num).bfloat16()
+    inner = torch.randn(rows, num).bfloat16().masked_fill(torch.rand(rows, num) < 0.5, 0)
+    found, plain = (b.combine(inner, codes, scale) for b in (kernels, PLAIN))
+    assert torch.allclose(
+        found.float(), plain.float(), rtol=0.02, atol=0.02 * float(plain.abs().max())
+    )
+    for row, made in zip(inner, found, strict=True):
+        used = row != 0
+        alone = kernels.combine(row[None, used], codes[used], scale[used])
+        assert torch.equal(alone[0], made)

@@ -54,6 +54,54 @@ class TrainFlags:
     device: Annotated[str, Flag("--device", "auto, cpu or cuda.")] = "auto"
 
 
+@dataclass(frozen=True, slots=True)
+class SparsityFlags:
+    """What to measure, and how much to compute."""
+
+    data: Annotated[list[Path], Flag("--data", "Text, or prompts: .txt or .jsonl (repeatable).")]
+    output: Annotated[
+        Path | None,
+        Flag("-o --output", "The add-on file; by default beside the pack, for --neurons auto."),
+    ] = None
+    share: Annotated[
+        float, Flag("--share", "Of the neurons, that are computed: above 0, to 1.")
+    ] = 0.5
+    predictor: Annotated[
+        str, Flag("--predictor", "svd[:RANK], trained[:RANK], gate[:BITS] or gate:exact.")
+    ] = "svd"
+    order: Annotated[
+        str,
+        Flag(
+            "--order",
+            "Of neurons: use (bundles of few), or natural (of 32 neighbours, exact codes).",
+        ),
+    ] = "use"
+    bundle: Annotated[int | None, Flag("--bundle", "Neurons that are read together.")] = None
+    tokens: Annotated[int, Flag("--tokens", "Of the data, that are read.")] = 8192
+    resume: Annotated[bool, Flag("--resume", "Go on from the checkpoint.")] = False
+
+
+@app.command()
+@with_flags
+def sparsity(
+    own: SparsityFlags,
+    load: Annotated[LoadOptions, only("threads", "quiet", "memory")],
+    model: Annotated[str, typer.Argument()] = DEFAULT_MODEL,
+) -> None:
+    """Paged neurons: measure which neurons of a dense model fire, so that others need not be read."""
+    from outsize.adapt.sparsity.run import SparsityOptions, run
+    from outsize.log import say
+    from outsize.plan.probe import set_threads
+
+    set_threads(load.threads)
+    given = asdict(own) | {"data": tuple(own.data)}
+    made = run(SparsityOptions(model=model, memory=load.memory, quiet=load.quiet, **given))
+    print("\n".join(made.table))
+    if not load.quiet:
+        size = made.path.stat().st_size / 1e6
+        say(f"wrote {made.path} ({size:.1f} MB); use it with --neurons {made.path}")
+
+
 @app.command("masks", hidden=True)  # its earlier name
 @app.command()
 @with_flags

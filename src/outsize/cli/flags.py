@@ -82,6 +82,10 @@ FLAGS = {
         "full, or lazy[:gentle|fast|SETTINGS]: hardly attended tokens skip layers (lossy).",
     ),
     "kv": Flag("--kv", "Keys and values: auto (as they are computed), or int8: half the memory, lossy."),
+    "neurons": Flag(
+        "--neurons",
+        "Compute and read only neurons that fire: off, auto, or FILE of `outsize adapt sparsity` (lossy).",
+    ),
     "prefix_cache": Flag(
         "--prefix-cache",
         "Keep prompts for those that begin alike: off, memory or disk[:SIZE][,writes=SIZE a day].", kind=str,

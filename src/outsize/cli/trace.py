@@ -1,4 +1,5 @@
-"""`outsize trace`: which experts a model uses, token by token, as `caching/replay/trace.py` reads them."""
+"""`outsize trace`: which experts a model uses, or which bundles of neurons, token by token, as
+`caching/replay/trace.py` reads them."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from outsize.log import say
 from outsize.options import LoadOptions, Options
 
 if TYPE_CHECKING:
-    from outsize.pack.format import Pack
+    from outsize.engine.model import Model
 
 EXACT = LoadOptions(draft="none")  # a draft token is not what was said
 SHORT = Options(max_tokens=64)
@@ -34,9 +35,12 @@ def trace(
     own: TraceFlags,
     model: Annotated[str, typer.Argument()],
     request: Annotated[Options, only("max_tokens", "raw")] = SHORT,
-    load: Annotated[LoadOptions, only("context", "threads", "memory", "experts", "quiet")] = EXACT,
+    load: Annotated[
+        LoadOptions, only("context", "threads", "memory", "experts", "neurons", "quiet")
+    ] = EXACT,
 ) -> None:
-    """Record which experts a model uses on your own prompts, for `outsize bench cache`."""
+    """Record which experts (or, with --neurons, neurons) a model uses on your own prompts, for `outsize bench
+    cache`."""
     from outsize.caching.replay.record import COLUMNS, Recorder
     from outsize.engine.load import open_model
     from outsize.progress import bars
@@ -46,7 +50,7 @@ def trace(
     with open(own.output, "w", encoding="utf-8", newline="") as out:
         recorder = Recorder(out)
         with open_model(model, load, recorder) as opened, bars(load.quiet) as progress:
-            out.write(_header(opened.pack))
+            out.write(_header(opened))
             out.write(",".join(COLUMNS) + "\n")
             for turn, text in enumerate(texts):
                 recorder.begin(turn)
@@ -59,15 +63,25 @@ def trace(
         )
 
 
-def _header(pack: Pack) -> str:
-    d = pack.description
-    if d.mixture is None:
+def _header(model: Model) -> str:
+    pack, d = model.pack, model.pack.description
+    banks = model.transformer.loaded.neurons
+    if d.mixture is not None:
+        layers, count, used = len(d.routed), d.mixture.count, d.mixture.used
+        stride = max(t.stride for t in pack.tables if t.kind == "experts")
+    elif banks:
+        layers, count = d.num_layers, banks[0].form.count
+        used = count
+        stride = max(bank.form.stride for bank in banks)
+    else:
         raise UnsupportedError(
-            f"{pack.path.name} has no experts to trace; give a mixture-of-experts model"
+            f"{pack.path.name} has no experts to trace, and no neurons are paged; give a mixture-of-experts "
+            "model, or --neurons FILE"
         )
-    stride = max(t.stride for t in pack.tables if t.kind == "experts")
     return (
         "# route_trace v1\n"
-        f"# model={pack.path.name} n_layer={len(d.routed)} n_expert={d.mixture.count} "
-        f"n_expert_used={d.mixture.used}\n# expert_bytes={stride}\n"
+        f"# model={pack.path.name} n_layer={layers} n_expert={count} "
+        f"n_expert_used={used}
+# expert_bytes={stride}
+"
     )

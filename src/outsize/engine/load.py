@@ -33,15 +33,17 @@ from outsize.kernels.plain import PLAIN
 from outsize.kernels.threads import Threads, look
 from outsize.log import warn
 from outsize.model.lora_file import read_adapter
+from outsize.model.predictors.choose import choosers
 from outsize.model.transformer import Transformer
 from outsize.options import DEFAULT_MODEL, LoadChanges, LoadOptions
 from outsize.pack import fetch, tokenizer_file
 from outsize.pack.format import Pack, damaged
 from outsize.pack.outline import Outline, of_pack
 from outsize.plan import chunk as chunk_plan
-from outsize.plan import decide, probe
+from outsize.plan import decide, neurons, probe
 from outsize.plan import make as planning
 from outsize.plan.decide import compiled
+from outsize.plan.neurons import NeuronPlan
 from outsize.plan.place import place, tokenizer_bytes
 from outsize.plan.placement import Placement
 from outsize.plan.warmup import runtime_bytes
@@ -49,6 +51,7 @@ from outsize.progress import bars
 from outsize.system import memory
 from outsize.text.tokens import Tokens
 from outsize.weights import load as weights
+from outsize.weights.bundles import Bundles
 from outsize.weights.open_pack import LoadPlan
 from outsize.weights.spec import ExpertOptions, Recorder, parse_experts
 
@@ -100,7 +103,8 @@ def open_model(
     experts = replace(parse_experts(options.experts or ""), recorder=recorder)
     low = experts.copies
     copies = fetch.pack(source, encoding=low, quiet=quiet) if low else None
-    packs = Packs(made, draft_pack(options), copies)
+    paged = neurons.search(options, made, made.path.name)
+    packs = Packs(made, draft_pack(options), copies, paged)
     return _open(packs, options, Beside(size, experts, prefixes), before)
 
 
@@ -118,11 +122,12 @@ def draft_pack(options: LoadOptions) -> Pack | None:
 
 
 class Packs(NamedTuple):
-    """Of a model, of the smaller one that drafts for it, and of its experts at fewer bits."""
+    """Of a model, of the smaller one that drafts for it, and of its experts at fewer bits; its neurons."""
 
     model: Pack
     smaller: Pack | None = None
     copies: Pack | None = None
+    neurons: NeuronPlan | None = None  # which are computed, if they are paged
 
     def outline(self, options: LoadOptions) -> Outline:
         smaller, copies = (None if p is None else of_pack(p) for p in (self.smaller, self.copies))
@@ -150,6 +155,9 @@ def _open(
         drafting.same_vocabulary(made, packs.smaller)
     outline, before = packs.outline(options), runtime_bytes(native)
     sure = int(LEAST_SHARE * tokenizer_bytes(outline))
+    outline = decide.settle(
+        outline, packs.neurons, options, size, (before, tokenizer_bytes(outline))
+    )
     decide.decide(outline, options, size, before, sure)  # refuses before anything is read
     if not options.quiet:
         _warn_slow(made, native)
@@ -173,19 +181,31 @@ def _open(
             smaller = _draft_model(packs.smaller, options, placement)
             opened.callback(smaller.close)
         with bars(options.quiet) as progress:
-            plan = LoadPlan(placement.shares, options.verify, experts, packs.copies)
+            paged = None if outline.neurons is None else packs.neurons
+            plan = LoadPlan(
+                placement.shares, options.verify, experts, packs.copies, banks_of(paged)
+            )
             loaded = weights.load(made, native, plan, progress)
         opened.callback(loaded.close)
         threads = kernel_threads(options, made, native)
         description = made.description.for_context(placement.context)
         transformer = Transformer(description, loaded, native, placement.ceiling, threads)
         transformer.chunk, transformer.kv = chunk, options.kv
+        if paged is not None:
+            transformer.neurons = neurons.told(paged)
+            made_of = choosers(paged.file, made.description, native)
+            transformer.page_neurons(made_of, experts.recorder)
         drafts = _drafting(made, options, placement, transformer, smaller)
         opened.pop_all()
     prefixes = open_prefixes.make(kept, made, placement, transformer, known)
     scheduler = Scheduler(made.path.name, transformer, placement, drafts, prefixes=prefixes)
     scheduler.adapters = known
     return Model(made, found, scheduler, options.prefill)
+
+
+def banks_of(paged: NeuronPlan | None) -> tuple[Bundles, str] | None:
+    """What is loaded of paged neurons."""
+    return None if paged is None else (paged.bundles, paged.spec.eviction)
 
 
 def _chunk(options: LoadOptions, outline: Outline, placement: Placement) -> int:

@@ -87,6 +87,7 @@ def _base(made: Pack, model: Transformer) -> dict[str, object]:
     return {
         "pack": hashlib.sha256((made.path / HEADER).read_bytes()).hexdigest(),
         "kv": f"{model.dtype} {model.kv}",
+        **({"neurons": model.neurons} if model.neurons else {}),
         "chunk": model.chunk,
         "torch": torch.__version__,
         "processor": torch.backends.cpu.get_cpu_capability(),

@@ -121,6 +121,6 @@ def account(request: Request, model: str, options: Mapping[str, object], usage: 
         reused_bytes_read=request.traffic.read,
         kept_bytes_written=request.traffic.written,
         logprobs=tuple(request.logprobs),
-        lossy=request.is_lazy or options["kv"] == "int8",
+        lossy=request.is_lazy or options["kv"] == "int8" or "lossy" in str(options["neurons"]),
         computed_share=round(request.computed, 4),
     )

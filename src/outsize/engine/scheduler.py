@@ -153,6 +153,7 @@ class Scheduler:
         context = self.placement.context
         shown = {**request.options.to_json(), "context": context, "threads": threads}
         shown |= {"memory": size, "chunk": self.transformer.chunk, "kv": self.transformer.kv}
+        shown["neurons"] = self.transformer.neurons or "off"
         tables = self.transformer.loaded.tables
         cached = not all(table.is_direct for table in tables)
         return account(request, self.name, shown, Usage(started, before, self.counts(), cached))

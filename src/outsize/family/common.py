@@ -86,6 +86,8 @@ HEEDED: Mapping[str, object] = {
 WINDOWS: Mapping[str, object] = {"use_sliding_window": False, "sliding_window": 4096}
 ACTIVATIONS = {
     "silu": "silu",
+    "relu": "relu",
+    "relu2": "relu2",
     "swish": "silu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",

@@ -97,6 +97,11 @@ class Backend(Protocol):
         """activation(gate) * up: (T, 2F) -> (T, F)."""
         ...
 
+    def combine(self, inner_TF: Tensor, codes_FD: Tensor, scale_F: Tensor) -> Tensor:
+        """(T, D) of inner activations and rows of codes (int8) with a scale (bf16) each, which zeros
+        leave out: a row's result does not depend on those that it does not use."""
+        ...
+
     def decode_entries(self, coded_CSX: Tensor, out_CSE: Tensor, count: int) -> None:
         """The first entries of a cache that is kept in 8 bits (kv/int8.py), as numbers."""
         ...

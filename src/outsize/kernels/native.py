@@ -42,6 +42,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "norm_rows": [_P, _P, _F, _P, _L, _L],
     "residual_rows": [_P, _P, _P, _F, _L, _L],
     "gate_rows": [_P, _P, _L, _L, _I],
+    "combine_rows": [_P, _P, _P, _P, _L, _L, _L],
     "attend_rows": [_P, _P, _P, _P, _L, _L, _P, _P],
     "decode_entries": [_P, _P, _P, _L],
     "group_linear": [_P, _P, _P, _L, _I, _P],
@@ -83,6 +84,7 @@ class Native(Plain):
         self._decode_entries = found["decode_entries"]
         self._norm, self._residual = found["norm_rows"], found["residual_rows"]
         self._gate, self._lowrank = found["gate_rows"], found["lowrank_rows"]
+        self._combine = found["combine_rows"]
         self._group_linear, self._group_decode = found["group_linear"], found["group_decode"]
         self._tile_linear, self._tile_decode = found["tile_linear"], found["tile_decode"]
         self._palette_linear = found["palette_linear"]
@@ -194,6 +196,15 @@ class Native(Plain):
         rows, width = gate_up.shape[0], gate_up.shape[1] // 2
         out, x = _empty(rows, width), address(gate_up, BF16)
         self._gate(x, out.data_ptr(), rows, width, ACTIVATIONS[activation])
+        return out
+
+    def combine(self, inner_TF: Tensor, codes_FD: Tensor, scale_F: Tensor) -> Tensor:
+        if inner_TF.dtype is not BF16:
+            return super().combine(inner_TF, codes_FD, scale_F)
+        (rows, num), width = inner_TF.shape, codes_FD.shape[1]
+        out, codes = _empty(rows, width), address(codes_FD, torch.int8)
+        inner, scale = address(inner_TF, BF16), address(scale_F, BF16)
+        self._combine(inner, codes, scale, out.data_ptr(), rows, num, width)
         return out
 
     def attend(self, spec: AttentionSpec, qkv: Tensor, cos_sin: Tensor, rows: Rows) -> Tensor:

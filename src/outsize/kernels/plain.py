@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear, silu
+from torch.nn.functional import gelu, linear, relu, silu
 
 from outsize.kernels import attention, layouts
 from outsize.kernels.backend import AttentionSpec, Backend, Places, Product
@@ -26,6 +26,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": silu,
     "gelu_tanh": partial(gelu, approximate="tanh"),
     "gelu": gelu,
+    "relu": relu,
+    "relu2": lambda x: relu(x).square(),
 }
 _INT4_MM = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 
@@ -58,6 +60,10 @@ class Plain:
         gate, up = gate_up.chunk(2, dim=1)
         return ACTIVATIONS[activation](gate).mul_(up)
 
+    def combine(self, inner_TF: Tensor, codes_FD: Tensor, scale_F: Tensor) -> Tensor:
+        made = [_combined(row, codes_FD, scale_F) for row in inner_TF]
+        return torch.stack(made).to(inner_TF.dtype)
+
     def decode_entries(self, coded_CSX: Tensor, out_CSE: Tensor, count: int) -> None:
         decode(coded_CSX, out_CSE, count)
 
@@ -83,6 +89,13 @@ class Plain:
 
 
 PLAIN: Backend = Plain()
+
+
+def _combined(inner_F: Tensor, codes_FD: Tensor, scale_F: Tensor) -> Tensor:
+    """(D) fp32."""
+    used = inner_F.nonzero()[:, 0]
+    weight = inner_F[used].float() * scale_F[used].float()
+    return linear(weight[None], codes_FD[used].float().T)[0]
 
 
 def tile_product(m: CodedMatrix, x_TK: Tensor, wide: bool) -> Tensor:

@@ -48,7 +48,8 @@ class WeightMemory:
     def end_pass(self) -> None:
         """Resident sub-layers are hits that nobody else sees; experts' policies count passes."""
         self._loaded.stats.hits += self._num_resident
-        for cache in {bank.cache for bank in self._loaded.banks}:
+        caches = [bank.cache for bank in self._loaded.banks]
+        for cache in {*caches, *(bank.cache for bank in self._loaded.neurons)}:
             cache.slot_table.begin_pass()
 
     def trim(self) -> None:

@@ -25,6 +25,7 @@ class PagedLayer:
         self._make, self.source = make, source
         self._resident = None if source.pinned is None else make(source.pinned)
         self._by_slot: dict[int, tuple[Weights, Runnable]] = {}
+        self.narrow: Runnable | None = None  # runs steps of few rows in its place
 
     @property
     def is_resident(self) -> bool:
@@ -39,6 +40,11 @@ class PagedLayer:
     def __call__(self, chunks: Sequence[tuple[Tensor, Step]]) -> None:
         """Run all chunks of rows, in order, with the weights fetched once. Changes the residual streams (T,
         D)."""
+        if self.narrow is not None:
+            self.narrow.run([chunk for chunk in chunks if not chunk[1].wide])
+            chunks = [chunk for chunk in chunks if chunk[1].wide]
+            if not chunks:
+                return
         if self._resident is not None:
             self._resident.run(chunks)
             return

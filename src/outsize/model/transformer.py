@@ -22,14 +22,17 @@ from outsize.kernels.threads import Threads
 from outsize.kv.int8 import Int8KV
 from outsize.kv.kv import KV
 from outsize.model.attention import vector
+from outsize.model.ffn.neurons import PagedNeurons
 from outsize.model.layers import cos_sin
 from outsize.model.lora import Adapter
 from outsize.model.memory import WeightMemory
 from outsize.model.paged import PagedLayer, link
+from outsize.model.predictors.choose import Chooser
 from outsize.model.step import Step, Watch
 from outsize.model.sublayer import attention_sublayer, ffn_sublayer, mixture_sublayer
 from outsize.model_config import Description, Rope
 from outsize.weights.load import Loaded
+from outsize.weights.spec import Recorder
 
 REFINED = 64  # tokens of the highest logits, which are computed again in fp32
 
@@ -69,8 +72,16 @@ class Transformer:
         self.backend = backend if self.dtype == torch.bfloat16 else PLAIN
         self.chunk = CHUNK  # tokens of a prompt that are computed at once, at multiples of it
         self.kv = "auto"  # how keys and values are kept, or int8
+        self.neurons = ""  # which are computed, and what that costs, where not all are
         self._own, self.threads = backend, threads or Threads(torch.get_num_threads())
         self.memory = WeightMemory(description, loaded, self.paged_layers, ceiling)
+
+    def page_neurons(self, choosers: Sequence[Chooser], recorder: Recorder | None = None) -> None:
+        """From now on steps of few rows compute only the neurons that are chosen for them (lossy, unless the
+        choice is exact). `recorder`: is told what each layer chose."""
+        banks = self.loaded.neurons
+        for layer, bank, chooser in zip(self.paged_layers[1::2], banks, choosers, strict=True):
+            layer.narrow = PagedNeurons(self.description, bank, chooser, recorder)
 
     def begin(self, is_large: bool) -> None:
         """A step begins; `is_large`: with a long span, or of a batch."""

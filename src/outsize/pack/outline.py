@@ -18,6 +18,17 @@ PIECE_JSON = 9  # bytes that a piece, or a merge, takes in tokenizer.json beyond
 
 
 @dataclass(frozen=True, slots=True)
+class PagedNeurons:
+    """A model whose steps of few rows compute only some neurons, as the planner sees it."""
+
+    memory: int  # bytes of predictors, and of room for one layer's matrices
+    fires: float  # share of the bundles that a token computes
+    hit_rates: tuple[tuple[float, float], ...]  # (share of bundles with slots, hit rate), rising
+    cost: str  # what it costs, in words
+    note: str = ""  # why it pays, or does not
+
+
+@dataclass(frozen=True, slots=True)
 class Outline:
     """A model as the planner sees it."""
 
@@ -40,6 +51,7 @@ class Outline:
     kv: str = "auto"  # how keys and values are kept, or int8
     staging: int = 0  # bytes of blocks of the prefix cache on their way to and from a disk
     grammars: int = 0  # replies at once that may have to obey a schema or a grammar
+    neurons: PagedNeurons | None = None  # then there are tables of their bundles, too
 
     @property
     def size(self) -> int:

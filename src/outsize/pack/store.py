@@ -76,8 +76,20 @@ def remove(folder: Path, name: str) -> int:
         try:
             size = sum(p.stat().st_size for p in path.iterdir())
             shutil.rmtree(path)
+            size += sum(_removed(beside) for beside in folder.glob(f"{name}.neurons*"))
         except FileNotFoundError:
             raise SourceError(f"no pack named {name!r}: another process removed it") from None
+    return size
+
+
+def _removed(beside: Path) -> int:
+    """Delete what lies beside a pack that is gone, a folder or a file; its bytes."""
+    if beside.is_dir():
+        size = sum(p.stat().st_size for p in beside.iterdir())
+        shutil.rmtree(beside)
+        return size
+    size = beside.stat().st_size
+    beside.unlink()
     return size
 
 

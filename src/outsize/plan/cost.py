@@ -32,7 +32,8 @@ from outsize.pack.tables import Matrix, TableHeader
 from outsize.plan.fixed import routed
 from outsize.plan.hit_rates import PRIOR, HitRates
 from outsize.plan.machine import Compute, Machine
-from outsize.plan.placement import BY_ID, BY_ROUTER, Placement
+from outsize.plan.place import is_for_prompts
+from outsize.plan.placement import BY_ID, BY_PROMPT, BY_ROUTER, Placement
 from outsize.plan.probe import median_s
 from outsize.storage.buffers import buffer
 from outsize.storage.table import Weight, activation_type, views
@@ -43,6 +44,10 @@ MISS_S = 150e-6  # from a reader's last byte to the computation that waits for i
 # adds to the longer, since they never overlap wholly; and what a process's first prompt takes more than
 # the same chunk again and again, in memory and with shapes that are new to the libraries.
 UNHIDDEN, FRESH, FRESH_S = 0.25, 1.2, 0.05
+CHOOSE_S, GATHERED = (
+    3e-4,
+    3e9,
+)  # of a layer's neurons: choosing them, and bytes a second of gathering
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +117,11 @@ def predict(
 ) -> Cost:
     """The prediction for a placement. `rates`: hit rates of the expert cache."""
     count = {t.name: len(t.keys) for t in o.tables if t.name in compute.step_s}
-    records = sum(len(o.table(g).keys) - len(s.pinned) for g, s in place.shares.items())
+    records = sum(
+        len(o.table(g).keys) - len(s.pinned)
+        for g, s in place.shares.items()
+        if o.table(g).kind != "neurons" and not is_for_prompts(o, o.table(g))
+    )
     rate = machine.disk_bytes_per_s
     chunk_s = sum(compute.chunk_s[name] * n for name, n in count.items() if name in compute.chunk_s)
     head_s = compute.step_s[_head(o)] * count[_head(o)]
@@ -120,17 +129,21 @@ def predict(
     by_id = sum(size for _, tier, size in place.groups if tier == BY_ID)
     waits = MISS_S * records if place.streamed else 0.0
     missing = sum(size for _, tier, size in place.groups if tier == BY_ROUTER)
+    prompts = sum(size for _, tier, size in place.groups if tier == BY_PROMPT)
     total = sum(t.size for t in routed(o))
+    if o.neurons is not None:
+        points = tuple((share, rate, rate) for share, rate in o.neurons.hit_rates)
+        rates = HitRates("what was measured to fire", points)
     return Cost(
         prompt_tokens=prompt,
         bytes_per_token=place.streamed,
         hit_rates=rates(1 - missing / total) if missing else None,
         hit_rates_from=rates.source if missing else "",
-        expert_bytes=sum(_used(o, t) * t.stride for t in routed(o)),
+        expert_bytes=used_bytes(o),
         disk_bytes_per_s=rate,
         read_s=read_s + (2e-4 if by_id else 0.0),
-        compute_s=step_s(o, compute) + waits,
-        prompt_read_s=read_s + missing / rate,
+        compute_s=step_s(o, compute) + waits + _gather_s(o),
+        prompt_read_s=read_s + (prompts if o.neurons is not None else missing) / rate,
         prompt_compute_s=FRESH * chunk_s * prompt / compute.chunk_tokens + FRESH_S + head_s + waits,
         prompt_rows_s=_rows_bytes(o, place, prompt) / rate,
     )
@@ -141,9 +154,23 @@ def step_s(o: Outline, compute: Compute) -> float:
     return sum(compute.step_s[t.name] * _used(o, t) for t in o.tables if t.name in compute.step_s)
 
 
+def used_bytes(o: Outline) -> int:
+    """Bytes of routed records that a token computes with."""
+    return sum(_used(o, t) * t.stride for t in routed(o))
+
+
+def _gather_s(o: Outline) -> float:
+    """Seconds a token of choosing neurons and putting their matrices together."""
+    if o.neurons is None:
+        return 0.0
+    return o.description.num_layers * CHOOSE_S + used_bytes(o) / GATHERED
+
+
 def _used(o: Outline, t: TableHeader) -> int:
     """Records of a table that a token computes with."""
     mixture = o.description.mixture
+    if t.kind == "neurons" and o.neurons is not None:
+        return round(len(t.keys) * o.neurons.fires)
     if t.kind != "experts" or mixture is None:
         return len(t.keys)
     return len(t.keys) // mixture.count * mixture.used

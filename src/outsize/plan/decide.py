@@ -19,17 +19,20 @@ from outsize.model_config import Description
 from outsize.options import LoadOptions
 from outsize.pack import fetch
 from outsize.pack.outline import Outline
-from outsize.plan import beside, drafts, fixed
+from outsize.plan import beside, drafts, fixed, neurons
+from outsize.plan.neurons import NeuronPlan
 from outsize.plan.place import copy_bytes, place, tokenizer_bytes
 from outsize.plan.placement import Placement
 from outsize.prefix.spec import parse_prefix
 from outsize.storage.table import VERIFY
+from outsize.weights.neuron_spec import OFF, parse_neurons
 from outsize.weights.spec import parse_experts
 
 
 def check(options: LoadOptions) -> None:
     """Parse the options that are texts. Raises OptionError, UnsupportedError."""
     parse_experts(options.experts or "")
+    parse_neurons(options.neurons)
     draft, prune = parse_draft(options.draft), parse_prefill(options.prefill)
     if prune is not None:
         prune.check_drafts(draft.kind)
@@ -74,7 +77,23 @@ def foresee(model: str, options: LoadOptions, size: int, runtime: int) -> tuple[
     smaller = fetch.outline(draft.source, "auto", options.quiet) if draft.kind == "model" else None
     copy = fetch.outline(model, encoding, options.quiet) if encoding else None
     outline = with_all(outline, options.adapters, smaller, copy)
-    return outline, decide(outline, options, size, runtime, tokenizer_bytes(outline))
+    made = None if options.neurons == OFF else fetch.find(model, options.encoding)
+    paged = neurons.search(options, made, outline.name)
+    tokenizer = tokenizer_bytes(outline)
+    outline = settle(outline, paged, options, size, (runtime, tokenizer))
+    return outline, decide(outline, options, size, runtime, tokenizer)
+
+
+def settle(
+    outline: Outline,
+    paged: NeuronPlan | None,
+    options: LoadOptions,
+    size: int,
+    sizes: tuple[int, int],
+) -> Outline:
+    """The outline with its neurons paged, if they are to be. `sizes`: of runtime and tokenizer. Raises
+    BudgetError."""
+    return neurons.settle(outline, paged, lambda o: decide(o, options, size, *sizes))
 
 
 def with_all(

@@ -19,7 +19,9 @@ def choices(outline: Outline) -> list[tuple[DraftSpec, float]]:
     """What `auto` may turn out to be, the best first, and how many times as much may be read a step for
     it. Plans choose by memory."""
     mtp, text = DraftSpec("mtp"), [(DraftSpec("ngram"), WORTH_TEXT)]
-    return text if mtp_file.find(mtp, outline) is None else [(mtp, WORTH_MTP), *text]
+    # The adapters of mask tokens change which neurons fire.
+    is_there = outline.neurons is None and mtp_file.find(mtp, outline) is not None
+    return [(mtp, WORTH_MTP), *text] if is_there else text
 
 
 def with_drafting(spec: DraftSpec, outline: Outline) -> Outline:

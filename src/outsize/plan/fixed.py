@@ -27,6 +27,7 @@ DRAFT, GRAMMARS = "draft model", "grammars"
 # Of grammars: the library; a token of the vocabulary (290 while the tables are made, at 49 k and at 152 k
 # tokens, 180 afterwards); a reply's grammar of 20 tools with 10 parameters each.
 GRAMMAR_BASE, GRAMMAR_TOKEN, GRAMMAR_REPLY = 6_000_000, 290, 1_200_000
+NEURON_BYTES = 600  # of what a policy, and the slot table, remember of a bundle of neurons
 STREAM_TOKENS = 512  # of context that each further reply at once is planned for; beyond, some wait
 
 
@@ -107,6 +108,7 @@ def fixed_costs(o: Outline, runtime: int, tokenizer: int, context: int) -> dict[
         **({GRAMMARS: grammar_bytes(o)} if o.grammars else {}),
         **({"cache policy": policy_bytes(o)} if routed(o) else {}),
         **({"copies of experts": o.copies} if o.copies else {}),
+        **({} if o.neurons is None else {"neurons": o.neurons.memory}),
         **({"prefix cache": o.staging} if o.staging else {}),
         "scratch": max(
             scratch_bytes(o, context),
@@ -125,7 +127,8 @@ def grammar_bytes(o: Outline) -> int:
 
 def policy_bytes(o: Outline) -> int:
     """What the eviction policy remembers of routing."""
-    return sum(len(t.keys) * ECHO_BYTES for t in routed(o))
+    each = {"experts": ECHO_BYTES, "neurons": NEURON_BYTES}
+    return sum(len(t.keys) * each[t.kind] for t in routed(o))
 
 
 def routed(o: Outline) -> list[TableHeader]:

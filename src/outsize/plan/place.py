@@ -14,7 +14,7 @@ from outsize.pack.kinds.kind import kinds
 from outsize.pack.outline import Outline
 from outsize.pack.tables import TableHeader
 from outsize.plan.fixed import FRAGMENTS, all_bytes, fixed_costs, kv_tokens, routed, token_bytes
-from outsize.plan.placement import BY_ID, BY_ROUTER, DISK, MEMORY, Placement
+from outsize.plan.placement import BY_ID, BY_PROMPT, BY_ROUTER, DISK, MEMORY, Placement
 from outsize.plan.scratch import lend, lent_bytes
 from outsize.storage.buffers import HUGE, SMALL, huge_bytes
 from outsize.system.address_space import bounds
@@ -107,11 +107,17 @@ def _least_routed(o: Outline) -> int:
     return sum(huge_bytes(_least_slots(o, t) * t.stride) for t in _routed(o))
 
 
+def is_for_prompts(o: Outline, t: TableHeader) -> bool:
+    """Is it read by long spans alone, since steps of few rows page its neurons?"""
+    return o.neurons is not None and t.name.startswith("ffn-")
+
+
 def _order(o: Outline) -> list[tuple[int, str, int]]:
     """(rank, table, record) in the order in which records are worth holding."""
     found: list[tuple[int, str, int]] = []
     for name, kind in kinds().items():
-        found += kind.order(o.description, [t for t in o.tables if t.kind == name])
+        tables = [t for t in o.tables if t.kind == name and not is_for_prompts(o, t)]
+        found += kind.order(o.description, tables)
     return sorted(found, key=lambda entry: entry[0])
 
 
@@ -197,6 +203,7 @@ def place(
         idle = lent_bytes(o, fixed["scratch"], FRAGMENTS)
         shares, spare = lend(o, _stream(o, room), idle), 0
     notes = [KV_INT8] if o.kv == "int8" else []
+    notes += [o.neurons.note] if o.neurons is not None and o.neurons.note else []
     if context is None and chosen < o.description.context:
         notes.append(
             f"context shortened from {o.description.context:,} to {chosen:,} tokens to fit; "
@@ -241,7 +248,8 @@ def _tiers(o: Outline, t: TableHeader, share: Share) -> Iterator[tuple[str, str,
             yield t.name, BY_ROUTER, (missing - share.ring) * t.stride
     elif missing:
         by_id = t.name == "embed" and not o.description.tied
-        yield t.name, BY_ID if by_id else DISK, missing * t.stride
+        tier = BY_PROMPT if is_for_prompts(o, t) else BY_ID if by_id else DISK
+        yield t.name, tier, missing * t.stride
 
 
 def _too_little(o: Outline, fixed: Mapping[str, int], least: int, budget: int, context: int) -> str:

@@ -33,10 +33,16 @@ def short(o: Outline, p: Placement, cost: Cost | None) -> list[str]:
         )
     if missing := sum(size for _, tier, size in p.groups if tier == BY_ROUTER):
         all_of = sum(t.size for t in routed(o))
-        said.append(f"slots for {1 - missing / all_of:.0%} of the experts")
+        said.append(f"slots for {1 - missing / all_of:.0%} of the {_what(o)}")
+    if o.neurons is not None:
+        said.append(o.neurons.cost)
     if said or cost is not None:
         out.append(f"[plan: {', '.join(said) or 'all weights in memory'}{_speed(cost)}]")
     return out
+
+
+def _what(o: Outline) -> str:
+    return "experts" if o.neurons is None else "neurons"
 
 
 def _speed(cost: Cost | None) -> str:
@@ -68,7 +74,7 @@ def long(plan: Plan) -> Iterator[str]:
     yield f"{'in memory':<26}{'':<18}{p.planned / 1e6:>10,.1f}"
     yield f"{'least that works':<26}{'':<18}{p.least / 1e6:>10,.1f}"
     yield ""
-    yield from _arithmetic(p, plan.cost, plan.machine)
+    yield from _arithmetic(p, plan.cost, plan.machine, _what(o))
     yield ""
     yield from _curve(p, plan.curve)
     yield from (f"note: {note}" for note in p.notes)
@@ -76,11 +82,12 @@ def long(plan: Plan) -> Iterator[str]:
 
 def _named(o: Outline, group: str) -> str:
     table = o.table(group)
-    unit = table.kind if table.kind in ("layers", "experts") else "blocks"
+    units = {"layers": "layers", "experts": "experts", "neurons": "bundles"}
+    unit = units.get(table.kind, "blocks")
     return f"{group} ({len(table.keys)} {unit})"
 
 
-def _arithmetic(p: Placement, c: Cost, here: Machine) -> Iterator[str]:
+def _arithmetic(p: Placement, c: Cost, here: Machine, what: str) -> Iterator[str]:
     rate = here.disk_bytes_per_s
     yield (
         f"a token: max, and {UNHIDDEN:.0%} of min, of (read {mb(p.streamed)} / {rate / 1e9:.2f} GB/s = "
@@ -90,7 +97,7 @@ def _arithmetic(p: Placement, c: Cost, here: Machine) -> Iterator[str]:
     if c.hit_rates is not None:
         low, high = c.range_s
         yield (
-            f"experts: {mb(c.expert_bytes)} a token if none were there; {c.hit_rates[0]:.0%} to "
+            f"{what}: {mb(c.expert_bytes)} a token if none were there; {c.hit_rates[0]:.0%} to "
             f"{c.hit_rates[1]:.0%} expected to be ({c.hit_rates_from}): {1 / high:.3g} to "
             f"{1 / low:.3g} tokens/s"
         )

@@ -22,6 +22,8 @@ def summary(reply: Reply, disk_bytes_per_s: float | None = None) -> str:
         )
     if reply.options["kv"] == "int8":
         parts.append("lossy: keys and values in 8 bits")
+    if reply.options["neurons"] != "off":
+        parts.append(str(reply.options["neurons"]))
     if reply.drafted:
         parts.append(
             f"{reply.accepted} of {reply.drafted} draft tokens accepted, "
@@ -33,7 +35,8 @@ def summary(reply: Reply, disk_bytes_per_s: float | None = None) -> str:
             f"{reply.threads:.1f} of {most:.0f} threads: other programs kept the processor busy"
         )
     if reply.experts is not None:
-        parts.append(_experts(reply.experts))
+        paged = reply.options["neurons"] != "off"
+        parts.append(_experts(reply.experts, "neuron bundles" if paged else "experts"))
     if reply.hit_rate < 1:
         rate = f"{reply.disk_bytes_per_s / 1e9:.2f} GB/s"
         if disk_bytes_per_s:
@@ -59,12 +62,10 @@ def _reused(reply: Reply) -> str:
     return f" ({', '.join(said)})" if said else ""
 
 
-def _experts(counts: Mapping[str, float]) -> str:
-    """What became of the requests for experts."""
+def _experts(counts: Mapping[str, float], what: str) -> str:
+    """What became of the requests for experts, or for bundles of neurons."""
     kinds = ("ready", "late", "cold", "capacity", "collision", "dropped", "substituted", "copied")
     said = ", ".join(f"{counts[k]:,.0f} {k}" for k in kinds if counts[k])
     asked = counts["hits"] + counts["misses"]
     share = counts["hits"] / asked if asked else 1.0
-    return f"experts: {asked:,.0f} asked for, {share:.0%} in memory" + (
-        f" ({said})" if said else ""
-    )
+    return f"{what}: {asked:,.0f} asked for, {share:.0%} in memory" + (f" ({said})" if said else "")

@@ -48,6 +48,11 @@ class BufferPool:
         stop = start + self._size
         return self._whole[start:stop], self._view[start:stop]
 
+    def rows(self) -> Tensor:
+        """(count, size) bytes: all buffers."""
+        size = self._count * self._size
+        return self._whole[self._start : self._start + size].view(self._count, self._size)
+
     def populate(self) -> None:
         """Take all memory now, in huge pages even if the system must first make room for them: under a
         memory cap it would else silently fall back to single pages."""

@@ -7,6 +7,7 @@ and returns what the model reads them through.
     rows.py      embedding and head -> a `RowTable` each
     layers.py    attention and feed-forward -> a `LayerRecord` for each layer
     experts.py   experts -> an `ExpertBank` for each layer
+    neurons.py   bundles of neurons, beside the pack -> a `NeuronBank` for each layer
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from outsize.progress import Progress, silent
 from outsize.storage.table import activation_type
 from outsize.weights.experts import ExpertBank
 from outsize.weights.layers import LayerRecord
+from outsize.weights.neurons import NeuronBank
 from outsize.weights.open_pack import LoadPlan, OpenPack
 from outsize.weights.residency import RecordCache
 from outsize.weights.rows import RowTable
@@ -44,6 +46,7 @@ class Loaded:
             (layers["attn"][i], ffn[i]) for i in range(pack.pack.description.num_layers)
         )
         self.banks: tuple[ExpertBank, ...] = kinds.get("experts", ())
+        self.neurons: tuple[NeuronBank, ...] = kinds.get("neurons", ())
         final = layers["final"][0].pinned
         assert final is not None
         self.final_norm = final
@@ -93,6 +96,8 @@ def load(
     opened = OpenPack(pack, backend, plan or LoadPlan(), progress)
     try:
         kinds = dict.fromkeys(table.kind for table in pack.tables)
+        if opened.plan.neurons is not None:
+            kinds["neurons"] = None
         loaders = (registry.module(package, kind, "table kind") for kind in kinds)
         loaded = Loaded(
             opened, {k: loader.load(opened) for k, loader in zip(kinds, loaders, strict=True)}

@@ -12,6 +12,7 @@ from outsize.progress import Progress
 from outsize.storage.reader import Reader
 from outsize.storage.stats import IOStats
 from outsize.storage.table import Table
+from outsize.weights.bundles import Bundles
 from outsize.weights.residency import RecordCache, Share, Shares, all_of
 from outsize.weights.spec import ExpertOptions
 
@@ -24,6 +25,7 @@ class LoadPlan:
     verify: str = "first"
     experts: ExpertOptions = field(default_factory=ExpertOptions)
     copies: Pack | None = None  # the same model at fewer bits, for experts that are missing
+    neurons: tuple[Bundles, str] | None = None  # paged neurons, and their eviction policy
 
 
 class OpenPack:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from outsize.caching.policy import Policy
@@ -98,6 +99,16 @@ class RecordCache(ABC):
         for slot in slots.values():
             self._wait(slot)
         return [self._views[slots[i]] for i in ids]
+
+    def locate(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """All of these at once, as bytes: slots (S, stride), and in which of them each is. Raises
+        CapacityError, PackError, ReadError."""
+        slots = self._demand(ids)
+        for slot in slots.values():
+            self._wait(slot)
+        first, pool = self._pool(slots[ids[0]])
+        places = [slots[i] - first for i in ids]
+        return pool.rows(), torch.tensor(places, dtype=torch.int64, device="cpu")
 
     def stream(
         self, ids: Sequence[int], in_order: bool = False, then: Callable[[], None] | None = None

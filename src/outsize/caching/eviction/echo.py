@@ -104,7 +104,7 @@ class Echo(EvictionPolicy):
         chosen_E[chosen] = 1
         self._alike[:count] += self._past[layer, :count] @ chosen_E
         self._most = self._most * FADING + len(chosen)
-        if count < 2 or self._rows > 1:
+        if count < 2 or self._rows > 1 or not self._most:
             return
         weight = np.exp(SHARPNESS * self._alike[:count] / self._most)
         ahead = slice(layer + 1, layer + 1 + REACH)

@@ -53,3 +53,26 @@ void gate_rows(const bf16 *gate_up, bf16 *out, long rows, long width, int kind) 
         }
     }
 }
+
+/* out (T, D) = inner (T, F) @ codes (F, D) * scale (F): rows of eight bits, each added in turn, but for those that
+ * meet a zero. So a row's sum is that of the rows it uses, whatever others are there. */
+void combine_rows(const bf16 *inner, const int8_t *codes, const bf16 *scale, bf16 *out, long count, long num,
+                  long width) {
+    enum { SOME = 128 };
+    const long blocks = (width + SOME - 1) / SOME;
+#pragma omp parallel for schedule(static) num_threads(threads_for(count * num * width))
+    for (long task = 0; task < count * blocks; task++) {
+        const long t = task / blocks, from = task % blocks * SOME;
+        const long some = width - from < SOME ? width - from : SOME;
+        float sum[SOME] = {0};
+        for (long i = 0; i < num; i++) {
+            const float a = up(inner[t * num + i]);
+            if (a == 0) continue;
+            const float b = a * up(scale[i]);
+            const int8_t *row = codes + i * width + from;
+#pragma omp simd
+            for (long d = 0; d < some; d++) sum[d] = mul_add((float)row[d], b, sum[d]);
+        }
+        for (long d = 0; d < some; d++) out[t * width + from + d] = down(sum[d]);
+    }
+}

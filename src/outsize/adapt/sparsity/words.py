@@ -1,0 +1,67 @@
+"""The text that sparsity is measured on: files of prose, or of prompts and answers, as sequences of
+tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from outsize.adapt.calibration import read, start_of
+from outsize.adapt.statistics import sequences
+from outsize.engine import load as loading
+from outsize.errors import DataError
+from outsize.pack.format import Pack
+from outsize.text import prompt_file
+
+LENGTH = 512  # tokens of a sequence, or the model's context
+LEAST = 6  # sequences: to fit to, to set thresholds by, to measure on
+PART = 4  # one sequence in so many is held out
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """Token ids (B, T) to fit to, and others to measure on. `text`: which."""
+
+    ids_BT: Tensor
+    held_out_BT: Tensor
+    text: str
+    fingerprint: str
+
+
+def words(pack: Pack, paths: Sequence[Path], most: int) -> Words:
+    """Up to `most` tokens in equal parts of all files. Raises DataError where there are too few."""
+    length = min(LENGTH, pack.description.context)
+    start, encode = start_of(pack), partial(loading.tokens(pack).encode, start=False)
+    found: list[int] = []
+    for path in paths:
+        part: list[int] = []
+        for line in _lines(path):
+            part += encode(line + "\n")
+            if len(part) * len(paths) >= most:
+                break
+        found += part
+    names = ", ".join(path.name for path in paths)
+    if len(found) < LEAST * length:
+        raise DataError(
+            f"{names} holds {len(found):,} tokens, and {LEAST * length:,} are needed; give more --data"
+        )
+    ids_BT = sequences(found, start, length)
+    is_held = [i % PART == PART - 1 for i in range(len(ids_BT))]
+    kept = [i for i, held in enumerate(is_held) if not held]
+    apart = [i for i, held in enumerate(is_held) if held]
+    print_of = hashlib.sha256(str(found).encode()).hexdigest()[:16]
+    return Words(ids_BT[kept], ids_BT[apart], names, print_of)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Raises DataError."""
+    if ".jsonl" in path.suffixes:
+        for line in prompt_file.read([path]):
+            yield line.prompt if line.answer is None else f"{line.prompt}\n{line.answer}"
+    else:
+        yield from (line for line in read(path).splitlines() if line.strip())

@@ -1,0 +1,165 @@
+"""The add-on file that says which neurons of a pack to compute: thresholds and predictors by layer, in
+safetensors, with what they were measured to cost. `outsize adapt sparsity` writes it. Hostile until
+proven; refused for another pack than it was made for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from outsize.checkpoint.lora import Stored, raw
+from outsize.checkpoint.typed_json import read_fields
+from outsize.encoding.find import ENCODINGS
+from outsize.errors import AdapterError, UnsupportedError
+from outsize.pack.tables import Matrix, field_bytes
+
+KIND, VERSION = "neurons", 1
+THRESHOLDS, FIRING = "thresholds", "firing"
+SUFFIX = ".neurons.safetensors"
+MOST_ROWS = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class NeuronAbout:
+    """What a file says of itself."""
+
+    kind: str
+    version: int
+    identity: str  # of the pack: all that decides an answer
+    layout: str  # of the pack's records
+    order: str  # of neurons: a digest, or "" for their own
+    bundle: int  # neurons of a bundle
+    count: int  # bundles of a layer
+    predictor: str  # as `svd:64`
+    exact: bool  # are the answers the dense model's?
+    share: float  # of the bundles, as asked for
+    fires: float  # of the bundles, as measured
+    missed: float  # of those that were worth computing, as measured
+    matrices: Mapping[str, Matrix]  # of the predictors, by layer and name: 3.a
+    vectors: Mapping[str, int]  # lengths, likewise
+    tokens: int = 0  # that the cost was measured on; 0: not yet
+    perplexity_before: float = 0.0
+    perplexity: float = 0.0
+    text: str = ""
+
+    @property
+    def cost(self) -> str:
+        """What it costs, in words."""
+        if self.exact:
+            return "exact"
+        if not self.tokens:
+            return "lossy: not measured"
+        return (
+            f"lossy: perplexity {self.perplexity_before:,.2f} -> {self.perplexity:,.2f} "
+            f"({self.tokens:,} tokens of {self.text})"
+        )
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class NeuronFile:
+    """An add-on file: what it says, and its tensors, read when they are asked for."""
+
+    path: Path
+    about: NeuronAbout
+    tensors: Stored
+
+    def numbers(self, name: str) -> Tensor:
+        """An fp32 tensor. Raises AdapterError if numbers in it are none."""
+        found = self.tensors[name].float()
+        if not bool(torch.isfinite(found).all()):
+            raise _damaged(self.path, f"{name} has numbers that are not finite")
+        return found
+
+    def layer(self, layer: int) -> Iterator[tuple[str, Matrix, dict[str, Tensor]]]:
+        """The predictor's matrices of a layer, with their stored fields."""
+        prefix = f"{layer}."
+        for name, matrix in self.about.matrices.items():
+            if name.startswith(prefix):
+                fields = {
+                    field: self.tensors[f"{name}.{field}"]
+                    .view(torch.uint8)
+                    .view(spec.dtype)
+                    .view(spec.shape)
+                    for field, spec in matrix.specs.items()
+                }
+                yield name.removeprefix(prefix), matrix, fields
+
+    @property
+    def size(self) -> int:
+        """Bytes of predictors in memory."""
+        matrices = sum(m.size for m in self.about.matrices.values())
+        return matrices + 4 * sum(self.about.vectors.values())
+
+
+def stored(matrix: Matrix, fields: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A matrix's fields as the file keeps them: bytes."""
+    return {f: fields[f].contiguous().view(-1).view(torch.int8) for f in matrix.specs}
+
+
+def read(path: Path, num_layers: int) -> NeuronFile:
+    """Raises AdapterError for what is no such file, or is damaged."""
+    tensors, said = raw(path)
+    if said.get("kind") != KIND:
+        raise AdapterError(
+            f"{path} says nothing of neurons; `outsize adapt sparsity MODEL --data FILE` makes such a file"
+        )
+    if said.get("version") != VERSION:
+        raise AdapterError(
+            f"{path} was made by another outsize (version {str(said.get('version'))[:20]}, this is "
+            f"{VERSION}); make it again with `outsize adapt sparsity`"
+        )
+    try:
+        about = NeuronAbout(**read_fields(NeuronAbout, said, ""))
+    except ValueError as e:
+        raise _damaged(path, str(e)) from None
+    if problem := _fault(about, tensors, num_layers):
+        raise _damaged(path, problem)
+    return NeuronFile(path, about, tensors)
+
+
+def check_pack(file: NeuronFile, identity: str, layout: str, name: str) -> None:
+    """Raise AdapterError for another pack than the file was made for."""
+    if (file.about.identity, file.about.layout) != (identity, layout):
+        raise AdapterError(
+            f"{file.path} is for another pack than {name}: thresholds and predictors are of its very "
+            "numbers; make one with `outsize adapt sparsity`"
+        )
+
+
+def _fault(about: NeuronAbout, tensors: Stored, num_layers: int) -> str:
+    """What is wrong with a file, in a clause; "" if nothing is."""
+    if not 0 < about.bundle <= 1 << 16 or not 0 < about.count <= 1 << 20:
+        return f"it has {about.count:,} bundles of {about.bundle:,} neurons"
+    if not all(0 <= s <= 1 for s in (about.share, about.fires, about.missed)):
+        return "a share in it is not from 0 to 1"
+    shapes = tensors.shapes()
+    due = {THRESHOLDS: (num_layers,), FIRING: (num_layers, about.count)}
+    due |= {name: (length,) for name, length in about.vectors.items()}
+    try:
+        for name, m in about.matrices.items():
+            if (
+                m.encoding not in ENCODINGS
+                or not 0 < m.num_rows <= MOST_ROWS
+                or not 0 < m.width <= MOST_ROWS
+            ):
+                return f"matrix {name[:40]!r} is of no known encoding and size"
+            due |= {f"{name}.{f}": (field_bytes(spec),) for f, spec in m.specs.items()}
+    except UnsupportedError as e:
+        return str(e)
+    wrong = next((n for n in {**due, **shapes} if due.get(n) != shapes.get(n)), None)
+    if wrong is not None:
+        return f"tensor {wrong[:60]!r} has shape {shapes.get(wrong)}, {due.get(wrong)} is due"
+    return ""
+
+
+def _damaged(path: Path, problem: str) -> AdapterError:
+    return AdapterError(
+        f"{path} is damaged: {problem}; make it again with `outsize adapt sparsity`"
+    )

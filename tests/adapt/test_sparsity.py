@@ -1,0 +1,370 @@
+"""`outsize adapt sparsity`: what it measures and writes, resumed to the bit, refused where it does not fit;
+and what a user sees of paged neurons."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import outsize
+from outsize.adapt.sparsity import run as sparsity
+from outsize.adapt.sparsity import words
+from outsize.adapt.sparsity.run import SparsityOptions, run
+from outsize.caching.replay.trace import read as read_trace
+from outsize.engine import load as loading
+from outsize.errors import (
+    AdapterError,
+    BudgetError,
+    DataError,
+    OptionError,
+    PackError,
+    UnsupportedError,
+)
+from outsize.forward.full import full
+from outsize.forward.span import Span
+from outsize.options import LoadOptions
+from outsize.pack import fetch, neuron_file, store
+from outsize.pack.kinds import neurons as kinds_of_neurons
+from outsize.pack.neuron_file import KIND
+from outsize.pack.outline import of_pack
+from outsize.plan import decide, place
+from outsize.plan import neurons as planned
+from outsize.plan.placement import BY_PROMPT, BY_ROUTER, MEMORY
+from outsize.system import memory
+from outsize.weights.neuron_spec import parse_neurons
+from tests.command import outsize as outsize_here
+from tests.golden import tiny
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short() -> Iterator[None]:
+    """Texts of less than real models need."""
+    with mock.patch.multiple(words, LENGTH=64):
+        yield
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "some.txt"
+    said = (f"The cat sat on the mat, and number {i * i} was no dog at all." for i in range(60))
+    path.write_text("\n".join(said))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder_of: Callable[[str], Path], home: Path) -> str:
+    folder = str(folder_of("llama"))
+    fetch.pack(folder, quiet=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(model: str, text: Path, tmp_path_factory: pytest.TempPathFactory) -> sparsity.Made:
+    output = tmp_path_factory.mktemp("made") / "some.safetensors"
+    return run(options(model, text, output=output))
+
+
+def options(model: str, text: Path, **more: Any) -> SparsityOptions:
+    return SparsityOptions(model, (text,), quiet=True, tokens=1200, **more)
+
+
+def test_what_is_written(made: sparsity.Made) -> None:
+    about = made.about
+    assert about.predictor == "svd"
+    assert abs(about.fires - 0.5) < 0.1
+    assert about.tokens > 100
+    assert about.perplexity > 1
+    assert about.cost.startswith("lossy: perplexity")
+    assert len(made.table) == 1 + tiny.LAYERS + 2
+    assert neuron_file.read(made.path, tiny.LAYERS).about == about
+
+
+@pytest.mark.parametrize("predictor", ["svd:16", "trained:16", "gate:3", "gate:exact"])
+@pytest.mark.parametrize("order", ["use", "natural"])
+def test_predictors(model: str, text: Path, tmp_path: Path, predictor: str, order: str) -> None:
+    """Each writes a file that the engine runs, the same logits each time."""
+    found = run(
+        options(model, text, output=tmp_path / "f", predictor=predictor, order=order, share=0.6)
+    )
+    assert not found.about.exact
+    rows = []
+    for _ in range(2):
+        with outsize.load(model, neurons=str(found.path), quiet=True, draft="none") as opened:
+            kv = opened.transformer.new_kv()
+            rows.append(full(opened.transformer, [Span(0, tiny.TOKENS[:9], 9)], [kv])[0].logits_KV)
+    assert torch.equal(*rows)
+
+
+def test_interrupted_and_resumed_is_the_same(
+    made: sparsity.Made, model: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, fit = tmp_path / "again.safetensors", sparsity.fit
+    count = iter(range(9))
+
+    def broken(*given: Any) -> Any:
+        if next(count) == 2:
+            raise KeyboardInterrupt
+        return fit(*given)
+
+    monkeypatch.setattr(sparsity, "fit", broken)
+    with pytest.raises(KeyboardInterrupt):
+        run(options(model, text, output=output))
+    monkeypatch.undo()
+    with pytest.raises(AdapterError, match="share"):
+        run(options(model, text, output=output, share=0.7, resume=True))
+    run(options(model, text, output=output, resume=True))
+    one, two = load_file(made.path), load_file(output)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    with pytest.raises(OptionError, match="no checkpoint"):
+        run(options(model, text, output=output, resume=True))
+
+
+def relu_model(folder: Path) -> Path:
+    """A model whose neurons fire or rest 32 at a time: half of its bundles do."""
+    tiny.write_folder(folder, "llama")
+    config = json.loads((folder / "config.json").read_text()) | {"hidden_act": "relu"}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, w in tensors.items():
+        if name.endswith("gate_proj.weight"):
+            common = torch.randn(tiny.FFN // 32, 1, tiny.WIDTH, generator=generator)
+            own = torch.randn(tiny.FFN // 32, 32, tiny.WIDTH, generator=generator)
+            tensors[name] = (common + 0.05 * own).flatten(0, 1).to(w.dtype)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_relu_model_is_exact(text: Path, tmp_path: Path, home: Path) -> None:
+    """Its gate says which neurons are off: the dense model's logits, and fewer neurons."""
+    folder = str(relu_model(tmp_path / "relu"))
+    given = options(folder, text, output=tmp_path / "f", predictor="gate:exact", order="natural")
+    found = run(given)
+    assert found.about.exact
+    assert found.about.missed == 0
+    assert 0.2 < found.about.fires < 0.9
+    rows, spans = [], [(0, 12), (12, 13), (13, 14)]
+    for neurons in ("off", str(found.path)):
+        with outsize.load(folder, neurons=neurons, quiet=True) as opened:
+            kv, t = opened.transformer.new_kv(), opened.transformer
+            some = [
+                full(t, [Span(a, tiny.TOKENS[a:b], b - a)], [kv])[0].logits_KV for a, b in spans
+            ]
+            rows.append(torch.cat(some))
+            (reply,) = opened.generate(["a b"], max_tokens=3)
+            assert not reply.lossy
+    assert torch.equal(*rows)
+    packs = fetch.pack(folder, quiet=True).path.parent
+    name = fetch.pack(folder, quiet=True).path.name
+    assert list(packs.glob(f"{name}.neurons*"))
+    store.remove(packs, name)
+    assert not list(packs.glob(f"{name}*"))
+
+
+def test_what_a_reply_says(made: sparsity.Made, model: str) -> None:
+    with outsize.load(model, neurons=str(made.path), quiet=True) as opened:
+        (reply,) = opened.generate(["The cat"], max_tokens=4)
+    assert reply.lossy
+    assert "by svd, lossy: perplexity" in str(reply.options["neurons"])
+    found = outsize_here("run", "-m", model, "-n", "3", "--neurons", str(made.path), "The cat")
+    assert found.returncode == 0
+    assert "lossy: perplexity" in found.stderr
+    assert "neuron bundles:" in found.stderr
+    found = outsize_here("plan", model, "--neurons", str(made.path), "--json")
+    plan = json.loads(found.stdout)
+    assert any(row["group"] == "neurons-0" for row in plan["placement"])
+    assert "they do not pay" in plan["notes"][0]
+    found = outsize_here("plan", model, "--neurons", str(made.path))
+    assert "neurons-0 (" in found.stdout
+
+
+def test_the_command(model: str, text: Path, tmp_path: Path) -> None:
+    output = tmp_path / "f.safetensors"
+    given = ["--data", str(text), "--tokens", "1200", "-o", str(output), "--predictor", "gate:4"]
+    found = outsize_here("adapt", "sparsity", model, *given, "--share", "0.9", "--order", "natural")
+    assert found.returncode == 0, found.stderr
+    assert len(found.stdout.splitlines()) == 1 + tiny.LAYERS + 2
+    assert f"use it with --neurons {output}" in found.stderr
+    found = outsize_here("adapt", "sparsity", model, *given, "--share", "2")
+    assert found.returncode == 2
+    assert "share is 2" in found.stderr
+
+
+def test_auto_takes_the_file_beside_the_pack_where_it_pays(
+    made: sparsity.Made, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = fetch.pack(model, quiet=True)
+    beside = pack.path.with_name(pack.path.name + neuron_file.SUFFIX)
+    beside.write_bytes(made.path.read_bytes())
+    try:
+        with outsize.load(model, neurons="auto", quiet=True) as opened:
+            assert not opened.transformer.neurons  # all fits in memory
+        monkeypatch.setattr(decide.neurons, "expected_bytes", lambda o, p: -1)
+        with outsize.load(model, neurons="auto", quiet=True) as opened:
+            assert opened.transformer.neurons
+        with outsize.load(model, neurons="auto", draft=f"mtp:{beside}", quiet=True):
+            raise AssertionError("a drafter that is none")
+    except AdapterError:
+        pass
+    finally:
+        beside.unlink()
+
+
+def test_trace_and_replay(made: sparsity.Made, model: str, tmp_path: Path) -> None:
+    prompts, output = tmp_path / "p.txt", tmp_path / "t.csv"
+    prompts.write_text("The cat sat\nOn the mat\n")
+    given = ["--prompts", str(prompts), "-o", str(output), "-n", "4", "--neurons", str(made.path)]
+    found = outsize_here("trace", model, *given)
+    assert found.returncode == 0, found.stderr
+    trace = read_trace(output)
+    assert trace.experts == made.about.count
+    assert trace.events
+    found = outsize_here(
+        "bench", "cache", str(output), "--capacity", "50%", "--eviction", "window,lfu,belady"
+    )
+    assert found.returncode == 0, found.stderr
+    assert "window" in found.stdout
+    found = outsize_here("trace", model, *given[:6])
+    assert "no neurons are paged" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "match"),
+    [
+        ({"share": 1.5}, OptionError, "share"),
+        ({"share": 0.0}, OptionError, "nothing would be computed"),
+        ({"predictor": "svd:9x"}, OptionError, "whole number"),
+        ({"predictor": "gate:7"}, OptionError, "bits or exact"),
+        ({"predictor": "sdv"}, UnsupportedError, "did you mean 'svd'"),
+        ({"order": "random"}, OptionError, "known are use, natural"),
+        ({"bundle": 7}, UnsupportedError, "do not divide"),
+        ({"bundle": 0}, OptionError, "bundle"),
+    ],
+)
+def test_bad_options(
+    model: str, text: Path, more: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        run(options(model, text, **more))
+
+
+def test_what_cannot_be(
+    model: str, text: Path, folder_of: Callable[[str], Path], tmp_path: Path, made: sparsity.Made
+) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(DataError, match="0 tokens"):
+        run(options(model, tmp_path / "empty.txt"))
+    with pytest.raises(UnsupportedError, match="--experts"):
+        run(options(str(folder_of("olmoe")), text))
+    with pytest.raises(OptionError, match="mixture of experts"):
+        outsize.load(str(folder_of("olmoe")), neurons=str(made.path), quiet=True)
+    with pytest.raises(AdapterError, match="another pack"):
+        outsize.load(str(folder_of("mistral")), neurons=str(made.path), quiet=True)
+    with pytest.raises(AdapterError, match="another pack"):  # the same weights, packed otherwise
+        outsize.load(model, encoding="int8", neurons=str(made.path), quiet=True)
+    for bad, error in (
+        ("", OptionError),
+        ("x,eviction=belady", OptionError),
+        ("off,eviction=lru", OptionError),
+    ):
+        with pytest.raises(error):
+            parse_neurons(bad)
+    with pytest.raises(UnsupportedError, match="did you mean 'window'"):
+        parse_neurons("x,eviction=windw")
+
+
+def test_damaged_files(made: sparsity.Made, model: str, tmp_path: Path) -> None:
+    """A file that lies about itself gives one of our errors."""
+    about, tensors = made.about.to_json(), load_file(made.path)
+    path = tmp_path / "bad.safetensors"
+
+    def refused(match: str, wrong: dict[str, object], **changed: torch.Tensor) -> None:
+        said = {"outsize": json.dumps({**about, **wrong})}
+        save_file({**tensors, **changed}, path, said)
+        with pytest.raises(AdapterError, match=match):
+            outsize.load(model, neurons=str(path), quiet=True)
+
+    refused("says nothing of neurons", {"kind": "mtp"})
+    refused("another outsize", {"version": 99})
+    refused("damaged", {"share": 2.0})
+    refused("damaged", {"bundle": 0})
+    refused(
+        "damaged",
+        {"matrices": {"0.a": {"encoding": "int8", "num_rows": -1, "width": 4, "offset": 0}}},
+    )
+    refused(
+        "damaged",
+        {"matrices": {"0.a": {"encoding": "zip", "num_rows": 1, "width": 4, "offset": 0}}},
+    )
+    refused("neurons a layer|is due", {"count": about["count"] + 1})  # type: ignore[operator]
+    refused("not finite", {}, thresholds=torch.full((tiny.LAYERS,), torch.nan))
+    refused("shape", {}, thresholds=torch.zeros(99))
+    refused("does not fit", {"predictor": "gate:3"})
+    path.write_bytes(made.path.read_bytes()[:99])
+    with pytest.raises(AdapterError):
+        outsize.load(model, neurons=str(path), quiet=True)
+    assert KIND == "neurons"
+
+
+def test_damaged_neurons(model: str, text: Path, tmp_path: Path) -> None:
+    found = run(options(model, text, output=tmp_path / "f", order="natural"))
+    pack = fetch.pack(model, quiet=True).path
+    folder = pack.with_name(f"{pack.name}.neurons-32")
+    records = folder / "neurons-0.records"
+    whole = records.read_bytes()
+    records.write_bytes(b"\x01" + whole[1:])
+    with pytest.raises(PackError, match="does not match its checksum"):
+        outsize.load(model, neurons=str(found.path), quiet=True)
+    records.write_bytes(whole[:-4096])
+    with pytest.raises(PackError, match="adapt sparsity"):
+        outsize.load(model, neurons=str(found.path), quiet=True)
+    records.write_bytes(whole)
+    header = folder / "neurons.json"
+    header.write_text(header.read_text().replace("neurons-0", "neurons-1"))
+    with pytest.raises(PackError, match="checksum"):
+        outsize.load(model, neurons=str(found.path), quiet=True)
+    run(options(model, text, output=tmp_path / "f", order="natural"))  # makes them again
+    outsize.load(model, neurons=str(found.path), quiet=True).close()
+
+
+def test_in_the_least_memory(
+    made: sparsity.Made, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan gives bundles few slots, feed-forwards are for prompts alone, and the answer is the same."""
+    with outsize.load(model, neurons=str(made.path), quiet=True, draft="none") as opened:
+        (expected,) = opened.generate(["The cat sat on"], max_tokens=12)
+    monkeypatch.setattr(loading, "runtime_bytes", lambda *_: 0)
+    monkeypatch.setattr(memory, "resident", lambda *_: 0)
+    monkeypatch.setattr(place, "TOKENIZER_PEAK", 0)
+    monkeypatch.setattr(place, "TOKENIZER_FACTOR", 0)
+    monkeypatch.setattr(place, "IN_FLIGHT_LEAST", 1)  # else all of so small a model is read ahead
+    monkeypatch.setattr(kinds_of_neurons, "LEAST", 2)
+    pack = fetch.pack(model, quiet=True)
+    given = LoadOptions(neurons=str(made.path))
+    found = planned.search(given, pack, "tiny")
+    assert found is not None
+    outline = planned.with_neurons(of_pack(pack), found)
+    least = place.least_bytes(outline, 0, 0, 256)
+    little, more = (place.place(outline, size, 0, 0, 256) for size in (least, least + (1 << 20)))
+    tiers = {group: tier for group, tier, _ in little.groups if tier not in (MEMORY, BY_ROUTER)}
+    assert tiers["ffn-0"] == BY_PROMPT
+    assert little.shares["neurons-0"].ring < len(outline.table("neurons-0").keys)
+    assert planned.expected_bytes(outline, little) > planned.expected_bytes(outline, more)
+    with outsize.load(
+        model, memory=least, context=256, neurons=str(made.path), quiet=True, draft="none"
+    ) as opened:
+        (reply,) = opened.generate(["The cat sat on"], max_tokens=12)
+        assert not opened.transformer.paged_layers[1].is_resident
+    assert reply.text == expected.text
+    assert reply.experts is not None
+    assert reply.experts["misses"] > 0
+    with pytest.raises(BudgetError):
+        outsize.load(model, memory=least // 2, context=256, neurons=str(made.path), quiet=True)

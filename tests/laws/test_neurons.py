@@ -1,0 +1,231 @@
+"""The law of paged neurons: all of them chosen, the logits are the dense model's; whatever is chosen,
+they depend on the row alone: not on what stays in memory, nor on its policy, on threads, or on other
+rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from outsize import registry
+from outsize.caching import eviction
+from outsize.caching.policy import Hints
+from outsize.caching.policy import make as make_policy
+from outsize.forward.full import full
+from outsize.forward.span import Span
+from outsize.home import home as home_folder
+from outsize.kernels.find import native_in
+from outsize.kernels.plain import PLAIN
+from outsize.kernels.threads import Threads
+from outsize.model.transformer import Transformer
+from outsize.pack import fetch
+from outsize.pack.format import Pack
+from outsize.progress import silent
+from outsize.weights import load as weights
+from outsize.weights.bundles import make
+from outsize.weights.open_pack import LoadPlan
+from outsize.weights.residency import Share, all_of
+from outsize.weights.spec import PROFILED, REPLAYED
+from tests.golden import tiny
+
+LIVE = [n for n in registry.names(eviction) if n not in (*REPLAYED, PROFILED)]
+SPANS = [[0, 30], [30, 31], [31, 32], [32, 36], [36, 37], [37, 38]]
+
+
+class Fixed:
+    """Chooses by the row's own numbers: about half of the bundles, or all, or none."""
+
+    def __init__(self, count: int, how: str) -> None:
+        self._count, self._how = count, how
+
+    def __call__(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        score = torch.stack([x.float()[: self._count] for x in x_TD])
+        floor = {"all": -torch.inf, "some": 0.0, "none": torch.inf}[self._how]
+        return score > floor, score
+
+
+def by_use(pack: Pack) -> Tensor:
+    """Some order of a model's neurons."""
+    d = pack.description
+    generator = torch.Generator().manual_seed(0)
+    return torch.stack(
+        [torch.randperm(d.ffn_width, generator=generator) for _ in range(d.num_layers)]
+    )
+
+
+@contextmanager
+def opened(
+    pack: Pack,
+    how: str | None,
+    slots: int | None = None,
+    policy: str = "lru",
+    order: Tensor | None = None,
+) -> Iterator[Transformer]:
+    """With so many slots for bundles; `how` None: dense; `order`: bundles of few, in this order."""
+    backend = native_in(home_folder() / "native") or PLAIN
+    bundles = make(pack, None, silent, order)
+    shares = {t.name: all_of(t) for t in pack.tables}
+    if slots is not None:
+        shares |= {t.bundles.name: Share((), slots) for t in bundles.tables}
+    plan = LoadPlan(shares, neurons=None if how is None else (bundles, policy))
+    loaded = weights.load(pack, backend, plan)
+    try:
+        model = Transformer(pack.description, loaded, backend)
+        if how is not None:
+            model.page_neurons([Fixed(bundles.count, how)] * pack.description.num_layers)
+        yield model
+    finally:
+        loaded.close()
+
+
+def logits(model: Transformer, spans: Sequence[Sequence[int]] = SPANS) -> Tensor:
+    kv, rows = model.new_kv(), []
+    for first, last in spans:
+        (out,) = full(model, [Span(first, tiny.TOKENS[first:last], last - first)], [kv])
+        rows.append(out.logits_KV)
+    return torch.cat(rows)
+
+
+def packed(folder_of: Callable[[str], Path], family: str, encoding: str) -> Pack:
+    return fetch.pack(str(folder_of(family)), encoding=encoding, quiet=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama+biases", "gemma3"])
+@pytest.mark.parametrize("encoding", ["fp32", "bf16", "int8", "q4_0", "q4_1", "q5_0"])
+def test_all_chosen_is_dense(
+    folder_of: Callable[[str], Path], home: Path, family: str, encoding: str
+) -> None:
+    """In natural order, bit for bit, through one slot or two."""
+    pack = packed(folder_of, family, encoding)
+    with opened(pack, None) as model:
+        expected = logits(model)
+    with opened(pack, "all", 2) as model:
+        assert torch.equal(logits(model), expected)
+        assert model.loaded.expert_stats.misses > 0
+    with opened(pack, "some") as model:
+        assert not torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama+biases"])
+@pytest.mark.parametrize("encoding", ["bf16", "int8", "q4_0", "q4_1", "q5_0"])
+def test_all_chosen_in_another_order_is_nearly_dense(
+    folder_of: Callable[[str], Path], home: Path, family: str, encoding: str
+) -> None:
+    """Down is re-encoded in eight bits: within a twentieth of the logits' spread."""
+    pack = packed(folder_of, family, encoding)
+    with opened(pack, None) as model:
+        expected = logits(model)
+    with opened(pack, "all", 3, order=by_use(pack)) as model:
+        found = logits(model)
+    assert float((found - expected).norm()) < 0.05 * float(expected.norm())
+    with opened(pack, "none", order=by_use(pack)) as model:
+        assert float((logits(model) - expected).norm()) > 0.05 * float(expected.norm())
+
+
+@pytest.fixture(scope="module", params=["int8", "q5_0", "q5_0 by use"])
+def half(
+    request: pytest.FixtureRequest, folder_of: Callable[[str], Path], home: Path
+) -> tuple[Pack, Tensor | None, Tensor]:
+    """A model, the order of its neurons, and what it says with about half of them, all in memory."""
+    pack = packed(folder_of, "llama", request.param.partition(" ")[0])
+    order = by_use(pack) if "use" in request.param else None
+    with opened(pack, "some", order=order) as model:
+        return pack, order, logits(model)
+
+
+@pytest.mark.parametrize("policy", LIVE)
+@pytest.mark.parametrize("slots", [1, 4])
+def test_same_bits_at_any_capacity_and_policy(
+    half: tuple[Pack, Tensor | None, Tensor], policy: str, slots: int
+) -> None:
+    pack, order, expected = half
+    with opened(pack, "some", slots, policy, order) as model:
+        assert torch.equal(logits(model), expected)
+        assert model.loaded.expert_stats.misses > 0
+        assert (
+            max(len(c.slot_table.slot_of) for c in model.loaded.caches if c.slots == slots) <= slots
+        )
+
+
+def test_same_bits_with_any_number_of_threads(half: tuple[Pack, Tensor | None, Tensor]) -> None:
+    pack, order, expected = half
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            with opened(pack, "some", 4, order=order) as model:
+                model.threads = Threads(count, lambda: None)
+                assert torch.equal(logits(model), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_rows_do_not_see_company(half: tuple[Pack, Tensor | None, Tensor]) -> None:
+    """One token of three sequences at once, a draft's five in a row, and each alone."""
+    pack, order, _ = half
+    with opened(pack, "some", 5, order=order) as model:
+        starts = [tiny.TOKENS[:7], tiny.TOKENS[9:30], tiny.TOKENS[5:8]]
+        alone = [full(model, [Span(0, s)], [model.new_kv()])[0].logits_KV for s in starts]
+        kvs = [model.new_kv() for _ in starts]
+        together = full(model, [Span(0, s) for s in starts], kvs)
+        assert all(torch.equal(a, b.logits_KV) for a, b in zip(alone, together, strict=True))
+        singles = logits(model, [[i, i + 1] for i in range(9)])
+        assert torch.equal(singles, logits(model, [[0, 4], [4, 9]]))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    trace=st.lists(
+        st.lists(st.sets(st.integers(0, 5), max_size=4), min_size=3, max_size=3),
+        min_size=1,
+        max_size=12,
+    ),
+    capacity=st.integers(4, 14),
+)
+def test_the_window_against_sets(trace: list[list[set[int]]], capacity: int) -> None:
+    """Three layers of six: what the last k tokens used is there, for every k whose union fits; and what is
+    evicted was last used no later than anything that stays."""
+    policy = make_policy("window", capacity, Hints(per_layer=6, layers=3))
+    used: list[set[int]] = []  # by token, in all layers
+    last: dict[int, int] = {}
+    there: dict[int, int] = {}
+    for token, layers in enumerate(trace):
+        policy.begin_pass()
+        used.append(set())
+        for layer, some in enumerate(layers):
+            ids = [6 * layer + i for i in sorted(some)]
+            policy.observe(layer, [ids])
+            placed = policy.place(ids)
+            gone = {i for i, slot in there.items() if slot in dict(placed.loads).values()} - set(
+                ids
+            )
+            there = {i: s for i, s in there.items() if i not in gone} | placed.slots
+            last |= dict.fromkeys(ids, token)
+            used[-1] |= set(ids)
+            assert all(last[g] <= last[i] for g in gone for i in there)
+        kept = set[int]()
+        for before in reversed(used):  # k grows as long as all of it fits
+            kept |= before
+            if len(kept) > capacity:
+                break
+            assert kept <= there.keys()
+
+
+def test_draft_tokens_that_may_be_rejected_go_first() -> None:
+    policy = make_policy("window", 4, Hints(per_layer=10, layers=1))
+    policy.begin_pass()
+    policy.observe(0, [[0], [1], [2], [3]])
+    policy.place([0, 1, 2, 3])
+    policy.begin_pass()
+    policy.observe(0, [[4]])
+    placed = policy.place([4])
+    assert placed.slots[4] == policy.place([4]).slots[4]
+    kept = policy.place([0, 1, 2])
+    assert not kept.loads  # 3 was the last of four rows
