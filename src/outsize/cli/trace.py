@@ -81,7 +81,5 @@ def _header(model: Model) -> str:
     return (
         "# route_trace v1\n"
         f"# model={pack.path.name} n_layer={layers} n_expert={count} "
-        f"n_expert_used={used}
-# expert_bytes={stride}
-"
+        f"n_expert_used={used}\n# expert_bytes={stride}\n"
     )
