@@ -77,9 +77,12 @@ def test_an_interval_is_of_the_mean() -> None:
     )
 
 
-def test_the_summary_is_of_its_rows() -> None:
-    files = sorted(path for path in RAW.glob("lazy-*.jsonl") if path.stem != "lazy-summary")
-    kept = (RAW / "lazy-summary.jsonl").read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize(
+    ("model", "name"), [("smollm2", "lazy-summary"), ("qwen", "lazy-summary-qwen")]
+)
+def test_the_summary_is_of_its_rows(model: str, name: str) -> None:
+    files = sorted(path for path in RAW.glob(f"lazy-*-{model}.jsonl") if path.stem != name)
+    kept = (RAW / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(json.dumps(row)) for row in summary(files)] == [
         json.loads(line) for line in kept
     ]
