@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import outsize
 from experiments.runs import Row, arguments, record
+from outsize.bench.speed import flops_per_token
 from outsize.engine.model import Model
 from outsize.forward.full import full
 from outsize.forward.span import Span
@@ -48,8 +49,7 @@ def measured(model: Model, tokens: int, turns: int) -> Row:
     ids = [i * 7919 % (t.description.vocab_size - 300) + 200 for i in range(tokens)]
     d, g = t.description, torch.Generator().manual_seed(0)
     x = torch.randn(LARGE, LARGE, generator=g, dtype=torch.float32, device="cpu").to(torch.bfloat16)
-    qkvo = 2 * d.width * d.head_dim * (d.num_heads + d.num_kv_heads)
-    flop = 2 * tokens * d.num_layers * (qkvo + 3 * d.width * d.ffn_width)
+    flop = tokens * flops_per_token(d)
     prompt_s(model, ids), matmul_s(x)
     pairs = [(matmul_s(x), prompt_s(model, ids)) for _ in range(turns)]
     shares = [parts(model, ids) for _ in range(turns)]

@@ -39,9 +39,9 @@ from outsize.weights.open_pack import LoadPlan
 from outsize.weights.residency import Share, all_of
 from outsize.weights.spec import REPLAYED, ExpertOptions, parse_experts
 from tests.golden import tiny
+from tests.laws.spans import logits
 
 LIVE = [n for n in registry.names(eviction) if n not in REPLAYED]
-SPANS = [[0, 30], [30, 31], [31, 32], [32, 36], [36, 37], [37, 38]]
 
 
 @contextmanager
@@ -57,14 +57,6 @@ def opened(
         yield Transformer(pack.description, loaded)
     finally:
         loaded.close()
-
-
-def logits(model: Transformer, spans: Sequence[Sequence[int]] = SPANS) -> Tensor:
-    kv, rows = model.new_kv(), []
-    for first, last in spans:
-        (out,) = full(model, [Span(first, tiny.TOKENS[first:last], last - first)], [kv])
-        rows.append(out.logits_KV)
-    return torch.cat(rows)
 
 
 @pytest.fixture(scope="module")

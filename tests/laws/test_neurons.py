@@ -4,7 +4,7 @@ rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,9 +34,9 @@ from outsize.weights.open_pack import LoadPlan
 from outsize.weights.residency import Share, all_of
 from outsize.weights.spec import PROFILED, REPLAYED
 from tests.golden import tiny
+from tests.laws.spans import logits
 
 LIVE = [n for n in registry.names(eviction) if n not in (*REPLAYED, PROFILED)]
-SPANS = [[0, 30], [30, 31], [31, 32], [32, 36], [36, 37], [37, 38]]
 
 
 class Fixed:
@@ -83,14 +83,6 @@ def opened(
         yield model
     finally:
         loaded.close()
-
-
-def logits(model: Transformer, spans: Sequence[Sequence[int]] = SPANS) -> Tensor:
-    kv, rows = model.new_kv(), []
-    for first, last in spans:
-        (out,) = full(model, [Span(first, tiny.TOKENS[first:last], last - first)], [kv])
-        rows.append(out.logits_KV)
-    return torch.cat(rows)
 
 
 def packed(folder_of: Callable[[str], Path], family: str, encoding: str) -> Pack:

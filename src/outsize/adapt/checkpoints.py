@@ -14,7 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from outsize.checkpoint.lora import KEY
-from outsize.errors import DiskFullError
+from outsize.errors import DiskFullError, OptionError
+
+
+def find(path: Path) -> None:
+    """Raise OptionError where there is nothing to go on from."""
+    if not path.is_file():
+        raise OptionError(f"there is no checkpoint {path} to resume; leave out --resume")
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, object]) -> None:

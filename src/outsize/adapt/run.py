@@ -7,11 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from outsize.adapt import loop
+from outsize.adapt import checkpoints, loop
 from outsize.adapt.examples import Example, TrainOptions, fingerprint, prepare
 from outsize.adapt.processes import join, leave, processes
 from outsize.adapt.trainable import TrainableModel, matmul_type
-from outsize.errors import OptionError
 from outsize.log import say
 from outsize.pack import fetch
 from outsize.progress import bars, steps
@@ -23,10 +22,8 @@ MakeTask = Callable[[TrainableModel, Sequence[Example], Sequence[Example]], loop
 
 def run(options: TrainOptions, recipe: loop.Recipe, make: MakeTask) -> None:
     """Train a task and write its file. Raises OutsizeError."""
-    if options.resume and not options.checkpoint.is_file():
-        raise OptionError(
-            f"there is no checkpoint {options.checkpoint} to resume; leave out --resume"
-        )
+    if options.resume:
+        checkpoints.find(options.checkpoint)
     device = join(options.device)
     try:
         quiet = options.quiet or processes()[0] > 0

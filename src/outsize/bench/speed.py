@@ -16,6 +16,7 @@ from outsize.engine.model import Model
 from outsize.forward.lazy import lazy
 from outsize.forward.prune import parse_prefill
 from outsize.forward.span import Span
+from outsize.model_config import Description
 from outsize.options import LoadChanges
 from outsize.pack.format import Pack
 from outsize.plan import probe
@@ -63,14 +64,18 @@ class Ceilings:
         return self.matmul_flops / self.flops_per_token
 
 
+def flops_per_token(d: Description) -> int:
+    """Of the layers' matrices."""
+    return 2 * d.num_layers * d.width * (d.qkv_rows + d.num_heads * d.head_dim + 3 * d.ffn_width)
+
+
 def ceilings(pack: Pack) -> Ceilings:
     """Measures the machine; a second or two."""
     d = pack.description
-    matrices = d.num_layers * d.width * (d.qkv_rows + d.num_heads * d.head_dim + 3 * d.ffn_width)
     tables = [t for t in pack.tables if t.name != "embed" or d.tied]
     return Ceilings(
         bytes_per_token=sum(t.size for t in tables),
-        flops_per_token=2 * matrices,
+        flops_per_token=flops_per_token(d),
         memory_bytes_per_s=probe.memory_bandwidth(),
         matmul_flops=max(map(probe.matmul_speed, (torch.bfloat16, torch.float32))),
     )

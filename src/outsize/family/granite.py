@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from outsize.family.common import HEEDED, describe, names
+from outsize.family import llama
+from outsize.family.common import describe, names
 from outsize.family.config import Config
 from outsize.model_config import Description, Recipe
 
@@ -14,16 +15,8 @@ MULTIPLIERS: dict[str, object] = {
     "attention_multiplier": 1.0,
 }  # fmt: skip
 DEFAULTS: dict[str, object] = {
-    **HEEDED,
+    **llama.DEFAULTS,
     **MULTIPLIERS,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "max_position_embeddings": 2048,
-    "attention_bias": False,
-    "mlp_bias": False,
 }
 GGUF_READ = tuple(MULTIPLIERS)
 

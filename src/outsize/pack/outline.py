@@ -63,6 +63,10 @@ class Outline:
         first = next(t for t in self.tables if t.name.startswith("attn"))
         return 4 if first.tensors["o"][0].encoding == "fp32" else 2
 
+    def is_for_prompts(self, t: TableHeader) -> bool:
+        """Is it read by long spans alone, since steps of few rows page its neurons?"""
+        return self.neurons is not None and t.name.startswith("ffn-")
+
     def table(self, name: str) -> TableHeader:
         return next(t for t in self.tables if t.name == name)
 

@@ -74,22 +74,20 @@ def remove(folder: Path, name: str) -> int:
         raise SourceError(f"no pack named {name!r}; there are: {known or 'none'}")
     with locked(folder / f".{name}.lock"):
         try:
-            size = sum(p.stat().st_size for p in path.iterdir())
-            shutil.rmtree(path)
-            size += sum(_removed(beside) for beside in folder.glob(f"{name}.neurons*"))
+            size = sum(map(_removed, [path, *folder.glob(f"{name}.neurons*")]))
         except FileNotFoundError:
             raise SourceError(f"no pack named {name!r}: another process removed it") from None
     return size
 
 
-def _removed(beside: Path) -> int:
-    """Delete what lies beside a pack that is gone, a folder or a file; its bytes."""
-    if beside.is_dir():
-        size = sum(p.stat().st_size for p in beside.iterdir())
-        shutil.rmtree(beside)
+def _removed(path: Path) -> int:
+    """Delete a folder of files, or a file; its bytes."""
+    if path.is_dir():
+        size = sum(p.stat().st_size for p in path.iterdir())
+        shutil.rmtree(path)
         return size
-    size = beside.stat().st_size
-    beside.unlink()
+    size = path.stat().st_size
+    path.unlink()
     return size
 
 

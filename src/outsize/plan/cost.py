@@ -32,7 +32,6 @@ from outsize.pack.tables import Matrix, TableHeader
 from outsize.plan.fixed import routed
 from outsize.plan.hit_rates import PRIOR, HitRates
 from outsize.plan.machine import Compute, Machine
-from outsize.plan.place import is_for_prompts
 from outsize.plan.placement import BY_ID, BY_PROMPT, BY_ROUTER, Placement
 from outsize.plan.probe import median_s
 from outsize.storage.buffers import buffer
@@ -120,7 +119,7 @@ def predict(
     records = sum(
         len(o.table(g).keys) - len(s.pinned)
         for g, s in place.shares.items()
-        if o.table(g).kind != "neurons" and not is_for_prompts(o, o.table(g))
+        if o.table(g).kind != "neurons" and not o.is_for_prompts(o.table(g))
     )
     rate = machine.disk_bytes_per_s
     chunk_s = sum(compute.chunk_s[name] * n for name, n in count.items() if name in compute.chunk_s)

@@ -66,9 +66,8 @@ def scratch_bytes(o: Outline, context: int) -> int:
     heads = (d.num_heads + d.num_kv_heads) * d.head_dim
     queries = d.num_heads * d.head_dim
     rows = d.width * a + d.qkv_rows * (a + 4 * d.qkv_bias) + 4 * heads * (1 + d.qk_norm)
-    if (
-        d.latent is not None
-    ):  # queries before and after their map, latents, and what comes of values
+    if d.latent is not None:
+        # Queries before and after their map, latents, and what comes of values.
         rows += a * (2 * d.num_heads * (d.latent.key + d.latent.rope + d.latent.value) + queries)
     attention = c * (rows + 3 * a * queries) + score_bytes(d, context, a)
     inner = (

@@ -98,25 +98,15 @@ def _least_slots(o: Outline, t: TableHeader) -> int:
     return kinds()[t.kind].least_slots(o.description, t)
 
 
-def _routed(o: Outline) -> list[TableHeader]:
-    """Tables whose records a router names."""
-    return [t for t in o.tables if kinds()[t.kind].routed]
-
-
 def _least_routed(o: Outline) -> int:
-    return sum(huge_bytes(_least_slots(o, t) * t.stride) for t in _routed(o))
-
-
-def is_for_prompts(o: Outline, t: TableHeader) -> bool:
-    """Is it read by long spans alone, since steps of few rows page its neurons?"""
-    return o.neurons is not None and t.name.startswith("ffn-")
+    return sum(huge_bytes(_least_slots(o, t) * t.stride) for t in routed(o))
 
 
 def _order(o: Outline) -> list[tuple[int, str, int]]:
     """(rank, table, record) in the order in which records are worth holding."""
     found: list[tuple[int, str, int]] = []
     for name, kind in kinds().items():
-        tables = [t for t in o.tables if t.kind == name and not is_for_prompts(o, t)]
+        tables = [t for t in o.tables if t.kind == name and not o.is_for_prompts(t)]
         found += kind.order(o.description, tables)
     return sorted(found, key=lambda entry: entry[0])
 
@@ -145,9 +135,9 @@ def _fill(o: Outline, room: int, rings: Mapping[str, int]) -> dict[str, Share]:
 
 def _routed_shares(o: Outline, room: int) -> dict[str, Share]:
     """What is left goes to the slots of what a router names, to each table by its size."""
-    total = sum(t.size for t in _routed(o))
+    total = sum(t.size for t in routed(o))
     out = {}
-    for t in _routed(o):
+    for t in routed(o):
         least = _least_slots(o, t)
         given = huge_bytes(least * t.stride) + int(max(0, room) * t.size / total)
         out[t.name] = Share((), min(len(t.keys), max(least, _slots_in(given, t.stride))))
@@ -248,7 +238,7 @@ def _tiers(o: Outline, t: TableHeader, share: Share) -> Iterator[tuple[str, str,
             yield t.name, BY_ROUTER, (missing - share.ring) * t.stride
     elif missing:
         by_id = t.name == "embed" and not o.description.tied
-        tier = BY_PROMPT if is_for_prompts(o, t) else BY_ID if by_id else DISK
+        tier = BY_PROMPT if o.is_for_prompts(t) else BY_ID if by_id else DISK
         yield t.name, tier, missing * t.stride
 
 

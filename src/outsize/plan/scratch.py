@@ -24,10 +24,8 @@ def lend(o: Outline, shares: Mapping[str, Share], size: int) -> dict[str, Share]
     """Add slots of `size` bytes in all, one by one to the table that reads the least far ahead."""
     out = dict(shares)
     tables = [t for t in o.tables if t.kind == "layers" and shares[t.name].ring]
-    if (
-        o.neurons is not None
-    ):  # feed-forwards are read by long spans, which need the scratch themselves
-        tables = [t for t in tables if not t.name.startswith("ffn-")]
+    # What long spans alone read is read while they need the scratch themselves.
+    tables = [t for t in tables if not o.is_for_prompts(t)]
 
     def ahead(t: TableHeader) -> tuple[float, int]:
         return (out[t.name].ring + out[t.name].lent) / len(t.keys), -t.stride

@@ -95,17 +95,20 @@ class RecordCache(ABC):
 
     def fetch(self, ids: Sequence[int]) -> list[Weights]:
         """All of these at once. Raises CapacityError, PackError, ReadError."""
+        slots = self._fetched(ids)
+        return [self._views[slots[i]] for i in ids]
+
+    def _fetched(self, ids: Sequence[int]) -> dict[int, int]:
+        """The slot of each, which it is in by now."""
         slots = self._demand(ids)
         for slot in slots.values():
             self._wait(slot)
-        return [self._views[slots[i]] for i in ids]
+        return slots
 
     def locate(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """All of these at once, as bytes: slots (S, stride), and in which of them each is. Raises
         CapacityError, PackError, ReadError."""
-        slots = self._demand(ids)
-        for slot in slots.values():
-            self._wait(slot)
+        slots = self._fetched(ids)
         first, pool = self._pool(slots[ids[0]])
         places = [slots[i] - first for i in ids]
         return pool.rows(), torch.tensor(places, dtype=torch.int64, device="cpu")

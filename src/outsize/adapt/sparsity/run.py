@@ -89,8 +89,8 @@ def run(options: SparsityOptions) -> Made:
     found = words(pack, options.data, options.tokens)
     path = options.output or pack.path.with_name(pack.path.name + SUFFIX)
     kept = path.with_name(path.name + ".checkpoint")
-    if options.resume and not kept.is_file():
-        raise OptionError(f"there is no checkpoint {kept} to resume; leave out --resume")
+    if options.resume:
+        checkpoints.find(kept)
     with bars(options.quiet) as progress:
         model = TrainableModel(
             pack, torch.device("cpu"), matmul_type(torch.device("cpu")), progress

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import outsize.family as family_folder
 from outsize import registry
 from outsize.errors import OptionError
+from outsize.family import common
 from outsize.family.config import FEW_KEYS, GGUF_KEYS, Config
-from outsize.family.find import families
+from outsize.family.find import ALIASES, families
 from outsize.model_config import Latent, Mixture, Recipe
 from outsize.pack.kinds.kind import groups
 from outsize.pack.kinds.layers import DENSE, layers_of
@@ -115,7 +116,7 @@ def gguf_values(family: str, size: Size) -> dict[str, object]:
         found |= {"rotary_dim": x.rope, "qk_head_dim": x.key + x.rope, "num_key_value_heads": 1}
         found |= {"head_dim": x.rank + x.rope, "value_length": x.rank}
     if family in ("deepseek_v3", "glm4_moe_lite", "glm4_moe", "minimax_m2"):
-        found["scoring_func"] = 2
+        found["scoring_func"] = common.SIGMOID
     architecture = ARCHITECTURES.get(family, family)
     return {f"{architecture}.{GGUF_KEYS.get(k) or FEW_KEYS[k]}": v for k, v in found.items()}
 
@@ -126,7 +127,8 @@ def recipe(family: str, size: Size, format: str = "gguf") -> Recipe:
     keys = {**made.DEFAULTS, **values(size, family), "vocab_size": size.vocab}
     if format == "gguf":
         keys, architecture = gguf_values(family, size), ARCHITECTURES.get(family, family)
-        made = registry.module(family_folder, _reader(family), "architecture", families())
+        reader = ALIASES.get(architecture, architecture)
+        made = registry.module(family_folder, reader, "architecture", families())
     else:
         architecture = family
     names = frozenset({"output.weight", "lm_head.weight", "model.embed_tokens.weight"})
@@ -134,11 +136,6 @@ def recipe(family: str, size: Size, format: str = "gguf") -> Recipe:
     if (found.description.mixture is None) != (size.experts == 0):
         raise OptionError(f"{family} and this size disagree about experts; name another of either")
     return found
-
-
-def _reader(family: str) -> str:
-    """The family that a GGUF of this one is read as."""
-    return {"glm4_moe_lite": "deepseek_v3", "olmo3": "olmo2"}.get(family, family)
 
 
 Listed = Iterator[tuple[str, tuple[int, ...], str]]
