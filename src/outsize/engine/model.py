@@ -273,7 +273,7 @@ class Model:
         """Raises OptionError where it cannot be used with this model, or with what drafts."""
         prune = parse_prefill(prefill)
         if prune is not None:
-            prune.points(self.pack.description.num_layers)
+            prune.check_layers(self.pack.description)
             prune.check_drafts(self.drafting.spec.kind)
         return prune
 

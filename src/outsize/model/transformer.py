@@ -107,9 +107,9 @@ class Transformer:
         """An empty cache for one sequence; with `room` for so many tokens it never moves."""
         d = self.description
         if self.kv == "int8":
-            like = KV(d.num_layers, d.num_kv_heads, d.head_dim, self.dtype)
+            like = KV(d.num_kv_layers, d.num_kv_heads, d.head_dim, self.dtype)
             return Int8KV(like, self.backend.decode_entries, room)
-        return KV(d.num_layers, d.num_kv_heads, d.head_dim, self.dtype, room)
+        return KV(d.num_kv_layers, d.num_kv_heads, d.head_dim, self.dtype, room)
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """(T, D) fp32."""

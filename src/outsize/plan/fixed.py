@@ -46,7 +46,7 @@ def stored_bytes(o: Outline) -> int:
     """Of one token: its keys and values in all layers."""
     d = o.description
     entry = entry_bytes(d.head_dim) if o.kv == "int8" else d.head_dim * o.activation_bytes
-    return 2 * d.num_layers * d.num_kv_heads * entry
+    return 2 * d.num_kv_layers * d.num_kv_heads * entry
 
 
 def staging(o: Outline, chunk: int | None) -> int:

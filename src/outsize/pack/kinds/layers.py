@@ -14,6 +14,7 @@ from outsize.pack.tensors import Record, SourceTensors, TablePlan
 
 GOLDEN = 0.6180339887498949
 FINAL = "final"
+SHARING = "sharing"  # attention of layers that make queries alone
 DENSE = "dense"  # feed-forwards of layers without experts, in a model that has some
 
 
@@ -24,8 +25,11 @@ class Layers(Kind):
         final = {"final_norm": vector(("final_norm", d.width))}
         ffn = _dense(d) if d.mixture is None else _routed(d, d.mixture)
         dense = (Group(DENSE, 3, _dense(d)),) if len(d.routed) not in (0, d.num_layers) else ()
+        some = d.num_kv_layers < d.num_layers
+        sharing = (Group(SHARING, 2, _attention(d, makes_keys=False)),) if some else ()
         return (
             Group("attn", 2, _attention(d)),
+            *sharing,
             Group("ffn", 3, ffn),
             *dense,
             Group(FINAL, 5, final),
@@ -62,31 +66,37 @@ class Layers(Kind):
 
 def layers_of(d: Description, name: str) -> tuple[int, ...]:
     """The layers that have a record in the tables of a group."""
-    if d.mixture is None or name == "attn":
+    if name in ("attn", SHARING):
+        first = d.num_kv_layers
+        return tuple(range(first) if name == "attn" else range(first, d.num_layers))
+    if d.mixture is None:
         return tuple(range(d.num_layers))
     routed = d.routed
     return tuple(i for i in range(d.num_layers) if i not in routed) if name == DENSE else routed
 
 
-def _attention(d: Description) -> Specs:
+def _attention(d: Description, makes_keys: bool = True) -> Specs:
     q, kv = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
+    parts = (("q", q), ("k", kv), ("v", kv)) if makes_keys else (("q", q),)
+    biases = [(f"{name}_bias", rows) for name, rows in parts]
     specs: dict[str, TensorSpec] = {}
     if d.pre_norm:
         specs["attn_norm"] = vector(("attn_norm", d.width))
     if d.latent is not None:
         specs |= _latent(d, d.latent)
     else:
-        specs["qkv"] = matrix(d.width, ("q", q), ("k", kv), ("v", kv))
+        specs["qkv"] = matrix(d.width, *parts)
         specs["o"] = matrix(q, ("o", d.width))
     if d.qkv_bias:
-        specs["qkv_bias"] = vector(("q_bias", q), ("k_bias", kv), ("v_bias", kv))
+        specs["qkv_bias"] = vector(*biases)
     if d.o_bias:
         specs["o_bias"] = vector(("o_bias", d.width))
     if d.sinks:
         specs["sinks"] = vector(("sinks", d.num_heads))
     if d.qk_norm or d.qk_norm_whole:
-        sizes = (d.head_dim, d.head_dim) if d.qk_norm else (q, kv)
-        specs |= {n: vector((n, size)) for n, size in zip(("q_norm", "k_norm"), sizes, strict=True)}
+        sizes = {"q_norm": d.head_dim, "k_norm": d.head_dim}
+        sizes = sizes if d.qk_norm else {"q_norm": q, "k_norm": kv}
+        specs |= {n: vector((n, size)) for n, size in sizes.items() if makes_keys or n == "q_norm"}
     if d.post_norm:
         specs["attn_post_norm"] = vector(("attn_post_norm", d.width))
     return specs
