@@ -11,7 +11,7 @@ import typer
 
 from outsize.cli.command import only, with_flags, without
 from outsize.cli.flags import DisplayOptions, Flag
-from outsize.errors import BudgetError
+from outsize.errors import BudgetError, OptionError
 from outsize.log import say
 from outsize.options import DEFAULT_MODEL, LoadOptions
 
@@ -24,6 +24,12 @@ class PlanFlags:
         int | None, Flag("--prompt-tokens", "Predict the first token after so many (512).")
     ] = None
     html: Annotated[Path | None, Flag("--html", "Write a page with the curve.")] = None
+    what_if: Annotated[
+        str | None,
+        Flag(
+            "--what-if", "Compare with bits=3.5,width=.5,rank=8,kv=int8,share-kv=11 (any of them)."
+        ),
+    ] = None
     trace: Annotated[
         Path | None, Flag("--trace", "Expect of experts what this recording tells.")
     ] = None
@@ -40,6 +46,9 @@ def plan(
     from outsize.plan.make import make
     from outsize.report import plan_page, plan_text
 
+    if own.what_if is not None:
+        _what_if(model, load, own, display.json)
+        return
     try:
         made = make(model, load, own.prompt_tokens, own.trace)
     except BudgetError as e:
@@ -50,3 +59,19 @@ def plan(
         own.html.write_text(plan_page.page(made.to_json()), encoding="utf-8")
         say(f"wrote {own.html}")
     print(json.dumps(made.to_json()) if display.json else "\n".join(plan_text.long(made)))
+
+
+def _what_if(model: str, load: LoadOptions, own: PlanFlags, as_json: bool) -> None:
+    """A model now and as it would be."""
+    from outsize.plan.compare import compare
+    from outsize.report import whatif_page, whatif_text
+
+    if own.trace is not None:
+        raise OptionError(
+            "--trace tells of experts, which --what-if leaves as they are; leave it out"
+        )
+    made = compare(model, load, own.what_if or "", own.prompt_tokens)
+    if own.html is not None:
+        own.html.write_text(whatif_page.page(made), encoding="utf-8")
+        say(f"wrote {own.html}")
+    print(json.dumps(made.to_json()) if as_json else "\n".join(whatif_text.lines(made)))
