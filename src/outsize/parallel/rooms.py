@@ -12,7 +12,7 @@ KEPT = 256 << 10  # bytes: as large as a step's messages get; a long span's memo
 
 def as_bytes(x: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, not copied; the view keeps it alive."""
-    return memoryview(x.view(-1).view(torch.uint8).numpy())
+    return x.view(-1).view(torch.uint8).numpy().data
 
 
 class Inbox:
