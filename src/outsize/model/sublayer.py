@@ -6,7 +6,7 @@ Shapes: T rows, D model width, H query heads, J key heads, E numbers a head.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,11 +15,13 @@ from outsize.kernels.norm import RMSNorm
 from outsize.model.attention import Attention, vector
 from outsize.model.ffn.dense import Dense
 from outsize.model.ffn.experts import Mixture, Router, SharedExpert
+from outsize.model.joint import ALONE, Joint, Whole, joint
 from outsize.model.latent import LatentAttention
 from outsize.model.layers import Linear
 from outsize.model.step import Step
 from outsize.model_config import Description
 from outsize.model_config import Mixture as MixtureConfig
+from outsize.parallel.collective import Collective
 from outsize.storage.table import Weights, activation_type
 from outsize.weights.experts import ExpertBank
 
@@ -32,6 +34,16 @@ class Runnable(Protocol):
         ...
 
 
+class Ends(NamedTuple):
+    """What becomes of a body's output: times `scale`, and how ranks' parts become the whole."""
+
+    scale: float = 1.0
+    joint: Joint = ALONE
+
+
+PLAIN_ENDS = Ends()
+
+
 class SubLayer:
     """h += scale * post(body(norm(h)) + bias), in place; few families have the norm after the body, the bias
     or the scale, or no norm before."""
@@ -42,37 +54,63 @@ class SubLayer:
         body: Callable[[Tensor, Step], Tensor],
         post: RMSNorm | None = None,
         bias_D: Tensor | None = None,
-        scale: float = 1.0,
+        how: Ends = PLAIN_ENDS,
     ) -> None:
         """`norm`: or the type that enters the body as it is."""
         self._norm, self._body, self._post, self._bias_D = norm, body, post, bias_D
-        self._scale = scale
+        self._scale, self._joint = how
 
     def __call__(self, h_TD: Tensor, step: Step) -> None:
-        norm = self._norm
-        x_TD = h_TD.to(norm) if isinstance(norm, torch.dtype) else step.backend.norm(h_TD, norm)
-        y_TD = self._body(x_TD, step)
-        step.residual(h_TD, y_TD, self._post, self._bias_D, self._scale)
+        self._end(h_TD, step, self._begin(h_TD, step))
 
     def run(self, chunks: Sequence[tuple[Tensor, Step]]) -> None:
+        """While ranks exchange what they made of one chunk, the next one is computed: attention needs the
+        keys of earlier chunks, not their residual streams."""
+        last: tuple[Tensor, Step, Whole] | None = None
         for h_TD, step in chunks:
-            self(h_TD, step)
+            if self._joint is ALONE:
+                self(h_TD, step)
+                continue
+            whole = self._begin(h_TD, step)
+            if last is not None:
+                self._end(*last)
+            last = h_TD, step, whole
+        if last is not None:
+            self._end(*last)
+
+    def _begin(self, h_TD: Tensor, step: Step) -> Whole:
+        norm = self._norm
+        x_TD = h_TD.to(norm) if isinstance(norm, torch.dtype) else step.backend.norm(h_TD, norm)
+        return self._joint.outer(self._body(x_TD, step))
+
+    def _end(self, h_TD: Tensor, step: Step, whole: Whole) -> None:
+        step.residual(h_TD, whole(), self._post, self._bias_D, self._scale)
 
 
-def attention_sublayer(d: Description, index: int, w: Weights) -> SubLayer:
+def attention_sublayer(
+    d: Description, index: int, w: Weights, ranks: Collective | None = None
+) -> SubLayer:
+    """`ranks`: of a model that several share."""
     body = Attention(d, index, w) if d.latent is None else LatentAttention(d, index, w)
     bias_D = vector(w["o_bias"]) if d.o_bias else None
     norm = _pre(d, w, "attn_norm", activation_type(w["o"]))
-    return SubLayer(norm, body, _post(d, w, "attn_post_norm"), bias_D, d.residual_scale)
+    ends = Ends(d.residual_scale, joint(d, index, "attention", ranks))
+    return SubLayer(norm, body, _post(d, w, "attn_post_norm"), bias_D, ends)
 
 
-def ffn_sublayer(d: Description, index: int, w: Weights) -> SubLayer:
+def ffn_sublayer(
+    d: Description, index: int, w: Weights, ranks: Collective | None = None
+) -> SubLayer:
     norm = _pre(d, w, "ffn_norm", activation_type(w["gate_up"]))
     inner_bias, bias_D = (
         (vector(w["gate_up_bias"]), vector(w["down_bias"])) if d.mlp_bias else (None, None)
     )
-    dense = Dense(Linear(w["gate_up"]), Linear(w["down"]), d.activation, index, inner_bias)
-    return SubLayer(norm, dense, _post(d, w, "ffn_post_norm"), bias_D, d.residual_scale)
+    whole = joint(d, index, "ffn", ranks)
+    maps = Linear(w["gate_up"]), Linear(w["down"])
+    dense = Dense(maps, d.activation, index, inner_bias, whole)
+    return SubLayer(
+        norm, dense, _post(d, w, "ffn_post_norm"), bias_D, Ends(d.residual_scale, whole)
+    )
 
 
 def mixture_sublayer(d: Description, bank: ExpertBank, w: Weights) -> Mixture:
@@ -94,7 +132,7 @@ def mixture_of(d: Description) -> MixtureConfig:
 def shared_expert(d: Description, w: Weights) -> SharedExpert:
     """The expert that all tokens use."""
     gate_D = vector(w["shared_router"]) if "shared_router" in w else None
-    dense = Dense(Linear(w["shared_gate_up"]), Linear(w["shared_down"]), d.activation)
+    dense = Dense((Linear(w["shared_gate_up"]), Linear(w["shared_down"])), d.activation)
     return SharedExpert(dense, gate_D)
 
 

@@ -31,6 +31,7 @@ from outsize.model.predictors.choose import Chooser
 from outsize.model.step import Step, Watch
 from outsize.model.sublayer import attention_sublayer, ffn_sublayer, mixture_sublayer
 from outsize.model_config import Description, Rope
+from outsize.parallel.collective import Collective
 from outsize.weights.load import Loaded
 from outsize.weights.spec import Recorder
 
@@ -48,19 +49,23 @@ class Transformer:
         backend: Backend = PLAIN,
         ceiling: int | None = None,
         threads: Threads | None = None,
+        ranks: Collective | None = None,
     ) -> None:
         """`ceiling`: bytes that the process should not exceed, if returning free memory helps. `threads`:
-        how many the backend uses; None: as many as torch has."""
+        how many the backend uses; None: as many as torch has. `ranks`: those that a rank's model is run
+        with."""
         self.description, self.loaded = description, loaded
         self._embed, self._head = loaded.embed, loaded.head
         self.dtype = loaded.activation_type
         self.paged_layers: list[PagedLayer] = []
         banks = {bank.layer: bank for bank in loaded.banks}
         for i, (attn, ffn) in enumerate(loaded.layers):
-            self.paged_layers.append(PagedLayer(partial(attention_sublayer, description, i), attn))
+            self.paged_layers.append(
+                PagedLayer(partial(attention_sublayer, description, i, ranks=ranks), attn)
+            )
             bank = banks.get(i)
             make = (
-                partial(ffn_sublayer, description, i)
+                partial(ffn_sublayer, description, i, ranks=ranks)
                 if bank is None
                 else partial(mixture_sublayer, description, bank)
             )
