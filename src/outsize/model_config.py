@@ -101,7 +101,9 @@ class Shard:
     outputs: tuple[int, int]
     heads: tuple[int, int]
     kv_heads: tuple[int, int]
-    ffn_width: int  # of the model
+    ffn_width: int  # of the model, as the next
+    num_heads: int
+    num_kv_heads: int
     neuron_ends: tuple[int, ...]  # of each rank in turn, as the next
     output_ends: tuple[int, ...]
 
@@ -163,6 +165,15 @@ class Description:
     attn_cap: float = 0.0  # the same of attention's scores
     latent: Latent | None = None  # attention over a latent that all heads share
     shard: Shard | None = None  # of one of several ranks: the sizes above are what it has
+
+    @property
+    def whole(self) -> Description:
+        """The model that this is a part of."""
+        s = self.shard
+        if s is None:
+            return self
+        sizes = {"num_heads": s.num_heads, "num_kv_heads": s.num_kv_heads}
+        return replace(self, shard=None, ffn_width=s.ffn_width, **sizes)
 
     @property
     def num_layers(self) -> int:

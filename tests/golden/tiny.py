@@ -203,7 +203,10 @@ REFERENCE = {"gemma3": "gemma3_text", "afm": "qwen3", "llama4": "llama4_text"}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama+biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     # With neurons that three ranks can share unevenly.
-    **{f"{base}+wide": (base, {"intermediate_size": 320}) for base in ("llama", "qwen2", "qwen3", "gemma3")},
+    **{
+        f"{base}+wide": (base, {"intermediate_size": 320})
+        for base in ("llama", "qwen2", "qwen3", "gemma3")
+    },
 }
 
 

@@ -23,10 +23,12 @@ from outsize.draft.step_time import ExpertUnion
 from outsize.encoding.find import NATIVE
 from outsize.engine import open_prefixes
 from outsize.engine.model import Model
+from outsize.engine.ranks import leader as ranks
 from outsize.engine.scheduler import Scheduler
 from outsize.engine.step_lock import check_fork
+from outsize.errors import PackError
 from outsize.forward.prune import parse_prefill
-from outsize.home import expanded
+from outsize.home import expanded, home
 from outsize.kernels.attention import CHUNK
 from outsize.kernels.backend import Backend
 from outsize.kernels.plain import PLAIN
@@ -88,6 +90,7 @@ def open_model(
     before: Callable[[Outline, Placement], None] | None = None,
 ) -> Model:
     """As `load`, with the options as one object."""
+    options = ranks.settled(options)
     probe.set_threads(options.threads)
     decide.check(options)
     options = decide.for_model(options, source)
@@ -96,7 +99,8 @@ def open_model(
     size, quiet = memory.parse(options.memory), options.quiet
     prefixes = open_prefixes.check(options)
     found = fetch.find(source, options.encoding)
-    if found is None and (options.memory != "auto" or options.experts):
+    is_checked = options.ranks == 1 and (options.memory != "auto" or options.experts)
+    if found is None and is_checked:
         decide.foresee(source, options, size, runtime_bytes(compiled(options)))
     made = found or fetch.pack(source, encoding=options.encoding, quiet=quiet)
     options = decide.for_kind(options, made.path.name, made.description)
@@ -104,8 +108,21 @@ def open_model(
     low = experts.copies
     copies = fetch.pack(source, encoding=low, quiet=quiet) if low else None
     paged = neurons.search(options, made, made.path.name)
-    packs = Packs(made, draft_pack(options), copies, paged)
-    return _open(packs, options, Beside(size, experts, prefixes), before)
+    if made.description.shard is not None:
+        raise PackError(
+            f"{made.path.name} is one rank's part of a model; run {made.source.spec} with --ranks"
+        )
+    smaller = draft_pack(options)
+    if options.ranks == 1:
+        packs = Packs(made, smaller, copies, paged)
+        return _open(packs, options, Beside(size, experts, prefixes), before)
+    team = ranks.assemble(made, options, compiled(options))
+    try:
+        packs = Packs(team.cut(home(), quiet), smaller)
+        return _open(packs, options, Beside(size, experts, prefixes, team), before)
+    except BaseException as e:
+        team.close(e)
+        raise
 
 
 def kernel_threads(options: LoadOptions, made: Pack, native: Backend) -> Threads:
@@ -140,6 +157,7 @@ class Beside(NamedTuple):
     size: int
     experts: ExpertOptions
     prefixes: open_prefixes.Checked
+    team: ranks.Team | None = None  # the other ranks
 
 
 def _open(
@@ -150,7 +168,7 @@ def _open(
 ) -> Model:
     """Plan, and refuse; then read: the tokenizer, adapters, the model that drafts, and at last the weights,
     so that what reading takes for a moment is there."""
-    made, native, (size, experts, kept) = packs.model, compiled(options), parsed
+    made, native, (size, experts, kept, team) = packs.model, compiled(options), parsed
     if packs.smaller is not None:
         drafting.same_vocabulary(made, packs.smaller)
     outline, before = packs.outline(options), runtime_bytes(native)
@@ -175,6 +193,8 @@ def _open(
     chunk = options.chunk or _chunk(options, outline, placement)
     known = {n: read_adapter(made, n, expanded(p)) for n, p in options.adapters.items()}
     memory.trim()
+    if team is not None:
+        team.plan(placement.context, chunk, options)
     with ExitStack() as opened:
         smaller = None
         if packs.smaller is not None:
@@ -189,8 +209,12 @@ def _open(
         opened.callback(loaded.close)
         threads = kernel_threads(options, made, native)
         description = made.description.for_context(placement.context)
-        transformer = Transformer(description, loaded, native, placement.ceiling, threads)
+        joined = None if team is None else team.connect()
+        transformer = Transformer(description, loaded, native, placement.ceiling, threads, joined)
         transformer.chunk, transformer.kv = chunk, options.kv
+        if team is not None:
+            transformer.leader = team.lead
+            loaded.ends.append(team.close)
         if paged is not None:
             transformer.neurons = neurons.told(paged)
             made_of = choosers(paged.file, made.description, native)
@@ -198,9 +222,10 @@ def _open(
         drafts = _drafting(made, options, placement, transformer, smaller)
         opened.pop_all()
     prefixes = open_prefixes.make(kept, made, placement, transformer, known)
-    scheduler = Scheduler(made.path.name, transformer, placement, drafts, prefixes=prefixes)
+    whole = made if team is None else team.whole
+    scheduler = Scheduler(whole.path.name, transformer, placement, drafts, prefixes=prefixes)
     scheduler.adapters = known
-    return Model(made, found, scheduler, options.prefill)
+    return Model(whole, found, scheduler, options.prefill)
 
 
 def banks_of(paged: NeuronPlan | None) -> tuple[Bundles, str] | None:

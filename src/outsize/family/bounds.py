@@ -91,6 +91,8 @@ def _shard_fault(d: Description, x: Shard) -> str:
             )
     if x.cut == "sum" and (x.outputs, x.output_ends) != ((0, d.width), ()):
         return "where parts are summed, each rank has all outputs"
+    if x.heads[1] > x.num_heads or x.kv_heads[1] > x.num_kv_heads:
+        return "a rank has heads that the model has not"
     sizes = [b - a for a, b in (x.neurons, x.heads, x.kv_heads)]
     is_due = sizes == [d.ffn_width, d.num_heads, d.num_kv_heads] and d.mixture is None
     return "" if is_due else "a rank's sizes are not those of its ranges"

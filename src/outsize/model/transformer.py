@@ -7,7 +7,9 @@ fp32 and is changed in place. Shapes: T tokens, K tokens whose logits are wanted
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +36,15 @@ from outsize.model_config import Description, Rope
 from outsize.parallel.collective import Collective
 from outsize.weights.load import Loaded
 from outsize.weights.spec import Recorder
+
+
+class Leader(Protocol):
+    """Of several ranks, what tells the others of a step (forward/lead.py)."""
+
+    def step(self, pairs: Sequence[Any], /) -> AbstractContextManager[None]:
+        """Around a step of these spans, each with its cache."""
+        ...
+
 
 REFINED = 64  # tokens of the highest logits, which are computed again in fp32
 
@@ -77,6 +88,7 @@ class Transformer:
         self.backend = backend if self.dtype == torch.bfloat16 else PLAIN
         self.chunk = CHUNK  # tokens of a prompt that are computed at once, at multiples of it
         self.kv = "auto"  # how keys and values are kept, or int8
+        self.leader: Leader | None = None  # tells other ranks of each step
         self.neurons = ""  # which are computed, and what that costs, where not all are
         self._own, self.threads = backend, threads or Threads(torch.get_num_threads())
         self.memory = WeightMemory(description, loaded, self.paged_layers, ceiling)

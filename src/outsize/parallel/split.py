@@ -178,5 +178,5 @@ def _shard(
     return Shard(
         rank, len(neurons), way.cut, way.attention, _range(neurons, rank, d.ffn_width),
         _range(outputs, rank, d.width), (kv_heads[0] * each, kv_heads[1] * each), kv_heads, d.ffn_width,
-        neurons, outputs,
+        d.num_heads, d.num_kv_heads, neurons, outputs,
     )  # fmt: skip

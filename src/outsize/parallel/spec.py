@@ -1,0 +1,59 @@
+"""The spec of how ranks share a model, as users write it: `tensor:cut=sum,attention=heads,over=sockets`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from outsize.errors import OptionError
+from outsize.parallel.split import Way
+
+KINDS = ("tensor",)
+VALUES = {
+    "cut": ("gather", "sum"),
+    "attention": ("whole", "heads"),
+    "over": ("gloo", "sockets"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelSpec:
+    """`over`: what carries bytes between ranks: a gloo group of torch.distributed, or sockets of our own."""
+
+    way: Way = field(default_factory=Way)
+    over: str = "gloo"
+
+    def __str__(self) -> str:
+        return f"tensor:cut={self.way.cut},attention={self.way.attention},over={self.over}"
+
+
+def parse_parallel(text: str) -> ParallelSpec:
+    """Raises OptionError."""
+    kind, colon, rest = text.partition(":")
+    if kind not in KINDS:
+        raise OptionError(f"parallel is {text!r}: {_unknown(kind, KINDS)}")
+    told: dict[str, str] = {}
+    for part in rest.split(",") if colon else ():
+        key, _, value = part.partition("=")
+        if key not in VALUES:
+            raise OptionError(f"parallel is {text!r}: {_unknown(key, tuple(VALUES))}")
+        if value not in VALUES[key] or key in told:
+            raise OptionError(
+                f"parallel is {text!r}: {key} is given once, as {' or '.join(VALUES[key])}"
+            )
+        told[key] = value
+    attention = told.get("attention", "whole")
+    way = Way(told.get("cut", "sum" if attention == "heads" else "gather"), attention)
+    if way == Way("gather", "heads"):
+        raise OptionError(
+            f"parallel is {text!r}: attention=heads gives each rank a part of a sum; write cut=sum, or leave "
+            "cut out"
+        )
+    return ParallelSpec(way, told.get("over", "gloo"))
+
+
+def _unknown(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, 1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{word!r} is not known; known are {', '.join(known)}{hint}"
