@@ -25,12 +25,12 @@ from outsize.forward.span import Span
 from outsize.kv.kv import ALL, KV
 from outsize.model.transformer import Transformer
 from outsize.parallel.rooms import as_bytes
-from outsize.parallel.transport import Transport, others
+from outsize.parallel.transport import Transport, Wire, others
 from outsize.system.interrupts import put_off
 
 FRAME = 64  # whole numbers: a token, or a draft, of a few sequences
 AT_ONCE = 256  # positions whose entries are sent together
-END = -1
+END, ENDED = -1, b"ended"
 Pair = tuple[Span, KV]
 
 
@@ -45,6 +45,11 @@ class Lead:
         self._done: list[int] = []
         self._fresh = count()
         self._broken = ""
+
+    @property
+    def wire(self) -> Wire:
+        """What was sent and received: of steps, and within them."""
+        return self._transport.wire
 
     @contextmanager
     def step(self, pairs: Sequence[tuple[Span, KV]]) -> Iterator[None]:
@@ -62,10 +67,12 @@ class Lead:
                 raise
 
     def end(self) -> None:
-        """Tell the others that no step comes any more."""
+        """Tell the others that no step comes any more, and hear that they know. Raises PeerError."""
         if not self._broken:
             self._broken = "they have ended"
             self._send(array("q", [END]))
+            for rank in others(self._transport.rank, self._transport.world):
+                self._transport.receive(rank, bytearray(len(ENDED)))
 
     def _tell(self, pairs: Sequence[Pair]) -> None:
         done, self._done = self._done, []
@@ -144,6 +151,7 @@ def follow(model: Transformer, transport: Transport, leader: int = 0) -> None:
             _receive_entries(transport, leader, kv, known, start)
         with model.threads.narrow(all(span.is_narrow for span, _ in pairs)):
             hidden(model, pairs)
+    transport.send(leader, ENDED).wait()
 
 
 def _receive(transport: Transport, leader: int) -> array[int]:

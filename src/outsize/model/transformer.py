@@ -34,12 +34,18 @@ from outsize.model.step import Step, Watch
 from outsize.model.sublayer import attention_sublayer, ffn_sublayer, mixture_sublayer
 from outsize.model_config import Description, Rope
 from outsize.parallel.collective import Collective
+from outsize.parallel.transport import Wire
 from outsize.weights.load import Loaded
 from outsize.weights.spec import Recorder
 
 
 class Leader(Protocol):
     """Of several ranks, what tells the others of a step (forward/lead.py)."""
+
+    @property
+    def wire(self) -> Wire:
+        """What this rank has sent and received."""
+        ...
 
     def step(self, pairs: Sequence[Any], /) -> AbstractContextManager[None]:
         """Around a step of these spans, each with its cache."""

@@ -21,12 +21,14 @@ from outsize.pack.derive import derive, made_before
 from outsize.pack.format import Pack
 from outsize.pack.kinds.kind import groups
 from outsize.pack.kinds.layers import tables_of
+from outsize.pack.outline import Outline
 from outsize.pack.records import FLOATS
 from outsize.pack.source import Source, derived
 from outsize.pack.tables import Matrix, TableHeader
 from outsize.pack.tensors import Made, Record, TablePlan
 from outsize.progress import Progress, silent
 from outsize.storage.records import Records
+from outsize.storage.table import Weights
 
 FOLDER = "shards"
 
@@ -54,30 +56,53 @@ def cut(pack: Pack, shard: Shard, home: Path, progress: Progress = silent) -> Pa
     if found is not None:
         return found
     with Records(pack) as records:
-        tables = _Cutter(pack, shard, records).tables()
+        tables = _Cutter(pack.description, pack.tables, shard, (pack.path, records)).tables()
         return derive(base, source, tables, None, home / FOLDER, progress)
 
 
-def headers(pack: Pack, shard: Shard) -> tuple[TableHeader, ...]:
-    """The tables of a shard, without their checksums, from headers alone."""
-    with Records(pack) as records:
-        return tuple(plan.header for plan in _Cutter(pack, shard, records).tables())
+def outlined(whole: Outline, shard: Shard) -> Outline:
+    """A shard of a model as the planner sees it, from headers alone. Ranks that follow have no tokenizer, no
+    templates, and of the head no more than rows by id."""
+    d = whole.description
+    tables = [plan.header for plan in _Cutter(d, whole.tables, shard, None).tables()]
+    made = replace(whole, description=described(d, shard), tables=tuple(tables))
+    return made if shard.rank == 0 else following(made)
+
+
+def following(o: Outline) -> Outline:
+    """Of a rank that follows."""
+    head = head_of(o.description)
+    tables = (replace(t, keys=t.keys[:1]) if t.name == head else t for t in o.tables)
+    return replace(o, tables=tuple(tables), tokenizer_bytes=0, has_template=False)
+
+
+def head_of(d: Description) -> str:
+    """The table that the leader alone multiplies with."""
+    return "embed" if d.tied else "head"
 
 
 class _Cutter:
     """The tables of a shard, out of a pack's."""
 
-    def __init__(self, pack: Pack, shard: Shard, records: Records) -> None:
-        self._pack, self._shard, self._records = pack, shard, records
-        self._rows, self._inputs = _rows(pack.description, shard), _inputs(pack.description, shard)
+    def __init__(
+        self,
+        d: Description,
+        tables: Sequence[TableHeader],
+        shard: Shard,
+        there: tuple[Path, Records] | None,
+    ) -> None:
+        """`there`: the pack's folder and its records; None: only headers are asked for."""
+        self._d, self._tables, self._there = d, tables, there
+        self._rows, self._inputs = _rows(d, shard), _inputs(d, shard)
 
     def tables(self) -> list[TablePlan]:
         out: list[TablePlan] = []
-        for _, group in groups(self._pack.description):
-            tables = [t for t in self._pack.tables if t.name.split("-")[0] == group.name]
+        folder = Path() if self._there is None else self._there[0]
+        for _, group in groups(self._d):
+            tables = [t for t in self._tables if t.name.split("-")[0] == group.name]
             names = {name for t in tables for name in t.tensors}
             if not names & (self._rows.keys() | self._inputs.keys()):
-                out += [TablePlan(t, (), self._pack.path / t.file) for t in tables]
+                out += [TablePlan(t, (), folder / t.file) for t in tables]
                 continue
             by_layer = {
                 layer: self._record(t, number)
@@ -123,14 +148,18 @@ class _Cutter:
         inputs: slice | None,
     ) -> Mapping[str, Tensor]:
         name, piece = place
-        weight = self._records.read(table, number)[name][piece]
+        weight = self._read(table, number)[name][piece]
         if rows is None and inputs is None:
             return weight.fields
         return weight.encoding.take(weight.fields, rows, inputs)
 
+    def _read(self, table: TableHeader, number: int) -> Weights:
+        assert self._there is not None
+        return self._there[1].read(table, number)
+
     def _numbers(self, table: TableHeader, number: int, name: str) -> Mapping[str, Tensor]:
         """Some of a vector's."""
-        pieces = self._records.read(table, number)[name]
+        pieces = self._read(table, number)[name]
         whole = torch.cat([w.encoding.decode(w.fields)[0] for w in pieces])
         return encoding(FLOATS).encode(whole[self._rows[name]][None])
 

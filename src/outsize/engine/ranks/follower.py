@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,11 +25,12 @@ from outsize.model_config import Shard
 from outsize.options import LoadOptions
 from outsize.pack import store
 from outsize.pack.format import Pack
-from outsize.pack.outline import Outline, of_pack
+from outsize.pack.outline import of_pack
 from outsize.parallel.collective import Collective
 from outsize.parallel.exact import Exact
-from outsize.parallel.meeting import Hello, join
-from outsize.parallel.shard import cut
+from outsize.parallel.meeting import Hello, Mesh, join
+from outsize.parallel.shard import cut, following, head_of
+from outsize.parallel.transport import LOOK_S, SILENCE_S
 from outsize.plan import decide, probe
 from outsize.plan.placement import Placement
 from outsize.plan.warmup import runtime_bytes
@@ -77,10 +79,20 @@ def run(where: str, options: LoadOptions) -> None:
         with _opened(told.shard, own, placement, Exact(transport)) as model:
             tell("its weights are there")
             follow(model, transport)
+            _see_off(mesh)
     except BaseException as e:
         mesh.close(e)
         raise
     mesh.close()
+
+
+def _see_off(mesh: Mesh) -> None:
+    """Stay until the leader has left: it may still hear of others."""
+    until = time.monotonic() + SILENCE_S
+    with suppress(PeerError):
+        while time.monotonic() < until:
+            mesh.watch.check()
+            time.sleep(LOOK_S / 10)
 
 
 def _prepare(talk: Talk, own: Settings) -> Told:
@@ -114,19 +126,6 @@ def _found(identity: str, layout: str, name: str) -> Pack:
     )
 
 
-def _head(o: Outline) -> str:
-    """The table that only the leader multiplies with: here its rows are read by id."""
-    return "embed" if o.description.tied else "head"
-
-
-def _outline(shard: Pack) -> Outline:
-    """Without what the leader has: tokenizer, templates, head."""
-    whole = replace(of_pack(shard), tokenizer_bytes=0, has_template=False)
-    head = _head(whole)
-    tables = (replace(t, keys=t.keys[:1]) if t.name == head else t for t in whole.tables)
-    return replace(whole, tables=tuple(tables))
-
-
 def _placed(talk: Talk, shard: Pack, own: Settings) -> tuple[Settings, Placement]:
     """With the leader's settings. Raises BudgetError."""
     told = talk.hear(0)
@@ -135,9 +134,9 @@ def _placed(talk: Talk, shard: Pack, own: Settings) -> tuple[Settings, Placement
     }  # fmt: skip
     asked = {name: field(told, name, kind, 0) for name, kind in fields.items()}
     options = replace(own.options, draft="none", prefix_cache="off", **asked)
-    runtime, outline = runtime_bytes(own.native), _outline(shard)
+    runtime, outline = runtime_bytes(own.native), following(of_pack(shard))
     placement = decide.decide(outline, options, own.size, runtime, 0)
-    shares = {**placement.shares, _head(outline): Share((), 0)}
+    shares = {**placement.shares, head_of(outline.description): Share((), 0)}
     return replace(own, options=options), replace(placement, shares=shares)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from outsize.draft.spec import parse_draft
 from outsize.engine.ranks.children import Children
 from outsize.engine.ranks.speed import bytes_per_s, most_neurons
 from outsize.engine.ranks.talk import Talk, digest, field
-from outsize.errors import OptionError
+from outsize.errors import OptionError, PeerError
 from outsize.forward.lead import Lead
 from outsize.kernels.backend import Backend
 from outsize.log import say, silent
@@ -135,7 +135,8 @@ class Team:
         """End all ranks. They are told why."""
         with self._lock:
             if why is None and self.lead is not None:
-                self.lead.end()
+                with suppress(PeerError):  # who is lost need not be told
+                    self.lead.end()
             self._talk.mesh.close(why)
             if self._children is not None:
                 self._children.close()
