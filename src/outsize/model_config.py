@@ -91,11 +91,12 @@ class Latent:
 class Shard:
     """What one of several ranks holds of a model (parallel/shard.py); all else is whole on each. Ranges are
     (first, last + 1), of the model's. `cut` "gather": of a feed-forward's down, all inputs of some outputs;
-    "sum": the inputs that are its neurons, of all outputs. `attention`: whole on every rank, or by heads."""
+    "sum": the inputs that are its neurons, of all outputs; "layers": some layers, whole. `attention`: whole
+    on every rank, or by heads."""
 
     rank: int
     world: int
-    cut: str  # "gather" or "sum"
+    cut: str  # "gather", "sum" or "layers"
     attention: str  # "whole" or "heads"
     neurons: tuple[int, int]
     outputs: tuple[int, int]
@@ -106,6 +107,8 @@ class Shard:
     num_kv_heads: int
     neuron_ends: tuple[int, ...]  # of each rank in turn, as the next
     output_ends: tuple[int, ...]
+    layers: tuple[int, int]
+    num_layers: int  # of the model
 
     @property
     def neuron_widths(self) -> tuple[int, ...]:

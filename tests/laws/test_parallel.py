@@ -131,6 +131,35 @@ def test_adapters(way: Way, encoding: str, open_tiny: Callable[..., Model], tmp_
         near(found, due, encoding)
 
 
+RELAY = Way("layers")
+
+
+@pytest.mark.parametrize(
+    ("family", "encoding", "speeds"),
+    [
+        ("qwen2+wide", "q4_0", TWO), ("gemma3+wide", "q4_0", THREE), ("llama", "fp32", THREE),
+        ("olmoe", "q4_0", TWO), ("gpt_oss", "bf16", TWO), ("deepseek_v3", "bf16", TWO),
+    ],
+)  # fmt: skip
+def test_a_relay_gives_the_bits_of_one(
+    family: str, encoding: str, speeds: Sequence[float], open_tiny: Callable[..., Model]
+) -> None:
+    """L3, L6, of ranks that have layers: any model, experts too."""
+    one, transports = open_tiny(family, encoding), threads(len(speeds))
+    with opened(shards_of(one.pack, speeds, RELAY), transports=transports) as run:
+        assert torch.equal(run(lambda rank: script(rank.model))[0], script(one.transformer))
+        before = transports[0].wire.sent, transports[0].wire.messages
+        run(lambda rank: full(rank.model, [Span(0, tiny.TOKENS[:7])], [rank.model.new_kv()]))
+    after = transports[0].wire.sent, transports[0].wire.messages
+    assert (after[0] - before[0], after[1] - before[1]) == (7 * 4 * tiny.WIDTH, 1)
+
+
+def test_a_relay_at_half_memory(open_tiny: Callable[..., Model]) -> None:
+    one = open_tiny("qwen2+wide", "q4_0")
+    with opened(shards_of(one.pack, TWO, RELAY), plan=half) as run:
+        assert torch.equal(run(lambda rank: script(rank.model))[0], script(one.transformer))
+
+
 def near(found: Tensor, due: Tensor, encoding: str) -> None:
     """L4: to rounding, of fp32 or of bf16."""
     assert not torch.equal(found, due), "sums in another order round otherwise"
@@ -276,6 +305,12 @@ def test_what_cannot_be_cut_is_refused_by_name(open_tiny: Callable[..., Model]) 
         shards("llama+wide", SUM, 11)
     with pytest.raises(OptionError, match="write cut=sum"):
         shards("llama+wide", Way("gather", "heads"))
+    with pytest.raises(UnsupportedError, match="3 layers, fewer than 4 ranks"):
+        shards("llama", RELAY, 4)
+    with pytest.raises(
+        UnsupportedError, match="experts in layers 1 to 2, and a rank would have none"
+    ):
+        shards("deepseek_v3", RELAY, 3, "bf16")
     with pytest.raises(OptionError, match="ranks is 65"):
         shards("llama+wide", GATHER, 65)
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from outsize.engine.ranks.leader import joined
 from outsize.home import home
 from outsize.kernels.backend import Backend
 from outsize.kernels.find import native_in
@@ -14,8 +15,6 @@ from outsize.kernels.plain import PLAIN
 from outsize.model.transformer import Transformer
 from outsize.model_config import Shard
 from outsize.pack.format import Pack
-from outsize.parallel.collective import Collective
-from outsize.parallel.exact import Exact
 from outsize.parallel.shard import cut
 from outsize.parallel.split import Ranks, Way, split
 from outsize.parallel.transport import Transport, threads
@@ -41,10 +40,14 @@ def shards_of(pack: Pack, speeds: Sequence[float], way: Way) -> list[Pack]:
 class Rank:
     """A shard's model, open."""
 
-    def __init__(self, pack: Pack, native: bool, ranks: Collective, plan: LoadPlan | None) -> None:
+    def __init__(
+        self, pack: Pack, native: bool, transport: Transport, plan: LoadPlan | None
+    ) -> None:
         own = backend(native)
         self.pack, self.loaded = pack, weights.load(pack, own, plan)
+        ranks, relay = joined(self.shard, transport)
         self.model = Transformer(pack.description, self.loaded, own, ranks=ranks)
+        self.model.relay = relay
 
     @property
     def shard(self) -> Shard:
@@ -62,7 +65,7 @@ def opened(
     """Gives what runs a function on every rank, a thread each."""
     found = list(transports or threads(len(packs)))
     ranks = [
-        Rank(pack, native, Exact(t), None if plan is None else plan(pack))
+        Rank(pack, native, t, None if plan is None else plan(pack))
         for pack, t in zip(packs, found, strict=True)
     ]
 

@@ -209,11 +209,13 @@ def _open(
         opened.callback(loaded.close)
         threads = kernel_threads(options, made, native)
         description = made.description.for_context(placement.context)
-        joined = None if team is None else team.connect()
-        transformer = Transformer(description, loaded, native, placement.ceiling, threads, joined)
+        joined = ranks.Joined(None, None) if team is None else team.connect()
+        transformer = Transformer(
+            description, loaded, native, placement.ceiling, threads, joined.ranks
+        )
         transformer.chunk, transformer.kv = chunk, options.kv
         if team is not None:
-            transformer.leader = team.lead
+            transformer.leader, transformer.relay = team.lead, joined.relay
             loaded.ends.append(team.close)
         if paged is not None:
             transformer.neurons = neurons.told(paged)

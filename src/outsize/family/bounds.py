@@ -19,7 +19,7 @@ from outsize.model_config import (
 
 MOST = 1 << 24
 MOST_RANKS = 64
-CUTS = {("gather", "whole"), ("sum", "whole"), ("sum", "heads")}
+CUTS = {("gather", "whole"), ("sum", "whole"), ("sum", "heads"), ("layers", "whole")}
 WHOLE = {
     "width": MOST, "ffn_width": MOST, "vocab_size": MOST, "context": MOST, "head_dim": MOST_HEAD,
     "num_heads": LIMITS["num_attention_heads"], "num_kv_heads": LIMITS["num_key_value_heads"],
@@ -79,6 +79,19 @@ def _shard_fault(d: Description, x: Shard) -> str:
         return (
             f"it is cut by {x.cut[:80]!r} with attention {x.attention[:80]!r}, which is not known"
         )
+    (first, last), all_layers = x.layers, (0, x.num_layers)
+    is_whole = x.cut == "layers" or x.layers == all_layers
+    if not 0 <= first < last <= x.num_layers or last - first != d.num_layers or not is_whole:
+        return f"layers {first:,} to {last:,} of {x.num_layers:,} are not the {d.num_layers:,} here"
+    if x.cut == "layers":
+        is_due = (x.neurons, x.outputs) == ((0, d.ffn_width), (0, d.width))
+        is_due = is_due and (x.heads, x.kv_heads) == ((0, d.num_heads), (0, d.num_kv_heads))
+        return "" if is_due else "a rank of some layers has them whole"
+    return _ranges_fault(d, x)
+
+
+def _ranges_fault(d: Description, x: Shard) -> str:
+    """Of layers that each rank has in part."""
     for (first, last), ends, most in (
         (x.neurons, x.neuron_ends, x.ffn_width),
         (x.outputs, x.output_ends, d.width if x.cut == "gather" else None),

@@ -87,7 +87,7 @@ ALONE: Joint = Alone()
 
 def joint(d: Description, layer: int, place: Place, ranks: Collective | None) -> Joint:
     """Of a sub-layer of a model, which may be a rank's."""
-    if d.shard is None or d.shard.world == 1:
+    if d.shard is None or d.shard.world == 1 or d.shard.cut == "layers":
         return ALONE
     if place == "attention" and d.shard.attention == "whole":
         return ALONE

@@ -52,6 +52,19 @@ class Leader(Protocol):
         ...
 
 
+class Stages(Protocol):
+    """Of several ranks that have some layers each, this one's place (forward/relay.py)."""
+
+    @property
+    def begins(self) -> bool:
+        """Does it look embeddings up?"""
+        ...
+
+    def run(self, layers: Sequence[PagedLayer], chunks: Sequence[tuple[Tensor, Step]], /) -> None:
+        """All chunks through this rank's layers and the others'. Changes the residual streams."""
+        ...
+
+
 REFINED = 64  # tokens of the highest logits, which are computed again in fp32
 
 
@@ -95,6 +108,7 @@ class Transformer:
         self.chunk = CHUNK  # tokens of a prompt that are computed at once, at multiples of it
         self.kv = "auto"  # how keys and values are kept, or int8
         self.leader: Leader | None = None  # tells other ranks of each step
+        self.relay: Stages | None = None  # runs the layers that other ranks have
         self.neurons = ""  # which are computed, and what that costs, where not all are
         self._own, self.threads = backend, threads or Threads(torch.get_num_threads())
         self.memory = WeightMemory(description, loaded, self.paged_layers, ceiling)

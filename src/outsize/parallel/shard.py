@@ -20,7 +20,7 @@ from outsize.model_config import Description, Shard
 from outsize.pack.derive import derive, made_before
 from outsize.pack.format import Pack
 from outsize.pack.kinds.kind import groups
-from outsize.pack.kinds.layers import tables_of
+from outsize.pack.kinds.layers import FINAL, tables_of
 from outsize.pack.outline import Outline
 from outsize.pack.records import FLOATS
 from outsize.pack.source import Source, derived
@@ -42,7 +42,8 @@ def described(d: Description, shard: Shard) -> Description:
     """The smaller model that a rank runs."""
     first, last = shard.neurons
     heads, kv_heads = (b - a for a, b in (shard.heads, shard.kv_heads))
-    return replace(d, num_heads=heads, num_kv_heads=kv_heads, ffn_width=last - first, shard=shard)
+    sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "ffn_width": last - first}
+    return replace(d, layers=d.layers[slice(*shard.layers)], shard=shard, **sizes)
 
 
 def cut(pack: Pack, shard: Shard, home: Path, progress: Progress = silent) -> Pack:
@@ -92,11 +93,13 @@ class _Cutter:
         there: tuple[Path, Records] | None,
     ) -> None:
         """`there`: the pack's folder and its records; None: only headers are asked for."""
-        self._d, self._tables, self._there = d, tables, there
+        self._d, self._tables, self._shard, self._there = d, tables, shard, there
         self._rows, self._inputs = _rows(d, shard), _inputs(d, shard)
 
     def tables(self) -> list[TablePlan]:
         out: list[TablePlan] = []
+        if self._shard.cut == "layers":
+            return self._some_layers()
         folder = Path() if self._there is None else self._there[0]
         for _, group in groups(self._d):
             tables = [t for t in self._tables if t.name.split("-")[0] == group.name]
@@ -112,6 +115,31 @@ class _Cutter:
             layers = sorted(by_layer)
             records = [by_layer[layer] for layer in layers]
             out += tables_of(group.name, "layers", records, layers=layers)
+        return out
+
+    def _some_layers(self) -> list[TablePlan]:
+        """Records of some layers, as they are, under new numbers."""
+        out: list[TablePlan] = []
+        folder, (first, last) = (
+            Path() if self._there is None else self._there[0],
+            self._shard.layers,
+        )
+        for _, group in groups(self._d):
+            tables = [t for t in self._tables if t.name.split("-")[0] == group.name]
+            if group.name == FINAL or any(t.kind == "rows" for t in tables):
+                out += [TablePlan(t, (), folder / t.file) for t in tables]
+                continue
+            kind = tables[0].kind
+            each = 1 if kind == "layers" or self._d.mixture is None else self._d.mixture.count
+            by_key = {
+                key: self._record(t, number)
+                for t in tables
+                for number, key in enumerate(t.keys)
+                if first <= key // each < last
+            }
+            records = [by_key[key] for key in sorted(by_key)]
+            layers = sorted({key // each - first for key in by_key})
+            out += tables_of(group.name, kind, records, each, layers) if records else []
         return out
 
     def _record(self, table: TableHeader, number: int) -> Record:
@@ -166,6 +194,8 @@ class _Cutter:
 
 def _rows(d: Description, s: Shard) -> dict[str, Tensor]:
     """Of tensors that are cut by rows (vectors: by numbers), those of a shard."""
+    if s.cut == "layers":
+        return {}
     neurons = torch.arange(*s.neurons, dtype=torch.int64, device="cpu")
     found = {"gate_up": torch.cat([neurons, d.ffn_width + neurons])}
     if d.mlp_bias:

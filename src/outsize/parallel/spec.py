@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from outsize.errors import OptionError
 from outsize.parallel.split import Way
 
-KINDS = ("tensor",)
-VALUES = {
+KINDS = ("tensor", "relay")
+VALUES: dict[str, tuple[str, ...]] = {
     "cut": ("gather", "sum"),
     "attention": ("whole", "heads"),
     "over": ("gloo", "sockets"),
@@ -25,6 +25,8 @@ class ParallelSpec:
     over: str = "gloo"
 
     def __str__(self) -> str:
+        if self.way.cut == "layers":
+            return f"relay:over={self.over}"
         return f"tensor:cut={self.way.cut},attention={self.way.attention},over={self.over}"
 
 
@@ -33,16 +35,19 @@ def parse_parallel(text: str) -> ParallelSpec:
     kind, colon, rest = text.partition(":")
     if kind not in KINDS:
         raise OptionError(f"parallel is {text!r}: {_unknown(kind, KINDS)}")
+    known = ("over",) if kind == "relay" else tuple(VALUES)
     told: dict[str, str] = {}
     for part in rest.split(",") if colon else ():
         key, _, value = part.partition("=")
-        if key not in VALUES:
-            raise OptionError(f"parallel is {text!r}: {_unknown(key, tuple(VALUES))}")
+        if key not in known:
+            raise OptionError(f"parallel is {text!r}: {_unknown(key, known)}")
         if value not in VALUES[key] or key in told:
             raise OptionError(
                 f"parallel is {text!r}: {key} is given once, as {' or '.join(VALUES[key])}"
             )
         told[key] = value
+    if kind == "relay":
+        return ParallelSpec(Way("layers"), told.get("over", "gloo"))
     attention = told.get("attention", "whole")
     way = Way(told.get("cut", "sum" if attention == "heads" else "gather"), attention)
     if way == Way("gather", "heads"):

@@ -33,8 +33,9 @@ class Ranks:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How sub-layers are cut. "gather": gate and up by neurons, down by outputs, whole vectors gathered: the
-    bits of one rank. "sum": down by neurons, partial sums added: to rounding."""
+    """How a model is cut. "gather": gate and up by neurons, down by outputs, whole vectors gathered: the bits
+    of one rank. "sum": down by neurons, partial sums added: to rounding. "layers": each rank has some layers,
+    whole, and rows pass through all ranks: the bits of one."""
 
     cut: str = "gather"
     attention: str = "whole"
@@ -45,6 +46,8 @@ def split(
 ) -> tuple[Shard, ...]:
     """The shards of a model, one a rank. `name`: of its pack. Raises OptionError, UnsupportedError."""
     check(name, d, ranks.world, way)
+    if way.cut == "layers":
+        return _by_layers(name, d, tables, ranks)
     matrices = _Matrices(tables)
     rows, is_sum = matrices.step("gate_up", 0), way.cut == "sum"
     if d.ffn_width % rows:
@@ -67,10 +70,9 @@ def check(name: str, d: Description, world: int, way: Way) -> None:
     """Raises OptionError, UnsupportedError for what cannot be cut."""
     if not 1 <= world <= MOST:
         raise OptionError(f"ranks is {world}; from 1 to {MOST} can share a model")
-    if d.mixture is not None:
+    if d.mixture is not None and way.cut != "layers":
         raise UnsupportedError(
-            f"{name} is a mixture of experts, whose experts are not shared out over ranks; run it alone, "
-            "with --experts for how they are cached"
+            f"{name} is a mixture of experts, which ranks share out by layers alone; use --parallel relay"
         )
     if way.attention == "heads" and way.cut != "sum":
         raise OptionError(
@@ -178,5 +180,38 @@ def _shard(
     return Shard(
         rank, len(neurons), way.cut, way.attention, _range(neurons, rank, d.ffn_width),
         _range(outputs, rank, d.width), (kv_heads[0] * each, kv_heads[1] * each), kv_heads, d.ffn_width,
-        d.num_heads, d.num_kv_heads, neurons, outputs,
+        d.num_heads, d.num_kv_heads, neurons, outputs, (0, d.num_layers), d.num_layers,
     )  # fmt: skip
+
+
+def _by_layers(
+    name: str, d: Description, tables: Sequence[TableHeader], ranks: Ranks
+) -> tuple[Shard, ...]:
+    """Layers in a row, by speed, then by memory; what the head costs the leader, it has less of layers."""
+    if d.num_layers < ranks.world:
+        raise UnsupportedError(
+            f"{name} has {d.num_layers} layers, fewer than {ranks.world} ranks; use fewer ranks"
+        )
+    size = sum(t.size for t in tables if t.kind != "rows")
+    head = next(t for t in tables if t.name == ("embed" if d.tied else "head"))
+    extra = round(d.num_layers * head.size / size) if d.mixture is None else 0
+    extra = min(extra, d.num_layers // ranks.world - 1)  # layers that the head stands for
+    most = list(ranks.most) or [None] * ranks.world
+    most[0] = None if most[0] is None else most[0] + extra
+    first, *others = parts(d.num_layers + extra, ranks.speeds, most)
+    first = max(1, first - extra)
+    ends = [first, *(first + n for n in accumulate(others))]
+    ends = [min(end, d.num_layers - ranks.world + 1 + r) for r, end in enumerate(ends[:-1])]
+    ends.append(d.num_layers)
+    whole = (0, d.ffn_width), (0, d.width), (0, d.num_heads), (0, d.num_kv_heads)
+    sizes = d.ffn_width, d.num_heads, d.num_kv_heads
+    found = tuple(
+        Shard(r, ranks.world, "layers", "whole", *whole, *sizes, (), (), (start, end), d.num_layers)
+        for r, (start, end) in enumerate(zip([0, *ends], ends, strict=False))
+    )
+    if d.mixture is not None and any(not {*range(*s.layers)} & {*d.routed} for s in found):
+        raise UnsupportedError(
+            f"{name} has experts in layers {d.routed[0]} to {d.routed[-1]}, and a rank would have none of "
+            "these; use fewer ranks"
+        )
+    return found

@@ -22,6 +22,7 @@ from outsize.parallel.spec import parse_parallel
 from outsize.parallel.split import Ranks, Way, check, split
 from outsize.plan import decide, machine
 from outsize.plan.cost import UNHIDDEN
+from outsize.plan.cost import step_s as step_seconds
 from outsize.plan.machine import Compute
 from outsize.plan.make import computing
 from outsize.plan.place import tokenizer_bytes
@@ -30,7 +31,7 @@ from outsize.plan.probe import set_threads
 from outsize.plan.warmup import runtime_bytes
 from outsize.system import memory
 
-WAYS = (Way("gather"), Way("sum"), Way("sum", "heads"))
+WAYS = (Way("gather"), Way("sum"), Way("sum", "heads"), Way("layers"))
 # Seconds of software for a message of one token, as measured on two cores of an EPYC between namespaces.
 SOFTWARE_S = {"gloo": 150e-6, "sockets": 25e-6}
 LATENCY_S = 1e-4  # of a link that nothing is said of: a switch
@@ -78,7 +79,8 @@ class RankPlan:
     def to_json(self) -> dict[str, object]:
         p, s = self.placement, self.shard
         return {
-            "rank": s.rank, "neurons": list(s.neurons), "heads": list(s.heads), "weights_bytes": self.size,
+            "rank": s.rank, "neurons": list(s.neurons), "heads": list(s.heads), "layers": list(s.layers),
+            "weights_bytes": self.size,
             "held_bytes": p.held, "streamed_bytes": p.streamed, "planned_bytes": p.planned,
             "budget_bytes": p.budget, "context": p.context,
         }  # fmt: skip
@@ -98,13 +100,15 @@ class WayPlan:
 
     @property
     def name(self) -> str:
-        return f"cut={self.way.cut},attention={self.way.attention}"
+        if self.way.cut == "layers":
+            return "relay"
+        return f"tensor:cut={self.way.cut},attention={self.way.attention}"
 
     def to_json(self) -> dict[str, object]:
         if self.refused:
             return {"way": self.name, "refused": self.refused}
         return {
-            "way": self.name, "is_exact": self.way.cut == "gather", "messages": self.messages,
+            "way": self.name, "is_exact": self.way.cut != "sum", "messages": self.messages,
             "sent_bytes": self.sent, "token_s": round(self.token_s, 6), "wire_s": round(self.wire_s, 6),
             "tokens_per_s": round(1 / self.token_s, 3), "ranks": [r.to_json() for r in self.ranks],
         }  # fmt: skip
@@ -141,11 +145,12 @@ def make(model: str, options: LoadOptions, link: Link) -> RanksPlan:
     native, spec = decide.compiled(options), parse_parallel(options.parallel)
     size, runtime = memory.parse(options.memory), runtime_bytes(native)
     whole = fetch.outline(model, options.encoding, options.quiet)
-    check(whole.name, whole.description, options.ranks, spec.way)
     here = machine.known(home(), silent if options.quiet else say)
     here, compute = computing(whole, here, native)
     figures = _Figures(whole, compute, here.disk_bytes_per_s, link, SOFTWARE_S[spec.over])
     asked = [spec.way] if options.parallel != "tensor" else WAYS
+    if asked is not WAYS:
+        check(whole.name, whole.description, options.ranks, spec.way)
     ways = tuple(_way(figures, way, options, (size, runtime)) for way in asked)
     return RanksPlan(whole, link, spec.over, ways)
 
@@ -183,6 +188,10 @@ class _Figures:
     def wire(self, way: Way, shards: Sequence[Shard]) -> tuple[float, int, int]:
         """Of a token: seconds, a rank's messages to each other rank, and bytes that one sends to all."""
         d, others = self.whole.description, len(shards) - 1
+        each_s = self.software_s + self.link.latency_s
+        if way.cut == "layers":
+            sent = 4 * d.width
+            return len(shards) * (each_s + sent / self.link.bytes_per_s), 1, sent
         number = self.whole.activation_bytes
         if way.cut == "gather":
             most = max(b - a + s.outer for s in shards for a, b in [s.neurons])
@@ -190,7 +199,6 @@ class _Figures:
         else:
             meetings = 2 if way.attention == "heads" else 1
             sent = meetings * d.width * number
-        each_s = self.software_s + self.link.latency_s
         total = d.num_layers * sent * others
         seconds = d.num_layers * meetings * each_s + total / self.link.bytes_per_s
         return seconds, meetings * d.num_layers, total
@@ -198,6 +206,9 @@ class _Figures:
     def token_s(self, way: Way, ranks: Sequence[RankPlan]) -> float:
         """Of computing and reading, without the wire."""
         d, step_s = self.whole.description, self.compute.step_s
+        if way.cut == "layers":
+            compute_s = step_seconds(self.whole, self.compute)
+            return sum(self._with_reads(compute_s / len(ranks), r) for r in ranks)
         total = {"attn": 0.0, "ffn": 0.0}
         for t in self.whole.tables:
             kind = t.name.split("-")[0]
@@ -208,5 +219,8 @@ class _Figures:
         head = self.whole.table(head_of(d))
         compute_s = total["attn"] * heads + total["ffn"] * share
         compute_s += step_s.get(head.name, 0.0) * len(head.keys)
-        read_s = max(r.placement.streamed for r in ranks) / self.disk_bytes_per_s
+        return max(self._with_reads(compute_s, r) for r in ranks)
+
+    def _with_reads(self, compute_s: float, rank: RankPlan) -> float:
+        read_s = rank.placement.streamed / self.disk_bytes_per_s
         return max(compute_s, read_s) + UNHIDDEN * min(compute_s, read_s)

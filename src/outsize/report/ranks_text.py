@@ -7,7 +7,11 @@ from collections.abc import Iterator
 from outsize.plan.ranks import RanksPlan, WayPlan
 from outsize.report.plan_text import mb
 
-EXACT = {"gather": "the bits of one rank", "sum": "equal to rounding"}
+EXACT = {
+    "gather": "the bits of one rank",
+    "sum": "equal to rounding",
+    "layers": "the bits of one rank",
+}
 
 
 def long(plan: RanksPlan) -> Iterator[str]:
@@ -23,7 +27,7 @@ def long(plan: RanksPlan) -> Iterator[str]:
     best = plan.best
     if best is not None:
         yield ""
-        yield f"fastest: --parallel tensor:{best.name} ({EXACT[best.way.cut]})"
+        yield f"fastest: --parallel {best.name} ({EXACT[best.way.cut]})"
 
 
 def _way(way: WayPlan) -> Iterator[str]:
@@ -35,12 +39,20 @@ def _way(way: WayPlan) -> Iterator[str]:
         f"messages to each other rank, {way.sent:,} bytes sent, {way.wire_s * 1e3:.3g} of "
         f"{way.token_s * 1e3:.3g} ms on the wire"
     )
-    titles = ("rank", 6), ("neurons", 10), ("heads", 8), ("weights MB", 12), ("in memory", 12)
+    titles = (
+        ("rank", 6),
+        ("layers", 8),
+        ("neurons", 10),
+        ("heads", 8),
+        ("weights MB", 12),
+        ("in memory", 12),
+    )
     yield "".join(f"{t:>{n}}" for t, n in (*titles, ("a pass reads", 14), ("plan of", 18)))
     for r in way.ranks:
         s, p = r.shard, r.placement
         of = f"{p.planned / 1e6:,.0f} of {p.budget / 1e6:,.0f}"
+        layers, neurons, heads = (b - a for a, b in (s.layers, s.neurons, s.heads))
         yield (
-            f"{s.rank:>6}{s.neurons[1] - s.neurons[0]:>10,}{s.heads[1] - s.heads[0]:>8}{r.size / 1e6:>12,.0f}"
-            f"{p.held / 1e6:>12,.0f}{p.streamed / 1e6:>14,.0f}{of:>18}"
+            f"{s.rank:>6}{layers:>8}{neurons:>10,}{heads:>8}{r.size / 1e6:>12,.0f}{p.held / 1e6:>12,.0f}"
+            f"{p.streamed / 1e6:>14,.0f}{of:>18}"
         )

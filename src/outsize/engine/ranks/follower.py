@@ -12,7 +12,7 @@ import torch
 
 from outsize.checkpoint.typed_json import read
 from outsize.engine.load import kernel_threads
-from outsize.engine.ranks.leader import address
+from outsize.engine.ranks.leader import address, joined
 from outsize.engine.ranks.speed import bytes_per_s
 from outsize.engine.ranks.talk import Talk, digest, field, telling
 from outsize.errors import PackError, PeerError
@@ -26,11 +26,9 @@ from outsize.options import LoadOptions
 from outsize.pack import store
 from outsize.pack.format import Pack
 from outsize.pack.outline import of_pack
-from outsize.parallel.collective import Collective
-from outsize.parallel.exact import Exact
 from outsize.parallel.meeting import Hello, Mesh, join
 from outsize.parallel.shard import cut, following, head_of
-from outsize.parallel.transport import LOOK_S, SILENCE_S
+from outsize.parallel.transport import LOOK_S, SILENCE_S, Transport
 from outsize.plan import decide, probe
 from outsize.plan.placement import Placement
 from outsize.plan.warmup import runtime_bytes
@@ -76,7 +74,7 @@ def run(where: str, options: LoadOptions) -> None:
         talk.say(0, fits=True)
         talk.hear(0)
         transport = talk.transport(told.over)
-        with _opened(told.shard, own, placement, Exact(transport)) as model:
+        with _opened(told.shard, own, placement, transport) as model:
             tell("its weights are there")
             follow(model, transport)
             _see_off(mesh)
@@ -142,7 +140,7 @@ def _placed(talk: Talk, shard: Pack, own: Settings) -> tuple[Settings, Placement
 
 @contextmanager
 def _opened(
-    shard: Pack, own: Settings, placement: Placement, ranks: Collective
+    shard: Pack, own: Settings, placement: Placement, transport: Transport
 ) -> Iterator[Transformer]:
     """Its model, with its weights."""
     options = own.options
@@ -152,7 +150,10 @@ def _opened(
     try:
         threads = kernel_threads(options, shard, own.native)
         d = shard.description.for_context(placement.context)
+        assert d.shard is not None
+        ranks, relay = joined(d.shard, transport)
         model = Transformer(d, loaded, own.native, placement.ceiling, threads, ranks)
+        model.relay = relay
         model.chunk, model.kv = options.chunk or model.chunk, options.kv
         yield model
     finally:

@@ -7,15 +7,17 @@ import threading
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from outsize.draft.spec import parse_draft
 from outsize.engine.ranks.children import Children
-from outsize.engine.ranks.speed import bytes_per_s, most_neurons
+from outsize.engine.ranks.speed import bytes_per_s, most_parts
 from outsize.engine.ranks.talk import Talk, digest, field
 from outsize.errors import OptionError, PeerError
 from outsize.forward.lead import Lead
+from outsize.forward.relay import Relay
 from outsize.kernels.backend import Backend
 from outsize.log import say, silent
 from outsize.model_config import Shard
@@ -28,6 +30,7 @@ from outsize.parallel.meeting import Hello, Meeting
 from outsize.parallel.shard import cut
 from outsize.parallel.spec import ParallelSpec, parse_parallel
 from outsize.parallel.split import Ranks, check, split
+from outsize.parallel.transport import Transport
 from outsize.plan import probe
 from outsize.progress import bars
 from outsize.system import memory
@@ -47,7 +50,7 @@ def settled(options: LoadOptions) -> LoadOptions:
     _refuse(options, spec)
     if parse_draft(options.draft).kind == "auto":
         options = replace(options, draft="ngram")
-    if spec.way.attention == "heads":
+    if not keeps_all(spec):
         options = replace(options, prefix_cache="off")
     if options.listen is None:
         if options.memory == "auto":
@@ -69,7 +72,7 @@ def _refuse_alone(options: LoadOptions) -> None:
 def _refuse(options: LoadOptions, spec: ParallelSpec) -> None:
     """What ranks do not share. Raises OptionError."""
     given = {
-        "experts": options.experts is not None,
+        "experts": options.experts is not None and spec.way.cut != "layers",
         "neurons": options.neurons != OFF,
         "prefill": options.prefill != "full",
         "adapters": bool(options.adapters),
@@ -82,12 +85,31 @@ def _refuse(options: LoadOptions, spec: ParallelSpec) -> None:
             raise OptionError(
                 f"{name} is {shown}, which several ranks do not run; leave it out, or --ranks"
             )
-    by_heads, kept = spec.way.attention == "heads", options.prefix_cache
-    if by_heads and kept not in (None, "off") and "prefix_cache" not in options.defaults:
+    kept, is_apart = options.prefix_cache, not keeps_all(spec)
+    if is_apart and kept not in (None, "off") and "prefix_cache" not in options.defaults:
         raise OptionError(
-            f"prefix_cache is {kept!r}, and with attention=heads no rank has all keys of a prompt; use "
-            "attention=whole, or --prefix-cache off"
+            f"prefix_cache is {kept!r}, and with parallel {spec} no rank has all keys of a prompt; use "
+            "tensor with attention=whole, or --prefix-cache off"
         )
+
+
+class Joined(NamedTuple):
+    """What a rank's model is run with: sums and gathers, or a place in a row of stages."""
+
+    ranks: Collective | None
+    relay: Relay | None
+
+
+def joined(shard: Shard, transport: Transport) -> Joined:
+    """As the shard says."""
+    if shard.cut == "layers":
+        return Joined(None, Relay(transport))
+    return Joined(Exact(transport), None)
+
+
+def keeps_all(spec: ParallelSpec) -> bool:
+    """Has each rank all keys and values?"""
+    return spec.way.attention == "whole" and spec.way.cut != "layers"
 
 
 class Team:
@@ -115,12 +137,12 @@ class Team:
         )  # fmt: skip
         self._talk.hear_all()
 
-    def connect(self) -> Collective:
-        """What sub-layers are summed or gathered with. Raises PeerError."""
+    def connect(self) -> Joined:
+        """What its model is run with. Raises PeerError."""
         self._talk.say_all(go=True)
         transport = self._talk.transport(self._spec.over)
-        self.lead = Lead(transport, self._spec.way.attention == "whole")
-        return Exact(transport)
+        self.lead = Lead(transport, keeps_all(self._spec))
+        return joined(self.shards[0], transport)
 
     def owns(self, children: Children | None) -> None:
         """Which processes end with it."""
@@ -196,7 +218,9 @@ def _shared_out(
         for r, t in enumerate(told)
     ]
     whole = of_pack(pack)
-    most = tuple(most_neurons(whole, t, r == 0, options.context) for r, t in enumerate(sizes))
+    most = tuple(
+        most_parts(whole, t, r == 0, (options.context, spec.way)) for r, t in enumerate(sizes)
+    )
     shards = split(pack.path.name, pack.description, pack.tables, Ranks(speeds, most), spec.way)
     threads = min(t["threads"] for t in sizes)  # torch's products depend on it
     torch.set_num_threads(threads)

@@ -11,6 +11,8 @@ from outsize.encoding.find import encoding
 from outsize.kernels.backend import Backend
 from outsize.pack.format import Pack
 from outsize.pack.outline import Outline
+from outsize.pack.tables import TableHeader
+from outsize.parallel.split import Way
 from outsize.plan.fixed import all_bytes, fixed_costs
 from outsize.plan.probe import median_s
 from outsize.storage.table import activation_type
@@ -23,7 +25,8 @@ SHORTEST = 1024  # tokens of context that neurons must leave room for, where non
 @torch.inference_mode()
 def bytes_per_s(pack: Pack, backend: Backend) -> float:
     """Of one row times a matrix as the model's feed-forwards have."""
-    table = next(t for t in pack.tables if t.name.startswith("ffn"))
+    named = ("ffn", "dense", "experts")
+    table = next(t for t in pack.tables if t.name.split("-")[0] in named and "gate_up" in t.tensors)
     m = table.tensors["gate_up"][0]
     rows = min(ROWS, m.num_rows)
     e = encoding(m.encoding, backend)
@@ -33,14 +36,23 @@ def bytes_per_s(pack: Pack, backend: Backend) -> float:
     return sum(f.nbytes for f in fields.values()) / median_s(lambda: multiply(x, False), 15)
 
 
-def most_neurons(whole: Outline, told: Mapping[str, int], leads: bool, context: int | None) -> int:
-    """For how many there is memory, by what a rank tells: bytes of its `memory`, and those that its `runtime`
-    takes of it. `leads`: it has the head, too."""
-    d = whole.description
-    ffn = sum(t.size for t in whole.tables if t.name.startswith("ffn"))
+def most_parts(
+    whole: Outline, told: Mapping[str, int], leads: bool, how: tuple[int | None, Way]
+) -> int:
+    """For how many neurons (or layers, where ranks have those) there is memory, by what a rank tells: bytes
+    of its `memory`, and those that its `runtime` takes of it. `leads`: it has the head, too. `how`: tokens
+    of context, and the way."""
+    d, (context, way) = whole.description, how
+    is_stage = way.cut == "layers"
+    ffn = sum(t.size for t in whole.tables if (t.kind != "rows" if is_stage else _is_ffn(t)))
+    count = d.num_layers if is_stage else d.ffn_width
     others = all_bytes(whole) - ffn
     if not leads:
         others -= whole.table("embed" if d.tied else "head").size
     need = fixed_costs(whole, told["runtime"], 0, context or min(SHORTEST, d.context))
     room = SPARE * told["memory"] - sum(need.values()) - others
-    return max(0, int(room * d.ffn_width / ffn))
+    return max(0, int(room * count / ffn))
+
+
+def _is_ffn(t: TableHeader) -> bool:
+    return t.name.startswith("ffn")
