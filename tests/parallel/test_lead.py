@@ -112,7 +112,7 @@ def test_what_is_not_told_is_refused(open_tiny: Callable[..., Model]) -> None:
     model = open_tiny("llama+wide", "q4_0")
     with pytest.raises(OptionError, match="lazy prompts are not run by several ranks"):
         led(model, Way(), lazy)
-    with pytest.raises(OptionError, match=r"which each rank has in part.*attention=whole"):
+    with pytest.raises(OptionError, match=r"that each rank has in part.*attention=whole"):
         led(model, Way("sum", "heads"), kept)
 
 
