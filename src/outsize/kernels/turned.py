@@ -3,8 +3,8 @@
 A row of D numbers is cut into blocks of B = 128, 64 or 32, the largest that divides D. Each block is turned:
 multiplied by the orthonormal Hadamard matrix of that size, after which no number is much larger than its
 neighbours (QuaRot, arXiv 2404.00456, does so to activations). The turned numbers become whole numbers of
--most to most, most = 2 ** (bits - 1) - 1, times an fp16 step. A row's message is, for each block, B * bits / 8
-bytes of codes, and after all blocks their steps: `bits` + 16 / B bits a number.
+-most to most, most = 2 ** (bits - 1) - 1, times an fp16 step. A row's message is, for each block,
+B * bits / 8 bytes of codes, and after all blocks their steps: `bits` + 16 / B bits a number.
 
 Codes are whole numbers plus 2 ** (bits - 1), in planes: byte j of a plane of w bits holds, lowest first,
 those of codes j, j + B * w / 8, and so on. 4 and 8 bits are one plane; 5 are one of the low four bits and one
