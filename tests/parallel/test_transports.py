@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from outsize.errors import PeerError
+from outsize.errors import OptionError, PeerError
 from outsize.parallel.collective import Point
+from outsize.parallel.connect import LARGE, TRANSPORTS, transport
 from outsize.parallel.exact import Exact
 from outsize.parallel.frames import HEAD, Kind
 from outsize.parallel.gloo import Gloo
@@ -24,7 +25,11 @@ from tests.parallel.meet import meshes
 from tests.parallel.ranks import on_all
 
 AT = Point(1, "attention")
-KINDS: dict[str, Callable[[Mesh], Transport]] = {"sockets": Sockets, "gloo": Gloo}
+KINDS: dict[str, Callable[[Mesh], Transport]] = {
+    "sockets": Sockets,
+    "gloo": Gloo,
+    "auto": transport,
+}
 each = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -172,3 +177,30 @@ def test_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told.value.rank == 1
     for mesh in made:
         mesh.close()
+
+
+def test_by_name() -> None:
+    for name, kind in zip(TRANSPORTS, ("Both", "Gloo", "Sockets"), strict=True):
+        made = meshes(2)
+        with ThreadPoolExecutor(2) as pool:
+            ranks = list(pool.map(lambda m: transport(m, name), made))  # noqa: B023
+        assert {type(t).__name__ for t in ranks} == {kind}
+        for t in ranks:
+            t.close()
+    (alone,) = meshes(1)
+    assert transport(alone, "torch").world == 1
+    with pytest.raises(OptionError, match="no transport 'mpi'; there are auto, torch, sockets"):
+        transport(alone, "mpi")
+    alone.close()
+
+
+def test_small_and_large_go_their_ways() -> None:
+    made = meshes(2)
+    with ThreadPoolExecutor(2) as pool:
+        ranks = list(pool.map(transport, made))
+    for size in (LARGE - 1, LARGE):
+        on_all(ranks, lambda t: t.exchange(bytes(size), {1 - t.rank: bytearray(size)}))  # noqa: B023
+    assert [t.wire.overhead for t in ranks] == [16, 16]  # of the small one alone
+    assert [t.wire.sent for t in ranks] == [2 * LARGE - 1] * 2
+    for t in ranks:
+        t.close()

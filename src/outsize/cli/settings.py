@@ -19,6 +19,7 @@ from outsize.options import near
 NOT_FLAGS = (
     "OUTSIZE_HOME",
     "OUTSIZE_CONFIG",
+    "OUTSIZE_SECRET",
     "OUTSIZE_MODELS",
     "OUTSIZE_SECRET",  # of ranks (parallel/secret.py)
 )  # where tests find models

@@ -8,7 +8,7 @@ instead of 2 D (p - 1) for bf16; there the sum is rounded to the parts' dtype on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from outsize.parallel.collective import Pending, Point
 from outsize.parallel.lane import Lane
 from outsize.parallel.rooms import Rooms, as_bytes
-from outsize.parallel.transport import Transport, others
+from outsize.parallel.transport import Buffer, Transport, others
 
 TWO_STEP_ROWS = (
     64  # no step of drafts or of a batch is so long: its rows keep their bits in company
@@ -45,33 +45,39 @@ class Exact:
 
     def __init__(self, transport: Transport) -> None:
         self.transport, self.rank, self.world = transport, transport.rank, transport.world
-        self._peers, self._lane, self._rooms = others(self.rank, self.world), Lane(), Rooms()
+        self._peers, self.lane, self._rooms = others(self.rank, self.world), Lane(), Rooms()
 
     def sum(self, part_TD: Tensor, at: Point) -> Pending:
         part = part_TD.contiguous()
         run = self._two_steps if in_two_steps(self.world, len(part)) else self._direct
-        return self._lane.run(part.nbytes, lambda: run(part))
+        return self.lane.run(part.nbytes, lambda: run(part))
 
     def gather(self, part_TN: Tensor, at: Point, widths: Sequence[int]) -> Pending:
         part = part_TN.contiguous()
-        return self._lane.run(
-            part.nbytes, lambda: torch.cat(self._all(part, [(len(part), w) for w in widths]), dim=1)
+        return self.lane.run(
+            part.nbytes,
+            lambda: torch.cat(self.of_all(part, [(len(part), w) for w in widths]), dim=1),
         )
 
     def _direct(self, part: Tensor) -> Tensor:
-        return sum_in_order(self._all(part, [tuple(part.shape)] * self.world))
+        return sum_in_order(self.of_all(part, [tuple(part.shape)] * self.world))
 
     def _two_steps(self, part: Tensor) -> Tensor:
         shares = [share(len(part), r, self.world) for r in range(self.world)]
         mine = part[shares[self.rank]]
-        box = self._rooms.inbox({r: tuple(mine.shape) for r in self._peers}, part.dtype)
-        self.transport.scatter({r: as_bytes(part[shares[r]]) for r in self._peers}, box.buffers)
-        parts = [box.tensors.get(r, mine) for r in range(self.world)]
+        parts = self.scattered({r: as_bytes(part[shares[r]]) for r in self._peers}, mine)
         summed = sum_in_order(parts).to(part.dtype)
         shapes = [(s.stop - s.start, part.shape[1]) for s in shares]
-        return torch.cat(self._all(summed, shapes)).float()
+        return torch.cat(self.of_all(summed, shapes)).float()
 
-    def _all(self, part: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    def scattered(self, out: Mapping[int, Buffer], mine: Tensor) -> list[Tensor]:
+        """What each rank has for this one, in order of ranks, while `out` goes to the others; `mine` is this
+        rank's own, and all are of its shape."""
+        box = self._rooms.inbox({r: tuple(mine.shape) for r in self._peers}, mine.dtype)
+        self.transport.scatter(out, box.buffers)
+        return [box.tensors.get(r, mine) for r in range(self.world)]
+
+    def of_all(self, part: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Every rank's tensor, of these shapes, in order of ranks."""
         box = self._rooms.inbox({r: shapes[r] for r in self._peers}, part.dtype)
         self.transport.exchange(as_bytes(part), box.buffers)

@@ -71,7 +71,8 @@ class Gloo:
 
     def __init__(self, mesh: Mesh) -> None:
         self.rank, self.world, self.wire = mesh.rank, mesh.world, Wire()
-        self._mesh, self._watch, self._group = mesh, mesh.watch, _group(mesh)
+        self._mesh, self._watch = mesh, mesh.watch
+        self.group = _group(mesh)
         self._watch.on_loss.append(self._alarm)
 
     def exchange(self, out: Buffer, into: Mapping[int, Buffer]) -> None:
@@ -79,8 +80,8 @@ class Gloo:
 
     def scatter(self, out: Mapping[int, Buffer], into: Mapping[int, Buffer]) -> None:
         with self.waiting():
-            work = [self._group.recv([_tensor(b)], r, DATA) for r, b in into.items() if len(b)]
-            work += [self._group.send([_tensor(b)], r, DATA) for r, b in out.items() if len(b)]
+            work = [self.group.recv([_tensor(b)], r, DATA) for r, b in into.items() if len(b)]
+            work += [self.group.send([_tensor(b)], r, DATA) for r, b in out.items() if len(b)]
             for one in work:
                 one.wait()
         self._sent(out)
@@ -89,7 +90,7 @@ class Gloo:
     def send(self, to: int, out: Buffer) -> Sending:
         self._sent({to: out})
         with self.waiting():
-            return _Going(self, [self._group.send([_tensor(out)], to, DATA)] if len(out) else [])
+            return _Going(self, [self.group.send([_tensor(out)], to, DATA)] if len(out) else [])
 
     def receive(self, of: int, into: Buffer) -> None:
         self.scatter({}, {of: into})
@@ -112,7 +113,7 @@ class Gloo:
     def _alarm(self, rank: int) -> None:
         """A rank is lost, perhaps without a word to gloo: a receive that is late ends all that waits."""
         with contextlib.suppress(RuntimeError):
-            self._group.recv([_tensor(bytearray(1))], rank, ALARM).wait(timedelta(milliseconds=1))
+            self.group.recv([_tensor(bytearray(1))], rank, ALARM).wait(timedelta(milliseconds=1))
 
     def close(self) -> None:
         self._mesh.close()

@@ -41,7 +41,10 @@ class Transport(Protocol):
 
     rank: int
     world: int
-    wire: Wire
+
+    @property
+    def wire(self) -> Wire:
+        """What has been counted so far."""
 
     def exchange(self, out: Buffer, into: Mapping[int, Buffer]) -> None:
         """Send `out` to every rank that `into` names while its message comes into the buffer there, of
