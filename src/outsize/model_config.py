@@ -175,8 +175,8 @@ class Description:
         s = self.shard
         if s is None:
             return self
-        sizes = {"num_heads": s.num_heads, "num_kv_heads": s.num_kv_heads}
-        return replace(self, shard=None, ffn_width=s.ffn_width, **sizes)
+        whole = replace(self, num_heads=s.num_heads, num_kv_heads=s.num_kv_heads)
+        return replace(whole, shard=None, ffn_width=s.ffn_width)
 
     @property
     def num_layers(self) -> int:

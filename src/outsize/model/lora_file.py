@@ -33,7 +33,7 @@ def additions(name: str, file: AdapterFile, model: Outline, coarse: bool = False
     or for the one whose numbers this one's were made from. Raises AdapterError."""
     d, sha256, kin = model.description, model.sha256, model.kin
     if d.shard is not None:  # its numbers are the model's
-        sha256, *kin = kin
+        sha256, kin = kin[0], kin[1:]
     if sha256:
         files.same_base(file, sha256, model.name, kin if coarse else ())
     factors = Factors(file, d.head_dim)

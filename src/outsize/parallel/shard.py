@@ -42,8 +42,8 @@ def described(d: Description, shard: Shard) -> Description:
     """The smaller model that a rank runs."""
     first, last = shard.neurons
     heads, kv_heads = (b - a for a, b in (shard.heads, shard.kv_heads))
-    sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "ffn_width": last - first}
-    return replace(d, layers=d.layers[slice(*shard.layers)], shard=shard, **sizes)
+    some = replace(d, layers=d.layers[slice(*shard.layers)], shard=shard)
+    return replace(some, num_heads=heads, num_kv_heads=kv_heads, ffn_width=last - first)
 
 
 def cut(pack: Pack, shard: Shard, home: Path, progress: Progress = silent) -> Pack:
