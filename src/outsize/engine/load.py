@@ -6,10 +6,10 @@ import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from typing import NamedTuple
 
-import torch
 from typing_extensions import Unpack
 
 from outsize import arguments
@@ -20,20 +20,15 @@ from outsize.draft.model import DraftModel
 from outsize.draft.spec import DraftSpec, parse_draft
 from outsize.draft.stats import DraftStats
 from outsize.draft.step_time import ExpertUnion
-from outsize.encoding.find import NATIVE
-from outsize.engine import open_prefixes
+from outsize.engine import notices, open_prefixes
 from outsize.engine.model import Model
 from outsize.engine.ranks import leader as ranks
 from outsize.engine.scheduler import Scheduler
 from outsize.engine.step_lock import check_fork
+from outsize.engine.threads import kernel_threads
 from outsize.errors import PackError
-from outsize.forward.prune import parse_prefill
 from outsize.home import expanded, home
 from outsize.kernels.attention import CHUNK
-from outsize.kernels.backend import Backend
-from outsize.kernels.plain import PLAIN
-from outsize.kernels.threads import Threads, look
-from outsize.log import warn
 from outsize.model.lora_file import read_adapter
 from outsize.model.predictors.choose import choosers
 from outsize.model.transformer import Transformer
@@ -41,6 +36,7 @@ from outsize.options import DEFAULT_MODEL, LoadChanges, LoadOptions
 from outsize.pack import fetch, tokenizer_file
 from outsize.pack.format import Pack, damaged
 from outsize.pack.outline import Outline, of_pack
+from outsize.parallel.collective import Collective
 from outsize.plan import chunk as chunk_plan
 from outsize.plan import decide, neurons, probe
 from outsize.plan import make as planning
@@ -54,10 +50,10 @@ from outsize.system import memory
 from outsize.text.tokens import Tokens
 from outsize.weights import load as weights
 from outsize.weights.bundles import Bundles
+from outsize.weights.load import Loaded
 from outsize.weights.open_pack import LoadPlan
 from outsize.weights.spec import ExpertOptions, Recorder, parse_experts
 
-MOSTLY = 0.9  # of a pack's bytes: then what kernels do not compute is small
 LEAST_SHARE = 0.25  # of a tokenizer's estimated memory, that it takes in any case
 
 
@@ -125,13 +121,6 @@ def open_model(
         raise
 
 
-def kernel_threads(options: LoadOptions, made: Pack, native: Backend) -> Threads:
-    """As many as the user says, or as the machine has free."""
-    looks = look if options.threads is None else (lambda: None)
-    alone = native is not PLAIN and made.share_of(NATIVE) > MOSTLY
-    return Threads(torch.get_num_threads(), looks, alone=alone)
-
-
 def draft_pack(options: LoadOptions) -> Pack | None:
     """The pack of the smaller model that drafts, if one is to."""
     spec = parse_draft(options.draft)
@@ -178,16 +167,12 @@ def _open(
     )
     decide.decide(outline, options, size, before, sure)  # refuses before anything is read
     if not options.quiet:
-        _warn_slow(made, native)
+        notices.slow(made, native)
     found = tokens(made)
     memory.trim()
     placement = decide.decide(outline, options, size, before, max(0, memory.resident() - before))
-    for note in placement.notes if not options.quiet else ():
-        warn(note)
-    if experts.is_lossy and not options.quiet:
-        warn(f"{experts.lossy} changes the model's answers; leave it out for the exact ones")
-    if parse_prefill(options.prefill) is not None and not options.quiet:
-        warn(f"prefill={options.prefill} is lossy: answers change; leave it out for the exact ones")
+    if not options.quiet:
+        notices.noted(placement, options, experts)
     if on_plan is not None:
         on_plan(outline, placement)
     chunk = options.chunk or _chunk(options, outline, placement)
@@ -207,16 +192,8 @@ def _open(
             )
             loaded = weights.load(made, native, plan, progress)
         opened.callback(loaded.close)
-        threads = kernel_threads(options, made, native)
-        description = made.description.for_context(placement.context)
-        joined = ranks.Joined(None, None) if team is None else team.connect()
-        transformer = Transformer(
-            description, loaded, native, placement.ceiling, threads, joined.ranks
-        )
-        transformer.chunk, transformer.kv = chunk, options.kv
-        if team is not None:
-            transformer.leader, transformer.relay = team.lead, joined.relay
-            loaded.ends.append(team.close)
+        transformer = ranks.run_with(team, loaded, partial(_transformer, made, options, placement))
+        transformer.chunk = chunk
         if paged is not None:
             transformer.neurons = neurons.told(paged)
             made_of = choosers(paged.file, made.description, native)
@@ -228,6 +205,17 @@ def _open(
     scheduler = Scheduler(whole.path.name, transformer, placement, drafts, prefixes=prefixes)
     scheduler.adapters = known
     return Model(whole, found, scheduler, options.prefill)
+
+
+def _transformer(
+    made: Pack, options: LoadOptions, placement: Placement, loaded: Loaded, ranks: Collective | None
+) -> Transformer:
+    """The network over its weights."""
+    native, d = compiled(options), made.description.for_context(placement.context)
+    threads = kernel_threads(options, made, native)
+    made_of = Transformer(d, loaded, native, placement.ceiling, threads, ranks)
+    made_of.kv = options.kv
+    return made_of
 
 
 def banks_of(paged: NeuronPlan | None) -> tuple[Bundles, str] | None:
@@ -274,15 +262,6 @@ def _drafting(
     mixture = made.description.mixture
     union = None if mixture is None else ExpertUnion(mixture.count, mixture.used)
     return drafting.Drafting(spec if kind == "none" else asked, DraftStats(mtp, union), smaller)
-
-
-def _warn_slow(made: Pack, native: Backend) -> None:
-    grouped = [name for name in made.encodings if name in NATIVE and name != "int4"]
-    if grouped and native is PLAIN:
-        warn(
-            f"{made.path.name} holds {', '.join(grouped)}, which without compiled kernels runs about "
-            "20 times slower; install a C compiler, or pack again with --encoding int8"
-        )
 
 
 def tokens(made: Pack) -> Tokens:

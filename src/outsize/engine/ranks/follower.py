@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from outsize.checkpoint.typed_json import read
-from outsize.engine.load import kernel_threads
 from outsize.engine.ranks.leader import address, joined
 from outsize.engine.ranks.speed import bytes_per_s
 from outsize.engine.ranks.talk import Talk, digest, field, telling
+from outsize.engine.threads import kernel_threads
 from outsize.errors import PackError, PeerError
 from outsize.forward.lead import follow
 from outsize.home import home

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from outsize.forward.lead import Lead
 from outsize.forward.relay import Relay
 from outsize.kernels.backend import Backend
 from outsize.log import say, silent
+from outsize.model.transformer import Transformer
 from outsize.model_config import Shard
 from outsize.options import LoadOptions
 from outsize.pack.format import Pack
@@ -34,6 +36,7 @@ from outsize.parallel.transport import Transport
 from outsize.plan import probe
 from outsize.progress import bars
 from outsize.system import memory
+from outsize.weights.load import Loaded
 from outsize.weights.neuron_spec import OFF
 
 CHILDREN_S = 120.0  # for ranks on this machine to come
@@ -162,6 +165,19 @@ class Team:
             self._talk.mesh.close(why)
             if self._children is not None:
                 self._children.close()
+
+
+def run_with(
+    team: Team | None, loaded: Loaded, make: Callable[[Loaded, Collective | None], Transformer]
+) -> Transformer:
+    """The leader's model, or one without others. Raises PeerError."""
+    if team is None:
+        return make(loaded, None)
+    with_others = team.connect()
+    model = make(loaded, with_others.ranks)
+    model.leader, model.relay = team.lead, with_others.relay
+    loaded.ends.append(team.close)
+    return model
 
 
 def assemble(pack: Pack, options: LoadOptions, backend: Backend) -> Team:
