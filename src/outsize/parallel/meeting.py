@@ -42,8 +42,9 @@ class Hello:
     rank: int | None = None
     version: str = __version__
 
-    def text(self, **more: object) -> bytes:
-        return json.dumps({**self.__dict__, **more}).encode()
+    def text(self, port: int) -> bytes:
+        """In JSON; `port`: where this rank listens."""
+        return json.dumps({**self.__dict__, "port": port}).encode()
 
 
 class Mesh:
