@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -29,8 +30,8 @@ def few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def text(model: Model, **how: object) -> list[str]:
-    return [r.text for r in model.generate(PROMPTS, max_tokens=16, raw=True, **how)]  # type: ignore[arg-type]
+def text(model: Model, **how: Any) -> list[str]:
+    return [r.text for r in model.generate(PROMPTS, max_tokens=16, raw=True, **how)]
 
 
 def ended(ids: list[int], within_s: float = 11.0) -> bool:
@@ -55,7 +56,7 @@ def started(*before: int) -> list[int]:
     return [c.pid for c in psutil.Process().children() if c.pid not in before]
 
 
-@pytest.mark.parametrize("parallel", ["tensor", "tensor:over=sockets"])
+@pytest.mark.parametrize("parallel", ["tensor", "tensor:over=torch", "relay:over=sockets"])
 def test_the_text_of_one_rank(
     parallel: str,
     open_tiny: Callable[..., Model],

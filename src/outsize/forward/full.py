@@ -52,7 +52,7 @@ def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:
         kv.truncate(span.start)
     order = sorted(range(len(pairs)), key=lambda i: pairs[i][0].is_narrow)
     ordered = [pairs[i] for i in order]
-    h_TD = _entering(model, [span for span, _ in ordered])
+    h_TD = embedded(model, [span for span, _ in ordered])
     steps, at = [], 0
     for segments, wide, spans in _groups(ordered, model.chunk):
         end = at + sum(s.length for s in segments)
@@ -63,14 +63,6 @@ def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:
         _run(model, h_TD, steps)
     rows = h_TD.split([span.num_rows for span, _ in ordered])
     return [h for _, h in sorted(zip(order, rows, strict=True), key=lambda item: item[0])]
-
-
-def _entering(model: Transformer, spans: Sequence[Span]) -> Tensor:
-    """(T, D) fp32: what enters the first layer; room for it, where another rank has that."""
-    if model.relay is None or model.relay.begins:
-        return embedded(model, spans)
-    shape = sum(span.num_rows for span in spans), model.description.width
-    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def embedded(model: Transformer, spans: Sequence[Span]) -> Tensor:

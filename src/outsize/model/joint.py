@@ -5,12 +5,13 @@ Shapes: T rows, D model width, F inner activations of all ranks, f of this one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 from torch.nn.functional import pad
 
+from outsize.model.step import Step
 from outsize.model_config import Description
 from outsize.parallel.collective import Collective, Place, Point
 
@@ -83,6 +84,33 @@ class Missing:
 
 
 ALONE: Joint = Alone()
+
+
+class Ends(NamedTuple):
+    """What becomes of a body's output: times `scale`, and how ranks' parts become the whole."""
+
+    scale: float = 1.0
+    joint: Joint = ALONE
+
+
+PLAIN_ENDS = Ends()
+
+
+def in_flight(
+    chunks: Sequence[tuple[Tensor, Step]],
+    begin: Callable[[Tensor, Step], Whole],
+    end: Callable[[Tensor, Step, Whole], None],
+) -> None:
+    """Begin a chunk before the one before it ends: while ranks exchange what they made of one, the next one
+    is computed. (Attention needs the keys of earlier chunks, not their residual streams.)"""
+    last: tuple[Tensor, Step, Whole] | None = None
+    for h_TD, step in chunks:
+        whole = begin(h_TD, step)
+        if last is not None:
+            end(*last)
+        last = h_TD, step, whole
+    if last is not None:
+        end(*last)
 
 
 def joint(d: Description, layer: int, place: Place, ranks: Collective | None) -> Joint:

@@ -6,7 +6,7 @@ Shapes: T rows, D model width, H query heads, J key heads, E numbers a head.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from outsize.kernels.norm import RMSNorm
 from outsize.model.attention import Attention, vector
 from outsize.model.ffn.dense import Dense
 from outsize.model.ffn.experts import Mixture, Router, SharedExpert
-from outsize.model.joint import ALONE, Joint, Whole, joint
+from outsize.model.joint import ALONE, PLAIN_ENDS, Ends, Whole, in_flight, joint
 from outsize.model.latent import LatentAttention
 from outsize.model.layers import Linear
 from outsize.model.step import Step
@@ -32,16 +32,6 @@ class Runnable(Protocol):
     def run(self, chunks: Sequence[tuple[Tensor, Step]]) -> None:
         """Run all chunks of rows, in order. Changes their residual streams (T, D)."""
         ...
-
-
-class Ends(NamedTuple):
-    """What becomes of a body's output: times `scale`, and how ranks' parts become the whole."""
-
-    scale: float = 1.0
-    joint: Joint = ALONE
-
-
-PLAIN_ENDS = Ends()
 
 
 class SubLayer:
@@ -64,19 +54,10 @@ class SubLayer:
         self._end(h_TD, step, self._begin(h_TD, step))
 
     def run(self, chunks: Sequence[tuple[Tensor, Step]]) -> None:
-        """While ranks exchange what they made of one chunk, the next one is computed: attention needs the
-        keys of earlier chunks, not their residual streams."""
-        last: tuple[Tensor, Step, Whole] | None = None
-        for h_TD, step in chunks:
-            if self._joint is ALONE:
-                self(h_TD, step)
-                continue
-            whole = self._begin(h_TD, step)
-            if last is not None:
-                self._end(*last)
-            last = h_TD, step, whole
-        if last is not None:
-            self._end(*last)
+        if self._joint is not ALONE:
+            in_flight(chunks, self._begin, self._end)
+        for chunk in chunks if self._joint is ALONE else ():
+            self(*chunk)
 
     def _begin(self, h_TD: Tensor, step: Step) -> Whole:
         norm = self._norm
@@ -90,7 +71,6 @@ class SubLayer:
 def attention_sublayer(
     d: Description, index: int, w: Weights, ranks: Collective | None = None
 ) -> SubLayer:
-    """`ranks`: of a model that several share."""
     body = Attention(d, index, w) if d.latent is None else LatentAttention(d, index, w)
     bias_D = vector(w["o_bias"]) if d.o_bias else None
     norm = _pre(d, w, "attn_norm", activation_type(w["o"]))

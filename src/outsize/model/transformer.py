@@ -7,9 +7,7 @@ fp32 and is changed in place. Shapes: T tokens, K tokens whose logits are wanted
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,40 +28,13 @@ from outsize.model.lora import Adapter
 from outsize.model.memory import WeightMemory
 from outsize.model.paged import PagedLayer, link
 from outsize.model.predictors.choose import Chooser
+from outsize.model.ranks import Leader, Stages
 from outsize.model.step import Step, Watch
 from outsize.model.sublayer import attention_sublayer, ffn_sublayer, mixture_sublayer
 from outsize.model_config import Description, Rope
 from outsize.parallel.collective import Collective
-from outsize.parallel.transport import Wire
 from outsize.weights.load import Loaded
 from outsize.weights.spec import Recorder
-
-
-class Leader(Protocol):
-    """Of several ranks, what tells the others of a step (forward/lead.py)."""
-
-    @property
-    def wire(self) -> Wire:
-        """What this rank has sent and received."""
-        ...
-
-    def step(self, pairs: Sequence[Any], /) -> AbstractContextManager[None]:
-        """Around a step of these spans, each with its cache."""
-        ...
-
-
-class Stages(Protocol):
-    """Of several ranks that have some layers each, this one's place (forward/relay.py)."""
-
-    @property
-    def begins(self) -> bool:
-        """Does it look embeddings up?"""
-        ...
-
-    def run(self, layers: Sequence[PagedLayer], chunks: Sequence[tuple[Tensor, Step]], /) -> None:
-        """All chunks through this rank's layers and the others'. Changes the residual streams."""
-        ...
-
 
 REFINED = 64  # tokens of the highest logits, which are computed again in fp32
 
@@ -82,8 +53,7 @@ class Transformer:
         ranks: Collective | None = None,
     ) -> None:
         """`ceiling`: bytes that the process should not exceed, if returning free memory helps. `threads`:
-        how many the backend uses; None: as many as torch has. `ranks`: those that a rank's model is run
-        with."""
+        how many the backend uses; None: as many as torch has. `ranks`: whom a rank's model is run with."""
         self.description, self.loaded = description, loaded
         self._embed, self._head = loaded.embed, loaded.head
         self.dtype = loaded.activation_type
@@ -150,6 +120,8 @@ class Transformer:
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """(T, D) fp32."""
+        if self.relay is not None and not self.relay.begins:  # room for what another rank sends
+            return self._norm.weight.new_empty(len(tokens), self.description.width)
         rows = self._embed.rows(torch.tensor(tokens, dtype=torch.int64, device="cpu"))
         scale = self.description.embed_scale
         return rows if scale == 1.0 else rows.mul_(scale)

@@ -7,22 +7,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from outsize.errors import OptionError
+from outsize.parallel.connect import TRANSPORTS
 from outsize.parallel.split import Way
 
 KINDS = ("tensor", "relay")
 VALUES: dict[str, tuple[str, ...]] = {
     "cut": ("gather", "sum"),
     "attention": ("whole", "heads"),
-    "over": ("gloo", "sockets"),
+    "over": TRANSPORTS,
 }
 
 
 @dataclass(frozen=True, slots=True)
 class ParallelSpec:
-    """`over`: what carries bytes between ranks: a gloo group of torch.distributed, or sockets of our own."""
+    """`over`: what carries bytes between ranks: "torch" (a gloo group of torch.distributed), "sockets" of our
+    own, or "auto": short messages by these, long ones by that."""
 
     way: Way = field(default_factory=Way)
-    over: str = "gloo"
+    over: str = "auto"
 
     def __str__(self) -> str:
         if self.way.cut == "layers":
@@ -47,7 +49,7 @@ def parse_parallel(text: str) -> ParallelSpec:
             )
         told[key] = value
     if kind == "relay":
-        return ParallelSpec(Way("layers"), told.get("over", "gloo"))
+        return ParallelSpec(Way("layers"), told.get("over", "auto"))
     attention = told.get("attention", "whole")
     way = Way(told.get("cut", "sum" if attention == "heads" else "gather"), attention)
     if way == Way("gather", "heads"):
@@ -55,7 +57,7 @@ def parse_parallel(text: str) -> ParallelSpec:
             f"parallel is {text!r}: attention=heads gives each rank a part of a sum; write cut=sum, or leave "
             "cut out"
         )
-    return ParallelSpec(way, told.get("over", "gloo"))
+    return ParallelSpec(way, told.get("over", "auto"))
 
 
 def _unknown(word: str, known: Sequence[str]) -> str:

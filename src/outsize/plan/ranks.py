@@ -33,7 +33,7 @@ from outsize.system import memory
 
 WAYS = (Way("gather"), Way("sum"), Way("sum", "heads"), Way("layers"))
 # Seconds of software for a message of one token, as measured on two cores of an EPYC between namespaces.
-SOFTWARE_S = {"gloo": 150e-6, "sockets": 25e-6}
+SOFTWARE_S = {"torch": 150e-6, "sockets": 25e-6, "auto": 25e-6}
 LATENCY_S = 1e-4  # of a link that nothing is said of: a switch
 UNITS = {"kbit/s": 125.0, "mbit/s": 125e3, "gbit/s": 125e6}
 LOOPBACK = "10Gbit/s,0.01ms"

@@ -71,7 +71,7 @@ def run(where: str, options: LoadOptions) -> None:
         with telling(talk):
             told = _prepare(talk, own)
             own, placement = _placed(talk, told.shard, own)
-        talk.say(0, fits=True)
+        talk.say(0, {"fits": True})
         talk.hear(0)
         transport = talk.transport(told.over)
         with _opened(told.shard, own, placement, transport) as model:
@@ -99,7 +99,7 @@ def _prepare(talk: Talk, own: Settings) -> Told:
     pack = _found(field(told, "identity", str, 0), field(told, "layout", str, 0), str(told["name"]))
     speed = bytes_per_s(pack, own.native) if told.get("measured") is True else 1.0
     runtime, threads = runtime_bytes(own.native), torch.get_num_threads()
-    talk.say(0, memory=own.size, runtime=runtime, threads=threads, speed=speed)
+    talk.say(0, {"memory": own.size, "runtime": runtime, "threads": threads, "speed": speed})
     told = talk.hear(0)
     try:
         shard: Shard = read(Shard, told.get("shard"), "shard")

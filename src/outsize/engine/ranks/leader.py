@@ -134,15 +134,14 @@ class Team:
 
     def plan(self, context: int, chunk: int, options: LoadOptions) -> None:
         """What the others plan for. Raises PeerError where one of them has no room."""
-        self._talk.say_all(
-            context=context, chunk=chunk, kv=options.kv, verify=options.verify, streams=options.streams,
-            force=options.force,
-        )  # fmt: skip
+        told = {"context": context, "chunk": chunk}
+        names = "kv", "verify", "streams", "force"
+        self._talk.say_all({**told, **{name: getattr(options, name) for name in names}})
         self._talk.hear_all()
 
     def connect(self) -> Joined:
         """What its model is run with. Raises PeerError."""
-        self._talk.say_all(go=True)
+        self._talk.say_all({"go": True})
         transport = self._talk.transport(self._spec.over)
         self.lead = Lead(transport, keeps_all(self._spec))
         return joined(self.shards[0], transport)
@@ -221,10 +220,9 @@ def _shared_out(
 ) -> Team:
     spec, backend, size = how
     measured = options.listen is not None  # ranks of one machine are alike
-    talk.say_all(
-        identity=pack.source.identity, layout=pack.source.layout, name=pack.source.spec,
-        measured=measured,
-    )  # fmt: skip
+    source = pack.source
+    told_of = {"identity": source.identity, "layout": source.layout, "name": source.spec}
+    talk.say_all({**told_of, "measured": measured})
     own_speed = bytes_per_s(pack, backend) if measured else 1.0
     own = {"memory": size, "runtime": memory.resident(), "threads": torch.get_num_threads()}
     told = [own | {"speed": own_speed}, *talk.hear_all().values()]
@@ -241,7 +239,7 @@ def _shared_out(
     threads = min(t["threads"] for t in sizes)  # torch's products depend on it
     torch.set_num_threads(threads)
     for rank in talk.mesh.data:
-        talk.say(rank, shard=asdict(shards[rank]), threads=threads, over=spec.over)
+        talk.say(rank, {"shard": asdict(shards[rank]), "threads": threads, "over": spec.over})
     return Team(pack, shards, talk, spec)
 
 

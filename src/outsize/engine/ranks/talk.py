@@ -19,6 +19,7 @@ import torch
 from outsize.errors import OutsizeError, PeerError
 from outsize.kernels.attention import CHUNK
 from outsize.kernels.backend import Backend
+from outsize.parallel.connect import Both
 from outsize.parallel.gloo import Gloo
 from outsize.parallel.meeting import Mesh
 from outsize.parallel.sockets import Sockets
@@ -50,14 +51,14 @@ class Talk:
         self.mesh, self.rank, self.world = mesh, mesh.rank, mesh.world
         self._sockets = Sockets(mesh)
 
-    def say(self, to: int, **told: object) -> None:
+    def say(self, to: int, told: Mapping[str, object]) -> None:
         body = json.dumps(told).encode()
         for message in (len(body).to_bytes(8, "little"), body):
             self._sockets.send(to, message).wait()
 
-    def say_all(self, **told: object) -> None:
+    def say_all(self, told: Mapping[str, object]) -> None:
         for rank in self.mesh.data:
-            self.say(rank, **told)
+            self.say(rank, told)
 
     def hear(self, of: int) -> dict[str, Any]:
         """Raises PeerError also where that rank says that it cannot."""
@@ -85,9 +86,12 @@ class Talk:
         """What steps are run over, from now on."""
         if over == "sockets":
             return self._sockets
-        for channel in self.mesh.data.values():
+        for channel in self.mesh.data.values():  # gloo's addresses go over them, one after another
             channel.sock.settimeout(WAIT_S)
-        return Gloo(self.mesh)
+        group = Gloo(self.mesh)
+        for channel in self.mesh.data.values():
+            channel.sock.setblocking(False)
+        return group if over == "torch" else Both(self._sockets, group)
 
 
 @contextmanager
@@ -98,7 +102,7 @@ def telling(talk: Talk, to: int = 0) -> Iterator[None]:
     except PeerError:
         raise
     except OutsizeError as e:
-        talk.say(to, error=str(e))
+        talk.say(to, {"error": str(e)})
         raise
 
 
