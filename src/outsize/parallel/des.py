@@ -67,9 +67,7 @@ def simulate(programs: Sequence[Program], link: Link, call_s: float = 0.0) -> li
     ranks = [_Rank(deque(program)) for program in programs]
     sent: dict[tuple[int, int], deque[float]] = {}
     while any(rank.ops for rank in ranks):
-        if not any(
-            [_advance(number, rank, sent, link, call_s) for number, rank in enumerate(ranks)]
-        ):
+        if not any(_advance(number, rank, sent, link, call_s) for number, rank in enumerate(ranks)):
             raise ValueError(
                 f"the ranks wait for each other: {[r.ops[0] if r.ops else None for r in ranks]}"
             )
