@@ -20,7 +20,12 @@ import torch
 import torch.distributed as torch_distributed
 
 from experiments.runs import arguments
+from outsize.kernels.find import find
+from outsize.kernels.turned import turner
+from outsize.parallel.collective import Point
+from outsize.parallel.exact import Exact
 from outsize.parallel.gloo import Gloo
+from outsize.parallel.lowbit import LowBit, Turned
 from outsize.parallel.meeting import Hello, Meeting, join
 from outsize.parallel.sockets import Sockets
 from outsize.parallel.transport import Transport
@@ -68,9 +73,21 @@ def rank_of(rank: int, port: int, count: int, output: Path | None) -> None:
             reduces = way == "gloo, all_reduce"
             exchange = all_reduce(transport.group, size) if reduces else through(transport, size)
             rows.append({"way": way, "bytes": size, **timed(exchange, some)})
+            if way == "sockets" and size < 1 << 17:
+                rows += [sums(transport, size, bits, some) for bits in (16, 4)]
         mesh.close()
     if rank == 0:
         keep(rows, output)
+
+
+def sums(transport: Transport, size: int, bits: int, count: int) -> dict[str, object]:
+    """A whole sum of one row of bf16 numbers in so many bytes, torch and all."""
+    part, at = torch.zeros(1, max(size // 256, 1) * 128, dtype=torch.bfloat16), Point(0, "ffn")
+    exact = Exact(transport)
+    codec = Turned(turner(bits, find())) if bits < 16 else None
+    low = LowBit(exact, lambda _: codec)
+    row = timed(lambda: low.sum(part, at).wait(), count)
+    return {"way": f"sockets, a sum in {bits} bits", "bytes": part.nbytes, **row}
 
 
 def keep(rows: list[dict[str, object]], output: Path | None) -> None:
