@@ -14,7 +14,7 @@ import outsize
 from outsize.adapt import rewrite
 from outsize.adapt.share_keys import queries
 from outsize.engine.model import Model
-from outsize.errors import OptionError
+from outsize.errors import OptionError, UnsupportedError
 from outsize.family import bounds
 from outsize.forward.full import full
 from outsize.forward.span import Span
@@ -24,6 +24,7 @@ from outsize.pack import fetch
 from outsize.pack.format import Pack
 from outsize.pack.outline import of_pack
 from outsize.pack.source import derived
+from outsize.parallel.split import Way, check
 from outsize.plan.fixed import stored_bytes
 from outsize.progress import silent
 from outsize.storage.records import Records
@@ -155,6 +156,8 @@ def test_what_cannot_share(open_tiny: Callable[..., Model]) -> None:
         share_keys(d, 3)
     with pytest.raises(OptionError, match="where none does yet"):
         share_keys(share_keys(d, 1), 1)
+    with pytest.raises(UnsupportedError, match="leave --ranks out"):
+        check("shared", share_keys(d, 1), 2, Way())
     windows = open_tiny("gemma3", "q4_0").pack.description
     with pytest.raises(OptionError, match="as none of the first 1 layers does"):
         share_keys(windows, 2)

@@ -145,6 +145,7 @@ def test_on_the_command_line(base: Pack, tmp_path: Path) -> None:
     refused = command(*words, "--trace", "t.jsonl")
     assert refused.returncode == 2
     assert "leaves as they are" in refused.stderr
+    assert "is of one process" in command(*words, "--ranks", "2").stderr
 
 
 @pytest.mark.parametrize(

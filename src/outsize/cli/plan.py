@@ -33,11 +33,15 @@ class PlanFlags:
     trace: Annotated[
         Path | None, Flag("--trace", "Expect of experts what this recording tells.")
     ] = None
+    link: Annotated[
+        str | None,
+        Flag("--link", "With --ranks: what lies between them, as 100Mbit/s or 1Gbit/s,0.2ms."),
+    ] = None
 
 
 @with_flags
 def plan(
-    load: Annotated[LoadOptions, without("verify", "chunk", "prefill")],
+    load: Annotated[LoadOptions, without("verify", "chunk", "prefill", "listen")],
     own: PlanFlags,
     display: Annotated[DisplayOptions, only("json")],
     model: Annotated[str, typer.Argument()] = DEFAULT_MODEL,
@@ -49,6 +53,13 @@ def plan(
     if own.what_if is not None:
         _what_if(model, load, own, display.json)
         return
+    if load.ranks > 1:
+        _of_ranks(model, load, own, display.json)
+        return
+    if own.link is not None:
+        raise OptionError(
+            "--link lies between ranks, and there is one; add --ranks, or leave it out"
+        )
     try:
         made = make(model, load, own.prompt_tokens, own.trace)
     except BudgetError as e:
@@ -70,8 +81,24 @@ def _what_if(model: str, load: LoadOptions, own: PlanFlags, as_json: bool) -> No
         raise OptionError(
             "--trace tells of experts, which --what-if leaves as they are; leave it out"
         )
+    if load.ranks > 1 or own.link is not None:
+        raise OptionError("--what-if is of one process; leave --ranks and --link out")
     made = compare(model, load, own.what_if or "", own.prompt_tokens)
     if own.html is not None:
         own.html.write_text(whatif_page.page(made), encoding="utf-8")
         say(f"wrote {own.html}")
     print(json.dumps(made.to_json()) if as_json else "\n".join(whatif_text.lines(made)))
+
+
+def _of_ranks(model: str, load: LoadOptions, own: PlanFlags, as_json: bool) -> None:
+    from outsize.engine.ranks.leader import settled
+    from outsize.plan import ranks
+    from outsize.report import ranks_text
+
+    for name in ("prompt_tokens", "html", "trace"):
+        if getattr(own, name) is not None:
+            flag = name.replace("_", "-")
+            raise OptionError(f"--{flag} is for one rank; leave it out, or --ranks")
+    link = ranks.parse_link(own.link or ranks.LOOPBACK)
+    made = ranks.make(model, settled(load) if own.link is None else load, link)
+    print(json.dumps(made.to_json()) if as_json else "\n".join(ranks_text.long(made)))
