@@ -198,6 +198,7 @@ class LoadChanges(TypedDict, total=False):
     kv: str
     prefill: str
     neurons: str
+    layers_off: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +223,9 @@ class LoadOptions:
     neurons: str = (
         "off"  # which neurons single tokens compute: off (all), auto or an add-on file (lossy)
     )
+    layers_off: str = (
+        ""  # layers whose feed-forward of the token's embedding is left out, as 3,7-9 (lossy)
+    )
     # Where prompts are kept for those that begin alike (outsize/prefix/spec.py); None: in memory.
     prefix_cache: str | None = None
     grammars: bool = False  # room in the plan for replies that obey a schema or grammar, and tools
@@ -241,7 +245,7 @@ class LoadOptions:
             whole("threads", self.threads, 1, 1024)
         if self.kv not in KVS:
             raise OptionError(f"kv is {self.kv!r}; known are {', '.join(KVS)}")
-        for name in ("encoding", "verify", "draft", "prefill", "neurons"):
+        for name in ("encoding", "verify", "draft", "prefill", "neurons", "layers_off"):
             word(name, getattr(self, name))
         for name in ("experts", "prefix_cache"):
             if getattr(self, name) is not None:

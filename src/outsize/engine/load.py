@@ -131,7 +131,8 @@ class Packs(NamedTuple):
 
     def outline(self, options: LoadOptions) -> Outline:
         smaller, copies = (None if p is None else of_pack(p) for p in (self.smaller, self.copies))
-        return decide.with_all(of_pack(self.model), options.adapters, smaller, copies)
+        own = decide.without_layers(of_pack(self.model), options)
+        return decide.with_all(own, options.adapters, smaller, copies)
 
 
 class Beside(NamedTuple):
@@ -188,7 +189,7 @@ def _open(
             loaded = weights.load(made, native, plan, progress)
         opened.callback(loaded.close)
         threads = kernel_threads(options, made, native)
-        description = made.description.for_context(placement.context)
+        description = outline.description.for_context(placement.context)
         transformer = Transformer(description, loaded, native, placement.ceiling, threads)
         transformer.chunk, transformer.kv = chunk, options.kv
         if paged is not None:
