@@ -136,6 +136,23 @@ def _widths(ends: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, slots=True)
+class Memory:
+    """Feed-forwards that read nothing but the token's embedding, so that each is a table over the vocabulary
+    (MemoryLLM, arXiv 2602.00398): h += feed_forward(norm(embedding)), beside or instead of one that reads
+    the residual stream."""
+
+    dense: int = 0  # width of that one (Flex-MemoryLLM); 0: there is none
+    is_table: bool = False  # looked up by token, and not computed
+    ranks: tuple[int, ...] = ()  # numbers of a token in each layer's table, of which a
+    # basis makes the model's width; (): the width itself
+    off: tuple[int, ...] = ()  # layers whose memory a run leaves out (lossy)
+
+    def widths(self, d: Description) -> tuple[int, ...]:
+        """Numbers of a token in each layer's table."""
+        return self.ranks or (d.width,) * d.num_layers
+
+
+@dataclass(frozen=True, slots=True)
 class Description:
     """One decoder-only transformer. Heads rotate in adjacent pairs (0,1), (2,3), ..."""
 
@@ -178,6 +195,8 @@ class Description:
         whole = replace(self, num_heads=s.num_heads, num_kv_heads=s.num_kv_heads)
         return replace(whole, shard=None, ffn_width=s.ffn_width)
 
+    memory: Memory | None = None  # feed-forwards of the token's embedding
+
     @property
     def num_layers(self) -> int:
         return len(self.layers)
@@ -209,6 +228,16 @@ class Description:
         """As a run of so many positions computes it."""
         layers = (replace(layer, rope=layer.rope.for_context(context)) for layer in self.layers)
         return replace(self, layers=tuple(layers))
+
+    @property
+    def has_table(self) -> bool:
+        """Are feed-forwards looked up by token?"""
+        return self.memory is not None and self.memory.is_table
+
+    @property
+    def has_ffn(self) -> bool:
+        """Has a layer weights of a feed-forward? Not where all of it is looked up."""
+        return self.memory is None or not self.memory.is_table or self.memory.dense > 0
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)

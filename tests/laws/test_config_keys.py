@@ -25,7 +25,7 @@ from tests.golden import tiny
 from tests.golden.test_golden import write_gguf
 
 Folders = Callable[[str], Path]
-# transformers' classes; AFM's architecture has none.
+# transformers' classes; AFM's and MemoryLLM's architectures have none.
 CLASSES = {
     "llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config",
     "gemma3": "Gemma3TextConfig", "olmoe": "OlmoeConfig", "mixtral": "MixtralConfig",
@@ -68,7 +68,7 @@ CHANGES: dict[str, tuple[object, dict[str, object]]] = {
     "mlp_layer_types": (["dense", "dense", "sparse"], {}),
     "intermediate_size_mlp": (192, {}), "moe_layers": ([1], {}), "attn_temperature_tuning": (None, {}),
     "interleave_moe_layer_step": (2, {"moe_layers": None}), "attention_chunk_size": (5, {}),
-    "floor_scale": (9, {}), "attn_scale": (0.4, {}),
+    "floor_scale": (9, {}), "attn_scale": (0.4, {}), "dense_intermediate_size": (32, {}),
 }  # fmt: skip
 HARMLESS = {
     "unsloth_version": "2026.1", "use_mrope": False, "is_llama_config": True, "rope_interleaved": False,
@@ -129,7 +129,7 @@ def as_the_class(checkpoint: Checkpoint, family: str, config: dict[str, object])
 
 
 def test_every_family_has_a_class() -> None:
-    assert set(CLASSES) | {"afm"} == set(families())
+    assert set(CLASSES) | {"afm", "memoryllm"} == set(families())
 
 
 @pytest.mark.parametrize("family", CLASSES)

@@ -137,7 +137,8 @@ class Packs(NamedTuple):
 
     def outline(self, options: LoadOptions) -> Outline:
         smaller, copies = (None if p is None else of_pack(p) for p in (self.smaller, self.copies))
-        return decide.with_all(of_pack(self.model), options.adapters, smaller, copies)
+        own = decide.without_layers(of_pack(self.model), options)
+        return decide.with_all(own, options.adapters, smaller, copies)
 
 
 class Beside(NamedTuple):
@@ -192,7 +193,8 @@ def _open(
             )
             loaded = weights.load(made, native, plan, progress)
         opened.callback(loaded.close)
-        transformer = ranks.run_with(team, loaded, partial(_transformer, made, options, placement))
+        build = partial(_transformer, outline, made, options, placement)
+        transformer = ranks.run_with(team, loaded, build)
         transformer.chunk = chunk
         if paged is not None:
             transformer.neurons = neurons.told(paged)
@@ -208,10 +210,15 @@ def _open(
 
 
 def _transformer(
-    made: Pack, options: LoadOptions, placement: Placement, loaded: Loaded, ranks: Collective | None
+    outline: Outline,
+    made: Pack,
+    options: LoadOptions,
+    placement: Placement,
+    loaded: Loaded,
+    ranks: Collective | None,
 ) -> Transformer:
     """The network over its weights."""
-    native, d = compiled(options), made.description.for_context(placement.context)
+    native, d = compiled(options), outline.description.for_context(placement.context)
     threads = kernel_threads(options, made, native)
     made_of = Transformer(d, loaded, native, placement.ceiling, threads, ranks)
     made_of.kv = options.kv

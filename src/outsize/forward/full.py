@@ -18,6 +18,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from outsize.forward.inputs import token_inputs
 from outsize.forward.span import NARROW, Out, Span
 from outsize.kernels.rows import Segment
 from outsize.kv.kv import KV
@@ -52,11 +53,13 @@ def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:
         kv.truncate(span.start)
     order = sorted(range(len(pairs)), key=lambda i: pairs[i][0].is_narrow)
     ordered = [pairs[i] for i in order]
+    inputs = token_inputs(model, [token for span, _ in ordered for token in span.tokens])
     h_TD = embedded(model, [span for span, _ in ordered])
     steps, at = [], 0
     for segments, wide, spans in _groups(ordered, model.chunk):
         end = at + sum(s.length for s in segments)
-        steps.append((slice(at, end), model.step(segments, wide, list(added(segments, spans)))))
+        rows, more = slice(at, end), list(added(segments, spans))
+        steps.append((rows, model.step(segments, wide, more, (), inputs(h_TD, rows))))
         at = end
     model.begin(len(pairs) > 1 or not pairs[0][0].is_narrow)
     with model.leader.step(pairs) if model.leader is not None else nullcontext():
