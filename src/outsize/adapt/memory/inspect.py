@@ -185,4 +185,5 @@ def plane(x_VP: Tensor) -> Tensor:
     _, vectors = torch.linalg.eigh(middle.T @ middle)
     at_V2 = middle @ vectors[:, -2:]
     low, high = at_V2.amin(0), at_V2.amax(0)
-    return (at_V2 - low) / (high - low).clamp_min(1e-30)
+    placed: Tensor = (at_V2 - low) / (high - low).clamp_min(1e-30)
+    return placed
