@@ -207,6 +207,11 @@ REFERENCE = {"gemma3": "gemma3_text", "afm": "qwen3", "llama4": "llama4_text"}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "memoryllm+dense": ("memoryllm", {"dense_intermediate_size": DENSE}),
     "llama+biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    # With neurons that three ranks can share unevenly.
+    **{
+        f"{base}+wide": (base, {"intermediate_size": 320})
+        for base in ("llama", "qwen2", "qwen3", "gemma3")
+    },
 }
 
 
@@ -250,7 +255,9 @@ def shapes(family: str) -> dict[str, tuple[int, ...]]:
     """Tensor names and shapes, in Hugging Face's naming."""
     if family in STORED:
         return {name: tuple(shape) for name, shape in STORED[family].items()}
-    head_dim = config(family)["head_dim"]
+    settings, variant = config(family), family
+    head_dim, ffn = settings["head_dim"], settings["intermediate_size"]
+    family = VARIANTS.get(family, (family, {}))[0]
     q, kv = HEADS * head_dim, KV_HEADS * head_dim
     out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, WIDTH)}
     for i in range(LAYERS):
@@ -267,9 +274,9 @@ def shapes(family: str) -> dict[str, tuple[int, ...]]:
             out |= expert_shapes(family, p)
         else:
             out |= {
-                p + "mlp.gate_proj.weight": (FFN, WIDTH),
-                p + "mlp.up_proj.weight": (FFN, WIDTH),
-                p + "mlp.down_proj.weight": (WIDTH, FFN),
+                p + "mlp.gate_proj.weight": (ffn, WIDTH),
+                p + "mlp.up_proj.weight": (ffn, WIDTH),
+                p + "mlp.down_proj.weight": (WIDTH, ffn),
             }
         if family == "olmoe":
             out |= {f"{p}self_attn.{n}_norm.weight": (s,) for n, s in (("q", q), ("k", kv))}
@@ -284,9 +291,9 @@ def shapes(family: str) -> dict[str, tuple[int, ...]]:
     if family.startswith("memoryllm"):
         out = memory_shapes(out, family)
     out["model.norm.weight"] = (WIDTH,)
-    if not config(family)["tie_word_embeddings"]:
+    if not settings["tie_word_embeddings"]:
         out["lm_head.weight"] = (VOCAB, WIDTH)
-    if family == "llama+biases":
+    if variant == "llama+biases":
         parts = [f"{n}_proj.weight" for n in ("q", "k", "v", "o", "gate", "up", "down")]
         maps = {n: s for n, s in out.items() if n.endswith(tuple(parts))}
         out |= {f"{n.removesuffix('weight')}bias": s[:1] for n, s in maps.items()}
@@ -310,7 +317,7 @@ def weights(family: str) -> dict[str, np.ndarray]:
     random = np.random.default_rng(20260822)
     return {
         name: (random.standard_normal(shape) * (0.2 if "norm" not in name else 0.1)
-               + ("norm" in name and family not in ("gemma2", "gemma3"))).astype(np.float32)
+               + ("norm" in name and not family.startswith("gemma"))).astype(np.float32)
         for name, shape in shapes(family).items()
     }  # fmt: skip
 

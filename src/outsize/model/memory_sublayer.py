@@ -22,12 +22,12 @@ def memory_sublayer(d: Description, index: int, beside: Weights, w: Weights) -> 
     if memory.dense:
         norm = RMSNorm(vector(w[f"{BESIDE}norm"]), d.norm_eps, activation_type(w[f"{BESIDE}down"]))
         maps = Linear(w[f"{BESIDE}gate_up"]), Linear(w[f"{BESIDE}down"])
-        dense = SubLayer(norm, Dense(*maps, d.activation))
+        dense = SubLayer(norm, Dense(maps, d.activation))
     if index in memory.off:
         return MemorySubLayer(dense, None)
     if not memory.is_table:
         norm = RMSNorm(vector(w["ffn_norm"]), d.norm_eps, activation_type(w["gate_up"]))
-        body = Dense(Linear(w["gate_up"]), Linear(w["down"]), d.activation)
+        body = Dense((Linear(w["gate_up"]), Linear(w["down"])), d.activation)
         return MemorySubLayer(dense, Computed(norm, body))
     found = beside.get(basis(index))
     kind = torch.float32 if found is None else activation_type(found)

@@ -29,13 +29,14 @@ from outsize.model.memory import WeightMemory
 from outsize.model.memory_sublayer import memory_sublayer
 from outsize.model.paged import PagedLayer, link
 from outsize.model.predictors.choose import Chooser
+from outsize.model.ranks import Leader, Stages
 from outsize.model.step import Step, TokenInputs, Watch
 from outsize.model.sublayer import Runnable, attention_sublayer, ffn_sublayer, mixture_sublayer
 from outsize.model_config import Description, Rope
+from outsize.parallel.collective import Collective
 from outsize.storage.table import Weights
 from outsize.weights.load import Loaded
 from outsize.weights.spec import Recorder
-from outsize.weights.tokens import Recall
 
 REFINED = 64  # tokens of the highest logits, which are computed again in fp32
 
@@ -51,17 +52,20 @@ class Transformer:
         backend: Backend = PLAIN,
         ceiling: int | None = None,
         threads: Threads | None = None,
+        ranks: Collective | None = None,
     ) -> None:
         """`ceiling`: bytes that the process should not exceed, if returning free memory helps. `threads`:
-        how many the backend uses; None: as many as torch has."""
+        how many the backend uses; None: as many as torch has. `ranks`: whom a rank's model is run with."""
         self.description, self.loaded = description, loaded
         self._embed, self._head = loaded.embed, loaded.head
         self.dtype = loaded.activation_type
         self.paged_layers: list[PagedLayer] = []
         banks = {bank.layer: bank for bank in loaded.banks}
         for i, (attn, ffn) in enumerate(loaded.layers):
-            self.paged_layers.append(PagedLayer(partial(attention_sublayer, description, i), attn))
-            make: Callable[[Weights], Runnable] = partial(ffn_sublayer, description, i)
+            self.paged_layers.append(
+                PagedLayer(partial(attention_sublayer, description, i, ranks=ranks), attn)
+            )
+            make: Callable[[Weights], Runnable] = partial(ffn_sublayer, description, i, ranks=ranks)
             if (bank := banks.get(i)) is not None:
                 make = partial(mixture_sublayer, description, bank)
             elif description.memory is not None:
@@ -74,6 +78,8 @@ class Transformer:
         self.backend = backend if self.dtype == torch.bfloat16 else PLAIN
         self.chunk = CHUNK  # tokens of a prompt that are computed at once, at multiples of it
         self.kv = "auto"  # how keys and values are kept, or int8
+        self.leader: Leader | None = None  # tells other ranks of each step
+        self.relay: Stages | None = None  # runs the layers that other ranks have
         self.neurons = ""  # which are computed, and what that costs, where not all are
         self._own, self.threads = backend, threads or Threads(torch.get_num_threads())
         self.memory = WeightMemory(description, loaded, self.paged_layers, ceiling)
@@ -89,11 +95,6 @@ class Transformer:
         """A step begins; `is_large`: with a long span, or of a batch."""
         self._own.set_threads(self.threads.now())
         self.memory.begin_step(is_large)
-
-    @property
-    def layers_off(self) -> tuple[int, ...]:
-        """The layers whose memory is left out (lossy)."""
-        return () if self.description.memory is None else self.description.memory.off
 
     @property
     def waited_s(self) -> float:
@@ -120,13 +121,11 @@ class Transformer:
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """(T, D) fp32."""
+        if self.relay is not None and not self.relay.begins:  # room for what another rank sends
+            return self._norm.weight.new_empty(len(tokens), self.description.width)
         rows = self._embed.rows(torch.tensor(tokens, dtype=torch.int64, device="cpu"))
         scale = self.description.embed_scale
         return rows if scale == 1.0 else rows.mul_(scale)
-
-    def recall(self, tokens: Sequence[int]) -> Recall | None:
-        """Start reading what layers look up of a pass's tokens; None: they look up nothing."""
-        return None if self.loaded.tokens is None else self.loaded.tokens.ask(tokens)
 
     def step(
         self,
