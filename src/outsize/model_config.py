@@ -88,6 +88,23 @@ class Latent:
 
 
 @dataclass(frozen=True, slots=True)
+class Memory:
+    """Feed-forwards that read nothing but the token's embedding, so that each is a table over the vocabulary
+    (MemoryLLM, arXiv 2602.00398): h += feed_forward(norm(embedding)), beside or instead of one that reads
+    the residual stream."""
+
+    dense: int = 0  # width of that one (Flex-MemoryLLM); 0: there is none
+    is_table: bool = False  # looked up by token, and not computed
+    ranks: tuple[int, ...] = ()  # numbers of a token in each layer's table, of which a
+    # basis makes the model's width; (): the width itself
+    off: tuple[int, ...] = ()  # layers whose memory a run leaves out (lossy)
+
+    def widths(self, d: Description) -> tuple[int, ...]:
+        """Numbers of a token in each layer's table."""
+        return self.ranks or (d.width,) * d.num_layers
+
+
+@dataclass(frozen=True, slots=True)
 class Shard:
     """What one of several ranks holds of a model (parallel/shard.py); all else is whole on each. Ranges are
     (first, last + 1), of the model's. `cut` "gather": of a feed-forward's down, all inputs of some outputs;
@@ -136,23 +153,6 @@ def _widths(ends: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """Feed-forwards that read nothing but the token's embedding, so that each is a table over the vocabulary
-    (MemoryLLM, arXiv 2602.00398): h += feed_forward(norm(embedding)), beside or instead of one that reads
-    the residual stream."""
-
-    dense: int = 0  # width of that one (Flex-MemoryLLM); 0: there is none
-    is_table: bool = False  # looked up by token, and not computed
-    ranks: tuple[int, ...] = ()  # numbers of a token in each layer's table, of which a
-    # basis makes the model's width; (): the width itself
-    off: tuple[int, ...] = ()  # layers whose memory a run leaves out (lossy)
-
-    def widths(self, d: Description) -> tuple[int, ...]:
-        """Numbers of a token in each layer's table."""
-        return self.ranks or (d.width,) * d.num_layers
-
-
-@dataclass(frozen=True, slots=True)
 class Description:
     """One decoder-only transformer. Heads rotate in adjacent pairs (0,1), (2,3), ..."""
 
@@ -184,6 +184,7 @@ class Description:
     logit_cap: float = 0.0  # logits x become cap * tanh(x / cap); 0: they stay
     attn_cap: float = 0.0  # the same of attention's scores
     latent: Latent | None = None  # attention over a latent that all heads share
+    memory: Memory | None = None  # feed-forwards of the token's embedding
     shard: Shard | None = None  # of one of several ranks: the sizes above are what it has
 
     @property
@@ -194,8 +195,6 @@ class Description:
             return self
         whole = replace(self, num_heads=s.num_heads, num_kv_heads=s.num_kv_heads)
         return replace(whole, shard=None, ffn_width=s.ffn_width)
-
-    memory: Memory | None = None  # feed-forwards of the token's embedding
 
     @property
     def num_layers(self) -> int:
@@ -233,6 +232,11 @@ class Description:
     def has_table(self) -> bool:
         """Are feed-forwards looked up by token?"""
         return self.memory is not None and self.memory.is_table
+
+    @property
+    def layers_off(self) -> tuple[int, ...]:
+        """The layers whose memory a run leaves out (lossy)."""
+        return () if self.memory is None else self.memory.off
 
     @property
     def has_ffn(self) -> bool:

@@ -53,9 +53,9 @@ def fault(d: Description) -> str:
         return "nothing is normed: norms before or after each half are due"
     if d.latent is not None and (problem := _latent_fault(d, d.latent)):
         return problem
-    if d.shard is not None and (problem := _shard_fault(d, d.shard)):
-        return problem
     if d.memory is not None and (problem := _memory_fault(d, d.memory)):
+        return problem
+    if d.shard is not None and (problem := _shard_fault(d, d.shard)):
         return problem
     return _mixture_fault(d) or next((p for layer in d.layers if (p := _layer_fault(d, layer))), "")
 

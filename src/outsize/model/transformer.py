@@ -37,7 +37,6 @@ from outsize.parallel.collective import Collective
 from outsize.storage.table import Weights
 from outsize.weights.load import Loaded
 from outsize.weights.spec import Recorder
-from outsize.weights.tokens import Recall
 
 REFINED = 64  # tokens of the highest logits, which are computed again in fp32
 
@@ -98,11 +97,6 @@ class Transformer:
         self.memory.begin_step(is_large)
 
     @property
-    def layers_off(self) -> tuple[int, ...]:
-        """The layers whose memory is left out (lossy)."""
-        return () if self.description.memory is None else self.description.memory.off
-
-    @property
     def waited_s(self) -> float:
         """Seconds that computing has stood still for reads so far."""
         return self.loaded.stats.waited_s + self.loaded.expert_stats.waited_s
@@ -132,10 +126,6 @@ class Transformer:
         rows = self._embed.rows(torch.tensor(tokens, dtype=torch.int64, device="cpu"))
         scale = self.description.embed_scale
         return rows if scale == 1.0 else rows.mul_(scale)
-
-    def recall(self, tokens: Sequence[int]) -> Recall | None:
-        """Start reading what layers look up of a pass's tokens; None: they look up nothing."""
-        return None if self.loaded.tokens is None else self.loaded.tokens.ask(tokens)
 
     def step(
         self,
