@@ -6,11 +6,12 @@ A family file (family/) makes it from a published config; that is needed to pack
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 BIASED = "clamped_swiglu"  # of experts with biases
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", BIASED)
 SCORES = ("softmax", "sigmoid")
+MIXERS = ("attention", "delta", "conv")  # what lets a layer's tokens know of each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class Layer:
     dense: bool = False  # in a model with experts: a plain feed-forward instead
     chunked: bool = False
     unit_norm: bool = False  # query and key heads are normed, without weights
+    mixer: str = "attention"  # one of MIXERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,33 @@ class Latent:
 
 
 @dataclass(frozen=True, slots=True)
+class Delta:
+    """Layers with the gated delta rule in place of attention (arXiv 2412.06464): each value head keeps a
+    matrix of `key` x `value` numbers of all tokens so far. Queries, keys and values are each a mean of the
+    last `kernel` tokens', weighed by channel."""
+
+    key_heads: int  # of queries and of keys
+    value_heads: int  # a multiple
+    key: int  # numbers of a head
+    value: int
+    kernel: int
+    is_log: bool = False  # a head's decay is stored as the logarithm of its negative
+    is_tiled: bool = (
+        False  # value head i reads key head i % key_heads; else those of a key head lie together
+    )
+
+    @property
+    def keys(self) -> int:
+        """Numbers of all key heads."""
+        return self.key_heads * self.key
+
+    @property
+    def values(self) -> int:
+        """Numbers of all value heads."""
+        return self.value_heads * self.value
+
+
+@dataclass(frozen=True, slots=True)
 class Description:
     """One decoder-only transformer. Heads rotate in adjacent pairs (0,1), (2,3), ..."""
 
@@ -119,6 +148,9 @@ class Description:
     logit_cap: float = 0.0  # logits x become cap * tanh(x / cap); 0: they stay
     attn_cap: float = 0.0  # the same of attention's scores
     latent: Latent | None = None  # attention over a latent that all heads share
+    gated: bool = False  # what attention sums is multiplied by the sigmoid of a map of its own
+    delta: Delta | None = None  # of the layers with that mixer
+    kernel: int = 0  # tokens of the short convolution of layers with that mixer
 
     @property
     def num_layers(self) -> int:
@@ -139,6 +171,15 @@ class Description:
         if self.mixture is None:
             return ()
         return tuple(i for i, layer in enumerate(self.layers) if not layer.dense)
+
+    def mixed_by(self, mixer: str) -> tuple[int, ...]:
+        """The layers with this mixer."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.mixer == mixer)
+
+    @property
+    def has_states(self) -> bool:
+        """Do some layers keep something else of a sequence than keys and values?"""
+        return any(layer.mixer != "attention" for layer in self.layers)
 
     @property
     def is_usual(self) -> bool:
@@ -165,6 +206,16 @@ USUAL = (
 
 
 @dataclass(frozen=True, slots=True)
+class Strip:
+    """Of a foreign tensor under our name `whole`: of each `every` rows, `size` from number `first` on."""
+
+    whole: str
+    first: int
+    size: int
+    every: int
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """A description, and where a checkpoint keeps what it describes."""
 
@@ -175,3 +226,6 @@ class Recipe:
     paired: bool = False  # experts as one stack, transposed, rows of gate and up in turn
     turned: bool = False  # experts as one stack, transposed, gate's rows before up's
     spares: tuple[str, ...] = ()  # patterns of foreign tensors that a text model needs not
+    strips: Mapping[str, Strip] = field(
+        default_factory=dict
+    )  # our names of parts of others' tensors

@@ -273,6 +273,11 @@ class Model:
         """Raises OptionError where it cannot be used with this model, or with what drafts."""
         prune = parse_prefill(prefill)
         if prune is not None:
+            if self.pack.description.has_states:
+                raise OptionError(
+                    f"prefill is {prefill!r}, and layers of {self.name} keep a state that all tokens must go "
+                    "through; use prefill=full"
+                )
             prune.points(self.pack.description.num_layers)
             prune.check_drafts(self.drafting.spec.kind)
         return prune

@@ -4,9 +4,20 @@ for more than a machine can address. Checkpoints and packs are held to the same.
 from __future__ import annotations
 
 from outsize.family.config import LIMITS, MOST_HEAD
-from outsize.model_config import ACTIVATIONS, BIASED, SCORES, Description, Latent, Layer, Mixture
+from outsize.model_config import (
+    ACTIVATIONS,
+    BIASED,
+    MIXERS,
+    SCORES,
+    Delta,
+    Description,
+    Latent,
+    Layer,
+    Mixture,
+)
 
 MOST = 1 << 24
+MOST_KERNEL = 64  # tokens of a short convolution
 WHOLE = {
     "width": MOST, "ffn_width": MOST, "vocab_size": MOST, "context": MOST, "head_dim": MOST_HEAD,
     "num_heads": LIMITS["num_attention_heads"], "num_kv_heads": LIMITS["num_key_value_heads"],
@@ -37,6 +48,8 @@ def fault(d: Description) -> str:
         return "queries and keys are normed by heads and as a whole: one of the two is due"
     if not (d.pre_norm or d.post_norm):
         return "nothing is normed: norms before or after each half are due"
+    if problem := _delta_fault(d, d.delta):
+        return problem
     if d.latent is not None and (problem := _latent_fault(d, d.latent)):
         return problem
     return _mixture_fault(d) or next((p for layer in d.layers if (p := _layer_fault(d, layer))), "")
@@ -54,6 +67,32 @@ def _latent_fault(d: Description, x: Latent) -> str:
     others = d.qkv_bias or d.qk_norm or d.qk_norm_whole or d.sinks
     ropes = all(r.rotated == x.rope for r in d.ropes)
     return "" if ropes and not others else "latent attention has another's rope, norms or biases"
+
+
+def _delta_fault(d: Description, x: Delta | None) -> str:
+    mixers = {layer.mixer for layer in d.layers}
+    if "attention" not in mixers or not mixers <= set(MIXERS):
+        said = str(sorted(mixers))[:80]
+        return f"layers mix tokens by {said}; known are {', '.join(MIXERS)}, with attention in some"
+    if not 0 <= d.kernel <= MOST_KERNEL or (d.kernel == 0) == ("conv" in mixers):
+        return f"a short convolution of {d.kernel:,} tokens cannot be; 1 to {MOST_KERNEL} are known"
+    if "conv" in mixers and (d.post_norm or not d.pre_norm or d.o_bias):
+        return "short convolutions have norms before them, none after, and no biases"
+    if (x is None) == ("delta" in mixers):
+        return "layers of the gated delta rule, and its sizes: one is there without the other"
+    if x is None:
+        return ""
+    sizes = (x.key_heads, x.value_heads, x.key, x.value, x.kernel)
+    most = (WHOLE["num_heads"], WHOLE["num_heads"], MOST_HEAD, MOST_HEAD, MOST_KERNEL)
+    if not all(0 < size <= limit for size, limit in zip(sizes, most, strict=True)):
+        return f"the gated delta rule of sizes {sizes} cannot be; up to {most} are known"
+    if x.value_heads % x.key_heads:
+        return f"{x.value_heads} value heads over {x.key_heads} key heads: they must divide evenly"
+    return (
+        ""
+        if d.pre_norm and not d.post_norm
+        else "the gated delta rule has norms before it, and none after"
+    )
 
 
 def _mixture_fault(d: Description) -> str:

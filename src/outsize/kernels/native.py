@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from outsize.kernels.backend import AttentionSpec, Places, Product
+from outsize.kernels.delta import DeltaSpec
 from outsize.kernels.layouts import TILES
 from outsize.kernels.norm import RMSNorm
 from outsize.kernels.palettes import PaletteMatrix
@@ -44,6 +45,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "gate_rows": [_P, _P, _L, _L, _I],
     "combine_rows": [_P, _P, _P, _P, _L, _L, _L],
     "attend_rows": [_P, _P, _P, _P, _L, _L, _P, _P],
+    "delta_rows": [_P, _P, _P, _P, _P, _L, _P],
     "decode_entries": [_P, _P, _P, _L],
     "group_linear": [_P, _P, _P, _L, _I, _P],
     "group_decode": [_P, _P],
@@ -84,7 +86,7 @@ class Native(Plain):
         self._decode_entries = found["decode_entries"]
         self._norm, self._residual = found["norm_rows"], found["residual_rows"]
         self._gate, self._lowrank = found["gate_rows"], found["lowrank_rows"]
-        self._combine = found["combine_rows"]
+        self._combine, self._delta = found["combine_rows"], found["delta_rows"]
         self._group_linear, self._group_decode = found["group_linear"], found["group_decode"]
         self._tile_linear, self._tile_decode = found["tile_linear"], found["tile_decode"]
         self._palette_linear = found["palette_linear"]
@@ -229,6 +231,17 @@ class Native(Plain):
         shape = (_L * 4)(heads, coded_CSX.shape[1], capacity, width)
         self._decode_entries(coded_CSX.data_ptr(), out_CSE.data_ptr(), shape, count)
 
+    def delta(self, spec: DeltaSpec, now: Tensor, window: Tensor, gates: Tensor) -> Tensor:
+        if window.dtype is not BF16:
+            return super().delta(spec, now, window, gates)
+        count, shape = len(gates), (spec.sizes.value_heads, spec.sizes.value)
+        out, mixed = _empty(count, *shape, dtype=FP32), self._scratch(4 * count * window.shape[1])
+        self._delta(
+            spec.pointer, address(window, BF16), address(gates.contiguous(), FP32), address(now, FP32),
+            out.data_ptr(), count, mixed.data_ptr(),
+        )  # fmt: skip
+        return out
+
     def lowrank(
         self, matrix: LowRankMatrix, x_TK: Tensor, y_TN: Tensor, rows: slice, wide: bool
     ) -> None:
@@ -276,6 +289,9 @@ class Wide(Plain):
 
     def residual(self, h_TD: Tensor, y_TD: Tensor, post: RMSNorm | None) -> None:
         self._native.residual(h_TD, y_TD, post)
+
+    def delta(self, spec: DeltaSpec, now: Tensor, window: Tensor, gates: Tensor) -> Tensor:
+        return self._native.delta(spec, now, window, gates)
 
     def gate(self, gate_up: Tensor, activation: str) -> Tensor:
         return self._native.gate(gate_up, activation)

@@ -20,13 +20,12 @@ from outsize.kernels.backend import Backend
 from outsize.kernels.norm import RMSNorm
 from outsize.kernels.plain import PLAIN
 from outsize.kernels.rows import Rows, Segment
-from outsize.kv.kv import KV
 from outsize.model.ffn.dense import Dense
 from outsize.model.ffn.experts import Router, SharedExpert
 from outsize.model.layers import Linear
 from outsize.model.step import Step
 from outsize.model.sublayer import attention_sublayer, ffn_sublayer, shared_expert
-from outsize.model.transformer import rotary_angles
+from outsize.model.transformer import new_kv, rotary_angles
 from outsize.pack.outline import Outline
 from outsize.pack.tables import Matrix, TableHeader
 from outsize.plan.fixed import routed
@@ -222,7 +221,7 @@ def _sublayer_times(
     made = dict(_random(t, backend))
     sublayer = (attention_sublayer if "o" in made else ffn_sublayer)(d, t.keys[0], made)
     own = PLAIN if dtype == torch.float32 else backend
-    kv = KV(t.keys[0] + 1, d.num_kv_heads, d.head_dim, dtype)
+    kv = new_kv(d, dtype)
     h_TD = torch.randn(tokens, d.width, dtype=torch.float32, device="cpu")
 
     def step(positions: range, wide: bool) -> Step:

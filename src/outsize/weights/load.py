@@ -22,7 +22,7 @@ from outsize import weights as package
 from outsize.kernels.backend import Backend
 from outsize.kernels.plain import PLAIN
 from outsize.pack.format import Pack
-from outsize.pack.kinds.layers import DENSE
+from outsize.pack.kinds.layers import DENSE, MIXERS
 from outsize.progress import Progress, silent
 from outsize.storage.table import activation_type
 from outsize.weights.experts import ExpertBank
@@ -42,9 +42,8 @@ class Loaded:
         self.kinds = kinds
         self.embed, self.head = rows["embed"], rows.get("head", rows["embed"])
         ffn = {**layers["ffn"], **layers.get(DENSE, {})}
-        self.layers = tuple(
-            (layers["attn"][i], ffn[i]) for i in range(pack.pack.description.num_layers)
-        )
+        attn = {i: record for name in MIXERS for i, record in layers.get(name, {}).items()}
+        self.layers = tuple((attn[i], ffn[i]) for i in range(pack.pack.description.num_layers))
         self.banks: tuple[ExpertBank, ...] = kinds.get("experts", ())
         self.neurons: tuple[NeuronBank, ...] = kinds.get("neurons", ())
         final = layers["final"][0].pinned
