@@ -29,7 +29,8 @@ def usual(config: Config) -> tuple[Config, list[str]]:
         own: dict[str, object] = {"num_key_value_heads": most}
     else:
         kinds = _kinds(config, count)
-        own = {"rms_norm_eps": config.get("norm_eps"), "intermediate_size": _inner(config)}
+        own = {"rms_norm_eps": config.get("norm_eps"), "hidden_act": "silu"}
+        own["intermediate_size"] = _inner(config)
         if config.get("tie_embedding") is not None:
             own["tie_word_embeddings"] = config.flag("tie_embedding")
     values: Mapping[str, object] = {config.key(k): v for k, v in own.items()}
