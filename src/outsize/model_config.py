@@ -117,6 +117,54 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
+class Shard:
+    """What one of several ranks holds of a model (parallel/shard.py); all else is whole on each. Ranges are
+    (first, last + 1), of the model's. `cut` "gather": of a feed-forward's down, all inputs of some outputs;
+    "sum": the inputs that are its neurons, of all outputs; "layers": some layers, whole. `attention`: whole
+    on every rank, or by heads."""
+
+    rank: int
+    world: int
+    cut: str  # "gather", "sum" or "layers"
+    attention: str  # "whole" or "heads"
+    neurons: tuple[int, int]
+    outputs: tuple[int, int]
+    heads: tuple[int, int]
+    kv_heads: tuple[int, int]
+    ffn_width: int  # of the model, as the next
+    num_heads: int
+    num_kv_heads: int
+    neuron_ends: tuple[int, ...]  # of each rank in turn, as the next
+    output_ends: tuple[int, ...]
+    layers: tuple[int, int]
+    num_layers: int  # of the model
+
+    @property
+    def neuron_widths(self) -> tuple[int, ...]:
+        """Neurons of each rank."""
+        return _widths(self.neuron_ends)
+
+    @property
+    def output_widths(self) -> tuple[int, ...]:
+        """Outputs of down on each rank."""
+        return _widths(self.output_ends)
+
+    @property
+    def inner(self) -> int:
+        """Inputs of down here."""
+        return self.ffn_width if self.cut == "gather" else self.neurons[1] - self.neurons[0]
+
+    @property
+    def outer(self) -> int:
+        """Outputs of down here."""
+        return self.outputs[1] - self.outputs[0]
+
+
+def _widths(ends: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(b - a for a, b in zip((0, *ends), ends, strict=False))
+
+
+@dataclass(frozen=True, slots=True)
 class Description:
     """One decoder-only transformer. Heads rotate in adjacent pairs (0,1), (2,3), ..."""
 
@@ -151,6 +199,16 @@ class Description:
     gated: bool = False  # what attention sums is multiplied by the sigmoid of a map of its own
     delta: Delta | None = None  # of the layers with that mixer
     kernel: int = 0  # tokens of the short convolution of layers with that mixer
+    shard: Shard | None = None  # of one of several ranks: the sizes above are what it has
+
+    @property
+    def whole(self) -> Description:
+        """The model that this is a part of."""
+        s = self.shard
+        if s is None:
+            return self
+        whole = replace(self, num_heads=s.num_heads, num_kv_heads=s.num_kv_heads)
+        return replace(whole, shard=None, ffn_width=s.ffn_width)
 
     @property
     def num_layers(self) -> int:

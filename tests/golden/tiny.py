@@ -232,6 +232,11 @@ STATEFUL = ("lfm2", "qwen3_next", "qwen3_5", "qwen3_5_moe")
 # Families with what few of their checkpoints have; no vectors are kept of these.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama+biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    # With neurons that three ranks can share unevenly.
+    **{
+        f"{base}+wide": (base, {"intermediate_size": 320})
+        for base in ("llama", "qwen2", "qwen3", "gemma3")
+    },
 }
 
 
@@ -276,7 +281,9 @@ def shapes(family: str) -> dict[str, tuple[int, ...]]:
     """Tensor names and shapes, in Hugging Face's naming."""
     if family in STORED:
         return {name: tuple(shape) for name, shape in STORED[family].items()}
-    head_dim = config(family)["head_dim"]
+    settings, variant = config(family), family
+    head_dim, ffn = settings["head_dim"], settings["intermediate_size"]
+    family = VARIANTS.get(family, (family, {}))[0]
     q, kv = HEADS * head_dim, KV_HEADS * head_dim
     out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, WIDTH)}
     for i in range(LAYERS):
@@ -293,9 +300,9 @@ def shapes(family: str) -> dict[str, tuple[int, ...]]:
             out |= expert_shapes(family, p)
         else:
             out |= {
-                p + "mlp.gate_proj.weight": (FFN, WIDTH),
-                p + "mlp.up_proj.weight": (FFN, WIDTH),
-                p + "mlp.down_proj.weight": (WIDTH, FFN),
+                p + "mlp.gate_proj.weight": (ffn, WIDTH),
+                p + "mlp.up_proj.weight": (ffn, WIDTH),
+                p + "mlp.down_proj.weight": (WIDTH, ffn),
             }
         if family == "olmoe":
             out |= {f"{p}self_attn.{n}_norm.weight": (s,) for n, s in (("q", q), ("k", kv))}
@@ -308,9 +315,9 @@ def shapes(family: str) -> dict[str, tuple[int, ...]]:
             names = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
             out |= {f"{p}{n}.weight": (WIDTH,) for n in names}
     out["model.norm.weight"] = (WIDTH,)
-    if not config(family)["tie_word_embeddings"]:
+    if not settings["tie_word_embeddings"]:
         out["lm_head.weight"] = (VOCAB, WIDTH)
-    if family == "llama+biases":
+    if variant == "llama+biases":
         parts = [f"{n}_proj.weight" for n in ("q", "k", "v", "o", "gate", "up", "down")]
         maps = {n: s for n, s in out.items() if n.endswith(tuple(parts))}
         out |= {f"{n.removesuffix('weight')}bias": s[:1] for n, s in maps.items()}

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import outsize
+from outsize.checkpoint.opening import open_checkpoint
 from outsize.engine.batch import Batch
 from outsize.engine.model import Model
-from outsize.errors import OptionError, ReadError
+from outsize.errors import OptionError, ReadError, UnsupportedError
+from outsize.family.find import recipe
 from outsize.forward.full import full
 from outsize.forward.span import Span
 from outsize.kernels.delta import DeltaSpec, delta_rows, delta_span
@@ -25,6 +27,8 @@ from outsize.kv.state import KEEP, MOST, Sizes, State
 from outsize.model_config import Delta
 from outsize.pack import fetch
 from outsize.pack.outline import of_pack
+from outsize.parallel import split
+from outsize.parallel.split import Way
 from outsize.plan import fixed
 from tests.golden import tiny
 from tests.laws.test_batch import alone, chunked, options, outcome, prompt
@@ -190,6 +194,9 @@ def test_what_states_cannot_have_is_refused(family: str, folder_of: Callable[[st
     source = str(folder_of(family))
     with pytest.raises(OptionError, match=r"prefill is 'lazy'.*keep a state.*prefill=full"):
         outsize.load(source, prefill="lazy", quiet=True)
+    d = recipe(open_checkpoint(folder_of(family))).description
+    with pytest.raises(UnsupportedError, match=r"states of sequences.*run it on one"):
+        split.check("m", d, 2, Way("layers", "whole"))
     with pytest.raises(OptionError, match=r"prefix_cache is 'memory'.*keep a state"):
         outsize.load(source, prefix_cache="memory", quiet=True)
     with outsize.load(source, quiet=True) as model:

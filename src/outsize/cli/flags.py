@@ -86,6 +86,13 @@ FLAGS = {
         "--neurons",
         "Compute and read only neurons that fire: off, auto, or FILE of `outsize adapt sparsity` (lossy).",
     ),
+    "ranks": Flag("--ranks", "Processes that run the model together, each with --memory of its own."),
+    "listen": Flag(
+        "--listen", "HOST:PORT: wait there for `outsize join` of the other ranks.", kind=str
+    ),
+    "parallel": Flag(
+        "--parallel", "How ranks share a model: tensor[:cut=gather|sum,attention=whole|heads,over=...]."
+    ),
     "prefix_cache": Flag(
         "--prefix-cache",
         "Keep prompts for those that begin alike: off, memory or disk[:SIZE][,writes=SIZE a day].", kind=str,

@@ -13,6 +13,7 @@ Shapes: T tokens, D model width, K tokens whose logits are wanted, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -58,7 +59,8 @@ def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:
         steps.append((slice(at, end), model.step(segments, wide, list(added(segments, spans)))))
         at = end
     model.begin(len(pairs) > 1 or not pairs[0][0].is_narrow)
-    _run(model, h_TD, steps)
+    with model.leader.step(pairs) if model.leader is not None else nullcontext():
+        _run(model, h_TD, steps)
     rows = h_TD.split([span.num_rows for span, _ in ordered])
     return [h for _, h in sorted(zip(order, rows, strict=True), key=lambda item: item[0])]
 
@@ -93,7 +95,9 @@ def _run(model: Transformer, h_TD: Tensor, steps: Sequence[tuple[slice, Step]]) 
     """All sub-layers, in order, each over all chunks of rows. Changes h_TD."""
     chunks = [(h_TD[rows], step) for rows, step in steps]
     is_long = any(step.wide for _, step in steps)
-    for layer in model.paged_layers:
+    if model.relay is not None:
+        model.relay.run(model.paged_layers, chunks)
+    for layer in model.paged_layers if model.relay is None else ():
         layer(chunks)
         if is_long:
             model.memory.trim()

@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from outsize.kernels import attention
 from outsize.kernels.backend import AttentionSpec, Places, Product
 from outsize.kernels.delta import DeltaSpec
 from outsize.kernels.layouts import TILES
+from outsize.kernels.native_delta import NativeDelta
 from outsize.kernels.norm import RMSNorm
 from outsize.kernels.palettes import PaletteMatrix
 from outsize.kernels.plain import TILE_ROWS, Plain, palette_product, tile_product, wide_linear
 from outsize.kernels.rows import Rows
+from outsize.kernels.spans import Spans
 from outsize.kernels.structs import (
     Coded,
     ExpertMatrices,
@@ -45,7 +48,6 @@ SIGNATURES: dict[str, list[Any]] = {
     "gate_rows": [_P, _P, _L, _L, _I],
     "combine_rows": [_P, _P, _P, _P, _L, _L, _L],
     "attend_rows": [_P, _P, _P, _P, _L, _L, _P, _P],
-    "delta_rows": [_P, _P, _P, _P, _P, _L, _P],
     "decode_entries": [_P, _P, _P, _L],
     "group_linear": [_P, _P, _P, _L, _I, _P],
     "group_decode": [_P, _P],
@@ -83,10 +85,11 @@ class Native(Plain):
         self.library = lib
         found = {name: _function(lib, name) for name in SIGNATURES}
         self._set_threads, self._attend = found["set_threads"], found["attend_rows"]
+        self._spans = Spans(lib, tiles=attention.keeps_kernels())
         self._decode_entries = found["decode_entries"]
         self._norm, self._residual = found["norm_rows"], found["residual_rows"]
         self._gate, self._lowrank = found["gate_rows"], found["lowrank_rows"]
-        self._combine, self._delta = found["combine_rows"], found["delta_rows"]
+        self._combine, self._delta = found["combine_rows"], NativeDelta(lib)
         self._group_linear, self._group_decode = found["group_linear"], found["group_decode"]
         self._tile_linear, self._tile_decode = found["tile_linear"], found["tile_decode"]
         self._palette_linear = found["palette_linear"]
@@ -175,7 +178,7 @@ class Native(Plain):
 
     @property
     def wide(self) -> Plain:
-        return Wide(self)
+        return Wide(self, self._spans)
 
     def norm(self, h_TD: Tensor, norm: RMSNorm) -> Tensor:
         rows, width = h_TD.shape
@@ -234,13 +237,7 @@ class Native(Plain):
     def delta(self, spec: DeltaSpec, now: Tensor, window: Tensor, gates: Tensor) -> Tensor:
         if window.dtype is not BF16:
             return super().delta(spec, now, window, gates)
-        count, shape = len(gates), (spec.sizes.value_heads, spec.sizes.value)
-        out, mixed = _empty(count, *shape, dtype=FP32), self._scratch(4 * count * window.shape[1])
-        self._delta(
-            spec.pointer, address(window, BF16), address(gates.contiguous(), FP32), address(now, FP32),
-            out.data_ptr(), count, mixed.data_ptr(),
-        )  # fmt: skip
-        return out
+        return self._delta(spec, now, window, gates)
 
     def lowrank(
         self, matrix: LowRankMatrix, x_TK: Tensor, y_TN: Tensor, rows: slice, wide: bool
@@ -279,10 +276,13 @@ class Native(Plain):
 
 
 class Wide(Plain):
-    """What long spans run on: torch's products and attention, and the C functions between them."""
+    """What long spans run on: torch's products, and the C functions between them."""
 
-    def __init__(self, native: Native) -> None:
-        self._native = native
+    def __init__(self, native: Native, spans: Spans) -> None:
+        self._native, self._spans = native, spans
+
+    def attend(self, spec: AttentionSpec, qkv: Tensor, cos_sin: Tensor, rows: Rows) -> Tensor:
+        return attention.attend(spec, qkv, cos_sin, rows, self._spans.attend)
 
     def norm(self, h_TD: Tensor, norm: RMSNorm) -> Tensor:
         return self._native.norm(h_TD, norm)

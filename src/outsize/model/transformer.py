@@ -29,9 +29,11 @@ from outsize.model.lora import Adapter
 from outsize.model.memory import WeightMemory
 from outsize.model.paged import PagedLayer, link
 from outsize.model.predictors.choose import Chooser
+from outsize.model.ranks import Leader, Stages
 from outsize.model.step import Step, Watch
 from outsize.model.sublayer import attention_sublayer, ffn_sublayer, mixture_sublayer
 from outsize.model_config import Description, Rope
+from outsize.parallel.collective import Collective
 from outsize.weights.load import Loaded
 from outsize.weights.spec import Recorder
 
@@ -49,19 +51,22 @@ class Transformer:
         backend: Backend = PLAIN,
         ceiling: int | None = None,
         threads: Threads | None = None,
+        ranks: Collective | None = None,
     ) -> None:
         """`ceiling`: bytes that the process should not exceed, if returning free memory helps. `threads`:
-        how many the backend uses; None: as many as torch has."""
+        how many the backend uses; None: as many as torch has. `ranks`: whom a rank's model is run with."""
         self.description, self.loaded = description, loaded
         self._embed, self._head = loaded.embed, loaded.head
         self.dtype = loaded.activation_type
         self.paged_layers: list[PagedLayer] = []
         banks = {bank.layer: bank for bank in loaded.banks}
         for i, (attn, ffn) in enumerate(loaded.layers):
-            self.paged_layers.append(PagedLayer(partial(attention_sublayer, description, i), attn))
+            self.paged_layers.append(
+                PagedLayer(partial(attention_sublayer, description, i, ranks=ranks), attn)
+            )
             bank = banks.get(i)
             make = (
-                partial(ffn_sublayer, description, i)
+                partial(ffn_sublayer, description, i, ranks=ranks)
                 if bank is None
                 else partial(mixture_sublayer, description, bank)
             )
@@ -73,6 +78,8 @@ class Transformer:
         self.backend = backend if self.dtype == torch.bfloat16 else PLAIN
         self.chunk = CHUNK  # tokens of a prompt that are computed at once, at multiples of it
         self.kv = "auto"  # how keys and values are kept, or int8
+        self.leader: Leader | None = None  # tells other ranks of each step
+        self.relay: Stages | None = None  # runs the layers that other ranks have
         self.neurons = ""  # which are computed, and what that costs, where not all are
         self._own, self.threads = backend, threads or Threads(torch.get_num_threads())
         self.memory = WeightMemory(description, loaded, self.paged_layers, ceiling)
@@ -113,6 +120,8 @@ class Transformer:
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """(T, D) fp32."""
+        if self.relay is not None and not self.relay.begins:  # room for what another rank sends
+            return self._norm.weight.new_empty(len(tokens), self.description.width)
         rows = self._embed.rows(torch.tensor(tokens, dtype=torch.int64, device="cpu"))
         scale = self.description.embed_scale
         return rows if scale == 1.0 else rows.mul_(scale)

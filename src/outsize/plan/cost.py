@@ -250,7 +250,7 @@ def _expert_times(o: Outline, t: TableHeader, backend: Backend, tokens: int) -> 
     d, mixture, made = o.description, o.description.mixture, dict(_random(t, backend))
     assert mixture is not None
     if "router" not in made:
-        ffn = Dense(Linear(made["gate_up"]), Linear(made["down"]), d.activation)
+        ffn = Dense((Linear(made["gate_up"]), Linear(made["down"])), d.activation)
         rows, dtype = max(1, tokens * mixture.used // mixture.count), made["gate_up"]
         return _times(ffn, d.width, rows, activation_type(dtype), backend)
     norm = RMSNorm(

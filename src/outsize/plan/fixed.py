@@ -83,9 +83,12 @@ def scratch_bytes(o: Outline, context: int) -> int:
     inner = (
         d.ffn_width if d.mixture is None else max(d.ffn_width, d.mixture.width, d.mixture.shared)
     )
+    inner = inner if d.shard is None else max(inner, d.shard.inner)
     ffn = c * (d.width * (2 * a + 4) + 3 * inner * a + 8 * inner * d.mlp_bias)
     ffn += 0 if d.mixture is None else 4 * c * (d.width + d.mixture.count)
     ffn += 0 if d.mixture is None or not d.mixture.shared else 8 * c * d.width
+    if d.shard is not None:  # parts of two chunks on their way, the others', and their sum
+        ffn += c * ((2 * d.shard.world + 2) * d.width + (d.shard.world + 1) * inner) * a
     block = min(WIDE_BYTES, 2 * inner * d.width * a)
     decoded = 2 * block + c * block // d.width  # once more as the matmul packs it; and its product
     logits = 3 * 4 * d.vocab_size

@@ -63,7 +63,7 @@ def make(model: str, options: LoadOptions, prompt: int | None, trace: Path | Non
     outline, placed = foresee(model, options, size, runtime)
     folder = home()
     here = machine.known(folder, silent if options.quiet else say)
-    here, compute = _compute(outline, here, native, anew=True)
+    here, compute = computing(outline, here, native, anew=True)
     context, tokenizer = placed.context, tokenizer_bytes(outline)
     prompt = _prompt(prompt, context)
     rates = PRIOR
@@ -88,7 +88,7 @@ def _prompt(given: int | None, context: int) -> int:
     return given
 
 
-def _compute(
+def computing(
     outline: Outline, here: Machine, native: Backend, anew: bool = False
 ) -> tuple[Machine, Compute]:
     """Computing times of this model: as kept, else measured now on random weights, and kept. `anew`: measured
@@ -115,7 +115,7 @@ def cost_if_known(
     here = here or machine.known(home(), say)
     if cost.key(outline) not in here.models and not placement.streamed:
         return None
-    here, compute = _compute(outline, here, compiled(LoadOptions()))
+    here, compute = computing(outline, here, compiled(LoadOptions()))
     if disk_rate is not None:
         here = here.at_rate(disk_rate)
     return cost.predict(outline, here, placement, compute, min(prompt, placement.context))

@@ -53,6 +53,7 @@ class Loaded:
         self.reader, self.tables = pack.reader, pack.tables
         self.stats, self.expert_stats = pack.stats, pack.expert_stats
         self._pack = pack
+        self.ends: list[Callable[[], None]] = []  # called before it is closed
 
     @property
     def caches(self) -> list[RecordCache]:
@@ -69,6 +70,8 @@ class Loaded:
 
     def close(self) -> None:
         """End the reading threads and close the files."""
+        while self.ends:
+            self.ends.pop()()
         self._pack.close()
 
     def close_with(self, owner: object) -> Callable[[], None]:

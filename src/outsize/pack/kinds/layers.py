@@ -174,6 +174,8 @@ def _norm(d: Description) -> dict[str, TensorSpec]:
 
 def _dense(d: Description) -> Specs:
     specs = _norm(d) | gated(d, d.mlp_bias, "", d.ffn_width)
+    if d.shard is not None:
+        specs["down"] = matrix(d.shard.inner, ("down", d.shard.outer))
     if d.post_norm:
         specs["ffn_post_norm"] = vector(("ffn_post_norm", d.width))
     return specs
