@@ -86,10 +86,10 @@ def tables_with(
         of = OF_LAYERS.get(group.name)
         if of is None:
             tables = [t for t in base.tables if t.name.split("-")[0] == group.name]
-            out += [_kept(table, stored) for table in tables]
+            out += [kept(table, stored) for table in tables]
             continue
         found = {
-            layer: _record(table, number, stored)
+            layer: record_of(table, number, stored)
             for table in base.tables
             if table.name.split("-")[0] == of
             for number, layer in enumerate(table.keys)
@@ -103,12 +103,13 @@ def tables_with(
     return out
 
 
-def _kept(table: TableHeader, stored: Stored) -> TablePlan:
-    records = tuple(_record(table, i, stored) for i in range(len(table.keys)))
+def kept(table: TableHeader, stored: Stored) -> TablePlan:
+    """A table as it is."""
+    records = tuple(record_of(table, i, stored) for i in range(len(table.keys)))
     return TablePlan(replace(table, checksums=()), records)
 
 
-def _record(table: TableHeader, number: int, stored: Stored) -> Record:
+def record_of(table: TableHeader, number: int, stored: Stored) -> Record:
     """A record as it is; tensors by name, so that a pack as it was made and as it is read give the same."""
 
     def fields(name: str, piece: int) -> Mapping[str, Tensor]:

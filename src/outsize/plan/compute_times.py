@@ -1,9 +1,9 @@
-"""How long a model's records compute, measured on one random record of each table: in a second or two, before
-anything is there."""
+"""How long a model computes: one random record of each table, timed for a token and a chunk of a prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,20 +15,22 @@ from outsize.kernels.norm import RMSNorm
 from outsize.kernels.plain import PLAIN
 from outsize.kernels.rows import Rows, Segment
 from outsize.kv.int8 import Int8KV
-from outsize.kv.kv import KV
 from outsize.model.ffn.dense import Dense
 from outsize.model.ffn.experts import Router, SharedExpert
 from outsize.model.layers import Linear
-from outsize.model.step import Step
-from outsize.model.sublayer import attention_sublayer, ffn_sublayer, shared_expert
-from outsize.model.transformer import rotary_angles
+from outsize.model.memory_sublayer import memory_sublayer
+from outsize.model.step import Step, TokenInputs
+from outsize.model.sublayer import Runnable, attention_sublayer, ffn_sublayer, shared_expert
+from outsize.model.transformer import new_kv, rotary_angles
+from outsize.model_config import Description
+from outsize.pack.kinds.layers import BESIDE
 from outsize.pack.outline import Outline
 from outsize.pack.tables import Matrix, TableHeader
-from outsize.plan.cost import head_of
+from outsize.plan.fixed import head_of
 from outsize.plan.machine import Compute
 from outsize.plan.probe import median_s
 from outsize.storage.buffers import buffer
-from outsize.storage.table import Weight, activation_type, views
+from outsize.storage.table import Weight, Weights, activation_type, views
 
 STEPS, CHUNKS = 24, 2
 
@@ -66,10 +68,10 @@ def _sublayer_times(
 ) -> tuple[float, float]:
     d, dtype = o.description, activation_type(first_matrix(t))
     made = dict(random_record(t, backend))
-    sublayer = (attention_sublayer if "o" in made else ffn_sublayer)(d, t.keys[0], made)
+    sublayer = _sublayer(d, t.keys[0], made)
     own = PLAIN if dtype == torch.float32 else backend
     shared, size = d.layers[t.keys[0]].shares, tokens + STEPS + 1
-    kv = KV(d.num_kv_layers, d.num_kv_heads, d.head_dim, dtype)
+    kv = new_kv(d, dtype)
     kv = Int8KV(kv, backend.decode_entries) if o.kv == "int8" else kv
     if shared is not None and "o" in made:
         zeros = torch.zeros(size, d.num_kv_heads, d.head_dim, dtype=dtype, device="cpu")
@@ -77,24 +79,35 @@ def _sublayer_times(
     h_TD = torch.randn(tokens, d.width, dtype=torch.float32, device="cpu")
 
     def step(positions: range, wide: bool) -> Step:
-        angles = rotary_angles(d.ropes, d.head_dim, positions)
-        return Step(Rows([Segment(kv, positions)], wide), angles, PLAIN if wide else own)
+        angles, tokens = rotary_angles(d.ropes, d.head_dim, positions), h_TD[: len(positions)]
+        rows, backend = Rows([Segment(kv, positions)], wide), PLAIN if wide else own
+        return Step(rows, angles, backend, tokens=TokenInputs(tokens))
 
     chunk = step(range(tokens), True)
 
     def run_chunk() -> None:
         if shared is None:
             kv.truncate(0)
-        sublayer(h_TD, chunk)
+        sublayer.run([(h_TD, chunk)])
 
     chunk_s = median_s(run_chunk, CHUNKS)
     at = iter(range(tokens, tokens + STEPS + 1))
 
     def run_step() -> None:
         i = next(at)
-        sublayer(h_TD[:1], step(range(i, i + 1), False))
+        sublayer.run([(h_TD[:1], step(range(i, i + 1), False))])
 
     return median_s(run_step, STEPS), chunk_s
+
+
+def _sublayer(d: Description, layer: int, made: Weights) -> Runnable:
+    """Half a layer; of one whose tokens are looked up, what it computes beside."""
+    if "o" in made:
+        return attention_sublayer(d, layer, made)
+    if d.memory is None:
+        return ffn_sublayer(d, layer, made)
+    off = (layer,) if d.memory.is_table else ()
+    return memory_sublayer(replace(d, memory=replace(d.memory, off=off)), layer, {}, made)
 
 
 def _expert_times(o: Outline, t: TableHeader, backend: Backend, tokens: int) -> tuple[float, float]:
@@ -133,7 +146,7 @@ def _times(
 
 
 def first_matrix(t: TableHeader) -> tuple[Matrix, ...]:
-    return t.tensors["o" if "o" in t.tensors else "gate_up"]
+    return t.tensors[next(n for n in ("o", "gate_up", f"{BESIDE}gate_up") if n in t.tensors)]
 
 
 def _head_time(o: Outline, t: TableHeader, backend: Backend) -> float:

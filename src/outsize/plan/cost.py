@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 
 from outsize.pack.outline import Outline
 from outsize.pack.tables import TableHeader
-from outsize.plan.fixed import routed
-from outsize.plan.hit_rates import PRIOR, HitRates
+from outsize.plan.fixed import head_of, routed
+from outsize.plan.hit_rates import BY_TEXT, PRIOR, HitRates
 from outsize.plan.machine import Compute, Machine
-from outsize.plan.placement import BY_ID, BY_PROMPT, BY_ROUTER, Placement
+from outsize.plan.placement import BY_ID, BY_PROMPT, BY_ROUTER, BY_TOKEN, Placement
 
 MISS_S = 150e-6  # from a reader's last byte to the computation that waits for it
 # Fitted to capped runs of four models (docs/results/memory.md): what the shorter of reading and computing
@@ -108,12 +108,13 @@ def predict(
     read_s = place.streamed / rate
     by_id = sum(size for _, tier, size in place.groups if tier == BY_ID)
     waits = MISS_S * records if place.streamed else 0.0
-    missing = sum(size for _, tier, size in place.groups if tier == BY_ROUTER)
-    prompts = sum(size for _, tier, size in place.groups if tier == BY_PROMPT)
+    missing = sum(size for _, tier, size in place.groups if tier in (BY_ROUTER, BY_TOKEN))
     total = sum(t.size for t in routed(o))
     if o.neurons is not None:
         points = tuple((share, rate, rate) for share, rate in o.neurons.hit_rates)
         rates = HitRates("what was measured to fire", points)
+    elif o.description.has_table:
+        rates, waits = BY_TEXT, waits + MISS_S
     return Cost(
         prompt_tokens=prompt,
         bytes_per_token=place.streamed,
@@ -123,7 +124,7 @@ def predict(
         disk_bytes_per_s=rate,
         read_s=read_s + (2e-4 if by_id else 0.0),
         compute_s=step_s(o, compute) + waits + _gather_s(o),
-        prompt_read_s=read_s + (prompts if o.neurons is not None else missing) / rate,
+        prompt_read_s=read_s + _prompt_bytes(o, place, prompt) / rate,
         prompt_compute_s=FRESH * chunk_s + FRESH_S + head_s + waits,
         prompt_rows_s=_rows_bytes(o, place, prompt) / rate,
     )
@@ -161,6 +162,8 @@ def used_records(o: Outline, t: TableHeader) -> int:
     mixture = o.description.mixture
     if t.kind == "neurons" and o.neurons is not None:
         return round(len(t.keys) * o.neurons.fires)
+    if t.kind == "tokens":
+        return 1
     if t.kind != "experts" or mixture is None:
         return len(t.keys)
     return len(t.keys) // mixture.count * mixture.used
@@ -174,5 +177,9 @@ def _rows_bytes(o: Outline, place: Placement, prompt: int) -> int:
     return int(missing * touched * table.stride)
 
 
-def head_of(o: Outline) -> str:
-    return "embed" if o.description.tied else "head"
+def _prompt_bytes(o: Outline, place: Placement, prompt: int) -> int:
+    """Bytes that a prompt reads beside what every pass does."""
+    tier = BY_PROMPT if o.neurons is not None else BY_ROUTER
+    found = sum(size for _, other, size in place.groups if other == tier)
+    rows = sum(size for _, other, size in place.groups if other == BY_TOKEN)
+    return found + min(rows, sum(prompt * t.stride for t in o.tables if t.kind == "tokens"))

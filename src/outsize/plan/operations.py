@@ -20,8 +20,8 @@ from outsize.model.lora import STACKS, Adapter, widths
 from outsize.pack.outline import Outline
 from outsize.pack.tables import TableHeader
 from outsize.plan.compute_times import STEPS, first_matrix, random_record
-from outsize.plan.cost import head_of, used_records
-from outsize.plan.fixed import stored_bytes
+from outsize.plan.cost import used_records
+from outsize.plan.fixed import head_of, stored_bytes
 from outsize.plan.machine import Compute
 from outsize.plan.probe import median_s
 from outsize.plan.whatif import ADAPTER
