@@ -30,7 +30,8 @@ def scored(model: Transformer, tokens: Sequence[int], top: int = 0) -> Iterator[
     kv = model.new_kv(len(tokens))
     for part in chunks(range(len(tokens) - 1), model.chunk):
         targets = tokens[part.start + 1 : part.stop + 1]
-        yield _chunk(model, Span(part.start, tokens[part.start : part.stop]), kv, targets, top)
+        some = tokens[part.start : part.stop]
+        yield _chunk(model, Span(part.start, some, len(some)), kv, targets, top)
 
 
 @torch.inference_mode()

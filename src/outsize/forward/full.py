@@ -48,14 +48,15 @@ def outs(model: Transformer, spans: Sequence[Span], rows: Sequence[Tensor]) -> l
 
 
 def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:
-    """For each span (T, D) fp32: the residual stream after the last block, for all its tokens."""
+    """For each span (T, D) fp32: the residual stream after the last block, for all its tokens (where layers
+    share keys and values: for those whose logits are wanted)."""
     for span, kv in pairs:
         kv.truncate(span.start)
     order = sorted(range(len(pairs)), key=lambda i: pairs[i][0].is_narrow)
     ordered = [pairs[i] for i in order]
     inputs = token_inputs(model, [token for span, _ in ordered for token in span.tokens])
     h_TD = embedded(model, [span for span, _ in ordered])
-    steps, at = [], 0
+    steps, at = list[tuple[slice, Step]](), 0
     for segments, wide, spans in _groups(ordered, model.chunk):
         end = at + sum(s.length for s in segments)
         rows, more = slice(at, end), list(added(segments, spans))
@@ -63,7 +64,7 @@ def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:
         at = end
     model.begin(len(pairs) > 1 or not pairs[0][0].is_narrow)
     with model.leader.step(pairs) if model.leader is not None else nullcontext():
-        _run(model, h_TD, steps)
+        _run(model, h_TD, steps, list(_last(model, ordered, steps)))
     rows = h_TD.split([span.num_rows for span, _ in ordered])
     return [h for _, h in sorted(zip(order, rows, strict=True), key=lambda item: item[0])]
 
@@ -80,13 +81,40 @@ def added(segments: Sequence[Segment], spans: Sequence[Span]) -> Iterator[tuple[
         at = end
 
 
-def _run(model: Transformer, h_TD: Tensor, steps: Sequence[tuple[slice, Step]]) -> None:
-    """All sub-layers, in order, each over all chunks of rows. Changes h_TD."""
+Steps = Sequence[tuple[slice, Step]]  # rows of a pass, and their step
+
+
+def _last(model: Transformer, pairs: Sequence[Pair], steps: Steps) -> Iterator[tuple[slice, Step]]:
+    """The steps of layers that share keys and values, which store nothing: of a long span only the rows whose
+    logits are wanted, since nothing reads the others."""
+    d = model.description
+    if d.num_kv_layers == d.num_layers:
+        return
+    end = 0
+    for span, kv in pairs:
+        if span.is_narrow:
+            yield steps[-1]  # all short spans: they are the last ones, and one step
+            return
+        end += span.num_rows
+        start = end - span.want
+        for positions in chunks(span.positions[len(span.tokens) - span.want :], model.chunk):
+            rows, segment = slice(start, start + len(positions)), Segment(kv, positions)
+            wide = len(positions) > NARROW
+            yield rows, model.step([segment], wide, list(added([segment], [span])))
+            start = rows.stop
+
+
+def _run(model: Transformer, h_TD: Tensor, steps: Steps, last: Steps) -> None:
+    """All sub-layers, in order, each over all chunks of rows; those of layers that share keys and values over
+    the `last` ones. Changes h_TD."""
     chunks = [(h_TD[rows], step) for rows, step in steps]
     is_long = any(step.wide for _, step in steps)
     if model.relay is not None:
         model.relay.run(model.paged_layers, chunks)
-    for layer in model.paged_layers if model.relay is None else ():
+    makes_keys = 2 * model.description.num_kv_layers
+    for number, layer in enumerate(model.paged_layers if model.relay is None else ()):
+        if number == makes_keys:
+            chunks = [(h_TD[rows], step) for rows, step in last]
         layer(chunks)
         if is_long:
             model.memory.trim()

@@ -193,7 +193,7 @@ class Transformer:
 
 def new_kv(d: Description, dtype: torch.dtype, room: int = 0) -> KV:
     """An empty cache of numbers for one sequence."""
-    return KV(d.num_layers, (d.num_kv_heads, d.head_dim), dtype, room, states_of(d, dtype))
+    return KV(d.num_kv_layers, (d.num_kv_heads, d.head_dim), dtype, room, states_of(d, dtype))
 
 
 def rotary_angles(

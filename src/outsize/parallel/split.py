@@ -76,6 +76,11 @@ def check(name: str, d: Description, world: int, way: Way) -> None:
             f"{name} keeps states of sequences in place of some keys and values, which ranks do not share; "
             "run it on one"
         )
+    if d.num_kv_layers < d.num_layers:
+        raise UnsupportedError(
+            f"the last {d.num_layers - d.num_kv_layers} layers of {name} share keys and values, which one "
+            "process alone holds; leave --ranks out"
+        )
     if d.mixture is not None and way.cut != "layers":
         raise UnsupportedError(
             f"{name} is a mixture of experts, which ranks share out by layers alone; use --parallel relay"
