@@ -320,7 +320,7 @@ def shapes(family: str) -> dict[str, tuple[int, ...]]:
             names = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
             out |= {f"{p}{n}.weight": (WIDTH,) for n in names}
     if family.startswith("memoryllm"):
-        out = memory_shapes(out, family)
+        out = memory_shapes(out, variant)
     out["model.norm.weight"] = (WIDTH,)
     if not settings["tie_word_embeddings"]:
         out["lm_head.weight"] = (VOCAB, WIDTH)
