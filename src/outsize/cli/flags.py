@@ -96,7 +96,8 @@ FLAGS = {
         "--listen", "HOST:PORT: wait there for `outsize join` of the other ranks.", kind=str
     ),
     "parallel": Flag(
-        "--parallel", "How ranks share a model: tensor[:cut=gather|sum,attention=whole|heads,over=...]."
+        "--parallel",
+        "How ranks share a model: relay, or tensor[:cut=gather|sum,attention=whole|heads,bits=...].",
     ),
     "prefix_cache": Flag(
         "--prefix-cache",

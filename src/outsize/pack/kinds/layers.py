@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from outsize.errors import UnsupportedError
-from outsize.model_config import Description, Latent, Memory, Mixture
+from outsize.model_config import Description, Memory, Mixture
+from outsize.model_parts import Delta, Latent
 from outsize.pack.kinds.kind import Group, Kind
 from outsize.pack.records import Specs, TensorSpec, lay_out, matrix, record_fault, vector
 from outsize.pack.tables import Matrix, TableHeader
@@ -16,6 +17,8 @@ GOLDEN = 0.6180339887498949
 FINAL = "final"
 ORDER = "memory_order"  # of a table of feed-forwards: the row of each token
 BESIDE = "dense_"  # what names of a dense feed-forward beside one of the embedding begin with
+CONV = "conv"  # of short convolutions, in place of attention
+DELTA = "delta"  # of the gated delta rule, in place of attention
 DENSE = "dense"  # feed-forwards of layers without experts, in a model that has some
 
 
@@ -26,8 +29,12 @@ class Layers(Kind):
         final = {"final_norm": vector(("final_norm", d.width)), **_beside_table(d)}
         ffn = _dense(d) if d.mixture is None else _routed(d, d.mixture)
         dense = (Group(DENSE, 3, _dense(d)),) if len(d.routed) not in (0, d.num_layers) else ()
+        delta = (Group(DELTA, 2, _delta(d, d.delta)),) if d.delta is not None else ()
+        conv = (Group(CONV, 2, _conv(d)),) if d.mixed_by("conv") else ()
         return (
             Group("attn", 2, _attention(d)),
+            *delta,
+            *conv,
             *((Group("ffn", 3, ffn),) if d.has_ffn else ()),
             *dense,
             Group(FINAL, 5, final),
@@ -62,9 +69,18 @@ class Layers(Kind):
             yield from ((1, name, i) for name, i in sorted(of_layer[layer], reverse=True))
 
 
+MIXERS = {
+    "attn": "attention",
+    DELTA: "delta",
+    CONV: "conv",
+}  # what the layers of these groups mix tokens by
+
+
 def layers_of(d: Description, name: str) -> tuple[int, ...]:
     """The layers that have a record in the tables of a group."""
-    if d.mixture is None or name == "attn":
+    if name in MIXERS:
+        return d.mixed_by(MIXERS[name])
+    if d.mixture is None:
         return tuple(range(d.num_layers))
     routed = d.routed
     return tuple(i for i in range(d.num_layers) if i not in routed) if name == DENSE else routed
@@ -80,6 +96,8 @@ def _attention(d: Description) -> Specs:
     else:
         specs["qkv"] = matrix(d.width, ("q", q), ("k", kv), ("v", kv))
         specs["o"] = matrix(q, ("o", d.width))
+    if d.gated:
+        specs["attn_gate"] = matrix(d.width, ("attn_gate", q))
     if d.qkv_bias:
         specs["qkv_bias"] = vector(("q_bias", q), ("k_bias", kv), ("v_bias", kv))
     if d.o_bias:
@@ -109,6 +127,33 @@ def _latent(d: Description, x: Latent) -> Specs:
         specs["q_a"] = matrix(d.width, ("q_a", x.query_rank))
         specs["q_a_norm"] = vector(("q_a_norm", x.query_rank))
     return specs
+
+
+def _delta(d: Description, x: Delta) -> Specs:
+    """The gated delta rule: maps of queries, keys, values and what gates the sums; of each value head's decay
+    and step; the convolution, channel by channel; the norm of a head."""
+    heads, channels = x.value_heads, 2 * x.keys + x.values
+    inputs = (("delta_q", x.keys), ("delta_k", x.keys), ("delta_v", x.values))
+    return {
+        "attn_norm": vector(("attn_norm", d.width)),
+        "delta_qkvz": matrix(d.width, *inputs, ("delta_z", x.values)),
+        "delta_gates": matrix(d.width, ("delta_b", heads), ("delta_a", heads)),
+        "delta_conv": vector(("delta_conv", channels * x.kernel)),
+        "delta_decay": vector(("delta_decay", heads)),
+        "delta_shift": vector(("delta_shift", heads)),
+        "delta_gain": vector(("delta_gain", x.value)),
+        "o": matrix(x.values, ("delta_o", d.width)),
+    }
+
+
+def _conv(d: Description) -> Specs:
+    """A short convolution, gated before and after: three maps as one, and each channel's weights."""
+    return {
+        "attn_norm": vector(("attn_norm", d.width)),
+        "conv_in": matrix(d.width, ("conv_in", 3 * d.width)),
+        "conv_taps": vector(("conv_taps", d.width * d.kernel)),
+        "o": matrix(d.width, ("conv_o", d.width)),
+    }
 
 
 def _routed(d: Description, m: Mixture) -> Specs:
