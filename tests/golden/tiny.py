@@ -11,6 +11,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+DENSE = 32  # of Flex-MemoryLLM's second feed-forward
 VOCAB, WIDTH, FFN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 288, 64, 96, 3, 4, 2, 32
 TOKENS = [(7 * i * i + 3 * i + 11) % VOCAB for i in range(40)]
 
@@ -205,6 +206,9 @@ CONFIGS |= {
         "attention_chunk_size": 16, "attn_temperature_tuning": True, "floor_scale": 8, "attn_scale": 0.1,
         "use_qk_norm": True, "attention_bias": False,
     },
+    "memoryllm": {
+        "rope_theta": 10000.0, "tie_word_embeddings": True, "dense_intermediate_size": 0,
+    },
     "glm4_moe_lite": {
         **LATENT, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse", "sparse"],
     },
@@ -231,6 +235,7 @@ REFERENCE = {
 STATEFUL = ("lfm2", "qwen3_next", "qwen3_5", "qwen3_5_moe")
 # Families with what few of their checkpoints have; no vectors are kept of these.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "memoryllm+dense": ("memoryllm", {"dense_intermediate_size": DENSE}),
     "llama+biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     # With neurons that three ranks can share unevenly.
     **{
@@ -314,6 +319,8 @@ def shapes(family: str) -> dict[str, tuple[int, ...]]:
         if family == "gemma3":
             names = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
             out |= {f"{p}{n}.weight": (WIDTH,) for n in names}
+    if family.startswith("memoryllm"):
+        out = memory_shapes(out, family)
     out["model.norm.weight"] = (WIDTH,)
     if not settings["tie_word_embeddings"]:
         out["lm_head.weight"] = (VOCAB, WIDTH)
@@ -322,6 +329,19 @@ def shapes(family: str) -> dict[str, tuple[int, ...]]:
         maps = {n: s for n, s in out.items() if n.endswith(tuple(parts))}
         out |= {f"{n.removesuffix('weight')}bias": s[:1] for n, s in maps.items()}
     return out
+
+
+def memory_shapes(out: dict[str, tuple[int, ...]], family: str) -> dict[str, tuple[int, ...]]:
+    """Of llama's tensors, those of feed-forwards of the embedding; in Flex also of a dense one beside."""
+    old, new = "post_attention_layernorm", "memory_layernorm"
+    made = {name.replace(old, new): shape for name, shape in out.items()}
+    inner = config(family)["dense_intermediate_size"]
+    for i in range(LAYERS if inner else 0):
+        p = f"model.layers.{i}."
+        made[f"{p}{old}.weight"] = (WIDTH,)
+        made |= {f"{p}dense_mlp.{k}_proj.weight": (inner, WIDTH) for k in ("gate", "up")}
+        made[f"{p}dense_mlp.down_proj.weight"] = (WIDTH, inner)
+    return made
 
 
 SHIFTED = ("gemma2", "gemma3", "qwen3_next", "qwen3_5", "qwen3_5_moe")  # norms are stored as w - 1

@@ -25,7 +25,7 @@ from tests.golden import tiny
 from tests.golden.test_golden import write_gguf
 
 Folders = Callable[[str], Path]
-# transformers' classes; AFM's architecture has none.
+# transformers' classes; AFM's and MemoryLLM's architectures have none.
 CLASSES = {
     "llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config",
     "gemma3": "Gemma3TextConfig", "olmoe": "OlmoeConfig", "mixtral": "MixtralConfig",
@@ -79,7 +79,7 @@ CHANGES: dict[str, tuple[object, dict[str, object]]] = {
     "block_multiple_of": (64, {}), "block_ffn_dim_multiplier": (3.0, {}),
     "block_auto_adjust_ff_dim": (None, {}), "conv_L_cache": (4, {}),
     "full_attn_idxs": ([0, 1], {"layer_types": None}),
-    "floor_scale": (9, {}), "attn_scale": (0.4, {}),
+    "floor_scale": (9, {}), "attn_scale": (0.4, {}), "dense_intermediate_size": (32, {}),
 }  # fmt: skip
 HARMLESS = {
     "unsloth_version": "2026.1", "use_mrope": False, "is_llama_config": True, "rope_interleaved": False,
@@ -140,7 +140,7 @@ def as_the_class(checkpoint: Checkpoint, family: str, config: dict[str, object])
 
 
 def test_every_family_has_a_class() -> None:
-    assert set(CLASSES) | {"afm"} == set(families())
+    assert set(CLASSES) | {"afm", "memoryllm"} == set(families())
 
 
 @pytest.mark.parametrize("family", CLASSES)

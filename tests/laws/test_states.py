@@ -24,7 +24,7 @@ from outsize.forward.span import Span
 from outsize.kernels.delta import DeltaSpec, delta_rows, delta_span
 from outsize.kv.prefix import CachedPrefix
 from outsize.kv.state import KEEP, MOST, Sizes, State
-from outsize.model_config import Delta
+from outsize.model_parts import Delta
 from outsize.pack import fetch
 from outsize.pack.outline import of_pack
 from outsize.parallel import split

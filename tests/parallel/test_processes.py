@@ -18,7 +18,7 @@ import pytest
 import outsize
 from outsize.engine.model import Model
 from outsize.errors import BudgetError, OptionError, PackError, PeerError, UnsupportedError
-from outsize.model_config import Shard
+from outsize.model_parts import Shard
 from outsize.options import LoadOptions
 
 FAMILY, PROMPTS = "qwen2+wide", ["ab" * 12, "x", "abcabcabcabcabcabc"]
@@ -213,6 +213,9 @@ def test_what_ranks_do_not_share_is_refused(
             {"parallel": "tensor:attention=heads", "prefix_cache": "memory"},
             "no rank has all keys of a prompt",
         ),
+        ({"parallel": "tensor:cut=gather,bits=4"}, "bits=4 is for sums"),
+        ({"parallel": "tensor:bits=7"}, "bits is given once, as 16 or 8"),
+        ({"parallel": "relay:cut=sum"}, "'cut' is not known; known are over"),
         ({"listen": "7700"}, "is no address; HOST:PORT is expected"),
         ({"listen": "8.8.8.8:7700"}, "ranks elsewhere must share a secret"),
         ({"ranks": 65}, "a whole number from 1 to 64"),

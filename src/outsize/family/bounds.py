@@ -11,13 +11,12 @@ from outsize.model_config import (
     BIASED,
     MIXERS,
     SCORES,
-    Delta,
     Description,
-    Latent,
     Layer,
+    Memory,
     Mixture,
-    Shard,
 )
+from outsize.model_parts import Delta, Latent, Shard
 
 MOST = 1 << 24
 MOST_KERNEL = 64  # tokens of a short convolution
@@ -57,9 +56,27 @@ def fault(d: Description) -> str:
         return problem
     if d.latent is not None and (problem := _latent_fault(d, d.latent)):
         return problem
+    if d.memory is not None and (problem := _memory_fault(d, d.memory)):
+        return problem
     if d.shard is not None and (problem := _shard_fault(d, d.shard)):
         return problem
     return _mixture_fault(d) or next((p for layer in d.layers if (p := _layer_fault(d, layer))), "")
+
+
+def _memory_fault(d: Description, m: Memory) -> str:
+    if d.mixture is not None or d.post_norm or not d.pre_norm or d.mlp_bias:
+        return (
+            "feed-forwards of the embedding stand beside experts, biases or norms of the residual"
+        )
+    if not 0 <= m.dense <= MOST:
+        return f"the dense feed-forward has {m.dense:,} numbers, 0 to {MOST:,} are due"
+    if m.ranks and (not m.is_table or len(m.ranks) != d.num_layers):
+        return f"a table of {d.num_layers:,} layers has ranks for {len(m.ranks):,}"
+    if not all(0 < rank <= d.width for rank in m.ranks):
+        return f"a table's ranks are not all from 1 to {d.width:,}"
+    if not all(0 <= layer < d.num_layers for layer in m.off):
+        return f"memories of layers are left out that are not among its {d.num_layers:,}"
+    return ""
 
 
 def _latent_fault(d: Description, x: Latent) -> str:

@@ -24,7 +24,7 @@ from torch.nn.functional import silu
 
 from outsize.kernels.structs import Delta as DeltaStruct
 from outsize.kernels.structs import address
-from outsize.model_config import Delta
+from outsize.model_parts import Delta
 
 EPS = 1e-6  # of the lengths of keys and queries, whatever the config says of norms (transformers' class)
 BLOCK = 64  # tokens of a long span that make one system

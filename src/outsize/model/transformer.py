@@ -6,7 +6,7 @@ fp32 and is changed in place. Shapes: T tokens, K tokens whose logits are wanted
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -27,13 +27,15 @@ from outsize.model.ffn.neurons import PagedNeurons
 from outsize.model.layers import cos_sin
 from outsize.model.lora import Adapter
 from outsize.model.memory import WeightMemory
+from outsize.model.memory_sublayer import memory_sublayer
 from outsize.model.paged import PagedLayer, link
 from outsize.model.predictors.choose import Chooser
 from outsize.model.ranks import Leader, Stages
-from outsize.model.step import Step, Watch
-from outsize.model.sublayer import attention_sublayer, ffn_sublayer, mixture_sublayer
+from outsize.model.step import Step, TokenInputs, Watch
+from outsize.model.sublayer import Runnable, attention_sublayer, ffn_sublayer, mixture_sublayer
 from outsize.model_config import Description, Rope
 from outsize.parallel.collective import Collective
+from outsize.storage.table import Weights
 from outsize.weights.load import Loaded
 from outsize.weights.spec import Recorder
 
@@ -64,12 +66,11 @@ class Transformer:
             self.paged_layers.append(
                 PagedLayer(partial(attention_sublayer, description, i, ranks=ranks), attn)
             )
-            bank = banks.get(i)
-            make = (
-                partial(ffn_sublayer, description, i, ranks=ranks)
-                if bank is None
-                else partial(mixture_sublayer, description, bank)
-            )
+            make: Callable[[Weights], Runnable] = partial(ffn_sublayer, description, i, ranks=ranks)
+            if (bank := banks.get(i)) is not None:
+                make = partial(mixture_sublayer, description, bank)
+            elif description.memory is not None:
+                make = partial(memory_sublayer, description, i, loaded.final_norm)
             self.paged_layers.append(PagedLayer(make, ffn))
         link(self.paged_layers[1::2])
         norm = vector(loaded.final_norm["final_norm"])
@@ -132,8 +133,10 @@ class Transformer:
         wide: bool,
         added: Sequence[tuple[slice, Adapter]] = (),
         watches: Sequence[Watch] = (),
+        tokens: TokenInputs | None = None,
     ) -> Step:
-        """A step of these rows; its rotary angles are computed once for all layers."""
+        """A step of these rows; its rotary angles are computed once for all layers. `tokens`: of a model
+        whose layers read them."""
         positions = [p for s in segments for p in s.all_positions()]
         angles = rotary_angles(self._ropes, self.description.head_dim, positions)
         return Step(
@@ -142,6 +145,7 @@ class Transformer:
             self.backend.wide if wide else self.backend,
             added,
             watches,
+            tokens,
         )
 
     def normed(self, h_TD: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from outsize.errors import OptionError
 from outsize.family import common
 from outsize.family.config import FEW_KEYS, GGUF_KEYS, Config
 from outsize.family.find import ALIASES, families
-from outsize.model_config import Delta, Latent, Mixture, Recipe
+from outsize.model_config import Mixture, Recipe
+from outsize.model_parts import Delta, Latent
 from outsize.pack.kinds.kind import groups
 from outsize.pack.kinds.layers import DENSE, MIXERS, layers_of
 from outsize.pack.records import FIXED, HALVES, TensorSpec
@@ -108,7 +109,10 @@ def _own(family: str, size: Size) -> dict[str, object]:
             "n_group": 1, "topk_group": 1,
         }  # fmt: skip
     if family in ("qwen3_next", "qwen3_5", "qwen3_5_moe"):
-        y, mixed = size.delta, {"shared_expert_intermediate_size": size.ffn} if size.experts else {}
+        y = size.delta
+        mixed: dict[str, object] = (
+            {"shared_expert_intermediate_size": size.ffn} if size.experts else {}
+        )
         return mixed | {
             "linear_num_key_heads": y.key_heads, "linear_num_value_heads": y.value_heads,
             "linear_key_head_dim": y.key, "linear_value_head_dim": y.value,

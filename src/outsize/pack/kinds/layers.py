@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from outsize.errors import UnsupportedError
-from outsize.model_config import Delta, Description, Latent, Mixture
+from outsize.model_config import Description, Memory, Mixture
+from outsize.model_parts import Delta, Latent
 from outsize.pack.kinds.kind import Group, Kind
 from outsize.pack.records import Specs, TensorSpec, lay_out, matrix, record_fault, vector
 from outsize.pack.tables import Matrix, TableHeader
@@ -14,6 +15,8 @@ from outsize.pack.tensors import Record, SourceTensors, TablePlan
 
 GOLDEN = 0.6180339887498949
 FINAL = "final"
+ORDER = "memory_order"  # of a table of feed-forwards: the row of each token
+BESIDE = "dense_"  # what names of a dense feed-forward beside one of the embedding begin with
 CONV = "conv"  # of short convolutions, in place of attention
 DELTA = "delta"  # of the gated delta rule, in place of attention
 DENSE = "dense"  # feed-forwards of layers without experts, in a model that has some
@@ -23,7 +26,7 @@ class Layers(Kind):
     """The keys of a table's header are its layers' numbers. Layers of equal encodings make one table."""
 
     def groups(self, d: Description) -> Sequence[Group]:
-        final = {"final_norm": vector(("final_norm", d.width))}
+        final = {"final_norm": vector(("final_norm", d.width)), **_beside_table(d)}
         ffn = _dense(d) if d.mixture is None else _routed(d, d.mixture)
         dense = (Group(DENSE, 3, _dense(d)),) if len(d.routed) not in (0, d.num_layers) else ()
         delta = (Group(DELTA, 2, _delta(d, d.delta)),) if d.delta is not None else ()
@@ -32,7 +35,7 @@ class Layers(Kind):
             Group("attn", 2, _attention(d)),
             *delta,
             *conv,
-            Group("ffn", 3, ffn),
+            *((Group("ffn", 3, ffn),) if d.has_ffn else ()),
             *dense,
             Group(FINAL, 5, final),
         )
@@ -172,7 +175,35 @@ def _norm(d: Description) -> dict[str, TensorSpec]:
     return {"ffn_norm": vector(("ffn_norm", d.width))} if d.pre_norm else {}
 
 
+def _beside_table(d: Description) -> Specs:
+    """What of a table of feed-forwards is always in memory: the row of each token, and of each layer what
+    makes the model's width of a row's numbers."""
+    if d.memory is None or not d.memory.is_table:
+        return {}
+    specs = {ORDER: vector((ORDER, d.vocab_size))}
+    for i, rank in enumerate(d.memory.ranks):
+        specs[basis(i)] = matrix(rank, (basis(i), d.width))
+    return specs
+
+
+def basis(layer: int) -> str:
+    """The name of a layer's basis."""
+    return f"basis_{layer}"
+
+
+def _memory(d: Description, m: Memory) -> Specs:
+    """A feed-forward of the embedding, unless it is looked up; and a dense one beside."""
+    specs = {} if m.is_table else _norm(d) | gated(d, False, "", d.ffn_width)
+    if m.dense:
+        specs[f"{BESIDE}norm"] = vector((f"{BESIDE}norm", d.width))
+        inner = gated(d, False, BESIDE, m.dense)
+        specs |= {f"{BESIDE}{name}": spec for name, spec in inner.items()}
+    return specs
+
+
 def _dense(d: Description) -> Specs:
+    if d.memory is not None:
+        return _memory(d, d.memory)
     specs = _norm(d) | gated(d, d.mlp_bias, "", d.ffn_width)
     if d.shard is not None:
         specs["down"] = matrix(d.shard.inner, ("down", d.shard.outer))
