@@ -21,7 +21,8 @@ NOT_FLAGS = (
     "OUTSIZE_CONFIG",
     "OUTSIZE_SECRET",
     "OUTSIZE_MODELS",
-)  # the last: where tests find models
+    "OUTSIZE_SECRET",  # of ranks (parallel/secret.py)
+)  # where tests find models
 
 WORDS: dict[type, str] = {
     bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path",

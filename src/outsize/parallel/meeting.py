@@ -66,9 +66,10 @@ class Mesh:
 class Meeting:
     """The leader's side: rank 0. Listens from the start, so that `port` may be 0 and is known then."""
 
-    def __init__(self, host: str, port: int) -> None:
-        """Raises OptionError for an address that needs a secret, PeerError if it cannot be listened at."""
-        self._key = secret()
+    def __init__(self, host: str, port: int, key: str | None = None) -> None:
+        """`key`: the secret; None: the environment's. Raises OptionError for an address that needs a secret,
+        PeerError if it cannot be listened at."""
+        self._key = secret() if key is None else key.encode()
         check_address(host, self._key)
         self._server = _listen(host, port)
         self.port = int(self._server.getsockname()[1])
