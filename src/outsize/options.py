@@ -198,6 +198,7 @@ class LoadChanges(TypedDict, total=False):
     kv: str
     prefill: str
     neurons: str
+    layers_off: str
     ranks: int
     listen: str | None
     parallel: str
@@ -225,6 +226,9 @@ class LoadOptions:
     neurons: str = (
         "off"  # which neurons single tokens compute: off (all), auto or an add-on file (lossy)
     )
+    layers_off: str = (
+        ""  # layers whose feed-forward of the token's embedding is left out, as 3,7-9 (lossy)
+    )
     ranks: int = 1  # processes that run the model together, each with `memory` of its own
     listen: str | None = None  # HOST:PORT where the others come to; None: they are started here
     parallel: str = "tensor"  # how the model is shared out (outsize/parallel/spec.py)
@@ -248,7 +252,7 @@ class LoadOptions:
             whole("threads", self.threads, 1, 1024)
         if self.kv not in KVS:
             raise OptionError(f"kv is {self.kv!r}; known are {', '.join(KVS)}")
-        for name in ("encoding", "verify", "draft", "prefill", "neurons", "parallel"):
+        for name in ("encoding", "verify", "draft", "prefill", "neurons", "layers_off", "parallel"):
             word(name, getattr(self, name))
         for name in ("experts", "prefix_cache", "listen"):
             if getattr(self, name) is not None:

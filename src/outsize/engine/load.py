@@ -41,6 +41,7 @@ from outsize.plan import chunk as chunk_plan
 from outsize.plan import decide, neurons, probe
 from outsize.plan import make as planning
 from outsize.plan.decide import compiled
+from outsize.plan.layers_off import with_layers_off
 from outsize.plan.neurons import NeuronPlan
 from outsize.plan.place import place, tokenizer_bytes
 from outsize.plan.placement import Placement
@@ -137,7 +138,8 @@ class Packs(NamedTuple):
 
     def outline(self, options: LoadOptions) -> Outline:
         smaller, copies = (None if p is None else of_pack(p) for p in (self.smaller, self.copies))
-        return decide.with_all(of_pack(self.model), options.adapters, smaller, copies)
+        own = decide.without_layers(of_pack(self.model), options)
+        return decide.with_all(own, options.adapters, smaller, copies)
 
 
 class Beside(NamedTuple):
@@ -211,7 +213,8 @@ def _transformer(
     made: Pack, options: LoadOptions, placement: Placement, loaded: Loaded, ranks: Collective | None
 ) -> Transformer:
     """The network over its weights."""
-    native, d = compiled(options), made.description.for_context(placement.context)
+    whole = with_layers_off(made.description, options.layers_off, made.path.name)
+    native, d = compiled(options), whole.for_context(placement.context)
     threads = kernel_threads(options, made, native)
     made_of = Transformer(d, loaded, native, placement.ceiling, threads, ranks)
     made_of.kv = options.kv

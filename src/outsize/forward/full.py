@@ -18,6 +18,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from outsize.forward.inputs import embedded, token_inputs
 from outsize.forward.span import NARROW, Out, Span
 from outsize.kernels.rows import Segment
 from outsize.kv.kv import KV
@@ -52,31 +53,19 @@ def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:
         kv.truncate(span.start)
     order = sorted(range(len(pairs)), key=lambda i: pairs[i][0].is_narrow)
     ordered = [pairs[i] for i in order]
+    inputs = token_inputs(model, [token for span, _ in ordered for token in span.tokens])
     h_TD = embedded(model, [span for span, _ in ordered])
     steps, at = [], 0
     for segments, wide, spans in _groups(ordered, model.chunk):
         end = at + sum(s.length for s in segments)
-        steps.append((slice(at, end), model.step(segments, wide, list(added(segments, spans)))))
+        rows, more = slice(at, end), list(added(segments, spans))
+        steps.append((rows, model.step(segments, wide, more, (), inputs(h_TD, rows))))
         at = end
     model.begin(len(pairs) > 1 or not pairs[0][0].is_narrow)
     with model.leader.step(pairs) if model.leader is not None else nullcontext():
         _run(model, h_TD, steps)
     rows = h_TD.split([span.num_rows for span, _ in ordered])
     return [h for _, h in sorted(zip(order, rows, strict=True), key=lambda item: item[0])]
-
-
-def embedded(model: Transformer, spans: Sequence[Span]) -> Tensor:
-    """(T, D) fp32: of each span, its tokens' rows of the embedding (all looked up at once), then its mask
-    tokens' own, block by block."""
-    h_TD = model.embed([token for span in spans for token in span.tokens])
-    if all(span.masks is None for span in spans):
-        return h_TD
-    rows: list[Tensor] = []
-    for span, h in zip(spans, h_TD.split([len(span.tokens) for span in spans]), strict=True):
-        rows.append(h)
-        if span.masks is not None:
-            rows.append(span.masks.rows_KD.repeat(len(span.masks.anchors), 1))
-    return torch.cat(rows)
 
 
 def added(segments: Sequence[Segment], spans: Sequence[Span]) -> Iterator[tuple[slice, Adapter]]:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from outsize.kernels.norm import RMSNorm
 from outsize.model.attention import Attention, vector
+from outsize.model.conv import ShortConv
+from outsize.model.delta import DeltaAttention
 from outsize.model.ffn.dense import Dense
 from outsize.model.ffn.experts import Mixture, Router, SharedExpert
 from outsize.model.joint import ALONE, PLAIN_ENDS, Ends, Whole, in_flight, joint
@@ -71,11 +73,20 @@ class SubLayer:
 def attention_sublayer(
     d: Description, index: int, w: Weights, ranks: Collective | None = None
 ) -> SubLayer:
-    body = Attention(d, index, w) if d.latent is None else LatentAttention(d, index, w)
+    body = _mixer(d, index, w)
     bias_D = vector(w["o_bias"]) if d.o_bias else None
     norm = _pre(d, w, "attn_norm", activation_type(w["o"]))
     ends = Ends(d.residual_scale, joint(d, index, "attention", ranks))
     return SubLayer(norm, body, _post(d, w, "attn_post_norm"), bias_D, ends)
+
+
+def _mixer(d: Description, index: int, w: Weights) -> Callable[[Tensor, Step], Tensor]:
+    """What lets a layer's tokens know of each other."""
+    if d.layers[index].mixer == "delta":
+        return DeltaAttention(d, index, w)
+    if d.layers[index].mixer == "conv":
+        return ShortConv(d, index, w)
+    return Attention(d, index, w) if d.latent is None else LatentAttention(d, index, w)
 
 
 def ffn_sublayer(

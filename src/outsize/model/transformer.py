@@ -6,7 +6,7 @@ fp32 and is changed in place. Shapes: T tokens, K tokens whose logits are wanted
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -21,18 +21,21 @@ from outsize.kernels.rows import Rows, Segment
 from outsize.kernels.threads import Threads
 from outsize.kv.int8 import Int8KV
 from outsize.kv.kv import KV
+from outsize.kv.state import states_of
 from outsize.model.attention import vector
 from outsize.model.ffn.neurons import PagedNeurons
 from outsize.model.layers import cos_sin
 from outsize.model.lora import Adapter
 from outsize.model.memory import WeightMemory
+from outsize.model.memory_sublayer import memory_sublayer
 from outsize.model.paged import PagedLayer, link
 from outsize.model.predictors.choose import Chooser
 from outsize.model.ranks import Leader, Stages
-from outsize.model.step import Step, Watch
-from outsize.model.sublayer import attention_sublayer, ffn_sublayer, mixture_sublayer
+from outsize.model.step import Step, TokenInputs, Watch
+from outsize.model.sublayer import Runnable, attention_sublayer, ffn_sublayer, mixture_sublayer
 from outsize.model_config import Description, Rope
 from outsize.parallel.collective import Collective
+from outsize.storage.table import Weights
 from outsize.weights.load import Loaded
 from outsize.weights.spec import Recorder
 
@@ -63,12 +66,11 @@ class Transformer:
             self.paged_layers.append(
                 PagedLayer(partial(attention_sublayer, description, i, ranks=ranks), attn)
             )
-            bank = banks.get(i)
-            make = (
-                partial(ffn_sublayer, description, i, ranks=ranks)
-                if bank is None
-                else partial(mixture_sublayer, description, bank)
-            )
+            make: Callable[[Weights], Runnable] = partial(ffn_sublayer, description, i, ranks=ranks)
+            if (bank := banks.get(i)) is not None:
+                make = partial(mixture_sublayer, description, bank)
+            elif description.memory is not None:
+                make = partial(memory_sublayer, description, i, loaded.final_norm)
             self.paged_layers.append(PagedLayer(make, ffn))
         link(self.paged_layers[1::2])
         norm = vector(loaded.final_norm["final_norm"])
@@ -112,11 +114,10 @@ class Transformer:
 
     def new_kv(self, room: int = 0) -> KV:
         """An empty cache for one sequence; with `room` for so many tokens it never moves."""
-        d = self.description
         if self.kv == "int8":
-            like = KV(d.num_layers, d.num_kv_heads, d.head_dim, self.dtype)
+            like = new_kv(self.description, self.dtype)
             return Int8KV(like, self.backend.decode_entries, room)
-        return KV(d.num_layers, d.num_kv_heads, d.head_dim, self.dtype, room)
+        return new_kv(self.description, self.dtype, room)
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """(T, D) fp32."""
@@ -132,8 +133,10 @@ class Transformer:
         wide: bool,
         added: Sequence[tuple[slice, Adapter]] = (),
         watches: Sequence[Watch] = (),
+        tokens: TokenInputs | None = None,
     ) -> Step:
-        """A step of these rows; its rotary angles are computed once for all layers."""
+        """A step of these rows; its rotary angles are computed once for all layers. `tokens`: of a model
+        whose layers read them."""
         positions = [p for s in segments for p in s.all_positions()]
         angles = rotary_angles(self._ropes, self.description.head_dim, positions)
         return Step(
@@ -142,6 +145,7 @@ class Transformer:
             self.backend.wide if wide else self.backend,
             added,
             watches,
+            tokens,
         )
 
     def normed(self, h_TD: Tensor) -> Tensor:
@@ -185,6 +189,11 @@ class Transformer:
             out_KV[:, at : at + count] = w.encoding.linear(x_KD, w.fields, False)[:, :count]
             at += count
         return out_KV
+
+
+def new_kv(d: Description, dtype: torch.dtype, room: int = 0) -> KV:
+    """An empty cache of numbers for one sequence."""
+    return KV(d.num_layers, (d.num_kv_heads, d.head_dim), dtype, room, states_of(d, dtype))
 
 
 def rotary_angles(

@@ -13,7 +13,7 @@ from outsize.kernels.plain import PLAIN
 from outsize.log import say, silent
 from outsize.options import LoadOptions
 from outsize.pack.outline import Outline
-from outsize.plan import cost, machine
+from outsize.plan import compute_times, cost, machine
 from outsize.plan.cores import Watch
 from outsize.plan.cost import Cost
 from outsize.plan.decide import check, compiled, foresee
@@ -97,7 +97,7 @@ def computing(
     key = cost.key(outline) + ("" if native is not PLAIN else "-plain")
     if anew or key not in here.models:
         with Watch() as watch:
-            made = cost.measure(outline, native)
+            made = compute_times.measure(outline, native)
         if watch.reason and key in here.models:  # beside others: nothing better is replaced
             made = here.models[key].or_faster(made)
         here = machine.with_model(here, key, made, folder)
