@@ -12,7 +12,7 @@ One row an arm, in the order given; qualities do not depend on the machine's loa
     reject:STEPS:SEED            the same, from a committee's best
 
 MODEL is packed if need be; packs of B bits are made by `outsize pack --bits B --calibrate TEXT`. TEXT is
-running text, ANSWERS prompts with answers, of which the first 400 are used.
+running text, ANSWERS prompts with answers, of which the first 160 are used.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from outsize.pack.outline import of_pack
 from outsize.plan.fixed import stored_bytes
 from outsize.system.memory import peak
 
-PROMPTS = 400
+PROMPTS = 160
 THINGS = (
     "the sea", "a cat", "winter", "bread", "a train", "the moon", "music", "a garden", "rain", "coffee",
     "a library", "the desert", "a bicycle", "honey", "a mountain", "sleep", "a river", "chess", "the wind",

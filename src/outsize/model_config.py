@@ -56,10 +56,10 @@ class Layer:
     dense: bool = False  # in a model with experts: a plain feed-forward instead
     chunked: bool = False
     unit_norm: bool = False  # query and key heads are normed, without weights
-    mixer: str = "attention"  # one of MIXERS
     shares: int | None = (
         None  # makes queries alone: keys and values are those of this earlier layer
     )
+    mixer: str = "attention"  # one of MIXERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +155,6 @@ class Description:
         return sum(layer.shares is None for layer in self.layers)
 
     @property
-    def num_stored(self) -> int:
-        """Layers whose keys and values are stored: those with attention that make some."""
-        return sum(one.shares is None and one.mixer == "attention" for one in self.layers)
-
-    @property
     def qkv_rows(self) -> int:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
@@ -174,6 +169,11 @@ class Description:
         if self.mixture is None:
             return ()
         return tuple(i for i, layer in enumerate(self.layers) if not layer.dense)
+
+    @property
+    def kv_layers(self) -> tuple[int, ...]:
+        """The layers that keep keys and values of their own."""
+        return tuple(i for i in self.mixed_by("attention") if self.layers[i].shares is None)
 
     def mixed_by(self, mixer: str) -> tuple[int, ...]:
         """The layers with this mixer."""

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -87,6 +87,11 @@ class Task(Protocol):
     def about(self) -> dict[str, object]:
         """What the file's header says beside recipe, data, step and figures."""
 
+
+@runtime_checkable
+class Keeping(Protocol):
+    """A task with a state of its own, which its checkpoints have, too."""
+
     def kept(self) -> dict[str, Tensor]:
         """What going on needs beside parameters and the optimizer's state, by name."""
 
@@ -142,7 +147,8 @@ class Training:
         for name, p in self.task.parameters.items():
             for key, value in self.optimizer.state.get(p, {}).items():
                 state[f"{name}|{key}"] = torch.as_tensor(value)
-        state |= {f"{KEPT}{name}": value for name, value in self.task.kept().items()}
+        if isinstance(self.task, Keeping):
+            state |= {f"{KEPT}{name}": value for name, value in self.task.kept().items()}
         self._save(path, state)
 
     def write(self, path: Path) -> None:
@@ -183,8 +189,9 @@ def resume(task: Task, path: Path, base: str, data: str = "") -> Training:
                 state = {key: tensors[f"{name}|{key}"] for key in STATE}
                 moved = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
                 training.optimizer.state[p] = moved
-        kept = [name for name in tensors if name.startswith(KEPT)]
-        task.restore({name.removeprefix(KEPT): tensors[name] for name in kept})
+        if isinstance(task, Keeping):
+            kept = [name for name in tensors if name.startswith(KEPT)]
+            task.restore({name.removeprefix(KEPT): tensors[name] for name in kept})
     except (KeyError, RuntimeError) as e:
         raise AdapterError(f"{path} is not a checkpoint of this recipe ({e})") from None
     training.step, training.loss = int(str(about["step"])), float(str(about["loss"]))

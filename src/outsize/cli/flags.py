@@ -35,8 +35,7 @@ class Flag:
 
     def option(self) -> Any:
         """As typer takes it."""
-        name = self.name.rstrip("_").upper()
-        env = f"OUTSIZE_{name}" if self.has_env else None
+        env = f"OUTSIZE_{self.name.rstrip('_').upper()}" if self.has_env else None
         return typer.Option(*self.names.split(), help=self.text, envvar=env, metavar=self.metavar)
 
 

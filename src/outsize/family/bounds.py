@@ -65,22 +65,6 @@ def fault(d: Description) -> str:
     return _mixture_fault(d) or next((p for layer in d.layers if (p := _layer_fault(d, layer))), "")
 
 
-def _memory_fault(d: Description, m: Memory) -> str:
-    if d.mixture is not None or d.post_norm or not d.pre_norm or d.mlp_bias:
-        return (
-            "feed-forwards of the embedding stand beside experts, biases or norms of the residual"
-        )
-    if not 0 <= m.dense <= MOST:
-        return f"the dense feed-forward has {m.dense:,} numbers, 0 to {MOST:,} are due"
-    if m.ranks and (not m.is_table or len(m.ranks) != d.num_layers):
-        return f"a table of {d.num_layers:,} layers has ranks for {len(m.ranks):,}"
-    if not all(0 < rank <= d.width for rank in m.ranks):
-        return f"a table's ranks are not all from 1 to {d.width:,}"
-    if not all(0 <= layer < d.num_layers for layer in m.off):
-        return f"memories of layers are left out that are not among its {d.num_layers:,}"
-    return ""
-
-
 def _sharing_fault(d: Description) -> str:
     """Layers that share keys and values are the last ones, and share those of one that makes some, of the
     same rope and window."""
@@ -95,9 +79,25 @@ def _sharing_fault(d: Description) -> str:
         other = d.layers[layer.shares]
         if (other.rope, other.window, other.chunked) != (layer.rope, layer.window, layer.chunked):
             return f"layer {i} shares keys and values of layer {layer.shares}, which turns or sees otherwise"
-    usual = d.latent is None and not d.sinks and not d.qk_norm_whole and not d.has_states
+    usual = d.latent is None and not d.sinks and not d.qk_norm_whole
     usual = usual and not any(layer.unit_norm for layer in d.layers)
     return "" if usual or first == d.num_layers else "such attention shares no keys and values"
+
+
+def _memory_fault(d: Description, m: Memory) -> str:
+    if d.mixture is not None or d.post_norm or not d.pre_norm or d.mlp_bias:
+        return (
+            "feed-forwards of the embedding stand beside experts, biases or norms of the residual"
+        )
+    if not 0 <= m.dense <= MOST:
+        return f"the dense feed-forward has {m.dense:,} numbers, 0 to {MOST:,} are due"
+    if m.ranks and (not m.is_table or len(m.ranks) != d.num_layers):
+        return f"a table of {d.num_layers:,} layers has ranks for {len(m.ranks):,}"
+    if not all(0 < rank <= d.width for rank in m.ranks):
+        return f"a table's ranks are not all from 1 to {d.width:,}"
+    if not all(0 <= layer < d.num_layers for layer in m.off):
+        return f"memories of layers are left out that are not among its {d.num_layers:,}"
+    return ""
 
 
 def _latent_fault(d: Description, x: Latent) -> str:

@@ -117,12 +117,6 @@ class DistillTask:
     def about(self) -> dict[str, object]:
         return {"kind": self.student.kind, **self.student.about()}
 
-    def kept(self) -> dict[str, Tensor]:
-        return {}
-
-    def restore(self, kept: Mapping[str, Tensor]) -> None:
-        """There is nothing."""
-
 
 def states(model: TrainableModel, batch: Batch, change: Change = AS_IS) -> Tensor:
     """(N, D): what the head multiplies, where something is predicted."""

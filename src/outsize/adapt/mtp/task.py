@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -45,9 +45,3 @@ class MtpTask:
     def about(self) -> dict[str, object]:
         r = self.recipe
         return {"kind": MTP, "rows": "adjacent", "k": r.k, "scale": r.scale}
-
-    def kept(self) -> dict[str, Tensor]:
-        return {}
-
-    def restore(self, kept: Mapping[str, Tensor]) -> None:
-        """There is nothing."""

@@ -15,11 +15,11 @@ from outsize.pack.tensors import Record, SourceTensors, TablePlan
 
 GOLDEN = 0.6180339887498949
 FINAL = "final"
+SHARING = "sharing"  # attention of layers that make queries alone
 ORDER = "memory_order"  # of a table of feed-forwards: the row of each token
 BESIDE = "dense_"  # what names of a dense feed-forward beside one of the embedding begin with
 CONV = "conv"  # of short convolutions, in place of attention
 DELTA = "delta"  # of the gated delta rule, in place of attention
-SHARING = "sharing"  # attention of layers that make queries alone
 DENSE = "dense"  # feed-forwards of layers without experts, in a model that has some
 
 
@@ -36,9 +36,9 @@ class Layers(Kind):
         sharing = (Group(SHARING, 2, _attention(d, makes_keys=False)),) if some else ()
         return (
             Group("attn", 2, _attention(d)),
+            *sharing,
             *delta,
             *conv,
-            *sharing,
             *((Group("ffn", 3, ffn),) if d.has_ffn else ()),
             *dense,
             Group(FINAL, 5, final),
@@ -82,9 +82,9 @@ MIXERS = {
 
 def layers_of(d: Description, name: str) -> tuple[int, ...]:
     """The layers that have a record in the tables of a group."""
-    if name == SHARING or (name == "attn" and not d.has_states):
-        first = d.num_kv_layers
-        return tuple(range(first) if name == "attn" else range(first, d.num_layers))
+    if name in ("attn", SHARING):
+        own = d.kv_layers
+        return own if name == "attn" else tuple(sorted(set(d.mixed_by("attention")) - set(own)))
     if name in MIXERS:
         return d.mixed_by(MIXERS[name])
     if d.mixture is None:
