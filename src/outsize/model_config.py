@@ -5,11 +5,12 @@ A family file (family/) makes it from a published config; that is needed to pack
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 BIASED = "clamped_swiglu"  # of experts with biases
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", BIASED)
+THRESHOLD = r"fatrelu:(0|[1-9][0-9]{0,3})\.[0-9]{1,6}"  # one with a threshold
 SCORES = ("softmax", "sigmoid")
 
 
@@ -119,6 +120,10 @@ class Description:
     logit_cap: float = 0.0  # logits x become cap * tanh(x / cap); 0: they stay
     attn_cap: float = 0.0  # the same of attention's scores
     latent: Latent | None = None  # attention over a latent that all heads share
+    gated: bool = True  # False: a feed-forward is down(activation(up(x)))
+    layer_norm: bool = False  # norms are LayerNorms, with biases, instead of RMSNorms
+    positions: bool = False  # a learned vector of each position is added to its token's
+    parallel: bool = False  # a feed-forward reads what its layer's attention reads
 
     @property
     def num_layers(self) -> int:
@@ -143,9 +148,19 @@ class Description:
     @property
     def is_usual(self) -> bool:
         """Is it a dense decoder without what few families have? Training and adapters know those only."""
-        known = Description(**{name: getattr(self, name) for name in USUAL})
         ropes = all(Rope(r.base, r.divisors, r.scale) == r for r in self.ropes)
-        return known == self and ropes and all(Layer(x.rope, x.window) == x for x in self.layers)
+        return self._says(USUAL) and ropes
+
+    @property
+    def is_measured(self) -> bool:
+        """Can a copy of it be run with gradients? Those that are usual, and two-matrix feed-forwards."""
+        ropes = all(Rope(r.base, r.divisors, r.scale, r.rotated) == r for r in self.ropes)
+        return self._says((*USUAL, *CLASSIC)) and ropes
+
+    def _says(self, names: Sequence[str]) -> bool:
+        """Does it say what these fields say, and nothing else?"""
+        known = Description(**{name: getattr(self, name) for name in names})
+        return known == self and all(Layer(x.rope, x.window) == x for x in self.layers)
 
     def for_context(self, context: int) -> Description:
         """As a run of so many positions computes it."""
@@ -162,6 +177,7 @@ USUAL = (
     "norm_eps", "attn_scale", "layers", "activation", "embed_scale", "qkv_bias", "o_bias", "mlp_bias",
     "qk_norm", "post_norm", "tied",
 )  # fmt: skip
+CLASSIC = ("gated", "layer_norm", "positions", "parallel")  # what models of before 2023 say besides
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,3 +191,4 @@ class Recipe:
     paired: bool = False  # experts as one stack, transposed, rows of gate and up in turn
     turned: bool = False  # experts as one stack, transposed, gate's rows before up's
     spares: tuple[str, ...] = ()  # patterns of foreign tensors that a text model needs not
+    unused_positions: int = 0  # rows before the first position's in a table of learned positions

@@ -34,7 +34,8 @@ CLASSES = {
     "olmo2": "Olmo2Config", "olmo3": "Olmo3Config", "smollm3": "SmolLM3Config",
     "ministral3": "Ministral3Config", "gemma2": "Gemma2Config", "minimax_m2": "MiniMaxM2Config",
     "glm4_moe": "Glm4MoeConfig", "deepseek_v3": "DeepseekV3Config",
-    "glm4_moe_lite": "Glm4MoeLiteConfig", "llama4": "Llama4TextConfig",
+    "glm4_moe_lite": "Glm4MoeLiteConfig", "llama4": "Llama4TextConfig", "opt": "OPTConfig",
+    "falcon": "FalconConfig",
 }  # fmt: skip
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0}
@@ -68,7 +69,9 @@ CHANGES: dict[str, tuple[object, dict[str, object]]] = {
     "mlp_layer_types": (["dense", "dense", "sparse"], {}),
     "intermediate_size_mlp": (192, {}), "moe_layers": ([1], {}), "attn_temperature_tuning": (None, {}),
     "interleave_moe_layer_step": (2, {"moe_layers": None}), "attention_chunk_size": (5, {}),
-    "floor_scale": (9, {}), "attn_scale": (0.4, {}),
+    "floor_scale": (9, {}), "attn_scale": (0.4, {}), "ffn_dim": (192, {}), "ffn_hidden_size": (192, {}),
+    "activation_function": ("gelu", {}), "activation": ("relu", {}), "enable_bias": (None, {}),
+    "word_embed_proj_dim": (32, {}), "layer_norm_epsilon": (1e-3, {}),
 }  # fmt: skip
 HARMLESS = {
     "unsloth_version": "2026.1", "use_mrope": False, "is_llama_config": True, "rope_interleaved": False,

@@ -3,8 +3,19 @@ for more than a machine can address. Checkpoints and packs are held to the same.
 
 from __future__ import annotations
 
+import re
+
 from outsize.family.config import LIMITS, MOST_HEAD
-from outsize.model_config import ACTIVATIONS, BIASED, SCORES, Description, Latent, Layer, Mixture
+from outsize.model_config import (
+    ACTIVATIONS,
+    BIASED,
+    SCORES,
+    THRESHOLD,
+    Description,
+    Latent,
+    Layer,
+    Mixture,
+)
 
 MOST = 1 << 24
 WHOLE = {
@@ -37,6 +48,12 @@ def fault(d: Description) -> str:
         return "queries and keys are normed by heads and as a whole: one of the two is due"
     if not (d.pre_norm or d.post_norm):
         return "nothing is normed: norms before or after each half are due"
+    if d.parallel and (not d.pre_norm or d.post_norm):
+        return "feed-forwards that read what attention reads have a norm before it, and none after"
+    if (d.parallel or d.layer_norm or not d.gated) and (d.mixture or d.qk_norm or d.qk_norm_whole):
+        return "experts, or norms of heads, in a model of LayerNorms or two-matrix feed-forwards"
+    if d.layer_norm and d.post_norm:
+        return "LayerNorms after each half are not known"
     if d.latent is not None and (problem := _latent_fault(d, d.latent)):
         return problem
     return _mixture_fault(d) or next((p for layer in d.layers if (p := _layer_fault(d, layer))), "")
@@ -58,7 +75,8 @@ def _latent_fault(d: Description, x: Latent) -> str:
 
 def _mixture_fault(d: Description) -> str:
     m = d.mixture
-    if d.activation not in ACTIVATIONS or (d.activation == BIASED) != (m is not None and m.bias):
+    is_known = d.activation in ACTIVATIONS or re.fullmatch(THRESHOLD, d.activation)
+    if not is_known or (d.activation == BIASED) != (m is not None and m.bias):
         biases = "with" if m is not None and m.bias else "without"
         return (
             f"the activation is {d.activation[:80]!r}, which is not one of experts {biases} biases"

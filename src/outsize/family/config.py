@@ -53,6 +53,7 @@ FEW_KEYS = {
     "embedding_multiplier": "embedding_scale",
     "residual_multiplier": "residual_scale",
     "attention_multiplier": "attention.scale",
+    "layer_norm_epsilon": "attention.layer_norm_epsilon",
 }
 LIMITS = {"num_hidden_layers": 4096, "num_attention_heads": 4096, "num_key_value_heads": 4096}
 MOST_HEAD = 4096

@@ -66,7 +66,8 @@ def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:
 def embedded(model: Transformer, spans: Sequence[Span]) -> Tensor:
     """(T, D) fp32: of each span, its tokens' rows of the embedding (all looked up at once), then its mask
     tokens' own, block by block."""
-    h_TD = model.embed([token for span in spans for token in span.tokens])
+    tokens = [token for span in spans for token in span.tokens]
+    h_TD = model.embed(tokens, [p for span in spans for p in span.positions])
     if all(span.masks is None for span in spans):
         return h_TD
     rows: list[Tensor] = []

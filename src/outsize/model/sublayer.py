@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from outsize.kernels.norm import RMSNorm
+from outsize.kernels.norm import Norm, RMSNorm, norm_of
 from outsize.model.attention import Attention, vector
-from outsize.model.ffn.dense import Dense
+from outsize.model.ffn.dense import Dense, Ungated
 from outsize.model.ffn.experts import Mixture, Router, SharedExpert
 from outsize.model.latent import LatentAttention
 from outsize.model.layers import Linear
@@ -38,40 +38,56 @@ class SubLayer:
 
     def __init__(
         self,
-        norm: RMSNorm | torch.dtype,
+        norm: Norm | torch.dtype | None,
         body: Callable[[Tensor, Step], Tensor],
         post: RMSNorm | None = None,
         bias_D: Tensor | None = None,
         scale: float = 1.0,
     ) -> None:
-        """`norm`: or the type that enters the body as it is."""
+        """`norm`: or the type that enters the body as it is; None: what attention read does."""
         self._norm, self._body, self._post, self._bias_D = norm, body, post, bias_D
         self._scale = scale
 
     def __call__(self, h_TD: Tensor, step: Step) -> None:
-        norm = self._norm
-        x_TD = h_TD.to(norm) if isinstance(norm, torch.dtype) else step.backend.norm(h_TD, norm)
-        y_TD = self._body(x_TD, step)
+        y_TD = self._body(self._read(h_TD, step), step)
         step.residual(h_TD, y_TD, self._post, self._bias_D, self._scale)
+
+    def _read(self, h_TD: Tensor, step: Step) -> Tensor:
+        """What enters the body."""
+        norm = self._norm
+        if norm is None:
+            return step.read.pop()
+        return h_TD.to(norm) if isinstance(norm, torch.dtype) else step.backend.norm(h_TD, norm)
 
     def run(self, chunks: Sequence[tuple[Tensor, Step]]) -> None:
         for h_TD, step in chunks:
             self(h_TD, step)
 
 
+class Shown(SubLayer):
+    """Attention whose layer's feed-forward reads what it reads."""
+
+    def _read(self, h_TD: Tensor, step: Step) -> Tensor:
+        x_TD = super()._read(h_TD, step)
+        step.read[:] = [x_TD]
+        return x_TD
+
+
 def attention_sublayer(d: Description, index: int, w: Weights) -> SubLayer:
     body = Attention(d, index, w) if d.latent is None else LatentAttention(d, index, w)
     bias_D = vector(w["o_bias"]) if d.o_bias else None
     norm = _pre(d, w, "attn_norm", activation_type(w["o"]))
-    return SubLayer(norm, body, _post(d, w, "attn_post_norm"), bias_D, d.residual_scale)
+    kind = Shown if d.parallel else SubLayer
+    return kind(norm, body, _post(d, w, "attn_post_norm"), bias_D, d.residual_scale)
 
 
 def ffn_sublayer(d: Description, index: int, w: Weights) -> SubLayer:
-    norm = _pre(d, w, "ffn_norm", activation_type(w["gate_up"]))
+    norm = None if d.parallel else _pre(d, w, "ffn_norm", activation_type(w["gate_up"]))
     inner_bias, bias_D = (
         (vector(w["gate_up_bias"]), vector(w["down_bias"])) if d.mlp_bias else (None, None)
     )
-    dense = Dense(Linear(w["gate_up"]), Linear(w["down"]), d.activation, index, inner_bias)
+    kind = Dense if d.gated else Ungated
+    dense = kind(Linear(w["gate_up"]), Linear(w["down"]), d.activation, index, inner_bias)
     return SubLayer(norm, dense, _post(d, w, "ffn_post_norm"), bias_D, d.residual_scale)
 
 
@@ -98,8 +114,11 @@ def shared_expert(d: Description, w: Weights) -> SharedExpert:
     return SharedExpert(dense, gate_D)
 
 
-def _pre(d: Description, w: Weights, name: str, dtype: torch.dtype) -> RMSNorm | torch.dtype:
-    return RMSNorm(vector(w[name]), d.norm_eps, dtype) if d.pre_norm else dtype
+def _pre(d: Description, w: Weights, name: str, dtype: torch.dtype) -> Norm | torch.dtype:
+    if not d.pre_norm:
+        return dtype
+    found = {n: vector(w[n]) for n in (name, f"{name}_bias") if n in w}
+    return norm_of(found, name, d.norm_eps, dtype)
 
 
 def _post(d: Description, w: Weights, name: str) -> RMSNorm | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from outsize.encoding.find import gives_fp32
 from outsize.kernels.attention import CHUNK, capped
 from outsize.kernels.backend import Backend
-from outsize.kernels.norm import RMSNorm
+from outsize.kernels.norm import norm_of
 from outsize.kernels.plain import PLAIN
 from outsize.kernels.rows import Rows, Segment
 from outsize.kernels.threads import Threads
@@ -31,6 +31,7 @@ from outsize.model.predictors.choose import Chooser
 from outsize.model.step import Step, Watch
 from outsize.model.sublayer import attention_sublayer, ffn_sublayer, mixture_sublayer
 from outsize.model_config import Description, Rope
+from outsize.pack.records import POSITIONS
 from outsize.weights.load import Loaded
 from outsize.weights.spec import Recorder
 
@@ -66,8 +67,9 @@ class Transformer:
             )
             self.paged_layers.append(PagedLayer(make, ffn))
         link(self.paged_layers[1::2])
-        norm = vector(loaded.final_norm["final_norm"])
-        self._norm = RMSNorm(norm, description.norm_eps, torch.float32)
+        final = {name: vector(w) for name, w in loaded.final_norm.items() if name != POSITIONS}
+        self._norm = norm_of(final, "final_norm", description.norm_eps, torch.float32)
+        self._positions_PD = _positions(loaded)
         self._ropes = description.ropes
         self.backend = backend if self.dtype == torch.bfloat16 else PLAIN
         self.chunk = CHUNK  # tokens of a prompt that are computed at once, at multiples of it
@@ -76,12 +78,17 @@ class Transformer:
         self._own, self.threads = backend, threads or Threads(torch.get_num_threads())
         self.memory = WeightMemory(description, loaded, self.paged_layers, ceiling)
 
-    def page_neurons(self, choosers: Sequence[Chooser], recorder: Recorder | None = None) -> None:
+    def page_neurons(
+        self,
+        choosers: Sequence[Chooser],
+        recorder: Recorder | None = None,
+        takes_resident: bool = False,
+    ) -> None:
         """From now on steps of few rows compute only the neurons that are chosen for them (lossy, unless the
-        choice is exact). `recorder`: is told what each layer chose."""
+        choice is exact), or also those that are in memory. `recorder`: is told what each layer chose."""
         banks = self.loaded.neurons
         for layer, bank, chooser in zip(self.paged_layers[1::2], banks, choosers, strict=True):
-            layer.narrow = PagedNeurons(self.description, bank, chooser, recorder)
+            layer.narrow = PagedNeurons(self.description, bank, chooser, recorder, takes_resident)
 
     def begin(self, is_large: bool) -> None:
         """A step begins; `is_large`: with a long span, or of a batch."""
@@ -111,11 +118,14 @@ class Transformer:
             return Int8KV(like, self.backend.decode_entries, room)
         return KV(d.num_layers, d.num_kv_heads, d.head_dim, self.dtype, room)
 
-    def embed(self, tokens: Sequence[int]) -> Tensor:
-        """(T, D) fp32."""
+    def embed(self, tokens: Sequence[int], positions: Sequence[int] = ()) -> Tensor:
+        """(T, D) fp32. `positions`: of the tokens, where the model has learned them."""
         rows = self._embed.rows(torch.tensor(tokens, dtype=torch.int64, device="cpu"))
         scale = self.description.embed_scale
-        return rows if scale == 1.0 else rows.mul_(scale)
+        rows = rows if scale == 1.0 else rows.mul_(scale)
+        if self._positions_PD is None:
+            return rows
+        return rows.add_(self._positions_PD[list(positions)])
 
     def step(
         self,
@@ -184,6 +194,14 @@ def rotary_angles(
     """(T, 1, E/2) complex for each kind of rope: cosine and sine of each position's angles."""
     positions_T = torch.tensor(positions, dtype=torch.int64, device="cpu")
     return {rope: cos_sin(rope, head_dim, positions_T) for rope in ropes}
+
+
+def _positions(loaded: Loaded) -> Tensor | None:
+    """(P, D) fp32: what is added at each position, of models that have learned it."""
+    if POSITIONS not in loaded.final_norm:
+        return None
+    (weight,) = loaded.final_norm[POSITIONS]
+    return weight.encoding.decode(weight.fields)
 
 
 def _best(row_V: Tensor) -> Tensor:

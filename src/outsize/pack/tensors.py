@@ -13,7 +13,7 @@ from outsize.checkpoint.checkpoint import Checkpoint, Tensor, refuse_unreadable,
 from outsize.encoding.find import encoding_for
 from outsize.errors import CheckpointError
 from outsize.model_config import Recipe
-from outsize.pack.records import FIXED, FLOATS, HALF, HALVES, Specs, TensorSpec
+from outsize.pack.records import FIXED, FLOATS, HALF, HALVES, POSITIONS, Specs, TensorSpec
 from outsize.pack.tables import TableHeader
 from outsize.pack.unused import missing
 
@@ -137,10 +137,11 @@ class SourceTensors:
         pieces: list[Piece] = []
         found = self._fused(name, spec, layer) if expert is None else None
         for number, (part, rows) in enumerate(spec.parts):
-            shape = (rows, spec.width) if spec.width else (rows,)
+            unused = self.recipe.unused_positions if part == POSITIONS else 0
+            shape = (rows + unused, spec.width) if spec.width else (rows,)
             tensor = self.find(part, layer, shape, expert) if found is None else found[number]
             encoding = self._encoding(name, spec, tensor)
-            made = self._part(part, tensor)
+            made = replace(self._part(part, tensor), first=unused)
             if pieces and spec.width and pieces[-1].encoding == encoding:
                 pieces[-1] = Piece(encoding, (*pieces[-1].parts, made))
             else:

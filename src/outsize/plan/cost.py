@@ -229,18 +229,22 @@ def _sublayer_times(
         angles = rotary_angles(d.ropes, d.head_dim, positions)
         return Step(Rows([Segment(kv, positions)], wide), angles, PLAIN if wide else own)
 
+    def run(h_TD: Tensor, step: Step) -> None:
+        step.read[:] = [h_TD.to(dtype)]
+        sublayer(h_TD, step)
+
     chunk = step(range(tokens), True)
 
     def run_chunk() -> None:
         kv.truncate(0)
-        sublayer(h_TD, chunk)
+        run(h_TD, chunk)
 
     chunk_s = median_s(run_chunk, CHUNKS)
     at = iter(range(tokens, tokens + STEPS + 1))
 
     def run_step() -> None:
         i = next(at)
-        sublayer(h_TD[:1], step(range(i, i + 1), False))
+        run(h_TD[:1], step(range(i, i + 1), False))
 
     return median_s(run_step, STEPS), chunk_s
 

@@ -39,7 +39,8 @@ def kv_bytes(o: Outline) -> int:
         kv += 2 * d.num_kv_heads * d.head_dim * o.activation_bytes
     ropes = len({layer.rope for layer in d.layers})
     routed = 0 if d.mixture is None else d.width * (o.activation_bytes + 4) + 200 * d.mixture.used
-    return kv + 4 * d.width + 4 * d.head_dim * ropes + routed + 100
+    read = d.width * o.activation_bytes * d.parallel  # by attention, until the feed-forward has
+    return kv + 4 * d.width + 4 * d.head_dim * ropes + routed + read + 100
 
 
 def stored_bytes(o: Outline) -> int:

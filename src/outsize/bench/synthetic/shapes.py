@@ -13,8 +13,8 @@ from outsize.family.config import FEW_KEYS, GGUF_KEYS, Config
 from outsize.family.find import ALIASES, families
 from outsize.model_config import Latent, Mixture, Recipe
 from outsize.pack.kinds.kind import groups
-from outsize.pack.kinds.layers import DENSE, layers_of
-from outsize.pack.records import FIXED, HALVES, TensorSpec
+from outsize.pack.kinds.layers import DENSE, FINAL, layers_of
+from outsize.pack.records import FIXED, HALVES, POSITIONS, TensorSpec
 
 SMALL = Latent(64, 32, 32, 32, 64)
 
@@ -79,6 +79,11 @@ SIGMOID: dict[str, object] = {
 
 def values(size: Size, family: str = "") -> dict[str, object]:
     """The config, under Hugging Face's names."""
+    if family == "opt":
+        return {
+            "num_hidden_layers": size.layers, "hidden_size": size.width, "ffn_dim": size.ffn,
+            "num_attention_heads": size.heads, "max_position_embeddings": size.context,
+        }  # fmt: skip
     mixed = {
         "num_local_experts": size.experts, "num_experts_per_tok": size.used,
         "moe_intermediate_size": size.ffn,
@@ -102,6 +107,8 @@ def _own(family: str, size: Size) -> dict[str, object]:
             "qk_nope_head_dim": x.key, "v_head_dim": x.value, "num_key_value_heads": size.heads,
             "n_group": 1, "topk_group": 1,
         }  # fmt: skip
+    if family == "falcon":
+        return {"num_key_value_heads": 1, "layer_norm_epsilon": 1e-5}
     if family == "llama4":
         return {"interleave_moe_layer_step": 1}
     return SIGMOID if family == "glm4_moe" else {}
@@ -148,7 +155,9 @@ def tensors(recipe: Recipe, types: str = "q4_0") -> Listed:
     most, embed, head = MIXES[types]
     yield names["embed"], (d.vocab_size, d.width), embed
     yield names["head"], (d.vocab_size, d.width), head
-    yield names["final_norm"], (d.width,), "F32"
+    final = next(group for _, group in groups(d) if group.name == FINAL)
+    for name, spec in final.specs.items():
+        yield from _of(recipe, name, spec, most, most)
     parts = [group for _, group in groups(d) if group.name in ("attn", "ffn", DENSE)]
     for i in range(d.num_layers):
         large = "Q6_K" if types == "q4_k_m" and _more_bits(i, d.num_layers) else most
@@ -184,6 +193,7 @@ def _of(recipe: Recipe, name: str, spec: TensorSpec, most: str, large: str) -> L
     for part, rows in [(name, spec.rows)] if fused else spec.parts:
         kind = large if part in ("v", "down") else most
         kind = "F32" if name in FIXED or not spec.width else kind
+        rows += recipe.unused_positions if part == POSITIONS else 0
         yield names[part], (rows, spec.width) if spec.width else (rows,), kind
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from outsize.errors import UnsupportedError
 from outsize.model_config import Description, Latent, Mixture
 from outsize.pack.kinds.kind import Group, Kind
-from outsize.pack.records import Specs, TensorSpec, lay_out, matrix, record_fault, vector
+from outsize.pack.records import POSITIONS, Specs, TensorSpec, lay_out, matrix, record_fault, vector
 from outsize.pack.tables import Matrix, TableHeader
 from outsize.pack.tensors import Record, SourceTensors, TablePlan
 
@@ -21,7 +21,9 @@ class Layers(Kind):
     """The keys of a table's header are its layers' numbers. Layers of equal encodings make one table."""
 
     def groups(self, d: Description) -> Sequence[Group]:
-        final = {"final_norm": vector(("final_norm", d.width))}
+        final = dict(_norm(d, "final_norm"))
+        if d.positions:
+            final[POSITIONS] = matrix(d.width, (POSITIONS, d.context))
         ffn = _dense(d) if d.mixture is None else _routed(d, d.mixture)
         dense = (Group(DENSE, 3, _dense(d)),) if len(d.routed) not in (0, d.num_layers) else ()
         return (
@@ -70,9 +72,7 @@ def layers_of(d: Description, name: str) -> tuple[int, ...]:
 
 def _attention(d: Description) -> Specs:
     q, kv = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
-    specs: dict[str, TensorSpec] = {}
-    if d.pre_norm:
-        specs["attn_norm"] = vector(("attn_norm", d.width))
+    specs = _norm(d, "attn_norm") if d.pre_norm else {}
     if d.latent is not None:
         specs |= _latent(d, d.latent)
     else:
@@ -111,7 +111,7 @@ def _latent(d: Description, x: Latent) -> Specs:
 
 def _routed(d: Description, m: Mixture) -> Specs:
     """The router, and an expert that all tokens use."""
-    specs = _norm(d) | {"router": matrix(d.width, ("router", m.count))}
+    specs = _ffn_norm(d) | {"router": matrix(d.width, ("router", m.count))}
     if m.bias:
         specs["router_bias"] = vector(("router_bias", m.count))
     if m.choice_bias:
@@ -124,12 +124,18 @@ def _routed(d: Description, m: Mixture) -> Specs:
     return specs
 
 
-def _norm(d: Description) -> dict[str, TensorSpec]:
-    return {"ffn_norm": vector(("ffn_norm", d.width))} if d.pre_norm else {}
+def _norm(d: Description, name: str) -> dict[str, TensorSpec]:
+    names = (name, f"{name}_bias") if d.layer_norm else (name,)
+    return {n: vector((n, d.width)) for n in names}
+
+
+def _ffn_norm(d: Description) -> dict[str, TensorSpec]:
+    """None where the feed-forward reads what attention reads."""
+    return _norm(d, "ffn_norm") if d.pre_norm and not d.parallel else {}
 
 
 def _dense(d: Description) -> Specs:
-    specs = _norm(d) | gated(d, d.mlp_bias, "", d.ffn_width)
+    specs = _ffn_norm(d) | (gated(d, d.mlp_bias, "", d.ffn_width) if d.gated else _two(d))
     if d.post_norm:
         specs["ffn_post_norm"] = vector(("ffn_post_norm", d.width))
     return specs
@@ -145,6 +151,18 @@ def gated(d: Description, bias: bool, prefix: str, inner: int) -> dict[str, Tens
     if bias:
         specs["gate_up_bias"] = vector((f"{prefix}gate_bias", inner), (f"{up}_bias", inner))
         specs["down_bias"] = vector((f"{down}_bias", d.width))
+    return specs
+
+
+def _two(d: Description) -> dict[str, TensorSpec]:
+    """A feed-forward of two matrices: what is called `gate_up` is up alone."""
+    specs = {
+        "gate_up": matrix(d.width, ("up", d.ffn_width)),
+        "down": matrix(d.ffn_width, ("down", d.width)),
+    }
+    if d.mlp_bias:
+        specs["gate_up_bias"] = vector(("up_bias", d.ffn_width))
+        specs["down_bias"] = vector(("down_bias", d.width))
     return specs
 
 
