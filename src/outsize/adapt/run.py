@@ -11,6 +11,7 @@ from outsize.adapt import checkpoints, loop
 from outsize.adapt.examples import Example, TrainOptions, fingerprint, prepare
 from outsize.adapt.processes import join, leave, processes
 from outsize.adapt.trainable import TrainableModel, matmul_type
+from outsize.errors import UnsupportedError
 from outsize.log import say
 from outsize.pack import fetch
 from outsize.progress import bars, steps
@@ -34,6 +35,11 @@ def run(options: TrainOptions, recipe: loop.Recipe, make: MakeTask) -> None:
 
 def _run(options: TrainOptions, recipe: loop.Recipe, make: MakeTask, device: torch.device) -> None:
     pack = fetch.find(options.model) or fetch.pack(options.model, quiet=options.quiet)
+    if not pack.description.is_usual:
+        raise UnsupportedError(
+            f"{pack.path.name} is a {pack.description.family} model; training knows dense models without "
+            "sinks, of RMSNorms and gated feed-forwards"
+        )
     with bars(options.quiet) as progress:
         model = TrainableModel(pack, device, matmul_type(device), progress)
     found = prepare(options, recipe.length, pack, model)
