@@ -83,7 +83,7 @@ def test_it_learns_and_runs(made: Relufied) -> None:
     assert made.pack.description.activation == "relu"
     with outsize.load(str(made.pack.path), quiet=True) as opened:
         (reply,) = opened.generate(["The cat"], max_tokens=3)
-    assert reply.tokens
+    assert reply.new_tokens
 
 
 def test_its_neurons_are_paged_exactly(made: Relufied, text: Path, tmp_path: Path) -> None:
