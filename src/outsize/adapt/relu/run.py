@@ -158,7 +158,8 @@ def _write(base: Pack, task: ReluTask, found: Words, options: ReluOptions) -> Pa
 
 
 def _made(kind: str, w_NK: Tensor) -> Made:
-    return Made(kind, *w_NK.shape, partial(encoding(kind).encode, w_NK))
+    num_rows, width = w_NK.shape
+    return Made(kind, num_rows, width, partial(encoding(kind).encode, w_NK))
 
 
 def _stored(
