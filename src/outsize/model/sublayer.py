@@ -24,6 +24,9 @@ from outsize.storage.table import Weights, activation_type
 from outsize.weights.experts import ExpertBank
 
 
+Body = Callable[[Tensor, Step], Tensor]
+
+
 class Runnable(Protocol):
     """Half a layer over weights in memory."""
 
@@ -39,7 +42,7 @@ class SubLayer:
     def __init__(
         self,
         norm: Norm | torch.dtype | None,
-        body: Callable[[Tensor, Step], Tensor],
+        body: Body,
         post: RMSNorm | None = None,
         bias_D: Tensor | None = None,
         scale: float = 1.0,
@@ -64,21 +67,23 @@ class SubLayer:
             self(h_TD, step)
 
 
-class Shown(SubLayer):
-    """Attention whose layer's feed-forward reads what it reads."""
-
-    def _read(self, h_TD: Tensor, step: Step) -> Tensor:
-        x_TD = super()._read(h_TD, step)
-        step.read[:] = [x_TD]
-        return x_TD
-
-
 def attention_sublayer(d: Description, index: int, w: Weights) -> SubLayer:
-    body = Attention(d, index, w) if d.latent is None else LatentAttention(d, index, w)
+    kind = Attention if d.latent is None else LatentAttention
+    body: Body = kind(d, index, w)
     bias_D = vector(w["o_bias"]) if d.o_bias else None
     norm = _pre(d, w, "attn_norm", activation_type(w["o"]))
-    kind = Shown if d.parallel else SubLayer
-    return kind(norm, body, _post(d, w, "attn_post_norm"), bias_D, d.residual_scale)
+    body = _shown(body) if d.parallel else body
+    return SubLayer(norm, body, _post(d, w, "attn_post_norm"), bias_D, d.residual_scale)
+
+
+def _shown(attention: Body) -> Body:
+    """Attention whose layer's feed-forward reads what it reads."""
+
+    def body(x_TD: Tensor, step: Step) -> Tensor:
+        step.read[:] = [x_TD]
+        return attention(x_TD, step)
+
+    return body
 
 
 def ffn_sublayer(d: Description, index: int, w: Weights) -> SubLayer:
