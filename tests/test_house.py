@@ -24,8 +24,8 @@ each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_
 ORDER = [
     "version", "errors", "arguments", "options", "home", "log", "progress", "registry", "model_config",
     "system", "kv", "kernels", "checkpoint", "family", "encoding", "pack", "storage", "prefix", "sampling",
-    "text", "caching", "weights", "model", "forward", "draft", "plan", "engine", "report", "adapt", "bench",
-    "serve", "cli", "__main__", "__init__",
+    "text", "caching", "weights", "parallel", "model", "forward", "draft", "plan", "engine", "report",
+    "adapt", "bench", "serve", "cli", "__main__", "__init__",
 ]  # fmt: skip
 # Imported within a function, so that --help and `import outsize` are instant, or because a system lacks them.
 LATE = {

@@ -89,6 +89,71 @@ class Latent:
 
 
 @dataclass(frozen=True, slots=True)
+class Shard:
+    """What one of several ranks holds of a model (parallel/shard.py); all else is whole on each. Ranges are
+    (first, last + 1), of the model's. `cut` "gather": of a feed-forward's down, all inputs of some outputs;
+    "sum": the inputs that are its neurons, of all outputs; "layers": some layers, whole. `attention`: whole
+    on every rank, or by heads."""
+
+    rank: int
+    world: int
+    cut: str  # "gather", "sum" or "layers"
+    attention: str  # "whole" or "heads"
+    neurons: tuple[int, int]
+    outputs: tuple[int, int]
+    heads: tuple[int, int]
+    kv_heads: tuple[int, int]
+    ffn_width: int  # of the model, as the next
+    num_heads: int
+    num_kv_heads: int
+    neuron_ends: tuple[int, ...]  # of each rank in turn, as the next
+    output_ends: tuple[int, ...]
+    layers: tuple[int, int]
+    num_layers: int  # of the model
+
+    @property
+    def neuron_widths(self) -> tuple[int, ...]:
+        """Neurons of each rank."""
+        return _widths(self.neuron_ends)
+
+    @property
+    def output_widths(self) -> tuple[int, ...]:
+        """Outputs of down on each rank."""
+        return _widths(self.output_ends)
+
+    @property
+    def inner(self) -> int:
+        """Inputs of down here."""
+        return self.ffn_width if self.cut == "gather" else self.neurons[1] - self.neurons[0]
+
+    @property
+    def outer(self) -> int:
+        """Outputs of down here."""
+        return self.outputs[1] - self.outputs[0]
+
+
+def _widths(ends: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(b - a for a, b in zip((0, *ends), ends, strict=False))
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Feed-forwards that read nothing but the token's embedding, so that each is a table over the vocabulary
+    (MemoryLLM, arXiv 2602.00398): h += feed_forward(norm(embedding)), beside or instead of one that reads
+    the residual stream."""
+
+    dense: int = 0  # width of that one (Flex-MemoryLLM); 0: there is none
+    is_table: bool = False  # looked up by token, and not computed
+    ranks: tuple[int, ...] = ()  # numbers of a token in each layer's table, of which a
+    # basis makes the model's width; (): the width itself
+    off: tuple[int, ...] = ()  # layers whose memory a run leaves out (lossy)
+
+    def widths(self, d: Description) -> tuple[int, ...]:
+        """Numbers of a token in each layer's table."""
+        return self.ranks or (d.width,) * d.num_layers
+
+
+@dataclass(frozen=True, slots=True)
 class Description:
     """One decoder-only transformer. Heads rotate in adjacent pairs (0,1), (2,3), ..."""
 
@@ -124,6 +189,18 @@ class Description:
     layer_norm: bool = False  # norms are LayerNorms, with biases, instead of RMSNorms
     positions: bool = False  # a learned vector of each position is added to its token's
     parallel: bool = False  # a feed-forward reads what its layer's attention reads
+    shard: Shard | None = None  # of one of several ranks: the sizes above are what it has
+
+    @property
+    def whole(self) -> Description:
+        """The model that this is a part of."""
+        s = self.shard
+        if s is None:
+            return self
+        whole = replace(self, num_heads=s.num_heads, num_kv_heads=s.num_kv_heads)
+        return replace(whole, shard=None, ffn_width=s.ffn_width)
+
+    memory: Memory | None = None  # feed-forwards of the token's embedding
 
     @property
     def num_layers(self) -> int:
@@ -166,6 +243,16 @@ class Description:
         """As a run of so many positions computes it."""
         layers = (replace(layer, rope=layer.rope.for_context(context)) for layer in self.layers)
         return replace(self, layers=tuple(layers))
+
+    @property
+    def has_table(self) -> bool:
+        """Are feed-forwards looked up by token?"""
+        return self.memory is not None and self.memory.is_table
+
+    @property
+    def has_ffn(self) -> bool:
+        """Has a layer weights of a feed-forward? Not where all of it is looked up."""
+        return self.memory is None or not self.memory.is_table or self.memory.dense > 0
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)

@@ -11,6 +11,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+DENSE = 32  # of Flex-MemoryLLM's second feed-forward
 VOCAB, WIDTH, FFN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 288, 64, 96, 3, 4, 2, 32
 TOKENS = [(7 * i * i + 3 * i + 11) % VOCAB for i in range(40)]
 
@@ -199,6 +200,9 @@ CONFIGS |= {
         "parallel_attn": True, "new_decoder_architecture": False, "rope_theta": 10000.0,
         "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
     },
+    "memoryllm": {
+        "rope_theta": 10000.0, "tie_word_embeddings": True, "dense_intermediate_size": 0,
+    },
     "glm4_moe_lite": {
         **LATENT, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse", "sparse"],
     },
@@ -212,8 +216,14 @@ REFERENCE = {"gemma3": "gemma3_text", "afm": "qwen3", "llama4": "llama4_text"}
 
 # Families with what few of their checkpoints have; no vectors are kept of these.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "memoryllm+dense": ("memoryllm", {"dense_intermediate_size": DENSE}),
     "llama+biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama+relu": ("llama", {"hidden_act": "relu"}),
+    # With neurons that three ranks can share unevenly.
+    **{
+        f"{base}+wide": (base, {"intermediate_size": 320})
+        for base in ("llama", "qwen2", "qwen3", "gemma3")
+    },
 }
 
 
@@ -258,7 +268,9 @@ def shapes(family: str) -> dict[str, tuple[int, ...]]:
     """Tensor names and shapes, in Hugging Face's naming."""
     if family in STORED:
         return {name: tuple(shape) for name, shape in STORED[family].items()}
-    head_dim = config(family)["head_dim"]
+    settings, variant = config(family), family
+    head_dim, ffn = settings["head_dim"], settings["intermediate_size"]
+    family = VARIANTS.get(family, (family, {}))[0]
     q, kv = HEADS * head_dim, KV_HEADS * head_dim
     out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, WIDTH)}
     for i in range(LAYERS):
@@ -275,9 +287,9 @@ def shapes(family: str) -> dict[str, tuple[int, ...]]:
             out |= expert_shapes(family, p)
         else:
             out |= {
-                p + "mlp.gate_proj.weight": (FFN, WIDTH),
-                p + "mlp.up_proj.weight": (FFN, WIDTH),
-                p + "mlp.down_proj.weight": (WIDTH, FFN),
+                p + "mlp.gate_proj.weight": (ffn, WIDTH),
+                p + "mlp.up_proj.weight": (ffn, WIDTH),
+                p + "mlp.down_proj.weight": (WIDTH, ffn),
             }
         if family == "olmoe":
             out |= {f"{p}self_attn.{n}_norm.weight": (s,) for n, s in (("q", q), ("k", kv))}
@@ -289,21 +301,36 @@ def shapes(family: str) -> dict[str, tuple[int, ...]]:
         if family == "gemma3":
             names = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
             out |= {f"{p}{n}.weight": (WIDTH,) for n in names}
+    if family.startswith("memoryllm"):
+        out = memory_shapes(out, family)
     out["model.norm.weight"] = (WIDTH,)
-    if not config(family)["tie_word_embeddings"]:
+    if not settings["tie_word_embeddings"]:
         out["lm_head.weight"] = (VOCAB, WIDTH)
-    if family == "llama+biases":
+    if variant == "llama+biases":
         parts = [f"{n}_proj.weight" for n in ("q", "k", "v", "o", "gate", "up", "down")]
         maps = {n: s for n, s in out.items() if n.endswith(tuple(parts))}
         out |= {f"{n.removesuffix('weight')}bias": s[:1] for n, s in maps.items()}
     return out
 
 
+def memory_shapes(out: dict[str, tuple[int, ...]], family: str) -> dict[str, tuple[int, ...]]:
+    """Of llama's tensors, those of feed-forwards of the embedding; in Flex also of a dense one beside."""
+    old, new = "post_attention_layernorm", "memory_layernorm"
+    made = {name.replace(old, new): shape for name, shape in out.items()}
+    inner = config(family)["dense_intermediate_size"]
+    for i in range(LAYERS if inner else 0):
+        p = f"model.layers.{i}."
+        made[f"{p}{old}.weight"] = (WIDTH,)
+        made |= {f"{p}dense_mlp.{k}_proj.weight": (inner, WIDTH) for k in ("gate", "up")}
+        made[f"{p}dense_mlp.down_proj.weight"] = (WIDTH, inner)
+    return made
+
+
 def weights(family: str) -> dict[str, np.ndarray]:
     random = np.random.default_rng(20260822)
     return {
         name: (random.standard_normal(shape) * (0.2 if "norm" not in name else 0.1)
-               + ("norm" in name and family not in ("gemma2", "gemma3"))).astype(np.float32)
+               + ("norm" in name and not family.startswith("gemma"))).astype(np.float32)
         for name, shape in shapes(family).items()
     }  # fmt: skip
 

@@ -268,8 +268,17 @@ def test_prompts_grow_old_and_the_shortest_goes_first() -> None:
     """Of two prompts the shorter is run first, but the longer waits for no more than a few steps."""
     live = Live.__dataclass_fields__["passed"].default
     assert live == 0
-    pace = Pace(token_s=0.001, step_s=0.05)
-    assert pace.room(1, 32) == 288
+
+
+def test_a_slice_is_as_long_as_replies_may_wait() -> None:
+    pace = Pace(token_s=0.001, step_s=0.04)
+    assert pace.room(1, 32) == 256, "its step is in the time that they may wait"
     assert pace.room(0, 32) == 992
+    pace.saw(128, 1, 0.04 + 0.256)
+    assert pace.room(1, 32) == 128, "tokens that take longer are believed at once"
+    pace.saw(128, 1, 0.04 + 0.128)
+    assert pace.token_s == pytest.approx(0.0017), "and quicker ones by and by"
     pace.saw(0, 3, 2.0)
-    assert pace.room(1, 32) > 288, "a step that reads for long hides more computing"
+    assert pace.room(1, 32) == 32, "a step that computes for long leaves no time"
+    pace.saw(0, 3, 4.0, waited=3.5)
+    assert pace.room(1, 32) > 256, "one that reads for long hides computing"

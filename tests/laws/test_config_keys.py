@@ -25,7 +25,7 @@ from tests.golden import tiny
 from tests.golden.test_golden import write_gguf
 
 Folders = Callable[[str], Path]
-# transformers' classes; AFM's architecture has none.
+# transformers' classes; AFM's and MemoryLLM's architectures have none.
 CLASSES = {
     "llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config",
     "gemma3": "Gemma3TextConfig", "olmoe": "OlmoeConfig", "mixtral": "MixtralConfig",
@@ -71,7 +71,7 @@ CHANGES: dict[str, tuple[object, dict[str, object]]] = {
     "interleave_moe_layer_step": (2, {"moe_layers": None}), "attention_chunk_size": (5, {}),
     "floor_scale": (9, {}), "attn_scale": (0.4, {}), "ffn_dim": (192, {}), "ffn_hidden_size": (192, {}),
     "activation_function": ("gelu", {}), "activation": ("relu", {}), "enable_bias": (None, {}),
-    "word_embed_proj_dim": (32, {}), "layer_norm_epsilon": (1e-3, {}),
+    "word_embed_proj_dim": (32, {}), "layer_norm_epsilon": (1e-3, {}), "dense_intermediate_size": (32, {}),
 }  # fmt: skip
 HARMLESS = {
     "unsloth_version": "2026.1", "use_mrope": False, "is_llama_config": True, "rope_interleaved": False,
@@ -132,7 +132,7 @@ def as_the_class(checkpoint: Checkpoint, family: str, config: dict[str, object])
 
 
 def test_every_family_has_a_class() -> None:
-    assert set(CLASSES) | {"afm"} == set(families())
+    assert set(CLASSES) | {"afm", "memoryllm"} == set(families())
 
 
 @pytest.mark.parametrize("family", CLASSES)

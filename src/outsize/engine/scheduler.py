@@ -154,6 +154,10 @@ class Scheduler:
         shown = {**request.options.to_json(), "context": context, "threads": threads}
         shown |= {"memory": size, "chunk": self.transformer.chunk, "kv": self.transformer.kv}
         shown["neurons"] = self.transformer.neurons or "off"
+        if self.transformer.loaded.tokens is not None:
+            shown["table"] = "rows by token"
+        if off := self.transformer.layers_off:
+            shown["layers_off"] = ", ".join(map(str, off))
         tables = self.transformer.loaded.tables
         cached = not all(table.is_direct for table in tables)
         return account(request, self.name, shown, Usage(started, before, self.counts(), cached))

@@ -17,6 +17,7 @@ from itertools import pairwise
 
 import torch
 
+from outsize.errors import OptionError
 from outsize.forward.full import added, full, outs
 from outsize.forward.part import Group, Part, Watch
 from outsize.forward.span import Out, Span
@@ -32,6 +33,8 @@ def lazy(model: Transformer, spans: Sequence[Span], kvs: Sequence[KV]) -> list[O
     """The `Forward` that heeds `Span.prune`; without one it is `full`. Appends to the caches."""
     if not any(span.is_lazy for span in spans):
         return full(model, spans, kvs)
+    if model.leader is not None:
+        raise OptionError("lazy prompts are not run by several ranks; use prefill full")
     parts = [Part(model, span, kv) for span, kv in zip(spans, kvs, strict=True)]
     model.begin(True)
     points = {at for part in parts for at in part.points}

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from outsize.kernels import attention
 from outsize.kernels.backend import AttentionSpec, Places, Product
 from outsize.kernels.layouts import TILES
 from outsize.kernels.norm import LayerNorm, Norm, RMSNorm
 from outsize.kernels.palettes import PaletteMatrix
 from outsize.kernels.plain import TILE_ROWS, Plain, palette_product, tile_product, wide_linear
 from outsize.kernels.rows import Rows
+from outsize.kernels.spans import Spans
 from outsize.kernels.structs import (
     Coded,
     ExpertMatrices,
@@ -81,6 +83,7 @@ class Native(Plain):
         self.library = lib
         found = {name: _function(lib, name) for name in SIGNATURES}
         self._set_threads, self._attend = found["set_threads"], found["attend_rows"]
+        self._spans = Spans(lib, tiles=attention.keeps_kernels())
         self._decode_entries = found["decode_entries"]
         self._norm, self._residual = found["norm_rows"], found["residual_rows"]
         self._gate, self._lowrank = found["gate_rows"], found["lowrank_rows"]
@@ -173,7 +176,7 @@ class Native(Plain):
 
     @property
     def wide(self) -> Plain:
-        return Wide(self)
+        return Wide(self, self._spans)
 
     def norm(self, h_TD: Tensor, norm: Norm) -> Tensor:
         if isinstance(norm, LayerNorm):
@@ -268,10 +271,13 @@ class Native(Plain):
 
 
 class Wide(Plain):
-    """What long spans run on: torch's products and attention, and the C functions between them."""
+    """What long spans run on: torch's products, and the C functions between them."""
 
-    def __init__(self, native: Native) -> None:
-        self._native = native
+    def __init__(self, native: Native, spans: Spans) -> None:
+        self._native, self._spans = native, spans
+
+    def attend(self, spec: AttentionSpec, qkv: Tensor, cos_sin: Tensor, rows: Rows) -> Tensor:
+        return attention.attend(spec, qkv, cos_sin, rows, self._spans.attend)
 
     def norm(self, h_TD: Tensor, norm: Norm) -> Tensor:
         return self._native.norm(h_TD, norm)

@@ -25,6 +25,7 @@ from outsize.errors import ReadError
 from outsize.kv.pruned import Pruned
 
 FIRST = 256  # entries a layer starts with; it doubles when full
+ALL = 1 << 62  # positions
 MOVED = 1024  # entries that are copied at once where others are put before them
 
 
@@ -40,6 +41,7 @@ class KV:
         self._stored = [torch.empty(shape, dtype=dtype, device="cpu") for _ in range(num_layers)]
         self.positions = [array("i") for _ in range(num_layers)]
         self.pruned: list[Pruned] = []  # of each prompt that not all layers have seen all tokens of
+        self.moved = ALL  # since that was last looked at, entries from here on came by no step
         self.torn = False  # a step that moves entries began, and has not ended
 
     @property
@@ -133,6 +135,7 @@ class KV:
 
     def copy_from(self, other: KV, length: int) -> None:
         """Become the first `length` positions of another cache of the same model."""
+        self.moved = 0
         for layer, theirs in enumerate(other.positions):
             count = bisect_left(theirs, length)
             self.positions[layer] = theirs[:0]
@@ -163,6 +166,7 @@ class KV:
 
     def append_block(self, block: Tensor) -> None:
         """The next entries of all layers, copied: what `blocks` gave."""
+        self.moved = min(self.moved, self.length)
         for layer, entries in enumerate(block):
             start = len(self.positions[layer])
             stored, at = self.reserve(layer, range(start, start + entries.shape[1]))

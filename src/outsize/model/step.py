@@ -17,6 +17,7 @@ from outsize.kernels.norm import RMSNorm
 from outsize.kernels.rows import Rows
 from outsize.model.lora import Adapter
 from outsize.model_config import Rope
+from outsize.weights.tokens import Recalled
 
 
 class Watch(Protocol):
@@ -33,6 +34,15 @@ class Watch(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class TokenInputs:
+    """What a step's tokens bring, whatever stands around them: their embeddings (T, D), fp32, or their rows
+    of a table that layers look up (weights/tokens.py)."""
+
+    embedded_TD: Tensor | None = None
+    recalled: Recalled | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """One step. Shapes: T rows, D model width, K inputs, N outputs, E numbers a head."""
 
@@ -41,6 +51,7 @@ class Step:
     backend: Backend  # in wide steps its `wide`
     added: Sequence[tuple[slice, Adapter]] = ()  # rows that an adapter adds to
     watches: Sequence[Watch] = ()
+    tokens: TokenInputs | None = None  # of a model whose layers read them
     # What a layer's attention read (T, D), normed, where its feed-forward reads the same.
     read: list[Tensor] = field(default_factory=list)
 

@@ -5,26 +5,25 @@ Shapes: T rows, D model width, H query heads, J key heads, E numbers a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from outsize.kernels.norm import Norm, RMSNorm, norm_of
+from outsize.kernels.norm import RMSNorm
 from outsize.model.attention import Attention, vector
 from outsize.model.ffn.dense import Dense, Ungated
 from outsize.model.ffn.experts import Mixture, Router, SharedExpert
+from outsize.model.joint import ALONE, PLAIN_ENDS, Ends, Whole, in_flight, joint
 from outsize.model.latent import LatentAttention
 from outsize.model.layers import Linear
+from outsize.model.norms import Body, Entry, entering, post_norm, pre_norm, shown
 from outsize.model.step import Step
 from outsize.model_config import Description
 from outsize.model_config import Mixture as MixtureConfig
+from outsize.parallel.collective import Collective
 from outsize.storage.table import Weights, activation_type
 from outsize.weights.experts import ExpertBank
-
-
-Body = Callable[[Tensor, Step], Tensor]
 
 
 class Runnable(Protocol):
@@ -41,59 +40,55 @@ class SubLayer:
 
     def __init__(
         self,
-        norm: Norm | torch.dtype | None,
+        norm: Entry,
         body: Body,
         post: RMSNorm | None = None,
         bias_D: Tensor | None = None,
-        scale: float = 1.0,
+        how: Ends = PLAIN_ENDS,
     ) -> None:
         """`norm`: or the type that enters the body as it is; None: what attention read does."""
         self._norm, self._body, self._post, self._bias_D = norm, body, post, bias_D
-        self._scale = scale
+        self._scale, self._joint = how
 
     def __call__(self, h_TD: Tensor, step: Step) -> None:
-        y_TD = self._body(self._read(h_TD, step), step)
-        step.residual(h_TD, y_TD, self._post, self._bias_D, self._scale)
-
-    def _read(self, h_TD: Tensor, step: Step) -> Tensor:
-        """What enters the body."""
-        norm = self._norm
-        if norm is None:
-            return step.read.pop()
-        return h_TD.to(norm) if isinstance(norm, torch.dtype) else step.backend.norm(h_TD, norm)
+        self._end(h_TD, step, self._begin(h_TD, step))
 
     def run(self, chunks: Sequence[tuple[Tensor, Step]]) -> None:
-        for h_TD, step in chunks:
-            self(h_TD, step)
+        if self._joint is not ALONE:
+            in_flight(chunks, self._begin, self._end)
+        for chunk in chunks if self._joint is ALONE else ():
+            self(*chunk)
+
+    def _begin(self, h_TD: Tensor, step: Step) -> Whole:
+        return self._joint.outer(self._body(entering(h_TD, step, self._norm), step))
+
+    def _end(self, h_TD: Tensor, step: Step, whole: Whole) -> None:
+        step.residual(h_TD, whole(), self._post, self._bias_D, self._scale)
 
 
-def attention_sublayer(d: Description, index: int, w: Weights) -> SubLayer:
+def attention_sublayer(
+    d: Description, index: int, w: Weights, ranks: Collective | None = None
+) -> SubLayer:
     kind = Attention if d.latent is None else LatentAttention
-    body: Body = kind(d, index, w)
+    body = shown(kind(d, index, w)) if d.parallel else kind(d, index, w)
     bias_D = vector(w["o_bias"]) if d.o_bias else None
-    norm = _pre(d, w, "attn_norm", activation_type(w["o"]))
-    body = _shown(body) if d.parallel else body
-    return SubLayer(norm, body, _post(d, w, "attn_post_norm"), bias_D, d.residual_scale)
+    norm = pre_norm(d, w, "attn_norm", activation_type(w["o"]))
+    ends = Ends(d.residual_scale, joint(d, index, "attention", ranks))
+    return SubLayer(norm, body, post_norm(d, w, "attn_post_norm"), bias_D, ends)
 
 
-def _shown(attention: Body) -> Body:
-    """Attention whose layer's feed-forward reads what it reads."""
-
-    def body(x_TD: Tensor, step: Step) -> Tensor:
-        step.read[:] = [x_TD]
-        return attention(x_TD, step)
-
-    return body
-
-
-def ffn_sublayer(d: Description, index: int, w: Weights) -> SubLayer:
-    norm = None if d.parallel else _pre(d, w, "ffn_norm", activation_type(w["gate_up"]))
+def ffn_sublayer(
+    d: Description, index: int, w: Weights, ranks: Collective | None = None
+) -> SubLayer:
+    norm = None if d.parallel else pre_norm(d, w, "ffn_norm", activation_type(w["gate_up"]))
     inner_bias, bias_D = (
         (vector(w["gate_up_bias"]), vector(w["down_bias"])) if d.mlp_bias else (None, None)
     )
-    kind = Dense if d.gated else Ungated
-    dense = kind(Linear(w["gate_up"]), Linear(w["down"]), d.activation, index, inner_bias)
-    return SubLayer(norm, dense, _post(d, w, "ffn_post_norm"), bias_D, d.residual_scale)
+    whole = joint(d, index, "ffn", ranks)
+    maps = Linear(w["gate_up"]), Linear(w["down"])
+    dense = (Dense if d.gated else Ungated)(maps, d.activation, index, inner_bias, whole)
+    ends = Ends(d.residual_scale, whole)
+    return SubLayer(norm, dense, post_norm(d, w, "ffn_post_norm"), bias_D, ends)
 
 
 def mixture_sublayer(d: Description, bank: ExpertBank, w: Weights) -> Mixture:
@@ -115,16 +110,5 @@ def mixture_of(d: Description) -> MixtureConfig:
 def shared_expert(d: Description, w: Weights) -> SharedExpert:
     """The expert that all tokens use."""
     gate_D = vector(w["shared_router"]) if "shared_router" in w else None
-    dense = Dense(Linear(w["shared_gate_up"]), Linear(w["shared_down"]), d.activation)
+    dense = Dense((Linear(w["shared_gate_up"]), Linear(w["shared_down"])), d.activation)
     return SharedExpert(dense, gate_D)
-
-
-def _pre(d: Description, w: Weights, name: str, dtype: torch.dtype) -> Norm | torch.dtype:
-    if not d.pre_norm:
-        return dtype
-    found = {n: vector(w[n]) for n in (name, f"{name}_bias") if n in w}
-    return norm_of(found, name, d.norm_eps, dtype)
-
-
-def _post(d: Description, w: Weights, name: str) -> RMSNorm | None:
-    return RMSNorm(vector(w[name]), d.norm_eps, torch.float32) if d.post_norm else None

@@ -6,7 +6,7 @@ fp32 and is changed in place. Shapes: T tokens, K tokens whose logits are wanted
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -15,25 +15,28 @@ from torch import Tensor
 from outsize.encoding.find import gives_fp32
 from outsize.kernels.attention import CHUNK, capped
 from outsize.kernels.backend import Backend
-from outsize.kernels.norm import norm_of
 from outsize.kernels.plain import PLAIN
 from outsize.kernels.rows import Rows, Segment
 from outsize.kernels.threads import Threads
 from outsize.kv.int8 import Int8KV
 from outsize.kv.kv import KV
-from outsize.model.attention import vector
 from outsize.model.ffn.neurons import PagedNeurons
 from outsize.model.layers import cos_sin
 from outsize.model.lora import Adapter
 from outsize.model.memory import WeightMemory
+from outsize.model.memory_sublayer import memory_sublayer
+from outsize.model.norms import last_norm, learned_positions
 from outsize.model.paged import PagedLayer, link
 from outsize.model.predictors.choose import Chooser
-from outsize.model.step import Step, Watch
-from outsize.model.sublayer import attention_sublayer, ffn_sublayer, mixture_sublayer
+from outsize.model.ranks import Leader, Stages
+from outsize.model.step import Step, TokenInputs, Watch
+from outsize.model.sublayer import Runnable, attention_sublayer, ffn_sublayer, mixture_sublayer
 from outsize.model_config import Description, Rope
-from outsize.pack.records import POSITIONS
+from outsize.parallel.collective import Collective
+from outsize.storage.table import Weights
 from outsize.weights.load import Loaded
 from outsize.weights.spec import Recorder
+from outsize.weights.tokens import Recall
 
 REFINED = 64  # tokens of the highest logits, which are computed again in fp32
 
@@ -49,31 +52,34 @@ class Transformer:
         backend: Backend = PLAIN,
         ceiling: int | None = None,
         threads: Threads | None = None,
+        ranks: Collective | None = None,
     ) -> None:
         """`ceiling`: bytes that the process should not exceed, if returning free memory helps. `threads`:
-        how many the backend uses; None: as many as torch has."""
+        how many the backend uses; None: as many as torch has. `ranks`: whom a rank's model is run with."""
         self.description, self.loaded = description, loaded
         self._embed, self._head = loaded.embed, loaded.head
         self.dtype = loaded.activation_type
         self.paged_layers: list[PagedLayer] = []
         banks = {bank.layer: bank for bank in loaded.banks}
         for i, (attn, ffn) in enumerate(loaded.layers):
-            self.paged_layers.append(PagedLayer(partial(attention_sublayer, description, i), attn))
-            bank = banks.get(i)
-            make = (
-                partial(ffn_sublayer, description, i)
-                if bank is None
-                else partial(mixture_sublayer, description, bank)
+            self.paged_layers.append(
+                PagedLayer(partial(attention_sublayer, description, i, ranks=ranks), attn)
             )
+            make: Callable[[Weights], Runnable] = partial(ffn_sublayer, description, i, ranks=ranks)
+            if (bank := banks.get(i)) is not None:
+                make = partial(mixture_sublayer, description, bank)
+            elif description.memory is not None:
+                make = partial(memory_sublayer, description, i, loaded.final_norm)
             self.paged_layers.append(PagedLayer(make, ffn))
         link(self.paged_layers[1::2])
-        final = {name: vector(w) for name, w in loaded.final_norm.items() if name != POSITIONS}
-        self._norm = norm_of(final, "final_norm", description.norm_eps, torch.float32)
-        self._positions_PD = _positions(loaded)
+        self._norm = last_norm(description, loaded.final_norm)
+        self._positions_PD = learned_positions(loaded.final_norm)
         self._ropes = description.ropes
         self.backend = backend if self.dtype == torch.bfloat16 else PLAIN
         self.chunk = CHUNK  # tokens of a prompt that are computed at once, at multiples of it
         self.kv = "auto"  # how keys and values are kept, or int8
+        self.leader: Leader | None = None  # tells other ranks of each step
+        self.relay: Stages | None = None  # runs the layers that other ranks have
         self.neurons = ""  # which are computed, and what that costs, where not all are
         self._own, self.threads = backend, threads or Threads(torch.get_num_threads())
         self.memory = WeightMemory(description, loaded, self.paged_layers, ceiling)
@@ -94,6 +100,11 @@ class Transformer:
         """A step begins; `is_large`: with a long span, or of a batch."""
         self._own.set_threads(self.threads.now())
         self.memory.begin_step(is_large)
+
+    @property
+    def layers_off(self) -> tuple[int, ...]:
+        """The layers whose memory is left out (lossy)."""
+        return () if self.description.memory is None else self.description.memory.off
 
     @property
     def waited_s(self) -> float:
@@ -120,12 +131,17 @@ class Transformer:
 
     def embed(self, tokens: Sequence[int], positions: Sequence[int] = ()) -> Tensor:
         """(T, D) fp32. `positions`: of the tokens, where the model has learned them."""
+        if self.relay is not None and not self.relay.begins:  # room for what another rank sends
+            return self._norm.weight.new_empty(len(tokens), self.description.width)
         rows = self._embed.rows(torch.tensor(tokens, dtype=torch.int64, device="cpu"))
         scale = self.description.embed_scale
         rows = rows if scale == 1.0 else rows.mul_(scale)
-        if self._positions_PD is None:
-            return rows
-        return rows.add_(self._positions_PD[list(positions)])
+        learned = self._positions_PD
+        return rows if learned is None else rows.add_(learned[list(positions)])
+
+    def recall(self, tokens: Sequence[int]) -> Recall | None:
+        """Start reading what layers look up of a pass's tokens; None: they look up nothing."""
+        return None if self.loaded.tokens is None else self.loaded.tokens.ask(tokens)
 
     def step(
         self,
@@ -133,8 +149,10 @@ class Transformer:
         wide: bool,
         added: Sequence[tuple[slice, Adapter]] = (),
         watches: Sequence[Watch] = (),
+        tokens: TokenInputs | None = None,
     ) -> Step:
-        """A step of these rows; its rotary angles are computed once for all layers."""
+        """A step of these rows; its rotary angles are computed once for all layers. `tokens`: of a model
+        whose layers read them."""
         positions = [p for s in segments for p in s.all_positions()]
         angles = rotary_angles(self._ropes, self.description.head_dim, positions)
         return Step(
@@ -143,6 +161,7 @@ class Transformer:
             self.backend.wide if wide else self.backend,
             added,
             watches,
+            tokens,
         )
 
     def normed(self, h_TD: Tensor) -> Tensor:
@@ -194,14 +213,6 @@ def rotary_angles(
     """(T, 1, E/2) complex for each kind of rope: cosine and sine of each position's angles."""
     positions_T = torch.tensor(positions, dtype=torch.int64, device="cpu")
     return {rope: cos_sin(rope, head_dim, positions_T) for rope in ropes}
-
-
-def _positions(loaded: Loaded) -> Tensor | None:
-    """(P, D) fp32: what is added at each position, of models that have learned it."""
-    if POSITIONS not in loaded.final_norm:
-        return None
-    (weight,) = loaded.final_norm[POSITIONS]
-    return weight.encoding.decode(weight.fields)
 
 
 def _best(row_V: Tensor) -> Tensor:

@@ -125,6 +125,7 @@ def mixed_fault(tables: Iterable[TableHeader]) -> str:
     kinds = {
         m.encoding == FLOATS
         for table in tables
+        if table.kind != "tokens"
         for name, pieces in table.tensors.items()
         for m in pieces
         if m.num_rows > 1 and name not in FIXED

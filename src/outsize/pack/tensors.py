@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 
@@ -79,6 +80,7 @@ class TablePlan:
 
     header: TableHeader
     records: tuple[Record, ...]
+    linked: Path | None = None  # a file that holds just this, with the header's checksums
 
 
 class SourceTensors:

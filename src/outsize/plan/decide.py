@@ -20,6 +20,7 @@ from outsize.options import LoadOptions
 from outsize.pack import fetch
 from outsize.pack.outline import Outline
 from outsize.plan import beside, drafts, fixed, neurons
+from outsize.plan.layers_off import parse_layers, with_layers_off
 from outsize.plan.neurons import NeuronPlan
 from outsize.plan.place import copy_bytes, place, tokenizer_bytes
 from outsize.plan.placement import Placement
@@ -33,6 +34,7 @@ def check(options: LoadOptions) -> None:
     """Parse the options that are texts. Raises OptionError, UnsupportedError."""
     parse_experts(options.experts or "")
     parse_neurons(options.neurons)
+    parse_layers(options.layers_off)
     draft, prune = parse_draft(options.draft), parse_prefill(options.prefill)
     if prune is not None:
         prune.check_drafts(draft.kind)
@@ -72,6 +74,7 @@ def foresee(model: str, options: LoadOptions, size: int, runtime: int) -> tuple[
     options = for_model(options, model)
     outline = fetch.outline(model, options.encoding, options.quiet)
     options = for_kind(options, outline.name, outline.description)
+    outline = without_layers(outline, options)
     draft, encoding = parse_draft(options.draft), parse_experts(options.experts or "").copies
     drafting.check(draft, outline)
     smaller = fetch.outline(draft.source, "auto", options.quiet) if draft.kind == "model" else None
@@ -82,6 +85,23 @@ def foresee(model: str, options: LoadOptions, size: int, runtime: int) -> tuple[
     tokenizer = tokenizer_bytes(outline)
     outline = settle(outline, paged, options, size, (runtime, tokenizer))
     return outline, decide(outline, options, size, runtime, tokenizer)
+
+
+def without_layers(o: Outline, options: LoadOptions) -> Outline:
+    """The outline of a run that leaves some layers' memories out; and what cannot be with such layers is
+    refused. Raises OptionError."""
+    d = with_layers_off(o.description, options.layers_off, o.name)
+    check_prefill(d, options.prefill)
+    return replace(o, description=d)
+
+
+def check_prefill(d: Description, prefill: str) -> None:
+    """Raise OptionError for a model whose layers read their tokens, where tokens are to skip layers."""
+    if d.memory is not None and parse_prefill(prefill) is not None:
+        raise OptionError(
+            f"prefill is {prefill!r}, and layers of {d.family} models read their tokens' embeddings or rows, "
+            "which skipped tokens would have to keep; use prefill=full"
+        )
 
 
 def settle(

@@ -28,19 +28,26 @@ DRAFT, GRAMMARS = "draft model", "grammars"
 # tokens, 180 afterwards); a reply's grammar of 20 tools with 10 parameters each.
 GRAMMAR_BASE, GRAMMAR_TOKEN, GRAMMAR_REPLY = 6_000_000, 290, 1_200_000
 NEURON_BYTES = 600  # of what a policy, and the slot table, remember of a bundle of neurons
+ROW_BYTES = 700  # and of a record of rows by token
 STREAM_TOKENS = 512  # of context that each further reply at once is planned for; beyond, some wait
 
 
 def kv_bytes(o: Outline) -> int:
-    """Of one token: its keys and values in all layers, its residual row, its rotary angles, its id."""
+    """Of one token: its keys and values in all layers, its residual row, its rotary angles, its id; its
+    embedding, or row of a table, where layers read that."""
     d = o.description
     kv = stored_bytes(o)
     if o.kv == "int8":  # of one layer, as numbers
         kv += 2 * d.num_kv_heads * d.head_dim * o.activation_bytes
     ropes = len({layer.rope for layer in d.layers})
     routed = 0 if d.mixture is None else d.width * (o.activation_bytes + 4) + 200 * d.mixture.used
+    rows = 0 if d.memory is None else 4 * d.width + sum(t.stride for t in _by_token(o))
     read = d.width * o.activation_bytes * d.parallel  # by attention, until the feed-forward has
-    return kv + 4 * d.width + 4 * d.head_dim * ropes + routed + read + 100
+    return kv + 4 * d.width + 4 * d.head_dim * ropes + routed + rows + read + 100
+
+
+def _by_token(o: Outline) -> list[TableHeader]:
+    return [t for t in o.tables if t.kind == "tokens"]
 
 
 def stored_bytes(o: Outline) -> int:
@@ -74,9 +81,12 @@ def scratch_bytes(o: Outline, context: int) -> int:
     inner = (
         d.ffn_width if d.mixture is None else max(d.ffn_width, d.mixture.width, d.mixture.shared)
     )
+    inner = inner if d.shard is None else max(inner, d.shard.inner)
     ffn = c * (d.width * (2 * a + 4) + 3 * inner * a + 8 * inner * d.mlp_bias)
     ffn += 0 if d.mixture is None else 4 * c * (d.width + d.mixture.count)
     ffn += 0 if d.mixture is None or not d.mixture.shared else 8 * c * d.width
+    if d.shard is not None:  # parts of two chunks on their way, the others', and their sum
+        ffn += c * ((2 * d.shard.world + 2) * d.width + (d.shard.world + 1) * inner) * a
     block = min(WIDE_BYTES, 2 * inner * d.width * a)
     decoded = 2 * block + c * block // d.width  # once more as the matmul packs it; and its product
     logits = 3 * 4 * d.vocab_size
@@ -127,7 +137,7 @@ def grammar_bytes(o: Outline) -> int:
 
 def policy_bytes(o: Outline) -> int:
     """What the eviction policy remembers of routing."""
-    each = {"experts": ECHO_BYTES, "neurons": NEURON_BYTES}
+    each = {"experts": ECHO_BYTES, "neurons": NEURON_BYTES, "tokens": ROW_BYTES}
     return sum(len(t.keys) * each[t.kind] for t in routed(o))
 
 
@@ -147,3 +157,8 @@ def draft_bytes(smaller: Outline, context: int) -> int:
     routing = policy_bytes(smaller) if routed(smaller) else 0
     kept = kv_tokens(smaller, tokens) * kv_bytes(smaller) + scratch_bytes(smaller, tokens)
     return all_bytes(smaller) + routing + kept
+
+
+def head_of(o: Outline) -> str:
+    """The name of the table that gives logits."""
+    return "embed" if o.description.tied else "head"

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from outsize.errors import UnsupportedError
-from outsize.model_config import Description, Latent, Mixture
+from outsize.model_config import Description, Latent, Memory, Mixture
 from outsize.pack.kinds.kind import Group, Kind
 from outsize.pack.records import POSITIONS, Specs, TensorSpec, lay_out, matrix, record_fault, vector
 from outsize.pack.tables import Matrix, TableHeader
@@ -14,6 +14,8 @@ from outsize.pack.tensors import Record, SourceTensors, TablePlan
 
 GOLDEN = 0.6180339887498949
 FINAL = "final"
+ORDER = "memory_order"  # of a table of feed-forwards: the row of each token
+BESIDE = "dense_"  # what names of a dense feed-forward beside one of the embedding begin with
 DENSE = "dense"  # feed-forwards of layers without experts, in a model that has some
 
 
@@ -21,14 +23,14 @@ class Layers(Kind):
     """The keys of a table's header are its layers' numbers. Layers of equal encodings make one table."""
 
     def groups(self, d: Description) -> Sequence[Group]:
-        final = dict(_norm(d, "final_norm"))
+        final = {**_norm(d, "final_norm"), **_beside_table(d)}
         if d.positions:
             final[POSITIONS] = matrix(d.width, (POSITIONS, d.context))
         ffn = _dense(d) if d.mixture is None else _routed(d, d.mixture)
         dense = (Group(DENSE, 3, _dense(d)),) if len(d.routed) not in (0, d.num_layers) else ()
         return (
             Group("attn", 2, _attention(d)),
-            Group("ffn", 3, ffn),
+            *((Group("ffn", 3, ffn),) if d.has_ffn else ()),
             *dense,
             Group(FINAL, 5, final),
         )
@@ -134,8 +136,38 @@ def _ffn_norm(d: Description) -> dict[str, TensorSpec]:
     return _norm(d, "ffn_norm") if d.pre_norm and not d.parallel else {}
 
 
+def _beside_table(d: Description) -> Specs:
+    """What of a table of feed-forwards is always in memory: the row of each token, and of each layer what
+    makes the model's width of a row's numbers."""
+    if d.memory is None or not d.memory.is_table:
+        return {}
+    specs = {ORDER: vector((ORDER, d.vocab_size))}
+    for i, rank in enumerate(d.memory.ranks):
+        specs[basis(i)] = matrix(rank, (basis(i), d.width))
+    return specs
+
+
+def basis(layer: int) -> str:
+    """The name of a layer's basis."""
+    return f"basis_{layer}"
+
+
+def _memory(d: Description, m: Memory) -> Specs:
+    """A feed-forward of the embedding, unless it is looked up; and a dense one beside."""
+    specs = {} if m.is_table else _norm(d) | gated(d, False, "", d.ffn_width)
+    if m.dense:
+        specs[f"{BESIDE}norm"] = vector((f"{BESIDE}norm", d.width))
+        inner = gated(d, False, BESIDE, m.dense)
+        specs |= {f"{BESIDE}{name}": spec for name, spec in inner.items()}
+    return specs
+
+
 def _dense(d: Description) -> Specs:
+    if d.memory is not None:
+        return _memory(d, d.memory)
     specs = _ffn_norm(d) | (gated(d, d.mlp_bias, "", d.ffn_width) if d.gated else _two(d))
+    if d.shard is not None:
+        specs["down"] = matrix(d.shard.inner, ("down", d.shard.outer))
     if d.post_norm:
         specs["ffn_post_norm"] = vector(("ffn_post_norm", d.width))
     return specs
