@@ -38,8 +38,9 @@ class Reference(Plain):
         start, self.is_prompt = len(self.tokens), prompt
         self.tokens += new
         fresh = list(range(start, len(self.tokens)))
-        for p, row in zip(fresh, self.model.embed(list(new), fresh), strict=True):
-            self.states[0][p] = row.clone()
+        learned = self.model.positions_PD
+        for p, row in zip(fresh, self.model.embed(list(new)), strict=True):
+            self.states[0][p] = row.clone() if learned is None else row + learned[p]
         revives = self.prune.mode == "revive"
         chosen = list(range(len(self.tokens))) if revives else fresh
         size = len(chosen)

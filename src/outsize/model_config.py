@@ -89,6 +89,23 @@ class Latent:
 
 
 @dataclass(frozen=True, slots=True)
+class Memory:
+    """Feed-forwards that read nothing but the token's embedding, so that each is a table over the vocabulary
+    (MemoryLLM, arXiv 2602.00398): h += feed_forward(norm(embedding)), beside or instead of one that reads
+    the residual stream."""
+
+    dense: int = 0  # width of that one (Flex-MemoryLLM); 0: there is none
+    is_table: bool = False  # looked up by token, and not computed
+    ranks: tuple[int, ...] = ()  # numbers of a token in each layer's table, of which a
+    # basis makes the model's width; (): the width itself
+    off: tuple[int, ...] = ()  # layers whose memory a run leaves out (lossy)
+
+    def widths(self, d: Description) -> tuple[int, ...]:
+        """Numbers of a token in each layer's table."""
+        return self.ranks or (d.width,) * d.num_layers
+
+
+@dataclass(frozen=True, slots=True)
 class Shard:
     """What one of several ranks holds of a model (parallel/shard.py); all else is whole on each. Ranges are
     (first, last + 1), of the model's. `cut` "gather": of a feed-forward's down, all inputs of some outputs;
@@ -137,23 +154,6 @@ def _widths(ends: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """Feed-forwards that read nothing but the token's embedding, so that each is a table over the vocabulary
-    (MemoryLLM, arXiv 2602.00398): h += feed_forward(norm(embedding)), beside or instead of one that reads
-    the residual stream."""
-
-    dense: int = 0  # width of that one (Flex-MemoryLLM); 0: there is none
-    is_table: bool = False  # looked up by token, and not computed
-    ranks: tuple[int, ...] = ()  # numbers of a token in each layer's table, of which a
-    # basis makes the model's width; (): the width itself
-    off: tuple[int, ...] = ()  # layers whose memory a run leaves out (lossy)
-
-    def widths(self, d: Description) -> tuple[int, ...]:
-        """Numbers of a token in each layer's table."""
-        return self.ranks or (d.width,) * d.num_layers
-
-
-@dataclass(frozen=True, slots=True)
 class Description:
     """One decoder-only transformer. Heads rotate in adjacent pairs (0,1), (2,3), ..."""
 
@@ -189,6 +189,7 @@ class Description:
     layer_norm: bool = False  # norms are LayerNorms, with biases, instead of RMSNorms
     positions: bool = False  # a learned vector of each position is added to its token's
     parallel: bool = False  # a feed-forward reads what its layer's attention reads
+    memory: Memory | None = None  # feed-forwards of the token's embedding
     shard: Shard | None = None  # of one of several ranks: the sizes above are what it has
 
     @property
@@ -199,8 +200,6 @@ class Description:
             return self
         whole = replace(self, num_heads=s.num_heads, num_kv_heads=s.num_kv_heads)
         return replace(whole, shard=None, ffn_width=s.ffn_width)
-
-    memory: Memory | None = None  # feed-forwards of the token's embedding
 
     @property
     def num_layers(self) -> int:
@@ -248,6 +247,11 @@ class Description:
     def has_table(self) -> bool:
         """Are feed-forwards looked up by token?"""
         return self.memory is not None and self.memory.is_table
+
+    @property
+    def layers_off(self) -> tuple[int, ...]:
+        """The layers whose memory a run leaves out (lossy)."""
+        return () if self.memory is None else self.memory.off
 
     @property
     def has_ffn(self) -> bool:

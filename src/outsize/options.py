@@ -198,10 +198,10 @@ class LoadChanges(TypedDict, total=False):
     kv: str
     prefill: str
     neurons: str
+    layers_off: str
     ranks: int
     listen: str | None
     parallel: str
-    layers_off: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,12 +226,12 @@ class LoadOptions:
     neurons: str = (
         "off"  # which neurons single tokens compute: off (all), auto or an add-on file (lossy)
     )
-    ranks: int = 1  # processes that run the model together, each with `memory` of its own
-    listen: str | None = None  # HOST:PORT where the others come to; None: they are started here
-    parallel: str = "tensor"  # how the model is shared out (outsize/parallel/spec.py)
     layers_off: str = (
         ""  # layers whose feed-forward of the token's embedding is left out, as 3,7-9 (lossy)
     )
+    ranks: int = 1  # processes that run the model together, each with `memory` of its own
+    listen: str | None = None  # HOST:PORT where the others come to; None: they are started here
+    parallel: str = "tensor"  # how the model is shared out (outsize/parallel/spec.py)
     # Where prompts are kept for those that begin alike (outsize/prefix/spec.py); None: in memory.
     prefix_cache: str | None = None
     grammars: bool = False  # room in the plan for replies that obey a schema or grammar, and tools
@@ -252,7 +252,7 @@ class LoadOptions:
             whole("threads", self.threads, 1, 1024)
         if self.kv not in KVS:
             raise OptionError(f"kv is {self.kv!r}; known are {', '.join(KVS)}")
-        for name in ("encoding", "verify", "draft", "prefill", "neurons", "parallel", "layers_off"):
+        for name in ("encoding", "verify", "draft", "prefill", "neurons", "layers_off", "parallel"):
             word(name, getattr(self, name))
         for name in ("experts", "prefix_cache", "listen"):
             if getattr(self, name) is not None:

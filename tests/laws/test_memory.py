@@ -83,8 +83,8 @@ def least(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Model]]:
 def values(model: Model) -> torch.Tensor:
     """(V, L, D): what each token adds in each layer of a model with a table."""
     t, every = model.transformer, range(tiny.VOCAB)
-    recall = t.recall(every)
-    assert recall is not None
+    assert t.loaded.tokens is not None
+    recall = t.loaded.tokens.ask(every)
     step = Step(
         Rows([], False), {}, t.backend, tokens=TokenInputs(None, recall.part(slice(0, tiny.VOCAB)))
     )
@@ -270,6 +270,8 @@ def test_what_cannot_be_is_refused_in_a_sentence(
     ):
         with pytest.raises(OptionError, match=match):
             outsize.load(str(tabled().path), quiet=True, **options)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match="leave --ranks out"):
+        outsize.load(str(tabled().path), quiet=True, ranks=2)
     with pytest.raises(OptionError, match="none can be left out"):
         outsize.load(str(llama.path), quiet=True, layers_off="1")
 

@@ -183,6 +183,25 @@ def test_sums_are_equal_to_rounding(
         near(alike(run(lambda rank: script(rank.model))), script(one.transformer), encoding)
 
 
+@pytest.mark.parametrize(("bits", "most"), [(8, 2e-3), (4, 0.2)])
+@pytest.mark.parametrize("way", [SUM, HEADS], ids=str)
+def test_sums_in_few_bits(
+    way: Way, bits: int, most: float, open_tiny: Callable[..., Model]
+) -> None:
+    """L2: lossy, and yet the same bits on all ranks; fewer bits go over the wire."""
+    one, transports = open_tiny("llama+wide", "q4_0"), threads(2)
+    packs = shards_of(one.pack, TWO, way)
+    with opened(packs, transports=transports, bits=bits) as run:
+        found, due = alike(run(lambda rank: script(rank.model))), script(one.transformer)
+        p, q = torch.log_softmax(due.double(), 1), torch.log_softmax(found.double(), 1)
+        assert 0 < (p.exp() * (p - q)).sum(1).mean() <= most
+        before = transports[0].wire.sent
+        run(lambda rank: full(rank.model, [Span(0, tiny.TOKENS[:7])], [rank.model.new_kv()]))
+    meetings = tiny.LAYERS * (2 if way == HEADS else 1)
+    each = tiny.WIDTH * bits // 8 + 2 * (tiny.WIDTH // 64)
+    assert transports[0].wire.sent - before == 7 * meetings * each
+
+
 @pytest.mark.parametrize("way", [SUM, HEADS], ids=str)
 def test_rows_of_sums_do_not_see_their_company(way: Way, open_tiny: Callable[..., Model]) -> None:
     """L5."""

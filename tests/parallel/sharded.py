@@ -16,6 +16,7 @@ from outsize.model.transformer import Transformer
 from outsize.model_config import Shard
 from outsize.pack.format import Pack
 from outsize.parallel.shard import cut
+from outsize.parallel.spec import ParallelSpec
 from outsize.parallel.split import Ranks, Way, split
 from outsize.parallel.transport import Transport, threads
 from outsize.weights import load as weights
@@ -41,11 +42,13 @@ class Rank:
     """A shard's model, open."""
 
     def __init__(
-        self, pack: Pack, native: bool, transport: Transport, plan: LoadPlan | None
+        self, pack: Pack, how: tuple[bool, int], transport: Transport, plan: LoadPlan | None
     ) -> None:
+        (native, bits) = how
         own = backend(native)
         self.pack, self.loaded = pack, weights.load(pack, own, plan)
-        ranks, relay = joined(self.shard, transport)
+        way = Way(self.shard.cut, self.shard.attention)
+        ranks, relay = joined(ParallelSpec(way, bits=bits), transport, own)
         self.model = Transformer(pack.description, self.loaded, own, ranks=ranks)
         self.model.relay = relay
 
@@ -61,11 +64,12 @@ def opened(
     native: bool = True,
     plan: Plan | None = None,
     transports: Sequence[Transport] | None = None,
+    bits: int = 16,
 ) -> Iterator[Callable[[Callable[[Rank], T]], list[T]]]:
     """Gives what runs a function on every rank, a thread each."""
     found = list(transports or threads(len(packs)))
     ranks = [
-        Rank(pack, native, t, None if plan is None else plan(pack))
+        Rank(pack, (native, bits), t, None if plan is None else plan(pack))
         for pack, t in zip(packs, found, strict=True)
     ]
 

@@ -102,6 +102,9 @@ def test_static(width: int) -> None:
         assert bool(((got - exact).abs() <= known.step_PD.sum(0) / 2 + 1e-3).all())
     size = -(-(width - len(kept)) // 2) + 2 * len(kept)
     assert [t.wire.sent for t in ranks] == [2 * 4 * size] * 3
+    codecs = [Static(rank, {AT: known}) for rank in range(3)]
+    alone = [codec.pack(part[:1], AT) for codec, part in zip(codecs, parts, strict=True)]
+    assert torch.equal(codecs[0].sum(alone, width, AT), sums[0].wait()[:1])
 
 
 def test_static_codes() -> None:

@@ -26,9 +26,11 @@ from outsize.pack.records import POSITIONS
 from outsize.plan.probe import instruction_sets
 from outsize.progress import Progress
 from outsize.storage.table import Weight, Weights
+from outsize.weights.layers import resident
 from outsize.weights.load import load
 from outsize.weights.rows import RowTable
 
+LAST = ("final_norm", POSITIONS)  # of a model's last record, what training reads
 ROWS = 4096  # of a row table decoded at once
 # Not cuDNN's: its gradients are NaN for some heads with large scores (Qwen2.5 on an H100, torch 2.11).
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -107,10 +109,11 @@ class TrainableModel:
             self.embed_VD = self._table(loaded.embed, d)
             tied = loaded.head is loaded.embed
             self.head_VD = self.embed_VD if tied else self._table(loaded.head, d)
-            final = self._matrices(loaded.final_norm)
+            kept = {n: w for n, w in loaded.final_norm.items() if n.startswith(LAST)}
+            final = self._matrices(kept)
             self.positions_PD = final.pop(POSITIONS, None)
-            pinned = ({**(a.pinned or {}), **(f.pinned or {})} for a, f in loaded.layers)
-            self._layers = [self._matrices(weights) for weights in pinned] + [final]
+            pinned = ({**resident(a), **resident(f)} for a, f in loaded.layers)
+            self._layers = [*(self._matrices(weights) for weights in pinned), final]
         finally:
             loaded.close()
         self._cos_sin: dict[Rope, Tensor] = {}

@@ -87,16 +87,17 @@ FLAGS = {
         "--neurons",
         "Compute and read only neurons that fire: off, auto, or FILE of `outsize adapt sparsity` (lossy).",
     ),
+    "layers_off": Flag(
+        "--layers-off",
+        "Leave out the memory (feed-forward of the token's embedding) of some layers, as 3,7-9 (lossy).",
+    ),
     "ranks": Flag("--ranks", "Processes that run the model together, each with --memory of its own."),
     "listen": Flag(
         "--listen", "HOST:PORT: wait there for `outsize join` of the other ranks.", kind=str
     ),
     "parallel": Flag(
-        "--parallel", "How ranks share a model: tensor[:cut=gather|sum,attention=whole|heads,over=...]."
-    ),
-    "layers_off": Flag(
-        "--layers-off",
-        "Leave out the memory (feed-forward of the token's embedding) of some layers, as 3,7-9 (lossy).",
+        "--parallel",
+        "How ranks share a model: relay, or tensor[:cut=gather|sum,attention=whole|heads,bits=...].",
     ),
     "prefix_cache": Flag(
         "--prefix-cache",

@@ -41,6 +41,7 @@ from outsize.plan import chunk as chunk_plan
 from outsize.plan import decide, neurons, probe
 from outsize.plan import make as planning
 from outsize.plan.decide import compiled
+from outsize.plan.layers_off import with_layers_off
 from outsize.plan.neurons import NeuronPlan
 from outsize.plan.place import place, tokenizer_bytes
 from outsize.plan.placement import Placement
@@ -194,8 +195,7 @@ def _open(
             )
             loaded = weights.load(made, native, plan, progress)
         opened.callback(loaded.close)
-        build = partial(_transformer, outline, made, options, placement)
-        transformer = ranks.run_with(team, loaded, build)
+        transformer = ranks.run_with(team, loaded, partial(_transformer, made, options, placement))
         transformer.chunk = chunk
         if paged is not None:
             transformer.neurons = neurons.told(paged)
@@ -212,15 +212,11 @@ def _open(
 
 
 def _transformer(
-    outline: Outline,
-    made: Pack,
-    options: LoadOptions,
-    placement: Placement,
-    loaded: Loaded,
-    ranks: Collective | None,
+    made: Pack, options: LoadOptions, placement: Placement, loaded: Loaded, ranks: Collective | None
 ) -> Transformer:
     """The network over its weights."""
-    native, d = compiled(options), outline.description.for_context(placement.context)
+    whole = with_layers_off(made.description, options.layers_off, made.path.name)
+    native, d = compiled(options), whole.for_context(placement.context)
     threads = kernel_threads(options, made, native)
     made_of = Transformer(d, loaded, native, placement.ceiling, threads, ranks)
     made_of.kv = options.kv

@@ -156,7 +156,7 @@ class Scheduler:
         shown["neurons"] = self.transformer.neurons or "off"
         if self.transformer.loaded.tokens is not None:
             shown["table"] = "rows by token"
-        if off := self.transformer.layers_off:
+        if off := self.transformer.description.layers_off:
             shown["layers_off"] = ", ".join(map(str, off))
         tables = self.transformer.loaded.tables
         cached = not all(table.is_direct for table in tables)

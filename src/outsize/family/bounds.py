@@ -55,15 +55,18 @@ def fault(d: Description) -> str:
         return "nothing is normed: norms before or after each half are due"
     if d.parallel and (not d.pre_norm or d.post_norm):
         return "feed-forwards that read what attention reads have a norm before it, and none after"
-    if (d.parallel or d.layer_norm or not d.gated) and (d.mixture or d.qk_norm or d.qk_norm_whole):
-        return "experts, or norms of heads, in a model of LayerNorms or two-matrix feed-forwards"
+    is_classic = d.parallel or d.layer_norm or d.positions or not d.gated
+    if is_classic and (d.mixture or d.memory or d.shard or d.qk_norm or d.qk_norm_whole):
+        return (
+            "experts, tables, parts or norms of heads in a model of LayerNorms or two-matrix halves"
+        )
     if d.layer_norm and d.post_norm:
         return "LayerNorms after each half are not known"
     if d.latent is not None and (problem := _latent_fault(d, d.latent)):
         return problem
-    if d.shard is not None and (problem := _shard_fault(d, d.shard)):
-        return problem
     if d.memory is not None and (problem := _memory_fault(d, d.memory)):
+        return problem
+    if d.shard is not None and (problem := _shard_fault(d, d.shard)):
         return problem
     return _mixture_fault(d) or next((p for layer in d.layers if (p := _layer_fault(d, layer))), "")
 

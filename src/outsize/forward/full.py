@@ -18,7 +18,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from outsize.forward.inputs import token_inputs
+from outsize.forward.inputs import embedded, token_inputs
 from outsize.forward.span import NARROW, Out, Span
 from outsize.kernels.rows import Segment
 from outsize.kv.kv import KV
@@ -66,21 +66,6 @@ def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:
         _run(model, h_TD, steps)
     rows = h_TD.split([span.num_rows for span, _ in ordered])
     return [h for _, h in sorted(zip(order, rows, strict=True), key=lambda item: item[0])]
-
-
-def embedded(model: Transformer, spans: Sequence[Span]) -> Tensor:
-    """(T, D) fp32: of each span, its tokens' rows of the embedding (all looked up at once), then its mask
-    tokens' own, block by block."""
-    tokens = [token for span in spans for token in span.tokens]
-    h_TD = model.embed(tokens, [p for span in spans for p in span.positions])
-    if all(span.masks is None for span in spans):
-        return h_TD
-    rows: list[Tensor] = []
-    for span, h in zip(spans, h_TD.split([len(span.tokens) for span in spans]), strict=True):
-        rows.append(h)
-        if span.masks is not None:
-            rows.append(span.masks.rows_KD.repeat(len(span.masks.anchors), 1))
-    return torch.cat(rows)
 
 
 def added(segments: Sequence[Segment], spans: Sequence[Span]) -> Iterator[tuple[slice, Adapter]]:

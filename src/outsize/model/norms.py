@@ -17,6 +17,7 @@ from outsize.model_config import Description
 from outsize.storage.table import Weights
 
 Body = Callable[[Tensor, Step], Tensor]
+LAST = "final_norm", "final_norm_bias"
 # A norm; or the type in which the residual stream enters as it is; None: what attention read enters.
 Entry = Norm | torch.dtype | None
 
@@ -53,7 +54,7 @@ def post_norm(d: Description, w: Weights, name: str) -> RMSNorm | None:
 
 def last_norm(d: Description, w: Weights) -> Norm:
     """What the head reads through."""
-    found = {n: vector(w[n]) for n in ("final_norm", "final_norm_bias") if n in w}
+    found = {n: vector(ws) for n, ws in w.items() if n in LAST}
     return norm_of(found, "final_norm", d.norm_eps, torch.float32)
 
 

@@ -36,7 +36,6 @@ from outsize.parallel.collective import Collective
 from outsize.storage.table import Weights
 from outsize.weights.load import Loaded
 from outsize.weights.spec import Recorder
-from outsize.weights.tokens import Recall
 
 REFINED = 64  # tokens of the highest logits, which are computed again in fp32
 
@@ -73,7 +72,7 @@ class Transformer:
             self.paged_layers.append(PagedLayer(make, ffn))
         link(self.paged_layers[1::2])
         self._norm = last_norm(description, loaded.final_norm)
-        self._positions_PD = learned_positions(loaded.final_norm)
+        self.positions_PD = learned_positions(loaded.final_norm)
         self._ropes = description.ropes
         self.backend = backend if self.dtype == torch.bfloat16 else PLAIN
         self.chunk = CHUNK  # tokens of a prompt that are computed at once, at multiples of it
@@ -102,11 +101,6 @@ class Transformer:
         self.memory.begin_step(is_large)
 
     @property
-    def layers_off(self) -> tuple[int, ...]:
-        """The layers whose memory is left out (lossy)."""
-        return () if self.description.memory is None else self.description.memory.off
-
-    @property
     def waited_s(self) -> float:
         """Seconds that computing has stood still for reads so far."""
         return self.loaded.stats.waited_s + self.loaded.expert_stats.waited_s
@@ -129,19 +123,13 @@ class Transformer:
             return Int8KV(like, self.backend.decode_entries, room)
         return KV(d.num_layers, d.num_kv_heads, d.head_dim, self.dtype, room)
 
-    def embed(self, tokens: Sequence[int], positions: Sequence[int] = ()) -> Tensor:
-        """(T, D) fp32. `positions`: of the tokens, where the model has learned them."""
+    def embed(self, tokens: Sequence[int]) -> Tensor:
+        """(T, D) fp32, without what is learned of positions."""
         if self.relay is not None and not self.relay.begins:  # room for what another rank sends
             return self._norm.weight.new_empty(len(tokens), self.description.width)
         rows = self._embed.rows(torch.tensor(tokens, dtype=torch.int64, device="cpu"))
         scale = self.description.embed_scale
-        rows = rows if scale == 1.0 else rows.mul_(scale)
-        learned = self._positions_PD
-        return rows if learned is None else rows.add_(learned[list(positions)])
-
-    def recall(self, tokens: Sequence[int]) -> Recall | None:
-        """Start reading what layers look up of a pass's tokens; None: they look up nothing."""
-        return None if self.loaded.tokens is None else self.loaded.tokens.ask(tokens)
+        return rows if scale == 1.0 else rows.mul_(scale)
 
     def step(
         self,

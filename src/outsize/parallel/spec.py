@@ -14,6 +14,7 @@ KINDS = ("tensor", "relay")
 VALUES: dict[str, tuple[str, ...]] = {
     "cut": ("gather", "sum"),
     "attention": ("whole", "heads"),
+    "bits": ("16", "8", "6", "5", "4"),
     "over": TRANSPORTS,
 }
 
@@ -25,11 +26,20 @@ class ParallelSpec:
 
     way: Way = field(default_factory=Way)
     over: str = "auto"
+    bits: int = 16  # of a number in a sum's message; fewer are lossy
 
     def __str__(self) -> str:
         if self.way.cut == "layers":
             return f"relay:over={self.over}"
-        return f"tensor:cut={self.way.cut},attention={self.way.attention},over={self.over}"
+        words = (
+            f"cut={self.way.cut},attention={self.way.attention},bits={self.bits},over={self.over}"
+        )
+        return f"tensor:{words}"
+
+    @property
+    def lossy(self) -> str:
+        """What changes the model's answers; "" for none."""
+        return f"parallel bits={self.bits}" if self.bits < 16 else ""
 
 
 def parse_parallel(text: str) -> ParallelSpec:
@@ -50,14 +60,20 @@ def parse_parallel(text: str) -> ParallelSpec:
         told[key] = value
     if kind == "relay":
         return ParallelSpec(Way("layers"), told.get("over", "auto"))
-    attention = told.get("attention", "whole")
-    way = Way(told.get("cut", "sum" if attention == "heads" else "gather"), attention)
+    attention, bits = told.get("attention", "whole"), int(told.get("bits", "16"))
+    is_sum = attention == "heads" or bits < 16
+    way = Way(told.get("cut", "sum" if is_sum else "gather"), attention)
     if way == Way("gather", "heads"):
         raise OptionError(
             f"parallel is {text!r}: attention=heads gives each rank a part of a sum; write cut=sum, or leave "
             "cut out"
         )
-    return ParallelSpec(way, told.get("over", "auto"))
+    if bits < 16 and way.cut == "gather":
+        raise OptionError(
+            f"parallel is {text!r}: cut=gather gives the bits of one rank, and bits={bits} is for sums; "
+            "write cut=sum, or leave bits out"
+        )
+    return ParallelSpec(way, told.get("over", "auto"), bits)
 
 
 def _unknown(word: str, known: Sequence[str]) -> str:

@@ -74,6 +74,15 @@ def check(name: str, d: Description, world: int, way: Way) -> None:
         raise UnsupportedError(
             f"{name} is a mixture of experts, which ranks share out by layers alone; use --parallel relay"
         )
+    if d.memory is not None:
+        raise UnsupportedError(
+            f"{name} reads its tokens in every layer, and ranks are handed states alone; leave --ranks out"
+        )
+    if d.layer_norm or d.positions or d.parallel or not d.gated:
+        raise UnsupportedError(
+            f"{name} is a {d.family} model, of LayerNorms and two-matrix feed-forwards, which ranks do not "
+            "share; leave --ranks out"
+        )
     if way.attention == "heads" and way.cut != "sum":
         raise OptionError(
             f"attention=heads gives each rank a part of a sum, and cut={way.cut} adds none; write cut=sum"

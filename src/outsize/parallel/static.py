@@ -89,5 +89,7 @@ class Static:
             nibbles, kept = message.split([(num + 1) // 2, 2 * len(table.kept_K)], dim=1)
             code = torch.cat([nibbles & 15, nibbles >> 4], dim=1)[:, :num].float() - (MOST + 1)
             total[:, table.coded] += code * table.step_PD[rank, table.coded]
-            total[:, table.kept_K] += kept.contiguous().view(torch.bfloat16).float()
+            total[:, table.kept_K] += (
+                kept.clone(memory_format=torch.contiguous_format).view(torch.bfloat16).float()
+            )
         return total

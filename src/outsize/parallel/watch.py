@@ -60,6 +60,10 @@ class Watch:
                 if not self._hear(by_number[number]):
                     poller.unregister(number)
             self._beat(time.monotonic())
+            if (
+                not threading.main_thread().is_alive()
+            ):  # and has not closed: what still waits must end
+                self._lose(PeerError("this process is ending"), next(iter(self._channels)))
 
     def _hear(self, rank: int) -> bool:
         """Is there more to hear of this rank?"""

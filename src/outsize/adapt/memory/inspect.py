@@ -166,11 +166,17 @@ def clusters(x_VP: Tensor, count: int) -> Tensor:
         centres = torch.cat([centres, x_VP[near_V.argmax()][None]])
         near_V = torch.minimum(near_V, ((x_VP - centres[-1]) ** 2).sum(1))
     for _ in range(ROUNDS):
-        label_V = torch.cdist(x_VP, centres).argmin(1)
+        label_V = _nearest(x_VP, centres)
         sums = torch.zeros_like(centres).index_add_(0, label_V, x_VP)
         sizes = label_V.bincount(minlength=count)[:, None]
         centres = torch.where(sizes > 0, sums / sizes.clamp_min(1), centres)
-    return torch.cdist(x_VP, centres).argmin(1)
+    return _nearest(x_VP, centres)
+
+
+def _nearest(x_VP: Tensor, centres: Tensor) -> Tensor:
+    """(V,): which of the centres."""
+    found: Tensor = torch.cdist(x_VP, centres).argmin(1)
+    return found
 
 
 def plane(x_VP: Tensor) -> Tensor:
@@ -179,4 +185,5 @@ def plane(x_VP: Tensor) -> Tensor:
     _, vectors = torch.linalg.eigh(middle.T @ middle)
     at_V2 = middle @ vectors[:, -2:]
     low, high = at_V2.amin(0), at_V2.amax(0)
-    return (at_V2 - low) / (high - low).clamp_min(1e-30)
+    placed: Tensor = (at_V2 - low) / (high - low).clamp_min(1e-30)
+    return placed

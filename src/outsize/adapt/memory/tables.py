@@ -221,4 +221,5 @@ def final_table(base: Pack, stored: Stored, tokens: Sequence[int], bases_L: Base
 
 
 def _matrix(kind: str, numbers: Tensor) -> Made:
-    return Made(kind, *numbers.shape, partial(encoding(kind).encode, numbers))
+    rows, width = numbers.shape
+    return Made(kind, rows, width, partial(encoding(kind).encode, numbers))

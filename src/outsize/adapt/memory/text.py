@@ -63,7 +63,7 @@ def encoded(paths: Sequence[Path], tokenizer: str, length: int) -> Text:
     from tokenizers import Tokenizer
 
     made = Tokenizer.from_str(tokenizer)
-    end, train, held_out = made.token_to_id(END), list[int](), list[int]()
+    end, train, held_out = made.token_to_id(END) or 0, list[int](), list[int]()
     for path in paths:
         ids: list[int] = []
         for text in documents([path]):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from outsize.checkpoint.typed_json import read
-from outsize.engine.ranks.leader import address, joined
+from outsize.engine.ranks.leader import Joined, address, joined
 from outsize.engine.ranks.speed import bytes_per_s
 from outsize.engine.ranks.talk import Talk, digest, field, telling
 from outsize.engine.threads import kernel_threads
@@ -28,7 +28,8 @@ from outsize.pack.format import Pack
 from outsize.pack.outline import of_pack
 from outsize.parallel.meeting import Hello, Mesh, join
 from outsize.parallel.shard import cut, following, head_of
-from outsize.parallel.transport import LOOK_S, SILENCE_S, Transport
+from outsize.parallel.spec import ParallelSpec, parse_parallel
+from outsize.parallel.transport import LOOK_S, SILENCE_S
 from outsize.plan import decide, probe
 from outsize.plan.placement import Placement
 from outsize.plan.warmup import runtime_bytes
@@ -46,7 +47,7 @@ class Told:
     """What a rank runs, as the leader says."""
 
     shard: Pack
-    over: str
+    spec: ParallelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +74,9 @@ def run(where: str, options: LoadOptions) -> None:
             own, placement = _placed(talk, told.shard, own)
         talk.say(0, {"fits": True})
         talk.hear(0)
-        transport = talk.transport(told.over)
-        with _opened(told.shard, own, placement, transport) as model:
+        transport = talk.transport(told.spec.over)
+        run_with = joined(told.spec, transport, own.native)
+        with _opened(told.shard, own, placement, run_with) as model:
             tell("its weights are there")
             follow(model, transport)
             _see_off(mesh)
@@ -108,7 +110,7 @@ def _prepare(talk: Talk, own: Settings) -> Told:
     with bars(own.options.quiet) as progress:
         made = cut(pack, shard, home(), progress)
     torch.set_num_threads(field(told, "threads", int, 0))
-    return Told(made, field(told, "over", str, 0))
+    return Told(made, parse_parallel(field(told, "parallel", str, 0)))
 
 
 def _found(identity: str, layout: str, name: str) -> Pack:
@@ -140,7 +142,7 @@ def _placed(talk: Talk, shard: Pack, own: Settings) -> tuple[Settings, Placement
 
 @contextmanager
 def _opened(
-    shard: Pack, own: Settings, placement: Placement, transport: Transport
+    shard: Pack, own: Settings, placement: Placement, run_with: Joined
 ) -> Iterator[Transformer]:
     """Its model, with its weights."""
     options = own.options
@@ -150,10 +152,8 @@ def _opened(
     try:
         threads = kernel_threads(options, shard, own.native)
         d = shard.description.for_context(placement.context)
-        assert d.shard is not None
-        ranks, relay = joined(d.shard, transport)
-        model = Transformer(d, loaded, own.native, placement.ceiling, threads, ranks)
-        model.relay = relay
+        model = Transformer(d, loaded, own.native, placement.ceiling, threads, run_with.ranks)
+        model.relay = run_with.relay
         model.chunk, model.kv = options.chunk or model.chunk, options.kv
         yield model
     finally:

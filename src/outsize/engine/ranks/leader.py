@@ -20,7 +20,8 @@ from outsize.errors import OptionError, PeerError
 from outsize.forward.lead import Lead
 from outsize.forward.relay import Relay
 from outsize.kernels.backend import Backend
-from outsize.log import say, silent
+from outsize.kernels.turned import turner
+from outsize.log import say, silent, warn
 from outsize.model.transformer import Transformer
 from outsize.model_config import Shard
 from outsize.options import LoadOptions
@@ -28,6 +29,7 @@ from outsize.pack.format import Pack
 from outsize.pack.outline import of_pack
 from outsize.parallel.collective import Collective
 from outsize.parallel.exact import Exact
+from outsize.parallel.lowbit import LowBit, Turned
 from outsize.parallel.meeting import Hello, Meeting
 from outsize.parallel.shard import cut
 from outsize.parallel.spec import ParallelSpec, parse_parallel
@@ -103,11 +105,15 @@ class Joined(NamedTuple):
     relay: Relay | None
 
 
-def joined(shard: Shard, transport: Transport) -> Joined:
-    """As the shard says."""
-    if shard.cut == "layers":
+def joined(spec: ParallelSpec, transport: Transport, backend: Backend) -> Joined:
+    """As the spec says."""
+    if spec.way.cut == "layers":
         return Joined(None, Relay(transport))
-    return Joined(Exact(transport), None)
+    exact = Exact(transport)
+    if spec.bits == 16:
+        return Joined(exact, None)
+    codec = Turned(turner(spec.bits, backend))
+    return Joined(LowBit(exact, lambda at: codec), None)
 
 
 def keeps_all(spec: ParallelSpec) -> bool:
@@ -119,10 +125,15 @@ class Team:
     """The ranks of a model that is being opened, and then runs. Close it."""
 
     def __init__(
-        self, pack: Pack, shards: tuple[Shard, ...], talk: Talk, spec: ParallelSpec
+        self,
+        pack: Pack,
+        shards: tuple[Shard, ...],
+        talk: Talk,
+        how: tuple[ParallelSpec, Backend],
     ) -> None:
         """`pack`: the model's."""
-        self.whole, self.shards, self._talk, self._spec = pack, shards, talk, spec
+        self.whole, self.shards, self._talk = pack, shards, talk
+        self._spec, self._backend = how
         self.lead: Lead | None = None
         self._children: Children | None = None
         self._lock = threading.Lock()
@@ -144,7 +155,7 @@ class Team:
         self._talk.say_all({"go": True})
         transport = self._talk.transport(self._spec.over)
         self.lead = Lead(transport, keeps_all(self._spec))
-        return joined(self.shards[0], transport)
+        return joined(self._spec, transport, self._backend)
 
     def owns(self, children: Children | None) -> None:
         """Which processes end with it."""
@@ -184,6 +195,8 @@ def assemble(pack: Pack, options: LoadOptions, backend: Backend) -> Team:
     UnsupportedError, PeerError."""
     spec = parse_parallel(options.parallel)
     check(pack.path.name, pack.description, options.ranks, spec.way)
+    if spec.lossy and not options.quiet:
+        warn(f"{spec.lossy} is lossy: answers change a little; leave it out for equal ones")
     size = memory.parse(options.memory)
     tell = silent if options.quiet else say
     with ExitStack() as ended:
@@ -239,8 +252,8 @@ def _shared_out(
     threads = min(t["threads"] for t in sizes)  # torch's products depend on it
     torch.set_num_threads(threads)
     for rank in talk.mesh.data:
-        talk.say(rank, {"shard": asdict(shards[rank]), "threads": threads, "over": spec.over})
-    return Team(pack, shards, talk, spec)
+        talk.say(rank, {"shard": asdict(shards[rank]), "threads": threads, "parallel": str(spec)})
+    return Team(pack, shards, talk, (spec, backend))
 
 
 def address(text: str) -> tuple[str, int]:

@@ -154,7 +154,7 @@ def basis(layer: int) -> str:
 
 def _memory(d: Description, m: Memory) -> Specs:
     """A feed-forward of the embedding, unless it is looked up; and a dense one beside."""
-    specs = {} if m.is_table else _norm(d) | gated(d, False, "", d.ffn_width)
+    specs = {} if m.is_table else _ffn_norm(d) | gated(d, False, "", d.ffn_width)
     if m.dense:
         specs[f"{BESIDE}norm"] = vector((f"{BESIDE}norm", d.width))
         inner = gated(d, False, BESIDE, m.dense)
