@@ -6,12 +6,15 @@ A family file (family/) makes it from a published config; that is needed to pack
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+
+from outsize.model_parts import Delta, Latent, Shard
 
 BIASED = "clamped_swiglu"  # of experts with biases
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", BIASED)
 THRESHOLD = r"fatrelu:(0|[1-9][0-9]{0,3})\.[0-9]{1,6}"  # one with a threshold
 SCORES = ("softmax", "sigmoid")
+MIXERS = ("attention", "delta", "conv")  # what lets a layer's tokens know of each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,7 @@ class Layer:
     dense: bool = False  # in a model with experts: a plain feed-forward instead
     chunked: bool = False
     unit_norm: bool = False  # query and key heads are normed, without weights
+    mixer: str = "attention"  # one of MIXERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,20 +79,6 @@ class Mixture:
 
 
 @dataclass(frozen=True, slots=True)
-class Latent:
-    """Latent attention (DeepSeek V2, arXiv 2405.04434): each token's keys and values of all heads are made
-    of `rank` numbers, and a key of `rope` rotated numbers is shared by all heads. Here a description has one
-    key head of rope + rank numbers (`head_dim`), and keys' and values' maps are applied to queries and
-    sums."""
-
-    rank: int
-    rope: int
-    key: int  # numbers of a head's key that do not rotate
-    value: int  # numbers of a head's value
-    query_rank: int = 0  # queries are made of so many numbers; 0: of the model's width
-
-
-@dataclass(frozen=True, slots=True)
 class Memory:
     """Feed-forwards that read nothing but the token's embedding, so that each is a table over the vocabulary
     (MemoryLLM, arXiv 2602.00398): h += feed_forward(norm(embedding)), beside or instead of one that reads
@@ -103,54 +93,6 @@ class Memory:
     def widths(self, d: Description) -> tuple[int, ...]:
         """Numbers of a token in each layer's table."""
         return self.ranks or (d.width,) * d.num_layers
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """What one of several ranks holds of a model (parallel/shard.py); all else is whole on each. Ranges are
-    (first, last + 1), of the model's. `cut` "gather": of a feed-forward's down, all inputs of some outputs;
-    "sum": the inputs that are its neurons, of all outputs; "layers": some layers, whole. `attention`: whole
-    on every rank, or by heads."""
-
-    rank: int
-    world: int
-    cut: str  # "gather", "sum" or "layers"
-    attention: str  # "whole" or "heads"
-    neurons: tuple[int, int]
-    outputs: tuple[int, int]
-    heads: tuple[int, int]
-    kv_heads: tuple[int, int]
-    ffn_width: int  # of the model, as the next
-    num_heads: int
-    num_kv_heads: int
-    neuron_ends: tuple[int, ...]  # of each rank in turn, as the next
-    output_ends: tuple[int, ...]
-    layers: tuple[int, int]
-    num_layers: int  # of the model
-
-    @property
-    def neuron_widths(self) -> tuple[int, ...]:
-        """Neurons of each rank."""
-        return _widths(self.neuron_ends)
-
-    @property
-    def output_widths(self) -> tuple[int, ...]:
-        """Outputs of down on each rank."""
-        return _widths(self.output_ends)
-
-    @property
-    def inner(self) -> int:
-        """Inputs of down here."""
-        return self.ffn_width if self.cut == "gather" else self.neurons[1] - self.neurons[0]
-
-    @property
-    def outer(self) -> int:
-        """Outputs of down here."""
-        return self.outputs[1] - self.outputs[0]
-
-
-def _widths(ends: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(b - a for a, b in zip((0, *ends), ends, strict=False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,11 +127,14 @@ class Description:
     logit_cap: float = 0.0  # logits x become cap * tanh(x / cap); 0: they stay
     attn_cap: float = 0.0  # the same of attention's scores
     latent: Latent | None = None  # attention over a latent that all heads share
-    gated: bool = True  # False: a feed-forward is down(activation(up(x)))
+    two_matrix: bool = False  # a feed-forward is down(activation(up(x))), without a gate
     layer_norm: bool = False  # norms are LayerNorms, with biases, instead of RMSNorms
     positions: bool = False  # a learned vector of each position is added to its token's
     parallel: bool = False  # a feed-forward reads what its layer's attention reads
     memory: Memory | None = None  # feed-forwards of the token's embedding
+    gated: bool = False  # what attention sums is multiplied by the sigmoid of a map of its own
+    delta: Delta | None = None  # of the layers with that mixer
+    kernel: int = 0  # tokens of the short convolution of layers with that mixer
     shard: Shard | None = None  # of one of several ranks: the sizes above are what it has
 
     @property
@@ -220,6 +165,15 @@ class Description:
         if self.mixture is None:
             return ()
         return tuple(i for i, layer in enumerate(self.layers) if not layer.dense)
+
+    def mixed_by(self, mixer: str) -> tuple[int, ...]:
+        """The layers with this mixer."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.mixer == mixer)
+
+    @property
+    def has_states(self) -> bool:
+        """Do some layers keep something else of a sequence than keys and values?"""
+        return any(layer.mixer != "attention" for layer in self.layers)
 
     @property
     def is_usual(self) -> bool:
@@ -268,7 +222,22 @@ USUAL = (
     "norm_eps", "attn_scale", "layers", "activation", "embed_scale", "qkv_bias", "o_bias", "mlp_bias",
     "qk_norm", "post_norm", "tied",
 )  # fmt: skip
-CLASSIC = ("gated", "layer_norm", "positions", "parallel")  # what models of before 2023 say besides
+CLASSIC = (
+    "two_matrix",
+    "layer_norm",
+    "positions",
+    "parallel",
+)  # what models of before 2023 say besides
+
+
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """Of a foreign tensor under our name `whole`: of each `every` rows, `size` from number `first` on."""
+
+    whole: str
+    first: int
+    size: int
+    every: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,4 +251,7 @@ class Recipe:
     paired: bool = False  # experts as one stack, transposed, rows of gate and up in turn
     turned: bool = False  # experts as one stack, transposed, gate's rows before up's
     spares: tuple[str, ...] = ()  # patterns of foreign tensors that a text model needs not
+    strips: Mapping[str, Strip] = field(
+        default_factory=dict
+    )  # our names of parts of others' tensors
     unused_positions: int = 0  # rows before the first position's in a table of learned positions

@@ -177,6 +177,19 @@ def test_converted_equals_golden(
     np.testing.assert_allclose(ours, reference(family), atol=TOLERANCE, rtol=0)
 
 
+def test_a_gguf_of_2025_with_inputs_as_one_matrix(tmp_path: Path) -> None:
+    """The first files of Qwen3-Next have them by key head, as the checkpoint does."""
+    found = converted.tensors("qwen3_next")
+    for i in (0, 2):
+        del found[f"blk.{i}.attn_gate.weight"], found[f"blk.{i}.attn_qkv.weight"]
+        whole = tiny.weights("qwen3_next")[f"model.layers.{i}.linear_attn.in_proj_qkvz.weight"]
+        found[f"blk.{i}.ssm_in.weight"] = whole
+    path = converted.write(tmp_path / "tiny.gguf", "qwen3_next", weights=found)
+    with outsize.load(str(path), encoding="fp32", quiet=True) as model:
+        ours = logits(model, [30, *[1] * 10])
+    np.testing.assert_allclose(ours, reference("qwen3_next"), atol=TOLERANCE, rtol=0)
+
+
 def test_a_gguf_with_biases(tmp_path: Path, open_tiny: Callable[..., Model]) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", "llama+biases")
     with outsize.load(str(path), encoding="fp32", quiet=True) as model:

@@ -19,6 +19,7 @@ EXPERTS = 8
 OLD_MIXTURES = ("olmoe", "mixtral", "qwen3_moe", "gpt_oss")
 NEW_MIXTURES = (
     "qwen2_moe", "granitemoe", "minimax_m2", "glm4_moe", "deepseek_v3", "glm4_moe_lite", "llama4",
+    "qwen3_next", "qwen3_5_moe",
 )  # fmt: skip
 MIXTURES = (*OLD_MIXTURES, *NEW_MIXTURES)
 
@@ -117,6 +118,20 @@ LATENT: dict[str, Any] = {
     **SIGMOID, "kv_lora_rank": 32, "q_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32,
     "v_head_dim": 24, "num_key_value_heads": HEADS, "rope_theta": 10000.0,
 }  # fmt: skip
+DELTA: dict[str, Any] = {
+    "linear_conv_kernel_dim": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 24,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "tie_word_embeddings": False,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"], "attention_bias": False,
+    "full_attention_interval": 2,
+}  # fmt: skip
+DELTA_EXPERTS: dict[str, Any] = {
+    "num_experts": EXPERTS, "num_experts_per_tok": 3, "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 32,
+}  # fmt: skip
+MROPE: dict[str, Any] = {
+    "rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5, "mrope_interleaved": True,
+    "mrope_section": [4, 2, 2],
+}  # fmt: skip
 # Families whose tensors' names and shapes are in shapes.json, as transformers writes their checkpoints.
 CONFIGS |= {
     "qwen2_moe": {
@@ -206,14 +221,29 @@ CONFIGS |= {
     "glm4_moe_lite": {
         **LATENT, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse", "sparse"],
     },
+    "qwen3_next": {**DELTA, **DELTA_EXPERTS, "norm_topk_prob": True, "decoder_sparse_step": 1,
+                   "mlp_only_layers": [], "rope_theta": 1e7, "partial_rotary_factor": 0.5},
+    "lfm2": {
+        "norm_eps": 1e-5, "tie_word_embeddings": True, "conv_L_cache": 3, "conv_bias": False,
+        "full_attn_idxs": [1], "block_auto_adjust_ff_dim": True, "block_multiple_of": 32,
+        "block_ffn_dim_multiplier": 1.0, "rope_theta": 1e6, "head_dim": 16, "block_ff_dim": 144,
+        "layer_types": ["conv", "full_attention", "conv"],
+    },
+    "qwen3_5": {**DELTA, "rope_parameters": MROPE},
+    "qwen3_5_moe": {**DELTA, **DELTA_EXPERTS, "rope_parameters": MROPE},
 }  # fmt: skip
 STORED = json.loads((Path(__file__).with_name("shapes.json")).read_text())
 CLASSIC = ("opt", "falcon")  # of before 2023: with other keys
 USUAL_KEYS = ("intermediate_size", "num_key_value_heads", "head_dim", "rms_norm_eps")
 # The transformers class that runs a family: AFM's architecture is Qwen3's with other numbers.
-REFERENCE = {"gemma3": "gemma3_text", "afm": "qwen3", "llama4": "llama4_text"}
+REFERENCE = {
+    "gemma3": "gemma3_text", "afm": "qwen3", "llama4": "llama4_text", "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+}  # fmt: skip
 
 
+# Families with layers that keep a state of the sequence in place of keys and values.
+STATEFUL = ("lfm2", "qwen3_next", "qwen3_5", "qwen3_5_moe")
 # Families with what few of their checkpoints have; no vectors are kept of these.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "memoryllm+dense": ("memoryllm", {"dense_intermediate_size": DENSE}),
@@ -234,7 +264,8 @@ def config(family: str) -> dict[str, Any]:
     return {
         k: v
         for k, v in made.items()
-        if k != "head_dim" or not (base == "phi3" or "kv_lora_rank" in made)
+        if (k != "head_dim" or not (base == "phi3" or "kv_lora_rank" in made))
+        and (k != "rms_norm_eps" or base != "lfm2")
     }
 
 
@@ -326,11 +357,14 @@ def memory_shapes(out: dict[str, tuple[int, ...]], family: str) -> dict[str, tup
     return made
 
 
+SHIFTED = ("gemma2", "gemma3", "qwen3_next", "qwen3_5", "qwen3_5_moe")  # norms are stored as w - 1
+
+
 def weights(family: str) -> dict[str, np.ndarray]:
     random = np.random.default_rng(20260822)
     return {
         name: (random.standard_normal(shape) * (0.2 if "norm" not in name else 0.1)
-               + ("norm" in name and not family.startswith("gemma"))).astype(np.float32)
+               + ("norm" in name and (family not in SHIFTED or "linear" in name))).astype(np.float32)
         for name, shape in shapes(family).items()
     }  # fmt: skip
 

@@ -13,7 +13,7 @@ from outsize.kernels.backend import Backend
 from outsize.kernels.find import native_in
 from outsize.kernels.plain import PLAIN
 from outsize.model.transformer import Transformer
-from outsize.model_config import Shard
+from outsize.model_parts import Shard
 from outsize.pack.format import Pack
 from outsize.parallel.shard import cut
 from outsize.parallel.spec import ParallelSpec

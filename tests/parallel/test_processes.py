@@ -18,7 +18,7 @@ import pytest
 import outsize
 from outsize.engine.model import Model
 from outsize.errors import BudgetError, OptionError, PackError, PeerError, UnsupportedError
-from outsize.model_config import Shard
+from outsize.model_parts import Shard
 from outsize.options import LoadOptions
 
 FAMILY, PROMPTS = "qwen2+wide", ["ab" * 12, "x", "abcabcabcabcabcabc"]

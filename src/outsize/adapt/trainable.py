@@ -53,7 +53,7 @@ class Change:
     def inner(self, gate_up: Tensor, d: Description) -> Tensor:
         """What a feed-forward's `down` multiplies."""
         function = activation_of(d.activation)
-        if not d.gated:
+        if d.two_matrix:
             return function(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return function(gate) * up
@@ -262,7 +262,7 @@ class TrainableModel:
 
     def _dense(self, x: Tensor, i: int, change: Change) -> Tensor:
         d, weights = self.description, self._layers[i]
-        both = self._linear(x, i, "gate_up", ("gate", "up") if d.gated else ("up",), change)
+        both = self._linear(x, i, "gate_up", ("up",) if d.two_matrix else ("gate", "up"), change)
         if d.mlp_bias:
             both = (both + weights["gate_up_bias"]).to(self.dtype)
         down = self._linear(change.inner(both, d), i, "down", ("down",), change)

@@ -74,7 +74,7 @@ def flops_per_token(d: Description) -> int:
         2
         * d.num_layers
         * d.width
-        * (d.qkv_rows + d.num_heads * d.head_dim + (2 + d.gated) * d.ffn_width)
+        * (d.qkv_rows + d.num_heads * d.head_dim + (3 - d.two_matrix) * d.ffn_width)
     )
 
 

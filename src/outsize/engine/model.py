@@ -275,6 +275,11 @@ class Model:
         prune = parse_prefill(prefill)
         decide.check_prefill(self.pack.description, prefill)
         if prune is not None:
+            if self.pack.description.has_states:
+                raise OptionError(
+                    f"prefill is {prefill!r}, and layers of {self.name} keep a state that all tokens must go "
+                    "through; use prefill=full"
+                )
             prune.points(self.pack.description.num_layers)
             prune.check_drafts(self.drafting.spec.kind)
         return prune

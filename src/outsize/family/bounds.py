@@ -10,17 +10,18 @@ from outsize.family.config import LIMITS, MOST_HEAD
 from outsize.model_config import (
     ACTIVATIONS,
     BIASED,
+    MIXERS,
     SCORES,
     THRESHOLD,
     Description,
-    Latent,
     Layer,
     Memory,
     Mixture,
-    Shard,
 )
+from outsize.model_parts import Delta, Latent, Shard
 
 MOST = 1 << 24
+MOST_KERNEL = 64  # tokens of a short convolution
 MOST_RANKS = 64
 CUTS = {("gather", "whole"), ("sum", "whole"), ("sum", "heads"), ("layers", "whole")}
 WHOLE = {
@@ -55,13 +56,15 @@ def fault(d: Description) -> str:
         return "nothing is normed: norms before or after each half are due"
     if d.parallel and (not d.pre_norm or d.post_norm):
         return "feed-forwards that read what attention reads have a norm before it, and none after"
-    is_classic = d.parallel or d.layer_norm or d.positions or not d.gated
+    is_classic = d.parallel or d.layer_norm or d.positions or d.two_matrix
     if is_classic and (d.mixture or d.memory or d.shard or d.qk_norm or d.qk_norm_whole):
         return (
             "experts, tables, parts or norms of heads in a model of LayerNorms or two-matrix halves"
         )
     if d.layer_norm and d.post_norm:
         return "LayerNorms after each half are not known"
+    if problem := _delta_fault(d, d.delta):
+        return problem
     if d.latent is not None and (problem := _latent_fault(d, d.latent)):
         return problem
     if d.memory is not None and (problem := _memory_fault(d, d.memory)):
@@ -99,6 +102,32 @@ def _latent_fault(d: Description, x: Latent) -> str:
     others = d.qkv_bias or d.qk_norm or d.qk_norm_whole or d.sinks
     ropes = all(r.rotated == x.rope for r in d.ropes)
     return "" if ropes and not others else "latent attention has another's rope, norms or biases"
+
+
+def _delta_fault(d: Description, x: Delta | None) -> str:
+    mixers = {layer.mixer for layer in d.layers}
+    if "attention" not in mixers or not mixers <= set(MIXERS):
+        said = str(sorted(mixers))[:80]
+        return f"layers mix tokens by {said}; known are {', '.join(MIXERS)}, with attention in some"
+    if not 0 <= d.kernel <= MOST_KERNEL or (d.kernel == 0) == ("conv" in mixers):
+        return f"a short convolution of {d.kernel:,} tokens cannot be; 1 to {MOST_KERNEL} are known"
+    if "conv" in mixers and (d.post_norm or not d.pre_norm or d.o_bias):
+        return "short convolutions have norms before them, none after, and no biases"
+    if (x is None) == ("delta" in mixers):
+        return "layers of the gated delta rule, and its sizes: one is there without the other"
+    if x is None:
+        return ""
+    sizes = (x.key_heads, x.value_heads, x.key, x.value, x.kernel)
+    most = (WHOLE["num_heads"], WHOLE["num_heads"], MOST_HEAD, MOST_HEAD, MOST_KERNEL)
+    if not all(0 < size <= limit for size, limit in zip(sizes, most, strict=True)):
+        return f"the gated delta rule of sizes {sizes} cannot be; up to {most} are known"
+    if x.value_heads % x.key_heads:
+        return f"{x.value_heads} value heads over {x.key_heads} key heads: they must divide evenly"
+    return (
+        ""
+        if d.pre_norm and not d.post_norm
+        else "the gated delta rule has norms before it, and none after"
+    )
 
 
 def _shard_fault(d: Description, x: Shard) -> str:

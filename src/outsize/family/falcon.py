@@ -56,7 +56,7 @@ def recipe(config: Config) -> Recipe:
             "one key head (7B) is known"
         )
     activation = "gelu" if config.format == "gguf" else base.activation
-    made = replace(base, gated=False, layer_norm=True, parallel=True, activation=activation)
+    made = replace(base, two_matrix=True, layer_norm=True, parallel=True, activation=activation)
     return Recipe(made, _names(config), interleaved=False)
 
 

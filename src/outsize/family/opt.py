@@ -54,7 +54,7 @@ def recipe(config: Config) -> Recipe:
         )
     base = describe(_usual(config))
     made = replace(
-        base, gated=False, layer_norm=True, positions=True,
+        base, two_matrix=True, layer_norm=True, positions=True,
         layers=(Layer(Rope(10_000.0, rotated=0)),) * base.num_layers,
     )  # fmt: skip
     return Recipe(made, _names(config), interleaved=True, unused_positions=FIRST)

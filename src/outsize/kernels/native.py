@@ -16,7 +16,9 @@ from torch import Tensor
 
 from outsize.kernels import attention
 from outsize.kernels.backend import AttentionSpec, Places, Product
+from outsize.kernels.delta import DeltaSpec
 from outsize.kernels.layouts import TILES
+from outsize.kernels.native_delta import NativeDelta
 from outsize.kernels.norm import LayerNorm, Norm, RMSNorm
 from outsize.kernels.palettes import PaletteMatrix
 from outsize.kernels.plain import TILE_ROWS, Plain, palette_product, tile_product, wide_linear
@@ -87,7 +89,7 @@ class Native(Plain):
         self._decode_entries = found["decode_entries"]
         self._norm, self._residual = found["norm_rows"], found["residual_rows"]
         self._gate, self._lowrank = found["gate_rows"], found["lowrank_rows"]
-        self._combine = found["combine_rows"]
+        self._combine, self._delta = found["combine_rows"], NativeDelta(lib)
         self._group_linear, self._group_decode = found["group_linear"], found["group_decode"]
         self._tile_linear, self._tile_decode = found["tile_linear"], found["tile_decode"]
         self._palette_linear = found["palette_linear"]
@@ -234,6 +236,11 @@ class Native(Plain):
         shape = (_L * 4)(heads, coded_CSX.shape[1], capacity, width)
         self._decode_entries(coded_CSX.data_ptr(), out_CSE.data_ptr(), shape, count)
 
+    def delta(self, spec: DeltaSpec, now: Tensor, window: Tensor, gates: Tensor) -> Tensor:
+        if window.dtype is not BF16:
+            return super().delta(spec, now, window, gates)
+        return self._delta(spec, now, window, gates)
+
     def lowrank(
         self, matrix: LowRankMatrix, x_TK: Tensor, y_TN: Tensor, rows: slice, wide: bool
     ) -> None:
@@ -284,6 +291,9 @@ class Wide(Plain):
 
     def residual(self, h_TD: Tensor, y_TD: Tensor, post: RMSNorm | None) -> None:
         self._native.residual(h_TD, y_TD, post)
+
+    def delta(self, spec: DeltaSpec, now: Tensor, window: Tensor, gates: Tensor) -> Tensor:
+        return self._native.delta(spec, now, window, gates)
 
     def gate(self, gate_up: Tensor, activation: str) -> Tensor:
         return self._native.gate(gate_up, activation)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from outsize.errors import AdapterError
 from outsize.kernels.structs import LowRankMatrix
-from outsize.model_config import Description, Shard
+from outsize.model_config import Description
+from outsize.model_parts import Shard
 
 STACKS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # "{layer}.{projection}" -> A (R, K), B (N, R)

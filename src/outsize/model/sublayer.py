@@ -11,12 +11,12 @@ from typing import Protocol
 from torch import Tensor
 
 from outsize.kernels.norm import RMSNorm
-from outsize.model.attention import Attention, vector
+from outsize.model.attention import vector
 from outsize.model.ffn.dense import Dense, Ungated
 from outsize.model.ffn.experts import Mixture, Router, SharedExpert
 from outsize.model.joint import ALONE, PLAIN_ENDS, Ends, Whole, in_flight, joint
-from outsize.model.latent import LatentAttention
 from outsize.model.layers import Linear
+from outsize.model.mixer import mixer
 from outsize.model.norms import Body, Entry, entering, post_norm, pre_norm, shown
 from outsize.model.step import Step
 from outsize.model_config import Description
@@ -69,8 +69,7 @@ class SubLayer:
 def attention_sublayer(
     d: Description, index: int, w: Weights, ranks: Collective | None = None
 ) -> SubLayer:
-    kind = Attention if d.latent is None else LatentAttention
-    body = shown(kind(d, index, w)) if d.parallel else kind(d, index, w)
+    body = shown(mixer(d, index, w)) if d.parallel else mixer(d, index, w)
     bias_D = vector(w["o_bias"]) if d.o_bias else None
     norm = pre_norm(d, w, "attn_norm", activation_type(w["o"]))
     ends = Ends(d.residual_scale, joint(d, index, "attention", ranks))
@@ -86,7 +85,7 @@ def ffn_sublayer(
     )
     whole = joint(d, index, "ffn", ranks)
     maps = Linear(w["gate_up"]), Linear(w["down"])
-    dense = (Dense if d.gated else Ungated)(maps, d.activation, index, inner_bias, whole)
+    dense = (Ungated if d.two_matrix else Dense)(maps, d.activation, index, inner_bias, whole)
     ends = Ends(d.residual_scale, whole)
     return SubLayer(norm, dense, post_norm(d, w, "ffn_post_norm"), bias_D, ends)
 

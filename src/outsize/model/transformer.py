@@ -20,6 +20,7 @@ from outsize.kernels.rows import Rows, Segment
 from outsize.kernels.threads import Threads
 from outsize.kv.int8 import Int8KV
 from outsize.kv.kv import KV
+from outsize.kv.state import states_of
 from outsize.model.ffn.neurons import PagedNeurons
 from outsize.model.layers import cos_sin
 from outsize.model.lora import Adapter
@@ -117,11 +118,10 @@ class Transformer:
 
     def new_kv(self, room: int = 0) -> KV:
         """An empty cache for one sequence; with `room` for so many tokens it never moves."""
-        d = self.description
         if self.kv == "int8":
-            like = KV(d.num_layers, d.num_kv_heads, d.head_dim, self.dtype)
+            like = new_kv(self.description, self.dtype)
             return Int8KV(like, self.backend.decode_entries, room)
-        return KV(d.num_layers, d.num_kv_heads, d.head_dim, self.dtype, room)
+        return new_kv(self.description, self.dtype, room)
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """(T, D) fp32, without what is learned of positions."""
@@ -193,6 +193,11 @@ class Transformer:
             out_KV[:, at : at + count] = w.encoding.linear(x_KD, w.fields, False)[:, :count]
             at += count
         return out_KV
+
+
+def new_kv(d: Description, dtype: torch.dtype, room: int = 0) -> KV:
+    """An empty cache of numbers for one sequence."""
+    return KV(d.num_layers, (d.num_kv_heads, d.head_dim), dtype, room, states_of(d, dtype))
 
 
 def rotary_angles(

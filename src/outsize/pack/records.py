@@ -15,7 +15,8 @@ from outsize.pack.tables import ALIGN, PAGE, Matrix, TableHeader, aligned
 
 FLOATS = "fp32"
 POSITIONS = "positions"  # a learned vector for each
-FIXED = frozenset({"router", POSITIONS})  # matrices that are read in fp32 only, as all vectors are
+# Matrices that are read in fp32 only, as all vectors are.
+FIXED = frozenset({"router", "delta_gates", POSITIONS})
 # Maps of latent attention, which are products of each head apart: floats of 16 bits where others are codes.
 HALVES, HALF = frozenset({"k_b", "v_b"}), "bf16"
 Layout = dict[str, tuple[Matrix, ...]]

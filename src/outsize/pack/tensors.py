@@ -3,6 +3,7 @@ their rows are reordered; or fields that are made from another pack's."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -19,6 +20,7 @@ from outsize.pack.tables import TableHeader
 from outsize.pack.unused import missing
 
 LOSSY = ("Q2_K", "Q3_K")
+FLAT = ("delta_conv", "conv_taps")  # vectors that a checkpoint keeps in another shape
 HALVED = tuple(f"{n}{part}" for n in "qk" for part in ("", "_bias", "_norm"))
 
 
@@ -114,7 +116,8 @@ class SourceTensors:
         if found is None:
             raise missing(source, self.all, self.recipe)
         self.used.add(source)
-        if found.shape in ((1, *shape), (*shape, 1)) and len(shape) == 1:
+        is_flat = name in FLAT and math.prod(found.shape) == shape[0]
+        if is_flat or (found.shape in ((1, *shape), (*shape, 1)) and len(shape) == 1):
             found = replace(found, shape=shape)
         if found.shape != shape:
             raise CheckpointError(f"tensor {source!r} has shape {found.shape}, not {shape}")
@@ -141,13 +144,18 @@ class SourceTensors:
         for number, (part, rows) in enumerate(spec.parts):
             unused = self.recipe.unused_positions if part == POSITIONS else 0
             shape = (rows + unused, spec.width) if spec.width else (rows,)
-            tensor = self.find(part, layer, shape, expert) if found is None else found[number]
-            encoding = self._encoding(name, spec, tensor)
-            made = replace(self._part(part, tensor), first=unused)
-            if pieces and spec.width and pieces[-1].encoding == encoding:
-                pieces[-1] = Piece(encoding, (*pieces[-1].parts, made))
+            if part in self.recipe.strips:
+                tensors = self._strips(part, layer, shape)
             else:
-                pieces.append(Piece(encoding, (made,)))
+                tensors = [
+                    self.find(part, layer, shape, expert) if found is None else found[number]
+                ]
+            encoding = self._encoding(name, spec, tensors[0])
+            made = tuple(self._part(part, tensor, unused) for tensor in tensors)
+            if pieces and spec.width and pieces[-1].encoding == encoding:
+                pieces[-1] = Piece(encoding, (*pieces[-1].parts, *made))
+            else:
+                pieces.append(Piece(encoding, made))
         return tuple(pieces)
 
     def _encoding(self, name: str, spec: TensorSpec, tensor: Tensor) -> str:
@@ -168,6 +176,14 @@ class SourceTensors:
         parts = (Part(rows_of(both, i, i + size), transposed=is_key) for i in starts)
         return Piece(kind, tuple(parts))
 
+    def _strips(self, name: str, layer: int, shape: tuple[int, ...]) -> list[Tensor]:
+        """A matrix whose rows lie among others' in a checkpoint's tensor."""
+        strip = self.recipe.strips[name]
+        rows = shape[0] // strip.size * strip.every
+        whole = self.find(strip.whole, layer, (rows, *shape[1:]))
+        starts = range(strip.first, rows, strip.every)
+        return [rows_of(whole, start, start + strip.size) for start in starts]
+
     def _fused(self, name: str, spec: TensorSpec, layer: int) -> list[Tensor] | None:
         """The parts of a tensor that a checkpoint keeps as one, under our name of the whole."""
         if len(spec.parts) == 1 or name not in self.recipe.names:
@@ -176,12 +192,14 @@ class SourceTensors:
         ends = list(accumulate(rows for _, rows in spec.parts))
         return [rows_of(whole, a, b) for a, b in zip([0, *ends], ends, strict=False)]
 
-    def _part(self, name: str, tensor: Tensor) -> Part:
-        """Query and key rows, their biases and norms rotate in adjacent pairs in a pack."""
+    def _part(self, name: str, tensor: Tensor, first: int = 0) -> Part:
+        """Query and key rows, their biases and norms rotate in adjacent pairs in a pack. `first`: of its
+        rows that is used."""
         d, shift = self.description, self.recipe.norm_shift if name.endswith("norm") else 0.0
         halves = name in HALVED and d.latent is None and not self.recipe.interleaved
         rotated = next((r.rotated for r in d.ropes if r.rotated), 0) or 0
-        return Part(tensor, d.head_dim if halves else 0, rotated if halves else 0, shift)
+        head_dim, rotated = (d.head_dim, rotated) if halves else (0, 0)
+        return Part(tensor, head_dim, rotated, shift, first=first)
 
 
 def _unstack(stack: Tensor, index: int) -> Tensor:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from outsize.encoding.find import encoding
-from outsize.model_config import Description, Shard
+from outsize.model_config import Description
+from outsize.model_parts import Shard
 from outsize.pack.derive import derive, made_before
 from outsize.pack.format import Pack
 from outsize.pack.kinds.kind import groups

@@ -12,7 +12,8 @@ from math import lcm
 
 from outsize.encoding.find import encoding
 from outsize.errors import OptionError, UnsupportedError
-from outsize.model_config import Description, Shard
+from outsize.model_config import Description
+from outsize.model_parts import Shard
 from outsize.pack.tables import Matrix, TableHeader
 
 UNITS = 64, 32, 16  # kernels' blocks of rows; the largest of which there are enough
@@ -70,6 +71,11 @@ def check(name: str, d: Description, world: int, way: Way) -> None:
     """Raises OptionError, UnsupportedError for what cannot be cut."""
     if not 1 <= world <= MOST:
         raise OptionError(f"ranks is {world}; from 1 to {MOST} can share a model")
+    if d.has_states:
+        raise UnsupportedError(
+            f"{name} keeps states of sequences in place of some keys and values, which ranks do not share; "
+            "run it on one"
+        )
     if d.mixture is not None and way.cut != "layers":
         raise UnsupportedError(
             f"{name} is a mixture of experts, which ranks share out by layers alone; use --parallel relay"
@@ -78,7 +84,7 @@ def check(name: str, d: Description, world: int, way: Way) -> None:
         raise UnsupportedError(
             f"{name} reads its tokens in every layer, and ranks are handed states alone; leave --ranks out"
         )
-    if d.layer_norm or d.positions or d.parallel or not d.gated:
+    if d.layer_norm or d.positions or d.parallel or d.two_matrix:
         raise UnsupportedError(
             f"{name} is a {d.family} model, of LayerNorms and two-matrix feed-forwards, which ranks do not "
             "share; leave --ranks out"

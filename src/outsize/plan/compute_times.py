@@ -14,14 +14,13 @@ from outsize.kernels.backend import Backend
 from outsize.kernels.norm import RMSNorm
 from outsize.kernels.plain import PLAIN
 from outsize.kernels.rows import Rows, Segment
-from outsize.kv.kv import KV
 from outsize.model.ffn.dense import Dense
 from outsize.model.ffn.experts import Router, SharedExpert
 from outsize.model.layers import Linear
 from outsize.model.memory_sublayer import memory_sublayer
 from outsize.model.step import Step, TokenInputs
 from outsize.model.sublayer import Runnable, attention_sublayer, ffn_sublayer, shared_expert
-from outsize.model.transformer import rotary_angles
+from outsize.model.transformer import new_kv, rotary_angles
 from outsize.model_config import Description
 from outsize.pack.kinds.layers import BESIDE
 from outsize.pack.outline import Outline
@@ -70,7 +69,7 @@ def _sublayer_times(
     made = dict(_random(t, backend))
     sublayer = _sublayer(d, t.keys[0], made)
     own = PLAIN if dtype == torch.float32 else backend
-    kv = KV(t.keys[0] + 1, d.num_kv_heads, d.head_dim, dtype)
+    kv = new_kv(d, dtype)
     h_TD = torch.randn(tokens, d.width, dtype=torch.float32, device="cpu")
 
     def step(positions: range, wide: bool) -> Step:

@@ -57,14 +57,34 @@ def for_model(options: LoadOptions, model: str) -> LoadOptions:
 
 
 def for_kind(options: LoadOptions, name: str, d: Description) -> LoadOptions:
-    """The options for a model: default cache settings are left out for a dense one. Raises OptionError where
-    they are no defaults."""
+    """The options for a model: default cache settings are left out where they do not apply. Raises
+    OptionError where they are no defaults."""
+    options = _for_states(options, name, d)
     if d.mixture is not None or options.experts is None:
         return options
     if "experts" in options.defaults:
         return replace(options, experts=None)
     raise OptionError(
         f"experts is {options.experts!r}, and {name} is a dense model, which has none; leave it out"
+    )
+
+
+def _for_states(options: LoadOptions, name: str, d: Description) -> LoadOptions:
+    """Raises OptionError for what a model that keeps states of sequences cannot have."""
+    if not d.has_states:
+        return options
+    if parse_prefill(options.prefill) is not None:
+        raise OptionError(
+            f"prefill is {options.prefill!r}, and layers of {name} keep a state that all tokens must go "
+            "through; use prefill=full"
+        )
+    if options.prefix_cache in (None, "off"):
+        return options
+    if "prefix_cache" in options.defaults:
+        return replace(options, prefix_cache=None)
+    raise OptionError(
+        f"prefix_cache is {options.prefix_cache!r}, and layers of {name} keep a state of the whole sequence, "
+        "of which no part is another prompt's; leave it out"
     )
 
 

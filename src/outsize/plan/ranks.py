@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from outsize.errors import OptionError, OutsizeError
 from outsize.home import home
 from outsize.log import say, silent
-from outsize.model_config import Shard
+from outsize.model_parts import Shard
 from outsize.options import LoadOptions
 from outsize.pack import fetch
 from outsize.pack.outline import Outline

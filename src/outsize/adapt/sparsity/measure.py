@@ -91,7 +91,9 @@ def samples(
                 states.advance()
                 continue
             order = None if order_LF is None else order_LF[layer]
-            seen = Activations(bundle, model.description.gated, order, model.gate_bias(layer))
+            seen = Activations(
+                bundle, not model.description.two_matrix, order, model.gate_bias(layer)
+            )
             states.advance(seen)
             found = seen.sample(share)
         yield found

@@ -21,7 +21,7 @@ from outsize.home import home
 from outsize.kernels.backend import Backend
 from outsize.log import say, silent
 from outsize.model.transformer import Transformer
-from outsize.model_config import Shard
+from outsize.model_parts import Shard
 from outsize.options import LoadOptions
 from outsize.pack import store
 from outsize.pack.format import Pack

@@ -23,7 +23,7 @@ from outsize.kernels.backend import Backend
 from outsize.kernels.turned import turner
 from outsize.log import say, silent, warn
 from outsize.model.transformer import Transformer
-from outsize.model_config import Shard
+from outsize.model_parts import Shard
 from outsize.options import LoadOptions
 from outsize.pack.format import Pack
 from outsize.pack.outline import of_pack

@@ -63,7 +63,7 @@ class PagedNeurons:
         if d.mlp_bias:
             shaped = of["gate_up_bias"].view(-1, form.count, form.bundle)
             self._biases = Biases(shaped, of["down_bias"])
-        self._activation, self._bank, self._gated = d.activation, bank, d.gated
+        self._activation, self._bank, self._gated = d.activation, bank, not d.two_matrix
         self._chooser, self._recorder = chooser, recorder
         self._takes_resident = takes_resident
 

@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from outsize.errors import UnsupportedError
-from outsize.model_config import Description, Latent, Memory, Mixture
+from outsize.model_config import Description, Memory, Mixture
+from outsize.model_parts import Delta, Latent
 from outsize.pack.kinds.kind import Group, Kind
 from outsize.pack.records import POSITIONS, Specs, TensorSpec, lay_out, matrix, record_fault, vector
+from outsize.pack.specs import ffn_norm, norms, two_matrix
 from outsize.pack.tables import Matrix, TableHeader
 from outsize.pack.tensors import Record, SourceTensors, TablePlan
 
@@ -16,6 +18,8 @@ GOLDEN = 0.6180339887498949
 FINAL = "final"
 ORDER = "memory_order"  # of a table of feed-forwards: the row of each token
 BESIDE = "dense_"  # what names of a dense feed-forward beside one of the embedding begin with
+CONV = "conv"  # of short convolutions, in place of attention
+DELTA = "delta"  # of the gated delta rule, in place of attention
 DENSE = "dense"  # feed-forwards of layers without experts, in a model that has some
 
 
@@ -23,13 +27,17 @@ class Layers(Kind):
     """The keys of a table's header are its layers' numbers. Layers of equal encodings make one table."""
 
     def groups(self, d: Description) -> Sequence[Group]:
-        final = {**_norm(d, "final_norm"), **_beside_table(d)}
+        final = {**norms(d, "final_norm"), **_beside_table(d)}
         if d.positions:
             final[POSITIONS] = matrix(d.width, (POSITIONS, d.context))
         ffn = _dense(d) if d.mixture is None else _routed(d, d.mixture)
         dense = (Group(DENSE, 3, _dense(d)),) if len(d.routed) not in (0, d.num_layers) else ()
+        delta = (Group(DELTA, 2, _delta(d, d.delta)),) if d.delta is not None else ()
+        conv = (Group(CONV, 2, _conv(d)),) if d.mixed_by("conv") else ()
         return (
             Group("attn", 2, _attention(d)),
+            *delta,
+            *conv,
             *((Group("ffn", 3, ffn),) if d.has_ffn else ()),
             *dense,
             Group(FINAL, 5, final),
@@ -64,9 +72,18 @@ class Layers(Kind):
             yield from ((1, name, i) for name, i in sorted(of_layer[layer], reverse=True))
 
 
+MIXERS = {
+    "attn": "attention",
+    DELTA: "delta",
+    CONV: "conv",
+}  # what the layers of these groups mix tokens by
+
+
 def layers_of(d: Description, name: str) -> tuple[int, ...]:
     """The layers that have a record in the tables of a group."""
-    if d.mixture is None or name == "attn":
+    if name in MIXERS:
+        return d.mixed_by(MIXERS[name])
+    if d.mixture is None:
         return tuple(range(d.num_layers))
     routed = d.routed
     return tuple(i for i in range(d.num_layers) if i not in routed) if name == DENSE else routed
@@ -74,12 +91,14 @@ def layers_of(d: Description, name: str) -> tuple[int, ...]:
 
 def _attention(d: Description) -> Specs:
     q, kv = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
-    specs = _norm(d, "attn_norm") if d.pre_norm else {}
+    specs = norms(d, "attn_norm") if d.pre_norm else {}
     if d.latent is not None:
         specs |= _latent(d, d.latent)
     else:
         specs["qkv"] = matrix(d.width, ("q", q), ("k", kv), ("v", kv))
         specs["o"] = matrix(q, ("o", d.width))
+    if d.gated:
+        specs["attn_gate"] = matrix(d.width, ("attn_gate", q))
     if d.qkv_bias:
         specs["qkv_bias"] = vector(("q_bias", q), ("k_bias", kv), ("v_bias", kv))
     if d.o_bias:
@@ -111,9 +130,36 @@ def _latent(d: Description, x: Latent) -> Specs:
     return specs
 
 
+def _delta(d: Description, x: Delta) -> Specs:
+    """The gated delta rule: maps of queries, keys, values and what gates the sums; of each value head's decay
+    and step; the convolution, channel by channel; the norm of a head."""
+    heads, channels = x.value_heads, 2 * x.keys + x.values
+    inputs = (("delta_q", x.keys), ("delta_k", x.keys), ("delta_v", x.values))
+    return {
+        "attn_norm": vector(("attn_norm", d.width)),
+        "delta_qkvz": matrix(d.width, *inputs, ("delta_z", x.values)),
+        "delta_gates": matrix(d.width, ("delta_b", heads), ("delta_a", heads)),
+        "delta_conv": vector(("delta_conv", channels * x.kernel)),
+        "delta_decay": vector(("delta_decay", heads)),
+        "delta_shift": vector(("delta_shift", heads)),
+        "delta_gain": vector(("delta_gain", x.value)),
+        "o": matrix(x.values, ("delta_o", d.width)),
+    }
+
+
+def _conv(d: Description) -> Specs:
+    """A short convolution, gated before and after: three maps as one, and each channel's weights."""
+    return {
+        "attn_norm": vector(("attn_norm", d.width)),
+        "conv_in": matrix(d.width, ("conv_in", 3 * d.width)),
+        "conv_taps": vector(("conv_taps", d.width * d.kernel)),
+        "o": matrix(d.width, ("conv_o", d.width)),
+    }
+
+
 def _routed(d: Description, m: Mixture) -> Specs:
     """The router, and an expert that all tokens use."""
-    specs = _ffn_norm(d) | {"router": matrix(d.width, ("router", m.count))}
+    specs = ffn_norm(d) | {"router": matrix(d.width, ("router", m.count))}
     if m.bias:
         specs["router_bias"] = vector(("router_bias", m.count))
     if m.choice_bias:
@@ -124,16 +170,6 @@ def _routed(d: Description, m: Mixture) -> Specs:
     if m.shared_gate:
         specs["shared_router"] = vector(("shared_router", d.width))
     return specs
-
-
-def _norm(d: Description, name: str) -> dict[str, TensorSpec]:
-    names = (name, f"{name}_bias") if d.layer_norm else (name,)
-    return {n: vector((n, d.width)) for n in names}
-
-
-def _ffn_norm(d: Description) -> dict[str, TensorSpec]:
-    """None where the feed-forward reads what attention reads."""
-    return _norm(d, "ffn_norm") if d.pre_norm and not d.parallel else {}
 
 
 def _beside_table(d: Description) -> Specs:
@@ -154,7 +190,7 @@ def basis(layer: int) -> str:
 
 def _memory(d: Description, m: Memory) -> Specs:
     """A feed-forward of the embedding, unless it is looked up; and a dense one beside."""
-    specs = {} if m.is_table else _ffn_norm(d) | gated(d, False, "", d.ffn_width)
+    specs = {} if m.is_table else ffn_norm(d) | gated(d, False, "", d.ffn_width)
     if m.dense:
         specs[f"{BESIDE}norm"] = vector((f"{BESIDE}norm", d.width))
         inner = gated(d, False, BESIDE, m.dense)
@@ -165,7 +201,7 @@ def _memory(d: Description, m: Memory) -> Specs:
 def _dense(d: Description) -> Specs:
     if d.memory is not None:
         return _memory(d, d.memory)
-    specs = _ffn_norm(d) | (gated(d, d.mlp_bias, "", d.ffn_width) if d.gated else _two(d))
+    specs = ffn_norm(d) | (two_matrix(d) if d.two_matrix else gated(d, d.mlp_bias, "", d.ffn_width))
     if d.shard is not None:
         specs["down"] = matrix(d.shard.inner, ("down", d.shard.outer))
     if d.post_norm:
@@ -183,18 +219,6 @@ def gated(d: Description, bias: bool, prefix: str, inner: int) -> dict[str, Tens
     if bias:
         specs["gate_up_bias"] = vector((f"{prefix}gate_bias", inner), (f"{up}_bias", inner))
         specs["down_bias"] = vector((f"{down}_bias", d.width))
-    return specs
-
-
-def _two(d: Description) -> dict[str, TensorSpec]:
-    """A feed-forward of two matrices: what is called `gate_up` is up alone."""
-    specs = {
-        "gate_up": matrix(d.width, ("up", d.ffn_width)),
-        "down": matrix(d.ffn_width, ("down", d.width)),
-    }
-    if d.mlp_bias:
-        specs["gate_up_bias"] = vector(("up_bias", d.ffn_width))
-        specs["down_bias"] = vector(("down_bias", d.width))
     return specs
 
 
