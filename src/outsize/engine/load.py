@@ -52,6 +52,7 @@ from outsize.text.tokens import Tokens
 from outsize.weights import load as weights
 from outsize.weights.bundles import Bundles
 from outsize.weights.load import Loaded
+from outsize.weights.neuron_spec import RESIDENT
 from outsize.weights.open_pack import LoadPlan
 from outsize.weights.spec import ExpertOptions, Recorder, parse_experts
 
@@ -199,7 +200,8 @@ def _open(
         if paged is not None:
             transformer.neurons = neurons.told(paged)
             made_of = choosers(paged.file, made.description, native)
-            transformer.page_neurons(made_of, experts.recorder)
+            takes_resident = paged.spec.mode == RESIDENT
+            transformer.page_neurons(made_of, experts.recorder, takes_resident)
         drafts = _drafting(made, options, placement, transformer, smaller)
         opened.pop_all()
     prefixes = open_prefixes.make(kept, made, placement, transformer, known)

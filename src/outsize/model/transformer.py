@@ -15,19 +15,18 @@ from torch import Tensor
 from outsize.encoding.find import gives_fp32
 from outsize.kernels.attention import CHUNK, capped
 from outsize.kernels.backend import Backend
-from outsize.kernels.norm import RMSNorm
 from outsize.kernels.plain import PLAIN
 from outsize.kernels.rows import Rows, Segment
 from outsize.kernels.threads import Threads
 from outsize.kv.int8 import Int8KV
 from outsize.kv.kv import KV
 from outsize.kv.state import states_of
-from outsize.model.attention import vector
 from outsize.model.ffn.neurons import PagedNeurons
 from outsize.model.layers import cos_sin
 from outsize.model.lora import Adapter
 from outsize.model.make_ffn import ffn_maker
 from outsize.model.memory import WeightMemory
+from outsize.model.norms import last_norm, learned_positions
 from outsize.model.paged import PagedLayer, link
 from outsize.model.predictors.choose import Chooser
 from outsize.model.ranks import Leader, Stages
@@ -67,8 +66,8 @@ class Transformer:
             make = ffn_maker(description, i, loaded, ranks)
             self.paged_layers.append(PagedLayer(make, ffn))
         link(self.paged_layers[1::2])
-        norm = vector(loaded.final_norm["final_norm"])
-        self._norm = RMSNorm(norm, description.norm_eps, torch.float32)
+        self._norm = last_norm(description, loaded.final_norm)
+        self.positions_PD = learned_positions(loaded.final_norm)
         self._ropes = description.ropes
         self.backend = backend if self.dtype == torch.bfloat16 else PLAIN
         self.chunk = CHUNK  # tokens of a prompt that are computed at once, at multiples of it
@@ -79,12 +78,17 @@ class Transformer:
         self._own, self.threads = backend, threads or Threads(torch.get_num_threads())
         self.memory = WeightMemory(description, loaded, self.paged_layers, ceiling)
 
-    def page_neurons(self, choosers: Sequence[Chooser], recorder: Recorder | None = None) -> None:
+    def page_neurons(
+        self,
+        choosers: Sequence[Chooser],
+        recorder: Recorder | None = None,
+        takes_resident: bool = False,
+    ) -> None:
         """From now on steps of few rows compute only the neurons that are chosen for them (lossy, unless the
-        choice is exact). `recorder`: is told what each layer chose."""
+        choice is exact), or also those that are in memory. `recorder`: is told what each layer chose."""
         banks = self.loaded.neurons
         for layer, bank, chooser in zip(self.paged_layers[1::2], banks, choosers, strict=True):
-            layer.narrow = PagedNeurons(self.description, bank, chooser, recorder)
+            layer.narrow = PagedNeurons(self.description, bank, chooser, recorder, takes_resident)
 
     def begin(self, is_large: bool) -> None:
         """A step begins; `is_large`: with a long span, or of a batch."""
@@ -114,7 +118,7 @@ class Transformer:
         return new_kv(self.description, self.dtype, room)
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
-        """(T, D) fp32."""
+        """(T, D) fp32, without what is learned of positions."""
         if self.relay is not None and not self.relay.begins:  # room for what another rank sends
             return self._norm.weight.new_empty(len(tokens), self.description.width)
         rows = self._embed.rows(torch.tensor(tokens, dtype=torch.int64, device="cpu"))

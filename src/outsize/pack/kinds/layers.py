@@ -9,7 +9,8 @@ from outsize.errors import UnsupportedError
 from outsize.model_config import Description, Memory, Mixture
 from outsize.model_parts import Delta, Latent
 from outsize.pack.kinds.kind import Group, Kind
-from outsize.pack.records import Specs, TensorSpec, lay_out, matrix, record_fault, vector
+from outsize.pack.records import POSITIONS, Specs, TensorSpec, lay_out, matrix, record_fault, vector
+from outsize.pack.specs import ffn_norm, norms, two_matrix
 from outsize.pack.tables import Matrix, TableHeader
 from outsize.pack.tensors import Record, SourceTensors, TablePlan
 
@@ -27,7 +28,9 @@ class Layers(Kind):
     """The keys of a table's header are its layers' numbers. Layers of equal encodings make one table."""
 
     def groups(self, d: Description) -> Sequence[Group]:
-        final = {"final_norm": vector(("final_norm", d.width)), **_beside_table(d)}
+        final = {**norms(d, "final_norm"), **_beside_table(d)}
+        if d.positions:
+            final[POSITIONS] = matrix(d.width, (POSITIONS, d.context))
         ffn = _dense(d) if d.mixture is None else _routed(d, d.mixture)
         dense = (Group(DENSE, 3, _dense(d)),) if len(d.routed) not in (0, d.num_layers) else ()
         delta = (Group(DELTA, 2, _delta(d, d.delta)),) if d.delta is not None else ()
@@ -97,9 +100,7 @@ def _attention(d: Description, makes_keys: bool = True) -> Specs:
     q, kv = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
     parts = (("q", q), ("k", kv), ("v", kv)) if makes_keys else (("q", q),)
     biases = [(f"{name}_bias", rows) for name, rows in parts]
-    specs: dict[str, TensorSpec] = {}
-    if d.pre_norm:
-        specs["attn_norm"] = vector(("attn_norm", d.width))
+    specs: dict[str, TensorSpec] = dict(norms(d, "attn_norm")) if d.pre_norm else {}
     if d.latent is not None:
         specs |= _latent(d, d.latent)
     else:
@@ -168,7 +169,7 @@ def _conv(d: Description) -> Specs:
 
 def _routed(d: Description, m: Mixture) -> Specs:
     """The router, and an expert that all tokens use."""
-    specs = _norm(d) | {"router": matrix(d.width, ("router", m.count))}
+    specs = ffn_norm(d) | {"router": matrix(d.width, ("router", m.count))}
     if m.bias:
         specs["router_bias"] = vector(("router_bias", m.count))
     if m.choice_bias:
@@ -179,10 +180,6 @@ def _routed(d: Description, m: Mixture) -> Specs:
     if m.shared_gate:
         specs["shared_router"] = vector(("shared_router", d.width))
     return specs
-
-
-def _norm(d: Description) -> dict[str, TensorSpec]:
-    return {"ffn_norm": vector(("ffn_norm", d.width))} if d.pre_norm else {}
 
 
 def _beside_table(d: Description) -> Specs:
@@ -203,7 +200,7 @@ def basis(layer: int) -> str:
 
 def _memory(d: Description, m: Memory) -> Specs:
     """A feed-forward of the embedding, unless it is looked up; and a dense one beside."""
-    specs = {} if m.is_table else _norm(d) | gated(d, False, "", d.ffn_width)
+    specs = {} if m.is_table else ffn_norm(d) | gated(d, False, "", d.ffn_width)
     if m.dense:
         specs[f"{BESIDE}norm"] = vector((f"{BESIDE}norm", d.width))
         inner = gated(d, False, BESIDE, m.dense)
@@ -214,7 +211,7 @@ def _memory(d: Description, m: Memory) -> Specs:
 def _dense(d: Description) -> Specs:
     if d.memory is not None:
         return _memory(d, d.memory)
-    specs = _norm(d) | gated(d, d.mlp_bias, "", d.ffn_width)
+    specs = ffn_norm(d) | (two_matrix(d) if d.two_matrix else gated(d, d.mlp_bias, "", d.ffn_width))
     if d.shard is not None:
         specs["down"] = matrix(d.shard.inner, ("down", d.shard.outer))
     if d.post_norm:
