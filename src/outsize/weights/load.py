@@ -46,10 +46,11 @@ class Loaded:
         layers: Mapping[str, Mapping[int, LayerRecord]] = kinds["layers"]
         self.kinds = kinds
         if lent is not None:
-            self.embed, self.head, self._rows = lent.embed, lent.head, set[RowTable]()
+            self.embed, self.head = lent.embed, lent.head
+            self._rows: tuple[RowTable, ...] = ()
         else:
             self.embed, self.head = rows["embed"], rows.get("head", rows["embed"])
-            self._rows = {self.embed, self.head}
+            self._rows = tuple(dict.fromkeys((self.embed, self.head)))
         ffn = {**layers.get("ffn", {}), **layers.get(DENSE, {})}
         attn = {i: record for name in MIXERS for i, record in layers.get(name, {}).items()}
         self.layers = tuple((attn[i], ffn.get(i)) for i in range(pack.pack.description.num_layers))
