@@ -15,7 +15,7 @@ from outsize.pack.tables import Matrix, TableHeader
 from outsize.pack.tensors import Record, SourceTensors, TablePlan
 
 GOLDEN = 0.6180339887498949
-FINAL = "final"
+FINAL, FURTHER = "final", "further"
 SHARING = "sharing"  # attention of layers that make queries alone
 ORDER = "memory_order"  # of a table of feed-forwards: the row of each token
 BESIDE = "dense_"  # what names of a dense feed-forward beside one of the embedding begin with
@@ -45,10 +45,13 @@ class Layers(Kind):
             *((Group("ffn", 3, ffn),) if d.has_ffn else ()),
             *dense,
             Group(FINAL, 5, final),
+            *((Group(FURTHER, 6, _further(d)),) if d.further else ()),
         )
 
     def plan(self, group: Group, tensors: SourceTensors) -> list[TablePlan]:
-        layers = (0,) if group.name == FINAL else layers_of(tensors.description, group.name)
+        layers = (
+            (0,) if group.name in (FINAL, FURTHER) else layers_of(tensors.description, group.name)
+        )
         records = [tensors.record(i, group.specs) for i in layers]
         return tables_of(group.name, "layers", records, layers=layers)
 
@@ -56,9 +59,9 @@ class Layers(Kind):
         names = [t.name for t in tables]
         if problem := kind_fault("layers", group, tables):
             return problem
-        if group.name == FINAL:
-            whole = names == ["final-0"] and tables[0].keys == (0,)
-            return "" if whole else "the final norm is not one record of table final-0"
+        if group.name in (FINAL, FURTHER):
+            whole = names == [f"{group.name}-0"] and tables[0].keys == (0,)
+            return "" if whole else f"there is not one record of a table {group.name}-0"
         if problem := keys_fault(d, group.name, tables):
             return problem
         return "there is no table attn-0" if group.name == "attn" and "attn-0" not in names else ""
@@ -70,7 +73,7 @@ class Layers(Kind):
         first: it is larger."""
         of_layer: dict[int, list[tuple[str, int]]] = {}
         for t in tables:
-            for i, layer in enumerate(t.keys if t.name != "final-0" else ()):
+            for i, layer in enumerate(t.keys if t.name not in ("final-0", "further-0") else ()):
                 of_layer.setdefault(layer, []).append((t.name, i))
         for layer in sorted(of_layer, key=lambda i: i * GOLDEN % 1):
             yield from ((1, name, i) for name, i in sorted(of_layer[layer], reverse=True))
@@ -164,6 +167,15 @@ def _conv(d: Description) -> Specs:
         "conv_in": matrix(d.width, ("conv_in", 3 * d.width)),
         "conv_taps": vector(("conv_taps", d.width * d.kernel)),
         "o": matrix(d.width, ("conv_o", d.width)),
+    }
+
+
+def _further(d: Description) -> Specs:
+    """What joins a token's embedding with the state before it: norms of either, and a map."""
+    return {
+        "token_norm": vector(("token_norm", d.width)),
+        "state_norm": vector(("state_norm", d.width)),
+        "join": matrix(2 * d.width, ("join", d.width)),
     }
 
 
