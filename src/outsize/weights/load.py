@@ -45,6 +45,8 @@ class Loaded:
         rows: Mapping[str, RowTable] = kinds.get("rows", {})
         layers: Mapping[str, Mapping[int, LayerRecord]] = kinds["layers"]
         self.kinds = kinds
+        self.embed: RowTable
+        self.head: RowTable
         if lent is not None:
             self.embed, self.head = lent.embed, lent.head
             self._rows: tuple[RowTable, ...] = ()

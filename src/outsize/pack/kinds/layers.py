@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from outsize.errors import UnsupportedError
 from outsize.model_config import Description, Memory, Mixture
-from outsize.model_parts import Delta, Latent
+from outsize.model_parts import Latent
 from outsize.pack.kinds.kind import Group, Kind
+from outsize.pack.mixers import conv_specs, delta_specs
 from outsize.pack.records import POSITIONS, Specs, TensorSpec, lay_out, matrix, record_fault, vector
 from outsize.pack.specs import ffn_norm, norms, two_matrix
 from outsize.pack.tables import Matrix, TableHeader
@@ -33,8 +34,8 @@ class Layers(Kind):
             final[POSITIONS] = matrix(d.width, (POSITIONS, d.context))
         ffn = _dense(d) if d.mixture is None else _routed(d, d.mixture)
         dense = (Group(DENSE, 3, _dense(d)),) if len(d.routed) not in (0, d.num_layers) else ()
-        delta = (Group(DELTA, 2, _delta(d, d.delta)),) if d.delta is not None else ()
-        conv = (Group(CONV, 2, _conv(d)),) if d.mixed_by("conv") else ()
+        delta = (Group(DELTA, 2, delta_specs(d, d.delta)),) if d.delta is not None else ()
+        conv = (Group(CONV, 2, conv_specs(d)),) if d.mixed_by("conv") else ()
         some = d.num_kv_layers < d.num_layers
         sharing = (Group(SHARING, 2, _attention(d, makes_keys=False)),) if some else ()
         return (
@@ -141,33 +142,6 @@ def _latent(d: Description, x: Latent) -> Specs:
         specs["q_a"] = matrix(d.width, ("q_a", x.query_rank))
         specs["q_a_norm"] = vector(("q_a_norm", x.query_rank))
     return specs
-
-
-def _delta(d: Description, x: Delta) -> Specs:
-    """The gated delta rule: maps of queries, keys, values and what gates the sums; of each value head's decay
-    and step; the convolution, channel by channel; the norm of a head."""
-    heads, channels = x.value_heads, 2 * x.keys + x.values
-    inputs = (("delta_q", x.keys), ("delta_k", x.keys), ("delta_v", x.values))
-    return {
-        "attn_norm": vector(("attn_norm", d.width)),
-        "delta_qkvz": matrix(d.width, *inputs, ("delta_z", x.values)),
-        "delta_gates": matrix(d.width, ("delta_b", heads), ("delta_a", heads)),
-        "delta_conv": vector(("delta_conv", channels * x.kernel)),
-        "delta_decay": vector(("delta_decay", heads)),
-        "delta_shift": vector(("delta_shift", heads)),
-        "delta_gain": vector(("delta_gain", x.value)),
-        "o": matrix(x.values, ("delta_o", d.width)),
-    }
-
-
-def _conv(d: Description) -> Specs:
-    """A short convolution, gated before and after: three maps as one, and each channel's weights."""
-    return {
-        "attn_norm": vector(("attn_norm", d.width)),
-        "conv_in": matrix(d.width, ("conv_in", 3 * d.width)),
-        "conv_taps": vector(("conv_taps", d.width * d.kernel)),
-        "o": matrix(d.width, ("conv_o", d.width)),
-    }
 
 
 def _further(d: Description) -> Specs:
