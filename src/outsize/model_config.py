@@ -5,7 +5,7 @@ A family file (family/) makes it from a published config; that is needed to pack
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from outsize.errors import OptionError
@@ -13,6 +13,7 @@ from outsize.model_parts import Delta, Latent, Shard
 
 BIASED = "clamped_swiglu"  # of experts with biases
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", BIASED)
+THRESHOLD = r"fatrelu:(0|[1-9][0-9]{0,3})\.[0-9]{1,6}"  # one with a threshold
 SCORES = ("softmax", "sigmoid")
 MIXERS = ("attention", "delta", "conv")  # what lets a layer's tokens know of each other
 
@@ -130,9 +131,16 @@ class Description:
     logit_cap: float = 0.0  # logits x become cap * tanh(x / cap); 0: they stay
     attn_cap: float = 0.0  # the same of attention's scores
     latent: Latent | None = None  # attention over a latent that all heads share
+    two_matrix: bool = False  # a feed-forward is down(activation(up(x))), without a gate
+    layer_norm: bool = False  # norms are LayerNorms, with biases, instead of RMSNorms
+    positions: bool = False  # a learned vector of each position is added to its token's
+    parallel: bool = False  # a feed-forward reads what its layer's attention reads
     memory: Memory | None = None  # feed-forwards of the token's embedding
     gated: bool = False  # what attention sums is multiplied by the sigmoid of a map of its own
     delta: Delta | None = None  # of the layers with that mixer
+    further: bool = (
+        False  # a layer that drafts with the states of another model, whose embedding it reads
+    )
     kernel: int = 0  # tokens of the short convolution of layers with that mixer
     shard: Shard | None = None  # of one of several ranks: the sizes above are what it has
 
@@ -187,9 +195,19 @@ class Description:
     @property
     def is_usual(self) -> bool:
         """Is it a dense decoder without what few families have? Training and adapters know those only."""
-        known = Description(**{name: getattr(self, name) for name in USUAL})
         ropes = all(Rope(r.base, r.divisors, r.scale) == r for r in self.ropes)
-        return known == self and ropes and all(Layer(x.rope, x.window) == x for x in self.layers)
+        return self._says(USUAL) and ropes
+
+    @property
+    def is_measured(self) -> bool:
+        """Can a copy of it be run with gradients? Those that are usual, and two-matrix feed-forwards."""
+        ropes = all(Rope(r.base, r.divisors, r.scale, r.rotated) == r for r in self.ropes)
+        return self._says((*USUAL, *CLASSIC)) and ropes
+
+    def _says(self, names: Sequence[str]) -> bool:
+        """Does it say what these fields say, and nothing else?"""
+        known = Description(**{name: getattr(self, name) for name in names})
+        return known == self and all(Layer(x.rope, x.window) == x for x in self.layers)
 
     def for_context(self, context: int) -> Description:
         """As a run of so many positions computes it."""
@@ -242,6 +260,12 @@ USUAL = (
     "norm_eps", "attn_scale", "layers", "activation", "embed_scale", "qkv_bias", "o_bias", "mlp_bias",
     "qk_norm", "post_norm", "tied",
 )  # fmt: skip
+CLASSIC = (
+    "two_matrix",
+    "layer_norm",
+    "positions",
+    "parallel",
+)  # what models of before 2023 say besides
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,3 +292,4 @@ class Recipe:
     strips: Mapping[str, Strip] = field(
         default_factory=dict
     )  # our names of parts of others' tensors
+    unused_positions: int = 0  # rows before the first position's in a table of learned positions

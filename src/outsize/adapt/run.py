@@ -12,6 +12,7 @@ from outsize.adapt import checkpoints, loop
 from outsize.adapt.examples import Example, TrainOptions, fingerprint, prepare
 from outsize.adapt.processes import join, leave, processes
 from outsize.adapt.trainable import TrainableModel, matmul_type
+from outsize.errors import UnsupportedError
 from outsize.log import say
 from outsize.pack import fetch
 from outsize.pack.format import Pack
@@ -43,6 +44,11 @@ def session(options: TrainOptions) -> Iterator[tuple[TrainOptions, torch.device]
 
 def _run(options: TrainOptions, recipe: loop.Recipe, make: MakeTask, device: torch.device) -> None:
     pack = fetch.find(options.model) or fetch.pack(options.model, quiet=options.quiet)
+    if not pack.description.is_usual:
+        raise UnsupportedError(
+            f"{pack.path.name} is a {pack.description.family} model; training knows dense models without "
+            "sinks, of RMSNorms and gated feed-forwards"
+        )
     model = opened(pack, options, device)
     found = prepare(options, recipe.length, pack, model)
     count = min(HELD_OUT, len(found) // HELD_OUT_SHARE)

@@ -7,21 +7,21 @@ V vocabulary, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, linear, rms_norm, scaled_dot_product_attention
 
+from outsize.adapt.change import AS_IS, Change
 from outsize.errors import UnsupportedError
-from outsize.kernels.plain import ACTIVATIONS
 from outsize.model.attention import vector
 from outsize.model.layers import cos_sin
 from outsize.model_config import Description, Rope
 from outsize.pack.format import Pack
+from outsize.pack.records import POSITIONS
 from outsize.plan.probe import instruction_sets
 from outsize.progress import Progress
 from outsize.storage.table import Weight, Weights
@@ -29,50 +29,11 @@ from outsize.weights.layers import resident
 from outsize.weights.load import load
 from outsize.weights.rows import RowTable
 
+LAST = ("final_norm", POSITIONS)  # of a model's last record, what training reads
 ROWS = 4096  # of a row table decoded at once
 # Not cuDNN's: its gradients are NaN for some heads with large scores (Qwen2.5 on an H100, torch 2.11).
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 Stored = tuple[Tensor, Tensor]  # one layer's keys and values, (B, J, S, E) each
-
-
-class Change:
-    """What a run does otherwise than the model: here, nothing."""
-
-    __slots__ = ()
-
-    def weight(self, w: Tensor, x: Tensor, layer: int, name: str) -> Tensor:
-        """What multiplies x in place of w, a tensor of a pack's record: qkv, o, gate_up or down."""
-        return w
-
-    def source(self, layer: int) -> int | None:
-        """The earlier layer whose keys and values this one reads, making queries alone; None: its own."""
-        return None
-
-    def vector(self, v: Tensor, layer: int, name: str) -> Tensor:
-        """What scales normed states in place of v, a norm before a sub-layer: attn_norm or ffn_norm."""
-        return v
-
-    def add(self, y: Tensor, x: Tensor, layer: int, names: Sequence[str]) -> Tensor:
-        """`y` is the product of x with the projections' rows, stacked; with what is added."""
-        return y
-
-
-@dataclass(frozen=True, slots=True)
-class Deltas(Change):
-    """Low-rank additions: y += scale * B A x for each projection, named "{layer}.{projection}"."""
-
-    factors: Mapping[str, tuple[Tensor, Tensor]]  # A (R, K), B (N, R)
-    scale: float
-
-    def add(self, y: Tensor, x: Tensor, layer: int, names: Sequence[str]) -> Tensor:
-        parts = []
-        for name in names:
-            a, b = self.factors[f"{layer}.{name}"]
-            parts.append(linear(linear(x, a.to(x.dtype)), b.to(x.dtype)))
-        return y + self.scale * (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
-
-
-AS_IS = Change()
 
 
 class Rows(NamedTuple):
@@ -96,7 +57,7 @@ class TrainableModel:
         self, pack: Pack, device: torch.device, dtype: torch.dtype, progress: Progress
     ) -> None:
         d = pack.description
-        if not d.is_usual:
+        if not d.is_measured:
             raise UnsupportedError(
                 f"{pack.path.name} is a {d.family} model; training knows dense models without sinks"
             )
@@ -107,9 +68,11 @@ class TrainableModel:
             self.embed_VD = self._table(loaded.embed, d)
             tied = loaded.head is loaded.embed
             self.head_VD = self.embed_VD if tied else self._table(loaded.head, d)
-            self.final_norm = self._vector(loaded.final_norm["final_norm"])
+            kept = {n: w for n, w in loaded.final_norm.items() if n.startswith(LAST)}
+            final = self._matrices(kept)
+            self.positions_PD = final.pop(POSITIONS, None)
             pinned = ({**resident(a), **resident(f)} for a, f in loaded.layers)
-            self._layers = [self._matrices(weights) for weights in pinned]
+            self._layers = [*(self._matrices(weights) for weights in pinned), final]
         finally:
             loaded.close()
         self._cos_sin: dict[Rope, Tensor] = {}
@@ -126,9 +89,10 @@ class TrainableModel:
         for name, parts in weights.items():
             if name.endswith(("norm", "bias")):
                 out[name] = self._vector(parts)
-            else:
-                rows = [w.encoding.decode(w.fields)[: w.num_rows].to(self.dtype) for w in parts]
-                out[name] = torch.cat(rows).to(self.device)
+                continue
+            kind = self.residual if name == POSITIONS else self.dtype
+            rows = [w.encoding.decode(w.fields)[: w.num_rows].to(kind) for w in parts]
+            out[name] = torch.cat(rows).to(self.device)
         return out
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -149,12 +113,23 @@ class TrainableModel:
 
     def normed(self, h: Tensor) -> Tensor:
         """What the head multiplies, of the stream after the last layer."""
-        return rms_norm(h, h.shape[-1:], self.final_norm, self.description.norm_eps)
+        return self._normed(h, -1, "final_norm")
+
+    def matrix(self, layer: int, name: str) -> Tensor:
+        """A layer's qkv, o, gate_up or down."""
+        return self._layers[layer][name]
+
+    def gate_bias(self, layer: int) -> Tensor | None:
+        """(F,): of a feed-forward's gate, or, where there is none, of up."""
+        bias = self._layers[layer].get("gate_up_bias")
+        return None if bias is None else bias[: self.description.ffn_width]
 
     def _through(
         self, rows: Rows, layers: range, stored: Sequence[Stored] | None, change: Change
     ) -> tuple[Tensor, list[Stored]]:
         h, made = rows.h_BTD, list[Stored]()
+        if self.positions_PD is not None and layers.start == 0:
+            h = h + self.positions_PD[rows.positions_BT]
         ropes = self.description.ropes
         rotations = {rope: self._rotation(rope, rows.positions_BT) for rope in ropes}
         masks = self._masks(rows)
@@ -166,7 +141,8 @@ class TrainableModel:
             out, new = self._attention(x, i, sight, (past, shared), change)
             made.append(new)
             h = h + self._post(out, i, "attn_post_norm")
-            out = self._dense(self._norm(h, i, "ffn_norm", change), i, change)
+            x = x if self.description.parallel else self._norm(h, i, "ffn_norm", change)
+            out = self._dense(x, i, change)
             h = h + self._post(out, i, "ffn_post_norm")
         return h, made
 
@@ -193,9 +169,15 @@ class TrainableModel:
         return known[positions_BT][:, :, None]  # (B, T, 1, E/2, 2)
 
     def _norm(self, h: Tensor, layer: int, name: str, change: Change) -> Tensor:
-        weight, eps = self._layers[layer][name], self.description.norm_eps
-        weight = change.vector(weight, layer, name)
-        return rms_norm(h, h.shape[-1:], weight, eps).to(self.dtype)
+        return self._normed(h, layer, name, change).to(self.dtype)
+
+    def _normed(self, h: Tensor, layer: int, name: str, change: Change = AS_IS) -> Tensor:
+        """Layer -1 is what comes after all."""
+        weights, eps = self._layers[layer], self.description.norm_eps
+        weight = change.vector(weights[name], layer, name)
+        if self.description.layer_norm:
+            return layer_norm(h, h.shape[-1:], weight, weights[f"{name}_bias"], eps)
+        return rms_norm(h, h.shape[-1:], weight, eps)
 
     def _post(self, out: Tensor, layer: int, name: str) -> Tensor:
         out = out.to(self.residual)
@@ -257,11 +239,10 @@ class TrainableModel:
 
     def _dense(self, x: Tensor, i: int, change: Change) -> Tensor:
         d, weights = self.description, self._layers[i]
-        both = self._linear(x, i, "gate_up", ("gate", "up"), change)
+        both = self._linear(x, i, "gate_up", ("up",) if d.two_matrix else ("gate", "up"), change)
         if d.mlp_bias:
             both = (both + weights["gate_up_bias"]).to(self.dtype)
-        gate, up = both.chunk(2, dim=-1)
-        down = self._linear(ACTIVATIONS[d.activation](gate) * up, i, "down", ("down",), change)
+        down = self._linear(change.inner(both, d), i, "down", ("down",), change)
         return down + weights["down_bias"] if d.mlp_bias else down
 
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from outsize.cli import distill
+from outsize.cli.adapt_relu import relu
 from outsize.cli.align import align
 from outsize.cli.command import only, with_flags
 from outsize.cli.distill import check_answers
@@ -203,6 +204,9 @@ def _train_memory(own: MemoryFlags, quiet: bool, as_json: bool) -> None:
     if as_json:
         told = {"path": str(own.output), "step": training.step, "loss": training.loss}
         print(json.dumps(told | training.figures))
+
+
+app.command()(relu)
 
 
 @app.command()

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from outsize.forward.cuts import chunks
 from outsize.forward.full import hidden
+from outsize.forward.groups import chunks
 from outsize.forward.span import Span
 from outsize.kv.kv import KV
 from outsize.model.transformer import Transformer

@@ -3,6 +3,7 @@ for more than a machine can address. Checkpoints and packs are held to the same.
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 
 from outsize.family.config import LIMITS, MOST_HEAD
@@ -11,6 +12,7 @@ from outsize.model_config import (
     BIASED,
     MIXERS,
     SCORES,
+    THRESHOLD,
     Description,
     Layer,
     Memory,
@@ -52,6 +54,15 @@ def fault(d: Description) -> str:
         return "queries and keys are normed by heads and as a whole: one of the two is due"
     if not (d.pre_norm or d.post_norm):
         return "nothing is normed: norms before or after each half are due"
+    if d.parallel and (not d.pre_norm or d.post_norm):
+        return "feed-forwards that read what attention reads have a norm before it, and none after"
+    is_classic = d.parallel or d.layer_norm or d.positions or d.two_matrix
+    if is_classic and (d.mixture or d.memory or d.shard or d.qk_norm or d.qk_norm_whole):
+        return (
+            "experts, tables, parts or norms of heads in a model of LayerNorms or two-matrix halves"
+        )
+    if d.layer_norm and d.post_norm:
+        return "LayerNorms after each half are not known"
     if problem := _delta_fault(d, d.delta):
         return problem
     if d.latent is not None and (problem := _latent_fault(d, d.latent)):
@@ -182,7 +193,8 @@ def _ranges_fault(d: Description, x: Shard) -> str:
 
 def _mixture_fault(d: Description) -> str:
     m = d.mixture
-    if d.activation not in ACTIVATIONS or (d.activation == BIASED) != (m is not None and m.bias):
+    is_known = d.activation in ACTIVATIONS or re.fullmatch(THRESHOLD, d.activation)
+    if not is_known or (d.activation == BIASED) != (m is not None and m.bias):
         biases = "with" if m is not None and m.bias else "without"
         return (
             f"the activation is {d.activation[:80]!r}, which is not one of experts {biases} biases"

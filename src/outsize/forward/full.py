@@ -12,16 +12,16 @@ Shapes: T tokens, D model width, K tokens whose logits are wanted, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from outsize.forward.cuts import Pair, Steps, added, chunks, last_steps
+from outsize.forward.groups import Pair, Steps, added, groups
 from outsize.forward.inputs import embedded, token_inputs
-from outsize.forward.span import NARROW, Out, Span
-from outsize.kernels.rows import Segment
+from outsize.forward.shared_keys import last_steps
+from outsize.forward.span import Out, Span
 from outsize.kv.kv import KV
 from outsize.model.step import Step
 from outsize.model.transformer import Transformer
@@ -37,12 +37,13 @@ def outs(model: Transformer, spans: Sequence[Span], rows: Sequence[Tensor]) -> l
     """What spans are sent back, of the residual streams of their last tokens and masks."""
     ends = [len(h) - span.num_masks for h, span in zip(rows, spans, strict=True)]
     wanted = [h[e - s.want : e] for h, e, s in zip(rows, ends, spans, strict=True)]
-    logits = model.logits(torch.cat(wanted)).split([span.want for span in spans])
+    counts, states_KD = [span.want for span in spans], model.normed(torch.cat(wanted))
+    logits = model.project(states_KD).split(counts)
     masks = [
         None if s.masks is None else model.normed(h[e:])
         for h, e, s in zip(rows, ends, spans, strict=True)
     ]
-    return [Out(*pair) for pair in zip(logits, masks, strict=True)]
+    return [Out(*each) for each in zip(logits, masks, states_KD.split(counts), strict=True)]
 
 
 def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:
@@ -55,7 +56,7 @@ def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:
     inputs = token_inputs(model, [token for span, _ in ordered for token in span.tokens])
     h_TD = embedded(model, [span for span, _ in ordered])
     steps, at = list[tuple[slice, Step]](), 0
-    for segments, wide, spans in _groups(ordered, model.chunk):
+    for segments, wide, spans in groups(ordered, model.chunk):
         end = at + sum(s.length for s in segments)
         rows, more = slice(at, end), list(added(segments, spans))
         steps.append((rows, model.step(segments, wide, more, (), inputs(h_TD, rows))))
@@ -82,20 +83,3 @@ def _run(model: Transformer, h_TD: Tensor, steps: Steps, last: Steps) -> None:
         if is_long:
             model.memory.trim()
     model.memory.end_pass()
-
-
-def _groups(pairs: Sequence[Pair], chunk: int) -> Iterator[tuple[list[Segment], bool, list[Span]]]:
-    """What runs together, and whether it is wide: each long span in chunks, then all short ones at once. A
-    chunk of few tokens, as a prompt's last may be, is not wide either: its bits are those of a short span."""
-    short, spans = [], []
-    for span, kv in pairs:
-        if span.is_narrow:
-            masks = span.masks
-            blocks = () if masks is None else (masks.anchors, len(masks.rows_KD))
-            short.append(Segment(kv, span.positions, *blocks))
-            spans.append(span)
-            continue
-        for positions in chunks(span.positions, chunk):
-            yield [Segment(kv, positions)], len(positions) > NARROW, [span]
-    if short:
-        yield short, False, spans

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from outsize.kernels.delta import DeltaSpec
-from outsize.kernels.norm import RMSNorm
+from outsize.kernels.norm import Norm, RMSNorm
 from outsize.kernels.rows import Rows, Sight
 from outsize.kernels.structs import Attention, Coded, ExpertMatrices, LowRankMatrix, address_if
 
@@ -88,7 +88,7 @@ class Backend(Protocol):
         """x -> x @ w.T. The matrix is checked here, once; valid while its tensors are where they are."""
         ...
 
-    def norm(self, h_TD: Tensor, norm: RMSNorm) -> Tensor:
+    def norm(self, h_TD: Tensor, norm: Norm) -> Tensor:
         """What enters a linear map: the residual stream (fp32), normed, in the type of activations."""
         ...
 

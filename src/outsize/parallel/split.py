@@ -89,6 +89,11 @@ def check(name: str, d: Description, world: int, way: Way) -> None:
         raise UnsupportedError(
             f"{name} reads its tokens in every layer, and ranks are handed states alone; leave --ranks out"
         )
+    if d.layer_norm or d.positions or d.parallel or d.two_matrix:
+        raise UnsupportedError(
+            f"{name} is a {d.family} model, of LayerNorms and two-matrix feed-forwards, which ranks do not "
+            "share; leave --ranks out"
+        )
     if way.attention == "heads" and way.cut != "sum":
         raise OptionError(
             f"attention=heads gives each rank a part of a sum, and cut={way.cut} adds none; write cut=sum"

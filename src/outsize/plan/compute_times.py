@@ -80,15 +80,14 @@ def _sublayer_times(
 
     def step(positions: range, wide: bool) -> Step:
         angles, tokens = rotary_angles(d.ropes, d.head_dim, positions), h_TD[: len(positions)]
-        rows, backend = Rows([Segment(kv, positions)], wide), PLAIN if wide else own
-        return Step(rows, angles, backend, tokens=TokenInputs(tokens))
-
-    chunk = step(range(tokens), True)
+        rows, backend = Rows([Segment(kv, positions)], wide), own.wide if wide else own
+        read = [tokens.to(dtype)]  # of a feed-forward that reads what attention did
+        return Step(rows, angles, backend, tokens=TokenInputs(tokens), read=read)
 
     def run_chunk() -> None:
         if shared is None:
             kv.truncate(0)
-        sublayer.run([(h_TD, chunk)])
+        sublayer.run([(h_TD, step(range(tokens), True))])
 
     chunk_s = median_s(run_chunk, CHUNKS)
     at = iter(range(tokens, tokens + STEPS + 1))
@@ -141,7 +140,7 @@ def _times(
     """Of a token, and of so many."""
     x_TD = torch.randn(rows, width, dtype=torch.float32, device="cpu").to(dtype)
     own = PLAIN if dtype == torch.float32 else backend
-    one, many = Step(Rows([], False), {}, own), Step(Rows([], True), {}, PLAIN)
+    one, many = Step(Rows([], False), {}, own), Step(Rows([], True), {}, own.wide)
     return median_s(lambda: ffn(x_TD[:1], one), STEPS), median_s(lambda: ffn(x_TD, many), CHUNKS)
 
 
