@@ -21,6 +21,7 @@ from outsize.kernels.threads import Threads
 from outsize.kv.int8 import Int8KV
 from outsize.kv.kv import KV
 from outsize.kv.state import states_of
+from outsize.model.best import best
 from outsize.model.ffn.neurons import PagedNeurons
 from outsize.model.layers import cos_sin
 from outsize.model.lora import Adapter
@@ -37,12 +38,9 @@ from outsize.parallel.collective import Collective
 from outsize.weights.load import Loaded
 from outsize.weights.spec import Recorder
 
-REFINED = 64  # tokens of the highest logits, which are computed again in fp32
-
 
 class Transformer:
-    """Embedding, sub-layers (two a layer, `paged_layers`), head. Holds no sequence's state: that is a KV
-    cache."""
+    """Embedding, sub-layers (two a layer, `paged_layers`), head. A sequence's state is in its KV cache."""
 
     def __init__(
         self,
@@ -158,7 +156,7 @@ class Transformer:
         logits = self._project(x_KD if exact else x_KD.to(self.dtype), torch.float32)
         if not exact:
             for row, x_D in zip(logits, x_KD, strict=True):
-                ids = _best(row)
+                ids = best(row)
                 row[ids] = self._head.rows(ids) @ x_D
         d = self.description
         logits = logits if d.logit_scale == 1.0 else logits.mul_(d.logit_scale)
@@ -193,14 +191,3 @@ def rotary_angles(
     """(T, 1, E/2) complex for each kind of rope: cosine and sine of each position's angles."""
     positions_T = torch.tensor(positions, dtype=torch.int64, device="cpu")
     return {rope: cos_sin(rope, head_dim, positions_T) for rope in ropes}
-
-
-def _best(row_V: Tensor) -> Tensor:
-    """Ids of the REFINED largest logits: the best blocks first, then the best in those."""
-    whole = len(row_V) // REFINED * REFINED
-    blocks = row_V[:whole].view(-1, REFINED)
-    if len(blocks) <= REFINED:
-        return row_V.topk(min(REFINED, len(row_V))).indices
-    chosen = blocks.amax(1).topk(REFINED).indices
-    best = blocks[chosen].flatten().topk(REFINED).indices
-    return chosen[best // REFINED] * REFINED + best % REFINED
