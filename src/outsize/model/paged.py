@@ -9,7 +9,7 @@ from functools import partial
 
 from torch import Tensor
 
-from outsize.model.ffn.experts import Mixture, Router
+from outsize.model.ffn.experts import Gate, Mixture
 from outsize.model.step import Step
 from outsize.model.sublayer import Runnable
 from outsize.storage.table import Weights
@@ -67,7 +67,7 @@ class PagedLayer:
 def link(layers: Sequence[PagedLayer]) -> None:
     """Each mixture may ask the next one's router early, where that is in memory."""
 
-    def router(layer: PagedLayer) -> Router | None:
+    def router(layer: PagedLayer) -> Gate | None:
         return layer.resident.router if isinstance(layer.resident, Mixture) else None
 
     for i, layer in enumerate(layers):
