@@ -23,6 +23,7 @@ from outsize.kv.kv import KV
 from outsize.model.lora import Adapter
 from outsize.model.step import Step
 from outsize.model.transformer import Transformer
+from outsize.model.width import Width
 
 Pair = tuple[Span, KV]
 
@@ -55,7 +56,10 @@ def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:
     steps, at = [], 0
     for segments, wide, spans in _groups(ordered, model.chunk):
         end = at + sum(s.length for s in segments)
-        steps.append((slice(at, end), model.step(segments, wide, list(added(segments, spans)))))
+        made = model.step(
+            segments, wide, list(added(segments, spans)), widths=list(widths(segments, spans))
+        )
+        steps.append((slice(at, end), made))
         at = end
     model.begin(len(pairs) > 1 or not pairs[0][0].is_narrow)
     _run(model, h_TD, steps)
@@ -87,6 +91,15 @@ def added(segments: Sequence[Segment], spans: Sequence[Span]) -> Iterator[tuple[
         if span.masks is not None and segment.num_masks:
             yield slice(end - segment.num_masks, end), span.masks.adapter
         at = end
+
+
+def widths(segments: Sequence[Segment], spans: Sequence[Span]) -> Iterator[tuple[slice, Width]]:
+    """Which rows of a step run at a width of their own: all of a span's, its mask tokens' too."""
+    at = 0
+    for segment, span in zip(segments, spans, strict=True):
+        if span.width is not None:
+            yield slice(at, at + segment.length), span.width
+        at += segment.length
 
 
 def _run(model: Transformer, h_TD: Tensor, steps: Sequence[tuple[slice, Step]]) -> None:

@@ -17,7 +17,7 @@ from itertools import pairwise
 
 import torch
 
-from outsize.forward.full import added, full, outs
+from outsize.forward.full import added, full, outs, widths
 from outsize.forward.part import Group, Part, Watch
 from outsize.forward.span import Out, Span
 from outsize.kv.kv import KV
@@ -85,4 +85,5 @@ def _step(model: Transformer, groups: Sequence[Owned]) -> Step:
             watches.append(Watch(part, rows, g.segment.positions[g.watched]))
         at += g.segment.length
     wide = any(g.wide for _, g in groups)
-    return model.step(segments, wide, list(added(segments, spans)), watches)
+    narrow = list(widths(segments, spans))
+    return model.step(segments, wide, list(added(segments, spans)), watches, narrow)

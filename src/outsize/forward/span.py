@@ -9,6 +9,7 @@ from torch import Tensor
 
 from outsize.forward.prune import Prune
 from outsize.model.lora import Adapter
+from outsize.model.width import Width
 
 NARROW = 16  # tokens: the longest span that runs row by row
 
@@ -34,6 +35,7 @@ class Span:
     masks: MaskTokens | None = None
     adapter: Adapter | None = None
     prune: Prune | None = None  # tokens that may skip layers: lossy
+    width: Width | None = None  # of nested experts' feed-forwards: lossy; None: whole
 
     @property
     def is_narrow(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outsize.kernels.backend import AttentionSpec, Places, Product
+from outsize.kernels.backend import AttentionSpec, Experts, Places, Product
 from outsize.kernels.layouts import TILES
 from outsize.kernels.norm import RMSNorm
 from outsize.kernels.palettes import PaletteMatrix
@@ -22,7 +22,6 @@ from outsize.kernels.plain import TILE_ROWS, Plain, palette_product, tile_produc
 from outsize.kernels.rows import Rows
 from outsize.kernels.structs import (
     Coded,
-    ExpertMatrices,
     LowRankMatrix,
     NativeMatrix,
     NativePalette,
@@ -53,6 +52,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "palette_decode": [_P, _P, _L, _L],
     "lowrank_rows": [_P, _P, _P, _L, _P],
     "expert_rows": [_P, _P, _P, _L, _P, _P, _L, _L, _I, _P],
+    "nested_rows": [_P, _P, _L, _P, _P, _I, _P],
 }
 
 
@@ -89,7 +89,7 @@ class Native(Plain):
         self._tile_linear, self._tile_decode = found["tile_linear"], found["tile_decode"]
         self._palette_linear = found["palette_linear"]
         self._palette_decode = found["palette_decode"]
-        self._expert_rows = found["expert_rows"]
+        self._expert_rows, self._nested_rows = found["expert_rows"], found["nested_rows"]
         self._multiplies_bf16 = bool(lib.bf16_products())  # else in fp32, as fast as torch does
         self._kept, self._small = _empty(0), _empty(SMALL, dtype=torch.uint8)
 
@@ -243,7 +243,7 @@ class Native(Plain):
 
     def experts(
         self,
-        experts: Sequence[ExpertMatrices | None],
+        experts: Experts,
         places: Sequence[Places],
         x_TD: Tensor,
         out_TKD: Tensor,
@@ -261,6 +261,23 @@ class Native(Plain):
         self._expert_rows(
             pointers, counts, cells, num, address(x_TD, BF16), address(out_TKD, FP32), out_TKD.shape[1],
             most, kind, scratch.data_ptr(),
+        )  # fmt: skip
+        return True
+
+    def nested(
+        self, experts: Experts, pieces: Sequence[int], x_TD: Tensor, out_TD: Tensor, activation: str
+    ) -> bool:
+        some, kind = [e for e in experts if e is not None], ACTIVATIONS.get(activation)
+        if len(some) < len(experts) or kind is None or x_TD.dtype is not BF16:
+            return False
+        rows, width, inner = len(x_TD), some[0].width, some[0].inner
+        pointers = (_P * len(some))(*[e.pointer for e in some])
+        scratch = self._scratch(
+            2 * rows * (2 * max(width, inner) + 2 * width + 3 * inner) + 8 * rows
+        )
+        self._nested_rows(
+            pointers, (_L * rows)(*pieces), rows, address(x_TD, BF16), address(out_TD, FP32), kind,
+            scratch.data_ptr(),
         )  # fmt: skip
         return True
 

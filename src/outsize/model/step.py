@@ -16,6 +16,7 @@ from outsize.kernels.backend import AttentionSpec, Backend
 from outsize.kernels.norm import RMSNorm
 from outsize.kernels.rows import Rows
 from outsize.model.lora import Adapter
+from outsize.model.width import Width
 from outsize.model_config import Rope
 
 
@@ -41,6 +42,7 @@ class Step:
     backend: Backend  # in wide steps its `wide`
     added: Sequence[tuple[slice, Adapter]] = ()  # rows that an adapter adds to
     watches: Sequence[Watch] = ()
+    widths: Sequence[tuple[slice, Width]] = ()  # rows of less than whole feed-forwards, in order
 
     @property
     def wide(self) -> bool:

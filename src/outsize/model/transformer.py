@@ -6,7 +6,7 @@ fp32 and is changed in place. Shapes: T tokens, K tokens whose logits are wanted
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -29,8 +29,17 @@ from outsize.model.memory import WeightMemory
 from outsize.model.paged import PagedLayer, link
 from outsize.model.predictors.choose import Chooser
 from outsize.model.step import Step, Watch
-from outsize.model.sublayer import attention_sublayer, ffn_sublayer, mixture_sublayer
+from outsize.model.sublayer import (
+    Runnable,
+    attention_sublayer,
+    ffn_sublayer,
+    mixture_sublayer,
+    nested_sublayer,
+)
+from outsize.model.width import Nested, Width
 from outsize.model_config import Description, Rope
+from outsize.storage.table import Weights
+from outsize.weights.experts import ExpertBank
 from outsize.weights.load import Loaded
 from outsize.weights.spec import Recorder
 
@@ -55,16 +64,12 @@ class Transformer:
         self._embed, self._head = loaded.embed, loaded.head
         self.dtype = loaded.activation_type
         self.paged_layers: list[PagedLayer] = []
+        mixture = description.mixture
+        self.nested = Nested(mixture.count if mixture is not None and mixture.nested else 0)
         banks = {bank.layer: bank for bank in loaded.banks}
         for i, (attn, ffn) in enumerate(loaded.layers):
             self.paged_layers.append(PagedLayer(partial(attention_sublayer, description, i), attn))
-            bank = banks.get(i)
-            make = (
-                partial(ffn_sublayer, description, i)
-                if bank is None
-                else partial(mixture_sublayer, description, bank)
-            )
-            self.paged_layers.append(PagedLayer(make, ffn))
+            self.paged_layers.append(PagedLayer(self._ffn(i, banks.get(i)), ffn))
         link(self.paged_layers[1::2])
         norm = vector(loaded.final_norm["final_norm"])
         self._norm = RMSNorm(norm, description.norm_eps, torch.float32)
@@ -75,6 +80,15 @@ class Transformer:
         self.neurons = ""  # which are computed, and what that costs, where not all are
         self._own, self.threads = backend, threads or Threads(torch.get_num_threads())
         self.memory = WeightMemory(description, loaded, self.paged_layers, ceiling)
+
+    def _ffn(self, layer: int, bank: ExpertBank | None) -> Callable[[Weights], Runnable]:
+        """What makes a layer's feed-forward of its weights."""
+        d = self.description
+        if bank is None:
+            return partial(ffn_sublayer, d, layer)
+        if self.nested.count:
+            return partial(nested_sublayer, d, self.nested, bank)
+        return partial(mixture_sublayer, d, bank)
 
     def page_neurons(self, choosers: Sequence[Chooser], recorder: Recorder | None = None) -> None:
         """From now on steps of few rows compute only the neurons that are chosen for them (lossy, unless the
@@ -123,6 +137,7 @@ class Transformer:
         wide: bool,
         added: Sequence[tuple[slice, Adapter]] = (),
         watches: Sequence[Watch] = (),
+        widths: Sequence[tuple[slice, Width]] = (),
     ) -> Step:
         """A step of these rows; its rotary angles are computed once for all layers."""
         positions = [p for s in segments for p in s.all_positions()]
@@ -133,6 +148,7 @@ class Transformer:
             self.backend.wide if wide else self.backend,
             added,
             watches,
+            widths,
         )
 
     def normed(self, h_TD: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ def derive(
     home: Path,
     progress: Progress,
 ) -> Pack:
-    """Write the pack, or find that another process did. Raises PackError, DiskFullError."""
+    """Write the pack, or find that another process did. `base`: with the new description, where that is
+    another one. Raises PackError, DiskFullError."""
     if problem := fault(base.description, [t.header for t in tables]):
         raise PackError(f"{base.path.name} cannot be made anew: {problem}")
     final = path_of(base, source, home)
@@ -77,24 +78,28 @@ def tables_with(base: Pack, stored: Stored, new: New) -> list[TablePlan]:
     for _, group in groups(base.description):
         tables = [t for t in base.tables if t.name.split("-")[0] == group.name]
         if group.name not in ("attn", "ffn"):
-            out += [_kept(table, stored) for table in tables]
+            out += kept_tables(base, group.name, stored)
             continue
         records: dict[int, Record] = {}
         for table in tables:
             for number, layer in enumerate(table.keys):
-                record = _record(table, number, stored)
+                record = stored_record(table, number, stored)
                 changed = {name: (new[layer, name],) for name in record if (layer, name) in new}
                 records[layer] = record | changed
         out += tables_of(group.name, "layers", [records[i] for i in sorted(records)])
     return out
 
 
-def _kept(table: TableHeader, stored: Stored) -> TablePlan:
-    records = tuple(_record(table, i, stored) for i in range(len(table.keys)))
-    return TablePlan(replace(table, checksums=()), records)
+def kept_tables(base: Pack, group: str, stored: Stored) -> list[TablePlan]:
+    """A group's tables as they are."""
+    out = []
+    for table in (t for t in base.tables if t.name.split("-")[0] == group):
+        records = tuple(stored_record(table, i, stored) for i in range(len(table.keys)))
+        out.append(TablePlan(replace(table, checksums=()), records))
+    return out
 
 
-def _record(table: TableHeader, number: int, stored: Stored) -> Record:
+def stored_record(table: TableHeader, number: int, stored: Stored) -> Record:
     """A record as it is; tensors by name, so that a pack as it was made and as it is read give the same."""
 
     def fields(name: str, piece: int) -> Mapping[str, Tensor]:

@@ -110,7 +110,9 @@ def _latent(d: Description, x: Latent) -> Specs:
 
 
 def _routed(d: Description, m: Mixture) -> Specs:
-    """The router, and an expert that all tokens use."""
+    """The router, and an expert that all tokens use; of nested experts the norms alone."""
+    if m.nested:
+        return _norm(d) | _post_norm(d)
     specs = _norm(d) | {"router": matrix(d.width, ("router", m.count))}
     if m.bias:
         specs["router_bias"] = vector(("router_bias", m.count))
@@ -128,11 +130,12 @@ def _norm(d: Description) -> dict[str, TensorSpec]:
     return {"ffn_norm": vector(("ffn_norm", d.width))} if d.pre_norm else {}
 
 
+def _post_norm(d: Description) -> dict[str, TensorSpec]:
+    return {"ffn_post_norm": vector(("ffn_post_norm", d.width))} if d.post_norm else {}
+
+
 def _dense(d: Description) -> Specs:
-    specs = _norm(d) | gated(d, d.mlp_bias, "", d.ffn_width)
-    if d.post_norm:
-        specs["ffn_post_norm"] = vector(("ffn_post_norm", d.width))
-    return specs
+    return _norm(d) | gated(d, d.mlp_bias, "", d.ffn_width) | _post_norm(d)
 
 
 def gated(d: Description, bias: bool, prefix: str, inner: int) -> dict[str, TensorSpec]:
