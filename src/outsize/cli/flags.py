@@ -75,7 +75,7 @@ FLAGS = {
         "How experts are cached: POLICY,prefetch=...,misses=...,routing=... (docs).",
     ),
     "draft": Flag(
-        "--draft", "What drafts tokens: auto, none, ngram[:k=], model:PATH, mtp:FILE."
+        "--draft", "What drafts tokens: auto, none, ngram[:k=], model:PATH, mtp:FILE, nested[:WIDTH][:k=]."
     ),
     "prefill": Flag(
         "--prefill",
@@ -85,6 +85,11 @@ FLAGS = {
     "neurons": Flag(
         "--neurons",
         "Compute and read only neurons that fire: off, auto, or FILE of `outsize adapt sparsity` (lossy).",
+    ),
+    "width": Flag(
+        "--width",
+        "Of nested experts (`outsize adapt nested`): full, auto, or a share of them on average (lossy).",
+        kind=str,
     ),
     "prefix_cache": Flag(
         "--prefix-cache",

@@ -35,14 +35,16 @@ from outsize.log import warn
 from outsize.model.lora_file import read_adapter
 from outsize.model.predictors.choose import choosers
 from outsize.model.transformer import Transformer
+from outsize.model.width import parse_width
 from outsize.options import DEFAULT_MODEL, LoadChanges, LoadOptions
 from outsize.pack import fetch, tokenizer_file
 from outsize.pack.format import Pack, damaged
 from outsize.pack.outline import Outline, of_pack
 from outsize.plan import chunk as chunk_plan
-from outsize.plan import decide, neurons, probe
+from outsize.plan import decide, nested, neurons, probe
 from outsize.plan import make as planning
 from outsize.plan.decide import compiled
+from outsize.plan.nested import NestedPlan
 from outsize.plan.neurons import NeuronPlan
 from outsize.plan.place import place, tokenizer_bytes
 from outsize.plan.placement import Placement
@@ -99,12 +101,14 @@ def open_model(
     if found is None and (options.memory != "auto" or options.experts):
         decide.foresee(source, options, size, runtime_bytes(compiled(options)))
     made = found or fetch.pack(source, encoding=options.encoding, quiet=quiet)
+    cut = nested.search(options, made)
+    made = made if cut is None else cut.pack
     options = decide.for_kind(options, made.path.name, made.description)
     experts = replace(parse_experts(options.experts or ""), recorder=recorder)
     low = experts.copies
     copies = fetch.pack(source, encoding=low, quiet=quiet) if low else None
     paged = neurons.search(options, made, made.path.name)
-    packs = Packs(made, draft_pack(options), copies, paged)
+    packs = Packs(made, draft_pack(options), copies, paged, cut)
     return _open(packs, options, Beside(size, experts, prefixes), before)
 
 
@@ -128,10 +132,12 @@ class Packs(NamedTuple):
     smaller: Pack | None = None
     copies: Pack | None = None
     neurons: NeuronPlan | None = None  # which are computed, if they are paged
+    nested: NestedPlan | None = None  # if its feed-forwards are cut into nested experts
 
     def outline(self, options: LoadOptions) -> Outline:
         smaller, copies = (None if p is None else of_pack(p) for p in (self.smaller, self.copies))
-        return decide.with_all(of_pack(self.model), options.adapters, smaller, copies)
+        outline = nested.with_nested(of_pack(self.model), self.nested)
+        return decide.with_all(outline, options.adapters, smaller, copies)
 
 
 class Beside(NamedTuple):
@@ -166,10 +172,8 @@ def _open(
     placement = decide.decide(outline, options, size, before, max(0, memory.resident() - before))
     for note in placement.notes if not options.quiet else ():
         warn(note)
-    if experts.is_lossy and not options.quiet:
-        warn(f"{experts.lossy} changes the model's answers; leave it out for the exact ones")
-    if parse_prefill(options.prefill) is not None and not options.quiet:
-        warn(f"prefill={options.prefill} is lossy: answers change; leave it out for the exact ones")
+    if not options.quiet:
+        _warn_lossy(options, experts)
     if on_plan is not None:
         on_plan(outline, placement)
     chunk = options.chunk or _chunk(options, outline, placement)
@@ -182,9 +186,10 @@ def _open(
             opened.callback(smaller.close)
         with bars(options.quiet) as progress:
             paged = None if outline.neurons is None else packs.neurons
-            plan = LoadPlan(
-                placement.shares, options.verify, experts, packs.copies, banks_of(paged)
-            )
+            share = nested.settled(options, outline, placement)
+            caching = nested.experts(options, experts, packs.nested, share)
+            banks = banks_of(paged)
+            plan = LoadPlan(placement.shares, options.verify, caching, packs.copies, banks)
             loaded = weights.load(made, native, plan, progress)
         opened.callback(loaded.close)
         threads = kernel_threads(options, made, native)
@@ -195,12 +200,24 @@ def _open(
             transformer.neurons = neurons.told(paged)
             made_of = choosers(paged.file, made.description, native)
             transformer.page_neurons(made_of, experts.recorder)
+        nested.install(transformer.nested, packs.nested, share)
         drafts = _drafting(made, options, placement, transformer, smaller)
+        drafts.nested = nested.drafter(packs.nested, options, (outline, placement), transformer)
         opened.pop_all()
     prefixes = open_prefixes.make(kept, made, placement, transformer, known)
     scheduler = Scheduler(made.path.name, transformer, placement, drafts, prefixes=prefixes)
     scheduler.adapters = known
-    return Model(made, found, scheduler, options.prefill)
+    return Model(made, found, scheduler, options.prefill, options.width)
+
+
+def _warn_lossy(options: LoadOptions, experts: ExpertOptions) -> None:
+    """What a user asked for that changes answers."""
+    if experts.is_lossy:
+        warn(f"{experts.lossy} changes the model's answers; leave it out for the exact ones")
+    if parse_prefill(options.prefill) is not None:
+        warn(f"prefill={options.prefill} is lossy: answers change; leave it out for the exact ones")
+    if parse_width(options.width) != 1.0:
+        warn(f"width={options.width} is lossy: answers change; --width full is exact")
 
 
 def banks_of(paged: NeuronPlan | None) -> tuple[Bundles, str] | None:
@@ -246,7 +263,8 @@ def _drafting(
         memory.trim()  # what making it took for a moment
     mixture = made.description.mixture
     union = None if mixture is None else ExpertUnion(mixture.count, mixture.used)
-    return drafting.Drafting(spec if kind == "none" else asked, DraftStats(mtp, union), smaller)
+    spec = spec if kind in ("none", "nested") else asked
+    return drafting.Drafting(spec, DraftStats(mtp, union), smaller)
 
 
 def _warn_slow(made: Pack, native: Backend) -> None:

@@ -30,7 +30,7 @@ from outsize.model.transformer import rotary_angles
 from outsize.pack.outline import Outline
 from outsize.pack.tables import Matrix, TableHeader
 from outsize.plan.fixed import routed
-from outsize.plan.hit_rates import PRIOR, HitRates
+from outsize.plan.hit_rates import ALL_USED, PRIOR, HitRates
 from outsize.plan.machine import Compute, Machine
 from outsize.plan.placement import BY_ID, BY_PROMPT, BY_ROUTER, Placement
 from outsize.plan.probe import median_s
@@ -130,6 +130,7 @@ def predict(
     missing = sum(size for _, tier, size in place.groups if tier == BY_ROUTER)
     prompts = sum(size for _, tier, size in place.groups if tier == BY_PROMPT)
     total = sum(t.size for t in routed(o))
+    rates = ALL_USED if rates is PRIOR and o.is_nested else rates
     if o.neurons is not None:
         points = tuple((share, rate, rate) for share, rate in o.neurons.hit_rates)
         rates = HitRates("what was measured to fire", points)
@@ -194,7 +195,9 @@ def measure(o: Outline, backend: Backend) -> Compute:
     chunks: dict[str, float] = {}
     tokens = min(CHUNK, o.description.context - STEPS - 1)
     for t in o.tables:
-        if t.kind == "experts" or "router" in t.tensors:
+        if t.kind == "experts" or (
+            not {"o", "gate_up"} & {*t.tensors} and t.name.startswith("ffn-")
+        ):
             steps[t.name], chunks[t.name] = _expert_times(o, t, backend, tokens)
         elif t.kind == "layers" and t.name != "final-0":
             steps[t.name], chunks[t.name] = _sublayer_times(o, t, backend, tokens)
@@ -250,7 +253,7 @@ def _expert_times(o: Outline, t: TableHeader, backend: Backend, tokens: int) -> 
     chunk."""
     d, mixture, made = o.description, o.description.mixture, dict(_random(t, backend))
     assert mixture is not None
-    if "router" not in made:
+    if "gate_up" in made:
         ffn = Dense(Linear(made["gate_up"]), Linear(made["down"]), d.activation)
         rows, dtype = max(1, tokens * mixture.used // mixture.count), made["gate_up"]
         return _times(ffn, d.width, rows, activation_type(dtype), backend)

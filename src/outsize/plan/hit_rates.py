@@ -34,6 +34,7 @@ class HitRates:
 
 LOW = (0.137, 0.239, 0.420, 0.601, 0.769, 0.877)
 HIGH = (0.188, 0.292, 0.487, 0.632, 0.788, 0.946)
+ALL_USED = HitRates("each token uses all pieces", ((0.5, 0.5, 0.5),))  # of nested experts
 PRIOR = HitRates("a prior", tuple(zip(SHARES, LOW, HIGH, strict=True)))
 
 
