@@ -7,8 +7,9 @@ V vocabulary, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,10 @@ class Change:
     def add(self, y: Tensor, x: Tensor, layer: int, names: Sequence[str]) -> Tensor:
         """`y` is the product of x with the projections' rows, stacked; with what is added."""
         return y
+
+    def ffn(self, x: Tensor, h: Tensor, layer: int, whole: Callable[[], Tensor]) -> Tensor:
+        """A layer's feed-forward of x; h is the stream that it is added to, `whole` the model's own."""
+        return whole()
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +160,13 @@ class TrainableModel:
             out, new = self._attention(self._norm(h, i, "attn_norm"), i, turn, mask, past, change)
             made.append(new)
             h = h + self._post(out, i, "attn_post_norm")
-            out = self._dense(self._norm(h, i, "ffn_norm"), i, change)
-            h = h + self._post(out, i, "ffn_post_norm")
+            x = self._norm(h, i, "ffn_norm")
+            h = self.added(h, change.ffn(x, h, i, partial(self._dense, x, i, change)), i)
         return h, made
+
+    def added(self, h: Tensor, out: Tensor, layer: int) -> Tensor:
+        """The stream with what a layer's feed-forward gave."""
+        return h + self._post(out, layer, "ffn_post_norm")
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., V) of normed states."""

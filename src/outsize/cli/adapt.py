@@ -102,6 +102,67 @@ def sparsity(
         say(f"wrote {made.path} ({size:.1f} MB); use it with --neurons {made.path}")
 
 
+@dataclass(frozen=True, slots=True)
+class NestedFlags:
+    """What to cut, and how routers are trained; fields are those of the options and the recipe."""
+
+    data: Annotated[list[Path], Flag("--data", "Text, or prompts: .txt or .jsonl (repeatable).")]
+    widths: Annotated[str, Flag("--widths", "Of feed-forwards, rising, the last 1.")] = (
+        "1/4,1/2,3/4,1"
+    )
+    importance: Annotated[str, Flag("--importance", "Of neurons: norm, plain or taylor.")] = "norm"
+    blocks: Annotated[
+        bool,
+        Flag("--blocks/--neurons", "Order by 32 neurons, whose codes are kept, or one by one."),
+    ] = False
+    labels: Annotated[
+        str, Flag("--labels", "Difficulty by agreement with the whole, or by the loss.")
+    ] = "agreement"
+    target: Annotated[
+        float, Flag("--target", "Share of the feed-forwards that labels execute.")
+    ] = 0.6
+    rank: Annotated[int, Flag("--rank", "Of corrections of narrow widths; 0: none.")] = 0
+    tokens: Annotated[int, Flag("--tokens", "Of the data, that are read.")] = 32768
+    steps: Annotated[int, Flag("--steps", "Steps.")] = 200
+    batch: Annotated[int, Flag("--batch", "Sequences a step.")] = 2
+    rate: Annotated[float, Flag("--rate", "Highest learning rate.")] = 1e-2
+    seed: Annotated[int, Flag("--seed", "The same seed trains the same routers.")] = 0
+    every: Annotated[int, Flag("--every", "Steps between checkpoints.")] = 50
+    resume: Annotated[bool, Flag("--resume", "Go on from the checkpoint.")] = False
+
+
+@app.command()
+@with_flags
+def nested(
+    own: NestedFlags,
+    load: Annotated[LoadOptions, only("threads", "quiet", "memory")],
+    model: Annotated[str, typer.Argument()] = DEFAULT_MODEL,
+) -> None:
+    """Nested experts: cut a dense model's feed-forwards so that easy tokens read and compute less."""
+    from outsize.adapt.nested.run import NestedOptions, run
+    from outsize.adapt.nested.task import NestedRecipe
+    from outsize.log import say
+    from outsize.plan.probe import set_threads
+
+    set_threads(load.threads)
+    options = NestedOptions(
+        model, tuple(own.data), own.widths, own.importance, own.blocks, own.tokens, own.every,
+        own.resume, load.quiet, load.memory,
+    )  # fmt: skip
+    recipe = NestedRecipe(
+        steps=own.steps, batch=own.batch, rate=own.rate, seed=own.seed, share=own.target,
+        labels=own.labels, rank=own.rank,
+    )  # fmt: skip
+    made = run(options, recipe)
+    print("\n".join(made.table))
+    if not load.quiet:
+        size, a = made.path.stat().st_size / 1e6, made.about
+        say(
+            f"wrote {made.path} ({size:.1f} MB; {a.trained_tokens:,} tokens, {a.minutes:.1f} minutes); use "
+            f"it with `outsize run {made.pack.path} --width 0.75`"
+        )
+
+
 @app.command("masks", hidden=True)  # its earlier name
 @app.command()
 @with_flags
