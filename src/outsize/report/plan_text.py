@@ -77,7 +77,7 @@ def long(plan: Plan) -> Iterator[str]:
     yield from _arithmetic(p, plan.cost, plan.machine, _what(o))
     yield ""
     yield from _curve(p, plan.curve)
-    yield from _family(o, plan)
+    yield from _family(plan)
     yield from (f"note: {note}" for note in p.notes)
 
 
@@ -110,7 +110,7 @@ def _arithmetic(p: Placement, c: Cost, here: Machine, what: str) -> Iterator[str
     yield f"machine measured {_age(here.age_s)} ago{busy}; `outsize doctor` measures it again"
 
 
-def _family(o: Outline, plan: Plan) -> Iterator[str]:
+def _family(plan: Plan) -> Iterator[str]:
     """Of nested experts: what each width reads, how fast it would be, and what it costs."""
     if not plan.family:
         return
