@@ -75,8 +75,9 @@ class NestedExperts:
 
     def _at_once(self, step: Step, x_TD: Tensor, pieces: list[int]) -> Tensor | None:
         """(T, D) of few rows, in one call, where all pieces are held and there is a kernel for them."""
-        if step.wide or not self._bank.is_held:
+        if not self._bank.is_held:
             self._held = []
+        if step.wide or not self._bank.is_held:
             return None
         if not self._held:
             self._held = [native_experts(w) for w in self._bank.held()]
