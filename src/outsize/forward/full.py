@@ -17,13 +17,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from outsize.forward.span import NARROW, Out, Span
+from outsize.forward.span import NARROW, Out, Span, widths
 from outsize.kernels.rows import Segment
 from outsize.kv.kv import KV
 from outsize.model.lora import Adapter
 from outsize.model.step import Step
 from outsize.model.transformer import Transformer
-from outsize.model.width import Width
 
 Pair = tuple[Span, KV]
 
@@ -91,15 +90,6 @@ def added(segments: Sequence[Segment], spans: Sequence[Span]) -> Iterator[tuple[
         if span.masks is not None and segment.num_masks:
             yield slice(end - segment.num_masks, end), span.masks.adapter
         at = end
-
-
-def widths(segments: Sequence[Segment], spans: Sequence[Span]) -> Iterator[tuple[slice, Width]]:
-    """Which rows of a step run at a width of their own: all of a span's, its mask tokens' too."""
-    at = 0
-    for segment, span in zip(segments, spans, strict=True):
-        if span.width is not None:
-            yield slice(at, at + segment.length), span.width
-        at += segment.length
 
 
 def _run(model: Transformer, h_TD: Tensor, steps: Sequence[tuple[slice, Step]]) -> None:

@@ -17,9 +17,9 @@ from itertools import pairwise
 
 import torch
 
-from outsize.forward.full import added, full, outs, widths
+from outsize.forward.full import added, full, outs
 from outsize.forward.part import Group, Part, Watch
-from outsize.forward.span import Out, Span
+from outsize.forward.span import Out, Span, widths
 from outsize.kv.kv import KV
 from outsize.model.step import Step
 from outsize.model.transformer import Transformer

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from outsize.forward.prune import Prune
+from outsize.kernels.rows import Segment
 from outsize.model.lora import Adapter
 from outsize.model.width import Width
 
@@ -66,3 +67,12 @@ class Out:
 
     logits_KV: Tensor
     masks_MD: Tensor | None = None
+
+
+def widths(segments: Sequence[Segment], spans: Sequence[Span]) -> Iterator[tuple[slice, Width]]:
+    """Which rows of a step run at a width of their own: all of a span's, its mask tokens' too."""
+    at = 0
+    for segment, span in zip(segments, spans, strict=True):
+        if span.width is not None:
+            yield slice(at, at + segment.length), span.width
+        at += segment.length

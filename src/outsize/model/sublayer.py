@@ -15,11 +15,9 @@ from outsize.kernels.norm import RMSNorm
 from outsize.model.attention import Attention, vector
 from outsize.model.ffn.dense import Dense
 from outsize.model.ffn.experts import Mixture, Router, SharedExpert
-from outsize.model.ffn.nested import NestedExperts
 from outsize.model.latent import LatentAttention
 from outsize.model.layers import Linear
 from outsize.model.step import Step
-from outsize.model.width import Nested
 from outsize.model_config import Description
 from outsize.model_config import Mixture as MixtureConfig
 from outsize.storage.table import Weights, activation_type
@@ -86,11 +84,6 @@ def mixture_sublayer(d: Description, bank: ExpertBank, w: Weights) -> Mixture:
     shared = shared_expert(d, w) if made.shared else None
     numbers = router.encoding.decode(router.fields)
     return Mixture(d, Router(norm, numbers, made, bias, choice), bank, shared)
-
-
-def nested_sublayer(d: Description, nested: Nested, bank: ExpertBank, w: Weights) -> NestedExperts:
-    norm = RMSNorm(vector(w["ffn_norm"]), d.norm_eps, bank.activation_type)
-    return NestedExperts(d, nested, bank, norm, _post(d, w, "ffn_post_norm"))
 
 
 def mixture_of(d: Description) -> MixtureConfig:

@@ -22,6 +22,7 @@ from outsize.kernels.threads import Threads
 from outsize.kv.int8 import Int8KV
 from outsize.kv.kv import KV
 from outsize.model.attention import vector
+from outsize.model.ffn.nested import nested_sublayer
 from outsize.model.ffn.neurons import PagedNeurons
 from outsize.model.layers import cos_sin
 from outsize.model.lora import Adapter
@@ -29,13 +30,7 @@ from outsize.model.memory import WeightMemory
 from outsize.model.paged import PagedLayer, link
 from outsize.model.predictors.choose import Chooser
 from outsize.model.step import Step, Watch
-from outsize.model.sublayer import (
-    Runnable,
-    attention_sublayer,
-    ffn_sublayer,
-    mixture_sublayer,
-    nested_sublayer,
-)
+from outsize.model.sublayer import Runnable, attention_sublayer, ffn_sublayer, mixture_sublayer
 from outsize.model.width import Nested, Width
 from outsize.model_config import Description, Rope
 from outsize.storage.table import Weights

@@ -18,10 +18,12 @@ from torch import Tensor
 from outsize.caching.prefetcher import Scored
 from outsize.kernels.norm import RMSNorm
 from outsize.kernels.structs import ExpertMatrices
+from outsize.model.attention import vector
 from outsize.model.ffn.expert_sums import Chunks, ExpertSums, native_experts
 from outsize.model.step import Step
 from outsize.model.width import Nested
 from outsize.model_config import Description
+from outsize.storage.table import Weights
 from outsize.weights.experts import ExpertBank
 
 
@@ -107,3 +109,10 @@ class NestedExperts:
             for rows, width in step.widths:
                 x_TD = step.backend.norm(h_TD[rows], self._norm)
                 yield max(self._nested.foreseen(self._bank.layer, x_TD, width))
+
+
+def nested_sublayer(d: Description, nested: Nested, bank: ExpertBank, w: Weights) -> NestedExperts:
+    """A layer's, over the norms in memory."""
+    norm = RMSNorm(vector(w["ffn_norm"]), d.norm_eps, bank.activation_type)
+    post = RMSNorm(vector(w["ffn_post_norm"]), d.norm_eps, torch.float32) if d.post_norm else None
+    return NestedExperts(d, nested, bank, norm, post)
