@@ -22,10 +22,10 @@ each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_
 # A room imports only from rooms before it in this list. The first are modules that stand alone, the last is
 # the package itself, the public surface.
 ORDER = [
-    "version", "errors", "arguments", "options", "home", "log", "progress", "registry", "model_config",
-    "system", "kv", "kernels", "checkpoint", "family", "encoding", "pack", "storage", "prefix", "sampling",
-    "text", "caching", "weights", "model", "forward", "draft", "plan", "engine", "report", "adapt", "bench",
-    "serve", "cli", "__main__", "__init__",
+    "version", "errors", "arguments", "options", "home", "log", "progress", "registry", "model_parts",
+    "model_config", "system", "kv", "kernels", "checkpoint", "family", "encoding", "pack", "storage",
+    "prefix", "sampling", "text", "caching", "weights", "parallel", "model", "forward", "draft", "plan",
+    "engine", "report", "adapt", "bench", "serve", "cli", "__main__", "__init__",
 ]  # fmt: skip
 # Imported within a function, so that --help and `import outsize` are instant, or because a system lacks them.
 LATE = {

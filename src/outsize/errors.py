@@ -22,6 +22,7 @@ OutsizeError                    exit status 1: it could not be done
 +-- BusyError                   asked from within its own step, or a conversation by two at once
 +-- QueueFullError              more requests wait already than may
 +-- UnavailableError            the model is being loaded, or the server ends
++-- PeerError                   another rank was lost, or is not one of ours
 +-- ForkError                   a model used in a process that was forked after it was opened
 """
 
@@ -114,6 +115,14 @@ class BusyError(OutsizeError):
 
 class ForkError(OutsizeError):
     """A model was used in a process that was forked after it was opened: it has none of its threads."""
+
+
+class PeerError(OutsizeError):
+    """Another rank hung up, is silent, sent what it should not, or is not one of ours; `rank` if known."""
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
 
 
 class QueueFullError(OutsizeError):

@@ -6,11 +6,14 @@ A family file (family/) makes it from a published config; that is needed to pack
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+
+from outsize.model_parts import Delta, Latent, Shard
 
 BIASED = "clamped_swiglu"  # of experts with biases
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", BIASED)
 SCORES = ("softmax", "sigmoid")
+MIXERS = ("attention", "delta", "conv")  # what lets a layer's tokens know of each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,7 @@ class Layer:
     dense: bool = False  # in a model with experts: a plain feed-forward instead
     chunked: bool = False
     unit_norm: bool = False  # query and key heads are normed, without weights
+    mixer: str = "attention"  # one of MIXERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +81,20 @@ class Mixture:
 
 
 @dataclass(frozen=True, slots=True)
-class Latent:
-    """Latent attention (DeepSeek V2, arXiv 2405.04434): each token's keys and values of all heads are made
-    of `rank` numbers, and a key of `rope` rotated numbers is shared by all heads. Here a description has one
-    key head of rope + rank numbers (`head_dim`), and keys' and values' maps are applied to queries and
-    sums."""
+class Memory:
+    """Feed-forwards that read nothing but the token's embedding, so that each is a table over the vocabulary
+    (MemoryLLM, arXiv 2602.00398): h += feed_forward(norm(embedding)), beside or instead of one that reads
+    the residual stream."""
 
-    rank: int
-    rope: int
-    key: int  # numbers of a head's key that do not rotate
-    value: int  # numbers of a head's value
-    query_rank: int = 0  # queries are made of so many numbers; 0: of the model's width
+    dense: int = 0  # width of that one (Flex-MemoryLLM); 0: there is none
+    is_table: bool = False  # looked up by token, and not computed
+    ranks: tuple[int, ...] = ()  # numbers of a token in each layer's table, of which a
+    # basis makes the model's width; (): the width itself
+    off: tuple[int, ...] = ()  # layers whose memory a run leaves out (lossy)
+
+    def widths(self, d: Description) -> tuple[int, ...]:
+        """Numbers of a token in each layer's table."""
+        return self.ranks or (d.width,) * d.num_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +129,20 @@ class Description:
     logit_cap: float = 0.0  # logits x become cap * tanh(x / cap); 0: they stay
     attn_cap: float = 0.0  # the same of attention's scores
     latent: Latent | None = None  # attention over a latent that all heads share
+    memory: Memory | None = None  # feed-forwards of the token's embedding
+    gated: bool = False  # what attention sums is multiplied by the sigmoid of a map of its own
+    delta: Delta | None = None  # of the layers with that mixer
+    kernel: int = 0  # tokens of the short convolution of layers with that mixer
+    shard: Shard | None = None  # of one of several ranks: the sizes above are what it has
+
+    @property
+    def whole(self) -> Description:
+        """The model that this is a part of."""
+        s = self.shard
+        if s is None:
+            return self
+        whole = replace(self, num_heads=s.num_heads, num_kv_heads=s.num_kv_heads)
+        return replace(whole, shard=None, ffn_width=s.ffn_width)
 
     @property
     def num_layers(self) -> int:
@@ -143,6 +164,15 @@ class Description:
             return ()
         return tuple(i for i, layer in enumerate(self.layers) if not layer.dense)
 
+    def mixed_by(self, mixer: str) -> tuple[int, ...]:
+        """The layers with this mixer."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.mixer == mixer)
+
+    @property
+    def has_states(self) -> bool:
+        """Do some layers keep something else of a sequence than keys and values?"""
+        return any(layer.mixer != "attention" for layer in self.layers)
+
     @property
     def is_usual(self) -> bool:
         """Is it a dense decoder without what few families have? Training and adapters know those only."""
@@ -154,6 +184,21 @@ class Description:
         """As a run of so many positions computes it."""
         layers = (replace(layer, rope=layer.rope.for_context(context)) for layer in self.layers)
         return replace(self, layers=tuple(layers))
+
+    @property
+    def has_table(self) -> bool:
+        """Are feed-forwards looked up by token?"""
+        return self.memory is not None and self.memory.is_table
+
+    @property
+    def layers_off(self) -> tuple[int, ...]:
+        """The layers whose memory a run leaves out (lossy)."""
+        return () if self.memory is None else self.memory.off
+
+    @property
+    def has_ffn(self) -> bool:
+        """Has a layer weights of a feed-forward? Not where all of it is looked up."""
+        return self.memory is None or not self.memory.is_table or self.memory.dense > 0
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -168,6 +213,16 @@ USUAL = (
 
 
 @dataclass(frozen=True, slots=True)
+class Strip:
+    """Of a foreign tensor under our name `whole`: of each `every` rows, `size` from number `first` on."""
+
+    whole: str
+    first: int
+    size: int
+    every: int
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """A description, and where a checkpoint keeps what it describes."""
 
@@ -178,3 +233,6 @@ class Recipe:
     paired: bool = False  # experts as one stack, transposed, rows of gate and up in turn
     turned: bool = False  # experts as one stack, transposed, gate's rows before up's
     spares: tuple[str, ...] = ()  # patterns of foreign tensors that a text model needs not
+    strips: Mapping[str, Strip] = field(
+        default_factory=dict
+    )  # our names of parts of others' tensors

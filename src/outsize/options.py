@@ -204,6 +204,10 @@ class LoadChanges(TypedDict, total=False):
     prefill: str
     neurons: str
     width: str | float
+    layers_off: str
+    ranks: int
+    listen: str | None
+    parallel: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,11 +229,12 @@ class LoadOptions:
     draft: str = "auto"
     kv: str = "auto"  # how keys and values are kept: as they are computed, or int8 (lossy)
     prefill: str = "full"  # how prompts are run, where a request says nothing; all else is lossy
-    neurons: str = (
-        "off"  # which neurons single tokens compute: off (all), auto or an add-on file (lossy)
-    )
-    # Of nested experts' feed-forwards, where a request says nothing: auto, full or a share (lossy).
-    width: str | float = "full"
+    neurons: str = "off"  # that single tokens compute: off (all), auto or an add-on file (lossy)
+    width: str | float = "full"  # of nested experts, where a request says nothing (lossy)
+    layers_off: str = ""  # whose feed-forward of the embedding is left out, as 3,7-9 (lossy)
+    ranks: int = 1  # processes that run the model together, each with `memory` of its own
+    listen: str | None = None  # HOST:PORT where the others come to; None: they are started here
+    parallel: str = "tensor"  # how the model is shared out (outsize/parallel/spec.py)
     # Where prompts are kept for those that begin alike (outsize/prefix/spec.py); None: in memory.
     prefix_cache: str | None = None
     grammars: bool = False  # room in the plan for replies that obey a schema or grammar, and tools
@@ -243,16 +248,17 @@ class LoadOptions:
         if self.context is not None:
             whole("context", self.context, 2, 1 << 32)
         whole("streams", self.streams, 1, 1024)
+        whole("ranks", self.ranks, 1, 64)
         if self.chunk is not None and self.chunk not in CHUNKS:
             raise OptionError(f"chunk is {self.chunk}; it can be {', '.join(map(str, CHUNKS))}")
         if self.threads is not None:
             whole("threads", self.threads, 1, 1024)
         if self.kv not in KVS:
             raise OptionError(f"kv is {self.kv!r}; known are {', '.join(KVS)}")
-        for name in ("encoding", "verify", "draft", "prefill", "neurons"):
+        for name in ("encoding", "verify", "draft", "prefill", "neurons", "layers_off", "parallel"):
             word(name, getattr(self, name))
         share("width", self.width)
-        for name in ("experts", "prefix_cache"):
+        for name in ("experts", "prefix_cache", "listen"):
             if getattr(self, name) is not None:
                 word(name, getattr(self, name))
         for name in ("force", "native", "quiet", "grammars"):

@@ -253,8 +253,9 @@ FORMATS: dict[str, Format] = {
 
 
 def is_quantized(name: str, shape: tuple[int, ...]) -> bool:
-    """The maps of a layer; not embeddings, heads, norms, routers."""
-    return len(shape) == 2 and ("_proj." in name or ".experts." in name)
+    """The maps of a layer; not embeddings, heads, norms, routers, gates of the delta rule."""
+    maps = ("_proj.", ".experts.", "in_proj_qkv", "in_proj_z")
+    return len(shape) == 2 and any(part in name for part in maps)
 
 
 def write_folder(folder: Path, family: str, how: Format, as_floats: bool = False) -> Path:

@@ -154,7 +154,8 @@ def test_packs_hold_the_numbers_exactly_or_say_so(name: str, tmp_path: Path) -> 
 MODELS = [
     ("llama", "fp8-blocks"), ("llama", "awq"), ("llama", "gptq-zeros"), ("llama", "int8"),
     ("qwen2", "packed-zeros"), ("qwen3", "nvfp4"), ("qwen3_moe", "fp8-blocks"), ("mixtral", "gptq"),
-    ("qwen3_moe", "packed-bf16"),
+    ("qwen3_moe", "packed-bf16"), ("deepseek_v3", "fp8-blocks"), ("qwen3_next", "fp8-blocks"),
+    ("qwen3_5", "fp8-blocks"), ("qwen3_5_moe", "fp8-blocks"),
 ]  # fmt: skip
 
 

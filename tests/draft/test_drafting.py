@@ -20,7 +20,7 @@ from outsize.bench import speculate
 from outsize.checkpoint import lora as adapters
 from outsize.draft import mtp_file
 from outsize.draft.auto import AutoDraft
-from outsize.draft.drafter import Draft
+from outsize.draft.drafter import Company, Draft
 from outsize.draft.mtp import MtpModel, Prediction
 from outsize.draft.ngram import FURTHEST, MOST_TOKENS, Index, Match
 from outsize.draft.spec import parse_draft
@@ -219,6 +219,23 @@ class Costs(StepTimes):
 
     def seconds(self, rows: float, masked: bool = False) -> float:
         return self._base + self._row * rows
+
+
+def test_drafts_leave_the_steps_of_others_short() -> None:
+    """Where a step is shared and to stay even, all who share it may draft as much as stretches it so far."""
+    stats, company = DraftStats(), Company(others=3)
+    for _ in range(50):
+        for rows in (4, 8, 16):
+            stats.step_times.step(rows, False, 0.010 + 0.001 * rows, 0.0)
+    drafter, text = AutoDraft(stats, company), [*range(30), *range(30)]
+    company.stretch = None
+    free = len(drafter.propose(text, 15).tokens)
+    company.stretch = 1.6
+    even = len(drafter.propose(text, 15).tokens)
+    assert free > 10
+    assert even == 2, "1.6 times 14 ms are 22.4: twelve rows, three for each of four"
+    company.others = 0
+    assert len(drafter.propose(text, 15).tokens) > 10, "alone it makes nobody wait"
 
 
 def test_masks_go_where_a_step_may_end() -> None:

@@ -42,7 +42,9 @@ CHANGES: dict[str, object] = {
     "v_head_dim": 32, "value_length": 8, "rotary_dim": 8, "yarn_log_multiplier": 0.5,
     "temperature_scale": 0.3, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
     "logits_scaling": 3.0, "embedding_multiplier": 3.0, "residual_multiplier": 3.0,
-    "attention_multiplier": 3.0, "interleave_moe_layer_step": 2,
+    "attention_multiplier": 3.0, "interleave_moe_layer_step": 2, "linear_conv_kernel_dim": 3,
+    "linear_key_head_dim": 32, "linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_values": 48,
+    "full_attention_interval": 3, "conv_L_cache": 4,
 }  # fmt: skip
 
 

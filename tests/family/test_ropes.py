@@ -153,3 +153,29 @@ def test_contexts() -> None:
     assert of({"rope_type": "dynamic", "factor": 3.0}) == 192
     assert of(YARN | {"factor": 8.0}) == 128
     assert of({**LONG, "factor": 2.0}) == 64
+
+
+SECTIONS = {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
+HYBRID = {
+    "plain": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+    "half": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5},
+    "yarn": YARN | {"partial_rotary_factor": 0.25},
+    "whole_yarn": YARN | {"partial_rotary_factor": 1.0, "attention_factor": 1.2},
+}
+
+
+@pytest.mark.parametrize("name", HYBRID)
+@pytest.mark.parametrize(
+    ("class_name", "module"),
+    [("Qwen3Next", "qwen3_next"), ("Qwen3_5Text", "qwen3_5"), ("Qwen3_5MoeText", "qwen3_5_moe")],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_ropes_of_hybrids(class_name: str, module: str, name: str) -> None:
+    """A quarter of a head rotates by default; in texts, sections say nothing."""
+    table = HYBRID[name] | ({} if module == "qwen3_next" else SECTIONS)
+    values = {**SIZES, "head_dim": 32, "rope_parameters": table}
+    config = getattr(transformers, f"{class_name}Config")(
+        **{**values, "rope_parameters": {**table}}
+    )
+    expected = theirs(config, module, f"{class_name}RotaryEmbedding", POSITIONS)
+    check(ours(module, {"partial_rotary_factor": 0.25, **values}), expected, POSITIONS)

@@ -17,7 +17,8 @@ ARCHITECTURES = {
     "qwen2_moe": "qwen2moe", "phi3": "phi3", "granite": "granite", "granitemoe": "granitemoe",
     "olmo2": "olmo2", "olmo3": "olmo2", "smollm3": "smollm3", "ministral3": "mistral3", "gemma2": "gemma2",
     "minimax_m2": "minimax-m2", "glm4_moe": "glm4moe", "deepseek_v3": "deepseek2",
-    "glm4_moe_lite": "deepseek2", "llama4": "llama4",
+    "glm4_moe_lite": "deepseek2", "llama4": "llama4", "qwen3_next": "qwen3next", "qwen3_5": "qwen35",
+    "qwen3_5_moe": "qwen35moe", "lfm2": "lfm2",
 }  # fmt: skip
 PERMUTED = (
     "granite",
@@ -110,7 +111,31 @@ def _latent(s: dict[str, Any]) -> dict[str, object]:
     return out
 
 
+def _delta(s: dict[str, Any]) -> dict[str, object]:
+    """A GGUF says layers' kinds by the interval alone: here every second one is of attention."""
+    heads = s["linear_num_value_heads"]
+    out: dict[str, object] = {
+        "ssm.conv_kernel": s["linear_conv_kernel_dim"], "ssm.state_size": s["linear_key_head_dim"],
+        "ssm.group_count": s["linear_num_key_heads"], "ssm.time_step_rank": heads,
+        "ssm.inner_size": heads * s["linear_value_head_dim"], "full_attention_interval": 2,
+        "rope.dimension_count": tiny.HEAD_DIM // 2,
+    }  # fmt: skip
+    if "rope_parameters" in s:
+        out["rope.dimension_sections"] = [*s["rope_parameters"]["mrope_section"], 0]
+    if "num_experts" in s:
+        out["expert_feed_forward_length"] = s["moe_intermediate_size"]
+        out["expert_shared_feed_forward_length"] = s["shared_expert_intermediate_size"]
+    return out
+
+
 OWN = {
+    "lfm2": lambda s: {
+        "shortconv.l_cache": s["conv_L_cache"], "feed_forward_length": tiny.FFN,
+        "attention.head_count_kv": [0, tiny.KV_HEADS, 0],
+    },
+    "qwen3_next": _delta,
+    "qwen3_5": _delta,
+    "qwen3_5_moe": _delta,
     "qwen2_moe": lambda s: {
         "expert_feed_forward_length": s["moe_intermediate_size"],
         "expert_shared_feed_forward_length": s["shared_expert_intermediate_size"],
@@ -173,6 +198,8 @@ def _changed(
     layer = ".".join(name.split(".")[:3])
     if family == "gemma2" and "norm" in name:
         w = w + 1
+    if "linear_num_key_heads" in s:
+        return _changed_delta(family, s, name, w)
     if family in PERMUTED and ("q_proj" in name or "k_proj" in name):
         heads = tiny.HEADS if "q_proj" in name else tiny.KV_HEADS
         w = w.reshape(heads, 2, len(w) // heads // 2, -1).swapaxes(1, 2).reshape(w.shape)
@@ -197,8 +224,52 @@ def _changed(
     return [(name, w)]
 
 
-def write(path: Path, family: str, change: dict[str, object] | None = None) -> Path:
-    """`change`: other keys, or further ones; None: the key is left out."""
+def _changed_delta(
+    family: str, s: dict[str, Any], name: str, w: np.ndarray
+) -> list[tuple[str, np.ndarray]]:
+    """Of Qwen3-Next and Qwen3.5: inputs of Qwen3-Next are sorted, value heads of Qwen3.5 turned around."""
+    key_heads, heads = s["linear_num_key_heads"], s["linear_num_value_heads"]
+    key, value, each = s["linear_key_head_dim"], s["linear_value_head_dim"], heads // key_heads
+    layer = ".".join(name.split(".")[:3])
+    if name.endswith("norm.weight") and "linear_attn" not in name:
+        w = w + 1
+    if "gate_up_proj" in name:
+        halves = zip(("gate", "up"), np.split(w, 2, axis=1), strict=True)
+        return [(f"{layer}.mlp.experts.{k}_proj.weight", half) for k, half in halves]
+    if name.endswith("experts.down_proj"):
+        name += ".weight"
+    if "in_proj_qkvz" in name:
+        ends = np.cumsum([key, key, each * value])
+        parts = np.split(w.reshape(key_heads, -1, tiny.WIDTH), ends, axis=1)
+        q, k, v, z = (part.reshape(-1, tiny.WIDTH) for part in parts)
+        inner = f"{layer}.linear_attn.in_proj"
+        return [(f"{inner}_qkv.weight", np.concatenate([q, k, v])), (f"{inner}_z.weight", z)]
+
+    def turned(some: np.ndarray, size: int) -> np.ndarray:
+        if family == "qwen3_next":
+            return some
+        return some.reshape(key_heads, each, size, -1).swapaxes(0, 1).reshape(some.shape)
+
+    if "in_proj_qkv" in name or "conv1d" in name:
+        first = 2 * key_heads * key
+        w = np.concatenate([w[:first], turned(w[first:], value)])
+    elif "in_proj_z" in name or "in_proj_a" in name or "in_proj_b." in name:
+        w = turned(w, value if "in_proj_z" in name else 1)
+    elif name.endswith(("A_log", "dt_bias")):
+        w = turned(-np.exp(w) if name.endswith("A_log") else w, 1)
+        name = name.replace("dt_bias", "dt_proj.bias")
+    elif "linear_attn.out_proj" in name:
+        w = turned(np.ascontiguousarray(w.T), value).T
+    return [(name, w)]
+
+
+def write(
+    path: Path,
+    family: str,
+    change: dict[str, object] | None = None,
+    weights: dict[str, np.ndarray] | None = None,
+) -> Path:
+    """`change`: other keys, or further ones; None: the key is left out. `weights`: other tensors."""
     architecture = ARCHITECTURES[family]
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in (metadata(family) | (change or {})).items():
@@ -219,7 +290,7 @@ def write(path: Path, family: str, change: dict[str, object] | None = None) -> P
     writer.add_token_list([name for name, _ in vocab[:-1]] + ["Ġa"])
     writer.add_token_types([1] * 256 + [3] * (tiny.VOCAB - 257) + [1])
     writer.add_token_merges(["Ġ a"])
-    for name, w in tensors(family).items():
+    for name, w in (tensors(family) if weights is None else weights).items():
         writer.add_tensor(name, w)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

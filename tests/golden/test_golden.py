@@ -17,7 +17,7 @@ from outsize.family import llama4, smollm3
 from outsize.family.find import families
 from outsize.forward.full import full
 from outsize.forward.span import Span
-from tests.golden import converted, tiny
+from tests.golden import converted, memory_reference, tiny
 
 # fp32 throughout; sums are in another order than eager transformers'. Logits reach about 20.
 TOLERANCE = 5e-4
@@ -51,6 +51,16 @@ def test_every_family_has_a_golden() -> None:
 def test_golden(family: str, lengths: list[int], open_tiny: Callable[..., Model]) -> None:
     ours = logits(open_tiny(family, "fp32"), lengths)
     np.testing.assert_allclose(ours, reference(family), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("lengths", [[40], [1] * 40, [20, 5, 1, 14]])
+def test_flex_memory(
+    lengths: list[int], open_tiny: Callable[..., Model], folder_of: Callable[[str], Path]
+) -> None:
+    """A dense feed-forward beside that of the embedding."""
+    want = memory_reference.logits(folder_of("memoryllm+dense"), tiny.TOKENS).numpy()
+    ours = logits(open_tiny("memoryllm+dense", "fp32"), lengths)
+    np.testing.assert_allclose(ours, want, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +175,19 @@ def test_converted_equals_golden(
     with outsize.load(str(path), encoding="fp32", quiet=True) as model:
         ours = logits(model, [30, *[1] * 10])
     np.testing.assert_allclose(ours, reference(family), atol=TOLERANCE, rtol=0)
+
+
+def test_a_gguf_of_2025_with_inputs_as_one_matrix(tmp_path: Path) -> None:
+    """The first files of Qwen3-Next have them by key head, as the checkpoint does."""
+    found = converted.tensors("qwen3_next")
+    for i in (0, 2):
+        del found[f"blk.{i}.attn_gate.weight"], found[f"blk.{i}.attn_qkv.weight"]
+        whole = tiny.weights("qwen3_next")[f"model.layers.{i}.linear_attn.in_proj_qkvz.weight"]
+        found[f"blk.{i}.ssm_in.weight"] = whole
+    path = converted.write(tmp_path / "tiny.gguf", "qwen3_next", weights=found)
+    with outsize.load(str(path), encoding="fp32", quiet=True) as model:
+        ours = logits(model, [30, *[1] * 10])
+    np.testing.assert_allclose(ours, reference("qwen3_next"), atol=TOLERANCE, rtol=0)
 
 
 def test_a_gguf_with_biases(tmp_path: Path, open_tiny: Callable[..., Model]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+DENSE = 32  # of Flex-MemoryLLM's second feed-forward
 VOCAB, WIDTH, FFN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 288, 64, 96, 3, 4, 2, 32
 TOKENS = [(7 * i * i + 3 * i + 11) % VOCAB for i in range(40)]
 
@@ -18,6 +19,7 @@ EXPERTS = 8
 OLD_MIXTURES = ("olmoe", "mixtral", "qwen3_moe", "gpt_oss")
 NEW_MIXTURES = (
     "qwen2_moe", "granitemoe", "minimax_m2", "glm4_moe", "deepseek_v3", "glm4_moe_lite", "llama4",
+    "qwen3_next", "qwen3_5_moe",
 )  # fmt: skip
 MIXTURES = (*OLD_MIXTURES, *NEW_MIXTURES)
 
@@ -116,6 +118,20 @@ LATENT: dict[str, Any] = {
     **SIGMOID, "kv_lora_rank": 32, "q_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32,
     "v_head_dim": 24, "num_key_value_heads": HEADS, "rope_theta": 10000.0,
 }  # fmt: skip
+DELTA: dict[str, Any] = {
+    "linear_conv_kernel_dim": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 24,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "tie_word_embeddings": False,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"], "attention_bias": False,
+    "full_attention_interval": 2,
+}  # fmt: skip
+DELTA_EXPERTS: dict[str, Any] = {
+    "num_experts": EXPERTS, "num_experts_per_tok": 3, "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 32,
+}  # fmt: skip
+MROPE: dict[str, Any] = {
+    "rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5, "mrope_interleaved": True,
+    "mrope_section": [4, 2, 2],
+}  # fmt: skip
 # Families whose tensors' names and shapes are in shapes.json, as transformers writes their checkpoints.
 CONFIGS |= {
     "qwen2_moe": {
@@ -190,18 +206,42 @@ CONFIGS |= {
         "attention_chunk_size": 16, "attn_temperature_tuning": True, "floor_scale": 8, "attn_scale": 0.1,
         "use_qk_norm": True, "attention_bias": False,
     },
+    "memoryllm": {
+        "rope_theta": 10000.0, "tie_word_embeddings": True, "dense_intermediate_size": 0,
+    },
     "glm4_moe_lite": {
         **LATENT, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse", "sparse"],
     },
+    "qwen3_next": {**DELTA, **DELTA_EXPERTS, "norm_topk_prob": True, "decoder_sparse_step": 1,
+                   "mlp_only_layers": [], "rope_theta": 1e7, "partial_rotary_factor": 0.5},
+    "lfm2": {
+        "norm_eps": 1e-5, "tie_word_embeddings": True, "conv_L_cache": 3, "conv_bias": False,
+        "full_attn_idxs": [1], "block_auto_adjust_ff_dim": True, "block_multiple_of": 32,
+        "block_ffn_dim_multiplier": 1.0, "rope_theta": 1e6, "head_dim": 16, "block_ff_dim": 144,
+        "layer_types": ["conv", "full_attention", "conv"],
+    },
+    "qwen3_5": {**DELTA, "rope_parameters": MROPE},
+    "qwen3_5_moe": {**DELTA, **DELTA_EXPERTS, "rope_parameters": MROPE},
 }  # fmt: skip
 STORED = json.loads((Path(__file__).with_name("shapes.json")).read_text())
 # The transformers class that runs a family: AFM's architecture is Qwen3's with other numbers.
-REFERENCE = {"gemma3": "gemma3_text", "afm": "qwen3", "llama4": "llama4_text"}
+REFERENCE = {
+    "gemma3": "gemma3_text", "afm": "qwen3", "llama4": "llama4_text", "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+}  # fmt: skip
 
 
+# Families with layers that keep a state of the sequence in place of keys and values.
+STATEFUL = ("lfm2", "qwen3_next", "qwen3_5", "qwen3_5_moe")
 # Families with what few of their checkpoints have; no vectors are kept of these.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "memoryllm+dense": ("memoryllm", {"dense_intermediate_size": DENSE}),
     "llama+biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    # With neurons that three ranks can share unevenly.
+    **{
+        f"{base}+wide": (base, {"intermediate_size": 320})
+        for base in ("llama", "qwen2", "qwen3", "gemma3")
+    },
 }
 
 
@@ -211,7 +251,8 @@ def config(family: str) -> dict[str, Any]:
     return {
         k: v
         for k, v in made.items()
-        if k != "head_dim" or not (base == "phi3" or "kv_lora_rank" in made)
+        if (k != "head_dim" or not (base == "phi3" or "kv_lora_rank" in made))
+        and (k != "rms_norm_eps" or base != "lfm2")
     }
 
 
@@ -245,7 +286,9 @@ def shapes(family: str) -> dict[str, tuple[int, ...]]:
     """Tensor names and shapes, in Hugging Face's naming."""
     if family in STORED:
         return {name: tuple(shape) for name, shape in STORED[family].items()}
-    head_dim = config(family)["head_dim"]
+    settings, variant = config(family), family
+    head_dim, ffn = settings["head_dim"], settings["intermediate_size"]
+    family = VARIANTS.get(family, (family, {}))[0]
     q, kv = HEADS * head_dim, KV_HEADS * head_dim
     out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, WIDTH)}
     for i in range(LAYERS):
@@ -262,9 +305,9 @@ def shapes(family: str) -> dict[str, tuple[int, ...]]:
             out |= expert_shapes(family, p)
         else:
             out |= {
-                p + "mlp.gate_proj.weight": (FFN, WIDTH),
-                p + "mlp.up_proj.weight": (FFN, WIDTH),
-                p + "mlp.down_proj.weight": (WIDTH, FFN),
+                p + "mlp.gate_proj.weight": (ffn, WIDTH),
+                p + "mlp.up_proj.weight": (ffn, WIDTH),
+                p + "mlp.down_proj.weight": (WIDTH, ffn),
             }
         if family == "olmoe":
             out |= {f"{p}self_attn.{n}_norm.weight": (s,) for n, s in (("q", q), ("k", kv))}
@@ -276,21 +319,39 @@ def shapes(family: str) -> dict[str, tuple[int, ...]]:
         if family == "gemma3":
             names = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
             out |= {f"{p}{n}.weight": (WIDTH,) for n in names}
+    if family.startswith("memoryllm"):
+        out = memory_shapes(out, family)
     out["model.norm.weight"] = (WIDTH,)
-    if not config(family)["tie_word_embeddings"]:
+    if not settings["tie_word_embeddings"]:
         out["lm_head.weight"] = (VOCAB, WIDTH)
-    if family == "llama+biases":
+    if variant == "llama+biases":
         parts = [f"{n}_proj.weight" for n in ("q", "k", "v", "o", "gate", "up", "down")]
         maps = {n: s for n, s in out.items() if n.endswith(tuple(parts))}
         out |= {f"{n.removesuffix('weight')}bias": s[:1] for n, s in maps.items()}
     return out
 
 
+def memory_shapes(out: dict[str, tuple[int, ...]], family: str) -> dict[str, tuple[int, ...]]:
+    """Of llama's tensors, those of feed-forwards of the embedding; in Flex also of a dense one beside."""
+    old, new = "post_attention_layernorm", "memory_layernorm"
+    made = {name.replace(old, new): shape for name, shape in out.items()}
+    inner = config(family)["dense_intermediate_size"]
+    for i in range(LAYERS if inner else 0):
+        p = f"model.layers.{i}."
+        made[f"{p}{old}.weight"] = (WIDTH,)
+        made |= {f"{p}dense_mlp.{k}_proj.weight": (inner, WIDTH) for k in ("gate", "up")}
+        made[f"{p}dense_mlp.down_proj.weight"] = (WIDTH, inner)
+    return made
+
+
+SHIFTED = ("gemma2", "gemma3", "qwen3_next", "qwen3_5", "qwen3_5_moe")  # norms are stored as w - 1
+
+
 def weights(family: str) -> dict[str, np.ndarray]:
     random = np.random.default_rng(20260822)
     return {
         name: (random.standard_normal(shape) * (0.2 if "norm" not in name else 0.1)
-               + ("norm" in name and family not in ("gemma2", "gemma3"))).astype(np.float32)
+               + ("norm" in name and (family not in SHIFTED or "linear" in name))).astype(np.float32)
         for name, shape in shapes(family).items()
     }  # fmt: skip
 

@@ -28,6 +28,7 @@ from outsize.options import Options
 CHUNK = 32
 ENCODING = "int8"  # floats' products of one row and of many differ
 FAMILIES = ["llama", "gemma3", "qwen3_moe"]
+MORE = [*FAMILIES, "qwen3_5"]  # with states of sequences, of which no part is shared
 
 
 @contextmanager
@@ -74,7 +75,7 @@ def alone(model: Model, ids: Sequence[int], seed: int) -> tuple[object, ...]:
     return outcome(request)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MORE)
 def test_alone_in_company_sliced_and_late(family: str, open_tiny: Callable[..., Model]) -> None:
     with chunked(open_tiny(family, ENCODING)) as model:
         prompts = [prompt(i, n) for i, n in enumerate((3, 90, 40, 64, 65, 100, 17, 33))]
@@ -227,7 +228,7 @@ def test_slices_cover_a_span_and_end_on_chunks(length: int, chunks: int, most: i
     assert tuple(seen) == whole.tokens
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MORE)
 def test_slices_give_the_bits_of_the_whole(family: str, open_tiny: Callable[..., Model]) -> None:
     with chunked(open_tiny(family, ENCODING)) as model:
         t, ids = model.transformer, prompt(7, 110)
@@ -239,7 +240,7 @@ def test_slices_give_the_bits_of_the_whole(family: str, open_tiny: Callable[...,
 
 
 def filled(dtype: torch.dtype, length: int) -> KV:
-    kv = KV(3, 2, 8, dtype, 40)
+    kv = KV(3, (2, 8), dtype, 40)
     for layer in range(3):
         k = torch.randn(length, 2, 8).to(dtype)
         kv.append(layer, k, k + 1, range(length))
@@ -255,7 +256,7 @@ def test_keys_and_values_come_back_as_they_were(dtype: torch.dtype) -> None:
     file.seek(0)
     kv.read(file, 64)
     assert all(torch.equal(kv.view(i), old) for i, old in enumerate(before))
-    other = KV(3, 2, 8, dtype)
+    other = KV(3, (2, 8), dtype)
     other.copy_from(kv, 7)
     assert other.length == 7
     assert all(torch.equal(other.view(i), old[:, :7]) for i, old in enumerate(before))
@@ -268,8 +269,17 @@ def test_prompts_grow_old_and_the_shortest_goes_first() -> None:
     """Of two prompts the shorter is run first, but the longer waits for no more than a few steps."""
     live = Live.__dataclass_fields__["passed"].default
     assert live == 0
-    pace = Pace(token_s=0.001, step_s=0.05)
-    assert pace.room(1, 32) == 288
+
+
+def test_a_slice_is_as_long_as_replies_may_wait() -> None:
+    pace = Pace(token_s=0.001, step_s=0.04)
+    assert pace.room(1, 32) == 256, "its step is in the time that they may wait"
     assert pace.room(0, 32) == 992
+    pace.saw(128, 1, 0.04 + 0.256)
+    assert pace.room(1, 32) == 128, "tokens that take longer are believed at once"
+    pace.saw(128, 1, 0.04 + 0.128)
+    assert pace.token_s == pytest.approx(0.0017), "and quicker ones by and by"
     pace.saw(0, 3, 2.0)
-    assert pace.room(1, 32) > 288, "a step that reads for long hides more computing"
+    assert pace.room(1, 32) == 32, "a step that computes for long leaves no time"
+    pace.saw(0, 3, 4.0, waited=3.5)
+    assert pace.room(1, 32) > 256, "one that reads for long hides computing"

@@ -25,7 +25,7 @@ from tests.golden import tiny
 from tests.golden.test_golden import write_gguf
 
 Folders = Callable[[str], Path]
-# transformers' classes; AFM's architecture has none.
+# transformers' classes; AFM's and MemoryLLM's architectures have none.
 CLASSES = {
     "llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config",
     "gemma3": "Gemma3TextConfig", "olmoe": "OlmoeConfig", "mixtral": "MixtralConfig",
@@ -35,6 +35,8 @@ CLASSES = {
     "ministral3": "Ministral3Config", "gemma2": "Gemma2Config", "minimax_m2": "MiniMaxM2Config",
     "glm4_moe": "Glm4MoeConfig", "deepseek_v3": "DeepseekV3Config",
     "glm4_moe_lite": "Glm4MoeLiteConfig", "llama4": "Llama4TextConfig",
+    "qwen3_next": "Qwen3NextConfig", "qwen3_5": "Qwen3_5TextConfig",
+    "qwen3_5_moe": "Qwen3_5MoeTextConfig", "lfm2": "Lfm2Config",
 }  # fmt: skip
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0}
@@ -55,7 +57,8 @@ CHANGES: dict[str, tuple[object, dict[str, object]]] = {
     "use_sliding_window": (False, WINDOW), "max_window_layers": (0, WINDOW),
     "layer_types": (KINDS, WINDOW), "num_local_experts": (16, {}), "num_experts_per_tok": (1, {}),
     "moe_intermediate_size": (32, {}), "norm_topk_prob": (None, {}),
-    "shared_expert_intermediate_size": (32, {}), "partial_rotary_factor": (0.25, {"rotary_dim": None}),
+    "shared_expert_intermediate_size": (96, {}),
+    "partial_rotary_factor": (0.125, {"rotary_dim": None, "rope_parameters": None}),
     "rotary_dim": (8, {}), "embedding_multiplier": (3.0, {}), "logits_scaling": (3.0, {}),
     "residual_multiplier": (3.0, {}), "attention_multiplier": (3.0, {}),
     "no_rope_layers": ([1, 1, 0], {}), "no_rope_layer_interval": (3, {"no_rope_layers": None}),
@@ -68,7 +71,14 @@ CHANGES: dict[str, tuple[object, dict[str, object]]] = {
     "mlp_layer_types": (["dense", "dense", "sparse"], {}),
     "intermediate_size_mlp": (192, {}), "moe_layers": ([1], {}), "attn_temperature_tuning": (None, {}),
     "interleave_moe_layer_step": (2, {"moe_layers": None}), "attention_chunk_size": (5, {}),
-    "floor_scale": (9, {}), "attn_scale": (0.4, {}),
+    "linear_conv_kernel_dim": (3, {}), "linear_key_head_dim": (32, {}), "linear_value_head_dim": (32, {}),
+    "linear_num_key_heads": (4, {}), "linear_num_value_heads": (8, {}),
+    "full_attention_interval": (3, {"layer_types": None}),
+    "norm_eps": (1e-4, {}), "tie_embedding": (None, {}), "block_ff_dim": (288, {}),
+    "block_multiple_of": (64, {}), "block_ffn_dim_multiplier": (3.0, {}),
+    "block_auto_adjust_ff_dim": (None, {}), "conv_L_cache": (4, {}),
+    "full_attn_idxs": ([0, 1], {"layer_types": None}),
+    "floor_scale": (9, {}), "attn_scale": (0.4, {}), "dense_intermediate_size": (32, {}),
 }  # fmt: skip
 HARMLESS = {
     "unsloth_version": "2026.1", "use_mrope": False, "is_llama_config": True, "rope_interleaved": False,
@@ -129,7 +139,7 @@ def as_the_class(checkpoint: Checkpoint, family: str, config: dict[str, object])
 
 
 def test_every_family_has_a_class() -> None:
-    assert set(CLASSES) | {"afm"} == set(families())
+    assert set(CLASSES) | {"afm", "memoryllm"} == set(families())
 
 
 @pytest.mark.parametrize("family", CLASSES)

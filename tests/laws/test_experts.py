@@ -139,7 +139,7 @@ def test_experts_in_one_call_are_the_single_ones(encoding: str) -> None:
     def expert() -> Built:
         pair = {"gate_up": torch.randn(2 * inner, width), "down": torch.randn(width, inner)}
         w = {k: (Weight(kind, kind.encode(m), len(m)),) for k, m in pair.items()}
-        return Built(w, Dense(Linear(w["gate_up"]), Linear(w["down"]), "silu"), native_experts(w))
+        return Built(w, Dense((Linear(w["gate_up"]), Linear(w["down"])), "silu"), native_experts(w))
 
     x, step = torch.randn(rows, width).bfloat16(), Step(Rows([], False), {}, kernels)
     built = [expert() for _ in range(4)]

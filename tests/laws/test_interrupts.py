@@ -28,6 +28,7 @@ SOURCE = Path(outsize.__file__).parent
 EVERYTHING = (str(SOURCE),)
 PROMPT, STEPS, QUICK = "one two one two one", 4, 25
 WAYS = [("qwen3", "none"), ("qwen3", "ngram:k=3"), ("olmoe", "none"), ("olmoe", "ngram:k=3")]
+WAYS += [("qwen3_5", "ngram:k=3")]
 Place = tuple[str, int, int]  # file, line, how often it was reached before
 
 

@@ -40,7 +40,10 @@ WAYS = [
         for native in (True, False)
     ),
     *((family, "q4_0", True) for family in tiny.STORED),
-    *((family, "int8", False) for family in ("gemma2", "glm4_moe", "deepseek_v3", "qwen2_moe")),
+    *(
+        (family, "int8", False)
+        for family in ("gemma2", "glm4_moe", "deepseek_v3", "qwen2_moe", "qwen3_5")
+    ),
 ]
 
 

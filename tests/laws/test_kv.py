@@ -22,7 +22,7 @@ def entries(positions: range, salt: int = 0) -> tuple[torch.Tensor, torch.Tensor
 
 
 def make() -> KV:
-    return KV(2, 2, 4, torch.float32)
+    return KV(2, (2, 4), torch.float32)
 
 
 @settings(max_examples=60, deadline=None)

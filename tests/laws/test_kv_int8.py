@@ -122,7 +122,7 @@ def test_a_beginning_that_was_there_changes_no_bit(open_tiny: Callable[..., Mode
 def test_half_the_memory_and_a_longer_context(folder_of: Callable[[str], object]) -> None:
     model = str(folder_of("llama"))
     with outsize.load(model, kv="int8", quiet=True) as m:
-        kv, exact = m.new_kv(100), KV(3, 2, 32, torch.bfloat16, 100 + m.drafting.spare)
+        kv, exact = m.new_kv(100), KV(3, (2, 32), torch.bfloat16, 100 + m.drafting.spare)
         assert isinstance(kv, Int8KV)
         assert kv.nbytes / exact.nbytes == 34 / 64
         reply = m.generate("a", raw=True, max_tokens=3)[0]

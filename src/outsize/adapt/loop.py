@@ -46,6 +46,11 @@ class Recipe:
     def to_json(self) -> dict[str, object]:
         return asdict(self)
 
+    @property
+    def weight_decay(self) -> float:
+        """Of AdamW; some tasks have one."""
+        return 0.0
+
     def rate_at(self, step: int) -> float:
         warm = max(1, int(self.warmup * self.steps))
         if step < warm:
@@ -144,7 +149,7 @@ def start(task: Task, base: str, data: str = "") -> Training:
             f"batch is {recipe.batch}, for {world} processes; give at least one sequence each"
         )
     optimizer = torch.optim.AdamW(
-        task.parameters.values(), lr=recipe.rate, betas=BETAS, weight_decay=0.0
+        task.parameters.values(), lr=recipe.rate, betas=BETAS, weight_decay=recipe.weight_decay
     )
     return Training(task, base, data, optimizer)
 

@@ -29,6 +29,12 @@ def average(grads: Sequence[Tensor]) -> None:
         grad.copy_(part.view_as(grad))
 
 
+def meet() -> None:
+    """Wait until all processes are here."""
+    if processes()[1] > 1:
+        dist.barrier()
+
+
 def shared(
     mine: Sequence[Sequence[int]], count: int, longest: int, device: torch.device
 ) -> list[list[int]]:

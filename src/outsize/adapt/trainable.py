@@ -26,6 +26,7 @@ from outsize.pack.format import Pack
 from outsize.plan.probe import instruction_sets
 from outsize.progress import Progress
 from outsize.storage.table import Weight, Weights
+from outsize.weights.layers import resident
 from outsize.weights.load import load
 from outsize.weights.rows import RowTable
 
@@ -104,7 +105,7 @@ class TrainableModel:
             tied = loaded.head is loaded.embed
             self.head_VD = self.embed_VD if tied else self._table(loaded.head, d)
             self.final_norm = self._vector(loaded.final_norm["final_norm"])
-            pinned = ({**(a.pinned or {}), **(f.pinned or {})} for a, f in loaded.layers)
+            pinned = ({**resident(a), **resident(f)} for a, f in loaded.layers)
             self._layers = [self._matrices(weights) for weights in pinned]
         finally:
             loaded.close()

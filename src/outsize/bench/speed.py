@@ -37,6 +37,10 @@ class SpeedOptions:
     threads: int | None = None
     native: bool = True
     quiet: bool = False
+    memory: str = "auto"
+    ranks: int = 1
+    listen: str | None = None
+    parallel: str = "tensor"
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "new_tokens", "repeats", "batch"):
@@ -105,6 +109,12 @@ def measure(model: Model, prompt_tokens: int, new_tokens: int, batch: int) -> tu
     return batch * prompt_tokens / prefill_s, batch * new_tokens / decode_s
 
 
+def sent(model: Model) -> tuple[int, int]:
+    """Messages and bytes that this rank has sent to others so far."""
+    leader = model.transformer.leader
+    return (0, 0) if leader is None else (leader.wire.messages, leader.wire.sent)
+
+
 def spread(values: Sequence[float]) -> str:
     low, high = min(values), max(values)
     return f"{statistics.median(values):,.1f} tokens/s ({low:,.1f} to {high:,.1f})"
@@ -114,7 +124,8 @@ def show(name: str, options: SpeedOptions) -> None:
     """Print the ceilings, the measurement and, last, one JSON object."""
     o = options
     how: LoadChanges = {"threads": o.threads, "native": o.native, "quiet": o.quiet}
-    how |= {"prefill": o.prefill, "prefix_cache": "off"}
+    how |= {"prefill": o.prefill, "prefix_cache": "off", "memory": o.memory}
+    how |= {"ranks": o.ranks, "listen": o.listen, "parallel": o.parallel}
     with loading.load(name, **how) as model:
         c = ceilings(model.pack)
         print(f"{model.name} on {probe.processor()}, {torch.get_num_threads()} threads")
@@ -128,16 +139,25 @@ def show(name: str, options: SpeedOptions) -> None:
             flush=True,
         )
         measure(model, o.prompt_tokens, 4, o.batch)
+        before = sent(model)
         runs = [measure(model, o.prompt_tokens, o.new_tokens, o.batch) for _ in range(o.repeats)]
+        messages, size = (b - a for a, b in zip(before, sent(model), strict=True))
     prefill, decode = zip(*runs, strict=True)
     of_prefill = statistics.median(prefill) / c.prefill
     of_decode = statistics.median(decode) / c.decode
     batch = f" (batch of {o.batch})" if o.batch > 1 else ""
     print(f"  prefill of {o.prompt_tokens}: {spread(prefill)}, {of_prefill:.0%} of the ceiling")
     print(f"  decode of {o.new_tokens}: {spread(decode)}, {of_decode:.0%} of the ceiling{batch}")
+    tokens = o.repeats * (o.prompt_tokens + o.new_tokens) * o.batch
+    if o.ranks > 1:
+        print(
+            f"  {o.ranks} ranks, {o.parallel}: {messages / o.repeats / (1 + o.new_tokens):,.0f} messages a "
+            f"step and {size / tokens:,.0f} bytes a token sent by the leader"
+        )
     print(json.dumps({
         "model": model.name, "threads": torch.get_num_threads(), "native": o.native, "batch": o.batch,
-        "prefill": o.prefill,
+        "prefill": o.prefill, "ranks": o.ranks, "parallel": o.parallel,
+        "messages_sent": messages, "bytes_sent": size,
         "prompt_tokens": o.prompt_tokens, "new_tokens": o.new_tokens,
         "prefill_tokens_per_s": round(statistics.median(prefill), 2),
         "decode_tokens_per_s": round(statistics.median(decode), 3),

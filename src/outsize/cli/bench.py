@@ -34,6 +34,10 @@ class SpeedFlags:
     threads: int | None = None
     native: bool = True
     quiet: bool = False
+    memory: str = "auto"
+    ranks: int = 1
+    listen: str | None = None
+    parallel: str = "tensor"
 
 
 @app.command()

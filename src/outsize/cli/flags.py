@@ -24,6 +24,7 @@ class Flag:
     kind: Any = None  # what typer reads, where that is not what the field holds
     read: Callable[[Any], Any] | None = None  # from what typer has read to what the field holds
     metavar: str | None = None
+    has_env: bool = True  # False: its variable would be another thing's
 
     @property
     def name(self) -> str:
@@ -32,7 +33,7 @@ class Flag:
 
     def option(self) -> Any:
         """As typer takes it."""
-        env = f"OUTSIZE_{self.name.upper()}"
+        env = f"OUTSIZE_{self.name.upper()}" if self.has_env else None
         return typer.Option(*self.names.split(), help=self.text, envvar=env, metavar=self.metavar)
 
 
@@ -90,6 +91,18 @@ FLAGS = {
         "--width",
         "Of nested experts (`outsize adapt nested`): full, auto, or a share of them on average (lossy).",
         kind=str,
+    ),
+    "layers_off": Flag(
+        "--layers-off",
+        "Leave out the memory (feed-forward of the token's embedding) of some layers, as 3,7-9 (lossy).",
+    ),
+    "ranks": Flag("--ranks", "Processes that run the model together, each with --memory of its own."),
+    "listen": Flag(
+        "--listen", "HOST:PORT: wait there for `outsize join` of the other ranks.", kind=str
+    ),
+    "parallel": Flag(
+        "--parallel",
+        "How ranks share a model: relay, or tensor[:cut=gather|sum,attention=whole|heads,bits=...].",
     ),
     "prefix_cache": Flag(
         "--prefix-cache",

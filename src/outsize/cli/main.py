@@ -7,6 +7,8 @@ import typer
 from outsize.cli import adapt, bench, cache, console, settings
 from outsize.cli.chat import chat
 from outsize.cli.doctor import doctor
+from outsize.cli.inspect import inspect
+from outsize.cli.join import join
 from outsize.cli.packs import list_packs, pack, rm
 from outsize.cli.plan import plan
 from outsize.cli.run import run
@@ -29,10 +31,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Run language models that outsize the memory you have, and get answers fast.",
 )
-for command in (run, chat, serve, plan, trace, pack):
+for command in (run, chat, serve, join, plan, trace, pack):
     app.command()(command)
 app.command("list")(list_packs)
-for command in (rm, doctor, version):
+for command in (rm, inspect, doctor, version):
     app.command()(command)
 app.add_typer(bench.app, name="bench")
 app.add_typer(adapt.app, name="adapt")

@@ -11,7 +11,7 @@ import typer
 
 from outsize.cli.command import only, with_flags, without
 from outsize.cli.flags import DisplayOptions, Flag
-from outsize.errors import BudgetError
+from outsize.errors import BudgetError, OptionError
 from outsize.log import say
 from outsize.options import DEFAULT_MODEL, LoadOptions
 
@@ -27,11 +27,15 @@ class PlanFlags:
     trace: Annotated[
         Path | None, Flag("--trace", "Expect of experts what this recording tells.")
     ] = None
+    link: Annotated[
+        str | None,
+        Flag("--link", "With --ranks: what lies between them, as 100Mbit/s or 1Gbit/s,0.2ms."),
+    ] = None
 
 
 @with_flags
 def plan(
-    load: Annotated[LoadOptions, without("verify", "chunk", "prefill")],
+    load: Annotated[LoadOptions, without("verify", "chunk", "prefill", "listen")],
     own: PlanFlags,
     display: Annotated[DisplayOptions, only("json")],
     model: Annotated[str, typer.Argument()] = DEFAULT_MODEL,
@@ -40,6 +44,13 @@ def plan(
     from outsize.plan.make import make
     from outsize.report import plan_page, plan_text
 
+    if load.ranks > 1:
+        _of_ranks(model, load, own, display.json)
+        return
+    if own.link is not None:
+        raise OptionError(
+            "--link lies between ranks, and there is one; add --ranks, or leave it out"
+        )
     try:
         made = make(model, load, own.prompt_tokens, own.trace)
     except BudgetError as e:
@@ -50,3 +61,17 @@ def plan(
         own.html.write_text(plan_page.page(made.to_json()), encoding="utf-8")
         say(f"wrote {own.html}")
     print(json.dumps(made.to_json()) if display.json else "\n".join(plan_text.long(made)))
+
+
+def _of_ranks(model: str, load: LoadOptions, own: PlanFlags, as_json: bool) -> None:
+    from outsize.engine.ranks.leader import settled
+    from outsize.plan import ranks
+    from outsize.report import ranks_text
+
+    for name in ("prompt_tokens", "html", "trace"):
+        if getattr(own, name) is not None:
+            flag = name.replace("_", "-")
+            raise OptionError(f"--{flag} is for one rank; leave it out, or --ranks")
+    link = ranks.parse_link(own.link or ranks.LOOPBACK)
+    made = ranks.make(model, settled(load) if own.link is None else load, link)
+    print(json.dumps(made.to_json()) if as_json else "\n".join(ranks_text.long(made)))

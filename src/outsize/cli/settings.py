@@ -19,8 +19,10 @@ from outsize.options import near
 NOT_FLAGS = (
     "OUTSIZE_HOME",
     "OUTSIZE_CONFIG",
+    "OUTSIZE_SECRET",
     "OUTSIZE_MODELS",
-)  # the last: where tests find models
+    "OUTSIZE_SECRET",  # of ranks (parallel/secret.py)
+)  # where tests find models
 
 WORDS: dict[type, str] = {
     bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path",

@@ -20,6 +20,7 @@ from outsize.forward.span import Out
 
 MARGIN = 1.01  # drafts must promise so much more than none
 CROWD = 4  # others: from eight rows on, kernels are bound by computing
+STRETCH = float(__import__("os").environ.get("STRETCH", "1e9"))
 AHEAD = 0.6  # what counts of the tokens that the next step may get: they take rows there
 PATIENCE, MOST_PATIENT = 24, 200  # steps until mask tokens that did not pay are tried again
 
@@ -66,6 +67,7 @@ class AutoDraft(Drafter):
         self._account()
         if not self._cost.allows(self._seconds(1, False)):
             return self._drafted(Plan(), 0, False)
+        most = min(most, self._fair())
         match, own = self._index.match(min(most, MOST)), self._ready[:most]
         agreed = range(match.length, match.length + len(match.tokens))
         text_kinds = tuple(kind_of(n, TEXT_STEPS) for n in agreed)
@@ -80,6 +82,16 @@ class AutoDraft(Drafter):
         if self._mtp and not self._is_crowded and self._probing():
             return self._drafted(Plan(own_tokens, own_kinds, (len(own),)), 1, False)
         return self._drafted(Plan(), 0, False)
+
+    def _fair(self) -> int:
+        """Draft tokens with which a shared step takes at most `stretch` times as long as one without drafts,
+        if all who share it have as many."""
+        share, stretch = self._company.others + 1, self._company.stretch
+        if share == 1 or stretch is None:
+            return MOST
+        most = stretch * self._step_times.seconds(share)
+        counts = range(MOST, 0, -1)
+        return next((n for n in counts if self._step_times.seconds(share * (1 + n)) <= most), 0)
 
     def _account(self) -> None:
         """Enter the last step's cost: its time is known by now."""

@@ -19,6 +19,7 @@ class Company:
 
     others: int = 0  # sequences
     gained: float = 0.0  # tokens that a step has brought of late, in all
+    stretch: float | None = None  # of a shared step by drafts, at most; None: as far as they pay
 
     def saw(self, others: int, gained: int) -> None:
         """A step of this sequence and others brought so many tokens."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from outsize.encoding.frozen import frozen
-from outsize.encoding.plain import Encoding, Fields, FieldSpec
+from outsize.encoding.plain import Encoding, Fields, FieldSpec, check_cut, taken
 from outsize.errors import UnsupportedError
 from outsize.kernels.backend import Backend, Product
 from outsize.kernels.layouts import BLOCK, GROUP, CodedMatrix, decode_groups
@@ -93,6 +93,19 @@ class Group:
         codes, scale = fields["codes"], fields["scale"]
         rows, groups = scale.shape
         return CodedMatrix(self.bits, rows, groups * GROUP, codes, fields.get("high"), scale)
+
+    def step(self, width: int) -> tuple[int, int]:
+        return 1, BLOCK  # groups lie in pairs
+
+    def take(
+        self, fields: Fields, rows_N: Tensor | None, inputs: slice | None
+    ) -> dict[str, Tensor]:
+        width = fields["scale"].shape[1] * GROUP
+        check_cut(self.name, inputs, BLOCK, width)
+        return {
+            name: taken(field, rows_N, inputs, width // field.shape[1])
+            for name, field in fields.items()
+        }
 
 
 ENCODINGS: tuple[Encoding, ...] = (Group(4), Group(5), Group(8))

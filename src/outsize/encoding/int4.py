@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from outsize.encoding.frozen import frozen
-from outsize.encoding.plain import Encoding, Fields, FieldSpec
+from outsize.encoding.plain import Encoding, Fields, FieldSpec, check_cut, taken
 from outsize.errors import UnsupportedError
 from outsize.kernels.backend import Backend, Product
-from outsize.kernels.layouts import BLOCK, GROUP, TILES, CodedMatrix, decode_tiles, tile
+from outsize.kernels.layouts import BLOCK, GROUP, TILES, CodedMatrix, decode_tiles, tile, untile
 from outsize.kernels.plain import PLAIN
 
 LAYOUT = "tile64"
@@ -92,6 +92,20 @@ class Int4:
     def coded(self, fields: Fields) -> CodedMatrix:
         packed, scales = fields["packed"], fields["scales"]
         return CodedMatrix(TILES, scales.shape[1], packed.shape[1], packed, None, scales)
+
+    def step(self, width: int) -> tuple[int, int]:
+        return 1, GROUP
+
+    def take(
+        self, fields: Fields, rows_N: Tensor | None, inputs: slice | None
+    ) -> dict[str, Tensor]:
+        check_cut(self.name, inputs, GROUP, fields["packed"].shape[1])
+        codes = taken(untile(fields["packed"]), rows_N, inputs)
+        scales_NG2 = taken(fields["scales"].transpose(0, 1), rows_N, inputs, GROUP)
+        missing = -len(codes) % BLOCK
+        codes = torch.nn.functional.pad(codes, (0, 0, 0, missing), value=8)
+        scales_NG2 = torch.nn.functional.pad(scales_NG2, (0, 0, 0, 0, 0, missing))
+        return {"packed": tile(codes), "scales": scales_NG2.transpose(0, 1).contiguous()}
 
 
 ENCODINGS: tuple[Encoding, ...] = (Int4(),)

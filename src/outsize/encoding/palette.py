@@ -18,7 +18,7 @@ from torch import Tensor
 
 from outsize.encoding.frozen import frozen
 from outsize.encoding.levels import MOST, between, fit
-from outsize.encoding.plain import Encoding, Fields, FieldSpec
+from outsize.encoding.plain import Encoding, Fields, FieldSpec, check_cut, taken
 from outsize.errors import UnsupportedError
 from outsize.kernels.backend import Backend, Product
 from outsize.kernels.palettes import (
@@ -50,9 +50,7 @@ class Palette:
     tolerance: float = 2e-2
 
     def specs(self, num_rows: int, width: int) -> dict[str, FieldSpec]:
-        form, whole = self.form, max(self.form.group, TAKEN)
-        in_blocks = "int8" in (form.step, form.low)
-        whole = BLOCK if in_blocks else whole
+        form, (_, whole) = self.form, self.step(width)
         if width % whole:
             raise UnsupportedError(
                 f"{self.name} needs rows of a multiple of {whole} weights, not {width}; use int8"
@@ -172,6 +170,33 @@ class Palette:
     def coded(self, fields: Fields) -> PaletteMatrix:
         packed = fields["codes"]
         return PaletteMatrix(self.form, len(packed) * TILE, packed.shape[1] * TILE, fields)
+
+    def step(self, width: int) -> tuple[int, int]:
+        in_blocks = "int8" in (self.form.step, self.form.low)
+        return TILE, BLOCK if in_blocks else max(self.form.group, TAKEN)
+
+    def take(
+        self, fields: Fields, rows_N: Tensor | None, inputs: slice | None
+    ) -> dict[str, Tensor]:
+        width = fields["codes"].shape[1] * TILE
+        check_cut(self.name, inputs, self.step(width)[1], width)
+        tiles = None if rows_N is None else _tiles(self.name, rows_N)
+        by_tile = {"outer", "levels"}  # those that all inputs share
+        return {
+            name: taken(field, tiles, None if name in by_tile else inputs, width // field.shape[1])
+            for name, field in fields.items()
+        }
+
+
+def _tiles(name: str, rows_N: Tensor) -> Tensor:
+    """Which tiles rows fill. Raises UnsupportedError for parts of tiles."""
+    tiles = rows_N[::TILE] // TILE
+    whole = tiles[:, None] * TILE + torch.arange(TILE, dtype=torch.int64, device="cpu")
+    if not torch.equal(whole.flatten()[: len(rows_N)], rows_N):
+        raise UnsupportedError(
+            f"rows of a matrix in {name} cut its tiles: multiples of {TILE} rows are due"
+        )
+    return tiles
 
 
 def _padded(by_row: Tensor, missing: int) -> Tensor:

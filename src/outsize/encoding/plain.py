@@ -73,6 +73,18 @@ class Encoding(Protocol):
         """For a backend that computes with its codes; None: torch does."""
         ...
 
+    def step(self, width: int) -> tuple[int, int]:
+        """(rows, inputs) of a matrix of this width that cuts must be at multiples of."""
+        ...
+
+    def take(
+        self, fields: Fields, rows_N: Tensor | None, inputs: slice | None
+    ) -> dict[str, Tensor]:
+        """The fields of some of its rows (whole steps of them, in any order) and of a run of its inputs;
+        None: all. Codes are moved, never made anew: decoding them gives those numbers of the whole, bit for
+        bit. Raises UnsupportedError for a cut within a step."""
+        ...
+
 
 def slice_rows(
     specs: Mapping[str, FieldSpec], fields: Fields, start: int, stop: int
@@ -86,6 +98,26 @@ def slice_rows(
         count = (stop - start) // spec.rows
         out[name] = fields[name].narrow(spec.row_axis, start // spec.rows, count)
     return out
+
+
+def check_cut(name: str, inputs: slice | None, step: int, width: int) -> None:
+    """Raise UnsupportedError for a run of inputs that cuts what shares a scale."""
+    if inputs is None:
+        return
+    if inputs.start % step or (inputs.stop % step and inputs.stop != width):
+        raise UnsupportedError(
+            f"inputs {inputs.start:,} to {inputs.stop:,} of a matrix in {name} cut what is stored together: "
+            f"multiples of {step} are due"
+        )
+
+
+def taken(field: Tensor, rows_N: Tensor | None, inputs: slice | None, each: int = 1) -> Tensor:
+    """Some rows of a field, and those of its columns that belong to a run of inputs, `each` inputs a
+    column."""
+    found = field if rows_N is None else field[rows_N]
+    if inputs is not None:
+        found = found[:, inputs.start // each : -(-inputs.stop // each)]
+    return found.contiguous()
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +152,14 @@ class Plain:
 
     def coded(self, fields: Fields) -> Coded | None:
         return None
+
+    def step(self, width: int) -> tuple[int, int]:
+        return 1, 1
+
+    def take(
+        self, fields: Fields, rows_N: Tensor | None, inputs: slice | None
+    ) -> dict[str, Tensor]:
+        return {"w": taken(fields["w"], rows_N, inputs)}
 
 
 ENCODINGS: tuple[Encoding, ...] = (

@@ -24,6 +24,7 @@ from outsize.forward.span import Out, Span
 
 GRAIN = 256  # tokens that a request may grow by before it is asked for again
 PATIENCE = 8  # steps that a prompt waits at most while shorter ones go first
+STRETCH = 1.4  # of a step by drafts, where people read along: they cost the others' gaps
 SHARE_OF_ROWS = 8  # bytes of scratch for a number of logits
 _numbers = count()
 
@@ -55,9 +56,11 @@ class Batch:
         streams: int | None = None,
         pace: Pace | None = None,
     ) -> None:
-        """`streams`: the most that run at once. `pace`: slices long prompts; None: a prompt is one step."""
+        """`streams`: the most that run at once. `pace`: slices long prompts, and keeps steps even; None: a
+        prompt is one step, and drafts are as long as pays."""
         self._scheduler, self._streams = scheduler, streams
         self._pace, self.prefixes = pace, scheduler.prefixes
+        scheduler.company.stretch = None if pace is None else STRETCH
         self.waiting, self.running = list[Live](), list[Live]()
         self.beside = 0  # tokens whose keys and values are in memory for others than these
         self.failed: dict[int, Exception] = {}  # by the id of a request, until it is taken out

@@ -18,7 +18,7 @@ def learn(model: Model, reply: Reply) -> None:
     """Let a reply correct what is kept of this machine: what a run reached can be reached."""
     folder = home()
     here = machine.kept(folder)
-    if here is None:
+    if here is None or model.transformer.leader is not None:  # what several ranks reach is theirs
         return
     outline, new = of_pack(model.pack), here
     key = cost.key(outline) + ("" if compiled(LoadOptions()) else "-plain")

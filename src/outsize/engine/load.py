@@ -6,10 +6,10 @@ import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from typing import NamedTuple
 
-import torch
 from typing_extensions import Unpack
 
 from outsize import arguments
@@ -20,30 +20,28 @@ from outsize.draft.model import DraftModel
 from outsize.draft.spec import DraftSpec, parse_draft
 from outsize.draft.stats import DraftStats
 from outsize.draft.step_time import ExpertUnion
-from outsize.encoding.find import NATIVE
-from outsize.engine import open_prefixes
+from outsize.engine import notices, open_prefixes
 from outsize.engine.model import Model
+from outsize.engine.ranks import leader as ranks
 from outsize.engine.scheduler import Scheduler
 from outsize.engine.step_lock import check_fork
-from outsize.forward.prune import parse_prefill
-from outsize.home import expanded
+from outsize.engine.threads import kernel_threads
+from outsize.errors import PackError
+from outsize.home import expanded, home
 from outsize.kernels.attention import CHUNK
-from outsize.kernels.backend import Backend
-from outsize.kernels.plain import PLAIN
-from outsize.kernels.threads import Threads, look
-from outsize.log import warn
 from outsize.model.lora_file import read_adapter
 from outsize.model.predictors.choose import choosers
 from outsize.model.transformer import Transformer
-from outsize.model.width import parse_width
 from outsize.options import DEFAULT_MODEL, LoadChanges, LoadOptions
 from outsize.pack import fetch, tokenizer_file
 from outsize.pack.format import Pack, damaged
 from outsize.pack.outline import Outline, of_pack
+from outsize.parallel.collective import Collective
 from outsize.plan import chunk as chunk_plan
 from outsize.plan import decide, nested, neurons, probe
 from outsize.plan import make as planning
 from outsize.plan.decide import compiled
+from outsize.plan.layers_off import with_layers_off
 from outsize.plan.nested import NestedPlan
 from outsize.plan.neurons import NeuronPlan
 from outsize.plan.place import place, tokenizer_bytes
@@ -54,10 +52,10 @@ from outsize.system import memory
 from outsize.text.tokens import Tokens
 from outsize.weights import load as weights
 from outsize.weights.bundles import Bundles
+from outsize.weights.load import Loaded
 from outsize.weights.open_pack import LoadPlan
 from outsize.weights.spec import ExpertOptions, Recorder, parse_experts
 
-MOSTLY = 0.9  # of a pack's bytes: then what kernels do not compute is small
 LEAST_SHARE = 0.25  # of a tokenizer's estimated memory, that it takes in any case
 
 
@@ -90,6 +88,7 @@ def open_model(
     before: Callable[[Outline, Placement], None] | None = None,
 ) -> Model:
     """As `load`, with the options as one object."""
+    options = ranks.settled(options)
     probe.set_threads(options.threads)
     decide.check(options)
     options = decide.for_model(options, source)
@@ -98,7 +97,8 @@ def open_model(
     size, quiet = memory.parse(options.memory), options.quiet
     prefixes = open_prefixes.check(options)
     found = fetch.find(source, options.encoding)
-    if found is None and (options.memory != "auto" or options.experts):
+    is_checked = options.ranks == 1 and (options.memory != "auto" or options.experts)
+    if found is None and is_checked:
         decide.foresee(source, options, size, runtime_bytes(compiled(options)))
     made = found or fetch.pack(source, encoding=options.encoding, quiet=quiet)
     cut = nested.search(options, made)
@@ -108,15 +108,21 @@ def open_model(
     low = experts.copies
     copies = fetch.pack(source, encoding=low, quiet=quiet) if low else None
     paged = neurons.search(options, made, made.path.name)
-    packs = Packs(made, draft_pack(options), copies, paged, cut)
-    return _open(packs, options, Beside(size, experts, prefixes), before)
-
-
-def kernel_threads(options: LoadOptions, made: Pack, native: Backend) -> Threads:
-    """As many as the user says, or as the machine has free."""
-    looks = look if options.threads is None else (lambda: None)
-    alone = native is not PLAIN and made.share_of(NATIVE) > MOSTLY
-    return Threads(torch.get_num_threads(), looks, alone=alone)
+    if made.description.shard is not None:
+        raise PackError(
+            f"{made.path.name} is one rank's part of a model; run {made.source.spec} with --ranks"
+        )
+    smaller = draft_pack(options)
+    if options.ranks == 1:
+        packs = Packs(made, smaller, copies, paged, cut)
+        return _open(packs, options, Beside(size, experts, prefixes), before)
+    team = ranks.assemble(made, options, compiled(options))
+    try:
+        packs = Packs(team.cut(home(), quiet), smaller)
+        return _open(packs, options, Beside(size, experts, prefixes, team), before)
+    except BaseException as e:
+        team.close(e)
+        raise
 
 
 def draft_pack(options: LoadOptions) -> Pack | None:
@@ -136,8 +142,9 @@ class Packs(NamedTuple):
 
     def outline(self, options: LoadOptions) -> Outline:
         smaller, copies = (None if p is None else of_pack(p) for p in (self.smaller, self.copies))
-        outline = nested.with_nested(of_pack(self.model), self.nested)
-        return decide.with_all(outline, options.adapters, smaller, copies)
+        own = decide.without_layers(of_pack(self.model), options)
+        own = nested.with_nested(own, self.nested)
+        return decide.with_all(own, options.adapters, smaller, copies)
 
 
 class Beside(NamedTuple):
@@ -146,6 +153,7 @@ class Beside(NamedTuple):
     size: int
     experts: ExpertOptions
     prefixes: open_prefixes.Checked
+    team: ranks.Team | None = None  # the other ranks
 
 
 def _open(
@@ -156,7 +164,7 @@ def _open(
 ) -> Model:
     """Plan, and refuse; then read: the tokenizer, adapters, the model that drafts, and at last the weights,
     so that what reading takes for a moment is there."""
-    made, native, (size, experts, kept) = packs.model, compiled(options), parsed
+    made, native, (size, experts, kept, team) = packs.model, compiled(options), parsed
     if packs.smaller is not None:
         drafting.same_vocabulary(made, packs.smaller)
     outline, before = packs.outline(options), runtime_bytes(native)
@@ -166,19 +174,19 @@ def _open(
     )
     decide.decide(outline, options, size, before, sure)  # refuses before anything is read
     if not options.quiet:
-        _warn_slow(made, native)
+        notices.slow(made, native)
     found = tokens(made)
     memory.trim()
     placement = decide.decide(outline, options, size, before, max(0, memory.resident() - before))
-    for note in placement.notes if not options.quiet else ():
-        warn(note)
     if not options.quiet:
-        _warn_lossy(options, experts)
+        notices.noted(placement, options, experts)
     if on_plan is not None:
         on_plan(outline, placement)
     chunk = options.chunk or _chunk(options, outline, placement)
     known = {n: read_adapter(made, n, expanded(p)) for n, p in options.adapters.items()}
     memory.trim()
+    if team is not None:
+        team.plan(placement.context, chunk, options)
     with ExitStack() as opened:
         smaller = None
         if packs.smaller is not None:
@@ -192,10 +200,8 @@ def _open(
             plan = LoadPlan(placement.shares, options.verify, caching, packs.copies, banks)
             loaded = weights.load(made, native, plan, progress)
         opened.callback(loaded.close)
-        threads = kernel_threads(options, made, native)
-        description = made.description.for_context(placement.context)
-        transformer = Transformer(description, loaded, native, placement.ceiling, threads)
-        transformer.chunk, transformer.kv = chunk, options.kv
+        transformer = ranks.run_with(team, loaded, partial(_transformer, made, options, placement))
+        transformer.chunk = chunk
         if paged is not None:
             transformer.neurons = neurons.told(paged)
             made_of = choosers(paged.file, made.description, native)
@@ -205,19 +211,22 @@ def _open(
         drafts.nested = nested.drafter(packs.nested, options, (outline, placement), transformer)
         opened.pop_all()
     prefixes = open_prefixes.make(kept, made, placement, transformer, known)
-    scheduler = Scheduler(made.path.name, transformer, placement, drafts, prefixes=prefixes)
+    whole = made if team is None else team.whole
+    scheduler = Scheduler(whole.path.name, transformer, placement, drafts, prefixes=prefixes)
     scheduler.adapters = known
-    return Model(made, found, scheduler, options.prefill, options.width)
+    return Model(whole, found, scheduler, options.prefill, options.width)
 
 
-def _warn_lossy(options: LoadOptions, experts: ExpertOptions) -> None:
-    """What a user asked for that changes answers."""
-    if experts.is_lossy:
-        warn(f"{experts.lossy} changes the model's answers; leave it out for the exact ones")
-    if parse_prefill(options.prefill) is not None:
-        warn(f"prefill={options.prefill} is lossy: answers change; leave it out for the exact ones")
-    if parse_width(options.width) != 1.0:
-        warn(f"width={options.width} is lossy: answers change; --width full is exact")
+def _transformer(
+    made: Pack, options: LoadOptions, placement: Placement, loaded: Loaded, ranks: Collective | None
+) -> Transformer:
+    """The network over its weights."""
+    whole = with_layers_off(made.description, options.layers_off, made.path.name)
+    native, d = compiled(options), whole.for_context(placement.context)
+    threads = kernel_threads(options, made, native)
+    made_of = Transformer(d, loaded, native, placement.ceiling, threads, ranks)
+    made_of.kv = options.kv
+    return made_of
 
 
 def banks_of(paged: NeuronPlan | None) -> tuple[Bundles, str] | None:
@@ -265,15 +274,6 @@ def _drafting(
     union = None if mixture is None else ExpertUnion(mixture.count, mixture.used)
     spec = spec if kind in ("none", "nested") else asked
     return drafting.Drafting(spec, DraftStats(mtp, union), smaller)
-
-
-def _warn_slow(made: Pack, native: Backend) -> None:
-    grouped = [name for name in made.encodings if name in NATIVE and name != "int4"]
-    if grouped and native is PLAIN:
-        warn(
-            f"{made.path.name} holds {', '.join(grouped)}, which without compiled kernels runs about "
-            "20 times slower; install a C compiler, or pack again with --encoding int8"
-        )
 
 
 def tokens(made: Pack) -> Tokens:

@@ -29,6 +29,7 @@ from outsize.model.lora import Adapter
 from outsize.model.transformer import Transformer
 from outsize.options import MOST_LOGPROBS, Changes, Options
 from outsize.pack.format import Pack
+from outsize.plan import decide
 from outsize.plan.placement import Placement
 from outsize.sampling.sample import of_each, seeded
 from outsize.storage.stats import IOStats
@@ -282,7 +283,13 @@ class Model:
     def _prune(self, prefill: str) -> Prune | None:
         """Raises OptionError where it cannot be used with this model, or with what drafts."""
         prune = parse_prefill(prefill)
+        decide.check_prefill(self.pack.description, prefill)
         if prune is not None:
+            if self.pack.description.has_states:
+                raise OptionError(
+                    f"prefill is {prefill!r}, and layers of {self.name} keep a state that all tokens must go "
+                    "through; use prefill=full"
+                )
             prune.points(self.pack.description.num_layers)
             prune.check_drafts(self.drafting.spec.kind)
         return prune

@@ -88,6 +88,7 @@ def _base(made: Pack, model: Transformer) -> dict[str, object]:
         "pack": hashlib.sha256((made.path / HEADER).read_bytes()).hexdigest(),
         "kv": f"{model.dtype} {model.kv}",
         **({"neurons": model.neurons} if model.neurons else {}),
+        **({"layers off": off} if (off := model.description.layers_off) else {}),
         "chunk": model.chunk,
         "torch": torch.__version__,
         "processor": torch.backends.cpu.get_cpu_capability(),

@@ -122,7 +122,10 @@ def account(request: Request, model: str, options: Mapping[str, object], usage: 
         reused_bytes_read=request.traffic.read,
         kept_bytes_written=request.traffic.written,
         logprobs=tuple(request.logprobs),
-        lossy=request.is_lazy or options["kv"] == "int8" or "lossy" in str(options["neurons"]),
+        lossy=request.is_lazy
+        or options["kv"] == "int8"
+        or "lossy" in str(options["neurons"])
+        or "layers_off" in options,
         computed_share=round(request.computed, 4),
         width=1.0 if request.seq.width is None else round(request.seq.width.executed, 4),
     )

@@ -159,6 +159,10 @@ class Scheduler:
         shown["neurons"] = self.transformer.neurons or "off"
         width = request.seq.width
         shown["width_cost"] = "" if width is None else self.transformer.nested.cost(width.share)
+        if self.transformer.loaded.tokens is not None:
+            shown["table"] = "rows by token"
+        if off := self.transformer.description.layers_off:
+            shown["layers_off"] = ", ".join(map(str, off))
         tables = self.transformer.loaded.tables
         cached = not all(table.is_direct for table in tables)
         return account(request, self.name, shown, Usage(started, before, self.counts(), cached))

@@ -4,11 +4,25 @@ for more than a machine can address. Checkpoints and packs are held to the same.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 from outsize.family.config import LIMITS, MOST_HEAD
-from outsize.model_config import ACTIVATIONS, BIASED, SCORES, Description, Latent, Layer, Mixture
+from outsize.model_config import (
+    ACTIVATIONS,
+    BIASED,
+    MIXERS,
+    SCORES,
+    Description,
+    Layer,
+    Memory,
+    Mixture,
+)
+from outsize.model_parts import Delta, Latent, Shard
 
 MOST = 1 << 24
+MOST_KERNEL = 64  # tokens of a short convolution
+MOST_RANKS = 64
+CUTS = {("gather", "whole"), ("sum", "whole"), ("sum", "heads"), ("layers", "whole")}
 WHOLE = {
     "width": MOST, "ffn_width": MOST, "vocab_size": MOST, "context": MOST, "head_dim": MOST_HEAD,
     "num_heads": LIMITS["num_attention_heads"], "num_kv_heads": LIMITS["num_key_value_heads"],
@@ -39,9 +53,31 @@ def fault(d: Description) -> str:
         return "queries and keys are normed by heads and as a whole: one of the two is due"
     if not (d.pre_norm or d.post_norm):
         return "nothing is normed: norms before or after each half are due"
+    if problem := _delta_fault(d, d.delta):
+        return problem
     if d.latent is not None and (problem := _latent_fault(d, d.latent)):
         return problem
+    if d.memory is not None and (problem := _memory_fault(d, d.memory)):
+        return problem
+    if d.shard is not None and (problem := _shard_fault(d, d.shard)):
+        return problem
     return _mixture_fault(d) or next((p for layer in d.layers if (p := _layer_fault(d, layer))), "")
+
+
+def _memory_fault(d: Description, m: Memory) -> str:
+    if d.mixture is not None or d.post_norm or not d.pre_norm or d.mlp_bias:
+        return (
+            "feed-forwards of the embedding stand beside experts, biases or norms of the residual"
+        )
+    if not 0 <= m.dense <= MOST:
+        return f"the dense feed-forward has {m.dense:,} numbers, 0 to {MOST:,} are due"
+    if m.ranks and (not m.is_table or len(m.ranks) != d.num_layers):
+        return f"a table of {d.num_layers:,} layers has ranks for {len(m.ranks):,}"
+    if not all(0 < rank <= d.width for rank in m.ranks):
+        return f"a table's ranks are not all from 1 to {d.width:,}"
+    if not all(0 <= layer < d.num_layers for layer in m.off):
+        return f"memories of layers are left out that are not among its {d.num_layers:,}"
+    return ""
 
 
 def _latent_fault(d: Description, x: Latent) -> str:
@@ -56,6 +92,72 @@ def _latent_fault(d: Description, x: Latent) -> str:
     others = d.qkv_bias or d.qk_norm or d.qk_norm_whole or d.sinks
     ropes = all(r.rotated == x.rope for r in d.ropes)
     return "" if ropes and not others else "latent attention has another's rope, norms or biases"
+
+
+def _delta_fault(d: Description, x: Delta | None) -> str:
+    mixers = {layer.mixer for layer in d.layers}
+    if "attention" not in mixers or not mixers <= set(MIXERS):
+        said = str(sorted(mixers))[:80]
+        return f"layers mix tokens by {said}; known are {', '.join(MIXERS)}, with attention in some"
+    if not 0 <= d.kernel <= MOST_KERNEL or (d.kernel == 0) == ("conv" in mixers):
+        return f"a short convolution of {d.kernel:,} tokens cannot be; 1 to {MOST_KERNEL} are known"
+    if "conv" in mixers and (d.post_norm or not d.pre_norm or d.o_bias):
+        return "short convolutions have norms before them, none after, and no biases"
+    if (x is None) == ("delta" in mixers):
+        return "layers of the gated delta rule, and its sizes: one is there without the other"
+    if x is None:
+        return ""
+    sizes = (x.key_heads, x.value_heads, x.key, x.value, x.kernel)
+    most = (WHOLE["num_heads"], WHOLE["num_heads"], MOST_HEAD, MOST_HEAD, MOST_KERNEL)
+    if not all(0 < size <= limit for size, limit in zip(sizes, most, strict=True)):
+        return f"the gated delta rule of sizes {sizes} cannot be; up to {most} are known"
+    if x.value_heads % x.key_heads:
+        return f"{x.value_heads} value heads over {x.key_heads} key heads: they must divide evenly"
+    return (
+        ""
+        if d.pre_norm and not d.post_norm
+        else "the gated delta rule has norms before it, and none after"
+    )
+
+
+def _shard_fault(d: Description, x: Shard) -> str:
+    """Are these ranges of a model, and its own sizes theirs?"""
+    if not 0 <= x.rank < x.world <= MOST_RANKS or not 0 < x.ffn_width <= MOST:
+        return f"rank {x.rank:,} of {x.world:,}, of {x.ffn_width:,} neurons, cannot be"
+    if (x.cut, x.attention) not in CUTS:
+        return (
+            f"it is cut by {x.cut[:80]!r} with attention {x.attention[:80]!r}, which is not known"
+        )
+    (first, last), all_layers = x.layers, (0, x.num_layers)
+    is_whole = x.cut == "layers" or x.layers == all_layers
+    if not 0 <= first < last <= x.num_layers or last - first != d.num_layers or not is_whole:
+        return f"layers {first:,} to {last:,} of {x.num_layers:,} are not the {d.num_layers:,} here"
+    if x.cut == "layers":
+        is_due = (x.neurons, x.outputs) == ((0, d.ffn_width), (0, d.width))
+        is_due = is_due and (x.heads, x.kv_heads) == ((0, d.num_heads), (0, d.num_kv_heads))
+        return "" if is_due else "a rank of some layers has them whole"
+    return _ranges_fault(d, x)
+
+
+def _ranges_fault(d: Description, x: Shard) -> str:
+    """Of layers that each rank has in part."""
+    for (first, last), ends, most in (
+        (x.neurons, x.neuron_ends, x.ffn_width),
+        (x.outputs, x.output_ends, d.width if x.cut == "gather" else None),
+    ):
+        rising = all(a < b for a, b in pairwise((0, *ends)))
+        own = len(ends) == x.world and (first, last) == (*(0, *ends)[x.rank : x.rank + 2],)
+        if most is not None and not (rising and own and ends[-1] == most):
+            return (
+                f"rank {x.rank} has {first:,} to {last:,} of {most:,}, which are not shared out so"
+            )
+    if x.cut == "sum" and (x.outputs, x.output_ends) != ((0, d.width), ()):
+        return "where parts are summed, each rank has all outputs"
+    if x.heads[1] > x.num_heads or x.kv_heads[1] > x.num_kv_heads:
+        return "a rank has heads that the model has not"
+    sizes = [b - a for a, b in (x.neurons, x.heads, x.kv_heads)]
+    is_due = sizes == [d.ffn_width, d.num_heads, d.num_kv_heads] and d.mixture is None
+    return "" if is_due else "a rank's sizes are not those of its ranges"
 
 
 def _mixture_fault(d: Description) -> str:

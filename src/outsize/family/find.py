@@ -20,9 +20,20 @@ from outsize.model_config import Recipe
 ALIASES = {
     "gemma3_text": "gemma3", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss", "qwen2moe": "qwen2_moe",
     "minimax-m2": "minimax_m2", "glm4moe": "glm4_moe", "deepseek2": "deepseek_v3",
-    "mistral3": "ministral3", "llama4_text": "llama4",
+    "mistral3": "ministral3", "llama4_text": "llama4", "qwen3next": "qwen3_next", "qwen35": "qwen3_5",
+    "qwen35moe": "qwen3_5_moe", "qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe",
 }  # fmt: skip
-NOT_FAMILIES = ("bounds", "common", "config", "find", "keys", "latent", "rope")
+NOT_FAMILIES = (
+    "bounds",
+    "common",
+    "config",
+    "convolutions",
+    "delta",
+    "find",
+    "keys",
+    "latent",
+    "rope",
+)
 EMBEDDINGS = (
     "token_embd.weight",
     "model.embed_tokens.weight",

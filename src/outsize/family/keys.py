@@ -34,6 +34,7 @@ NEUTRAL = {
     "router_jitter_noise", "_sliding_window_pattern", "neftune_noise_alpha", "experts_per_token",
     "_attn_implementation", "attn_implementation", "max_window_layers", "intermediate_size", "head_dim",
     "qk_head_dim", "resid_pdrop", "embd_pdrop", "aux_loss_alpha", "seq_aux",
+    "block_norm_eps",
 }  # fmt: skip
 # Known in these values only, by all families.
 FIXED: dict[str, tuple[object, ...]] = {
@@ -61,7 +62,11 @@ READ = set(GGUF_KEYS.values()) | {
     "rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_beta_fast",
     "rope.scaling.yarn_beta_slow", "rope.scale_linear",
 }  # fmt: skip
-GGUF_NEUTRAL = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "mm.tokens_per_image"}
+# In texts, sections of multimodal ropes say nothing: the positions of a token that they take are one.
+GGUF_NEUTRAL = {
+    "vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "mm.tokens_per_image",
+    "rope.dimension_sections",
+}  # fmt: skip
 GGUF_FIXED: dict[str, tuple[object, ...]] = {
     "attention.causal": (True,),
     "rope.scaling.yarn_ext_factor": (1.0,),

@@ -8,7 +8,8 @@ from dataclasses import replace
 from outsize.errors import UnsupportedError
 from outsize.family.common import describe
 from outsize.family.config import Config
-from outsize.model_config import Description, Latent
+from outsize.model_config import Description
+from outsize.model_parts import Latent
 
 GGUF_READ = (
     "n_shared_experts", "n_group", "topk_group", "first_k_dense_replace", "norm_topk_prob",

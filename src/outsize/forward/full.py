@@ -13,10 +13,13 @@ Shapes: T tokens, D model width, K tokens whose logits are wanted, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from outsize.forward.inputs import embedded, token_inputs
 from outsize.forward.span import NARROW, Out, Span, widths
 from outsize.kernels.rows import Segment
 from outsize.kv.kv import KV
@@ -51,33 +54,20 @@ def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:
         kv.truncate(span.start)
     order = sorted(range(len(pairs)), key=lambda i: pairs[i][0].is_narrow)
     ordered = [pairs[i] for i in order]
+    inputs = token_inputs(model, [token for span, _ in ordered for token in span.tokens])
     h_TD = embedded(model, [span for span, _ in ordered])
     steps, at = [], 0
     for segments, wide, spans in _groups(ordered, model.chunk):
         end = at + sum(s.length for s in segments)
-        made = model.step(
-            segments, wide, list(added(segments, spans)), widths=list(widths(segments, spans))
-        )
-        steps.append((slice(at, end), made))
+        rows, more = slice(at, end), list(added(segments, spans))
+        made = model.step(segments, wide, more, (), inputs(h_TD, rows))
+        steps.append((rows, replace(made, widths=list(widths(segments, spans)))))
         at = end
     model.begin(len(pairs) > 1 or not pairs[0][0].is_narrow)
-    _run(model, h_TD, steps)
+    with model.leader.step(pairs) if model.leader is not None else nullcontext():
+        _run(model, h_TD, steps)
     rows = h_TD.split([span.num_rows for span, _ in ordered])
     return [h for _, h in sorted(zip(order, rows, strict=True), key=lambda item: item[0])]
-
-
-def embedded(model: Transformer, spans: Sequence[Span]) -> Tensor:
-    """(T, D) fp32: of each span, its tokens' rows of the embedding (all looked up at once), then its mask
-    tokens' own, block by block."""
-    h_TD = model.embed([token for span in spans for token in span.tokens])
-    if all(span.masks is None for span in spans):
-        return h_TD
-    rows: list[Tensor] = []
-    for span, h in zip(spans, h_TD.split([len(span.tokens) for span in spans]), strict=True):
-        rows.append(h)
-        if span.masks is not None:
-            rows.append(span.masks.rows_KD.repeat(len(span.masks.anchors), 1))
-    return torch.cat(rows)
 
 
 def added(segments: Sequence[Segment], spans: Sequence[Span]) -> Iterator[tuple[slice, Adapter]]:
@@ -96,7 +86,9 @@ def _run(model: Transformer, h_TD: Tensor, steps: Sequence[tuple[slice, Step]]) 
     """All sub-layers, in order, each over all chunks of rows. Changes h_TD."""
     chunks = [(h_TD[rows], step) for rows, step in steps]
     is_long = any(step.wide for _, step in steps)
-    for layer in model.paged_layers:
+    if model.relay is not None:
+        model.relay.run(model.paged_layers, chunks)
+    for layer in model.paged_layers if model.relay is None else ():
         layer(chunks)
         if is_long:
             model.memory.trim()

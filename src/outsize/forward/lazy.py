@@ -13,10 +13,12 @@ Laws: where nothing is pruned, the bits of `full`; each span's answer is its own
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 
+from outsize.errors import OptionError
 from outsize.forward.full import added, full, outs
 from outsize.forward.part import Group, Part, Watch
 from outsize.forward.span import Out, Span, widths
@@ -32,6 +34,8 @@ def lazy(model: Transformer, spans: Sequence[Span], kvs: Sequence[KV]) -> list[O
     """The `Forward` that heeds `Span.prune`; without one it is `full`. Appends to the caches."""
     if not any(span.is_lazy for span in spans):
         return full(model, spans, kvs)
+    if model.leader is not None:
+        raise OptionError("lazy prompts are not run by several ranks; use prefill full")
     parts = [Part(model, span, kv) for span, kv in zip(spans, kvs, strict=True)]
     model.begin(True)
     points = {at for part in parts for at in part.points}
@@ -85,5 +89,5 @@ def _step(model: Transformer, groups: Sequence[Owned]) -> Step:
             watches.append(Watch(part, rows, g.segment.positions[g.watched]))
         at += g.segment.length
     wide = any(g.wide for _, g in groups)
-    narrow = list(widths(segments, spans))
-    return model.step(segments, wide, list(added(segments, spans)), watches, narrow)
+    made = model.step(segments, wide, list(added(segments, spans)), watches)
+    return replace(made, widths=list(widths(segments, spans)))

@@ -11,7 +11,7 @@ Shapes: T new tokens, S stored, H query heads, J key heads, C = 2J, G = H / J, E
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 import torch
@@ -29,10 +29,24 @@ WIDE_HEAD = 128
 CHUNK = 512  # tokens of a long span that attend at once
 FILLED = 64  # queries and keys at once are multiples of it, where their kernels are kept
 MASK_BYTES = 6  # of one cell of a mask, in the forms that torch makes of it
+SPAN_BLOCK, SPAN_ROWS, SPAN_TOKENS = (
+    256,
+    192,
+    8,
+)  # as in spans.c: BLOCK, TOGETHER, and its fewest tokens
+# (queries (T, H, E), their positions, entries (2J, S, E), their positions, spec) -> (T, H*E)
+SpanAttention = Callable[[Tensor, Sequence[int], Tensor, Sequence[int], AttentionSpec], Tensor]
 
 
-def attend(spec: AttentionSpec, qkv: Tensor, cos_sin: Tensor, rows: Rows) -> Tensor:
-    """(T, H*E) of the projections: bias, norms, rotation, storing of keys and values, attention."""
+def attend(
+    spec: AttentionSpec,
+    qkv: Tensor,
+    cos_sin: Tensor,
+    rows: Rows,
+    span: SpanAttention | None = None,
+) -> Tensor:
+    """(T, H*E) of the projections: bias, norms, rotation, storing of keys and values, attention. `span`: runs
+    long spans; None: `attend_span`."""
     dtype, num_rotated = qkv.dtype, spec.num_heads + spec.num_kv_heads
     if spec.bias is not None:
         qkv = qkv + spec.bias  # fp32
@@ -45,7 +59,8 @@ def attend(spec: AttentionSpec, qkv: Tensor, cos_sin: Tensor, rows: Rows) -> Ten
     v_TJE, out, at = heads[:, num_rotated:], list[Tensor](), 0
     for s in rows.segments:
         some = slice(at, at + s.length)
-        out += _segment(spec, s, (q_THE[some], k_TJE[some], v_TJE[some]), rows.wide)
+        wide = (span or attend_span) if rows.wide else None
+        out += _segment(spec, s, (q_THE[some], k_TJE[some], v_TJE[some]), wide)
         at += s.length
     return out[0] if len(out) == 1 else torch.cat(out)
 
@@ -57,14 +72,17 @@ def rotate(heads_THE: Tensor, cos_sin_T1P: Tensor) -> Tensor:
 
 
 def _segment(
-    spec: AttentionSpec, s: Segment, qkv: tuple[Tensor, Tensor, Tensor], wide: bool
+    spec: AttentionSpec,
+    s: Segment,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    wide: SpanAttention | None,
 ) -> Iterator[Tensor]:
     """One sequence's rows: its tokens, then its mask tokens."""
     (q_THE, k_TJE, v_TJE), count = qkv, len(s.positions)
     kv_CSE = s.kv.append(spec.layer, k_TJE[:count], v_TJE[:count], s.positions)
-    if wide:
+    if wide is not None:
         seen = s.kv.positions[spec.layer]
-        yield attend_span(q_THE[:count], s.positions, kv_CSE, seen, spec)
+        yield wide(q_THE[:count], s.positions, kv_CSE, seen, spec)
         return
     kept = s.kv.positions[spec.layer]
     slots = [bisect_left(kept, position) for position in s.positions]
@@ -161,7 +179,13 @@ def _block(num_heads: int, size: int) -> int:
 
 
 def score_bytes(d: Description, context: int, activation_bytes: int) -> int:
-    """The most that scores take while a long span attends."""
+    """The most that scores take while a long span attends: in torch, or, by threads, in spans.c."""
+    rows = max(SPAN_ROWS, SPAN_TOKENS * d.num_heads // d.num_kv_heads)
+    a_thread = 4 * (SPAN_BLOCK * d.head_dim + rows * (d.head_dim + 2))
+    return max(_torch_bytes(d, context, activation_bytes), torch.get_num_threads() * a_thread)
+
+
+def _torch_bytes(d: Description, context: int, activation_bytes: int) -> int:
     if (d.head_dim >= WIDE_HEAD and activation_bytes == 2) or d.sinks or d.attn_cap:
         return _block(d.num_heads, context) * d.num_heads * context * SCORE_FORMS
     return 0 if context <= CHUNK else MASK_BYTES * CHUNK * context

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from outsize.kernels.delta import DeltaSpec
 from outsize.kernels.norm import RMSNorm
 from outsize.kernels.rows import Rows, Sight
 from outsize.kernels.structs import Attention, Coded, ExpertMatrices, LowRankMatrix, address_if
@@ -110,6 +111,11 @@ class Backend(Protocol):
     def attend(self, spec: AttentionSpec, qkv: Tensor, cos_sin: Tensor, rows: Rows) -> Tensor:
         """(T, H*E) of the projections (T, (H + 2J)*E): bias, norms, rotation by `cos_sin` (T, 1, E/2)
         complex, storing of keys and values in each sequence's cache, attention."""
+        ...
+
+    def delta(self, spec: DeltaSpec, now: Tensor, window: Tensor, gates: Tensor) -> Tensor:
+        """The gated delta rule of few rows of one sequence, whose numbers `now` they change
+        (kernels/delta.py)."""
         ...
 
     def lowrank(

@@ -47,6 +47,12 @@ def tile(code_NK: Tensor) -> Tensor:
     return (blocks[:, 0] | blocks[:, 1] << 4).transpose(1, 2).contiguous()
 
 
+def untile(packed: Tensor) -> Tensor:
+    """(B, K, 32) bytes -> (N, K) codes."""
+    blocks = torch.stack([packed & 15, packed >> 4], dim=1)
+    return blocks.transpose(2, 3).reshape(-1, packed.shape[1])
+
+
 @cache
 def torch_reads_tiles() -> bool:
     """Does torch's int4 kernel on this machine read our layout? Elsewhere it would misread every weight, and

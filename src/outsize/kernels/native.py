@@ -14,12 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from outsize.kernels import attention
 from outsize.kernels.backend import AttentionSpec, Experts, Places, Product
+from outsize.kernels.delta import DeltaSpec
 from outsize.kernels.layouts import TILES
+from outsize.kernels.native_delta import NativeDelta
+from outsize.kernels.native_nested import NativeNested
 from outsize.kernels.norm import RMSNorm
 from outsize.kernels.palettes import PaletteMatrix
 from outsize.kernels.plain import TILE_ROWS, Plain, palette_product, tile_product, wide_linear
 from outsize.kernels.rows import Rows
+from outsize.kernels.spans import Spans
 from outsize.kernels.structs import (
     Coded,
     LowRankMatrix,
@@ -52,7 +57,6 @@ SIGNATURES: dict[str, list[Any]] = {
     "palette_decode": [_P, _P, _L, _L],
     "lowrank_rows": [_P, _P, _P, _L, _P],
     "expert_rows": [_P, _P, _P, _L, _P, _P, _L, _L, _I, _P],
-    "nested_rows": [_P, _P, _L, _P, _P, _I, _P],
 }
 
 
@@ -81,15 +85,16 @@ class Native(Plain):
         self.library = lib
         found = {name: _function(lib, name) for name in SIGNATURES}
         self._set_threads, self._attend = found["set_threads"], found["attend_rows"]
+        self._spans = Spans(lib, tiles=attention.keeps_kernels())
         self._decode_entries = found["decode_entries"]
         self._norm, self._residual = found["norm_rows"], found["residual_rows"]
         self._gate, self._lowrank = found["gate_rows"], found["lowrank_rows"]
-        self._combine = found["combine_rows"]
+        self._combine, self._delta = found["combine_rows"], NativeDelta(lib)
         self._group_linear, self._group_decode = found["group_linear"], found["group_decode"]
         self._tile_linear, self._tile_decode = found["tile_linear"], found["tile_decode"]
         self._palette_linear = found["palette_linear"]
         self._palette_decode = found["palette_decode"]
-        self._expert_rows, self._nested_rows = found["expert_rows"], found["nested_rows"]
+        self._expert_rows, self._nested = found["expert_rows"], NativeNested(lib)
         self._multiplies_bf16 = bool(lib.bf16_products())  # else in fp32, as fast as torch does
         self._kept, self._small = _empty(0), _empty(SMALL, dtype=torch.uint8)
 
@@ -173,7 +178,7 @@ class Native(Plain):
 
     @property
     def wide(self) -> Plain:
-        return Wide(self)
+        return Wide(self, self._spans)
 
     def norm(self, h_TD: Tensor, norm: RMSNorm) -> Tensor:
         rows, width = h_TD.shape
@@ -229,6 +234,11 @@ class Native(Plain):
         shape = (_L * 4)(heads, coded_CSX.shape[1], capacity, width)
         self._decode_entries(coded_CSX.data_ptr(), out_CSE.data_ptr(), shape, count)
 
+    def delta(self, spec: DeltaSpec, now: Tensor, window: Tensor, gates: Tensor) -> Tensor:
+        if window.dtype is not BF16:
+            return super().delta(spec, now, window, gates)
+        return self._delta(spec, now, window, gates)
+
     def lowrank(
         self, matrix: LowRankMatrix, x_TK: Tensor, y_TN: Tensor, rows: slice, wide: bool
     ) -> None:
@@ -270,29 +280,27 @@ class Native(Plain):
         some, kind = [e for e in experts if e is not None], ACTIVATIONS.get(activation)
         if len(some) < len(experts) or kind is None or x_TD.dtype is not BF16:
             return False
-        rows, width, inner = len(x_TD), some[0].width, some[0].inner
-        pointers = (_P * len(some))(*[e.pointer for e in some])
-        scratch = self._scratch(
-            2 * rows * (2 * max(width, inner) + 2 * width + 3 * inner) + 8 * rows
-        )
-        self._nested_rows(
-            pointers, (_L * rows)(*pieces), rows, address(x_TD, BF16), address(out_TD, FP32), kind,
-            scratch.data_ptr(),
-        )  # fmt: skip
+        self._nested(some, pieces, x_TD, out_TD, kind)
         return True
 
 
 class Wide(Plain):
-    """What long spans run on: torch's products and attention, and the C functions between them."""
+    """What long spans run on: torch's products, and the C functions between them."""
 
-    def __init__(self, native: Native) -> None:
-        self._native = native
+    def __init__(self, native: Native, spans: Spans) -> None:
+        self._native, self._spans = native, spans
+
+    def attend(self, spec: AttentionSpec, qkv: Tensor, cos_sin: Tensor, rows: Rows) -> Tensor:
+        return attention.attend(spec, qkv, cos_sin, rows, self._spans.attend)
 
     def norm(self, h_TD: Tensor, norm: RMSNorm) -> Tensor:
         return self._native.norm(h_TD, norm)
 
     def residual(self, h_TD: Tensor, y_TD: Tensor, post: RMSNorm | None) -> None:
         self._native.residual(h_TD, y_TD, post)
+
+    def delta(self, spec: DeltaSpec, now: Tensor, window: Tensor, gates: Tensor) -> Tensor:
+        return self._native.delta(spec, now, window, gates)
 
     def gate(self, gate_up: Tensor, activation: str) -> Tensor:
         return self._native.gate(gate_up, activation)

@@ -13,6 +13,7 @@ from torch.nn.functional import gelu, linear, relu, silu
 
 from outsize.kernels import attention, layouts
 from outsize.kernels.backend import AttentionSpec, Backend, Experts, Places, Product
+from outsize.kernels.delta import DeltaSpec, delta_rows
 from outsize.kernels.layouts import BLOCK, GROUP, TILES, CodedMatrix, decode_groups, decode_tiles
 from outsize.kernels.norm import RMSNorm
 from outsize.kernels.palettes import PaletteMatrix, palette_numbers
@@ -69,6 +70,9 @@ class Plain:
 
     def attend(self, spec: AttentionSpec, qkv: Tensor, cos_sin: Tensor, rows: Rows) -> Tensor:
         return attention.attend(spec, qkv, cos_sin, rows)
+
+    def delta(self, spec: DeltaSpec, now: Tensor, window: Tensor, gates: Tensor) -> Tensor:
+        return delta_rows(spec, now, window, gates)
 
     def lowrank(
         self, matrix: LowRankMatrix, x_TK: Tensor, y_TN: Tensor, rows: slice, wide: bool

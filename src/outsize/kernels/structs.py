@@ -37,6 +37,15 @@ def address_if(tensor: Tensor | None, dtype: torch.dtype) -> int | None:
     return None if tensor is None else address(tensor, dtype)
 
 
+class Delta(ctypes.Structure):
+    """Of the gated delta rule, as in delta.c."""
+
+    _fields_ = (
+        ("key_heads", _L), ("value_heads", _L), ("key", _L), ("value", _L), ("kernel", _L), ("tiled", _L),
+        ("conv", _P),
+    )  # fmt: skip
+
+
 class _Matrix(ctypes.Structure):
     _fields_ = (
         ("bits", _L), ("rows", _L), ("width", _L), ("codes", _P), ("high", _P), ("scale", _P),

@@ -25,7 +25,8 @@ class Int8KV(KV):
     def __init__(self, like: KV, decode: Decode, room: int = 0) -> None:
         """`like`: an empty cache of the numbers that attention reads. `decode`: backend's."""
         layers, num_heads, _, head_dim = like.like.shape
-        super().__init__(layers, num_heads // 2, entry_bytes(head_dim), torch.uint8, room)
+        states = {layer: state.emptied() for layer, state in like.states.items()}
+        super().__init__(layers, (num_heads // 2, entry_bytes(head_dim)), torch.uint8, room, states)
         self._like, self._decode = like, decode
         self._numbers_CSE = like.like.new_empty(num_heads, 0, head_dim)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -23,8 +23,11 @@ from torch import Tensor
 
 from outsize.errors import ReadError
 from outsize.kv.pruned import Pruned
+from outsize.kv.state import State
 
 FIRST = 256  # entries a layer starts with; it doubles when full
+NONE: Mapping[int, State] = {}
+ALL = 1 << 62  # positions
 MOVED = 1024  # entries that are copied at once where others are put before them
 
 
@@ -32,24 +35,47 @@ class KV:
     """One sequence's cache. Views are valid until the next append to their layer."""
 
     def __init__(
-        self, num_layers: int, num_heads: int, head_dim: int, dtype: torch.dtype, room: int = 0
+        self,
+        num_layers: int,
+        sizes: tuple[int, int],
+        dtype: torch.dtype,
+        room: int = 0,
+        states: Mapping[int, State] = NONE,
     ) -> None:
-        """`room`: entries that each layer is given at once, as addresses: memory is taken when an entry
-        is stored, and none is ever copied. Beyond, and by default, storage doubles when full."""
-        shape = 2 * num_heads, room, head_dim
-        self._stored = [torch.empty(shape, dtype=dtype, device="cpu") for _ in range(num_layers)]
+        """`sizes`: key heads, and numbers of a head. `room`: entries that each layer is given at once, as
+        addresses: memory is taken when an entry is stored, and none is ever copied. Beyond, and by default,
+        storage doubles when full. `states`: of the layers that keep those instead, by their numbers."""
+        (num_heads, head_dim), self.states = sizes, dict(states)
+        rooms = [0 if layer in states else room for layer in range(num_layers)]
+        shapes = [(2 * num_heads, size, head_dim) for size in rooms]
+        self._stored = [torch.empty(shape, dtype=dtype, device="cpu") for shape in shapes]
         self.positions = [array("i") for _ in range(num_layers)]
         self.pruned: list[Pruned] = []  # of each prompt that not all layers have seen all tokens of
+        self.moved = ALL  # since that was last looked at, entries from here on came by no step
         self.torn = False  # a step that moves entries began, and has not ended
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in self._stored)
+        own = sum(t.nbytes for t in self._stored)
+        return own + sum(state.nbytes for state in self.states.values())
 
     @property
     def length(self) -> int:
         """Tokens so far. (Of some a layer may have no entry; of the last, each layer has.)"""
-        return min(kept[-1] + 1 if kept else 0 for kept in self.positions)
+        ends = [
+            kept[-1] + 1 if kept else 0
+            for i, kept in enumerate(self.positions)
+            if i not in self.states
+        ]
+        return min([*ends, *(state.end for state in self.states.values())])
+
+    def reachable(self, length: int) -> int:
+        """The most tokens, up to `length`, that the sequence can be cut to."""
+        while (
+            least := min([length, *(s.reachable(length) for s in self.states.values())])
+        ) < length:
+            length = least
+        return length
 
     @property
     def computed(self) -> float:
@@ -121,7 +147,7 @@ class KV:
     def give_room(self, room: int) -> None:
         """Storage for so many entries in each layer, as addresses, as `room` when it was made."""
         for layer, old in enumerate(self._stored):
-            if old.shape[1] < room:
+            if old.shape[1] < room and layer not in self.states:
                 used = len(self.positions[layer])
                 self._stored[layer] = old.new_empty(old.shape[0], room, old.shape[2])
                 self._stored[layer][:, :used] = old[:, :used]
@@ -132,7 +158,9 @@ class KV:
             self._stored[layer] = self.entries(layer).clone(memory_format=torch.contiguous_format)
 
     def copy_from(self, other: KV, length: int) -> None:
-        """Become the first `length` positions of another cache of the same model."""
+        """Become the first `length` positions of another cache of the same model, which has no states."""
+        assert not self.states
+        self.moved = 0
         for layer, theirs in enumerate(other.positions):
             count = bisect_left(theirs, length)
             self.positions[layer] = theirs[:0]
@@ -163,6 +191,7 @@ class KV:
 
     def append_block(self, block: Tensor) -> None:
         """The next entries of all layers, copied: what `blocks` gave."""
+        self.moved = min(self.moved, self.length)
         for layer, entries in enumerate(block):
             start = len(self.positions[layer])
             stored, at = self.reserve(layer, range(start, start + entries.shape[1]))
@@ -171,7 +200,9 @@ class KV:
     def emptied(self) -> KV:
         """Another cache of the same shape, with nothing in it."""
         num_heads, _, head_dim = self._stored[0].shape
-        return KV(len(self._stored), num_heads // 2, head_dim, self._stored[0].dtype)
+        states = {layer: state.emptied() for layer, state in self.states.items()}
+        sizes = num_heads // 2, head_dim
+        return KV(len(self._stored), sizes, self._stored[0].dtype, states=states)
 
     def write(self, file: BinaryIO) -> None:
         """All entries into a file, and let their memory go; `read` brings them back, bit by bit."""
@@ -180,18 +211,23 @@ class KV:
             self._stored[layer] = old.new_empty(old.shape[0], 0, old.shape[2])
         for pruned in self.pruned:
             pruned.write(file)
+        for state in self.states.values():
+            state.write(file)
 
     def read(self, file: BinaryIO, room: int) -> None:
         """What `write` wrote, into storage for `room` entries a layer."""
         for layer, old in enumerate(self._stored):
             used = len(self.positions[layer])
-            self._stored[layer] = old.new_empty(old.shape[0], max(room, used), old.shape[2])
+            size = 0 if layer in self.states else max(room, used)
+            self._stored[layer] = old.new_empty(old.shape[0], size, old.shape[2])
             entries = old.new_empty(old.shape[0], used, old.shape[2])
             _fill(entries, file)
             self._stored[layer][:, :used] = entries
         for pruned in self.pruned:
             if (states := pruned.room()) is not None:
                 _fill(states, file)
+        for state in self.states.values():
+            state.read(file)
 
     def entries(self, layer: int) -> Tensor:
         """(C, S, ...): the entries of a layer as they are stored, no copy."""
@@ -202,8 +238,10 @@ class KV:
         return self.entries(layer)
 
     def truncate(self, length: int) -> None:
-        """Forget every entry at position `length` or later."""
+        """Forget every entry at position `length` or later. With states, that must be reachable."""
         self.torn = self.torn and length > 0
+        for state in self.states.values():
+            state.truncate(length)
         for kept in self.positions:
             if kept and kept[-1] >= length:
                 del kept[bisect_left(kept, length) :]

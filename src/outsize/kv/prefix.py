@@ -21,7 +21,7 @@ class CachedPrefix:
         """How many leading tokens need not be run again; the last always is."""
         if way != self.way or self.kv.torn:
             self.tokens, self.way = [], way
-        count = common(self.tokens, ids[:-1])
+        count = self.kv.reachable(common(self.tokens, ids[:-1]))
         self.tokens = self.tokens[:count]  # the others' entries are about to be written over
         self.exact = min(self.exact, count)
         return count

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from outsize.kernels.backend import AttentionSpec
 from outsize.kernels.norm import RMSNorm
-from outsize.model.layers import Linear, query_growth
+from outsize.model.layers import Linear, apart, query_growth
 from outsize.model.step import Step
 from outsize.model_config import Description, Rope
 from outsize.storage.table import Weight, Weights
@@ -22,6 +22,7 @@ class Attention:
     def __init__(self, d: Description, index: int, w: Weights) -> None:
         self._index, self._rope = index, d.layers[index].rope
         self._qkv, self._o = Linear(w["qkv"]), Linear(w["o"])
+        self._gate = Linear(w["attn_gate"]) if d.gated else None
         self._whole_norms = _whole_norms(d, w)
         self._queries = d.num_heads * d.head_dim
         bias = vector(w["qkv_bias"]) if d.qkv_bias else None
@@ -40,6 +41,9 @@ class Attention:
         if self._rope.query_growth:
             grow_queries(qkv[:, : self._queries], self._rope, step)
         inner = attend(self._spec, qkv, self._rope, step)
+        if self._gate is not None:
+            gate = apart(torch.sigmoid, self._gate(x_TD, step.wide).float(), step.wide)
+            inner = (inner.float() * gate).to(inner.dtype)
         return step.add(self._index, "o", inner, self._o(inner, step.wide))
 
 

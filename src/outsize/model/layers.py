@@ -8,7 +8,7 @@ Shapes: T tokens, D model width, E numbers a head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +33,12 @@ class Linear:
             return y
         rest = [product(x_TD, wide)[:, :num_rows] for product, num_rows in self._rest]
         return torch.cat([y[:, : self._num_rows], *rest], dim=1)
+
+
+def apart(function: Callable[[Tensor], Tensor], x_TN: Tensor, wide: bool) -> Tensor:
+    """A function of each number; unless wide row by row, since a number's last bit may depend on its place
+    among all."""
+    return function(x_TN) if wide else torch.cat([function(row) for row in x_TN.split(1)])
 
 
 def cos_sin(rope: Rope, head_dim: int, positions_T: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ Shapes: T rows, K inputs, N outputs, P stacked projections, R rank.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from outsize.errors import AdapterError
 from outsize.kernels.structs import LowRankMatrix
 from outsize.model_config import Description
+from outsize.model_parts import Shard
 
 STACKS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # "{layer}.{projection}" -> A (R, K), B (N, R)
@@ -31,8 +32,35 @@ def widths(d: Description) -> dict[str, tuple[int, int]]:
     heads, keys = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
     return {
         "q": (heads, d.width), "k": (keys, d.width), "v": (keys, d.width), "o": (d.width, heads),
-        "gate": (d.ffn_width, d.width), "up": (d.ffn_width, d.width), "down": (d.width, d.ffn_width),
+        "gate": (d.ffn_width, d.width), "up": (d.ffn_width, d.width),
+        "down": (d.width, d.ffn_width) if d.shard is None else (d.shard.outer, d.shard.inner),
     }  # fmt: skip
+
+
+class Sliced(Mapping[str, tuple[Tensor, Tensor]]):
+    """A rank's part of a model's factors: of B the rows of its outputs, of A the columns of its inputs."""
+
+    def __init__(self, factors: Factors, shard: Shard, head_dim: int) -> None:
+        self._factors = factors
+        neurons, outputs = slice(*shard.neurons), slice(*shard.outputs)
+        heads, keys = (slice(a * head_dim, b * head_dim) for a, b in (shard.heads, shard.kv_heads))
+        inner = slice(None) if shard.cut == "gather" else neurons
+        every = slice(None)
+        self._cuts = {
+            "q": (heads, every), "k": (keys, every), "v": (keys, every), "o": (every, heads),
+            "gate": (neurons, every), "up": (neurons, every), "down": (outputs, inner),
+        }  # fmt: skip
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        a, b = self._factors[name]
+        rows, columns = self._cuts[name.partition(".")[2]]
+        return a[:, columns], b[rows]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._factors)
+
+    def __len__(self) -> int:
+        return len(self._factors)
 
 
 class Adapter:
@@ -90,7 +118,7 @@ def _even(rank: int) -> int:
 
 def check_shapes(name: str, d: Description, shapes: Shapes) -> None:
     """Raises AdapterError where a shape is not the model's."""
-    known = widths(d)
+    known = widths(d.whole)
     for key, (a, b) in shapes.items():
         layer, _, projection = key.partition(".")
         want = known.get(projection)

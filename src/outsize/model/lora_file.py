@@ -8,7 +8,7 @@ from outsize.checkpoint import lora as files
 from outsize.checkpoint.lora import AdapterFile, Factors
 from outsize.checkpoint.lora_base import are_other
 from outsize.log import warn
-from outsize.model.lora import Adapter, check_shapes
+from outsize.model.lora import Adapter, Sliced, check_shapes
 from outsize.pack.format import Pack
 from outsize.pack.outline import Outline, of_pack
 
@@ -31,9 +31,13 @@ def additions(name: str, file: AdapterFile, model: Outline, coarse: bool = False
     """A file's low-rank factors, if they are finite and this model's (its base's hash is compared where it is
     known). `coarse`: of a drafter, whose tokens are verified: kept in eight bits, and trained for this model
     or for the one whose numbers this one's were made from. Raises AdapterError."""
-    if model.sha256:
-        files.same_base(file, model.sha256, model.name, model.kin if coarse else ())
-    factors = Factors(file, model.description.head_dim)
-    check_shapes(name, model.description, factors.shapes)
+    d, sha256, kin = model.description, model.sha256, model.kin
+    if d.shard is not None:  # its numbers are the model's
+        sha256, kin = kin[0], kin[1:]
+    if sha256:
+        files.same_base(file, sha256, model.name, kin if coarse else ())
+    factors = Factors(file, d.head_dim)
+    check_shapes(name, d, factors.shapes)
     files.finite(file, [f"{name}.{factor}" for name in factors for factor in "AB"])
-    return Adapter(name, model.description, factors, file.scale, coarse)
+    own = factors if d.shard is None else Sliced(factors, d.shard, d.head_dim)
+    return Adapter(name, d, own, file.scale, coarse)

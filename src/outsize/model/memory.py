@@ -10,7 +10,7 @@ from outsize.model_config import Description
 from outsize.pack.kinds.kind import kinds
 from outsize.system import memory
 from outsize.weights.load import Loaded
-from outsize.weights.residency import RoutedCache
+from outsize.weights.residency import RecordCache, RoutedCache
 
 SLACK = 4 << 20  # bytes over what cannot be returned, before returning is tried again
 
@@ -48,7 +48,8 @@ class WeightMemory:
     def end_pass(self) -> None:
         """Resident sub-layers are hits that nobody else sees; experts' policies count passes."""
         self._loaded.stats.hits += self._num_resident
-        caches = [bank.cache for bank in self._loaded.banks]
+        caches: list[RecordCache] = [bank.cache for bank in self._loaded.banks]
+        caches += [] if self._loaded.tokens is None else [self._loaded.tokens.cache]
         for cache in {*caches, *(bank.cache for bank in self._loaded.neurons)}:
             cache.slot_table.begin_pass()
 
@@ -75,7 +76,8 @@ class WeightMemory:
     @property
     def droppable(self) -> int:
         """Bytes that shrinking could free."""
-        resident = [layer.source for layer in self._layers if layer.is_resident]
+        found = [layer.source for layer in self._layers if layer.is_resident]
+        resident = [source for source in found if source is not None]
         out = sum(s.cache.table.header.stride for s in resident)
         whole = {s.cache for s in resident if not s.cache.streams}  # keep a slot to stream through
         out -= sum(cache.table.header.stride for cache in whole)

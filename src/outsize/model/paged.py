@@ -21,10 +21,11 @@ class PagedLayer:
     """One sub-layer and where its weights come from. Resident weights: it is built once, and running it costs
     nothing more. Otherwise it is built over each buffer slot that the weights are read into, once a slot."""
 
-    def __init__(self, make: Callable[[Weights], Runnable], source: LayerRecord) -> None:
-        """`make` builds the sub-layer over weights in memory."""
+    def __init__(self, make: Callable[[Weights], Runnable], source: LayerRecord | None) -> None:
+        """`make` builds the sub-layer over weights in memory. `source` None: it has none of its own."""
         self._make, self.source = make, source
-        self._resident = None if source.pinned is None else make(source.pinned)
+        pinned = {} if source is None else source.pinned
+        self._resident = None if pinned is None else make(pinned)
         self._by_slot: dict[int, tuple[Weights, Runnable]] = {}
         self.narrow: Runnable | None = None  # runs steps of few rows in its place
 
@@ -49,6 +50,7 @@ class PagedLayer:
         if self._resident is not None:
             self._resident.run(chunks)
             return
+        assert self.source is not None
         with self.source as weights:
             self._in_slot(weights).run(chunks)
 
@@ -61,6 +63,8 @@ class PagedLayer:
 
     def unpin(self) -> int:
         """Fetch the weights from now on; the bytes that this frees."""
+        if self.source is None:
+            return 0
         self._resident = None
         return self.source.unpin()
 

@@ -18,6 +18,7 @@ from outsize.kernels.rows import Rows
 from outsize.model.lora import Adapter
 from outsize.model.width import Width
 from outsize.model_config import Rope
+from outsize.weights.tokens import Recalled
 
 
 class Watch(Protocol):
@@ -34,6 +35,15 @@ class Watch(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class TokenInputs:
+    """What a step's tokens bring, whatever stands around them: their embeddings (T, D), fp32, or their rows
+    of a table that layers look up (weights/tokens.py)."""
+
+    embedded_TD: Tensor | None = None
+    recalled: Recalled | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """One step. Shapes: T rows, D model width, K inputs, N outputs, E numbers a head."""
 
@@ -42,6 +52,7 @@ class Step:
     backend: Backend  # in wide steps its `wide`
     added: Sequence[tuple[slice, Adapter]] = ()  # rows that an adapter adds to
     watches: Sequence[Watch] = ()
+    tokens: TokenInputs | None = None  # of a model whose layers read them
     widths: Sequence[tuple[slice, Width]] = ()  # rows of less than whole feed-forwards, in order
 
     @property

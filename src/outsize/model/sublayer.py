@@ -13,13 +13,17 @@ from torch import Tensor
 
 from outsize.kernels.norm import RMSNorm
 from outsize.model.attention import Attention, vector
+from outsize.model.conv import ShortConv
+from outsize.model.delta import DeltaAttention
 from outsize.model.ffn.dense import Dense
 from outsize.model.ffn.experts import Mixture, Router, SharedExpert
+from outsize.model.joint import ALONE, PLAIN_ENDS, Ends, Whole, in_flight, joint
 from outsize.model.latent import LatentAttention
 from outsize.model.layers import Linear
 from outsize.model.step import Step
 from outsize.model_config import Description
 from outsize.model_config import Mixture as MixtureConfig
+from outsize.parallel.collective import Collective
 from outsize.storage.table import Weights, activation_type
 from outsize.weights.experts import ExpertBank
 
@@ -42,37 +46,62 @@ class SubLayer:
         body: Callable[[Tensor, Step], Tensor],
         post: RMSNorm | None = None,
         bias_D: Tensor | None = None,
-        scale: float = 1.0,
+        how: Ends = PLAIN_ENDS,
     ) -> None:
         """`norm`: or the type that enters the body as it is."""
         self._norm, self._body, self._post, self._bias_D = norm, body, post, bias_D
-        self._scale = scale
+        self._scale, self._joint = how
 
     def __call__(self, h_TD: Tensor, step: Step) -> None:
-        norm = self._norm
-        x_TD = h_TD.to(norm) if isinstance(norm, torch.dtype) else step.backend.norm(h_TD, norm)
-        y_TD = self._body(x_TD, step)
-        step.residual(h_TD, y_TD, self._post, self._bias_D, self._scale)
+        self._end(h_TD, step, self._begin(h_TD, step))
 
     def run(self, chunks: Sequence[tuple[Tensor, Step]]) -> None:
-        for h_TD, step in chunks:
-            self(h_TD, step)
+        if self._joint is not ALONE:
+            in_flight(chunks, self._begin, self._end)
+        for chunk in chunks if self._joint is ALONE else ():
+            self(*chunk)
+
+    def _begin(self, h_TD: Tensor, step: Step) -> Whole:
+        norm = self._norm
+        x_TD = h_TD.to(norm) if isinstance(norm, torch.dtype) else step.backend.norm(h_TD, norm)
+        return self._joint.outer(self._body(x_TD, step))
+
+    def _end(self, h_TD: Tensor, step: Step, whole: Whole) -> None:
+        step.residual(h_TD, whole(), self._post, self._bias_D, self._scale)
 
 
-def attention_sublayer(d: Description, index: int, w: Weights) -> SubLayer:
-    body = Attention(d, index, w) if d.latent is None else LatentAttention(d, index, w)
+def attention_sublayer(
+    d: Description, index: int, w: Weights, ranks: Collective | None = None
+) -> SubLayer:
+    body = _mixer(d, index, w)
     bias_D = vector(w["o_bias"]) if d.o_bias else None
     norm = _pre(d, w, "attn_norm", activation_type(w["o"]))
-    return SubLayer(norm, body, _post(d, w, "attn_post_norm"), bias_D, d.residual_scale)
+    ends = Ends(d.residual_scale, joint(d, index, "attention", ranks))
+    return SubLayer(norm, body, _post(d, w, "attn_post_norm"), bias_D, ends)
 
 
-def ffn_sublayer(d: Description, index: int, w: Weights) -> SubLayer:
+def _mixer(d: Description, index: int, w: Weights) -> Callable[[Tensor, Step], Tensor]:
+    """What lets a layer's tokens know of each other."""
+    if d.layers[index].mixer == "delta":
+        return DeltaAttention(d, index, w)
+    if d.layers[index].mixer == "conv":
+        return ShortConv(d, index, w)
+    return Attention(d, index, w) if d.latent is None else LatentAttention(d, index, w)
+
+
+def ffn_sublayer(
+    d: Description, index: int, w: Weights, ranks: Collective | None = None
+) -> SubLayer:
     norm = _pre(d, w, "ffn_norm", activation_type(w["gate_up"]))
     inner_bias, bias_D = (
         (vector(w["gate_up_bias"]), vector(w["down_bias"])) if d.mlp_bias else (None, None)
     )
-    dense = Dense(Linear(w["gate_up"]), Linear(w["down"]), d.activation, index, inner_bias)
-    return SubLayer(norm, dense, _post(d, w, "ffn_post_norm"), bias_D, d.residual_scale)
+    whole = joint(d, index, "ffn", ranks)
+    maps = Linear(w["gate_up"]), Linear(w["down"])
+    dense = Dense(maps, d.activation, index, inner_bias, whole)
+    return SubLayer(
+        norm, dense, _post(d, w, "ffn_post_norm"), bias_D, Ends(d.residual_scale, whole)
+    )
 
 
 def mixture_sublayer(d: Description, bank: ExpertBank, w: Weights) -> Mixture:
@@ -94,7 +123,7 @@ def mixture_of(d: Description) -> MixtureConfig:
 def shared_expert(d: Description, w: Weights) -> SharedExpert:
     """The expert that all tokens use."""
     gate_D = vector(w["shared_router"]) if "shared_router" in w else None
-    dense = Dense(Linear(w["shared_gate_up"]), Linear(w["shared_down"]), d.activation)
+    dense = Dense((Linear(w["shared_gate_up"]), Linear(w["shared_down"])), d.activation)
     return SharedExpert(dense, gate_D)
 
 

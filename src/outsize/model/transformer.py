@@ -21,20 +21,23 @@ from outsize.kernels.rows import Rows, Segment
 from outsize.kernels.threads import Threads
 from outsize.kv.int8 import Int8KV
 from outsize.kv.kv import KV
+from outsize.kv.state import states_of
 from outsize.model.attention import vector
 from outsize.model.ffn.nested import nested_sublayer
 from outsize.model.ffn.neurons import PagedNeurons
 from outsize.model.layers import cos_sin
 from outsize.model.lora import Adapter
 from outsize.model.memory import WeightMemory
+from outsize.model.memory_sublayer import memory_sublayer
 from outsize.model.paged import PagedLayer, link
 from outsize.model.predictors.choose import Chooser
-from outsize.model.step import Step, Watch
+from outsize.model.ranks import Leader, Stages
+from outsize.model.step import Step, TokenInputs, Watch
 from outsize.model.sublayer import Runnable, attention_sublayer, ffn_sublayer, mixture_sublayer
-from outsize.model.width import Nested, Width
+from outsize.model.width import Nested
 from outsize.model_config import Description, Rope
+from outsize.parallel.collective import Collective
 from outsize.storage.table import Weights
-from outsize.weights.experts import ExpertBank
 from outsize.weights.load import Loaded
 from outsize.weights.spec import Recorder
 
@@ -52,9 +55,10 @@ class Transformer:
         backend: Backend = PLAIN,
         ceiling: int | None = None,
         threads: Threads | None = None,
+        ranks: Collective | None = None,
     ) -> None:
         """`ceiling`: bytes that the process should not exceed, if returning free memory helps. `threads`:
-        how many the backend uses; None: as many as torch has."""
+        how many the backend uses; None: as many as torch has. `ranks`: whom a rank's model is run with."""
         self.description, self.loaded = description, loaded
         self._embed, self._head = loaded.embed, loaded.head
         self.dtype = loaded.activation_type
@@ -63,8 +67,17 @@ class Transformer:
         self.nested = Nested(mixture.count if mixture is not None and mixture.nested else 0)
         banks = {bank.layer: bank for bank in loaded.banks}
         for i, (attn, ffn) in enumerate(loaded.layers):
-            self.paged_layers.append(PagedLayer(partial(attention_sublayer, description, i), attn))
-            self.paged_layers.append(PagedLayer(self._ffn(i, banks.get(i)), ffn))
+            self.paged_layers.append(
+                PagedLayer(partial(attention_sublayer, description, i, ranks=ranks), attn)
+            )
+            make: Callable[[Weights], Runnable] = partial(ffn_sublayer, description, i, ranks=ranks)
+            if (bank := banks.get(i)) is not None:
+                make = partial(mixture_sublayer, description, bank)
+                if self.nested.count:
+                    make = partial(nested_sublayer, description, self.nested, bank)
+            elif description.memory is not None:
+                make = partial(memory_sublayer, description, i, loaded.final_norm)
+            self.paged_layers.append(PagedLayer(make, ffn))
         link(self.paged_layers[1::2])
         norm = vector(loaded.final_norm["final_norm"])
         self._norm = RMSNorm(norm, description.norm_eps, torch.float32)
@@ -72,18 +85,11 @@ class Transformer:
         self.backend = backend if self.dtype == torch.bfloat16 else PLAIN
         self.chunk = CHUNK  # tokens of a prompt that are computed at once, at multiples of it
         self.kv = "auto"  # how keys and values are kept, or int8
+        self.leader: Leader | None = None  # tells other ranks of each step
+        self.relay: Stages | None = None  # runs the layers that other ranks have
         self.neurons = ""  # which are computed, and what that costs, where not all are
         self._own, self.threads = backend, threads or Threads(torch.get_num_threads())
         self.memory = WeightMemory(description, loaded, self.paged_layers, ceiling)
-
-    def _ffn(self, layer: int, bank: ExpertBank | None) -> Callable[[Weights], Runnable]:
-        """What makes a layer's feed-forward of its weights."""
-        d = self.description
-        if bank is None:
-            return partial(ffn_sublayer, d, layer)
-        if self.nested.count:
-            return partial(nested_sublayer, d, self.nested, bank)
-        return partial(mixture_sublayer, d, bank)
 
     def page_neurons(self, choosers: Sequence[Chooser], recorder: Recorder | None = None) -> None:
         """From now on steps of few rows compute only the neurons that are chosen for them (lossy, unless the
@@ -114,14 +120,15 @@ class Transformer:
 
     def new_kv(self, room: int = 0) -> KV:
         """An empty cache for one sequence; with `room` for so many tokens it never moves."""
-        d = self.description
         if self.kv == "int8":
-            like = KV(d.num_layers, d.num_kv_heads, d.head_dim, self.dtype)
+            like = new_kv(self.description, self.dtype)
             return Int8KV(like, self.backend.decode_entries, room)
-        return KV(d.num_layers, d.num_kv_heads, d.head_dim, self.dtype, room)
+        return new_kv(self.description, self.dtype, room)
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """(T, D) fp32."""
+        if self.relay is not None and not self.relay.begins:  # room for what another rank sends
+            return self._norm.weight.new_empty(len(tokens), self.description.width)
         rows = self._embed.rows(torch.tensor(tokens, dtype=torch.int64, device="cpu"))
         scale = self.description.embed_scale
         return rows if scale == 1.0 else rows.mul_(scale)
@@ -132,9 +139,10 @@ class Transformer:
         wide: bool,
         added: Sequence[tuple[slice, Adapter]] = (),
         watches: Sequence[Watch] = (),
-        widths: Sequence[tuple[slice, Width]] = (),
+        tokens: TokenInputs | None = None,
     ) -> Step:
-        """A step of these rows; its rotary angles are computed once for all layers."""
+        """A step of these rows; its rotary angles are computed once for all layers. `tokens`: of a model
+        whose layers read them."""
         positions = [p for s in segments for p in s.all_positions()]
         angles = rotary_angles(self._ropes, self.description.head_dim, positions)
         return Step(
@@ -143,7 +151,7 @@ class Transformer:
             self.backend.wide if wide else self.backend,
             added,
             watches,
-            widths,
+            tokens,
         )
 
     def normed(self, h_TD: Tensor) -> Tensor:
@@ -187,6 +195,11 @@ class Transformer:
             out_KV[:, at : at + count] = w.encoding.linear(x_KD, w.fields, False)[:, :count]
             at += count
         return out_KV
+
+
+def new_kv(d: Description, dtype: torch.dtype, room: int = 0) -> KV:
+    """An empty cache of numbers for one sequence."""
+    return KV(d.num_layers, (d.num_kv_heads, d.head_dim), dtype, room, states_of(d, dtype))
 
 
 def rotary_angles(

@@ -78,28 +78,25 @@ def tables_with(base: Pack, stored: Stored, new: New) -> list[TablePlan]:
     for _, group in groups(base.description):
         tables = [t for t in base.tables if t.name.split("-")[0] == group.name]
         if group.name not in ("attn", "ffn"):
-            out += kept_tables(base, group.name, stored)
+            out += [kept(table, stored) for table in tables]
             continue
         records: dict[int, Record] = {}
         for table in tables:
             for number, layer in enumerate(table.keys):
-                record = stored_record(table, number, stored)
+                record = record_of(table, number, stored)
                 changed = {name: (new[layer, name],) for name in record if (layer, name) in new}
                 records[layer] = record | changed
         out += tables_of(group.name, "layers", [records[i] for i in sorted(records)])
     return out
 
 
-def kept_tables(base: Pack, group: str, stored: Stored) -> list[TablePlan]:
-    """A group's tables as they are."""
-    out = []
-    for table in (t for t in base.tables if t.name.split("-")[0] == group):
-        records = tuple(stored_record(table, i, stored) for i in range(len(table.keys)))
-        out.append(TablePlan(replace(table, checksums=()), records))
-    return out
+def kept(table: TableHeader, stored: Stored) -> TablePlan:
+    """A table as it is."""
+    records = tuple(record_of(table, i, stored) for i in range(len(table.keys)))
+    return TablePlan(replace(table, checksums=()), records)
 
 
-def stored_record(table: TableHeader, number: int, stored: Stored) -> Record:
+def record_of(table: TableHeader, number: int, stored: Stored) -> Record:
     """A record as it is; tensors by name, so that a pack as it was made and as it is read give the same."""
 
     def fields(name: str, piece: int) -> Mapping[str, Tensor]:

@@ -103,6 +103,8 @@ def write_header(pack: Pack, folder: Path) -> None:
         del body["quality"]
     if not pack.source.kin:
         del body["source"]["kin"]
+    if pack.description.shard is None:
+        del body["description"]["shard"]
     body |= {"version": VERSION, "layouts": LAYOUTS}
     text = json.dumps(body, sort_keys=True)
     whole = {"checksum": zlib.crc32(text.encode()), "pack": body}

@@ -24,7 +24,7 @@ from outsize.encoding.plain import Fields
 from outsize.errors import UnsupportedError
 from outsize.kernels.palettes import TILE, unpack_codes
 from outsize.model_config import Description, Mixture
-from outsize.pack.derive import Stored, kept_tables, stored_record
+from outsize.pack.derive import Stored, kept, record_of
 from outsize.pack.format import Pack
 from outsize.pack.kinds.kind import groups
 from outsize.pack.kinds.layers import tables_of
@@ -67,13 +67,14 @@ class Pieces:
         out: list[TablePlan] = []
         for _, group in groups(self.description):
             if group.name not in ("ffn", "experts"):
-                out += kept_tables(self.base, group.name, stored)
+                own = [t for t in self.base.tables if t.name.split("-")[0] == group.name]
+                out += [kept(table, stored) for table in own]
                 continue
             norms: dict[int, Record] = {}
             experts: dict[int, list[Record]] = {}
             for table in dense_tables(self.base):
                 for number, layer in enumerate(table.keys):
-                    whole = stored_record(table, number, stored)
+                    whole = record_of(table, number, stored)
                     norms[layer] = {n: whole[n] for n in NORMS if n in whole}
                     experts[layer] = self._records(table, number, stored)
             ordered = sorted(norms)

@@ -14,7 +14,9 @@ from outsize.errors import UnsupportedError
 from outsize.pack.tables import ALIGN, PAGE, Matrix, TableHeader, aligned
 
 FLOATS = "fp32"
-FIXED = frozenset({"router"})  # matrices that are read in fp32 only, as all vectors are
+FIXED = frozenset(
+    {"router", "delta_gates"}
+)  # matrices that are read in fp32 only, as all vectors are
 # Maps of latent attention, which are products of each head apart: floats of 16 bits where others are codes.
 HALVES, HALF = frozenset({"k_b", "v_b"}), "bf16"
 Layout = dict[str, tuple[Matrix, ...]]
@@ -124,6 +126,7 @@ def mixed_fault(tables: Iterable[TableHeader]) -> str:
     kinds = {
         m.encoding == FLOATS
         for table in tables
+        if table.kind != "tokens"
         for name, pieces in table.tensors.items()
         for m in pieces
         if m.num_rows > 1 and name not in FIXED

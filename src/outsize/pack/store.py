@@ -104,15 +104,20 @@ def _removed(path: Path) -> int:
     return size
 
 
+def link(there: Path, here: Path) -> None:
+    """The same bytes on disk where the file system can. Raises OSError."""
+    try:
+        os.link(there, here)
+    except OSError:
+        shutil.copyfile(there, here)
+
+
 def link_tables(folder: Path, twin: Pack) -> tuple[TableHeader, ...] | None:
     """The records of another pack: the same bytes on disk where the file system can. None if that pack is
     gone."""
     try:
         for table in twin.tables:
-            try:
-                os.link(twin.path / table.file, folder / table.file)
-            except OSError:
-                shutil.copyfile(twin.path / table.file, folder / table.file)
+            link(twin.path / table.file, folder / table.file)
     except FileNotFoundError:
         return None
     return twin.tables

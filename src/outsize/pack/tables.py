@@ -44,12 +44,12 @@ class TableHeader:
     """One record file."""
 
     name: str
-    kind: str  # "layers", "experts" or "rows": a file of pack/kinds/
+    kind: str  # "layers", "experts", "rows" or "tokens": a file of pack/kinds/
     keys: tuple[int, ...]  # layer numbers; layer * experts + expert; or first rows
     stride: int
     tensors: Mapping[str, tuple[Matrix, ...]]
     checksums: tuple[int, ...]
-    num_rows: int = 0  # of the whole matrix, for "rows"
+    num_rows: int = 0  # of the whole matrix, for "rows" and "tokens"
 
     @property
     def file(self) -> str:

@@ -3,9 +3,11 @@ their rows are reordered; or fields that are made from another pack's."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 
@@ -18,6 +20,7 @@ from outsize.pack.tables import TableHeader
 from outsize.pack.unused import missing
 
 LOSSY = ("Q2_K", "Q3_K")
+FLAT = ("delta_conv", "conv_taps")  # vectors that a checkpoint keeps in another shape
 HALVED = tuple(f"{n}{part}" for n in "qk" for part in ("", "_bias", "_norm"))
 
 
@@ -79,6 +82,7 @@ class TablePlan:
 
     header: TableHeader
     records: tuple[Record, ...]
+    linked: Path | None = None  # a file that holds just this, with the header's checksums
 
 
 class SourceTensors:
@@ -112,7 +116,8 @@ class SourceTensors:
         if found is None:
             raise missing(source, self.all, self.recipe)
         self.used.add(source)
-        if found.shape in ((1, *shape), (*shape, 1)) and len(shape) == 1:
+        is_flat = name in FLAT and math.prod(found.shape) == shape[0]
+        if is_flat or (found.shape in ((1, *shape), (*shape, 1)) and len(shape) == 1):
             found = replace(found, shape=shape)
         if found.shape != shape:
             raise CheckpointError(f"tensor {source!r} has shape {found.shape}, not {shape}")
@@ -138,13 +143,18 @@ class SourceTensors:
         found = self._fused(name, spec, layer) if expert is None else None
         for number, (part, rows) in enumerate(spec.parts):
             shape = (rows, spec.width) if spec.width else (rows,)
-            tensor = self.find(part, layer, shape, expert) if found is None else found[number]
-            encoding = self._encoding(name, spec, tensor)
-            made = self._part(part, tensor)
-            if pieces and spec.width and pieces[-1].encoding == encoding:
-                pieces[-1] = Piece(encoding, (*pieces[-1].parts, made))
+            if part in self.recipe.strips:
+                tensors = self._strips(part, layer, shape)
             else:
-                pieces.append(Piece(encoding, (made,)))
+                tensors = [
+                    self.find(part, layer, shape, expert) if found is None else found[number]
+                ]
+            encoding = self._encoding(name, spec, tensors[0])
+            made = tuple(self._part(part, tensor) for tensor in tensors)
+            if pieces and spec.width and pieces[-1].encoding == encoding:
+                pieces[-1] = Piece(encoding, (*pieces[-1].parts, *made))
+            else:
+                pieces.append(Piece(encoding, made))
         return tuple(pieces)
 
     def _encoding(self, name: str, spec: TensorSpec, tensor: Tensor) -> str:
@@ -164,6 +174,14 @@ class SourceTensors:
         size = key if is_key else value
         parts = (Part(rows_of(both, i, i + size), transposed=is_key) for i in starts)
         return Piece(kind, tuple(parts))
+
+    def _strips(self, name: str, layer: int, shape: tuple[int, ...]) -> list[Tensor]:
+        """A matrix whose rows lie among others' in a checkpoint's tensor."""
+        strip = self.recipe.strips[name]
+        rows = shape[0] // strip.size * strip.every
+        whole = self.find(strip.whole, layer, (rows, *shape[1:]))
+        starts = range(strip.first, rows, strip.every)
+        return [rows_of(whole, start, start + strip.size) for start in starts]
 
     def _fused(self, name: str, spec: TensorSpec, layer: int) -> list[Tensor] | None:
         """The parts of a tensor that a checkpoint keeps as one, under our name of the whole."""

@@ -237,7 +237,11 @@ def _write_tables(
     total, done, headers = sum(t.header.size for t in tables), 0, []
     for table in tables:
         tick = partial(_tick, progress, done, total)
-        headers.append(_write_table(table, folder, tick))
+        if table.linked is not None:
+            store.link(table.linked, folder / table.header.file)
+            headers.append(table.header)
+        else:
+            headers.append(_write_table(table, folder, tick))
         done += table.header.size
     return tuple(headers)
 

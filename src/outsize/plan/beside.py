@@ -25,7 +25,7 @@ def adapter_bytes(name: str, path: Path, d: Description, model: str) -> tuple[in
     UnsupportedError."""
     if d.mixture is not None:
         raise UnsupportedError(f"{path}: adapters are for dense models; {model} has experts")
-    if not d.is_usual:
+    if not d.whole.is_usual:
         raise UnsupportedError(f"{path}: adapters of {d.family} models are not known")
     file = adapters.load(path)
     if file.about.get("kind") == MTP:

@@ -8,36 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-import torch
-from torch import Tensor
-
-from outsize.encoding.find import gives_fp32
-from outsize.kernels.attention import CHUNK
-from outsize.kernels.backend import Backend
-from outsize.kernels.norm import RMSNorm
-from outsize.kernels.plain import PLAIN
-from outsize.kernels.rows import Rows, Segment
-from outsize.kv.kv import KV
-from outsize.model.ffn.dense import Dense
-from outsize.model.ffn.experts import Router, SharedExpert
-from outsize.model.layers import Linear
-from outsize.model.step import Step
-from outsize.model.sublayer import attention_sublayer, ffn_sublayer, shared_expert
-from outsize.model.transformer import rotary_angles
 from outsize.pack.outline import Outline
-from outsize.pack.tables import Matrix, TableHeader
-from outsize.plan.fixed import routed
-from outsize.plan.hit_rates import ALL_USED, PRIOR, HitRates
+from outsize.pack.tables import TableHeader
+from outsize.plan.fixed import head_of, routed
+from outsize.plan.hit_rates import ALL_USED, BY_TEXT, PRIOR, HitRates
 from outsize.plan.machine import Compute, Machine
-from outsize.plan.placement import BY_ID, BY_PROMPT, BY_ROUTER, Placement
-from outsize.plan.probe import median_s
-from outsize.storage.buffers import buffer
-from outsize.storage.table import Weight, activation_type, views
+from outsize.plan.placement import BY_ID, BY_PROMPT, BY_ROUTER, BY_TOKEN, Placement
 
-STEPS, CHUNKS = 24, 2
 MISS_S = 150e-6  # from a reader's last byte to the computation that waits for it
 # Fitted to capped runs of four models (docs/results/memory.md): what the shorter of reading and computing
 # adds to the longer, since they never overlap wholly; and what a process's first prompt takes more than
@@ -123,17 +102,18 @@ def predict(
     )
     rate = machine.disk_bytes_per_s
     chunk_s = sum(compute.chunk_s[name] * n for name, n in count.items() if name in compute.chunk_s)
-    head_s = compute.step_s[_head(o)] * count[_head(o)]
+    head_s = compute.step_s[head_of(o)] * count[head_of(o)]
     read_s = place.streamed / rate
     by_id = sum(size for _, tier, size in place.groups if tier == BY_ID)
     waits = MISS_S * records if place.streamed else 0.0
-    missing = sum(size for _, tier, size in place.groups if tier == BY_ROUTER)
-    prompts = sum(size for _, tier, size in place.groups if tier == BY_PROMPT)
+    missing = sum(size for _, tier, size in place.groups if tier in (BY_ROUTER, BY_TOKEN))
     total = sum(t.size for t in routed(o))
     rates = ALL_USED if rates is PRIOR and o.is_nested else rates
     if o.neurons is not None:
         points = tuple((share, rate, rate) for share, rate in o.neurons.hit_rates)
         rates = HitRates("what was measured to fire", points)
+    elif o.description.has_table:
+        rates, waits = BY_TEXT, waits + MISS_S
     return Cost(
         prompt_tokens=prompt,
         bytes_per_token=place.streamed,
@@ -143,7 +123,7 @@ def predict(
         disk_bytes_per_s=rate,
         read_s=read_s + (2e-4 if by_id else 0.0),
         compute_s=step_s(o, compute) + waits + _gather_s(o),
-        prompt_read_s=read_s + (prompts if o.neurons is not None else missing) / rate,
+        prompt_read_s=read_s + _prompt_bytes(o, place, prompt) / rate,
         prompt_compute_s=FRESH * chunk_s * prompt / compute.chunk_tokens + FRESH_S + head_s + waits,
         prompt_rows_s=_rows_bytes(o, place, prompt) / rate,
     )
@@ -171,6 +151,8 @@ def _used(o: Outline, t: TableHeader) -> int:
     mixture = o.description.mixture
     if t.kind == "neurons" and o.neurons is not None:
         return round(len(t.keys) * o.neurons.fires)
+    if t.kind == "tokens":
+        return 1
     if t.kind != "experts" or mixture is None:
         return len(t.keys)
     return len(t.keys) // mixture.count * mixture.used
@@ -184,111 +166,9 @@ def _rows_bytes(o: Outline, place: Placement, prompt: int) -> int:
     return int(missing * touched * table.stride)
 
 
-def _head(o: Outline) -> str:
-    return "embed" if o.description.tied else "head"
-
-
-@torch.inference_mode()
-def measure(o: Outline, backend: Backend) -> Compute:
-    """Time one random record of each table: a second or two, in no more memory than a run needs."""
-    steps: dict[str, float] = {}
-    chunks: dict[str, float] = {}
-    tokens = min(CHUNK, o.description.context - STEPS - 1)
-    for t in o.tables:
-        if t.kind == "experts" or (
-            not {"o", "gate_up"} & {*t.tensors} and t.name.startswith("ffn-")
-        ):
-            steps[t.name], chunks[t.name] = _expert_times(o, t, backend, tokens)
-        elif t.kind == "layers" and t.name != "final-0":
-            steps[t.name], chunks[t.name] = _sublayer_times(o, t, backend, tokens)
-        elif t.name == _head(o):
-            steps[t.name] = _head_time(o, t, backend)
-    return Compute(steps, chunks, tokens)
-
-
-def _random(t: TableHeader, backend: Backend) -> Mapping[str, tuple[Weight, ...]]:
-    """A record with random codes and tame scales."""
-    raw, _ = buffer(t.stride)
-    raw.random_(0, 256)
-    made = views(raw, t, backend)
-    for weight in (w for ws in made.values() for w in ws):
-        for field in weight.fields.values():
-            if field.dtype.is_floating_point:
-                field.fill_(0.01)
-    return made
-
-
-def _sublayer_times(
-    o: Outline, t: TableHeader, backend: Backend, tokens: int
-) -> tuple[float, float]:
-    d, dtype = o.description, activation_type(_first_matrix(t))
-    made = dict(_random(t, backend))
-    sublayer = (attention_sublayer if "o" in made else ffn_sublayer)(d, t.keys[0], made)
-    own = PLAIN if dtype == torch.float32 else backend
-    kv = KV(t.keys[0] + 1, d.num_kv_heads, d.head_dim, dtype)
-    h_TD = torch.randn(tokens, d.width, dtype=torch.float32, device="cpu")
-
-    def step(positions: range, wide: bool) -> Step:
-        angles = rotary_angles(d.ropes, d.head_dim, positions)
-        return Step(Rows([Segment(kv, positions)], wide), angles, PLAIN if wide else own)
-
-    chunk = step(range(tokens), True)
-
-    def run_chunk() -> None:
-        kv.truncate(0)
-        sublayer(h_TD, chunk)
-
-    chunk_s = median_s(run_chunk, CHUNKS)
-    at = iter(range(tokens, tokens + STEPS + 1))
-
-    def run_step() -> None:
-        i = next(at)
-        sublayer(h_TD[:1], step(range(i, i + 1), False))
-
-    return median_s(run_step, STEPS), chunk_s
-
-
-def _expert_times(o: Outline, t: TableHeader, backend: Backend, tokens: int) -> tuple[float, float]:
-    """One expert, or one router and the expert that all tokens use, for a token and for its share of a
-    chunk."""
-    d, mixture, made = o.description, o.description.mixture, dict(_random(t, backend))
-    assert mixture is not None
-    if "gate_up" in made:
-        ffn = Dense(Linear(made["gate_up"]), Linear(made["down"]), d.activation)
-        rows, dtype = max(1, tokens * mixture.used // mixture.count), made["gate_up"]
-        return _times(ffn, d.width, rows, activation_type(dtype), backend)
-    norm = RMSNorm(
-        torch.ones(d.width, dtype=torch.float32, device="cpu"), d.norm_eps, torch.float32
-    )
-    numbers_ND = torch.randn(mixture.count, d.width, dtype=torch.float32, device="cpu")
-    choice = torch.zeros(mixture.count, dtype=torch.float32, device="cpu")
-    router = Router(norm, numbers_ND, mixture, None, choice if mixture.choice_bias else None)
-    x_TD = torch.randn(tokens, d.width, dtype=torch.float32, device="cpu")
-    step_s = median_s(lambda: router(x_TD[:1], False), STEPS)
-    chunk_s = median_s(lambda: router(x_TD, True), CHUNKS)
-    if not mixture.shared:
-        return step_s, chunk_s
-    dtype = made["shared_gate_up"]
-    more = _times(shared_expert(d, made), d.width, tokens, activation_type(dtype), backend)
-    return step_s + more[0], chunk_s + more[1]
-
-
-def _times(
-    ffn: Dense | SharedExpert, width: int, rows: int, dtype: torch.dtype, backend: Backend
-) -> tuple[float, float]:
-    """Of a token, and of so many."""
-    x_TD = torch.randn(rows, width, dtype=torch.float32, device="cpu").to(dtype)
-    own = PLAIN if dtype == torch.float32 else backend
-    one, many = Step(Rows([], False), {}, own), Step(Rows([], True), {}, PLAIN)
-    return median_s(lambda: ffn(x_TD[:1], one), STEPS), median_s(lambda: ffn(x_TD, many), CHUNKS)
-
-
-def _first_matrix(t: TableHeader) -> tuple[Matrix, ...]:
-    return t.tensors["o" if "o" in t.tensors else "gate_up"]
-
-
-def _head_time(o: Outline, t: TableHeader, backend: Backend) -> float:
-    (weight,) = next(iter(_random(t, backend).values()))
-    x_KD: Tensor = torch.randn(1, o.description.width, dtype=torch.float32, device="cpu")
-    x_KD = x_KD if o.activation_bytes == 4 or gives_fp32(weight.encoding) else x_KD.bfloat16()
-    return median_s(lambda: weight.encoding.linear(x_KD, weight.fields, False), STEPS)
+def _prompt_bytes(o: Outline, place: Placement, prompt: int) -> int:
+    """Bytes that a prompt reads beside what every pass does."""
+    tier = BY_PROMPT if o.neurons is not None else BY_ROUTER
+    found = sum(size for _, other, size in place.groups if other == tier)
+    rows = sum(size for _, other, size in place.groups if other == BY_TOKEN)
+    return found + min(rows, sum(prompt * t.stride for t in o.tables if t.kind == "tokens"))

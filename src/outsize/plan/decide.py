@@ -21,6 +21,7 @@ from outsize.options import LoadOptions
 from outsize.pack import fetch
 from outsize.pack.outline import Outline, of_pack
 from outsize.plan import beside, drafts, fixed, nested, neurons
+from outsize.plan.layers_off import parse_layers, with_layers_off
 from outsize.plan.nested_cost import WORTH, drafting
 from outsize.plan.neurons import NeuronPlan
 from outsize.plan.place import copy_bytes, place, tokenizer_bytes
@@ -36,6 +37,7 @@ def check(options: LoadOptions) -> None:
     parse_experts(options.experts or "")
     parse_neurons(options.neurons)
     parse_width(options.width)
+    parse_layers(options.layers_off)
     draft, prune = parse_draft(options.draft), parse_prefill(options.prefill)
     if prune is not None:
         prune.check_drafts(draft.kind)
@@ -58,14 +60,34 @@ def for_model(options: LoadOptions, model: str) -> LoadOptions:
 
 
 def for_kind(options: LoadOptions, name: str, d: Description) -> LoadOptions:
-    """The options for a model: default cache settings are left out for a dense one. Raises OptionError where
-    they are no defaults."""
+    """The options for a model: default cache settings are left out where they do not apply. Raises
+    OptionError where they are no defaults."""
+    options = _for_states(options, name, d)
     if d.mixture is not None or options.experts is None:
         return options
     if "experts" in options.defaults:
         return replace(options, experts=None)
     raise OptionError(
         f"experts is {options.experts!r}, and {name} is a dense model, which has none; leave it out"
+    )
+
+
+def _for_states(options: LoadOptions, name: str, d: Description) -> LoadOptions:
+    """Raises OptionError for what a model that keeps states of sequences cannot have."""
+    if not d.has_states:
+        return options
+    if parse_prefill(options.prefill) is not None:
+        raise OptionError(
+            f"prefill is {options.prefill!r}, and layers of {name} keep a state that all tokens must go "
+            "through; use prefill=full"
+        )
+    if options.prefix_cache in (None, "off"):
+        return options
+    if "prefix_cache" in options.defaults:
+        return replace(options, prefix_cache=None)
+    raise OptionError(
+        f"prefix_cache is {options.prefix_cache!r}, and layers of {name} keep a state of the whole sequence, "
+        "of which no part is another prompt's; leave it out"
     )
 
 
@@ -83,6 +105,7 @@ def foresee(model: str, options: LoadOptions, size: int, runtime: int) -> tuple[
         )
     outline = outline if cut is None else nested.with_nested(of_pack(cut.pack), cut)
     options = for_kind(options, outline.name, outline.description)
+    outline = without_layers(outline, options)
     draft, encoding = parse_draft(options.draft), parse_experts(options.experts or "").copies
     drafters.check(draft, outline)
     smaller = fetch.outline(draft.source, "auto", options.quiet) if draft.kind == "model" else None
@@ -93,6 +116,23 @@ def foresee(model: str, options: LoadOptions, size: int, runtime: int) -> tuple[
     tokenizer = tokenizer_bytes(outline)
     outline = settle(outline, paged, options, size, (runtime, tokenizer))
     return outline, decide(outline, options, size, runtime, tokenizer)
+
+
+def without_layers(o: Outline, options: LoadOptions) -> Outline:
+    """The outline of a run that leaves some layers' memories out; and what cannot be with such layers is
+    refused. Raises OptionError."""
+    d = with_layers_off(o.description, options.layers_off, o.name)
+    check_prefill(d, options.prefill)
+    return replace(o, description=d)
+
+
+def check_prefill(d: Description, prefill: str) -> None:
+    """Raise OptionError for a model whose layers read their tokens, where tokens are to skip layers."""
+    if d.memory is not None and parse_prefill(prefill) is not None:
+        raise OptionError(
+            f"prefill is {prefill!r}, and layers of {d.family} models read their tokens' embeddings or rows, "
+            "which skipped tokens would have to keep; use prefill=full"
+        )
 
 
 def settle(

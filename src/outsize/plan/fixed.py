@@ -10,8 +10,10 @@ from dataclasses import replace
 
 from outsize.caching.eviction.echo import BYTES as ECHO_BYTES
 from outsize.kernels.attention import CHUNK, score_bytes
+from outsize.kernels.delta import BLOCK
 from outsize.kernels.plain import WIDE_BYTES
 from outsize.kv.int8 import entry_bytes
+from outsize.kv.state import sizes_of
 from outsize.pack.kinds.kind import kinds
 from outsize.pack.outline import Outline
 from outsize.pack.tables import TableHeader
@@ -23,30 +25,43 @@ from outsize.weights.rows import IN_FLIGHT as ROWS_IN_FLIGHT
 
 FRAGMENTS = 1.8  # what an allocator holds for a byte in use, among sizes as mixed as these
 TEMPLATE_BYTES = 15_000_000  # of the process that renders chat templates
-DRAFT, GRAMMARS = "draft model", "grammars"
+DRAFT, GRAMMARS, STATES = "draft model", "grammars", "sequence states"
 # Of grammars: the library; a token of the vocabulary (290 while the tables are made, at 49 k and at 152 k
 # tokens, 180 afterwards); a reply's grammar of 20 tools with 10 parameters each.
 GRAMMAR_BASE, GRAMMAR_TOKEN, GRAMMAR_REPLY = 6_000_000, 290, 1_200_000
 NEURON_BYTES = 600  # of what a policy, and the slot table, remember of a bundle of neurons
+ROW_BYTES = 700  # and of a record of rows by token
 STREAM_TOKENS = 512  # of context that each further reply at once is planned for; beyond, some wait
 
 
 def kv_bytes(o: Outline) -> int:
-    """Of one token: its keys and values in all layers, its residual row, its rotary angles, its id."""
+    """Of one token: its keys and values in all layers, its residual row, its rotary angles, its id; its
+    embedding, or row of a table, where layers read that."""
     d = o.description
     kv = stored_bytes(o)
     if o.kv == "int8":  # of one layer, as numbers
         kv += 2 * d.num_kv_heads * d.head_dim * o.activation_bytes
     ropes = len({layer.rope for layer in d.layers})
     routed = 0 if d.mixture is None else d.width * (o.activation_bytes + 4) + 200 * d.mixture.used
-    return kv + 4 * d.width + 4 * d.head_dim * ropes + routed + 100
+    rows = 0 if d.memory is None else 4 * d.width + sum(t.stride for t in _by_token(o))
+    return kv + 4 * d.width + 4 * d.head_dim * ropes + routed + rows + 100
+
+
+def _by_token(o: Outline) -> list[TableHeader]:
+    return [t for t in o.tables if t.kind == "tokens"]
 
 
 def stored_bytes(o: Outline) -> int:
     """Of one token: its keys and values in all layers."""
     d = o.description
     entry = entry_bytes(d.head_dim) if o.kv == "int8" else d.head_dim * o.activation_bytes
-    return 2 * d.num_layers * d.num_kv_heads * entry
+    return 2 * len(d.mixed_by("attention")) * d.num_kv_heads * entry
+
+
+def state_bytes(o: Outline) -> int:
+    """Of all sequences together: the states of layers that keep those in place of keys and values."""
+    found = (sizes_of(o.description, i) for i in range(o.description.num_layers))
+    return o.streams * sum(s.nbytes(o.activation_bytes) for s in found if s is not None)
 
 
 def staging(o: Outline, chunk: int | None) -> int:
@@ -69,18 +84,38 @@ def scratch_bytes(o: Outline, context: int) -> int:
     if d.latent is not None:
         # Queries before and after their map, latents, and what comes of values.
         rows += a * (2 * d.num_heads * (d.latent.key + d.latent.rope + d.latent.value) + queries)
+    rows += (4 + a) * queries * d.gated
     attention = c * (rows + 3 * a * queries) + score_bytes(d, context, a)
+    attention = max(attention, _delta_scratch(o, c), c * d.width * (4 * a + 24) * bool(d.kernel))
     inner = (
         d.ffn_width if d.mixture is None else max(d.ffn_width, d.mixture.width, d.mixture.shared)
     )
+    inner = inner if d.shard is None else max(inner, d.shard.inner)
     ffn = c * (d.width * (2 * a + 4) + 3 * inner * a + 8 * inner * d.mlp_bias)
     ffn += 0 if d.mixture is None else 4 * c * (d.width + d.mixture.count)
     ffn += 0 if d.mixture is None or not d.mixture.shared else 8 * c * d.width
+    if d.shard is not None:  # parts of two chunks on their way, the others', and their sum
+        ffn += c * ((2 * d.shard.world + 2) * d.width + (d.shard.world + 1) * inner) * a
     block = min(WIDE_BYTES, 2 * inner * d.width * a)
     decoded = 2 * block + c * block // d.width  # once more as the matmul packs it; and its product
     logits = 3 * 4 * d.vocab_size
     most = max(attention, c * rows + decoded, ffn + decoded, logits)
     return int(FRAGMENTS * most)
+
+
+def _delta_scratch(o: Outline, chunk: int) -> int:
+    """Of a chunk of tokens in a layer of the gated delta rule: inputs, as they are and joined to those
+    before; sums, gates; and of one block, for each value head, queries, keys, values and what they make of
+    each other."""
+    x, a = o.description.delta, o.activation_bytes
+    if x is None:
+        return 0
+    channels = 2 * x.keys + x.values
+    row = (2 * channels + x.values + o.description.width) * a + 4 * (
+        4 * x.values + 6 * x.value_heads
+    )
+    block = 4 * BLOCK * (4 * channels + x.value_heads * (6 * x.key + 6 * x.value + 5 * BLOCK))
+    return chunk * row + block + 4 * x.value_heads * x.key * x.value
 
 
 def token_bytes(o: Outline) -> int:
@@ -96,6 +131,7 @@ def fixed_costs(o: Outline, runtime: int, tokenizer: int, context: int) -> dict[
         "tokenizer": tokenizer,
         "compiled products": COMPILED * COMPILED_BYTES,
         "keys and values": kv_tokens(o, context) * kv_bytes(o),
+        **({STATES: state_bytes(o)} if o.description.has_states else {}),
         **{ADAPTER + name: size for name, size in o.adapters.items()},
         **(
             {}
@@ -127,7 +163,7 @@ def grammar_bytes(o: Outline) -> int:
 
 def policy_bytes(o: Outline) -> int:
     """What the eviction policy remembers of routing."""
-    each = {"experts": ECHO_BYTES, "neurons": NEURON_BYTES}
+    each = {"experts": ECHO_BYTES, "neurons": NEURON_BYTES, "tokens": ROW_BYTES}
     return sum(len(t.keys) * each[t.kind] for t in routed(o))
 
 
@@ -146,4 +182,10 @@ def draft_bytes(smaller: Outline, context: int) -> int:
     tokens = min(context, smaller.description.context)
     routing = policy_bytes(smaller) if routed(smaller) else 0
     kept = kv_tokens(smaller, tokens) * kv_bytes(smaller) + scratch_bytes(smaller, tokens)
+    kept += state_bytes(smaller)
     return all_bytes(smaller) + routing + kept
+
+
+def head_of(o: Outline) -> str:
+    """The name of the table that gives logits."""
+    return "embed" if o.description.tied else "head"

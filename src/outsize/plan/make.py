@@ -13,7 +13,7 @@ from outsize.kernels.plain import PLAIN
 from outsize.log import say, silent
 from outsize.options import LoadOptions
 from outsize.pack.outline import Outline
-from outsize.plan import cost, machine
+from outsize.plan import compute_times, cost, machine
 from outsize.plan.cores import Watch
 from outsize.plan.cost import Cost
 from outsize.plan.decide import check, compiled, foresee
@@ -66,7 +66,7 @@ def make(model: str, options: LoadOptions, prompt: int | None, trace: Path | Non
     outline, placed = foresee(model, options, size, runtime)
     folder = home()
     here = machine.known(folder, silent if options.quiet else say)
-    here, compute = _compute(outline, here, native, anew=True)
+    here, compute = computing(outline, here, native, anew=True)
     context, tokenizer = placed.context, tokenizer_bytes(outline)
     prompt = _prompt(prompt, context)
     rates = PRIOR
@@ -93,7 +93,7 @@ def _prompt(given: int | None, context: int) -> int:
     return given
 
 
-def _compute(
+def computing(
     outline: Outline, here: Machine, native: Backend, anew: bool = False
 ) -> tuple[Machine, Compute]:
     """Computing times of this model: as kept, else measured now on random weights, and kept. `anew`: measured
@@ -102,7 +102,7 @@ def _compute(
     key = cost.key(outline) + ("" if native is not PLAIN else "-plain")
     if anew or key not in here.models:
         with Watch() as watch:
-            made = cost.measure(outline, native)
+            made = compute_times.measure(outline, native)
         if watch.reason and key in here.models:  # beside others: nothing better is replaced
             made = here.models[key].or_faster(made)
         here = machine.with_model(here, key, made, folder)
@@ -120,7 +120,7 @@ def cost_if_known(
     here = here or machine.known(home(), say)
     if cost.key(outline) not in here.models and not placement.streamed:
         return None
-    here, compute = _compute(outline, here, compiled(LoadOptions()))
+    here, compute = computing(outline, here, compiled(LoadOptions()))
     if disk_rate is not None:
         here = here.at_rate(disk_rate)
     return cost.predict(outline, here, placement, compute, min(prompt, placement.context))

@@ -14,7 +14,16 @@ from outsize.pack.kinds.kind import kinds
 from outsize.pack.outline import Outline
 from outsize.pack.tables import TableHeader
 from outsize.plan.fixed import FRAGMENTS, all_bytes, fixed_costs, kv_tokens, routed, token_bytes
-from outsize.plan.placement import BY_ID, BY_PROMPT, BY_ROUTER, DISK, MEMORY, Placement
+from outsize.plan.layers_off import note
+from outsize.plan.placement import (
+    BY_ID,
+    BY_PROMPT,
+    BY_ROUTER,
+    BY_TOKEN,
+    DISK,
+    MEMORY,
+    Placement,
+)
 from outsize.plan.scratch import lend, lent_bytes
 from outsize.storage.buffers import HUGE, SMALL, huge_bytes
 from outsize.system.address_space import bounds
@@ -78,6 +87,20 @@ def giveable(o: Outline, p: Placement) -> int:
     """Of what a plan holds of the weights, the bytes that a run could do without."""
     needed = o.table("final-0").size + _ring_bytes(o, _rings(o, False)) + _least_routed(o)
     return max(0, p.held - needed)
+
+
+def table_note(o: Outline) -> str:
+    """What a table of fewer bits, or of a low rank, costs; "" where it keeps all."""
+    found = [t for t in o.tables if t.kind == "tokens"]
+    bits = {m.encoding for t in found for m in t.tensors["rows"]} - {"bf16"}
+    memory = o.description.memory
+    rank = memory is not None and bool(memory.ranks)
+    if not bits and not rank:
+        return ""
+    kept = [*sorted(bits), *(["a low rank"] if rank else [])]
+    return (
+        f"the table of feed-forwards is kept in {' and '.join(kept)}, which changes answers (lossy)"
+    )
 
 
 def copy_bytes(o: Outline, copy: Outline) -> int:
@@ -193,6 +216,7 @@ def place(
         idle = lent_bytes(o, fixed["scratch"], FRAGMENTS)
         shares, spare = lend(o, _stream(o, room), idle), 0
     notes = [KV_INT8] if o.kv == "int8" else []
+    notes += [text for text in (note(o.description), table_note(o)) if text]
     notes += [o.neurons.note] if o.neurons is not None and o.neurons.note else []
     if context is None and chosen < o.description.context:
         notes.append(
@@ -235,7 +259,8 @@ def _tiers(o: Outline, t: TableHeader, share: Share) -> Iterator[tuple[str, str,
     missing = len(t.keys) - len(share.pinned)
     if kinds()[t.kind].routed:
         if share.ring < len(t.keys):
-            yield t.name, BY_ROUTER, (missing - share.ring) * t.stride
+            tier = BY_TOKEN if t.kind == "tokens" else BY_ROUTER
+            yield t.name, tier, (missing - share.ring) * t.stride
     elif missing:
         by_id = t.name == "embed" and not o.description.tied
         tier = BY_PROMPT if o.is_for_prompts(t) else BY_ID if by_id else DISK

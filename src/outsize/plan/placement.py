@@ -11,6 +11,7 @@ ADAPTER = "adapter "  # and its name: a row of the plan
 TEMPLATE = "template process"  # what the process that renders chat templates takes
 TIDY_SHARE = 0.4  # of the scratch: so much below the plan, free memory is returned to the system
 MEMORY, DISK, BY_ID, BY_ROUTER = "memory", "disk", "disk, rows by id", "disk, by router"  # tiers
+BY_TOKEN = "disk, rows by token"
 BY_PROMPT = "disk, for prompts"  # what no step of few rows reads
 
 

@@ -18,7 +18,7 @@ from outsize.kernels.rows import Rows, Segment
 from outsize.kv.kv import KV
 from outsize.model.step import Step
 from outsize.model.sublayer import SubLayer, attention_sublayer, ffn_sublayer
-from outsize.model.transformer import rotary_angles
+from outsize.model.transformer import new_kv, rotary_angles
 from outsize.model_config import Description, Layer, Rope
 from outsize.storage.table import Weight, Weights
 from outsize.system.memory import collect, promised, resident
@@ -47,7 +47,7 @@ def warm_up(backend: Backend) -> None:
     for name in ("int4", "int8", *(("group8",) if backend.name == "native" else ()), "fp32"):
         weights = _weights(d, name, backend)
         plain = name == "fp32"
-        kv = KV(1, d.num_kv_heads, d.head_dim, torch.float32 if plain else torch.bfloat16)
+        kv = new_kv(d, torch.float32 if plain else torch.bfloat16)
         h_TD = torch.ones(TOKENS, WIDTH, dtype=torch.float32, device="cpu")
         for sublayer in (attention_sublayer(d, 0, weights), ffn_sublayer(d, 0, weights)):
             _run(d, sublayer, kv, h_TD, PLAIN if plain else backend)

@@ -9,7 +9,7 @@ from outsize.plan.cost import UNHIDDEN, Cost
 from outsize.plan.fixed import routed
 from outsize.plan.machine import Machine
 from outsize.plan.make import Plan
-from outsize.plan.placement import BY_ROUTER, Placement
+from outsize.plan.placement import BY_ROUTER, BY_TOKEN, Placement
 
 BAR = 40
 HOUR = 3600.0
@@ -31,7 +31,7 @@ def short(o: Outline, p: Placement, cost: Cost | None) -> list[str]:
         said.append(
             f"{mb(p.streamed)} a pass from disk ({share:.0%} of the weights stay in memory)"
         )
-    if missing := sum(size for _, tier, size in p.groups if tier == BY_ROUTER):
+    if missing := sum(size for _, tier, size in p.groups if tier in (BY_ROUTER, BY_TOKEN)):
         all_of = sum(t.size for t in routed(o))
         said.append(f"slots for {1 - missing / all_of:.0%} of the {_what(o)}")
     if o.neurons is not None:
@@ -42,6 +42,8 @@ def short(o: Outline, p: Placement, cost: Cost | None) -> list[str]:
 
 
 def _what(o: Outline) -> str:
+    if o.description.has_table:
+        return "table's rows"
     return "experts" if o.neurons is None else "neurons"
 
 
@@ -83,7 +85,7 @@ def long(plan: Plan) -> Iterator[str]:
 
 def _named(o: Outline, group: str) -> str:
     table = o.table(group)
-    units = {"layers": "layers", "experts": "experts", "neurons": "bundles"}
+    units = {"layers": "layers", "experts": "experts", "neurons": "bundles", "tokens": "rows"}
     unit = units.get(table.kind, "blocks")
     return f"{group} ({len(table.keys)} {unit})"
 

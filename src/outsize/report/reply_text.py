@@ -24,6 +24,8 @@ def summary(reply: Reply, disk_bytes_per_s: float | None = None) -> str:
         parts.append("lossy: keys and values in 8 bits")
     if cost := reply.options.get("width_cost"):
         parts.append(f"{reply.width:.2f} of the feed-forwards computed on average, {cost}")
+    if "layers_off" in reply.options:
+        parts.append(f"lossy: without the memory of layers {reply.options['layers_off']}")
     if reply.options["neurons"] != "off":
         parts.append(str(reply.options["neurons"]))
     if reply.drafted:
@@ -37,8 +39,8 @@ def summary(reply: Reply, disk_bytes_per_s: float | None = None) -> str:
             f"{reply.threads:.1f} of {most:.0f} threads: other programs kept the processor busy"
         )
     if reply.experts is not None:
-        paged = reply.options["neurons"] != "off"
-        parts.append(_experts(reply.experts, "neuron bundles" if paged else "experts"))
+        what = "neuron bundles" if reply.options["neurons"] != "off" else "experts"
+        parts.append(_experts(reply.experts, str(reply.options.get("table", what))))
     if reply.hit_rate < 1:
         rate = f"{reply.disk_bytes_per_s / 1e9:.2f} GB/s"
         if disk_bytes_per_s:
@@ -65,7 +67,7 @@ def _reused(reply: Reply) -> str:
 
 
 def _experts(counts: Mapping[str, float], what: str) -> str:
-    """What became of the requests for experts, or for bundles of neurons."""
+    """What became of the requests for experts, bundles of neurons, or rows by token."""
     kinds = ("ready", "late", "cold", "capacity", "collision", "dropped", "substituted", "copied")
     said = ", ".join(f"{counts[k]:,.0f} {k}" for k in kinds if counts[k])
     asked = counts["hits"] + counts["misses"]

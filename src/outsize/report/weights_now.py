@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from outsize.engine.model import Model
-from outsize.plan.placement import BY_ID, BY_ROUTER, DISK, MEMORY
+from outsize.plan.placement import BY_ID, BY_ROUTER, BY_TOKEN, DISK, MEMORY
 from outsize.storage.stats import IOStats
 from outsize.storage.table import Table
 from outsize.weights.experts import ExpertBank
 from outsize.weights.layers import LayerRecord
 from outsize.weights.load import Loaded
 from outsize.weights.rows import RowTable
+from outsize.weights.tokens import TokenTable
 
 # Of an expert: not in memory, there, and, if it was asked for since the last look, what became of most
 # requests: it was there, was read ahead in time, or too late, or was missing.
@@ -31,7 +32,7 @@ class Part:
     layer: int | None
     table: Table
     records: range
-    source: LayerRecord | ExpertBank | RowTable
+    source: LayerRecord | ExpertBank | RowTable | TokenTable
 
     @property
     def size(self) -> int:
@@ -43,10 +44,15 @@ def parts_of(loaded: Loaded) -> Iterator[Part]:
     embed, head = loaded.embed, loaded.head
     banks = {bank.layer: bank for bank in loaded.banks}
     yield Part("embedding", None, embed.table, range(len(embed.table)), embed)
+    if loaded.tokens is not None:
+        table = loaded.tokens.cache.table
+        yield Part("rows by token", None, table, range(len(table)), loaded.tokens)
     for layer, (attention, ffn) in enumerate(loaded.layers):
         bank = banks.get(layer)
         names = ("attention", "feed-forward" if bank is None else "router")
         for name, source in zip(names, (attention, ffn), strict=True):
+            if source is None:  # all of it is looked up
+                continue
             table = source.cache.table
             yield Part(name, layer, table, range(source.index, source.index + 1), source)
         if bank is not None:
@@ -69,7 +75,11 @@ class WeightsNow:
     def parts(self) -> list[dict[str, object]]:
         """What there is, once: each part's name, layer, bytes, tier."""
         by_id = self._parts[-1].name == "head"  # then an embedding is only ever read by rows
-        rests = {"experts": BY_ROUTER, "embedding": BY_ID if by_id else DISK}
+        rests = {
+            "experts": BY_ROUTER,
+            "rows by token": BY_TOKEN,
+            "embedding": BY_ID if by_id else DISK,
+        }
         return [
             {
                 "part": part.name,
@@ -108,6 +118,8 @@ class WeightsNow:
                 yield float(source.pinned is not None)
             elif isinstance(source, RowTable):
                 yield 1.0 if source.is_resident else source.resident_bytes / part.size
+            elif isinstance(source, TokenTable):
+                yield len(source.cache.slot_table.slot_of) / len(part.records)
             else:
                 cache, count = source.cache, source.count
                 if id(cache) not in experts:

@@ -32,6 +32,11 @@ class LayerRecord:
         return self.cache.unpin(self.index)
 
 
+def resident(record: LayerRecord | None) -> Weights:
+    """A record's weights, if they are in memory; none of a sub-layer that has no record."""
+    return {} if record is None or record.pinned is None else record.pinned
+
+
 def load(pack: OpenPack) -> dict[str, dict[int, LayerRecord]]:
     """By sub-layer ("attn", "ffn", "final") and layer. Layers of unequal encodings are in several tables."""
     out: dict[str, dict[int, LayerRecord]] = defaultdict(dict)

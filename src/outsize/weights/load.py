@@ -8,6 +8,7 @@ and returns what the model reads them through.
     layers.py    attention and feed-forward -> a `LayerRecord` for each layer
     experts.py   experts -> an `ExpertBank` for each layer
     neurons.py   bundles of neurons, beside the pack -> a `NeuronBank` for each layer
+    tokens.py    rows by token, of all layers together -> a `TokenTable`
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from outsize import weights as package
 from outsize.kernels.backend import Backend
 from outsize.kernels.plain import PLAIN
 from outsize.pack.format import Pack
-from outsize.pack.kinds.layers import DENSE
+from outsize.pack.kinds.layers import DENSE, MIXERS
 from outsize.progress import Progress, silent
 from outsize.storage.table import activation_type
 from outsize.weights.experts import ExpertBank
@@ -31,6 +32,7 @@ from outsize.weights.neurons import NeuronBank
 from outsize.weights.open_pack import LoadPlan, OpenPack
 from outsize.weights.residency import RecordCache
 from outsize.weights.rows import RowTable
+from outsize.weights.tokens import TokenTable
 
 
 class Loaded:
@@ -41,10 +43,10 @@ class Loaded:
         layers: Mapping[str, Mapping[int, LayerRecord]] = kinds["layers"]
         self.kinds = kinds
         self.embed, self.head = rows["embed"], rows.get("head", rows["embed"])
-        ffn = {**layers["ffn"], **layers.get(DENSE, {})}
-        self.layers = tuple(
-            (layers["attn"][i], ffn[i]) for i in range(pack.pack.description.num_layers)
-        )
+        ffn = {**layers.get("ffn", {}), **layers.get(DENSE, {})}
+        attn = {i: record for name in MIXERS for i, record in layers.get(name, {}).items()}
+        self.layers = tuple((attn[i], ffn.get(i)) for i in range(pack.pack.description.num_layers))
+        self.tokens: TokenTable | None = kinds.get("tokens")
         self.banks: tuple[ExpertBank, ...] = kinds.get("experts", ())
         self.neurons: tuple[NeuronBank, ...] = kinds.get("neurons", ())
         final = layers["final"][0].pinned
@@ -54,6 +56,7 @@ class Loaded:
         self.reader, self.tables = pack.reader, pack.tables
         self.stats, self.expert_stats = pack.stats, pack.expert_stats
         self._pack = pack
+        self.ends: list[Callable[[], None]] = []  # called before it is closed
 
     @property
     def caches(self) -> list[RecordCache]:
@@ -70,6 +73,8 @@ class Loaded:
 
     def close(self) -> None:
         """End the reading threads and close the files."""
+        while self.ends:
+            self.ends.pop()()
         self._pack.close()
 
     def close_with(self, owner: object) -> Callable[[], None]:

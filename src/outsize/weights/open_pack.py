@@ -69,4 +69,6 @@ class OpenPack:
 
 def _num_loaded(header: TableHeader, share: Share) -> int:
     """Records that are read when a model is opened."""
-    return len(header.keys) if share.ring == len(header.keys) else len(share.pinned)
+    if header.kind == "tokens" or share.ring == len(header.keys):
+        return min(share.ring, len(header.keys))
+    return len(share.pinned)

@@ -37,6 +37,7 @@ class Type:
     low: int | None = None  # Q4_K's scale of what it subtracts: 7.5 of the other make a mean of 0
 
 
+FADES = ".ssm_a"  # decays, which are below 0
 TYPES = {
     "Q4_0": Type(32, 18, 4.6), "Q8_0": Type(32, 34, 74.0), "Q4_K": Type(256, 144, 258.0, low=2),
     "Q6_K": Type(256, 210, 1365.0, scale=208), "Q3_K": Type(256, 110, 43.0, scale=108),
@@ -96,7 +97,8 @@ def write(
     writer.write_ti_data_to_file()
     random = np.random.default_rng(seed)
     for name, shape, kind in listed:
-        writer.write_tensor_data(change(name, blocks(random, shape, kind)))
+        made = blocks(random, shape, kind)
+        writer.write_tensor_data(change(name, -made if name.endswith(FADES) else made))
     writer.close()
     return path.stat().st_size
 
@@ -124,6 +126,8 @@ def _config(writer: Any, values: dict[str, object]) -> None:
             writer.add_bool(key, value)
         elif isinstance(value, int):
             writer.add_uint32(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
         else:
             writer.add_float32(key, value)
 

@@ -11,12 +11,13 @@ from outsize.errors import OptionError
 from outsize.family import common
 from outsize.family.config import FEW_KEYS, GGUF_KEYS, Config
 from outsize.family.find import ALIASES, families
-from outsize.model_config import Latent, Mixture, Recipe
+from outsize.model_config import Mixture, Recipe
+from outsize.model_parts import Delta, Latent
 from outsize.pack.kinds.kind import groups
-from outsize.pack.kinds.layers import DENSE, layers_of
+from outsize.pack.kinds.layers import DENSE, MIXERS, layers_of
 from outsize.pack.records import FIXED, HALVES, TensorSpec
 
-SMALL = Latent(64, 32, 32, 32, 64)
+SMALL, SMALL_DELTA = Latent(64, 32, 32, 32, 64), Delta(2, 4, 32, 32, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Size:
     used: int = 0
     dense: int = 0  # width of the layers without experts; 0: as an expert's
     latent: Latent = SMALL  # of families that have it
+    delta: Delta = SMALL_DELTA
 
     @property
     def head(self) -> int:
@@ -57,6 +59,9 @@ SIZES = {
         47, 2048, 1536, 20, 20, 154_880, experts=64, used=4, dense=10_240,
         latent=Latent(512, 64, 192, 256, 768),
     ),
+    "35b-a3b": Size(  # Qwen3.5
+        40, 2048, 512, 16, 2, 248_320, head_dim=256, experts=256, used=8, delta=Delta(16, 32, 128, 128, 4)
+    ),
     "70b": Size(80, 8192, 28_672, 64, 8, 128_256),
 }  # fmt: skip
 # Types of layers' matrices, the embedding and the head.
@@ -69,7 +74,8 @@ MIXES = {
 ARCHITECTURES = {
     "qwen3_moe": "qwen3moe", "mixtral": "llama", "gpt_oss": "gpt-oss", "qwen2_moe": "qwen2moe",
     "minimax_m2": "minimax-m2", "glm4_moe": "glm4moe", "deepseek_v3": "deepseek2",
-    "glm4_moe_lite": "deepseek2", "ministral3": "mistral3", "olmo3": "olmo2",
+    "glm4_moe_lite": "deepseek2", "ministral3": "mistral3", "olmo3": "olmo2", "qwen3_next": "qwen3next",
+    "qwen3_5": "qwen35", "qwen3_5_moe": "qwen35moe",
 }  # fmt: skip
 SIGMOID: dict[str, object] = {
     "n_shared_experts": 1, "first_k_dense_replace": 1, "norm_topk_prob": True,
@@ -102,9 +108,28 @@ def _own(family: str, size: Size) -> dict[str, object]:
             "qk_nope_head_dim": x.key, "v_head_dim": x.value, "num_key_value_heads": size.heads,
             "n_group": 1, "topk_group": 1,
         }  # fmt: skip
+    if family in ("qwen3_next", "qwen3_5", "qwen3_5_moe"):
+        y = size.delta
+        mixed: dict[str, object] = (
+            {"shared_expert_intermediate_size": size.ffn} if size.experts else {}
+        )
+        return mixed | {
+            "linear_num_key_heads": y.key_heads, "linear_num_value_heads": y.value_heads,
+            "linear_key_head_dim": y.key, "linear_value_head_dim": y.value,
+            "linear_conv_kernel_dim": y.kernel, "full_attention_interval": 2 if size.layers % 4 else 4,
+        }  # fmt: skip
+    if family == "lfm2":
+        return {
+            "conv_L_cache": 3, "full_attn_idxs": _attending(size), "block_auto_adjust_ff_dim": False,
+        }  # fmt: skip
     if family == "llama4":
         return {"interleave_moe_layer_step": 1}
     return SIGMOID if family == "glm4_moe" else {}
+
+
+def _attending(size: Size) -> list[int]:
+    """Layers of attention where most are of short convolutions."""
+    return [i for i in range(size.layers) if i % 3 == 1]
 
 
 def gguf_values(family: str, size: Size) -> dict[str, object]:
@@ -115,6 +140,13 @@ def gguf_values(family: str, size: Size) -> dict[str, object]:
             del found[key]
         found |= {"rotary_dim": x.rope, "qk_head_dim": x.key + x.rope, "num_key_value_heads": 1}
         found |= {"head_dim": x.rank + x.rope, "value_length": x.rank}
+    if "full_attn_idxs" in found:
+        del found["block_auto_adjust_ff_dim"], found["full_attn_idxs"]
+        heads = [size.kv_heads * (i in _attending(size)) for i in range(size.layers)]
+        found["num_key_value_heads"] = heads
+    if "linear_value_head_dim" in found:
+        del found["linear_value_head_dim"]
+        found |= {"linear_values": size.delta.values, "rotary_dim": size.head // 4}
     if family in ("deepseek_v3", "glm4_moe_lite", "glm4_moe", "minimax_m2"):
         found["scoring_func"] = common.SIGMOID
     architecture = ARCHITECTURES.get(family, family)
@@ -149,7 +181,7 @@ def tensors(recipe: Recipe, types: str = "q4_0") -> Listed:
     yield names["embed"], (d.vocab_size, d.width), embed
     yield names["head"], (d.vocab_size, d.width), head
     yield names["final_norm"], (d.width,), "F32"
-    parts = [group for _, group in groups(d) if group.name in ("attn", "ffn", DENSE)]
+    parts = [group for _, group in groups(d) if group.name in ("ffn", DENSE, *MIXERS)]
     for i in range(d.num_layers):
         large = "Q6_K" if types == "q4_k_m" and _more_bits(i, d.num_layers) else most
         for group in parts:
@@ -182,6 +214,11 @@ def _of(recipe: Recipe, name: str, spec: TensorSpec, most: str, large: str) -> L
         return
     fused = len(spec.parts) > 1 and name in names
     for part, rows in [(name, spec.rows)] if fused else spec.parts:
+        strip = recipe.strips.get(part)
+        if strip is not None and strip.first:
+            continue  # its tensor is another part's, too
+        if strip is not None:
+            part, rows = strip.whole, rows // strip.size * strip.every
         kind = large if part in ("v", "down") else most
         kind = "F32" if name in FIXED or not spec.width else kind
         yield names[part], (rows, spec.width) if spec.width else (rows,), kind

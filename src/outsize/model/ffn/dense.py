@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from outsize.model.joint import ALONE, Joint
 from outsize.model.layers import Linear
 from outsize.model.step import Step
 
@@ -29,18 +30,19 @@ class Dense:
 
     def __init__(
         self,
-        gate_up: Linear,
-        down: Linear,
+        maps: tuple[Linear, Linear],
         activation: str,
         index: int = 0,
         bias: Tensor | None = None,
+        joint: Joint = ALONE,
     ) -> None:
-        self._gate_up, self._down, self._activation = gate_up, down, activation
-        self._layer, self._bias = index, bias
+        """`maps`: gate and up, and down; of several ranks each has its part."""
+        self._gate_up, self._down = maps
+        self._activation, self._layer, self._bias, self._joint = activation, index, bias, joint
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
         gate_up = step.add(self._layer, "gate_up", x_TD, self._gate_up(x_TD, step.wide))
         if self._bias is not None:
             gate_up = (gate_up + self._bias).to(gate_up.dtype)
-        inner = step.backend.gate(gate_up, self._activation)
+        inner = self._joint.inner(step.backend.gate(gate_up, self._activation))
         return step.add(self._layer, "down", inner, self._down(inner, step.wide))

@@ -80,7 +80,7 @@ class ExpertSums:
             return Built(w, Biased(Linear(w["gate_up"]), Linear(w["down"]), *biases), None)
         found = self._built.get(id(w))
         if found is None:
-            made = Dense(Linear(w["gate_up"]), Linear(w["down"]), self._activation)
+            made = Dense((Linear(w["gate_up"]), Linear(w["down"])), self._activation)
             found = self._built[id(w)] = Built(w, made, native_experts(w))
         return found
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from outsize.errors import UnsupportedError
-from outsize.model_config import Description, Latent, Mixture
+from outsize.model_config import Description, Memory, Mixture
+from outsize.model_parts import Delta, Latent
 from outsize.pack.kinds.kind import Group, Kind
 from outsize.pack.records import Specs, TensorSpec, lay_out, matrix, record_fault, vector
 from outsize.pack.tables import Matrix, TableHeader
@@ -14,6 +15,10 @@ from outsize.pack.tensors import Record, SourceTensors, TablePlan
 
 GOLDEN = 0.6180339887498949
 FINAL = "final"
+ORDER = "memory_order"  # of a table of feed-forwards: the row of each token
+BESIDE = "dense_"  # what names of a dense feed-forward beside one of the embedding begin with
+CONV = "conv"  # of short convolutions, in place of attention
+DELTA = "delta"  # of the gated delta rule, in place of attention
 DENSE = "dense"  # feed-forwards of layers without experts, in a model that has some
 
 
@@ -21,12 +26,16 @@ class Layers(Kind):
     """The keys of a table's header are its layers' numbers. Layers of equal encodings make one table."""
 
     def groups(self, d: Description) -> Sequence[Group]:
-        final = {"final_norm": vector(("final_norm", d.width))}
+        final = {"final_norm": vector(("final_norm", d.width)), **_beside_table(d)}
         ffn = _dense(d) if d.mixture is None else _routed(d, d.mixture)
         dense = (Group(DENSE, 3, _dense(d)),) if len(d.routed) not in (0, d.num_layers) else ()
+        delta = (Group(DELTA, 2, _delta(d, d.delta)),) if d.delta is not None else ()
+        conv = (Group(CONV, 2, _conv(d)),) if d.mixed_by("conv") else ()
         return (
             Group("attn", 2, _attention(d)),
-            Group("ffn", 3, ffn),
+            *delta,
+            *conv,
+            *((Group("ffn", 3, ffn),) if d.has_ffn else ()),
             *dense,
             Group(FINAL, 5, final),
         )
@@ -60,9 +69,18 @@ class Layers(Kind):
             yield from ((1, name, i) for name, i in sorted(of_layer[layer], reverse=True))
 
 
+MIXERS = {
+    "attn": "attention",
+    DELTA: "delta",
+    CONV: "conv",
+}  # what the layers of these groups mix tokens by
+
+
 def layers_of(d: Description, name: str) -> tuple[int, ...]:
     """The layers that have a record in the tables of a group."""
-    if d.mixture is None or name == "attn":
+    if name in MIXERS:
+        return d.mixed_by(MIXERS[name])
+    if d.mixture is None:
         return tuple(range(d.num_layers))
     routed = d.routed
     return tuple(i for i in range(d.num_layers) if i not in routed) if name == DENSE else routed
@@ -78,6 +96,8 @@ def _attention(d: Description) -> Specs:
     else:
         specs["qkv"] = matrix(d.width, ("q", q), ("k", kv), ("v", kv))
         specs["o"] = matrix(q, ("o", d.width))
+    if d.gated:
+        specs["attn_gate"] = matrix(d.width, ("attn_gate", q))
     if d.qkv_bias:
         specs["qkv_bias"] = vector(("q_bias", q), ("k_bias", kv), ("v_bias", kv))
     if d.o_bias:
@@ -109,6 +129,33 @@ def _latent(d: Description, x: Latent) -> Specs:
     return specs
 
 
+def _delta(d: Description, x: Delta) -> Specs:
+    """The gated delta rule: maps of queries, keys, values and what gates the sums; of each value head's decay
+    and step; the convolution, channel by channel; the norm of a head."""
+    heads, channels = x.value_heads, 2 * x.keys + x.values
+    inputs = (("delta_q", x.keys), ("delta_k", x.keys), ("delta_v", x.values))
+    return {
+        "attn_norm": vector(("attn_norm", d.width)),
+        "delta_qkvz": matrix(d.width, *inputs, ("delta_z", x.values)),
+        "delta_gates": matrix(d.width, ("delta_b", heads), ("delta_a", heads)),
+        "delta_conv": vector(("delta_conv", channels * x.kernel)),
+        "delta_decay": vector(("delta_decay", heads)),
+        "delta_shift": vector(("delta_shift", heads)),
+        "delta_gain": vector(("delta_gain", x.value)),
+        "o": matrix(x.values, ("delta_o", d.width)),
+    }
+
+
+def _conv(d: Description) -> Specs:
+    """A short convolution, gated before and after: three maps as one, and each channel's weights."""
+    return {
+        "attn_norm": vector(("attn_norm", d.width)),
+        "conv_in": matrix(d.width, ("conv_in", 3 * d.width)),
+        "conv_taps": vector(("conv_taps", d.width * d.kernel)),
+        "o": matrix(d.width, ("conv_o", d.width)),
+    }
+
+
 def _routed(d: Description, m: Mixture) -> Specs:
     """The router, and an expert that all tokens use; of nested experts the norms alone."""
     if m.nested:
@@ -134,8 +181,39 @@ def _post_norm(d: Description) -> dict[str, TensorSpec]:
     return {"ffn_post_norm": vector(("ffn_post_norm", d.width))} if d.post_norm else {}
 
 
+def _beside_table(d: Description) -> Specs:
+    """What of a table of feed-forwards is always in memory: the row of each token, and of each layer what
+    makes the model's width of a row's numbers."""
+    if d.memory is None or not d.memory.is_table:
+        return {}
+    specs = {ORDER: vector((ORDER, d.vocab_size))}
+    for i, rank in enumerate(d.memory.ranks):
+        specs[basis(i)] = matrix(rank, (basis(i), d.width))
+    return specs
+
+
+def basis(layer: int) -> str:
+    """The name of a layer's basis."""
+    return f"basis_{layer}"
+
+
+def _memory(d: Description, m: Memory) -> Specs:
+    """A feed-forward of the embedding, unless it is looked up; and a dense one beside."""
+    specs = {} if m.is_table else _norm(d) | gated(d, False, "", d.ffn_width)
+    if m.dense:
+        specs[f"{BESIDE}norm"] = vector((f"{BESIDE}norm", d.width))
+        inner = gated(d, False, BESIDE, m.dense)
+        specs |= {f"{BESIDE}{name}": spec for name, spec in inner.items()}
+    return specs
+
+
 def _dense(d: Description) -> Specs:
-    return _norm(d) | gated(d, d.mlp_bias, "", d.ffn_width) | _post_norm(d)
+    if d.memory is not None:
+        return _memory(d, d.memory)
+    specs = _norm(d) | gated(d, d.mlp_bias, "", d.ffn_width)
+    if d.shard is not None:
+        specs["down"] = matrix(d.shard.inner, ("down", d.shard.outer))
+    return specs | _post_norm(d)
 
 
 def gated(d: Description, bias: bool, prefix: str, inner: int) -> dict[str, TensorSpec]:
