@@ -53,6 +53,7 @@ from outsize.text.tokens import Tokens
 from outsize.weights import load as weights
 from outsize.weights.bundles import Bundles
 from outsize.weights.load import Loaded
+from outsize.weights.neuron_spec import RESIDENT
 from outsize.weights.open_pack import LoadPlan
 from outsize.weights.spec import ExpertOptions, Recorder, parse_experts
 
@@ -205,7 +206,8 @@ def _open(
         if paged is not None:
             transformer.neurons = neurons.told(paged)
             made_of = choosers(paged.file, made.description, native)
-            transformer.page_neurons(made_of, experts.recorder)
+            takes_resident = paged.spec.mode == RESIDENT
+            transformer.page_neurons(made_of, experts.recorder, takes_resident)
         nested.install(transformer.nested, packs.nested, share)
         drafts = _drafting(made, options, placement, transformer, smaller)
         drafts.nested = nested.drafter(packs.nested, options, (outline, placement), transformer)

@@ -34,11 +34,17 @@ NOT_FAMILIES = (
     "latent",
     "rope",
 )
+OWN = {  # of families that call their embedding otherwise
+    "opt": "model.decoder.embed_tokens.weight",
+    "falcon": "transformer.word_embeddings.weight",
+}
 EMBEDDINGS = (
     "token_embd.weight",
     "model.embed_tokens.weight",
     "model.language_model.embed_tokens.weight",
     "language_model.model.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    *OWN.values(),
 )
 
 
@@ -93,8 +99,9 @@ def _config(checkpoint: Checkpoint, name: str, defaults: Mapping[str, object]) -
     is_gguf = checkpoint.format == "gguf"
     embedding = [checkpoint.tensors[n] for n in EMBEDDINGS if n in checkpoint.tensors]
     if not embedding or len(embedding[0].shape) != 2:
+        due = EMBEDDINGS[0] if is_gguf else OWN.get(name, EMBEDDINGS[1])
         raise CheckpointError(
-            f"no token embedding ({EMBEDDINGS[not is_gguf]}) among {len(checkpoint.tensors)} tensors; "
+            f"no token embedding ({due}) among {len(checkpoint.tensors)} tensors; "
             "the checkpoint is not one of a language model, or not complete"
         )
     return Config(

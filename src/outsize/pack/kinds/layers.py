@@ -9,12 +9,14 @@ from outsize.errors import UnsupportedError
 from outsize.model_config import Description, Memory, Mixture
 from outsize.model_parts import Delta, Latent
 from outsize.pack.kinds.kind import Group, Kind
-from outsize.pack.records import Specs, TensorSpec, lay_out, matrix, record_fault, vector
+from outsize.pack.records import POSITIONS, Specs, TensorSpec, lay_out, matrix, record_fault, vector
+from outsize.pack.specs import ffn_norm, norms, two_matrix
 from outsize.pack.tables import Matrix, TableHeader
 from outsize.pack.tensors import Record, SourceTensors, TablePlan
 
 GOLDEN = 0.6180339887498949
 FINAL = "final"
+SHARING = "sharing"  # attention of layers that make queries alone
 ORDER = "memory_order"  # of a table of feed-forwards: the row of each token
 BESIDE = "dense_"  # what names of a dense feed-forward beside one of the embedding begin with
 CONV = "conv"  # of short convolutions, in place of attention
@@ -26,13 +28,18 @@ class Layers(Kind):
     """The keys of a table's header are its layers' numbers. Layers of equal encodings make one table."""
 
     def groups(self, d: Description) -> Sequence[Group]:
-        final = {"final_norm": vector(("final_norm", d.width)), **_beside_table(d)}
+        final = {**norms(d, "final_norm"), **_beside_table(d)}
+        if d.positions:
+            final[POSITIONS] = matrix(d.width, (POSITIONS, d.context))
         ffn = _dense(d) if d.mixture is None else _routed(d, d.mixture)
         dense = (Group(DENSE, 3, _dense(d)),) if len(d.routed) not in (0, d.num_layers) else ()
         delta = (Group(DELTA, 2, _delta(d, d.delta)),) if d.delta is not None else ()
         conv = (Group(CONV, 2, _conv(d)),) if d.mixed_by("conv") else ()
+        some = d.num_kv_layers < d.num_layers
+        sharing = (Group(SHARING, 2, _attention(d, makes_keys=False)),) if some else ()
         return (
             Group("attn", 2, _attention(d)),
+            *sharing,
             *delta,
             *conv,
             *((Group("ffn", 3, ffn),) if d.has_ffn else ()),
@@ -78,6 +85,9 @@ MIXERS = {
 
 def layers_of(d: Description, name: str) -> tuple[int, ...]:
     """The layers that have a record in the tables of a group."""
+    if name in ("attn", SHARING):
+        own = d.kv_layers
+        return own if name == "attn" else tuple(sorted(set(d.mixed_by("attention")) - set(own)))
     if name in MIXERS:
         return d.mixed_by(MIXERS[name])
     if d.mixture is None:
@@ -86,27 +96,28 @@ def layers_of(d: Description, name: str) -> tuple[int, ...]:
     return tuple(i for i in range(d.num_layers) if i not in routed) if name == DENSE else routed
 
 
-def _attention(d: Description) -> Specs:
+def _attention(d: Description, makes_keys: bool = True) -> Specs:
     q, kv = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
-    specs: dict[str, TensorSpec] = {}
-    if d.pre_norm:
-        specs["attn_norm"] = vector(("attn_norm", d.width))
+    parts = (("q", q), ("k", kv), ("v", kv)) if makes_keys else (("q", q),)
+    biases = [(f"{name}_bias", rows) for name, rows in parts]
+    specs: dict[str, TensorSpec] = dict(norms(d, "attn_norm")) if d.pre_norm else {}
     if d.latent is not None:
         specs |= _latent(d, d.latent)
     else:
-        specs["qkv"] = matrix(d.width, ("q", q), ("k", kv), ("v", kv))
+        specs["qkv"] = matrix(d.width, *parts)
         specs["o"] = matrix(q, ("o", d.width))
     if d.gated:
         specs["attn_gate"] = matrix(d.width, ("attn_gate", q))
     if d.qkv_bias:
-        specs["qkv_bias"] = vector(("q_bias", q), ("k_bias", kv), ("v_bias", kv))
+        specs["qkv_bias"] = vector(*biases)
     if d.o_bias:
         specs["o_bias"] = vector(("o_bias", d.width))
     if d.sinks:
         specs["sinks"] = vector(("sinks", d.num_heads))
     if d.qk_norm or d.qk_norm_whole:
-        sizes = (d.head_dim, d.head_dim) if d.qk_norm else (q, kv)
-        specs |= {n: vector((n, size)) for n, size in zip(("q_norm", "k_norm"), sizes, strict=True)}
+        sizes = {"q_norm": d.head_dim, "k_norm": d.head_dim}
+        sizes = sizes if d.qk_norm else {"q_norm": q, "k_norm": kv}
+        specs |= {n: vector((n, size)) for n, size in sizes.items() if makes_keys or n == "q_norm"}
     if d.post_norm:
         specs["attn_post_norm"] = vector(("attn_post_norm", d.width))
     return specs
@@ -159,8 +170,8 @@ def _conv(d: Description) -> Specs:
 def _routed(d: Description, m: Mixture) -> Specs:
     """The router, and an expert that all tokens use; of nested experts the norms alone."""
     if m.nested:
-        return _norm(d) | _post_norm(d)
-    specs = _norm(d) | {"router": matrix(d.width, ("router", m.count))}
+        return ffn_norm(d) | _post_norm(d)
+    specs = ffn_norm(d) | {"router": matrix(d.width, ("router", m.count))}
     if m.bias:
         specs["router_bias"] = vector(("router_bias", m.count))
     if m.choice_bias:
@@ -171,10 +182,6 @@ def _routed(d: Description, m: Mixture) -> Specs:
     if m.shared_gate:
         specs["shared_router"] = vector(("shared_router", d.width))
     return specs
-
-
-def _norm(d: Description) -> dict[str, TensorSpec]:
-    return {"ffn_norm": vector(("ffn_norm", d.width))} if d.pre_norm else {}
 
 
 def _post_norm(d: Description) -> dict[str, TensorSpec]:
@@ -199,7 +206,7 @@ def basis(layer: int) -> str:
 
 def _memory(d: Description, m: Memory) -> Specs:
     """A feed-forward of the embedding, unless it is looked up; and a dense one beside."""
-    specs = {} if m.is_table else _norm(d) | gated(d, False, "", d.ffn_width)
+    specs = {} if m.is_table else ffn_norm(d) | gated(d, False, "", d.ffn_width)
     if m.dense:
         specs[f"{BESIDE}norm"] = vector((f"{BESIDE}norm", d.width))
         inner = gated(d, False, BESIDE, m.dense)
@@ -210,7 +217,7 @@ def _memory(d: Description, m: Memory) -> Specs:
 def _dense(d: Description) -> Specs:
     if d.memory is not None:
         return _memory(d, d.memory)
-    specs = _norm(d) | gated(d, d.mlp_bias, "", d.ffn_width)
+    specs = ffn_norm(d) | (two_matrix(d) if d.two_matrix else gated(d, d.mlp_bias, "", d.ffn_width))
     if d.shard is not None:
         specs["down"] = matrix(d.shard.inner, ("down", d.shard.outer))
     return specs | _post_norm(d)
