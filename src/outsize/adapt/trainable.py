@@ -8,6 +8,7 @@ V vocabulary, R rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -142,9 +143,12 @@ class TrainableModel:
             made.append(new)
             h = h + self._post(out, i, "attn_post_norm")
             x = x if self.description.parallel else self._norm(h, i, "ffn_norm", change)
-            out = self._dense(x, i, change)
-            h = h + self._post(out, i, "ffn_post_norm")
+            h = self.added(h, change.ffn(x, h, i, partial(self._dense, x, i, change)), i)
         return h, made
+
+    def added(self, h: Tensor, out: Tensor, layer: int) -> Tensor:
+        """The stream with what a layer's feed-forward gave."""
+        return h + self._post(out, layer, "ffn_post_norm")
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., V) of normed states."""

@@ -33,6 +33,7 @@ from outsize.model.predictors.choose import Chooser
 from outsize.model.ranks import Leader, Stages
 from outsize.model.step import Step, TokenInputs, Watch
 from outsize.model.sublayer import attention_sublayer
+from outsize.model.width import Nested
 from outsize.model_config import Description, Rope
 from outsize.parallel.collective import Collective
 from outsize.weights.load import Loaded
@@ -57,11 +58,13 @@ class Transformer:
         self._embed, self._head = loaded.embed, loaded.head
         self.dtype = loaded.activation_type
         self.paged_layers: list[PagedLayer] = []
+        mixture = description.mixture
+        self.nested = Nested(mixture.count if mixture is not None and mixture.nested else 0)
         for i, (attn, ffn) in enumerate(loaded.layers):
             self.paged_layers.append(
                 PagedLayer(partial(attention_sublayer, description, i, ranks=ranks), attn)
             )
-            make = ffn_maker(description, i, loaded, ranks)
+            make = ffn_maker(description, i, (loaded, self.nested), ranks)
             self.paged_layers.append(PagedLayer(make, ffn))
         link(self.paged_layers[1::2])
         self._norm = last_norm(description, loaded.final_norm)
