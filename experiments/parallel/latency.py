@@ -91,8 +91,8 @@ def sums(transport: Transport, size: int, bits: int, count: int) -> dict[str, ob
 
 
 def keep(rows: list[dict[str, object]], output: Path | None) -> None:
-    load = [round(x, 1) for x in os.getloadavg()]
-    lines = [json.dumps({**row, "load": load}) for row in rows]
+    busy = round(os.getloadavg()[0], 1)  # how many wanted a core
+    lines = [json.dumps({**row, "busy": busy}) for row in rows]
     print("\n".join(lines))
     if output is not None:
         with output.open("a") as out:

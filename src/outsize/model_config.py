@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
+from outsize.errors import OptionError
 from outsize.model_parts import Delta, Latent, Shard
 
 BIASED = "clamped_swiglu"  # of experts with biases
@@ -56,6 +57,9 @@ class Layer:
     dense: bool = False  # in a model with experts: a plain feed-forward instead
     chunked: bool = False
     unit_norm: bool = False  # query and key heads are normed, without weights
+    shares: int | None = (
+        None  # makes queries alone: keys and values are those of this earlier layer
+    )
     mixer: str = "attention"  # one of MIXERS
 
 
@@ -151,6 +155,11 @@ class Description:
         return len(self.layers)
 
     @property
+    def num_kv_layers(self) -> int:
+        """Layers that make keys and values, and keep them: the first ones."""
+        return sum(layer.shares is None for layer in self.layers)
+
+    @property
     def qkv_rows(self) -> int:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
@@ -165,6 +174,11 @@ class Description:
         if self.mixture is None:
             return ()
         return tuple(i for i, layer in enumerate(self.layers) if not layer.dense)
+
+    @property
+    def kv_layers(self) -> tuple[int, ...]:
+        """The layers that keep keys and values of their own."""
+        return tuple(i for i in self.mixed_by("attention") if self.layers[i].shares is None)
 
     def mixed_by(self, mixer: str) -> tuple[int, ...]:
         """The layers with this mixer."""
@@ -214,6 +228,27 @@ class Description:
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
+
+
+def share_keys(d: Description, count: int) -> Description:
+    """The model whose last `count` layers make queries alone and read the keys and values of the last layer
+    before them that turns and sees as they do. Raises OptionError."""
+    first = d.num_layers - count
+    if d.num_kv_layers < d.num_layers or not 0 < count < d.num_layers:
+        raise OptionError(
+            f"{count} of {d.num_layers} layers are to share keys and values; from 1 to "
+            f"{d.num_layers - 1} can, in a model where none does yet"
+        )
+    layers = list(d.layers)
+    for i in range(first, d.num_layers):
+        alike = [j for j in range(first) if d.layers[j] == d.layers[i]]
+        if not alike:
+            raise OptionError(
+                f"layer {i} sees or turns as none of the first {first} layers does, whose keys and values it "
+                "would read; let fewer layers share"
+            )
+        layers[i] = replace(d.layers[i], shares=alike[-1])
+    return replace(d, layers=tuple(layers))
 
 
 # What a description may say, and be a usual one.

@@ -332,8 +332,8 @@ def shapes(family: str) -> dict[str, tuple[int, ...]]:
         if family == "gemma3":
             names = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
             out |= {f"{p}{n}.weight": (WIDTH,) for n in names}
-    if family.startswith("memoryllm"):
-        out = memory_shapes(out, family)
+    if family == "memoryllm":
+        out = memory_shapes(out, settings["dense_intermediate_size"])
     out["model.norm.weight"] = (WIDTH,)
     if not settings["tie_word_embeddings"]:
         out["lm_head.weight"] = (VOCAB, WIDTH)
@@ -344,11 +344,10 @@ def shapes(family: str) -> dict[str, tuple[int, ...]]:
     return out
 
 
-def memory_shapes(out: dict[str, tuple[int, ...]], family: str) -> dict[str, tuple[int, ...]]:
+def memory_shapes(out: dict[str, tuple[int, ...]], inner: int) -> dict[str, tuple[int, ...]]:
     """Of llama's tensors, those of feed-forwards of the embedding; in Flex also of a dense one beside."""
     old, new = "post_attention_layernorm", "memory_layernorm"
     made = {name.replace(old, new): shape for name, shape in out.items()}
-    inner = config(family)["dense_intermediate_size"]
     for i in range(LAYERS if inner else 0):
         p = f"model.layers.{i}."
         made[f"{p}{old}.weight"] = (WIDTH,)

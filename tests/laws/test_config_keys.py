@@ -45,7 +45,8 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 
 KINDS = ["full_attention", "full_attention", "sliding_attention"]
 # Another value of each key that is heeded, and what else the config must say for it to matter.
 CHANGES: dict[str, tuple[object, dict[str, object]]] = {
-    "hidden_size": (128, {}), "intermediate_size": (192, {}), "num_hidden_layers": (2, {}),
+    "hidden_size": (128, {}), "num_hidden_layers": (2, {}),
+    "intermediate_size": (192, {"block_ff_dim": None}),
     "num_attention_heads": (2, {}), "num_key_value_heads": (1, {}), "head_dim": (8, {}),
     "max_position_embeddings": (2048, {}), "rms_norm_eps": (1e-4, {}), "hidden_act": ("gelu", {}),
     "hidden_activation": ("silu", {}), "rope_theta": (5e4, {"rope_scaling": None, "rope_parameters": None}),
@@ -183,6 +184,7 @@ def test_a_heeded_key_matters_or_is_refused(family: str, folder_of: Folders) -> 
     # What names tensors only is held by test_tensors.py.
     for key in family_of(family).DEFAULTS.keys() - {
         "tie_word_embeddings",
+        "tie_embedding",
         "num_nextn_predict_layers",
     }:
         value, more = CHANGES[key]

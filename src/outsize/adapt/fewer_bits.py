@@ -135,11 +135,11 @@ class Candidates:
         weights = sum(m.num_rows * m.width for m in matrices)
         return 8 * sum(m.size for m in matrices) / weights
 
-    def made(self, chosen: Mapping[Stack, int]) -> dict[Stack, Made]:
+    def made(self, chosen: Mapping[Stack, int]) -> dict[Stack, tuple[Made, ...]]:
         """What is to be written."""
-        out = {}
+        out: dict[Stack, tuple[Made, ...]] = {}
         for (layer, name), size in chosen.items():
             m = self.tried[layer, name, size].matrix
             fields = partial(self._spill.get, (layer, name, size))
-            out[layer, name] = Made(m.encoding, m.num_rows, m.width, fields)
+            out[layer, name] = (Made(m.encoding, m.num_rows, m.width, fields),)
         return out

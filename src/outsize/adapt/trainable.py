@@ -46,6 +46,14 @@ class Change:
         """What multiplies x in place of w, a tensor of a pack's record: qkv, o, gate_up or down."""
         return w
 
+    def source(self, layer: int) -> int | None:
+        """The earlier layer whose keys and values this one reads, making queries alone; None: its own."""
+        return None
+
+    def vector(self, v: Tensor, layer: int, name: str) -> Tensor:
+        """What scales normed states in place of v, a norm before a sub-layer: attn_norm or ffn_norm."""
+        return v
+
     def add(self, y: Tensor, x: Tensor, layer: int, names: Sequence[str]) -> Tensor:
         """`y` is the product of x with the projections' rows, stacked; with what is added."""
         return y
@@ -154,7 +162,7 @@ class TrainableModel:
 
     def normed(self, h: Tensor) -> Tensor:
         """What the head multiplies, of the stream after the last layer."""
-        return self._normed(h, -1, "final_norm")
+        return self._normed(h, -1, "final_norm", AS_IS)
 
     def matrix(self, layer: int, name: str) -> Tensor:
         """A layer's qkv, o, gate_up or down."""
@@ -168,7 +176,7 @@ class TrainableModel:
     def _through(
         self, rows: Rows, layers: range, stored: Sequence[Stored] | None, change: Change
     ) -> tuple[Tensor, list[Stored]]:
-        h, made = rows.h_BTD, []
+        h, made = rows.h_BTD, list[Stored]()
         if self.positions_PD is not None and layers.start == 0:
             h = h + self.positions_PD[rows.positions_BT]
         ropes = self.description.ropes
@@ -176,12 +184,13 @@ class TrainableModel:
         masks = self._masks(rows)
         for i in layers:
             layer, past = self.description.layers[i], None if stored is None else stored[i]
-            turn, mask = rotations[layer.rope], masks[layer.window]
-            x = self._norm(h, i, "attn_norm")
-            out, new = self._attention(x, i, turn, mask, past, change)
+            sight = rotations[layer.rope], masks[layer.window]
+            of, x = change.source(i), self._norm(h, i, "attn_norm", change)
+            shared = None if of is None else made[of]
+            out, new = self._attention(x, i, sight, (past, shared), change)
             made.append(new)
             h = h + self._post(out, i, "attn_post_norm")
-            x = x if self.description.parallel else self._norm(h, i, "ffn_norm")
+            x = x if self.description.parallel else self._norm(h, i, "ffn_norm", change)
             out = self._dense(x, i, change)
             h = h + self._post(out, i, "ffn_post_norm")
         return h, made
@@ -208,15 +217,16 @@ class TrainableModel:
             self._cos_sin[rope] = known = torch.view_as_real(made).to(self.device, self.residual)
         return known[positions_BT][:, :, None]  # (B, T, 1, E/2, 2)
 
-    def _norm(self, h: Tensor, layer: int, name: str) -> Tensor:
-        return self._normed(h, layer, name).to(self.dtype)
+    def _norm(self, h: Tensor, layer: int, name: str, change: Change) -> Tensor:
+        return self._normed(h, layer, name, change).to(self.dtype)
 
-    def _normed(self, h: Tensor, layer: int, name: str) -> Tensor:
+    def _normed(self, h: Tensor, layer: int, name: str, change: Change) -> Tensor:
         """Layer -1 is what comes after all."""
         weights, eps = self._layers[layer], self.description.norm_eps
+        weight = change.vector(weights[name], layer, name)
         if self.description.layer_norm:
-            return layer_norm(h, h.shape[-1:], weights[name], weights[f"{name}_bias"], eps)
-        return rms_norm(h, h.shape[-1:], weights[name], eps)
+            return layer_norm(h, h.shape[-1:], weight, weights[f"{name}_bias"], eps)
+        return rms_norm(h, h.shape[-1:], weight, eps)
 
     def _post(self, out: Tensor, layer: int, name: str) -> Tensor:
         out = out.to(self.residual)
@@ -235,30 +245,46 @@ class TrainableModel:
         self,
         x: Tensor,
         i: int,
-        turn: Tensor,
-        mask: Tensor,
-        past: Stored | None,
+        sight: tuple[Tensor, Tensor],
+        known: tuple[Stored | None, Stored | None],
         change: Change,
     ) -> tuple[Tensor, Stored]:
-        d, weights = self.description, self._layers[i]
-        qkv = self._linear(x, i, "qkv", ("q", "k", "v"), change)
-        if d.qkv_bias:
-            qkv = qkv + weights["qkv_bias"]
-        heads = qkv.unflatten(-1, (-1, d.head_dim)).to(self.residual)
-        q, k, v = heads.split([d.num_heads, d.num_kv_heads, d.num_kv_heads], dim=2)
-        if d.qk_norm:
-            q = rms_norm(q, q.shape[-1:], weights["q_norm"], d.norm_eps)
-            k = rms_norm(k, k.shape[-1:], weights["k_norm"], d.norm_eps)
-        q, k = _rotate(q, turn), _rotate(k, turn)
-        q, k, v = (t.transpose(1, 2).to(self.dtype) for t in (q, k, v))
-        keys, values = (k, v) if past is None else joined(past, (k, v))
+        """`sight`: rotations, and which keys each row may see; `known`: keys and values that were stored
+        before, and those of another layer that are used in place of new ones."""
+        d, weights, (turn, mask), (past, shared) = self.description, self._layers[i], sight, known
+        q, new = self._projected(x, i, turn, shared, change)
+        keys, values = new if past is None else joined(past, new)
         group = d.num_heads // d.num_kv_heads
         keys, values = (t.repeat_interleave(group, dim=1) for t in (keys, values))
         with sdpa_kernel(ATTENTION):
             out = scaled_dot_product_attention(q, keys, values, mask, scale=d.attn_scale)
         out = out.transpose(1, 2).flatten(2)
         out = self._linear(out, i, "o", ("o",), change)
-        return out + weights["o_bias"] if d.o_bias else out, (k, v)
+        return out + weights["o_bias"] if d.o_bias else out, new
+
+    def _projected(
+        self, x: Tensor, i: int, turn: Tensor, shared: Stored | None, change: Change
+    ) -> tuple[Tensor, Stored]:
+        """Queries (B, H, T, E), rotated; and new keys and values, or those that are shared."""
+        d, weights = self.description, self._layers[i]
+        names = ("q", "k", "v") if shared is None else ("q",)
+        rows = d.num_heads * d.head_dim if shared is not None else d.qkv_rows
+        w = change.weight(weights["qkv"], x, i, "qkv")[:rows]
+        qkv = change.add(linear(x, w), x, i, names)
+        if d.qkv_bias:
+            qkv = qkv + weights["qkv_bias"][:rows]
+        heads = qkv.unflatten(-1, (-1, d.head_dim)).to(self.residual)
+        q = heads[:, :, : d.num_heads]
+        if d.qk_norm:
+            q = rms_norm(q, q.shape[-1:], weights["q_norm"], d.norm_eps)
+        q = _rotate(q, turn).transpose(1, 2).to(self.dtype)
+        if shared is not None:
+            return q, shared
+        k, v = heads[:, :, d.num_heads :].chunk(2, dim=2)
+        if d.qk_norm:
+            k = rms_norm(k, k.shape[-1:], weights["k_norm"], d.norm_eps)
+        k, v = (t.transpose(1, 2).to(self.dtype) for t in (_rotate(k, turn), v))
+        return q, (k, v)
 
     def _dense(self, x: Tensor, i: int, change: Change) -> Tensor:
         d, weights = self.description, self._layers[i]

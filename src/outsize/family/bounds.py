@@ -67,11 +67,32 @@ def fault(d: Description) -> str:
         return problem
     if d.latent is not None and (problem := _latent_fault(d, d.latent)):
         return problem
+    if problem := _sharing_fault(d):
+        return problem
     if d.memory is not None and (problem := _memory_fault(d, d.memory)):
         return problem
     if d.shard is not None and (problem := _shard_fault(d, d.shard)):
         return problem
     return _mixture_fault(d) or next((p for layer in d.layers if (p := _layer_fault(d, layer))), "")
+
+
+def _sharing_fault(d: Description) -> str:
+    """Layers that share keys and values are the last ones, and share those of one that makes some, of the
+    same rope and window."""
+    first = d.num_kv_layers
+    for i, layer in enumerate(d.layers):
+        if (layer.shares is None) != (i < first):
+            return f"layer {i} makes keys and values behind one that shares some"
+        if layer.shares is None:
+            continue
+        if not 0 <= layer.shares < first:
+            return f"layer {i} shares keys and values of layer {layer.shares:,}, which makes none"
+        other = d.layers[layer.shares]
+        if (other.rope, other.window, other.chunked) != (layer.rope, layer.window, layer.chunked):
+            return f"layer {i} shares keys and values of layer {layer.shares}, which turns or sees otherwise"
+    usual = d.latent is None and not d.sinks and not d.qk_norm_whole
+    usual = usual and not any(layer.unit_norm for layer in d.layers)
+    return "" if usual or first == d.num_layers else "such attention shares no keys and values"
 
 
 def _memory_fault(d: Description, m: Memory) -> str:

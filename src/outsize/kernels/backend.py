@@ -30,7 +30,8 @@ class AttentionSpec:
     """One layer's attention, for any backend: sizes, and tensors that never change, fp32. `window`: how many
     entries a row sees, itself among them (None: all); `bias` of query, key and value; `norm` of query and key
     heads; `sinks`: each head's score of attending to nothing; `cap`: scores x are cap * tanh(x / cap), if it
-    is not 0; `chunked`: a row sees entries of its own piece of `window` positions."""
+    is not 0; `chunked`: a row sees entries of its own piece of `window` positions; `stores`: False where keys
+    and values are those that an earlier sub-layer of this step stored in `layer`."""
 
     layer: int
     num_heads: int
@@ -43,6 +44,7 @@ class AttentionSpec:
     sinks: Tensor | None = None
     cap: float = 0.0
     chunked: bool = False
+    stores: bool = True
     struct: Attention = field(init=False)
     pointer: int = field(init=False)
 

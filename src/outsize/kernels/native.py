@@ -215,7 +215,7 @@ class Native(Plain):
         return out
 
     def attend(self, spec: AttentionSpec, qkv: Tensor, cos_sin: Tensor, rows: Rows) -> Tensor:
-        table, qkv = rows.table(spec.layer, spec.sight), qkv.contiguous()
+        table, qkv = rows.table(spec.layer, spec.sight, spec.stores), qkv.contiguous()
         count, most = len(qkv), table.most_chunks
         width, task = spec.num_heads * spec.head_dim, spec.num_heads // spec.num_kv_heads
         task *= spec.head_dim + 2

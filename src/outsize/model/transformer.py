@@ -6,7 +6,7 @@ fp32 and is changed in place. Shapes: T tokens, K tokens whose logits are wanted
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -24,17 +24,16 @@ from outsize.kv.state import states_of
 from outsize.model.ffn.neurons import PagedNeurons
 from outsize.model.layers import cos_sin
 from outsize.model.lora import Adapter
+from outsize.model.make_ffn import ffn_maker
 from outsize.model.memory import WeightMemory
-from outsize.model.memory_sublayer import memory_sublayer
 from outsize.model.norms import last_norm, learned_positions
 from outsize.model.paged import PagedLayer, link
 from outsize.model.predictors.choose import Chooser
 from outsize.model.ranks import Leader, Stages
 from outsize.model.step import Step, TokenInputs, Watch
-from outsize.model.sublayer import Runnable, attention_sublayer, ffn_sublayer, mixture_sublayer
+from outsize.model.sublayer import attention_sublayer
 from outsize.model_config import Description, Rope
 from outsize.parallel.collective import Collective
-from outsize.storage.table import Weights
 from outsize.weights.load import Loaded
 from outsize.weights.spec import Recorder
 
@@ -60,16 +59,11 @@ class Transformer:
         self._embed, self._head = loaded.embed, loaded.head
         self.dtype = loaded.activation_type
         self.paged_layers: list[PagedLayer] = []
-        banks = {bank.layer: bank for bank in loaded.banks}
         for i, (attn, ffn) in enumerate(loaded.layers):
             self.paged_layers.append(
                 PagedLayer(partial(attention_sublayer, description, i, ranks=ranks), attn)
             )
-            make: Callable[[Weights], Runnable] = partial(ffn_sublayer, description, i, ranks=ranks)
-            if (bank := banks.get(i)) is not None:
-                make = partial(mixture_sublayer, description, bank)
-            elif description.memory is not None:
-                make = partial(memory_sublayer, description, i, loaded.final_norm)
+            make = ffn_maker(description, i, loaded, ranks)
             self.paged_layers.append(PagedLayer(make, ffn))
         link(self.paged_layers[1::2])
         self._norm = last_norm(description, loaded.final_norm)
@@ -139,18 +133,11 @@ class Transformer:
         watches: Sequence[Watch] = (),
         tokens: TokenInputs | None = None,
     ) -> Step:
-        """A step of these rows; its rotary angles are computed once for all layers. `tokens`: of a model
-        whose layers read them."""
+        """A step of these rows, whose rotary angles all layers share. `tokens`: where layers read them."""
         positions = [p for s in segments for p in s.all_positions()]
         angles = rotary_angles(self._ropes, self.description.head_dim, positions)
-        return Step(
-            Rows(segments, wide),
-            angles,
-            self.backend.wide if wide else self.backend,
-            added,
-            watches,
-            tokens,
-        )
+        backend = self.backend.wide if wide else self.backend
+        return Step(Rows(segments, wide), angles, backend, added, watches, tokens)
 
     def normed(self, h_TD: Tensor) -> Tensor:
         """What the head reads."""
@@ -197,7 +184,7 @@ class Transformer:
 
 def new_kv(d: Description, dtype: torch.dtype, room: int = 0) -> KV:
     """An empty cache of numbers for one sequence."""
-    return KV(d.num_layers, (d.num_kv_heads, d.head_dim), dtype, room, states_of(d, dtype))
+    return KV(d.num_kv_layers, (d.num_kv_heads, d.head_dim), dtype, room, states_of(d, dtype))
 
 
 def rotary_angles(

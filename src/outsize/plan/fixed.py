@@ -56,7 +56,7 @@ def stored_bytes(o: Outline) -> int:
     """Of one token: its keys and values in all layers."""
     d = o.description
     entry = entry_bytes(d.head_dim) if o.kv == "int8" else d.head_dim * o.activation_bytes
-    return 2 * len(d.mixed_by("attention")) * d.num_kv_heads * entry
+    return 2 * len(d.kv_layers) * d.num_kv_heads * entry
 
 
 def state_bytes(o: Outline) -> int:

@@ -23,7 +23,7 @@ from outsize import weights as package
 from outsize.kernels.backend import Backend
 from outsize.kernels.plain import PLAIN
 from outsize.pack.format import Pack
-from outsize.pack.kinds.layers import DENSE, MIXERS
+from outsize.pack.kinds.layers import DENSE, MIXERS, SHARING
 from outsize.progress import Progress, silent
 from outsize.storage.table import activation_type
 from outsize.weights.experts import ExpertBank
@@ -44,7 +44,9 @@ class Loaded:
         self.kinds = kinds
         self.embed, self.head = rows["embed"], rows.get("head", rows["embed"])
         ffn = {**layers.get("ffn", {}), **layers.get(DENSE, {})}
-        attn = {i: record for name in MIXERS for i, record in layers.get(name, {}).items()}
+        attn = {
+            i: record for name in (*MIXERS, SHARING) for i, record in layers.get(name, {}).items()
+        }
         self.layers = tuple((attn[i], ffn.get(i)) for i in range(pack.pack.description.num_layers))
         self.tokens: TokenTable | None = kinds.get("tokens")
         self.banks: tuple[ExpertBank, ...] = kinds.get("experts", ())

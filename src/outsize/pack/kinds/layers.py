@@ -16,6 +16,7 @@ from outsize.pack.tensors import Record, SourceTensors, TablePlan
 
 GOLDEN = 0.6180339887498949
 FINAL = "final"
+SHARING = "sharing"  # attention of layers that make queries alone
 ORDER = "memory_order"  # of a table of feed-forwards: the row of each token
 BESIDE = "dense_"  # what names of a dense feed-forward beside one of the embedding begin with
 CONV = "conv"  # of short convolutions, in place of attention
@@ -34,8 +35,11 @@ class Layers(Kind):
         dense = (Group(DENSE, 3, _dense(d)),) if len(d.routed) not in (0, d.num_layers) else ()
         delta = (Group(DELTA, 2, _delta(d, d.delta)),) if d.delta is not None else ()
         conv = (Group(CONV, 2, _conv(d)),) if d.mixed_by("conv") else ()
+        some = d.num_kv_layers < d.num_layers
+        sharing = (Group(SHARING, 2, _attention(d, makes_keys=False)),) if some else ()
         return (
             Group("attn", 2, _attention(d)),
+            *sharing,
             *delta,
             *conv,
             *((Group("ffn", 3, ffn),) if d.has_ffn else ()),
@@ -81,6 +85,9 @@ MIXERS = {
 
 def layers_of(d: Description, name: str) -> tuple[int, ...]:
     """The layers that have a record in the tables of a group."""
+    if name in ("attn", SHARING):
+        own = d.kv_layers
+        return own if name == "attn" else tuple(sorted(set(d.mixed_by("attention")) - set(own)))
     if name in MIXERS:
         return d.mixed_by(MIXERS[name])
     if d.mixture is None:
@@ -89,25 +96,28 @@ def layers_of(d: Description, name: str) -> tuple[int, ...]:
     return tuple(i for i in range(d.num_layers) if i not in routed) if name == DENSE else routed
 
 
-def _attention(d: Description) -> Specs:
+def _attention(d: Description, makes_keys: bool = True) -> Specs:
     q, kv = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
+    parts = (("q", q), ("k", kv), ("v", kv)) if makes_keys else (("q", q),)
+    biases = [(f"{name}_bias", rows) for name, rows in parts]
     specs = norms(d, "attn_norm") if d.pre_norm else {}
     if d.latent is not None:
         specs |= _latent(d, d.latent)
     else:
-        specs["qkv"] = matrix(d.width, ("q", q), ("k", kv), ("v", kv))
+        specs["qkv"] = matrix(d.width, *parts)
         specs["o"] = matrix(q, ("o", d.width))
     if d.gated:
         specs["attn_gate"] = matrix(d.width, ("attn_gate", q))
     if d.qkv_bias:
-        specs["qkv_bias"] = vector(("q_bias", q), ("k_bias", kv), ("v_bias", kv))
+        specs["qkv_bias"] = vector(*biases)
     if d.o_bias:
         specs["o_bias"] = vector(("o_bias", d.width))
     if d.sinks:
         specs["sinks"] = vector(("sinks", d.num_heads))
     if d.qk_norm or d.qk_norm_whole:
-        sizes = (d.head_dim, d.head_dim) if d.qk_norm else (q, kv)
-        specs |= {n: vector((n, size)) for n, size in zip(("q_norm", "k_norm"), sizes, strict=True)}
+        sizes = {"q_norm": d.head_dim, "k_norm": d.head_dim}
+        sizes = sizes if d.qk_norm else {"q_norm": q, "k_norm": kv}
+        specs |= {n: vector((n, size)) for n, size in sizes.items() if makes_keys or n == "q_norm"}
     if d.post_norm:
         specs["attn_post_norm"] = vector(("attn_post_norm", d.width))
     return specs
