@@ -30,7 +30,6 @@ from outsize.weights.layers import resident
 from outsize.weights.load import load
 from outsize.weights.rows import RowTable
 
-LAST = ("final_norm", POSITIONS)  # of a model's last record, what training reads
 ROWS = 4096  # of a row table decoded at once
 # Not cuDNN's: its gradients are NaN for some heads with large scores (Qwen2.5 on an H100, torch 2.11).
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -117,8 +116,10 @@ class TrainableModel:
             self.embed_VD = self._table(loaded.embed, d)
             tied = loaded.head is loaded.embed
             self.head_VD = self.embed_VD if tied else self._table(loaded.head, d)
-            kept = {n: w for n, w in loaded.final_norm.items() if n.startswith(LAST)}
-            final = self._matrices(kept)
+            last = loaded.final_norm.items()
+            final = self._matrices(
+                {n: w for n, w in last if n.startswith(("final_norm", POSITIONS))}
+            )
             self.positions_PD = final.pop(POSITIONS, None)
             pinned = ({**resident(a), **resident(f)} for a, f in loaded.layers)
             self._layers = [*(self._matrices(weights) for weights in pinned), final]
@@ -164,14 +165,9 @@ class TrainableModel:
         """What the head multiplies, of the stream after the last layer."""
         return self._normed(h, -1, "final_norm", AS_IS)
 
-    def matrix(self, layer: int, name: str) -> Tensor:
-        """A layer's qkv, o, gate_up or down."""
-        return self._layers[layer][name]
-
-    def gate_bias(self, layer: int) -> Tensor | None:
-        """(F,): of a feed-forward's gate, or, where there is none, of up."""
-        bias = self._layers[layer].get("gate_up_bias")
-        return None if bias is None else bias[: self.description.ffn_width]
+    def tensors(self, layer: int) -> Mapping[str, Tensor]:
+        """Of a layer, by name: qkv, o, gate_up, down, norms and biases."""
+        return self._layers[layer]
 
     def _through(
         self, rows: Rows, layers: range, stored: Sequence[Stored] | None, change: Change
@@ -221,8 +217,7 @@ class TrainableModel:
         return self._normed(h, layer, name, change).to(self.dtype)
 
     def _normed(self, h: Tensor, layer: int, name: str, change: Change) -> Tensor:
-        """Layer -1 is what comes after all."""
-        weights, eps = self._layers[layer], self.description.norm_eps
+        weights, eps = self._layers[layer], self.description.norm_eps  # -1: after all layers
         weight = change.vector(weights[name], layer, name)
         if self.description.layer_norm:
             return layer_norm(h, h.shape[-1:], weight, weights[f"{name}_bias"], eps)

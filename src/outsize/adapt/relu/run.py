@@ -149,7 +149,7 @@ def _write(base: Pack, task: ReluTask, found: Words, options: ReluOptions) -> Pa
     kind = "fp32" if is_fp32 else "int8"
     with Records(base) as records, bars(options.quiet) as progress:
         made = {
-            (layer, name): _made(kind, task.parameters[f"{layer}.{name}"].detach())
+            (layer, name): (_made(kind, task.parameters[f"{layer}.{name}"].detach()),)
             for layer in range(base.description.num_layers)
             for name in NAMES
         }
