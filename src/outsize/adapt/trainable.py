@@ -116,10 +116,7 @@ class TrainableModel:
             self.embed_VD = self._table(loaded.embed, d)
             tied = loaded.head is loaded.embed
             self.head_VD = self.embed_VD if tied else self._table(loaded.head, d)
-            last = loaded.final_norm.items()
-            final = self._matrices(
-                {n: w for n, w in last if n.startswith(("final_norm", POSITIONS))}
-            )
+            final = self._matrices(loaded.final_norm)
             self.positions_PD = final.pop(POSITIONS, None)
             pinned = ({**resident(a), **resident(f)} for a, f in loaded.layers)
             self._layers = [*(self._matrices(weights) for weights in pinned), final]
