@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from experiments.quality.neurons import CPU, perplexity
+from outsize.adapt.change import AS_IS, Change
 from outsize.adapt.sparsity.layer import SET_ASIDE
 from outsize.adapt.sparsity.measure import by_use, samples
 from outsize.adapt.sparsity.words import words
-from outsize.adapt.trainable import AS_IS, Change, TrainableModel, matmul_type
+from outsize.adapt.trainable import TrainableModel, matmul_type
 from outsize.encoding.find import encoding
 from outsize.kernels.backend import Backend
 from outsize.model.layers import Linear

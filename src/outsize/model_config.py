@@ -138,6 +138,9 @@ class Description:
     memory: Memory | None = None  # feed-forwards of the token's embedding
     gated: bool = False  # what attention sums is multiplied by the sigmoid of a map of its own
     delta: Delta | None = None  # of the layers with that mixer
+    further: bool = (
+        False  # a layer that drafts with the states of another model, whose embedding it reads
+    )
     kernel: int = 0  # tokens of the short convolution of layers with that mixer
     shard: Shard | None = None  # of one of several ranks: the sizes above are what it has
 

@@ -19,9 +19,10 @@ from outsize.adapt.align.checks import CHECKS, Check, parse
 from outsize.adapt.align.mdloo import AlignRecipe, AlignTask, advantages, log_probs
 from outsize.adapt.align.run import AlignOptions, align, task_of
 from outsize.adapt.answers import answer
+from outsize.adapt.change import AS_IS
 from outsize.adapt.distill.task import rows
 from outsize.adapt.examples import Example, TrainOptions
-from outsize.adapt.trainable import AS_IS, TrainableModel
+from outsize.adapt.trainable import TrainableModel
 from outsize.engine.model import Model
 from outsize.errors import DataError, OptionError
 from outsize.progress import silent

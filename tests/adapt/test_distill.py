@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 
 import outsize
 from outsize.adapt import calibration, head_loss, loop
+from outsize.adapt.change import AS_IS
 from outsize.adapt.distill import data as texts
 from outsize.adapt.distill.data import Data
 from outsize.adapt.distill.factors import LoraStudent, best, nothing
@@ -31,7 +32,7 @@ from outsize.adapt.distill.task import DistillRecipe, DistillTask, Student
 from outsize.adapt.examples import Example, TrainOptions
 from outsize.adapt.head_kl import head_kl, likeliest, mixed_loss
 from outsize.adapt.repack import BitsOptions, repack
-from outsize.adapt.trainable import AS_IS, TrainableModel
+from outsize.adapt.trainable import TrainableModel
 from outsize.bench.synthetic.folder import write_folder
 from outsize.bench.synthetic.shapes import Size
 from outsize.checkpoint.lora import raw

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import outsize
+from outsize.adapt.change import AS_IS
 from outsize.adapt.distill.data import Data
 from outsize.adapt.distill.made import Made
 from outsize.adapt.distill.matrices import Matrices
@@ -19,7 +20,7 @@ from outsize.adapt.distill.share_kv import ShareOptions, share_kv
 from outsize.adapt.distill.soft_top_k import MaskStudent, soft_top_k, threshold
 from outsize.adapt.distill.task import DistillRecipe, DistillTask, rows
 from outsize.adapt.examples import Example, TrainOptions
-from outsize.adapt.trainable import AS_IS, TrainableModel
+from outsize.adapt.trainable import TrainableModel
 from outsize.bench.synthetic.folder import write_folder
 from outsize.bench.synthetic.shapes import Size
 from outsize.checkpoint.lora import load as load_adapter

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from outsize.adapt.trainable import AS_IS, Change, Rows, Stored, TrainableModel, joined
+from outsize.adapt.change import AS_IS, Change
+from outsize.adapt.trainable import Rows, Stored, TrainableModel, joined
 
 Draws = torch.Generator | Sequence[torch.Generator] | None
 

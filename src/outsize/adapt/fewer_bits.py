@@ -15,11 +15,12 @@ from torch import Tensor
 
 from outsize.adapt.bits import Option, Stack, choose
 from outsize.adapt.calibration import Calibration
+from outsize.adapt.change import Change
 from outsize.adapt.divergence import divergence
 from outsize.adapt.palettes import Factor, Rounded, rounded
 from outsize.adapt.spill import Spill
 from outsize.adapt.statistics import LENGTH, Inputs, States, sequences
-from outsize.adapt.trainable import Change, TrainableModel
+from outsize.adapt.trainable import TrainableModel
 from outsize.encoding.find import encoding
 from outsize.pack.format import Quality
 from outsize.pack.tables import Matrix

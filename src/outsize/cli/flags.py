@@ -78,7 +78,7 @@ FLAGS = {
         "How experts are cached: POLICY,prefetch=...,misses=...,routing=... (docs).",
     ),
     "draft": Flag(
-        "--draft", "What drafts tokens: auto, none, ngram[:k=], model:PATH, mtp:FILE."
+        "--draft", "What drafts tokens: auto, none, ngram[:k=], model:PATH, native[:k=], mtp:FILE."
     ),
     "prefill": Flag(
         "--prefill",

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import outsize.family as package
 from outsize import registry
 from outsize.checkpoint.checkpoint import Checkpoint, read_floats
-from outsize.errors import CheckpointError
+from outsize.errors import CheckpointError, UnsupportedError
 from outsize.family.bounds import fault
 from outsize.family.config import Config
 from outsize.family.keys import check, check_gguf
@@ -30,6 +30,7 @@ NOT_FAMILIES = (
     "convolutions",
     "delta",
     "find",
+    "further",
     "keys",
     "latent",
     "rope",
@@ -67,6 +68,22 @@ def recipe(checkpoint: Checkpoint) -> Recipe:
     if problem := fault(made.description):
         raise CheckpointError(f"config: {problem}; the file is damaged: fetch it again")
     return made
+
+
+def further_recipe(checkpoint: Checkpoint) -> Recipe:
+    """Of its layer that predicts the token after next, as a model of its own. Raises UnsupportedError."""
+    made = recipe(checkpoint)
+    name = _named(checkpoint)
+    family = registry.module(package, name, "architecture", families())
+    find = getattr(family, "further", None)
+    found: Recipe | None = find(made, checkpoint.format == "gguf") if find is not None else None
+    if found is None or found.names["join"] not in checkpoint.tensors:
+        kind = "GGUF files" if checkpoint.format == "gguf" else "checkpoints"
+        raise UnsupportedError(
+            f"draft=native: this {name} model has no layer that predicts further tokens, or outsize does not "
+            f"know it in {kind} of that family; use draft=ngram, or draft=auto"
+        )
+    return found
 
 
 def _named(checkpoint: Checkpoint) -> str:

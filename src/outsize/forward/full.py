@@ -37,12 +37,13 @@ def outs(model: Transformer, spans: Sequence[Span], rows: Sequence[Tensor]) -> l
     """What spans are sent back, of the residual streams of their last tokens and masks."""
     ends = [len(h) - span.num_masks for h, span in zip(rows, spans, strict=True)]
     wanted = [h[e - s.want : e] for h, e, s in zip(rows, ends, spans, strict=True)]
-    logits = model.logits(torch.cat(wanted)).split([span.want for span in spans])
+    counts, states_KD = [span.want for span in spans], model.normed(torch.cat(wanted))
+    logits = model.project(states_KD).split(counts)
     masks = [
         None if s.masks is None else model.normed(h[e:])
         for h, e, s in zip(rows, ends, spans, strict=True)
     ]
-    return [Out(*pair) for pair in zip(logits, masks, strict=True)]
+    return [Out(*each) for each in zip(logits, masks, states_KD.split(counts), strict=True)]
 
 
 def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:

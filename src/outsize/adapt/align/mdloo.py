@@ -21,13 +21,14 @@ from torch import Tensor
 
 from outsize.adapt.align.task_file import Prompt
 from outsize.adapt.answers import answer
+from outsize.adapt.change import AS_IS, Change
 from outsize.adapt.distill.data import Batch, collate
 from outsize.adapt.distill.factors import LoraStudent
 from outsize.adapt.distill.task import states
 from outsize.adapt.examples import Example
 from outsize.adapt.loop import Recipe
 from outsize.adapt.processes import processes
-from outsize.adapt.trainable import AS_IS, Change, TrainableModel
+from outsize.adapt.trainable import TrainableModel
 from outsize.arguments import real, whole
 from outsize.errors import OptionError
 

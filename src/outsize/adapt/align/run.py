@@ -12,6 +12,7 @@ import torch
 from outsize.adapt.align import task_file
 from outsize.adapt.align.mdloo import AlignRecipe, AlignTask, Asked
 from outsize.adapt.align.task_file import TaskFile
+from outsize.adapt.change import AS_IS, Change
 from outsize.adapt.distill import peak
 from outsize.adapt.distill.data import Data
 from outsize.adapt.distill.factors import Factors, LoraStudent, check_rank, nothing
@@ -20,7 +21,7 @@ from outsize.adapt.distill.task import DistillRecipe
 from outsize.adapt.examples import Example, TrainOptions, fingerprint
 from outsize.adapt.processes import processes
 from outsize.adapt.run import done, opened, session, train
-from outsize.adapt.trainable import AS_IS, Change, TrainableModel
+from outsize.adapt.trainable import TrainableModel
 from outsize.engine import load as loading
 from outsize.errors import DataError, OptionError
 from outsize.log import say

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from outsize.adapt.change import Change, Deltas
 from outsize.adapt.statistics import Inputs
-from outsize.adapt.trainable import Change, Deltas, TrainableModel
+from outsize.adapt.trainable import TrainableModel
 from outsize.errors import DataError, OptionError
 from outsize.model.lora import STACKS, widths
 from outsize.model_config import Description

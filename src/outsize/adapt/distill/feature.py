@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from outsize.adapt.change import AS_IS
 from outsize.adapt.distill import data as texts
 from outsize.adapt.distill import factors, peak
 from outsize.adapt.distill.data import Data
@@ -13,7 +14,7 @@ from outsize.adapt.distill.factors import Factors, LoraStudent
 from outsize.adapt.distill.task import DistillRecipe, DistillTask
 from outsize.adapt.examples import TrainOptions, fingerprint
 from outsize.adapt.run import done, opened, session, train
-from outsize.adapt.trainable import AS_IS, TrainableModel
+from outsize.adapt.trainable import TrainableModel
 from outsize.checkpoint import lora as files
 from outsize.errors import DataError, OptionError
 from outsize.log import say

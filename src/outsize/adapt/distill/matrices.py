@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from outsize.adapt import rewrite
-from outsize.adapt.trainable import Change, TrainableModel
+from outsize.adapt.change import Change
+from outsize.adapt.trainable import TrainableModel
 from outsize.pack.tensors import Made
 
 Key = tuple[int, str]  # layer and tensor: qkv, o, gate_up, down

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from outsize.adapt import rewrite
+from outsize.adapt.change import Change
 from outsize.adapt.distill import data as texts
 from outsize.adapt.distill import peak
 from outsize.adapt.distill.data import Data, collate
@@ -23,7 +24,7 @@ from outsize.adapt.distill.soft_top_k import MaskStudent
 from outsize.adapt.distill.task import DistillRecipe, DistillTask, rows
 from outsize.adapt.examples import TrainOptions, fingerprint
 from outsize.adapt.run import done, opened, session, train
-from outsize.adapt.trainable import Change, TrainableModel
+from outsize.adapt.trainable import TrainableModel
 from outsize.arguments import whole
 from outsize.encoding.find import encoding_like
 from outsize.errors import OptionError, UnsupportedError

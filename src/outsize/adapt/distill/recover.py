@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from outsize.adapt import calibration, rewrite
+from outsize.adapt.change import AS_IS
 from outsize.adapt.distill import data as texts
 from outsize.adapt.distill import factors, peak
 from outsize.adapt.distill.data import Data
@@ -22,7 +23,7 @@ from outsize.adapt.examples import TrainOptions, fingerprint
 from outsize.adapt.processes import processes
 from outsize.adapt.run import done, opened, session, train
 from outsize.adapt.statistics import Inputs
-from outsize.adapt.trainable import AS_IS, TrainableModel
+from outsize.adapt.trainable import TrainableModel
 from outsize.errors import OptionError
 from outsize.home import home
 from outsize.pack import fetch, store

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outsize.adapt.trainable import Change, TrainableModel
+from outsize.adapt.change import Change
+from outsize.adapt.trainable import TrainableModel
 
 WARM, COLD = 1.0, 0.05  # T at the first and at the last step, where scores begin with a spread of 1
 ROUNDS = 50  # of bisection

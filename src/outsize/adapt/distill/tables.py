@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from outsize.adapt.change import Change
 from outsize.adapt.rewrite import vector
 from outsize.adapt.statistics import TENSORS
-from outsize.adapt.trainable import Change, TrainableModel
+from outsize.adapt.trainable import TrainableModel
 from outsize.encoding.levels import MOST
 from outsize.errors import UnsupportedError
 from outsize.kernels.palettes import FORMS, TILE, row_codes

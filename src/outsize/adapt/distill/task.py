@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from outsize.adapt.change import AS_IS, Change
 from outsize.adapt.distill.data import Batch, Data, collate, predicted, sample
 from outsize.adapt.divergence import Divergence, divergence
 from outsize.adapt.examples import Example
@@ -20,7 +21,7 @@ from outsize.adapt.head_kl import head_kl, mixed_loss
 from outsize.adapt.head_loss import head_loss
 from outsize.adapt.loop import Recipe
 from outsize.adapt.processes import processes
-from outsize.adapt.trainable import AS_IS, Change, Rows, TrainableModel
+from outsize.adapt.trainable import Rows, TrainableModel
 from outsize.errors import OptionError
 
 LOSSES = ("kl", "mix", "ce")

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from outsize.adapt.change import Change
 from outsize.adapt.head_loss import head_divergence
 from outsize.adapt.loop import Recipe
 from outsize.adapt.statistics import FIRST, causal
-from outsize.adapt.trainable import Change, TrainableModel
+from outsize.adapt.trainable import TrainableModel
 from outsize.arguments import real
 from outsize.kernels.plain import FATRELU, activation_of
 from outsize.model_config import Description

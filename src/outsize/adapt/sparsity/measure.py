@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from outsize.adapt.change import Change
 from outsize.adapt.statistics import States, bf16_products
-from outsize.adapt.trainable import Change, TrainableModel
+from outsize.adapt.trainable import TrainableModel
 from outsize.model.predictors.predictor import Sample
 
 

@@ -7,15 +7,16 @@ from collections.abc import Iterator, Sequence
 
 from outsize.errors import UnsupportedError
 from outsize.model_config import Description, Memory, Mixture
-from outsize.model_parts import Delta, Latent
+from outsize.model_parts import Latent
 from outsize.pack.kinds.kind import Group, Kind
+from outsize.pack.mixers import conv_specs, delta_specs
 from outsize.pack.records import POSITIONS, Specs, TensorSpec, lay_out, matrix, record_fault, vector
 from outsize.pack.specs import ffn_norm, norms, two_matrix
 from outsize.pack.tables import Matrix, TableHeader
 from outsize.pack.tensors import Record, SourceTensors, TablePlan
 
 GOLDEN = 0.6180339887498949
-FINAL = "final"
+FINAL, FURTHER = "final", "further"
 SHARING = "sharing"  # attention of layers that make queries alone
 ORDER = "memory_order"  # of a table of feed-forwards: the row of each token
 BESIDE = "dense_"  # what names of a dense feed-forward beside one of the embedding begin with
@@ -33,8 +34,8 @@ class Layers(Kind):
             final[POSITIONS] = matrix(d.width, (POSITIONS, d.context))
         ffn = _dense(d) if d.mixture is None else _routed(d, d.mixture)
         dense = (Group(DENSE, 3, _dense(d)),) if len(d.routed) not in (0, d.num_layers) else ()
-        delta = (Group(DELTA, 2, _delta(d, d.delta)),) if d.delta is not None else ()
-        conv = (Group(CONV, 2, _conv(d)),) if d.mixed_by("conv") else ()
+        delta = (Group(DELTA, 2, delta_specs(d, d.delta)),) if d.delta is not None else ()
+        conv = (Group(CONV, 2, conv_specs(d)),) if d.mixed_by("conv") else ()
         some = d.num_kv_layers < d.num_layers
         sharing = (Group(SHARING, 2, _attention(d, makes_keys=False)),) if some else ()
         return (
@@ -45,10 +46,13 @@ class Layers(Kind):
             *((Group("ffn", 3, ffn),) if d.has_ffn else ()),
             *dense,
             Group(FINAL, 5, final),
+            *((Group(FURTHER, 6, _further(d)),) if d.further else ()),
         )
 
     def plan(self, group: Group, tensors: SourceTensors) -> list[TablePlan]:
-        layers = (0,) if group.name == FINAL else layers_of(tensors.description, group.name)
+        layers = (
+            (0,) if group.name in (FINAL, FURTHER) else layers_of(tensors.description, group.name)
+        )
         records = [tensors.record(i, group.specs) for i in layers]
         return tables_of(group.name, "layers", records, layers=layers)
 
@@ -56,9 +60,9 @@ class Layers(Kind):
         names = [t.name for t in tables]
         if problem := kind_fault("layers", group, tables):
             return problem
-        if group.name == FINAL:
-            whole = names == ["final-0"] and tables[0].keys == (0,)
-            return "" if whole else "the final norm is not one record of table final-0"
+        if group.name in (FINAL, FURTHER):
+            whole = names == [f"{group.name}-0"] and tables[0].keys == (0,)
+            return "" if whole else f"there is not one record of a table {group.name}-0"
         if problem := keys_fault(d, group.name, tables):
             return problem
         return "there is no table attn-0" if group.name == "attn" and "attn-0" not in names else ""
@@ -70,7 +74,7 @@ class Layers(Kind):
         first: it is larger."""
         of_layer: dict[int, list[tuple[str, int]]] = {}
         for t in tables:
-            for i, layer in enumerate(t.keys if t.name != "final-0" else ()):
+            for i, layer in enumerate(t.keys if t.name not in ("final-0", "further-0") else ()):
                 of_layer.setdefault(layer, []).append((t.name, i))
         for layer in sorted(of_layer, key=lambda i: i * GOLDEN % 1):
             yield from ((1, name, i) for name, i in sorted(of_layer[layer], reverse=True))
@@ -100,7 +104,7 @@ def _attention(d: Description, makes_keys: bool = True) -> Specs:
     q, kv = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
     parts = (("q", q), ("k", kv), ("v", kv)) if makes_keys else (("q", q),)
     biases = [(f"{name}_bias", rows) for name, rows in parts]
-    specs = norms(d, "attn_norm") if d.pre_norm else {}
+    specs: dict[str, TensorSpec] = dict(norms(d, "attn_norm")) if d.pre_norm else {}
     if d.latent is not None:
         specs |= _latent(d, d.latent)
     else:
@@ -140,30 +144,12 @@ def _latent(d: Description, x: Latent) -> Specs:
     return specs
 
 
-def _delta(d: Description, x: Delta) -> Specs:
-    """The gated delta rule: maps of queries, keys, values and what gates the sums; of each value head's decay
-    and step; the convolution, channel by channel; the norm of a head."""
-    heads, channels = x.value_heads, 2 * x.keys + x.values
-    inputs = (("delta_q", x.keys), ("delta_k", x.keys), ("delta_v", x.values))
+def _further(d: Description) -> Specs:
+    """What joins a token's embedding with the state before it: norms of either, and a map."""
     return {
-        "attn_norm": vector(("attn_norm", d.width)),
-        "delta_qkvz": matrix(d.width, *inputs, ("delta_z", x.values)),
-        "delta_gates": matrix(d.width, ("delta_b", heads), ("delta_a", heads)),
-        "delta_conv": vector(("delta_conv", channels * x.kernel)),
-        "delta_decay": vector(("delta_decay", heads)),
-        "delta_shift": vector(("delta_shift", heads)),
-        "delta_gain": vector(("delta_gain", x.value)),
-        "o": matrix(x.values, ("delta_o", d.width)),
-    }
-
-
-def _conv(d: Description) -> Specs:
-    """A short convolution, gated before and after: three maps as one, and each channel's weights."""
-    return {
-        "attn_norm": vector(("attn_norm", d.width)),
-        "conv_in": matrix(d.width, ("conv_in", 3 * d.width)),
-        "conv_taps": vector(("conv_taps", d.width * d.kernel)),
-        "o": matrix(d.width, ("conv_o", d.width)),
+        "token_norm": vector(("token_norm", d.width)),
+        "state_norm": vector(("state_norm", d.width)),
+        "join": matrix(2 * d.width, ("join", d.width)),
     }
 
 
