@@ -113,7 +113,7 @@ class TrainableModel:
         """What the head multiplies, of the stream after the last layer."""
         return self._normed(h, -1, "final_norm", AS_IS)
 
-    def tensors(self, layer: int) -> Mapping[str, Tensor]:
+    def tensors(self, layer: int) -> dict[str, Tensor]:
         """Of a layer, by name: qkv, o, gate_up, down, norms and biases."""
         return self._layers[layer]
 
