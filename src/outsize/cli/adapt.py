@@ -10,7 +10,11 @@ from typing import Annotated
 
 import typer
 
+from outsize.cli import distill
+from outsize.cli.adapt_relu import relu
+from outsize.cli.align import align
 from outsize.cli.command import only, with_flags
+from outsize.cli.distill import check_answers
 from outsize.cli.flags import DisplayOptions, Flag
 from outsize.errors import OptionError
 from outsize.options import DEFAULT_MODEL, LoadOptions
@@ -202,6 +206,9 @@ def _train_memory(own: MemoryFlags, quiet: bool, as_json: bool) -> None:
         print(json.dumps(told | training.figures))
 
 
+app.command()(relu)
+
+
 @app.command()
 @with_flags
 def sparsity(
@@ -240,14 +247,13 @@ def mtp(
     from outsize.adapt.run import run
     from outsize.plan.probe import set_threads
 
-    for name in ("max_tokens", "at_once"):
-        if name in given and not train.own_answers:
-            flag = name.replace("_", "-")
-            raise OptionError(
-                f"--{flag} is of own answers; leave it out, or leave --given-answers out"
-            )
+    check_answers(train.own_answers, given)
     set_threads(load.threads)
     wanted = MtpRecipe(**asdict(recipe))
     given_data = asdict(train) | {"data": tuple(train.data)}
     options = TrainOptions(model=model, quiet=load.quiet, **given_data)
     run(options, wanted, partial(MtpTask, wanted))
+
+
+for command in (distill.recover, distill.feature, distill.prune, distill.share_kv, align):
+    app.command()(command)

@@ -9,6 +9,7 @@ from outsize.draft.auto import AutoDraft
 from outsize.draft.drafter import SPARE, Company, Drafter, NoDraft
 from outsize.draft.model import DraftModel, ModelDraft
 from outsize.draft.mtp import MtpDraft, MtpModel
+from outsize.draft.native import FurtherLayer, NativeDraft
 from outsize.draft.ngram import NgramDraft
 from outsize.draft.spec import DraftSpec
 from outsize.draft.stats import DraftStats
@@ -57,6 +58,8 @@ class Drafting:
             return MtpDraft(self.mtp, k or self.mtp.k, self.spec.layout), verify
         if self.model is None:
             return NoDraft(), verify
+        if kind == "native":
+            return NativeDraft(FurtherLayer(self.model), k or 1), verify
         if sampler is None or self.spec.verify == "pick":
             return ModelDraft(self.model, k or 4), verify
         drafter = ModelDraft(self.model, k or 4, sampler)

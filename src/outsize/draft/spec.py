@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from outsize.draft.drafter import MOST
 from outsize.errors import OptionError
 
-KINDS = ("auto", "none", "ngram", "model", "mtp")
+KINDS = ("auto", "none", "ngram", "model", "mtp", "native")
 ALIASES = {"masks": "mtp"}  # earlier names
-KEYS = {"ngram": ("k",), "model": ("k", "verify"), "mtp": ("k", "layout")}
+KEYS = {"ngram": ("k",), "model": ("k", "verify"), "mtp": ("k", "layout"), "native": ("k",)}
 # Values that are words; the first is the default.
 WORDS = {"layout": ("quadratic", "linear"), "verify": ("pick", "rejection")}
 

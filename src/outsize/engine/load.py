@@ -26,7 +26,7 @@ from outsize.engine.ranks import leader as ranks
 from outsize.engine.scheduler import Scheduler
 from outsize.engine.step_lock import check_fork
 from outsize.engine.threads import kernel_threads
-from outsize.errors import PackError
+from outsize.errors import OptionError, PackError
 from outsize.home import expanded, home
 from outsize.kernels.attention import CHUNK
 from outsize.model.lora_file import read_adapter
@@ -43,7 +43,7 @@ from outsize.plan import make as planning
 from outsize.plan.decide import compiled
 from outsize.plan.layers_off import with_layers_off
 from outsize.plan.neurons import NeuronPlan
-from outsize.plan.place import place, tokenizer_bytes
+from outsize.plan.place import tokenizer_bytes
 from outsize.plan.placement import Placement
 from outsize.plan.warmup import runtime_bytes
 from outsize.progress import bars
@@ -52,6 +52,7 @@ from outsize.text.tokens import Tokens
 from outsize.weights import load as weights
 from outsize.weights.bundles import Bundles
 from outsize.weights.load import Loaded
+from outsize.weights.neuron_spec import RESIDENT
 from outsize.weights.open_pack import LoadPlan
 from outsize.weights.spec import ExpertOptions, Recorder, parse_experts
 
@@ -109,7 +110,7 @@ def open_model(
         raise PackError(
             f"{made.path.name} is one rank's part of a model; run {made.source.spec} with --ranks"
         )
-    smaller = draft_pack(options)
+    smaller = draft_pack(options, source)
     if options.ranks == 1:
         packs = Packs(made, smaller, copies, paged)
         return _open(packs, options, Beside(size, experts, prefixes), before)
@@ -122,9 +123,17 @@ def open_model(
         raise
 
 
-def draft_pack(options: LoadOptions) -> Pack | None:
-    """The pack of the smaller model that drafts, if one is to."""
+def draft_pack(options: LoadOptions, model: str) -> Pack | None:
+    """The pack of the smaller model that drafts, if one is to, or of the model's layer that does. Raises
+    OptionError."""
     spec = parse_draft(options.draft)
+    if spec.kind == "native":
+        if options.ranks != 1:
+            raise OptionError(
+                f"draft=native reads the embedding and head of a whole model, and ranks is {options.ranks}; "
+                "use draft=ngram with it"
+            )
+        return fetch.further(model, options.encoding, quiet=options.quiet)
     return fetch.pack(spec.source, quiet=options.quiet) if spec.kind == "model" else None
 
 
@@ -184,7 +193,7 @@ def _open(
         team.plan(placement.context, chunk, options)
     with ExitStack() as opened:
         smaller = None
-        if packs.smaller is not None:
+        if packs.smaller is not None and not packs.smaller.description.further:
             smaller = _draft_model(packs.smaller, options, placement)
             opened.callback(smaller.close)
         with bars(options.quiet) as progress:
@@ -194,12 +203,16 @@ def _open(
             )
             loaded = weights.load(made, native, plan, progress)
         opened.callback(loaded.close)
+        if packs.smaller is not None and smaller is None:
+            smaller = _draft_model(packs.smaller, options, placement, loaded)
+            opened.callback(smaller.close)
         transformer = ranks.run_with(team, loaded, partial(_transformer, made, options, placement))
         transformer.chunk = chunk
         if paged is not None:
             transformer.neurons = neurons.told(paged)
             made_of = choosers(paged.file, made.description, native)
-            transformer.page_neurons(made_of, experts.recorder)
+            takes_resident = paged.spec.mode == RESIDENT
+            transformer.page_neurons(made_of, experts.recorder, takes_resident)
         drafts = _drafting(made, options, placement, transformer, smaller)
         opened.pop_all()
     prefixes = open_prefixes.make(kept, made, placement, transformer, known)
@@ -233,18 +246,19 @@ def _chunk(options: LoadOptions, outline: Outline, placement: Placement) -> int:
     return chunk_plan.best(planning.cost_if_known(outline, placement))
 
 
-def _draft_model(pack: Pack, options: LoadOptions, placement: Placement) -> DraftModel:
-    """The smaller model, fully resident: the plan has a row for it."""
+def _draft_model(
+    pack: Pack, options: LoadOptions, placement: Placement, lent: Loaded | None = None
+) -> DraftModel:
+    """The smaller model, fully resident: the plan has a row for it. `lent`: the model that lends it its
+    embedding and head, if it has none."""
     native, outline = compiled(options), of_pack(pack)
     context = min(placement.context, outline.description.context)
-    own = place(outline, 1 << 62, 0, 0, context)
     with bars(options.quiet) as progress:
-        plan = LoadPlan(own.shares, options.verify)
-        loaded = weights.load(pack, native, plan, progress)
+        loaded = weights.load(pack, native, LoadPlan(verify=options.verify), progress, lent)
     threads = kernel_threads(options, pack, native)
     description = pack.description.for_context(context)
     transformer = Transformer(description, loaded, native, None, threads)
-    return DraftModel(transformer, own.context, loaded.close_with(transformer))
+    return DraftModel(transformer, context, loaded.close_with(transformer))
 
 
 def _drafting(

@@ -280,7 +280,7 @@ class Model:
                     f"prefill is {prefill!r}, and layers of {self.name} keep a state that all tokens must go "
                     "through; use prefill=full"
                 )
-            prune.points(self.pack.description.num_layers)
+            prune.check_layers(self.pack.description)
             prune.check_drafts(self.drafting.spec.kind)
         return prune
 

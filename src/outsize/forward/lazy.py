@@ -18,7 +18,8 @@ from itertools import pairwise
 import torch
 
 from outsize.errors import OptionError
-from outsize.forward.full import added, full, outs
+from outsize.forward.full import full, outs
+from outsize.forward.groups import added
 from outsize.forward.part import Group, Part, Watch
 from outsize.forward.span import Out, Span
 from outsize.kv.kv import KV

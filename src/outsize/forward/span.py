@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from outsize.forward.prune import Prune
 from outsize.model.lora import Adapter
 
+NO_STATES = torch.empty(0, 0, dtype=torch.float32, device="cpu")
 NARROW = 16  # tokens: the longest span that runs row by row
 
 
@@ -60,7 +62,9 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Out:
-    """Logits of the last K tokens of a span: (K, V) fp32; and normed states of its masks, (M, D) fp32."""
+    """Logits of the last K tokens of a span: (K, V) fp32; normed states of its masks, (M, D) fp32; and those
+    that its logits were made of, (K, D) fp32."""
 
     logits_KV: Tensor
     masks_MD: Tensor | None = None
+    states_KD: Tensor = NO_STATES

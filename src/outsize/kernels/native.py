@@ -19,7 +19,7 @@ from outsize.kernels.backend import AttentionSpec, Places, Product
 from outsize.kernels.delta import DeltaSpec
 from outsize.kernels.layouts import TILES
 from outsize.kernels.native_delta import NativeDelta
-from outsize.kernels.norm import RMSNorm
+from outsize.kernels.norm import LayerNorm, Norm, RMSNorm
 from outsize.kernels.palettes import PaletteMatrix
 from outsize.kernels.plain import TILE_ROWS, Plain, palette_product, tile_product, wide_linear
 from outsize.kernels.rows import Rows
@@ -180,7 +180,9 @@ class Native(Plain):
     def wide(self) -> Plain:
         return Wide(self, self._spans)
 
-    def norm(self, h_TD: Tensor, norm: RMSNorm) -> Tensor:
+    def norm(self, h_TD: Tensor, norm: Norm) -> Tensor:
+        if isinstance(norm, LayerNorm):
+            return norm(h_TD)
         rows, width = h_TD.shape
         out = _empty(rows, width)
         self._norm(address(h_TD, FP32), norm.pointer, norm.eps, out.data_ptr(), rows, width)
@@ -213,7 +215,7 @@ class Native(Plain):
         return out
 
     def attend(self, spec: AttentionSpec, qkv: Tensor, cos_sin: Tensor, rows: Rows) -> Tensor:
-        table, qkv = rows.table(spec.layer, spec.sight), qkv.contiguous()
+        table, qkv = rows.table(spec.layer, spec.sight, spec.stores), qkv.contiguous()
         count, most = len(qkv), table.most_chunks
         width, task = spec.num_heads * spec.head_dim, spec.num_heads // spec.num_kv_heads
         task *= spec.head_dim + 2
@@ -284,7 +286,7 @@ class Wide(Plain):
     def attend(self, spec: AttentionSpec, qkv: Tensor, cos_sin: Tensor, rows: Rows) -> Tensor:
         return attention.attend(spec, qkv, cos_sin, rows, self._spans.attend)
 
-    def norm(self, h_TD: Tensor, norm: RMSNorm) -> Tensor:
+    def norm(self, h_TD: Tensor, norm: Norm) -> Tensor:
         return self._native.norm(h_TD, norm)
 
     def residual(self, h_TD: Tensor, y_TD: Tensor, post: RMSNorm | None) -> None:

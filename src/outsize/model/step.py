@@ -7,7 +7,7 @@ or a chunk of one long span, computed as matmuls ("wide").
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -52,6 +52,8 @@ class Step:
     added: Sequence[tuple[slice, Adapter]] = ()  # rows that an adapter adds to
     watches: Sequence[Watch] = ()
     tokens: TokenInputs | None = None  # of a model whose layers read them
+    # What a layer's attention read (T, D), normed, where its feed-forward reads the same.
+    read: list[Tensor] = field(default_factory=list)
 
     @property
     def wide(self) -> bool:

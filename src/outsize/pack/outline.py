@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from outsize.checkpoint import tokenizer
 from outsize.checkpoint.checkpoint import Checkpoint
 from outsize.family.find import recipe
-from outsize.model_config import Description
+from outsize.model_config import Description, Recipe
 from outsize.pack import tokenizer_file
 from outsize.pack.format import Pack, Quality
 from outsize.pack.layout import plan
@@ -79,10 +79,16 @@ def of_pack(pack: Pack) -> Outline:
     )  # fmt: skip
 
 
-def of_checkpoint(checkpoint: Checkpoint, name: str, wanted: str, grouped: bool) -> Outline:
+def of_checkpoint(
+    checkpoint: Checkpoint,
+    name: str,
+    wanted: str,
+    grouped: bool,
+    find: Callable[[Checkpoint], Recipe] = recipe,
+) -> Outline:
     """Raises CheckpointError, UnsupportedError."""
     tokenizer.check(checkpoint.tokenizer)
-    found = recipe(checkpoint)
+    found = find(checkpoint)
     tables = tuple(t.header for t in plan(checkpoint, found, wanted, grouped))
     return Outline(
         name, found.description, tables, _tokenizer_bytes(checkpoint), False,

@@ -98,6 +98,8 @@ def foresee(model: str, options: LoadOptions, size: int, runtime: int) -> tuple[
     draft, encoding = parse_draft(options.draft), parse_experts(options.experts or "").copies
     drafting.check(draft, outline)
     smaller = fetch.outline(draft.source, "auto", options.quiet) if draft.kind == "model" else None
+    if draft.kind == "native":
+        smaller = fetch.further_outline(model, options.encoding, options.quiet)
     copy = fetch.outline(model, encoding, options.quiet) if encoding else None
     outline = with_all(outline, options.adapters, smaller, copy)
     made = None if options.neurons == OFF else fetch.find(model, options.encoding)

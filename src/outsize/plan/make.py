@@ -65,7 +65,7 @@ def make(model: str, options: LoadOptions, prompt: int | None, trace: Path | Non
     here = machine.known(folder, silent if options.quiet else say)
     here, compute = computing(outline, here, native, anew=True)
     context, tokenizer = placed.context, tokenizer_bytes(outline)
-    prompt = _prompt(prompt, context)
+    prompt = prompt_tokens(prompt, context)
     rates = PRIOR
     if trace is not None:
         eviction = parse_experts(options.experts or "").eviction
@@ -80,7 +80,7 @@ def make(model: str, options: LoadOptions, prompt: int | None, trace: Path | Non
     return Plan(outline, placed, predicted, here, curve)
 
 
-def _prompt(given: int | None, context: int) -> int:
+def prompt_tokens(given: int | None, context: int) -> int:
     """Prompt tokens of the prediction. Raises OptionError."""
     if given is None:
         return min(PROMPT, context)
