@@ -60,14 +60,8 @@ class Way:
 class Ranks:
     """A model of transformers', cut as tensor parallelism cuts it."""
 
-    def __init__(self, path: Path, world: int) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        folder, name = str(path.parent), path.name
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-        self.model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=name, dtype=torch.float32
-        )
+    def __init__(self, model: Any, world: int) -> None:
+        self.model = model
         self.world, c = world, self.model.config
         kv, group = c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads
         size = self.model.model.layers[0].self_attn.o_proj.weight.shape[1] // c.num_attention_heads
@@ -77,11 +71,6 @@ class Ranks:
         for layer in self.model.model.layers:
             assert layer.self_attn.o_proj.bias is None
             layer.self_attn.o_proj = nn.Identity()
-
-    def tokens(self, text: str, chunks: int) -> Tensor:
-        """(chunks, CHUNK) ids from the text's beginning."""
-        ids = self.tokenizer(text[: chunks * CHUNK * 8])["input_ids"]
-        return torch.tensor(ids[: chunks * CHUNK]).view(chunks, CHUNK)
 
     def logits(self, ids_T: Tensor, way: Way) -> Tensor:
         inner = self.model.model
@@ -125,6 +114,12 @@ class Ranks:
         x, m = layer.post_attention_layernorm(h), layer.mlp
         inner = m.act_fn(x @ m.gate_proj.weight[some].T) * (x @ m.up_proj.weight[some].T)
         return inner @ m.down_proj.weight[:, some].T
+
+
+def tokens(tokenizer: Any, text: str, chunks: int) -> Tensor:
+    """(chunks, CHUNK) ids from the text's beginning."""
+    ids = tokenizer(text[: chunks * CHUNK * 8])["input_ids"]
+    return torch.tensor(ids[: chunks * CHUNK]).view(chunks, CHUNK)
 
 
 def _cut(count: int, world: int) -> list[tuple[int, int]]:
@@ -268,14 +263,39 @@ def compared(
     }  # fmt: skip
 
 
+def measure(
+    ranks: Ranks,
+    text: Tensor,
+    learnt: list[Tensor],
+    sweep: int,
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
+    """Every way, a row each; `learnt`: two calibration texts, of which the first is used."""
+    known, again = Calibration(ranks, learnt[0]), Calibration(ranks, learnt[1])
+    keep({"way": "features", "calibration_tokens": learnt[0].numel(), **known.same(again)})
+    rises = sensitivity(ranks, learnt[0][:sweep])
+    order = sorted(range(len(rises)), key=rises.__getitem__)
+    keep({"way": "sweep", "rises": [round(r, 5) for r in rises], "order": order})
+    base = losses(ranks, text, Way("exact"))
+    keep(compared(Way("exact"), base, base))
+    for way in ways(ranks, known, order):
+        keep(compared(way, base, losses(ranks, text, way)))
+
+
 def main() -> int:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     args = arguments(__doc__, "model", "text", ranks=3, chunks=8, learn=24, sweep=2)
     torch.set_grad_enabled(False)
-    start, ranks = time.monotonic(), Ranks(Path(args.model), args.ranks)
+    start, path = time.monotonic(), Path(args.model)
+    from_gguf: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
+    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    model = AutoModelForCausalLM.from_pretrained(str(path.parent), **from_gguf)
     whole = Path(args.text).read_text(encoding="utf-8")
-    text = ranks.tokens(whole, args.chunks)
-    other = ranks.tokens(whole[len(whole) // 2 :], args.learn)
-    about = {"model": Path(args.model).stem, "ranks": args.ranks, "tokens": text.numel()}
+    text = tokens(tokenizer, whole, args.chunks)
+    halves = [whole[len(whole) * n // 4 :] for n in (2, 3)]
+    learnt = [tokens(tokenizer, half, args.learn) for half in halves]
+    about = {"model": path.stem, "ranks": args.ranks, "tokens": text.numel()}
 
     def keep(row: dict[str, Any]) -> None:
         line = json.dumps({**about, **row, "seconds": round(time.monotonic() - start)})
@@ -284,16 +304,7 @@ def main() -> int:
             with args.output.open("a") as out:
                 out.write(line + "\n")
 
-    known = Calibration(ranks, other)
-    again = Calibration(ranks, ranks.tokens(whole[len(whole) * 3 // 4 :], args.learn))
-    keep({"way": "features", "calibration_tokens": other.numel(), **known.same(again)})
-    rises = sensitivity(ranks, other[: args.sweep])
-    order = sorted(range(len(rises)), key=rises.__getitem__)
-    keep({"way": "sweep", "rises": [round(r, 5) for r in rises], "order": order})
-    base = losses(ranks, text, Way("exact"))
-    keep(compared(Way("exact"), base, base))
-    for way in ways(ranks, known, order):
-        keep(compared(way, base, losses(ranks, text, way)))
+    measure(Ranks(model, args.ranks), text, learnt, args.sweep, keep)
     return 0
 
 

@@ -153,8 +153,8 @@ class Arms:
         ]
         for _ in range(times):
             for model, each in zip(models, took, strict=True):
-                ids = model.tokens.encode(words)[:tokens]
-                each.append(model.generate([ids], raw=True, max_tokens=1)[0].first_token_s)
+                text = model.tokens.decode(model.tokens.encode(words)[:tokens])
+                each.append(model.generate(text, raw=True, max_tokens=1)[0].first_token_s)
         for model in models:
             model.close()
         kv = [stored_bytes(of_pack(p)) for p in (made.base, made.pack)]

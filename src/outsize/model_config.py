@@ -80,6 +80,9 @@ class Mixture:
     shared: int = 0  # width of an expert that every token uses beside its own; 0: none
     weighs_input: bool = False  # what enters an expert is weighed, not what comes out
     shared_gate: bool = False  # that one's output times the sigmoid of a product of its own
+    nested: bool = (
+        False  # pieces of one feed-forward: each token uses the first few, or all, unweighed
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,7 @@ def prompts(text: Path) -> Path:
 def packs(tmp_path_factory: pytest.TempPathFactory, home: Path, text: Path) -> tuple[Pack, Pack]:
     """A pack, and the same in three bits."""
     folder = tmp_path_factory.mktemp("distilled") / "small"
-    write_folder(folder, "llama", SIZE, 1)
+    write_folder(folder, "llama", SIZE, 5)
     base = fetch.pack(str(folder), quiet=True)
     return base, repack(base, BitsOptions(3.0, calibrate=text, quiet=True)).pack
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
-from torch.nn.functional import linear
 
 from outsize.kernels.plain import activation_of
 from outsize.model_config import Description
@@ -42,6 +39,10 @@ class Change:
         """`y` is the product of x with the projections' rows, stacked; with what is added."""
         return y
 
+    def ffn(self, x: Tensor, h: Tensor, layer: int, whole: Callable[[], Tensor]) -> Tensor:
+        """A layer's feed-forward of x; h is the stream that it is added to, `whole` the model's own."""
+        return whole()
+
     def inner(self, gate_up: Tensor, d: Description) -> Tensor:
         """What a feed-forward's `down` multiplies."""
         function = activation_of(d.activation)
@@ -49,21 +50,6 @@ class Change:
             return function(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return function(gate) * up
-
-
-@dataclass(frozen=True, slots=True)
-class Deltas(Change):
-    """Low-rank additions: y += scale * B A x for each projection, named "{layer}.{projection}"."""
-
-    factors: Mapping[str, tuple[Tensor, Tensor]]  # A (R, K), B (N, R)
-    scale: float
-
-    def add(self, y: Tensor, x: Tensor, layer: int, names: Sequence[str]) -> Tensor:
-        parts = []
-        for name in names:
-            a, b = self.factors[f"{layer}.{name}"]
-            parts.append(linear(linear(x, a.to(x.dtype)), b.to(x.dtype)))
-        return y + self.scale * (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
 
 
 AS_IS = Change()

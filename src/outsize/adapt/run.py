@@ -44,11 +44,6 @@ def session(options: TrainOptions) -> Iterator[tuple[TrainOptions, torch.device]
 
 def _run(options: TrainOptions, recipe: loop.Recipe, make: MakeTask, device: torch.device) -> None:
     pack = fetch.find(options.model) or fetch.pack(options.model, quiet=options.quiet)
-    if not pack.description.is_usual:
-        raise UnsupportedError(
-            f"{pack.path.name} is a {pack.description.family} model; training knows dense models without "
-            "sinks, of RMSNorms and gated feed-forwards"
-        )
     model = opened(pack, options, device)
     found = prepare(options, recipe.length, pack, model)
     count = min(HELD_OUT, len(found) // HELD_OUT_SHARE)
@@ -64,7 +59,13 @@ def _run(options: TrainOptions, recipe: loop.Recipe, make: MakeTask, device: tor
 
 
 def opened(pack: Pack, options: TrainOptions, device: torch.device) -> TrainableModel:
-    """A pack's numbers, in what the device multiplies fastest (fp32 where they are such)."""
+    """A pack's numbers, in what the device multiplies fastest (fp32 where they are such). Raises
+    UnsupportedError."""
+    if not pack.description.is_usual:
+        raise UnsupportedError(
+            f"{pack.path.name} is a {pack.description.family} model; training knows dense models without "
+            "sinks, of RMSNorms and gated feed-forwards"
+        )
     is_fp32 = pack.table_of("attn-0").tensors["o"][0].encoding == "fp32"
     kind = torch.float32 if is_fp32 else matmul_type(device)
     with bars(options.quiet) as progress:

@@ -8,6 +8,7 @@ V vocabulary, R rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,6 @@ from outsize.weights.layers import resident
 from outsize.weights.load import load
 from outsize.weights.rows import RowTable
 
-LAST = ("final_norm", POSITIONS)  # of a model's last record, what training reads
 ROWS = 4096  # of a row table decoded at once
 # Not cuDNN's: its gradients are NaN for some heads with large scores (Qwen2.5 on an H100, torch 2.11).
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -68,8 +68,7 @@ class TrainableModel:
             self.embed_VD = self._table(loaded.embed, d)
             tied = loaded.head is loaded.embed
             self.head_VD = self.embed_VD if tied else self._table(loaded.head, d)
-            kept = {n: w for n, w in loaded.final_norm.items() if n.startswith(LAST)}
-            final = self._matrices(kept)
+            final = self._matrices(loaded.final_norm)
             self.positions_PD = final.pop(POSITIONS, None)
             pinned = ({**resident(a), **resident(f)} for a, f in loaded.layers)
             self._layers = [*(self._matrices(weights) for weights in pinned), final]
@@ -113,16 +112,11 @@ class TrainableModel:
 
     def normed(self, h: Tensor) -> Tensor:
         """What the head multiplies, of the stream after the last layer."""
-        return self._normed(h, -1, "final_norm")
+        return self._normed(h, -1, "final_norm", AS_IS)
 
-    def matrix(self, layer: int, name: str) -> Tensor:
-        """A layer's qkv, o, gate_up or down."""
-        return self._layers[layer][name]
-
-    def gate_bias(self, layer: int) -> Tensor | None:
-        """(F,): of a feed-forward's gate, or, where there is none, of up."""
-        bias = self._layers[layer].get("gate_up_bias")
-        return None if bias is None else bias[: self.description.ffn_width]
+    def tensors(self, layer: int) -> dict[str, Tensor]:
+        """Of a layer, by name: qkv, o, gate_up, down, norms and biases."""
+        return self._layers[layer]
 
     def _through(
         self, rows: Rows, layers: range, stored: Sequence[Stored] | None, change: Change
@@ -142,9 +136,12 @@ class TrainableModel:
             made.append(new)
             h = h + self._post(out, i, "attn_post_norm")
             x = x if self.description.parallel else self._norm(h, i, "ffn_norm", change)
-            out = self._dense(x, i, change)
-            h = h + self._post(out, i, "ffn_post_norm")
+            h = self.added(h, change.ffn(x, h, i, partial(self._dense, x, i, change)), i)
         return h, made
+
+    def added(self, h: Tensor, out: Tensor, layer: int) -> Tensor:
+        """The stream with what a layer's feed-forward gave."""
+        return h + self._post(out, layer, "ffn_post_norm")
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., V) of normed states."""

@@ -78,7 +78,8 @@ FLAGS = {
         "How experts are cached: POLICY,prefetch=...,misses=...,routing=... (docs).",
     ),
     "draft": Flag(
-        "--draft", "What drafts tokens: auto, none, ngram[:k=], model:PATH, native[:k=], mtp:FILE."
+        "--draft",
+        "What drafts tokens: auto, none, ngram[:k=], model:PATH, native[:k=], mtp:FILE, nested[:WIDTH][:k=].",
     ),
     "prefill": Flag(
         "--prefill",
@@ -88,6 +89,11 @@ FLAGS = {
     "neurons": Flag(
         "--neurons",
         "Compute and read only neurons that fire: off, auto, or FILE of `outsize adapt sparsity` (lossy).",
+    ),
+    "width": Flag(
+        "--width",
+        "Of nested experts (`outsize adapt nested`): full, auto, or a share of them on average (lossy).",
+        kind=str,
     ),
     "layers_off": Flag(
         "--layers-off",

@@ -38,10 +38,11 @@ from outsize.pack.format import Pack, damaged
 from outsize.pack.outline import Outline, of_pack
 from outsize.parallel.collective import Collective
 from outsize.plan import chunk as chunk_plan
-from outsize.plan import decide, neurons, probe
+from outsize.plan import decide, nested, neurons, probe
 from outsize.plan import make as planning
 from outsize.plan.decide import compiled
 from outsize.plan.layers_off import with_layers_off
+from outsize.plan.nested import NestedPlan
 from outsize.plan.neurons import NeuronPlan
 from outsize.plan.place import tokenizer_bytes
 from outsize.plan.placement import Placement
@@ -50,7 +51,6 @@ from outsize.progress import bars
 from outsize.system import memory
 from outsize.text.tokens import Tokens
 from outsize.weights import load as weights
-from outsize.weights.bundles import Bundles
 from outsize.weights.load import Loaded
 from outsize.weights.neuron_spec import RESIDENT
 from outsize.weights.open_pack import LoadPlan
@@ -101,6 +101,8 @@ def open_model(
     if found is None and is_checked:
         decide.foresee(source, options, size, runtime_bytes(compiled(options)))
     made = found or fetch.pack(source, encoding=options.encoding, quiet=quiet)
+    cut = nested.search(options, made)
+    made = made if cut is None else cut.pack
     options = decide.for_kind(options, made.path.name, made.description)
     experts = replace(parse_experts(options.experts or ""), recorder=recorder)
     low = experts.copies
@@ -112,7 +114,7 @@ def open_model(
         )
     smaller = draft_pack(options, source)
     if options.ranks == 1:
-        packs = Packs(made, smaller, copies, paged)
+        packs = Packs(made, smaller, copies, paged, cut)
         return _open(packs, options, Beside(size, experts, prefixes), before)
     team = ranks.assemble(made, options, compiled(options))
     try:
@@ -144,10 +146,12 @@ class Packs(NamedTuple):
     smaller: Pack | None = None
     copies: Pack | None = None
     neurons: NeuronPlan | None = None  # which are computed, if they are paged
+    nested: NestedPlan | None = None  # if its feed-forwards are cut into nested experts
 
     def outline(self, options: LoadOptions) -> Outline:
         smaller, copies = (None if p is None else of_pack(p) for p in (self.smaller, self.copies))
         own = decide.without_layers(of_pack(self.model), options)
+        own = nested.with_nested(own, self.nested)
         return decide.with_all(own, options.adapters, smaller, copies)
 
 
@@ -198,9 +202,10 @@ def _open(
             opened.callback(smaller.close)
         with bars(options.quiet) as progress:
             paged = None if outline.neurons is None else packs.neurons
-            plan = LoadPlan(
-                placement.shares, options.verify, experts, packs.copies, banks_of(paged)
-            )
+            share = nested.settled(options, outline, placement)
+            caching = nested.experts(options, experts, packs.nested, share)
+            banks = neurons.banks_of(paged)
+            plan = LoadPlan(placement.shares, options.verify, caching, packs.copies, banks)
             loaded = weights.load(made, native, plan, progress)
         opened.callback(loaded.close)
         if packs.smaller is not None and smaller is None:
@@ -213,13 +218,15 @@ def _open(
             made_of = choosers(paged.file, made.description, native)
             takes_resident = paged.spec.mode == RESIDENT
             transformer.page_neurons(made_of, experts.recorder, takes_resident)
+        nested.install(transformer.nested, packs.nested, share)
         drafts = _drafting(made, options, placement, transformer, smaller)
+        drafts.nested = nested.drafter(packs.nested, options, (outline, placement), transformer)
         opened.pop_all()
     prefixes = open_prefixes.make(kept, made, placement, transformer, known)
     whole = made if team is None else team.whole
     scheduler = Scheduler(whole.path.name, transformer, placement, drafts, prefixes=prefixes)
     scheduler.adapters = known
-    return Model(whole, found, scheduler, options.prefill)
+    return Model(whole, found, scheduler, options.prefill, options.width)
 
 
 def _transformer(
@@ -232,11 +239,6 @@ def _transformer(
     made_of = Transformer(d, loaded, native, placement.ceiling, threads, ranks)
     made_of.kv = options.kv
     return made_of
-
-
-def banks_of(paged: NeuronPlan | None) -> tuple[Bundles, str] | None:
-    """What is loaded of paged neurons."""
-    return None if paged is None else (paged.bundles, paged.spec.eviction)
 
 
 def _chunk(options: LoadOptions, outline: Outline, placement: Placement) -> int:
@@ -278,7 +280,8 @@ def _drafting(
         memory.trim()  # what making it took for a moment
     mixture = made.description.mixture
     union = None if mixture is None else ExpertUnion(mixture.count, mixture.used)
-    return drafting.Drafting(spec if kind == "none" else asked, DraftStats(mtp, union), smaller)
+    spec = spec if kind in ("none", "nested") else asked
+    return drafting.Drafting(spec, DraftStats(mtp, union), smaller)
 
 
 def tokens(made: Pack) -> Tokens:

@@ -4,6 +4,7 @@ for more than a machine can address. Checkpoints and packs are held to the same.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 
 from outsize.family.config import LIMITS, MOST_HEAD
@@ -205,7 +206,19 @@ def _mixture_fault(d: Description) -> str:
         return f"{m.used:,} of {m.count:,} experts of {m.width:,} numbers, and one of {m.shared:,}, cannot be"
     if not d.routed:
         return "no layer has experts, of which there are some"
-    return _router_fault(m)
+    return _nested_fault(d, m) if m.nested else _router_fault(m)
+
+
+def _nested_fault(d: Description, m: Mixture) -> str:
+    """Pieces of a usual dense model's feed-forwards."""
+    if m != Mixture(m.count, m.count, m.width, False, nested=True):
+        return "nested experts are weighed, shared, grouped or biased; none of it is due"
+    if m.count * m.width != d.ffn_width or not replace(d, mixture=None).is_usual or d.mlp_bias:
+        return (
+            f"{m.count:,} nested experts of {m.width:,} neurons are not a usual dense feed-forward of "
+            f"{d.ffn_width:,}"
+        )
+    return ""
 
 
 def _router_fault(m: Mixture) -> str:

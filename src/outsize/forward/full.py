@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from outsize.forward.groups import Pair, Steps, added, groups
 from outsize.forward.inputs import embedded, token_inputs
 from outsize.forward.shared_keys import last_steps
-from outsize.forward.span import Out, Span
+from outsize.forward.span import Out, Span, widths
 from outsize.kv.kv import KV
 from outsize.model.step import Step
 from outsize.model.transformer import Transformer
@@ -59,7 +60,8 @@ def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:
     for segments, wide, spans in groups(ordered, model.chunk):
         end = at + sum(s.length for s in segments)
         rows, more = slice(at, end), list(added(segments, spans))
-        steps.append((rows, model.step(segments, wide, more, (), inputs(h_TD, rows))))
+        made = model.step(segments, wide, more, (), inputs(h_TD, rows))
+        steps.append((rows, replace(made, widths=list(widths(segments, spans)))))
         at = end
     model.begin(len(pairs) > 1 or not pairs[0][0].is_narrow)
     with model.leader.step(pairs) if model.leader is not None else nullcontext():

@@ -22,6 +22,7 @@ from outsize.kernels.rows import Rows, Sight
 from outsize.kernels.structs import Attention, Coded, ExpertMatrices, LowRankMatrix, address_if
 
 Product = Callable[[Tensor, bool], Tensor]  # (x (T, K), is it wide?) -> (T, N) in the type of x
+Experts = Sequence[ExpertMatrices | None]  # None: not for kernels
 Places = Sequence[tuple[int, int, float]]  # row, number among its choices, weight
 
 
@@ -127,7 +128,7 @@ class Backend(Protocol):
 
     def experts(
         self,
-        experts: Sequence[ExpertMatrices | None],
+        experts: Experts,
         places: Sequence[Places],
         x_TD: Tensor,
         out_TKD: Tensor,
@@ -136,4 +137,11 @@ class Backend(Protocol):
         """Several experts in one call: fill `out` (fp32) at each place's (row, choice) with that expert's
         output times the weight. False where there is no kernel for these: then the caller runs them one by
         one."""
+        ...
+
+    def nested(
+        self, experts: Experts, pieces: Sequence[int], x_TD: Tensor, out_TD: Tensor, activation: str
+    ) -> bool:
+        """Nested experts in one call: fill `out` (fp32) with each row's sum of the first few experts, so many
+        as `pieces` says, in order. False where there is no kernel for these, as for `experts`."""
         ...

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear, relu, silu
 
 from outsize.kernels import attention, layouts
-from outsize.kernels.backend import AttentionSpec, Backend, Places, Product
+from outsize.kernels.backend import AttentionSpec, Backend, Experts, Places, Product
 from outsize.kernels.delta import DeltaSpec, delta_rows
 from outsize.kernels.layouts import BLOCK, GROUP, TILES, CodedMatrix, decode_groups, decode_tiles
 from outsize.kernels.norm import Norm, RMSNorm
 from outsize.kernels.palettes import PaletteMatrix, palette_numbers
 from outsize.kernels.rows import Rows
-from outsize.kernels.structs import Coded, ExpertMatrices, LowRankMatrix
+from outsize.kernels.structs import Coded, LowRankMatrix
 from outsize.kv.int8 import decode
 
 WIDE_BYTES = 8 << 20  # decoded at once: it stays in the cache until the matmul has read it
@@ -95,11 +95,16 @@ class Plain:
 
     def experts(
         self,
-        experts: Sequence[ExpertMatrices | None],
+        experts: Experts,
         places: Sequence[Places],
         x_TD: Tensor,
         out_TKD: Tensor,
         activation: str,
+    ) -> bool:
+        return False
+
+    def nested(
+        self, experts: Experts, pieces: Sequence[int], x_TD: Tensor, out_TD: Tensor, activation: str
     ) -> bool:
         return False
 

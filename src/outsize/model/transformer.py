@@ -21,6 +21,7 @@ from outsize.kernels.threads import Threads
 from outsize.kv.int8 import Int8KV
 from outsize.kv.kv import KV
 from outsize.kv.state import states_of
+from outsize.model.best import best
 from outsize.model.ffn.neurons import PagedNeurons
 from outsize.model.layers import cos_sin
 from outsize.model.lora import Adapter
@@ -32,17 +33,15 @@ from outsize.model.predictors.choose import Chooser
 from outsize.model.ranks import Leader, Stages
 from outsize.model.step import Step, TokenInputs, Watch
 from outsize.model.sublayer import attention_sublayer
+from outsize.model.width import Nested
 from outsize.model_config import Description, Rope
 from outsize.parallel.collective import Collective
 from outsize.weights.load import Loaded
 from outsize.weights.spec import Recorder
 
-REFINED = 64  # tokens of the highest logits, which are computed again in fp32
-
 
 class Transformer:
-    """Embedding, sub-layers (two a layer, `paged_layers`), head. Holds no sequence's state: that is a KV
-    cache."""
+    """Embedding, sub-layers (two a layer, `paged_layers`), head. A sequence's state is in its KV cache."""
 
     def __init__(
         self,
@@ -59,11 +58,13 @@ class Transformer:
         self._embed, self._head = loaded.embed, loaded.head
         self.dtype = loaded.activation_type
         self.paged_layers: list[PagedLayer] = []
+        mixture = description.mixture
+        self.nested = Nested(mixture.count if mixture is not None and mixture.nested else 0)
         for i, (attn, ffn) in enumerate(loaded.layers):
             self.paged_layers.append(
                 PagedLayer(partial(attention_sublayer, description, i, ranks=ranks), attn)
             )
-            make = ffn_maker(description, i, loaded, ranks)
+            make = ffn_maker(description, i, (loaded, self.nested), ranks)
             self.paged_layers.append(PagedLayer(make, ffn))
         link(self.paged_layers[1::2])
         self._norm = last_norm(description, loaded.final_norm)
@@ -158,7 +159,7 @@ class Transformer:
         logits = self._project(x_KD if exact else x_KD.to(self.dtype), torch.float32)
         if not exact:
             for row, x_D in zip(logits, x_KD, strict=True):
-                ids = _best(row)
+                ids = best(row)
                 row[ids] = self._head.rows(ids) @ x_D
         d = self.description
         logits = logits if d.logit_scale == 1.0 else logits.mul_(d.logit_scale)
@@ -193,14 +194,3 @@ def rotary_angles(
     """(T, 1, E/2) complex for each kind of rope: cosine and sine of each position's angles."""
     positions_T = torch.tensor(positions, dtype=torch.int64, device="cpu")
     return {rope: cos_sin(rope, head_dim, positions_T) for rope in ropes}
-
-
-def _best(row_V: Tensor) -> Tensor:
-    """Ids of the REFINED largest logits: the best blocks first, then the best in those."""
-    whole = len(row_V) // REFINED * REFINED
-    blocks = row_V[:whole].view(-1, REFINED)
-    if len(blocks) <= REFINED:
-        return row_V.topk(min(REFINED, len(row_V))).indices
-    chosen = blocks.amax(1).topk(REFINED).indices
-    best = blocks[chosen].flatten().topk(REFINED).indices
-    return chosen[best // REFINED] * REFINED + best % REFINED

@@ -61,7 +61,8 @@ def derive(
     home: Path,
     progress: Progress,
 ) -> Pack:
-    """Write the pack, or find that another process did. Raises PackError, DiskFullError."""
+    """Write the pack, or find that another process did. `base`: with the new description, where that is
+    another one. Raises PackError, DiskFullError."""
     if problem := fault(base.description, [t.header for t in tables]):
         raise PackError(f"{base.path.name} cannot be made anew: {problem}")
     final = path_of(base, source, home)

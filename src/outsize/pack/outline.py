@@ -29,6 +29,28 @@ class PagedNeurons:
 
 
 @dataclass(frozen=True, slots=True)
+class FamilyRow:
+    """One width of nested experts: its share of the feed-forwards, what it costs, and of a token's uses of
+    pieces those that the most used ones have, by so many of them."""
+
+    share: float
+    perplexity: float
+    kl: float
+    agrees: float
+    uses: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NestedFamily:
+    """Nested experts with an add-on, as the planner sees them; the last row is the whole model."""
+
+    memory: int  # bytes of routers and corrections
+    total: int  # of all pieces
+    rows: tuple[FamilyRow, ...]
+    cost: str  # what half of them costs, in words
+
+
+@dataclass(frozen=True, slots=True)
 class Outline:
     """A model as the planner sees it."""
 
@@ -52,6 +74,12 @@ class Outline:
     staging: int = 0  # bytes of blocks of the prefix cache on their way to and from a disk
     grammars: int = 0  # replies at once that may have to obey a schema or a grammar
     neurons: PagedNeurons | None = None  # then there are tables of their bundles, too
+    nested: NestedFamily | None = None  # of a pack of nested experts with an add-on
+
+    @property
+    def is_nested(self) -> bool:
+        """Are its feed-forwards cut into nested experts?"""
+        return self.description.mixture is not None and self.description.mixture.nested
 
     @property
     def size(self) -> int:

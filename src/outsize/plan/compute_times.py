@@ -42,7 +42,8 @@ def measure(o: Outline, backend: Backend) -> Compute:
     chunks: dict[str, float] = {}
     tokens = min(CHUNK, o.description.context - STEPS - 1)
     for t in o.tables:
-        if t.kind == "experts" or "router" in t.tensors:
+        is_gate = t.name.startswith("ffn-") and not {"o", "gate_up"} & {*t.tensors}
+        if t.kind == "experts" or (o.description.mixture is not None and is_gate):
             steps[t.name], chunks[t.name] = _expert_times(o, t, backend, tokens)
         elif t.kind == "layers" and t.name != "final-0":
             steps[t.name], chunks[t.name] = _sublayer_times(o, t, backend, tokens)
@@ -114,7 +115,7 @@ def _expert_times(o: Outline, t: TableHeader, backend: Backend, tokens: int) -> 
     chunk."""
     d, mixture, made = o.description, o.description.mixture, dict(random_record(t, backend))
     assert mixture is not None
-    if "router" not in made:
+    if "gate_up" in made:
         ffn = Dense((Linear(made["gate_up"]), Linear(made["down"])), d.activation)
         rows, dtype = max(1, tokens * mixture.used // mixture.count), made["gate_up"]
         return _times(ffn, d.width, rows, activation_type(dtype), backend)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from outsize.pack.outline import Outline
 from outsize.pack.tables import TableHeader
 from outsize.plan.fixed import head_of, routed
-from outsize.plan.hit_rates import BY_TEXT, PRIOR, HitRates
+from outsize.plan.hit_rates import ALL_USED, BY_TEXT, PRIOR, HitRates
 from outsize.plan.machine import Compute, Machine
 from outsize.plan.placement import BY_ID, BY_PROMPT, BY_ROUTER, BY_TOKEN, Placement
 
@@ -110,6 +110,7 @@ def predict(
     waits = MISS_S * records if place.streamed else 0.0
     missing = sum(size for _, tier, size in place.groups if tier in (BY_ROUTER, BY_TOKEN))
     total = sum(t.size for t in routed(o))
+    rates = ALL_USED if rates is PRIOR and o.is_nested else rates
     if o.neurons is not None:
         points = tuple((share, rate, rate) for share, rate in o.neurons.hit_rates)
         rates = HitRates("what was measured to fire", points)

@@ -145,6 +145,7 @@ def fixed_costs(o: Outline, runtime: int, tokenizer: int, context: int) -> dict[
         **({"cache policy": policy_bytes(o)} if routed(o) else {}),
         **({"copies of experts": o.copies} if o.copies else {}),
         **({} if o.neurons is None else {"neurons": o.neurons.memory}),
+        **({} if o.nested is None else {"routers": o.nested.memory}),
         **({"prefix cache": o.staging} if o.staging else {}),
         "scratch": max(
             scratch_bytes(o, context),

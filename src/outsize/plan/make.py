@@ -19,6 +19,7 @@ from outsize.plan.cost import Cost
 from outsize.plan.decide import check, compiled, foresee
 from outsize.plan.hit_rates import PRIOR, recorded
 from outsize.plan.machine import Compute, Machine
+from outsize.plan.nested_cost import Predicted, predicted_widths
 from outsize.plan.place import least_bytes, place, tokenizer_bytes
 from outsize.plan.placement import Placement
 from outsize.plan.probe import set_threads
@@ -39,6 +40,7 @@ class Plan:
     cost: Cost
     machine: Machine
     curve: list[tuple[int, float]]  # (bytes of memory, tokens/s)
+    family: tuple[Predicted, ...] = ()  # of nested experts: what each width would be
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -49,6 +51,7 @@ class Plan:
             **self.cost.to_json(),
             "machine_age_s": round(self.machine.age_s),
             "disk_bytes_per_s": round(self.machine.disk_bytes_per_s),
+            "widths": [asdict(one) for one in self.family],
             "curve": [{"memory_bytes": m, "tokens_per_s": round(v, 3)} for m, v in self.curve],
         }
 
@@ -77,7 +80,9 @@ def make(model: str, options: LoadOptions, prompt: int | None, trace: Path | Non
     for at in (low + (high - low) * i // (POINTS - 1) for i in range(POINTS)):
         there = place(outline, at, runtime, tokenizer, context)
         curve.append((at, cost.predict(outline, here, there, compute, prompt, rates).tokens_per_s))
-    return Plan(outline, placed, predicted, here, curve)
+    return Plan(
+        outline, placed, predicted, here, curve, predicted_widths(outline, placed, predicted)
+    )
 
 
 def prompt_tokens(given: int | None, context: int) -> int:

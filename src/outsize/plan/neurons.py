@@ -148,3 +148,8 @@ def settle(o: Outline, found: NeuronPlan | None, decide: Decide) -> Outline:
     said += "" if pays else ": they do not pay with this --memory; leave --neurons out"
     assert paged.neurons is not None
     return replace(paged, neurons=replace(paged.neurons, note=f"{said} ({found.file.about.cost})"))
+
+
+def banks_of(paged: NeuronPlan | None) -> tuple[Bundles, str] | None:
+    """What is loaded of paged neurons."""
+    return None if paged is None else (paged.bundles, paged.spec.eviction)

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from outsize.adapt.change import Change, Deltas
+from outsize.adapt.change import Change
+from outsize.adapt.deltas import Deltas
 from outsize.adapt.statistics import Inputs
 from outsize.adapt.trainable import TrainableModel
 from outsize.errors import DataError, OptionError

@@ -23,7 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from outsize.adapt.change import AS_IS, Deltas
+from outsize.adapt.change import AS_IS
+from outsize.adapt.deltas import Deltas
 from outsize.adapt.examples import Example
 from outsize.adapt.head_loss import head_loss
 from outsize.adapt.loop import Recipe

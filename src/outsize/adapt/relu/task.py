@@ -99,7 +99,7 @@ class ReluTask:
         self.recipe, self.model = recipe, model
         self._ids, self._held_out = ids_BT, held_out_BT[:JUDGED]
         self.parameters = {
-            f"{layer}.{name}": model.matrix(layer, name).float().clone().requires_grad_()
+            f"{layer}.{name}": model.tensors(layer)[name].float().clone().requires_grad_()
             for layer in range(model.description.num_layers)
             for name in NAMES
         }

@@ -92,9 +92,9 @@ def samples(
                 states.advance()
                 continue
             order = None if order_LF is None else order_LF[layer]
-            seen = Activations(
-                bundle, not model.description.two_matrix, order, model.gate_bias(layer)
-            )
+            bias = model.tensors(layer).get("gate_up_bias")  # of gate, and maybe of up
+            bias = None if bias is None else bias[: model.description.ffn_width]
+            seen = Activations(bundle, not model.description.two_matrix, order, bias)
             states.advance(seen)
             found = seen.sample(share)
         yield found

@@ -154,7 +154,9 @@ def _further(d: Description) -> Specs:
 
 
 def _routed(d: Description, m: Mixture) -> Specs:
-    """The router, and an expert that all tokens use."""
+    """The router, and an expert that all tokens use; of nested experts the norms alone."""
+    if m.nested:
+        return ffn_norm(d) | _post_norm(d)
     specs = ffn_norm(d) | {"router": matrix(d.width, ("router", m.count))}
     if m.bias:
         specs["router_bias"] = vector(("router_bias", m.count))
@@ -166,6 +168,10 @@ def _routed(d: Description, m: Mixture) -> Specs:
     if m.shared_gate:
         specs["shared_router"] = vector(("shared_router", d.width))
     return specs
+
+
+def _post_norm(d: Description) -> dict[str, TensorSpec]:
+    return {"ffn_post_norm": vector(("ffn_post_norm", d.width))} if d.post_norm else {}
 
 
 def _beside_table(d: Description) -> Specs:
@@ -200,9 +206,7 @@ def _dense(d: Description) -> Specs:
     specs = ffn_norm(d) | (two_matrix(d) if d.two_matrix else gated(d, d.mlp_bias, "", d.ffn_width))
     if d.shard is not None:
         specs["down"] = matrix(d.shard.inner, ("down", d.shard.outer))
-    if d.post_norm:
-        specs["ffn_post_norm"] = vector(("ffn_post_norm", d.width))
-    return specs
+    return specs | _post_norm(d)
 
 
 def gated(d: Description, bias: bool, prefix: str, inner: int) -> dict[str, TensorSpec]:
