@@ -23,9 +23,9 @@ each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_
 # the package itself, the public surface.
 ORDER = [
     "version", "errors", "arguments", "options", "home", "log", "progress", "registry", "model_parts",
-    "model_config", "system", "kv", "kernels", "checkpoint", "family", "encoding", "pack", "storage", "prefix", "sampling",
-    "text", "caching", "weights", "parallel", "model", "forward", "draft", "plan", "engine", "report",
-    "adapt", "bench", "serve", "cli", "__main__", "__init__",
+    "model_config", "system", "kv", "kernels", "checkpoint", "family", "encoding", "pack", "storage",
+    "prefix", "sampling", "text", "caching", "weights", "parallel", "model", "forward", "draft", "plan",
+    "engine", "report", "adapt", "bench", "serve", "cli", "__main__", "__init__",
 ]  # fmt: skip
 # Imported within a function, so that --help and `import outsize` are instant, or because a system lacks them.
 LATE = {
