@@ -38,8 +38,9 @@ class Reference(Plain):
         start, self.is_prompt = len(self.tokens), prompt
         self.tokens += new
         fresh = list(range(start, len(self.tokens)))
+        learned = self.model.positions_PD
         for p, row in zip(fresh, self.model.embed(list(new)), strict=True):
-            self.states[0][p] = row.clone()
+            self.states[0][p] = row.clone() if learned is None else row + learned[p]
         revives = self.prune.mode == "revive"
         chosen = list(range(len(self.tokens))) if revives else fresh
         size = len(chosen)
@@ -88,8 +89,9 @@ class Reference(Plain):
         h = torch.stack([self.states[layer][p] for p in rows])
         angles = rotary_angles(self.d.ropes, self.d.head_dim, rows)
         told = SimpleNamespace(wide=False, positions=rows, all_positions=lambda: rows)
+        step = Step(told, angles, self)  # type: ignore[arg-type]
         for part in self.model.paged_layers[2 * layer : 2 * layer + 2]:
-            part([(h, Step(told, angles, self))])  # type: ignore[arg-type]
+            part([(h, step)])
         for p, row in zip(rows, h, strict=True):
             self.states[layer + 1][p] = row
         self.computed += len(rows)

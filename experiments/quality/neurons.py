@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from outsize.adapt.change import AS_IS, Change
 from outsize.adapt.sparsity.measure import by_use
 from outsize.adapt.sparsity.words import words
 from outsize.adapt.statistics import bf16_products, causal
-from outsize.adapt.trainable import AS_IS, Change, TrainableModel, matmul_type
+from outsize.adapt.trainable import TrainableModel, matmul_type
 from outsize.pack import fetch
 from outsize.progress import silent
 

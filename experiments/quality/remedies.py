@@ -32,6 +32,7 @@ from experiments.quality.palettes import measured, theirs, tokens_of
 from experiments.runs import arguments, record
 from outsize.adapt import calibration, palettes
 from outsize.adapt.calibration import due, start_of
+from outsize.adapt.change import Change
 from outsize.adapt.fewer_bits import Over
 from outsize.adapt.palettes import Factor, encoding_of, feedback
 from outsize.adapt.statistics import (
@@ -45,7 +46,7 @@ from outsize.adapt.statistics import (
     causal,
     sequences,
 )
-from outsize.adapt.trainable import Change, TrainableModel, matmul_type
+from outsize.adapt.trainable import TrainableModel, matmul_type
 from outsize.encoding.levels import MOST, between, fit
 from outsize.encoding.palette import Palette
 from outsize.engine import load as loading

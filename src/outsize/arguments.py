@@ -36,6 +36,14 @@ def real(name: str, value: object, low: float, high: float) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
+def share(name: str, value: object) -> str | float:
+    """A word or a number. Raises OptionError."""
+    is_one = isinstance(value, str | numbers.Real) and not isinstance(value, bool)
+    if not is_one or value == "":
+        raise wrong(name, value, "a word, or a number above 0 and up to 1")
+    return value  # type: ignore[return-value]
+
+
 def flag(name: str, value: object) -> bool:
     """Raises OptionError."""
     if not isinstance(value, bool):

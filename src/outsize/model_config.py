@@ -5,13 +5,15 @@ A family file (family/) makes it from a published config; that is needed to pack
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
+from outsize.errors import OptionError
 from outsize.model_parts import Delta, Latent, Shard
 
 BIASED = "clamped_swiglu"  # of experts with biases
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", BIASED)
+THRESHOLD = r"fatrelu:(0|[1-9][0-9]{0,3})\.[0-9]{1,6}"  # one with a threshold
 SCORES = ("softmax", "sigmoid")
 MIXERS = ("attention", "delta", "conv")  # what lets a layer's tokens know of each other
 
@@ -55,6 +57,9 @@ class Layer:
     dense: bool = False  # in a model with experts: a plain feed-forward instead
     chunked: bool = False
     unit_norm: bool = False  # query and key heads are normed, without weights
+    shares: int | None = (
+        None  # makes queries alone: keys and values are those of this earlier layer
+    )
     mixer: str = "attention"  # one of MIXERS
 
 
@@ -75,6 +80,9 @@ class Mixture:
     shared: int = 0  # width of an expert that every token uses beside its own; 0: none
     weighs_input: bool = False  # what enters an expert is weighed, not what comes out
     shared_gate: bool = False  # that one's output times the sigmoid of a product of its own
+    nested: bool = (
+        False  # pieces of one feed-forward: each token uses the first few, or all, unweighed
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +134,16 @@ class Description:
     logit_cap: float = 0.0  # logits x become cap * tanh(x / cap); 0: they stay
     attn_cap: float = 0.0  # the same of attention's scores
     latent: Latent | None = None  # attention over a latent that all heads share
+    two_matrix: bool = False  # a feed-forward is down(activation(up(x))), without a gate
+    layer_norm: bool = False  # norms are LayerNorms, with biases, instead of RMSNorms
+    positions: bool = False  # a learned vector of each position is added to its token's
+    parallel: bool = False  # a feed-forward reads what its layer's attention reads
     memory: Memory | None = None  # feed-forwards of the token's embedding
     gated: bool = False  # what attention sums is multiplied by the sigmoid of a map of its own
     delta: Delta | None = None  # of the layers with that mixer
+    further: bool = (
+        False  # a layer that drafts with the states of another model, whose embedding it reads
+    )
     kernel: int = 0  # tokens of the short convolution of layers with that mixer
     shard: Shard | None = None  # of one of several ranks: the sizes above are what it has
 
@@ -146,6 +161,11 @@ class Description:
         return len(self.layers)
 
     @property
+    def num_kv_layers(self) -> int:
+        """Layers that make keys and values, and keep them: the first ones."""
+        return sum(layer.shares is None for layer in self.layers)
+
+    @property
     def qkv_rows(self) -> int:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
@@ -161,6 +181,11 @@ class Description:
             return ()
         return tuple(i for i, layer in enumerate(self.layers) if not layer.dense)
 
+    @property
+    def kv_layers(self) -> tuple[int, ...]:
+        """The layers that keep keys and values of their own."""
+        return tuple(i for i in self.mixed_by("attention") if self.layers[i].shares is None)
+
     def mixed_by(self, mixer: str) -> tuple[int, ...]:
         """The layers with this mixer."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.mixer == mixer)
@@ -173,9 +198,19 @@ class Description:
     @property
     def is_usual(self) -> bool:
         """Is it a dense decoder without what few families have? Training and adapters know those only."""
-        known = Description(**{name: getattr(self, name) for name in USUAL})
         ropes = all(Rope(r.base, r.divisors, r.scale) == r for r in self.ropes)
-        return known == self and ropes and all(Layer(x.rope, x.window) == x for x in self.layers)
+        return self._says(USUAL) and ropes
+
+    @property
+    def is_measured(self) -> bool:
+        """Can a copy of it be run with gradients? Those that are usual, and two-matrix feed-forwards."""
+        ropes = all(Rope(r.base, r.divisors, r.scale, r.rotated) == r for r in self.ropes)
+        return self._says((*USUAL, *CLASSIC)) and ropes
+
+    def _says(self, names: Sequence[str]) -> bool:
+        """Does it say what these fields say, and nothing else?"""
+        known = Description(**{name: getattr(self, name) for name in names})
+        return known == self and all(Layer(x.rope, x.window) == x for x in self.layers)
 
     def for_context(self, context: int) -> Description:
         """As a run of so many positions computes it."""
@@ -201,12 +236,39 @@ class Description:
         return asdict(self)
 
 
+def share_keys(d: Description, count: int) -> Description:
+    """The model whose last `count` layers make queries alone and read the keys and values of the last layer
+    before them that turns and sees as they do. Raises OptionError."""
+    first = d.num_layers - count
+    if d.num_kv_layers < d.num_layers or not 0 < count < d.num_layers:
+        raise OptionError(
+            f"{count} of {d.num_layers} layers are to share keys and values; from 1 to "
+            f"{d.num_layers - 1} can, in a model where none does yet"
+        )
+    layers = list(d.layers)
+    for i in range(first, d.num_layers):
+        alike = [j for j in range(first) if d.layers[j] == d.layers[i]]
+        if not alike:
+            raise OptionError(
+                f"layer {i} sees or turns as none of the first {first} layers does, whose keys and values it "
+                "would read; let fewer layers share"
+            )
+        layers[i] = replace(d.layers[i], shares=alike[-1])
+    return replace(d, layers=tuple(layers))
+
+
 # What a description may say, and be a usual one.
 USUAL = (
     "family", "width", "num_heads", "num_kv_heads", "head_dim", "ffn_width", "vocab_size", "context",
     "norm_eps", "attn_scale", "layers", "activation", "embed_scale", "qkv_bias", "o_bias", "mlp_bias",
     "qk_norm", "post_norm", "tied",
 )  # fmt: skip
+CLASSIC = (
+    "two_matrix",
+    "layer_norm",
+    "positions",
+    "parallel",
+)  # what models of before 2023 say besides
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,3 +295,4 @@ class Recipe:
     strips: Mapping[str, Strip] = field(
         default_factory=dict
     )  # our names of parts of others' tensors
+    unused_positions: int = 0  # rows before the first position's in a table of learned positions

@@ -20,6 +20,7 @@ from outsize.arguments import (
     path,
     real,
     schema,
+    share,
     strings,
     whole,
     word,
@@ -69,6 +70,7 @@ class Changes(TypedDict, total=False):
     special: bool
     template_args: Mapping[str, object] | None
     prefill: str | None
+    width: str | float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,7 @@ class Options:
     continue_final: bool = False  # go on with the last message, which is the assistant's
     show_tokens: tuple[str, ...] = ()  # control tokens, by name, that the reply's text shows
     prefill: str | None = None  # how prompts are run; None: as the model was opened to
+    width: str | float | None = None  # of nested experts; None: as the model was opened to
 
     def __post_init__(self) -> None:
         put = partial(object.__setattr__, self)
@@ -111,6 +114,8 @@ class Options:
         for name in ("system", "prefill"):
             if getattr(self, name) is not None:
                 checked_text(name, getattr(self, name))
+        if self.width is not None:
+            share("width", self.width)
         put("repeat_last_n", whole("repeat_last_n", self.repeat_last_n, -1, 1 << 24))
         if self.logprobs is not None:
             put("logprobs", whole("logprobs", self.logprobs, 0, MOST_LOGPROBS))
@@ -198,6 +203,7 @@ class LoadChanges(TypedDict, total=False):
     kv: str
     prefill: str
     neurons: str
+    width: str | float
     layers_off: str
     ranks: int
     listen: str | None
@@ -223,12 +229,9 @@ class LoadOptions:
     draft: str = "auto"
     kv: str = "auto"  # how keys and values are kept: as they are computed, or int8 (lossy)
     prefill: str = "full"  # how prompts are run, where a request says nothing; all else is lossy
-    neurons: str = (
-        "off"  # which neurons single tokens compute: off (all), auto or an add-on file (lossy)
-    )
-    layers_off: str = (
-        ""  # layers whose feed-forward of the token's embedding is left out, as 3,7-9 (lossy)
-    )
+    neurons: str = "off"  # that single tokens compute: off (all), auto or an add-on file (lossy)
+    width: str | float = "full"  # of nested experts, where a request says nothing (lossy)
+    layers_off: str = ""  # whose feed-forward of the embedding is left out, as 3,7-9 (lossy)
     ranks: int = 1  # processes that run the model together, each with `memory` of its own
     listen: str | None = None  # HOST:PORT where the others come to; None: they are started here
     parallel: str = "tensor"  # how the model is shared out (outsize/parallel/spec.py)
@@ -254,6 +257,7 @@ class LoadOptions:
             raise OptionError(f"kv is {self.kv!r}; known are {', '.join(KVS)}")
         for name in ("encoding", "verify", "draft", "prefill", "neurons", "layers_off", "parallel"):
             word(name, getattr(self, name))
+        share("width", self.width)
         for name in ("experts", "prefix_cache", "listen"):
             if getattr(self, name) is not None:
                 word(name, getattr(self, name))

@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 import outsize
 from outsize.adapt import calibration
 from outsize.adapt.bits import Option, choose
+from outsize.adapt.change import Change
 from outsize.adapt.palettes import Factor, encoding_of, rounded
 from outsize.adapt.repack import BitsOptions, bits_of, repack
 from outsize.adapt.spill import Spill
 from outsize.adapt.statistics import FIRST, WEIGHT, Inputs, States, sequences
-from outsize.adapt.trainable import Change, TrainableModel
+from outsize.adapt.trainable import TrainableModel
 from outsize.bench.synthetic.folder import write_folder
 from outsize.bench.synthetic.shapes import Size
 from outsize.checkpoint.lora import KEY

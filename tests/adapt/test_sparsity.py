@@ -38,7 +38,7 @@ from outsize.plan import decide, place
 from outsize.plan import neurons as planned
 from outsize.plan.placement import BY_PROMPT, BY_ROUTER, MEMORY
 from outsize.system import memory
-from outsize.weights.neuron_spec import parse_neurons
+from outsize.weights.neuron_spec import NeuronSpec, parse_neurons
 from tests.command import outsize as outsize_here
 from tests.golden import tiny
 
@@ -127,25 +127,36 @@ def test_interrupted_and_resumed_is_the_same(
         run(options(model, text, output=output, resume=True))
 
 
-def relu_model(folder: Path) -> Path:
-    """A model whose neurons fire or rest 32 at a time: half of its bundles do."""
-    tiny.write_folder(folder, "llama")
-    config = json.loads((folder / "config.json").read_text()) | {"hidden_act": "relu"}
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = load_file(folder / "model.safetensors")
+def in_groups(tensors: dict[str, torch.Tensor], endings: tuple[str, ...]) -> None:
+    """Rows of these matrices fire or rest 32 at a time."""
     generator = torch.Generator().manual_seed(0)
     for name, w in tensors.items():
-        if name.endswith("gate_proj.weight"):
+        if name.endswith(endings):
             common = torch.randn(tiny.FFN // 32, 1, tiny.WIDTH, generator=generator)
             own = torch.randn(tiny.FFN // 32, 32, tiny.WIDTH, generator=generator)
             tensors[name] = (common + 0.05 * own).flatten(0, 1).to(w.dtype)
+
+
+def relu_folder(folder: Path, family: str) -> Path:
+    """Models with ReLU whose neurons fire or rest 32 at a time: some of their bundles do."""
+    key = {"falcon": "activation", "opt": "activation_function"}.get(family, "hidden_act")
+    tiny.write_folder(folder, family)
+    config = json.loads((folder / "config.json").read_text()) | {key: "relu"}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    in_groups(tensors, ("gate_proj.weight", "fc1.weight", "dense_h_to_4h.weight"))
+    for name, w in tensors.items():
+        if name.endswith(("fc1.bias", "gate_proj.bias")):
+            tensors[name] = w - 0.5
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
-def test_a_relu_model_is_exact(text: Path, tmp_path: Path, home: Path) -> None:
-    """Its gate says which neurons are off: the dense model's logits, and fewer neurons."""
-    folder = str(relu_model(tmp_path / "relu"))
+@pytest.mark.parametrize("family", ["llama", "llama+biases", "opt", "falcon"])
+def test_a_relu_model_is_exact(family: str, text: Path, tmp_path: Path, home: Path) -> None:
+    """Its gate, or where there is none its up, says which neurons are off: the dense model's logits, and
+    fewer neurons."""
+    folder = str(relu_folder(tmp_path / "relu", family))
     given = options(folder, text, output=tmp_path / "f", predictor="gate:exact", order="natural")
     found = run(given)
     assert found.about.exact
@@ -167,6 +178,19 @@ def test_a_relu_model_is_exact(text: Path, tmp_path: Path, home: Path) -> None:
     assert list(packs.glob(f"{name}.neurons*"))
     store.remove(packs, name)
     assert not list(packs.glob(f"{name}*"))
+
+
+def test_resident_mode(made: sparsity.Made, model: str) -> None:
+    """All in memory: the dense model's answer, and it is said that it depends on that."""
+    given = f"{made.path},mode=resident,eviction=window"
+    assert parse_neurons(given) == NeuronSpec(str(made.path), "window", "resident")
+    texts = []
+    for neurons in ("off", given):
+        with outsize.load(model, neurons=neurons, quiet=True, draft="none") as opened:
+            (reply,) = opened.generate(["The cat"], max_tokens=6)
+            texts.append(reply.text)
+    assert texts[0] == texts[1]
+    assert "and what is in memory" in str(reply.options["neurons"])
 
 
 def test_what_a_reply_says(made: sparsity.Made, model: str) -> None:
@@ -274,6 +298,9 @@ def test_what_cannot_be(
         ("", OptionError),
         ("x,eviction=belady", OptionError),
         ("off,eviction=lru", OptionError),
+        ("off,mode=resident", OptionError),
+        ("x,mode=window", OptionError),
+        ("x,mode=resident,mode=predicted", OptionError),
     ):
         with pytest.raises(error):
             parse_neurons(bad)

@@ -115,7 +115,7 @@ SYNTHETIC = ("llama", "qwen2", "qwen3", "gemma3", "olmoe", "mixtral", "qwen3_moe
     "family",
     [
         *(*SYNTHETIC, "phi3", "granite", "olmo2", "gemma2", "qwen2_moe", "glm4_moe", "deepseek_v3"),
-        *("lfm2", "qwen3_next", "qwen3_5", "qwen3_5_moe"),
+        *("lfm2", "qwen3_next", "qwen3_5", "qwen3_5_moe", "falcon"),
     ],
 )
 def test_synthetic_models_run(

@@ -24,7 +24,7 @@ ARCHITECTURES = {
     "gemma3": "gemma3", "olmoe": "olmoe", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss",
     **NEW,
 }  # fmt: skip
-WITHOUT = {"afm", "memoryllm"}  # no GGUF is made of them
+WITHOUT = {"afm", "memoryllm", "opt"}  # no GGUF is made of them
 
 
 def gguf_names(family: str, tensors: tuple[str, ...]) -> dict[str, str]:

@@ -18,7 +18,7 @@ ARCHITECTURES = {
     "olmo2": "olmo2", "olmo3": "olmo2", "smollm3": "smollm3", "ministral3": "mistral3", "gemma2": "gemma2",
     "minimax_m2": "minimax-m2", "glm4_moe": "glm4moe", "deepseek_v3": "deepseek2",
     "glm4_moe_lite": "deepseek2", "llama4": "llama4", "qwen3_next": "qwen3next", "qwen3_5": "qwen35",
-    "qwen3_5_moe": "qwen35moe", "lfm2": "lfm2",
+    "qwen3_5_moe": "qwen35moe", "lfm2": "lfm2", "falcon": "falcon",
 }  # fmt: skip
 PERMUTED = (
     "granite",
@@ -111,6 +111,16 @@ def _latent(s: dict[str, Any]) -> dict[str, object]:
     return out
 
 
+def _falcon(s: dict[str, Any]) -> dict[str, object]:
+    head = tiny.WIDTH // tiny.HEADS
+    sizes = ("key_length", "value_length")
+    return {f"attention.{k}": head for k in sizes} | {
+        "attention.head_count_kv": 1, "attention.layer_norm_rms_epsilon": None,
+        "attention.layer_norm_epsilon": s["layer_norm_epsilon"], "rope.dimension_count": head,
+        "rope.freq_base": None, "tensor_data_layout": "jploski",
+    }  # fmt: skip
+
+
 def _delta(s: dict[str, Any]) -> dict[str, object]:
     """A GGUF says layers' kinds by the interval alone: here every second one is of attention."""
     heads = s["linear_num_value_heads"]
@@ -155,6 +165,7 @@ OWN = {
         "feed_forward_length": s["intermediate_size_mlp"], "interleave_moe_layer_step": 1,
         "expert_feed_forward_length": s["intermediate_size"],
     },
+    "falcon": _falcon,
     "deepseek_v3": _latent,
     "glm4_moe_lite": _latent,
 }  # fmt: skip

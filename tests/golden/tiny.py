@@ -206,6 +206,15 @@ CONFIGS |= {
         "attention_chunk_size": 16, "attn_temperature_tuning": True, "floor_scale": 8, "attn_scale": 0.1,
         "use_qk_norm": True, "attention_bias": False,
     },
+    "opt": {
+        "ffn_dim": FFN, "activation_function": "relu", "enable_bias": True, "do_layer_norm_before": True,
+        "word_embed_proj_dim": WIDTH, "tie_word_embeddings": True,
+    },
+    "falcon": {
+        "ffn_hidden_size": FFN, "activation": "gelu", "bias": False, "alibi": False, "multi_query": True,
+        "parallel_attn": True, "new_decoder_architecture": False, "rope_theta": 10000.0,
+        "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
+    },
     "memoryllm": {
         "rope_theta": 10000.0, "tie_word_embeddings": True, "dense_intermediate_size": 0,
     },
@@ -224,6 +233,8 @@ CONFIGS |= {
     "qwen3_5_moe": {**DELTA, **DELTA_EXPERTS, "rope_parameters": MROPE},
 }  # fmt: skip
 STORED = json.loads((Path(__file__).with_name("shapes.json")).read_text())
+CLASSIC = ("opt", "falcon")  # of before 2023: with other keys
+USUAL_KEYS = ("intermediate_size", "num_key_value_heads", "head_dim", "rms_norm_eps")
 # The transformers class that runs a family: AFM's architecture is Qwen3's with other numbers.
 REFERENCE = {
     "gemma3": "gemma3_text", "afm": "qwen3", "llama4": "llama4_text", "qwen3_5": "qwen3_5_text",
@@ -237,6 +248,7 @@ STATEFUL = ("lfm2", "qwen3_next", "qwen3_5", "qwen3_5_moe")
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "memoryllm+dense": ("memoryllm", {"dense_intermediate_size": DENSE}),
     "llama+biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama+relu": ("llama", {"hidden_act": "relu"}),
     # With neurons that three ranks can share unevenly.
     **{
         f"{base}+wide": (base, {"intermediate_size": 320})
@@ -247,7 +259,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def config(family: str) -> dict[str, Any]:
     base, more = VARIANTS.get(family, (family, {}))
-    made = COMMON | CONFIGS[base] | more | {"model_type": base}
+    common = {k: v for k, v in COMMON.items() if base not in CLASSIC or k not in USUAL_KEYS}
+    made = common | CONFIGS[base] | more | {"model_type": base}
     return {
         k: v
         for k, v in made.items()
@@ -319,8 +332,8 @@ def shapes(family: str) -> dict[str, tuple[int, ...]]:
         if family == "gemma3":
             names = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
             out |= {f"{p}{n}.weight": (WIDTH,) for n in names}
-    if family.startswith("memoryllm"):
-        out = memory_shapes(out, family)
+    if family == "memoryllm":
+        out = memory_shapes(out, settings["dense_intermediate_size"])
     out["model.norm.weight"] = (WIDTH,)
     if not settings["tie_word_embeddings"]:
         out["lm_head.weight"] = (VOCAB, WIDTH)
@@ -331,11 +344,10 @@ def shapes(family: str) -> dict[str, tuple[int, ...]]:
     return out
 
 
-def memory_shapes(out: dict[str, tuple[int, ...]], family: str) -> dict[str, tuple[int, ...]]:
+def memory_shapes(out: dict[str, tuple[int, ...]], inner: int) -> dict[str, tuple[int, ...]]:
     """Of llama's tensors, those of feed-forwards of the embedding; in Flex also of a dense one beside."""
     old, new = "post_attention_layernorm", "memory_layernorm"
     made = {name.replace(old, new): shape for name, shape in out.items()}
-    inner = config(family)["dense_intermediate_size"]
     for i in range(LAYERS if inner else 0):
         p = f"model.layers.{i}."
         made[f"{p}{old}.weight"] = (WIDTH,)

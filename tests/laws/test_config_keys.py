@@ -36,7 +36,8 @@ CLASSES = {
     "glm4_moe": "Glm4MoeConfig", "deepseek_v3": "DeepseekV3Config",
     "glm4_moe_lite": "Glm4MoeLiteConfig", "llama4": "Llama4TextConfig",
     "qwen3_next": "Qwen3NextConfig", "qwen3_5": "Qwen3_5TextConfig",
-    "qwen3_5_moe": "Qwen3_5MoeTextConfig", "lfm2": "Lfm2Config",
+    "qwen3_5_moe": "Qwen3_5MoeTextConfig", "lfm2": "Lfm2Config", "opt": "OPTConfig",
+    "falcon": "FalconConfig",
 }  # fmt: skip
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0}
@@ -44,7 +45,8 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 
 KINDS = ["full_attention", "full_attention", "sliding_attention"]
 # Another value of each key that is heeded, and what else the config must say for it to matter.
 CHANGES: dict[str, tuple[object, dict[str, object]]] = {
-    "hidden_size": (128, {}), "intermediate_size": (192, {}), "num_hidden_layers": (2, {}),
+    "hidden_size": (128, {}), "num_hidden_layers": (2, {}),
+    "intermediate_size": (192, {"block_ff_dim": None}),
     "num_attention_heads": (2, {}), "num_key_value_heads": (1, {}), "head_dim": (8, {}),
     "max_position_embeddings": (2048, {}), "rms_norm_eps": (1e-4, {}), "hidden_act": ("gelu", {}),
     "hidden_activation": ("silu", {}), "rope_theta": (5e4, {"rope_scaling": None, "rope_parameters": None}),
@@ -78,7 +80,9 @@ CHANGES: dict[str, tuple[object, dict[str, object]]] = {
     "block_multiple_of": (64, {}), "block_ffn_dim_multiplier": (3.0, {}),
     "block_auto_adjust_ff_dim": (None, {}), "conv_L_cache": (4, {}),
     "full_attn_idxs": ([0, 1], {"layer_types": None}),
-    "floor_scale": (9, {}), "attn_scale": (0.4, {}), "dense_intermediate_size": (32, {}),
+    "floor_scale": (9, {}), "attn_scale": (0.4, {}), "ffn_dim": (192, {}), "ffn_hidden_size": (192, {}),
+    "activation_function": ("gelu", {}), "activation": ("relu", {}), "enable_bias": (None, {}),
+    "word_embed_proj_dim": (32, {}), "layer_norm_epsilon": (1e-3, {}), "dense_intermediate_size": (32, {}),
 }  # fmt: skip
 HARMLESS = {
     "unsloth_version": "2026.1", "use_mrope": False, "is_llama_config": True, "rope_interleaved": False,
@@ -180,6 +184,7 @@ def test_a_heeded_key_matters_or_is_refused(family: str, folder_of: Folders) -> 
     # What names tensors only is held by test_tensors.py.
     for key in family_of(family).DEFAULTS.keys() - {
         "tie_word_embeddings",
+        "tie_embedding",
         "num_nextn_predict_layers",
     }:
         value, more = CHANGES[key]

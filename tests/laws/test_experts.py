@@ -27,7 +27,7 @@ from outsize.kernels.find import native_in
 from outsize.kernels.plain import PLAIN
 from outsize.kernels.rows import Rows
 from outsize.model.ffn.dense import Dense
-from outsize.model.ffn.experts import Built, add, native_experts
+from outsize.model.ffn.expert_sums import Built, add, native_experts
 from outsize.model.layers import Linear
 from outsize.model.step import Step
 from outsize.model.transformer import Transformer

@@ -27,8 +27,8 @@ from outsize.draft.verify import verify
 from outsize.engine import decode as flow
 from outsize.engine.drive import drive
 from outsize.engine.model import Model
-from outsize.forward.full import NARROW, full
-from outsize.forward.span import MaskTokens, Span
+from outsize.forward.full import full
+from outsize.forward.span import NARROW, MaskTokens, Span
 from outsize.model.lora import Adapter
 from outsize.pack.outline import of_pack
 from outsize.progress import silent

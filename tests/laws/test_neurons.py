@@ -67,6 +67,7 @@ def opened(
     slots: int | None = None,
     policy: str = "lru",
     order: Tensor | None = None,
+    takes_resident: bool = False,
 ) -> Iterator[Transformer]:
     """With so many slots for bundles; `how` None: dense; `order`: bundles of few, in this order."""
     backend = native_in(home_folder() / "native") or PLAIN
@@ -79,7 +80,8 @@ def opened(
     try:
         model = Transformer(pack.description, loaded, backend)
         if how is not None:
-            model.page_neurons([Fixed(bundles.count, how)] * pack.description.num_layers)
+            chosen = [Fixed(bundles.count, how)] * pack.description.num_layers
+            model.page_neurons(chosen, takes_resident=takes_resident)
         yield model
     finally:
         loaded.close()
@@ -89,7 +91,7 @@ def packed(folder_of: Callable[[str], Path], family: str, encoding: str) -> Pack
     return fetch.pack(str(folder_of(family)), encoding=encoding, quiet=True)
 
 
-@pytest.mark.parametrize("family", ["llama", "llama+biases", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "llama+biases", "gemma3", "opt", "falcon"])
 @pytest.mark.parametrize("encoding", ["fp32", "bf16", "int8", "q4_0", "q4_1", "q5_0"])
 def test_all_chosen_is_dense(
     folder_of: Callable[[str], Path], home: Path, family: str, encoding: str
@@ -105,7 +107,7 @@ def test_all_chosen_is_dense(
         assert not torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize("family", ["llama", "llama+biases"])
+@pytest.mark.parametrize("family", ["llama", "llama+biases", "opt", "falcon"])
 @pytest.mark.parametrize("encoding", ["bf16", "int8", "q4_0", "q4_1", "q5_0"])
 def test_all_chosen_in_another_order_is_nearly_dense(
     folder_of: Callable[[str], Path], home: Path, family: str, encoding: str
@@ -221,3 +223,30 @@ def test_draft_tokens_that_may_be_rejected_go_first() -> None:
     assert placed.slots[4] == policy.place([4]).slots[4]
     kept = policy.place([0, 1, 2])
     assert not kept.loads  # 3 was the last of four rows
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_what_is_in_memory_is_computed_too(
+    family: str, folder_of: Callable[[str], Path], home: Path
+) -> None:
+    """All of it there: the dense model's bits, whatever is chosen. Nothing kept: those of what is chosen.
+    Some kept: neither."""
+    pack = packed(folder_of, family, "q5_0")
+    with opened(pack, None) as model:
+        dense = logits(model)
+    with opened(pack, "some") as model:
+        predicted = logits(model)
+    assert not torch.equal(predicted, dense)
+    with opened(pack, "some", takes_resident=True) as model:
+        assert torch.equal(logits(model), dense)
+    with opened(pack, "none", takes_resident=True) as model:
+        assert torch.equal(logits(model), dense)
+        assert not model.loaded.expert_stats.hits
+    with opened(pack, "some", 4, takes_resident=True) as model:
+        some = logits(model)
+    assert not torch.equal(some, predicted)
+    assert not torch.equal(some, dense)
+    with opened(pack, "some", 1, takes_resident=True) as model:
+        alone = logits(model, [[i, i + 1] for i in range(9)])
+    with opened(pack, "some", 1) as model:
+        assert torch.equal(alone, logits(model, [[i, i + 1] for i in range(9)]))

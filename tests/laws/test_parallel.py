@@ -314,6 +314,8 @@ def test_what_cannot_be_cut_is_refused_by_name(open_tiny: Callable[..., Model]) 
 
     with pytest.raises(UnsupportedError, match="it is a mixture of experts"):
         shards("olmoe", GATHER, encoding="bf16")
+    with pytest.raises(UnsupportedError, match="two-matrix feed-forwards, which ranks do not"):
+        shards("falcon", GATHER)
     with pytest.raises(UnsupportedError, match=r"norms all query heads as one.*attention=whole"):
         shards("olmo2", HEADS)
     with pytest.raises(UnsupportedError, match="2 key heads, which 3 ranks cannot share"):

@@ -20,6 +20,7 @@ from outsize.engine.model import Model
 from outsize.errors import BudgetError, OptionError, PackError, PeerError, UnsupportedError
 from outsize.model_parts import Shard
 from outsize.options import LoadOptions
+from outsize.pack import fetch
 
 FAMILY, PROMPTS = "qwen2+wide", ["ab" * 12, "x", "abcabcabcabcabcabc"]
 SECRET = {"OUTSIZE_SECRET": "of these tests alone"}
@@ -56,7 +57,10 @@ def started(*before: int) -> list[int]:
     return [c.pid for c in psutil.Process().children() if c.pid not in before]
 
 
-@pytest.mark.parametrize("parallel", ["tensor", "tensor:over=torch", "relay:over=sockets"])
+@pytest.mark.parametrize(
+    "parallel",
+    ["tensor", "relay:over=sockets", pytest.param("tensor:over=torch", marks=pytest.mark.slow)],
+)
 def test_the_text_of_one_rank(
     parallel: str,
     open_tiny: Callable[..., Model],
@@ -85,7 +89,7 @@ def test_a_rank_that_is_lost_is_named(folder_of: Callable[[str], Path], few_thre
     before = [c.pid for c in psutil.Process().children()]
     with outsize.load(str(folder_of(FAMILY)), ranks=2, memory="1GB", quiet=True) as model:
         (child,) = started(*before)
-        pieces = model.stream("ab" * 12, max_tokens=400, raw=True, ignore_eos=True)
+        pieces = iter(model.stream("ab" * 12, max_tokens=400, raw=True, ignore_eos=True))
         next(pieces)
         os.kill(child, signal.SIGKILL)
         since = time.monotonic()
@@ -98,6 +102,7 @@ def test_a_rank_that_is_lost_is_named(folder_of: Callable[[str], Path], few_thre
     assert ended([child])
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_lost_by_its_silence(
     folder_of: Callable[[str], Path], few_threads: None
 ) -> None:
@@ -112,6 +117,7 @@ def test_a_stopped_rank_is_lost_by_its_silence(
     assert ended([child]), "who does not end by itself is ended"
 
 
+RARER = signal.SIGTERM, signal.SIGSTOP
 LEADER = """
 import os, sys, time, outsize
 model = outsize.load(sys.argv[1], ranks=2, memory="1GB", quiet=True)
@@ -121,11 +127,13 @@ time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP], ids=str)
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, *(pytest.param(n, marks=pytest.mark.slow) for n in RARER)], ids=str
+)
 def test_ranks_end_with_their_leader(
     how: signal.Signals, folder_of: Callable[[str], Path], few_threads: None
 ) -> None:
-    outsize.pack(str(folder_of(FAMILY)), quiet=True)
+    fetch.pack(str(folder_of(FAMILY)), quiet=True)
     leader = subprocess.Popen(
         [sys.executable, "-c", LEADER, str(folder_of(FAMILY))], stdout=subprocess.PIPE, text=True
     )
@@ -134,10 +142,10 @@ def test_ranks_end_with_their_leader(
         (child,) = map(int, leader.stdout.readline().split())
         assert _lives(child)
         leader.send_signal(how)
-        assert ended([child])
+        assert ended([child], 30.0 if how == signal.SIGSTOP else 11.0)
     finally:
         leader.kill()
-        leader.wait()
+        leader.communicate()
 
 
 def joining(port: int, home: Path | None = None, **more: str) -> subprocess.Popen[str]:
@@ -167,7 +175,7 @@ def test_a_rank_that_comes(
         str(folder_of(FAMILY)), ranks=2, listen=f"127.0.0.1:{port}", memory="1GB", quiet=True
     ) as model:
         assert text(model) == text(open_tiny(FAMILY, "auto"))
-    assert other.wait(20) == 0
+    assert (other.communicate(timeout=20)[1], other.returncode) == ("", 0)
 
 
 def test_a_rank_without_the_pack(

@@ -310,7 +310,7 @@ def test_a_shortage_is_told_before_it_is_one(monkeypatch: pytest.MonkeyPatch) ->
 
 @settings(max_examples=60, deadline=None)
 @given(
-    family=st.sampled_from(families()),
+    family=st.sampled_from([f for f in families() if f != "opt"]),  # which is in no GGUF
     number=st.integers(0, 2),
     share=st.floats(0.0, 1.2),
     context=st.sampled_from([None, 64, 500]),

@@ -54,7 +54,7 @@ HONOURED_IN_TEXT: dict[str, list[Any]] = {
 }  # fmt: skip
 OTHERS = {
     "top_k": [-2], "min_p": [2], "repeat_penalty": [0], "repetition_penalty": [101], "ignore_eos": [1],
-    "repeat_last_n": [-2], "prefill": [3, "quick", "lazy:keep=2"],
+    "repeat_last_n": [-2], "prefill": [3, "quick", "lazy:keep=2"], "width": [0, 1.5, "wide", True],
 }  # fmt: skip  # not OpenAI's, but llama.cpp's and vLLM's
 
 

@@ -10,7 +10,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from outsize.adapt.change import AS_IS, Change
 from outsize.adapt.trainable import Rows, Stored, TrainableModel, joined
+
+Draws = torch.Generator | Sequence[torch.Generator] | None
 
 
 @torch.no_grad()
@@ -19,10 +22,12 @@ def answer(
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     ends: frozenset[int],
-    generator: torch.Generator | None = None,
+    generator: Draws = None,
+    change: Change = AS_IS,
 ) -> list[list[int]]:
     """New tokens for each prompt, with the one that ended it, if any. Greedy, or drawn at temperature 1
-    where a generator is given."""
+    where a generator is given: one for all, or one for each prompt, whose tokens then do not depend on the
+    others. `change`: what the model computes otherwise."""
     width = max(len(p) for p in prompts)
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     pad_B = torch.tensor([width - len(p) for p in prompts], device=model.device)
@@ -32,7 +37,7 @@ def answer(
     stored: list[Stored] | None = None
     fed = ids.to(model.device)
     for _ in range(max_tokens):
-        x, stored = _step(model, fed, pad_B, stored)
+        x, stored = _step(model, fed, pad_B, stored, change)
         chosen = _choose(model.logits(x[:, -1]), generator)
         for tokens, token in zip(made, chosen.tolist(), strict=True):
             if not (tokens and tokens[-1] in ends):
@@ -44,7 +49,11 @@ def answer(
 
 
 def _step(
-    model: TrainableModel, ids_BT: Tensor, pad_B: Tensor, stored: list[Stored] | None
+    model: TrainableModel,
+    ids_BT: Tensor,
+    pad_B: Tensor,
+    stored: list[Stored] | None,
+    change: Change,
 ) -> tuple[Tensor, list[Stored]]:
     """Padding shifts a sequence's positions, which rotary attention does not see."""
     before = 0 if stored is None else stored[0][0].shape[2]
@@ -54,15 +63,20 @@ def _step(
     allow = (keys[None, None] <= positions[None, :, None]) & (keys >= pad_B[:, None])[:, None]
     allow = allow | (keys[None, None] == positions[None, :, None])  # padding sees itself: no nan
     rows = Rows(model.embed(ids_BT), positions.expand(count, -1), allow)
-    x, made = model.run(rows, stored)
+    x, made = model.run(rows, stored, change)
     if stored is not None:
         made = [joined(old, new) for old, new in zip(stored, made, strict=True)]
     return x, made
 
 
-def _choose(logits_BV: Tensor, generator: torch.Generator | None) -> Tensor:
+def _choose(logits_BV: Tensor, generator: Draws) -> Tensor:
     if generator is None:
         return logits_BV.argmax(1)
+    if not isinstance(generator, torch.Generator):
+        drawn = [torch.rand(1, dtype=torch.float64, generator=g) for g in generator]
+        below = logits_BV.double().softmax(1).cumsum(1)
+        at = torch.searchsorted(below, torch.stack(drawn).to(below.device))[:, 0]
+        return at.clamp_max(logits_BV.shape[1] - 1)
     return torch.multinomial(logits_BV.float().softmax(1), 1, generator=generator)[:, 0]
 
 

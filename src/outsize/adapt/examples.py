@@ -47,6 +47,7 @@ class TrainOptions:
     resume: bool = False
     device: str = "auto"
     quiet: bool = False
+    memory: str | int = "auto"  # of this process, at most, where the task says what it takes
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "at_once", "every"):

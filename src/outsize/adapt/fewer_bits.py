@@ -15,11 +15,12 @@ from torch import Tensor
 
 from outsize.adapt.bits import Option, Stack, choose
 from outsize.adapt.calibration import Calibration
+from outsize.adapt.change import Change
 from outsize.adapt.divergence import divergence
 from outsize.adapt.palettes import Factor, Rounded, rounded
 from outsize.adapt.spill import Spill
 from outsize.adapt.statistics import LENGTH, Inputs, States, sequences
-from outsize.adapt.trainable import Change, TrainableModel
+from outsize.adapt.trainable import TrainableModel
 from outsize.encoding.find import encoding
 from outsize.pack.format import Quality
 from outsize.pack.tables import Matrix
@@ -135,11 +136,11 @@ class Candidates:
         weights = sum(m.num_rows * m.width for m in matrices)
         return 8 * sum(m.size for m in matrices) / weights
 
-    def made(self, chosen: Mapping[Stack, int]) -> dict[Stack, Made]:
+    def made(self, chosen: Mapping[Stack, int]) -> dict[Stack, tuple[Made, ...]]:
         """What is to be written."""
-        out = {}
+        out: dict[Stack, tuple[Made, ...]] = {}
         for (layer, name), size in chosen.items():
             m = self.tried[layer, name, size].matrix
             fields = partial(self._spill.get, (layer, name, size))
-            out[layer, name] = Made(m.encoding, m.num_rows, m.width, fields)
+            out[layer, name] = (Made(m.encoding, m.num_rows, m.width, fields),)
         return out

@@ -39,6 +39,35 @@ class _HeadLoss(torch.autograd.Function):
         return ctx.saved_tensors[0] * grads[0], None, None
 
 
+class _HeadDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z_ND: Tensor, former_ND: Tensor, head_VD: Tensor) -> Tensor:
+        kind = torch.promote_types(head_VD.dtype, torch.float32)
+        loss, grad_ND = torch.zeros((), dtype=kind, device=z_ND.device), torch.empty_like(z_ND)
+        rows = max(1, CHUNK_BYTES[z_ND.device.type] // (4 * len(head_VD)))
+        for z, former, grad in zip(
+            z_ND.split(rows), former_ND.split(rows), grad_ND.split(rows), strict=True
+        ):
+            new, old = (
+                linear(x.to(head_VD.dtype), head_VD).to(kind).log_softmax(-1) for x in (z, former)
+            )
+            due = old.exp()
+            loss += (due * (old - new)).sum()
+            grad.copy_((new.exp_() - due).to(head_VD.dtype) @ head_VD)
+        ctx.save_for_backward(grad_ND.div_(len(z_ND)))
+        return loss / len(z_ND)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.saved_tensors[0] * grads[0], None, None
+
+
+def head_divergence(z_ND: Tensor, former_ND: Tensor, head_VD: Tensor) -> Tensor:
+    """Mean divergence (KL, nats) of what states predict from what former ones did; differentiable in the
+    states alone."""
+    return torch.as_tensor(_HeadDivergence.apply(z_ND, former_ND, head_VD))  # type: ignore[no-untyped-call]
+
+
 def head_loss(z_ND: Tensor, label_N: Tensor, head_VD: Tensor) -> Tensor:
     """Mean cross-entropy of `label_N` under the logits of states; differentiable in the states alone."""
     return torch.as_tensor(_HeadLoss.apply(z_ND, label_N, head_VD))  # type: ignore[no-untyped-call]

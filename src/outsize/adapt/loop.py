@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from outsize.checkpoint.lora import raw
 from outsize.errors import AdapterError, OptionError
 
 BETAS, CLIP, SMOOTH = (0.9, 0.95), 1.0, 0.95
+KEPT = "kept|"  # before the names of what a task keeps beside
 STATE = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of a parameter
 
 
@@ -39,9 +40,14 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, most in (("steps", 1 << 30), ("batch", 1 << 16), ("length", 1 << 24)):
+        whole("steps", self.steps, self.least_steps, 1 << 30)
+        for name, most in (("batch", 1 << 16), ("length", 1 << 24)):
             whole(name, getattr(self, name), 1, most)
         real("rate", self.rate, 0.0, 1.0)
+
+    @property
+    def least_steps(self) -> int:
+        return 1
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -80,6 +86,17 @@ class Task(Protocol):
 
     def about(self) -> dict[str, object]:
         """What the file's header says beside recipe, data, step and figures."""
+
+
+@runtime_checkable
+class Keeping(Protocol):
+    """A task with a state of its own, which its checkpoints have, too."""
+
+    def kept(self) -> dict[str, Tensor]:
+        """What going on needs beside parameters and the optimizer's state, by name."""
+
+    def restore(self, kept: Mapping[str, Tensor]) -> None:
+        """Go on with what `kept` gave."""
 
 
 @dataclass(slots=True)
@@ -130,6 +147,8 @@ class Training:
         for name, p in self.task.parameters.items():
             for key, value in self.optimizer.state.get(p, {}).items():
                 state[f"{name}|{key}"] = torch.as_tensor(value)
+        if isinstance(self.task, Keeping):
+            state |= {f"{KEPT}{name}": value for name, value in self.task.kept().items()}
         self._save(path, state)
 
     def write(self, path: Path) -> None:
@@ -170,6 +189,9 @@ def resume(task: Task, path: Path, base: str, data: str = "") -> Training:
                 state = {key: tensors[f"{name}|{key}"] for key in STATE}
                 moved = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
                 training.optimizer.state[p] = moved
+        if isinstance(task, Keeping):
+            kept = [name for name in tensors if name.startswith(KEPT)]
+            task.restore({name.removeprefix(KEPT): tensors[name] for name in kept})
     except (KeyError, RuntimeError) as e:
         raise AdapterError(f"{path} is not a checkpoint of this recipe ({e})") from None
     training.step, training.loss = int(str(about["step"])), float(str(about["loss"]))

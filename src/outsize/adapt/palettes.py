@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from outsize.encoding.find import encoding_of
 from outsize.encoding.levels import Fitted, between, fit
 from outsize.encoding.palette import Palette
-from outsize.errors import DataError, UnsupportedError
-from outsize.kernels.palettes import BLOCK, FORMS, TILE
+from outsize.errors import DataError
+from outsize.kernels.palettes import FORMS, TILE
 
-SIZES = (2, 3, 4, 5, 6)  # bits of a code
 DAMPING = 0.03  # of the mean square input, added to each: with .01 more tokens are needed
 TRIES = 4  # with ten times the damping each
 TOGETHER = 64  # columns, whose errors are carried on at once
@@ -29,17 +29,6 @@ class Rounded(NamedTuple):
     encoding: str
     fields: dict[str, Tensor]
     error: float  # of its outputs, mean square, relative to the outputs'
-
-
-def encoding_of(size: int, width: int) -> str:
-    """The palette with codes of so many bits for rows of this width. Raises UnsupportedError."""
-    if width % BLOCK == 0:
-        return f"palette{size}"
-    if width % FORMS[f"palette{size}-fp16"].group:
-        raise UnsupportedError(
-            f"rows of {width:,} weights are no multiple of 64, which palettes need; leave --bits out"
-        )
-    return f"palette{size}-fp16"
 
 
 class Factor:

@@ -7,26 +7,25 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from outsize.adapt import calibration, peak
+from outsize.adapt import calibration, peak, rewrite
 from outsize.adapt.bits import Stack
 from outsize.adapt.fewer_bits import Candidates
-from outsize.adapt.palettes import SIZES, encoding_of
 from outsize.adapt.spill import Spill
 from outsize.adapt.statistics import TENSORS
 from outsize.adapt.trainable import TrainableModel, matmul_type
 from outsize.arguments import real
+from outsize.encoding.find import SIZES, encoding_of
 from outsize.errors import OptionError, UnsupportedError
 from outsize.home import home
 from outsize.kernels.plain import PLAIN
 from outsize.pack import derive, leftovers
 from outsize.pack.format import Pack, Quality
 from outsize.pack.source import derived
-from outsize.pack.tables import Matrix, TableHeader
+from outsize.pack.tables import Matrix
 from outsize.plan.warmup import runtime_bytes
 from outsize.progress import Progress, bars, steps
 from outsize.storage.records import Records
@@ -103,8 +102,8 @@ def repack(base: Pack, options: BitsOptions) -> Repacked:
         candidates = Candidates(model, words, records)
         candidates.make(options.sizes, Spill(at / "candidates"), draw)
         chosen, quality = _choose(candidates, options, draw)
-        tables = derive.tables_with(base, partial(_stored, records), candidates.made(chosen))
-        made = derive.derive(base, source, tables, quality, folder, draw)
+        new, who = candidates.made(chosen), rewrite.Identity(source, quality)
+        made = rewrite.write(base, records, new, base.description, who, draw)
     return Repacked(made, (time.monotonic() - begin) / 60)
 
 
@@ -121,13 +120,6 @@ def _recipe(options: BitsOptions, text: str | None) -> Mapping[str, object]:
         "made": "palettes", "method": METHOD, "bits": options.bits, "max_kl": options.max_kl,
         "text": words, "seed": options.seed,
     }  # fmt: skip
-
-
-def _stored(
-    records: Records, table: TableHeader, number: int
-) -> dict[str, list[Mapping[str, torch.Tensor]]]:
-    read = records.read(table, number)
-    return {name: [w.fields for w in weights] for name, weights in read.items()}
 
 
 def _check(base: Pack, options: BitsOptions) -> None:
@@ -153,22 +145,9 @@ def _check(base: Pack, options: BitsOptions) -> None:
         )
 
 
-def _matrices(base: Pack) -> list[tuple[int, Matrix]]:
-    """Of the layers: how many records hold it, and the matrix."""
-    return [
-        (len(t.keys), m)
-        for t in base.tables
-        for name, pieces in t.tensors.items()
-        if name in TENSORS and t.kind == "layers"
-        for m in pieces
-    ]
-
-
 def bits_of(base: Pack) -> float:
     """Of a weight of the layers' matrices, everything counted."""
-    found = _matrices(base)
-    weights = sum(count * m.num_rows * m.width for count, m in found)
-    return 8 * sum(count * m.size for count, m in found) / weights
+    return rewrite.bits_of(base.tables)
 
 
 def least_bytes(base: Pack) -> tuple[int, int]:

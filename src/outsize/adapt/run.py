@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -11,8 +12,10 @@ from outsize.adapt import checkpoints, loop
 from outsize.adapt.examples import Example, TrainOptions, fingerprint, prepare
 from outsize.adapt.processes import join, leave, processes
 from outsize.adapt.trainable import TrainableModel, matmul_type
+from outsize.errors import UnsupportedError
 from outsize.log import say
 from outsize.pack import fetch
+from outsize.pack.format import Pack
 from outsize.progress import bars, steps
 
 HELD_OUT_SHARE, HELD_OUT = 50, 64  # one in so many, at most so many
@@ -22,24 +25,57 @@ MakeTask = Callable[[TrainableModel, Sequence[Example], Sequence[Example]], loop
 
 def run(options: TrainOptions, recipe: loop.Recipe, make: MakeTask) -> None:
     """Train a task and write its file. Raises OutsizeError."""
+    with session(options) as (options, device):
+        _run(options, recipe, make, device)
+
+
+@contextmanager
+def session(options: TrainOptions) -> Iterator[tuple[TrainOptions, torch.device]]:
+    """The device to train on, joined with the other processes if there are some, of which only the first one
+    speaks. Raises OptionError."""
     if options.resume:
         checkpoints.find(options.checkpoint)
     device = join(options.device)
     try:
-        quiet = options.quiet or processes()[0] > 0
-        _run(replace(options, quiet=quiet), recipe, make, device)
+        yield replace(options, quiet=options.quiet or processes()[0] > 0), device
     finally:
         leave()
 
 
 def _run(options: TrainOptions, recipe: loop.Recipe, make: MakeTask, device: torch.device) -> None:
     pack = fetch.find(options.model) or fetch.pack(options.model, quiet=options.quiet)
-    with bars(options.quiet) as progress:
-        model = TrainableModel(pack, device, matmul_type(device), progress)
+    model = opened(pack, options, device)
     found = prepare(options, recipe.length, pack, model)
     count = min(HELD_OUT, len(found) // HELD_OUT_SHARE)
     task = make(model, found[count:], found[:count])
-    about = pack.source.sha256, fingerprint(found)
+    training = train(task, options, pack.source.sha256, fingerprint(found))
+    training.write(options.output)
+    done(options)
+    if not options.quiet:
+        say(
+            f"wrote {options.output} ({options.output.stat().st_size / 1e6:.1f} MB): {training.summary()} on "
+            f"{count} held-out answers; use it with {task.use}{options.output}"
+        )
+
+
+def opened(pack: Pack, options: TrainOptions, device: torch.device) -> TrainableModel:
+    """A pack's numbers, in what the device multiplies fastest (fp32 where they are such). Raises
+    UnsupportedError."""
+    if not pack.description.is_usual:
+        raise UnsupportedError(
+            f"{pack.path.name} is a {pack.description.family} model; training knows dense models without "
+            "sinks, of RMSNorms and gated feed-forwards"
+        )
+    is_fp32 = pack.table_of("attn-0").tensors["o"][0].encoding == "fp32"
+    kind = torch.float32 if is_fp32 else matmul_type(device)
+    with bars(options.quiet) as progress:
+        return TrainableModel(pack, device, kind, progress)
+
+
+def train(task: loop.Task, options: TrainOptions, base: str, data: str) -> loop.Training:
+    """Train to the recipe's end, from the beginning or on from the checkpoint. `base`, `data`: hashes of what
+    the result is for, and of what it learns from."""
+    about, recipe = (base, data), task.recipe
     training = (
         loop.resume(task, options.checkpoint, *about)
         if options.resume
@@ -51,11 +87,10 @@ def _run(options: TrainOptions, recipe: loop.Recipe, make: MakeTask, device: tor
             draw(f"loss {now.loss:.3f}, {now.summary()}", now.step, recipe.steps)
 
         loop.train(training, options.checkpoint, options.every, report)
-    training.write(options.output)
+    return training
+
+
+def done(options: TrainOptions) -> None:
+    """What was trained is kept elsewhere: the checkpoint goes."""
     if processes()[0] == 0:
         options.checkpoint.unlink(missing_ok=True)
-    if not options.quiet:
-        say(
-            f"wrote {options.output} ({options.output.stat().st_size / 1e6:.1f} MB): {training.summary()} on "
-            f"{count} held-out answers; use it with {task.use}{options.output}"
-        )

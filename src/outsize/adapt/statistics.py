@@ -18,7 +18,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from outsize.adapt.trainable import AS_IS, Change, Rows, TrainableModel
+from outsize.adapt.change import AS_IS, Change
+from outsize.adapt.trainable import Rows, TrainableModel
 
 FIRST, WEIGHT = (
     4,

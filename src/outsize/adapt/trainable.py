@@ -7,21 +7,22 @@ V vocabulary, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, linear, rms_norm, scaled_dot_product_attention
 
+from outsize.adapt.change import AS_IS, Change
 from outsize.errors import UnsupportedError
-from outsize.kernels.plain import ACTIVATIONS
 from outsize.model.attention import vector
 from outsize.model.layers import cos_sin
 from outsize.model_config import Description, Rope
 from outsize.pack.format import Pack
+from outsize.pack.records import POSITIONS
 from outsize.plan.probe import instruction_sets
 from outsize.progress import Progress
 from outsize.storage.table import Weight, Weights
@@ -33,38 +34,6 @@ ROWS = 4096  # of a row table decoded at once
 # Not cuDNN's: its gradients are NaN for some heads with large scores (Qwen2.5 on an H100, torch 2.11).
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 Stored = tuple[Tensor, Tensor]  # one layer's keys and values, (B, J, S, E) each
-
-
-class Change:
-    """What a run does otherwise than the model: here, nothing."""
-
-    __slots__ = ()
-
-    def weight(self, w: Tensor, x: Tensor, layer: int, name: str) -> Tensor:
-        """What multiplies x in place of w, a tensor of a pack's record: qkv, o, gate_up or down."""
-        return w
-
-    def add(self, y: Tensor, x: Tensor, layer: int, names: Sequence[str]) -> Tensor:
-        """`y` is the product of x with the projections' rows, stacked; with what is added."""
-        return y
-
-
-@dataclass(frozen=True, slots=True)
-class Deltas(Change):
-    """Low-rank additions: y += scale * B A x for each projection, named "{layer}.{projection}"."""
-
-    factors: Mapping[str, tuple[Tensor, Tensor]]  # A (R, K), B (N, R)
-    scale: float
-
-    def add(self, y: Tensor, x: Tensor, layer: int, names: Sequence[str]) -> Tensor:
-        parts = []
-        for name in names:
-            a, b = self.factors[f"{layer}.{name}"]
-            parts.append(linear(linear(x, a.to(x.dtype)), b.to(x.dtype)))
-        return y + self.scale * (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
-
-
-AS_IS = Change()
 
 
 class Rows(NamedTuple):
@@ -88,7 +57,7 @@ class TrainableModel:
         self, pack: Pack, device: torch.device, dtype: torch.dtype, progress: Progress
     ) -> None:
         d = pack.description
-        if not d.is_usual:
+        if not d.is_measured:
             raise UnsupportedError(
                 f"{pack.path.name} is a {d.family} model; training knows dense models without sinks"
             )
@@ -99,9 +68,10 @@ class TrainableModel:
             self.embed_VD = self._table(loaded.embed, d)
             tied = loaded.head is loaded.embed
             self.head_VD = self.embed_VD if tied else self._table(loaded.head, d)
-            self.final_norm = self._vector(loaded.final_norm["final_norm"])
+            final = self._matrices(loaded.final_norm)
+            self.positions_PD = final.pop(POSITIONS, None)
             pinned = ({**resident(a), **resident(f)} for a, f in loaded.layers)
-            self._layers = [self._matrices(weights) for weights in pinned]
+            self._layers = [*(self._matrices(weights) for weights in pinned), final]
         finally:
             loaded.close()
         self._cos_sin: dict[Rope, Tensor] = {}
@@ -118,9 +88,10 @@ class TrainableModel:
         for name, parts in weights.items():
             if name.endswith(("norm", "bias")):
                 out[name] = self._vector(parts)
-            else:
-                rows = [w.encoding.decode(w.fields)[: w.num_rows].to(self.dtype) for w in parts]
-                out[name] = torch.cat(rows).to(self.device)
+                continue
+            kind = self.residual if name == POSITIONS else self.dtype
+            rows = [w.encoding.decode(w.fields)[: w.num_rows].to(kind) for w in parts]
+            out[name] = torch.cat(rows).to(self.device)
         return out
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -141,24 +112,36 @@ class TrainableModel:
 
     def normed(self, h: Tensor) -> Tensor:
         """What the head multiplies, of the stream after the last layer."""
-        return rms_norm(h, h.shape[-1:], self.final_norm, self.description.norm_eps)
+        return self._normed(h, -1, "final_norm", AS_IS)
+
+    def tensors(self, layer: int) -> dict[str, Tensor]:
+        """Of a layer, by name: qkv, o, gate_up, down, norms and biases."""
+        return self._layers[layer]
 
     def _through(
         self, rows: Rows, layers: range, stored: Sequence[Stored] | None, change: Change
     ) -> tuple[Tensor, list[Stored]]:
-        h, made = rows.h_BTD, []
+        h, made = rows.h_BTD, list[Stored]()
+        if self.positions_PD is not None and layers.start == 0:
+            h = h + self.positions_PD[rows.positions_BT]
         ropes = self.description.ropes
         rotations = {rope: self._rotation(rope, rows.positions_BT) for rope in ropes}
         masks = self._masks(rows)
         for i in layers:
             layer, past = self.description.layers[i], None if stored is None else stored[i]
-            turn, mask = rotations[layer.rope], masks[layer.window]
-            out, new = self._attention(self._norm(h, i, "attn_norm"), i, turn, mask, past, change)
+            sight = rotations[layer.rope], masks[layer.window]
+            of, x = change.source(i), self._norm(h, i, "attn_norm", change)
+            shared = None if of is None else made[of]
+            out, new = self._attention(x, i, sight, (past, shared), change)
             made.append(new)
             h = h + self._post(out, i, "attn_post_norm")
-            out = self._dense(self._norm(h, i, "ffn_norm"), i, change)
-            h = h + self._post(out, i, "ffn_post_norm")
+            x = x if self.description.parallel else self._norm(h, i, "ffn_norm", change)
+            h = self.added(h, change.ffn(x, h, i, partial(self._dense, x, i, change)), i)
         return h, made
+
+    def added(self, h: Tensor, out: Tensor, layer: int) -> Tensor:
+        """The stream with what a layer's feed-forward gave."""
+        return h + self._post(out, layer, "ffn_post_norm")
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., V) of normed states."""
@@ -182,9 +165,16 @@ class TrainableModel:
             self._cos_sin[rope] = known = torch.view_as_real(made).to(self.device, self.residual)
         return known[positions_BT][:, :, None]  # (B, T, 1, E/2, 2)
 
-    def _norm(self, h: Tensor, layer: int, name: str) -> Tensor:
-        weight, eps = self._layers[layer][name], self.description.norm_eps
-        return rms_norm(h, h.shape[-1:], weight, eps).to(self.dtype)
+    def _norm(self, h: Tensor, layer: int, name: str, change: Change) -> Tensor:
+        return self._normed(h, layer, name, change).to(self.dtype)
+
+    def _normed(self, h: Tensor, layer: int, name: str, change: Change = AS_IS) -> Tensor:
+        """Layer -1 is what comes after all."""
+        weights, eps = self._layers[layer], self.description.norm_eps
+        weight = change.vector(weights[name], layer, name)
+        if self.description.layer_norm:
+            return layer_norm(h, h.shape[-1:], weight, weights[f"{name}_bias"], eps)
+        return rms_norm(h, h.shape[-1:], weight, eps)
 
     def _post(self, out: Tensor, layer: int, name: str) -> Tensor:
         out = out.to(self.residual)
@@ -203,38 +193,53 @@ class TrainableModel:
         self,
         x: Tensor,
         i: int,
-        turn: Tensor,
-        mask: Tensor,
-        past: Stored | None,
+        sight: tuple[Tensor, Tensor],
+        known: tuple[Stored | None, Stored | None],
         change: Change,
     ) -> tuple[Tensor, Stored]:
-        d, weights = self.description, self._layers[i]
-        qkv = self._linear(x, i, "qkv", ("q", "k", "v"), change)
-        if d.qkv_bias:
-            qkv = qkv + weights["qkv_bias"]
-        heads = qkv.unflatten(-1, (-1, d.head_dim)).to(self.residual)
-        q, k, v = heads.split([d.num_heads, d.num_kv_heads, d.num_kv_heads], dim=2)
-        if d.qk_norm:
-            q = rms_norm(q, q.shape[-1:], weights["q_norm"], d.norm_eps)
-            k = rms_norm(k, k.shape[-1:], weights["k_norm"], d.norm_eps)
-        q, k = _rotate(q, turn), _rotate(k, turn)
-        q, k, v = (t.transpose(1, 2).to(self.dtype) for t in (q, k, v))
-        keys, values = (k, v) if past is None else joined(past, (k, v))
+        """`sight`: rotations, and which keys each row may see; `known`: keys and values that were stored
+        before, and those of another layer that are used in place of new ones."""
+        d, weights, (turn, mask), (past, shared) = self.description, self._layers[i], sight, known
+        q, new = self._projected(x, i, turn, shared, change)
+        keys, values = new if past is None else joined(past, new)
         group = d.num_heads // d.num_kv_heads
         keys, values = (t.repeat_interleave(group, dim=1) for t in (keys, values))
         with sdpa_kernel(ATTENTION):
             out = scaled_dot_product_attention(q, keys, values, mask, scale=d.attn_scale)
         out = out.transpose(1, 2).flatten(2)
         out = self._linear(out, i, "o", ("o",), change)
-        return out + weights["o_bias"] if d.o_bias else out, (k, v)
+        return out + weights["o_bias"] if d.o_bias else out, new
+
+    def _projected(
+        self, x: Tensor, i: int, turn: Tensor, shared: Stored | None, change: Change
+    ) -> tuple[Tensor, Stored]:
+        """Queries (B, H, T, E), rotated; and new keys and values, or those that are shared."""
+        d, weights = self.description, self._layers[i]
+        names = ("q", "k", "v") if shared is None else ("q",)
+        rows = d.num_heads * d.head_dim if shared is not None else d.qkv_rows
+        w = change.weight(weights["qkv"], x, i, "qkv")[:rows]
+        qkv = change.add(linear(x, w), x, i, names)
+        if d.qkv_bias:
+            qkv = qkv + weights["qkv_bias"][:rows]
+        heads = qkv.unflatten(-1, (-1, d.head_dim)).to(self.residual)
+        q = heads[:, :, : d.num_heads]
+        if d.qk_norm:
+            q = rms_norm(q, q.shape[-1:], weights["q_norm"], d.norm_eps)
+        q = _rotate(q, turn).transpose(1, 2).to(self.dtype)
+        if shared is not None:
+            return q, shared
+        k, v = heads[:, :, d.num_heads :].chunk(2, dim=2)
+        if d.qk_norm:
+            k = rms_norm(k, k.shape[-1:], weights["k_norm"], d.norm_eps)
+        k, v = (t.transpose(1, 2).to(self.dtype) for t in (_rotate(k, turn), v))
+        return q, (k, v)
 
     def _dense(self, x: Tensor, i: int, change: Change) -> Tensor:
         d, weights = self.description, self._layers[i]
-        both = self._linear(x, i, "gate_up", ("gate", "up"), change)
+        both = self._linear(x, i, "gate_up", ("up",) if d.two_matrix else ("gate", "up"), change)
         if d.mlp_bias:
             both = (both + weights["gate_up_bias"]).to(self.dtype)
-        gate, up = both.chunk(2, dim=-1)
-        down = self._linear(ACTIVATIONS[d.activation](gate) * up, i, "down", ("down",), change)
+        down = self._linear(change.inner(both, d), i, "down", ("down",), change)
         return down + weights["down_bias"] if d.mlp_bias else down
 
 

@@ -78,7 +78,7 @@ def compare(reference_KV: Tensor, ours_KV: Tensor) -> tuple[float, int]:
 def evaluate(model: Model, tokens: Sequence[int], reference_TV: Tensor, steps: int) -> Quality:
     """Compare logits at every position but the last."""
     count, transformer = len(tokens) - 1, model.transformer
-    (h_TD,) = hidden(transformer, [(Span(0, tokens), transformer.new_kv())])
+    (h_TD,) = hidden(transformer, [(Span(0, tokens, len(tokens)), transformer.new_kv())])
     kl = agree = nll = reference_nll = 0.0
     for start in range(0, count, ROWS):
         rows = slice(start, min(start + ROWS, count))

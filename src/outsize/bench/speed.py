@@ -70,7 +70,12 @@ class Ceilings:
 
 def flops_per_token(d: Description) -> int:
     """Of the layers' matrices."""
-    return 2 * d.num_layers * d.width * (d.qkv_rows + d.num_heads * d.head_dim + 3 * d.ffn_width)
+    return (
+        2
+        * d.num_layers
+        * d.width
+        * (d.qkv_rows + d.num_heads * d.head_dim + (3 - d.two_matrix) * d.ffn_width)
+    )
 
 
 def ceilings(pack: Pack) -> Ceilings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from keyword import iskeyword
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,11 +30,12 @@ class Flag:
     @property
     def name(self) -> str:
         long = next(n for n in self.names.split() if n.startswith("--"))
-        return long.partition("/")[0][2:].replace("-", "_")
+        name = long.partition("/")[0][2:].replace("-", "_")
+        return f"{name}_" if iskeyword(name) else name
 
     def option(self) -> Any:
         """As typer takes it."""
-        env = f"OUTSIZE_{self.name.upper()}" if self.has_env else None
+        env = f"OUTSIZE_{self.name.rstrip('_').upper()}" if self.has_env else None
         return typer.Option(*self.names.split(), help=self.text, envvar=env, metavar=self.metavar)
 
 
@@ -76,7 +78,8 @@ FLAGS = {
         "How experts are cached: POLICY,prefetch=...,misses=...,routing=... (docs).",
     ),
     "draft": Flag(
-        "--draft", "What drafts tokens: auto, none, ngram[:k=], model:PATH, mtp:FILE."
+        "--draft",
+        "What drafts tokens: auto, none, ngram[:k=], model:PATH, native[:k=], mtp:FILE, nested[:WIDTH][:k=].",
     ),
     "prefill": Flag(
         "--prefill",
@@ -86,6 +89,11 @@ FLAGS = {
     "neurons": Flag(
         "--neurons",
         "Compute and read only neurons that fire: off, auto, or FILE of `outsize adapt sparsity` (lossy).",
+    ),
+    "width": Flag(
+        "--width",
+        "Of nested experts (`outsize adapt nested`): full, auto, or a share of them on average (lossy).",
+        kind=str,
     ),
     "layers_off": Flag(
         "--layers-off",

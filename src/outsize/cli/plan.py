@@ -24,6 +24,12 @@ class PlanFlags:
         int | None, Flag("--prompt-tokens", "Predict the first token after so many (512).")
     ] = None
     html: Annotated[Path | None, Flag("--html", "Write a page with the curve.")] = None
+    what_if: Annotated[
+        str | None,
+        Flag(
+            "--what-if", "Compare with bits=3.5,width=.5,rank=8,kv=int8,share-kv=11 (any of them)."
+        ),
+    ] = None
     trace: Annotated[
         Path | None, Flag("--trace", "Expect of experts what this recording tells.")
     ] = None
@@ -44,6 +50,9 @@ def plan(
     from outsize.plan.make import make
     from outsize.report import plan_page, plan_text
 
+    if own.what_if is not None:
+        _what_if(model, load, own, display.json)
+        return
     if load.ranks > 1:
         _of_ranks(model, load, own, display.json)
         return
@@ -61,6 +70,24 @@ def plan(
         own.html.write_text(plan_page.page(made.to_json()), encoding="utf-8")
         say(f"wrote {own.html}")
     print(json.dumps(made.to_json()) if display.json else "\n".join(plan_text.long(made)))
+
+
+def _what_if(model: str, load: LoadOptions, own: PlanFlags, as_json: bool) -> None:
+    """A model now and as it would be."""
+    from outsize.plan.compare import compare
+    from outsize.report import whatif_page, whatif_text
+
+    if own.trace is not None:
+        raise OptionError(
+            "--trace tells of experts, which --what-if leaves as they are; leave it out"
+        )
+    if load.ranks > 1 or own.link is not None:
+        raise OptionError("--what-if is of one process; leave --ranks and --link out")
+    made = compare(model, load, own.what_if or "", own.prompt_tokens)
+    if own.html is not None:
+        own.html.write_text(whatif_page.page(made), encoding="utf-8")
+        say(f"wrote {own.html}")
+    print(json.dumps(made.to_json()) if as_json else "\n".join(whatif_text.lines(made)))
 
 
 def _of_ranks(model: str, load: LoadOptions, own: PlanFlags, as_json: bool) -> None:

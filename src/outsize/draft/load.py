@@ -9,6 +9,8 @@ from outsize.draft.auto import AutoDraft
 from outsize.draft.drafter import SPARE, Company, Drafter, NoDraft
 from outsize.draft.model import DraftModel, ModelDraft
 from outsize.draft.mtp import MtpDraft, MtpModel
+from outsize.draft.native import FurtherLayer, NativeDraft
+from outsize.draft.nested import NestedDraft, NestedModel, Own
 from outsize.draft.ngram import NgramDraft
 from outsize.draft.spec import DraftSpec
 from outsize.draft.stats import DraftStats
@@ -29,6 +31,7 @@ class Drafting:
     spec: DraftSpec
     draft_stats: DraftStats = field(default_factory=DraftStats)
     model: DraftModel | None = None
+    nested: NestedModel | None = None
 
     @property
     def mtp(self) -> MtpModel | None:
@@ -45,18 +48,24 @@ class Drafting:
         """Slots of keys and values behind a sequence, for what is drafted and not kept."""
         return 0 if self.spec.kind == "none" else SPARE
 
-    def new(self, sampler: Sampler | None, company: Company | None = None) -> tuple[Drafter, Check]:
-        """A drafter, and what checks its drafts; `company`: who shares its steps. Without a sampler
-        drafts are kept where picks agree, whatever the specification says."""
+    def new(
+        self, sampler: Sampler | None, company: Company | None = None, own: Own | None = None
+    ) -> tuple[Drafter, Check]:
+        """A drafter, and what checks its drafts; `company`: who shares its steps, `own`: the sequence's
+        cache. Without a sampler drafts are kept where picks agree, whatever the specification says."""
         kind, k = self.spec.kind, self.spec.k
         if kind == "auto":
             return AutoDraft(self.draft_stats, company), verify
         if kind == "ngram":
             return NgramDraft(k or 4), verify
+        if self.nested is not None and own is not None:
+            return NestedDraft(self.nested, k or self.nested.k, own), verify
         if self.mtp is not None and kind == "mtp":
             return MtpDraft(self.mtp, k or self.mtp.k, self.spec.layout), verify
         if self.model is None:
             return NoDraft(), verify
+        if kind == "native":
+            return NativeDraft(FurtherLayer(self.model), k or 1), verify
         if sampler is None or self.spec.verify == "pick":
             return ModelDraft(self.model, k or 4), verify
         drafter = ModelDraft(self.model, k or 4, sampler)
@@ -71,7 +80,7 @@ class Drafting:
         """A drafter of mask tokens holds the network it drafts for: a closed model keeps none of it."""
         if self.model is not None:
             self.model.close()
-        self.model, self.draft_stats = None, DraftStats()
+        self.model, self.nested, self.draft_stats = None, None, DraftStats()
 
 
 def check(spec: DraftSpec, outline: Outline) -> None:

@@ -19,7 +19,7 @@ from outsize.home import expanded, home
 from outsize.kernels.backend import Backend
 from outsize.kernels.layouts import BLOCK
 from outsize.kernels.plain import PLAIN
-from outsize.model.lora import Adapter
+from outsize.model.lora import Adapter, check_shapes
 from outsize.model.lora_file import MTP, additions
 from outsize.model.transformer import Transformer
 from outsize.pack.outline import Outline
@@ -34,11 +34,23 @@ def find(spec: DraftSpec, model: Outline) -> Path | None:
         return None
     if spec.source:
         return expanded(spec.source)
-    if model.description.mixture is not None or not model.sha256:
+    if not model.description.is_usual or not model.sha256:
         return None
-    names = [f"masks-{sha[:12]}.safetensors" for sha in (model.sha256, *model.kin)]
-    places = (folder / name for name in names for folder in (home() / "adapters", SHIPPED))
-    return next((p for p in places if p.is_file()), None)
+    for sha in (model.sha256, *model.kin):
+        for folder in (home() / "adapters", SHIPPED):
+            path = folder / f"masks-{sha[:12]}.safetensors"
+            if path.is_file() and (sha == model.sha256 or _fits(path, model)):
+                return path
+    return None
+
+
+def _fits(path: Path, model: Outline) -> bool:
+    """Are the maps of a model that was made from another one as wide as that one's, for which the file is?"""
+    try:
+        check_shapes(path.name, model.description, files.load(path).factors())
+    except AdapterError:
+        return False
+    return True
 
 
 def check(path: Path, k: int, model: Outline) -> tuple[AdapterFile, Adapter, Tensor]:

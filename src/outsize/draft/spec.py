@@ -8,10 +8,13 @@ from dataclasses import dataclass
 
 from outsize.draft.drafter import MOST
 from outsize.errors import OptionError
+from outsize.model.width import AUTO, parse_width
 
-KINDS = ("auto", "none", "ngram", "model", "mtp")
+KINDS = ("auto", "none", "ngram", "model", "mtp", "native", "nested")
 ALIASES = {"masks": "mtp"}  # earlier names
-KEYS = {"ngram": ("k",), "model": ("k", "verify"), "mtp": ("k", "layout")}
+KEYS = {
+    "ngram": ("k",), "model": ("k", "verify"), "mtp": ("k", "layout"), "native": ("k",), "nested": ("k",),
+}  # fmt: skip
 # Values that are words; the first is the default.
 WORDS = {"layout": ("quadratic", "linear"), "verify": ("pick", "rejection")}
 
@@ -37,10 +40,20 @@ def parse_draft(text: str) -> DraftSpec:
     source, pairs = (match.group(1) or "", match.group(2)) if match else (rest, "")
     told = dict(pair.split("=", 1) for pair in pairs.split(",") if pair)
     spec = DraftSpec(kind, source, *_values(text, kind, told))
-    if bool(source) != (kind in ("model", "mtp")):
+    if kind == "nested":
+        _check_width(text, source)
+    elif bool(source) != (kind in ("model", "mtp")):
         need = f"no path: {kind}" if source else f"a path, as in {kind}:FILE"
         raise OptionError(f"draft is {text!r}; {kind} takes {need}")
     return spec
+
+
+def _check_width(text: str, source: str) -> None:
+    """A drafter is narrower than what it drafts for. Raises OptionError."""
+    if source and parse_width(source) in (1.0, AUTO):
+        raise OptionError(
+            f"draft is {text!r}; a share of the feed-forwards below 1 is expected, as in nested:0.25"
+        )
 
 
 def _values(text: str, kind: str, told: Mapping[str, str]) -> tuple[int, str, str]:

@@ -9,10 +9,10 @@ from outsize.encoding.group import Group
 from outsize.encoding.int4 import Int4
 from outsize.encoding.palette import Palette
 from outsize.encoding.plain import Encoding
-from outsize.errors import PackError
+from outsize.errors import PackError, UnsupportedError
 from outsize.kernels.backend import Backend
 from outsize.kernels.layouts import torch_reads_tiles
-from outsize.kernels.palettes import FORMS
+from outsize.kernels.palettes import BLOCK, FORMS
 from outsize.kernels.plain import PLAIN
 
 ENCODINGS: dict[str, Encoding] = {
@@ -36,6 +36,9 @@ def gives_fp32(e: Encoding) -> bool:
     """Do products of fp32 inputs keep their precision, and are as fast as those of bf16?"""
     return isinstance(e, Group | Palette)
 
+
+SIZES = (2, 3, 4, 5, 6)  # bits of a palette's codes
+FINE = 6  # of those that replace other codes: more than most had, and still few
 
 # The form that holds a checkpoint tensor's type, where its name is another.
 HELD = {
@@ -72,3 +75,24 @@ def encoding_for(source_type: str, width: int, wanted: str, grouped: bool) -> st
     if source_type in CODED and torch_reads_tiles():
         return "int4"
     return "int8" if form or source_type in BYTES else "bf16"
+
+
+def encoding_of(size: int, width: int) -> str:
+    """The palette with codes of so many bits for rows of this width. Raises UnsupportedError."""
+    if width % BLOCK == 0:
+        return f"palette{size}"
+    if width % FORMS[f"palette{size}-fp16"].group:
+        raise UnsupportedError(
+            f"rows of {width:,} weights are no multiple of 64, which palettes need; leave --bits out"
+        )
+    return f"palette{size}-fp16"
+
+
+def encoding_like(before: str, width: int) -> str:
+    """What holds new numbers in place of a matrix: floats for floats; for codes, codes of 6 bits with tables
+    of their own, or where rows are of no multiple of 64 weights, of 8 bits."""
+    if before in ("fp32", "bf16", "fp16") and before in ENCODINGS:
+        return before
+    if width % FORMS[f"palette{FINE}-fp16"].group == 0:
+        return f"palette{FINE}" if width % BLOCK == 0 else f"palette{FINE}-fp16"
+    return "q8_0" if width % FORMS["q8_0"].group == 0 else "bf16"

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from outsize.draft.drafter import Company, Drafter
 from outsize.draft.forced import ForcedDraft
 from outsize.draft.load import Drafting
+from outsize.draft.nested import Own
 from outsize.draft.verify import Check, verifying
 from outsize.options import Options
 from outsize.sampling.constraint import Constraint
@@ -25,18 +26,20 @@ def chooser(
     drafting: Drafting,
     constraint: Constraint | None = None,
     company: Company | None = None,
+    own: Own | None = None,
 ) -> Chooser:
-    """Of one sequence, whose options have a seed; `company`: who shares its steps. A constraint follows every
-    pick: under one, drafts are checked by picks, also where `verify=rejection` is asked for. What it forces
-    is drafted, but not under `draft=none`. The same for log-probabilities, which picks note."""
+    """Of one sequence, whose options have a seed; `company`: who shares its steps, `own`: its cache. A
+    constraint follows every pick: under one, drafts are checked by picks, also where `verify=rejection` is
+    asked for. What it forces is drafted, but not under `draft=none`. The same for log-probabilities, which
+    picks note."""
     assert options.seed is not None
     sampler = Sampler(options, options.seed, constraint)
     if constraint is None:
         drawing = (
             sampler if options.logprobs is None else None
         )  # of picks alone there are log-probs
-        return Chooser(sampler, drafting.new(drawing, company))
-    drafter, _ = drafting.new(None, company)
+        return Chooser(sampler, drafting.new(drawing, company, own))
+    drafter, _ = drafting.new(None, company, own)
     if drafting.spec.kind != "none":
         drafter = ForcedDraft(constraint, drafter)
     return Chooser(sampler, (drafter, verifying(constraint)))

@@ -14,6 +14,7 @@ from outsize.draft.verify import Check, Pick
 from outsize.forward.prune import Prune
 from outsize.forward.span import Out, Span
 from outsize.model.lora import Adapter
+from outsize.model.width import Width
 from outsize.sampling.constraint import Constraint
 
 
@@ -28,6 +29,7 @@ class Sequence:
     finish: str | None = None
     constraint: Constraint | None = None  # what the text obeys; where it is complete, the text ends
     prune: Prune | None = None  # tokens that may skip layers: lossy
+    width: Width | None = None  # of nested experts: lossy; None: all
 
     @property
     def new_tokens(self) -> list[int]:
@@ -88,7 +90,9 @@ def decode(
         ready = len(seq.tokens) - done == 1
         draft = drafter.propose(seq.tokens, most) if ready else Draft()
         fed = (*seq.tokens[done:], *draft.tokens)
-        out = yield Span(done, fed, len(draft.tokens) + 1, draft.masks, adapter, seq.prune)
+        out = yield Span(
+            done, fed, len(draft.tokens) + 1, draft.masks, adapter, seq.prune, seq.width
+        )
         kept = check(draft, out.logits_KV, seq.tokens, pick)
         done = len(seq.tokens) + len(kept) - 1  # the last kept token has not been run yet
         seq.extend(kept)

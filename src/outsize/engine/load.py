@@ -26,7 +26,7 @@ from outsize.engine.ranks import leader as ranks
 from outsize.engine.scheduler import Scheduler
 from outsize.engine.step_lock import check_fork
 from outsize.engine.threads import kernel_threads
-from outsize.errors import PackError
+from outsize.errors import OptionError, PackError
 from outsize.home import expanded, home
 from outsize.kernels.attention import CHUNK
 from outsize.model.lora_file import read_adapter
@@ -38,20 +38,21 @@ from outsize.pack.format import Pack, damaged
 from outsize.pack.outline import Outline, of_pack
 from outsize.parallel.collective import Collective
 from outsize.plan import chunk as chunk_plan
-from outsize.plan import decide, neurons, probe
+from outsize.plan import decide, nested, neurons, probe
 from outsize.plan import make as planning
 from outsize.plan.decide import compiled
 from outsize.plan.layers_off import with_layers_off
+from outsize.plan.nested import NestedPlan
 from outsize.plan.neurons import NeuronPlan
-from outsize.plan.place import place, tokenizer_bytes
+from outsize.plan.place import tokenizer_bytes
 from outsize.plan.placement import Placement
 from outsize.plan.warmup import runtime_bytes
 from outsize.progress import bars
 from outsize.system import memory
 from outsize.text.tokens import Tokens
 from outsize.weights import load as weights
-from outsize.weights.bundles import Bundles
 from outsize.weights.load import Loaded
+from outsize.weights.neuron_spec import RESIDENT
 from outsize.weights.open_pack import LoadPlan
 from outsize.weights.spec import ExpertOptions, Recorder, parse_experts
 
@@ -100,6 +101,8 @@ def open_model(
     if found is None and is_checked:
         decide.foresee(source, options, size, runtime_bytes(compiled(options)))
     made = found or fetch.pack(source, encoding=options.encoding, quiet=quiet)
+    cut = nested.search(options, made)
+    made = made if cut is None else cut.pack
     options = decide.for_kind(options, made.path.name, made.description)
     experts = replace(parse_experts(options.experts or ""), recorder=recorder)
     low = experts.copies
@@ -109,9 +112,9 @@ def open_model(
         raise PackError(
             f"{made.path.name} is one rank's part of a model; run {made.source.spec} with --ranks"
         )
-    smaller = draft_pack(options)
+    smaller = draft_pack(options, source)
     if options.ranks == 1:
-        packs = Packs(made, smaller, copies, paged)
+        packs = Packs(made, smaller, copies, paged, cut)
         return _open(packs, options, Beside(size, experts, prefixes), before)
     team = ranks.assemble(made, options, compiled(options))
     try:
@@ -122,9 +125,17 @@ def open_model(
         raise
 
 
-def draft_pack(options: LoadOptions) -> Pack | None:
-    """The pack of the smaller model that drafts, if one is to."""
+def draft_pack(options: LoadOptions, model: str) -> Pack | None:
+    """The pack of the smaller model that drafts, if one is to, or of the model's layer that does. Raises
+    OptionError."""
     spec = parse_draft(options.draft)
+    if spec.kind == "native":
+        if options.ranks != 1:
+            raise OptionError(
+                f"draft=native reads the embedding and head of a whole model, and ranks is {options.ranks}; "
+                "use draft=ngram with it"
+            )
+        return fetch.further(model, options.encoding, quiet=options.quiet)
     return fetch.pack(spec.source, quiet=options.quiet) if spec.kind == "model" else None
 
 
@@ -135,10 +146,12 @@ class Packs(NamedTuple):
     smaller: Pack | None = None
     copies: Pack | None = None
     neurons: NeuronPlan | None = None  # which are computed, if they are paged
+    nested: NestedPlan | None = None  # if its feed-forwards are cut into nested experts
 
     def outline(self, options: LoadOptions) -> Outline:
         smaller, copies = (None if p is None else of_pack(p) for p in (self.smaller, self.copies))
         own = decide.without_layers(of_pack(self.model), options)
+        own = nested.with_nested(own, self.nested)
         return decide.with_all(own, options.adapters, smaller, copies)
 
 
@@ -184,29 +197,36 @@ def _open(
         team.plan(placement.context, chunk, options)
     with ExitStack() as opened:
         smaller = None
-        if packs.smaller is not None:
+        if packs.smaller is not None and not packs.smaller.description.further:
             smaller = _draft_model(packs.smaller, options, placement)
             opened.callback(smaller.close)
         with bars(options.quiet) as progress:
             paged = None if outline.neurons is None else packs.neurons
-            plan = LoadPlan(
-                placement.shares, options.verify, experts, packs.copies, banks_of(paged)
-            )
+            share = nested.settled(options, outline, placement)
+            caching = nested.experts(options, experts, packs.nested, share)
+            banks = neurons.banks_of(paged)
+            plan = LoadPlan(placement.shares, options.verify, caching, packs.copies, banks)
             loaded = weights.load(made, native, plan, progress)
         opened.callback(loaded.close)
+        if packs.smaller is not None and smaller is None:
+            smaller = _draft_model(packs.smaller, options, placement, loaded)
+            opened.callback(smaller.close)
         transformer = ranks.run_with(team, loaded, partial(_transformer, made, options, placement))
         transformer.chunk = chunk
         if paged is not None:
             transformer.neurons = neurons.told(paged)
             made_of = choosers(paged.file, made.description, native)
-            transformer.page_neurons(made_of, experts.recorder)
+            takes_resident = paged.spec.mode == RESIDENT
+            transformer.page_neurons(made_of, experts.recorder, takes_resident)
+        nested.install(transformer.nested, packs.nested, share)
         drafts = _drafting(made, options, placement, transformer, smaller)
+        drafts.nested = nested.drafter(packs.nested, options, (outline, placement), transformer)
         opened.pop_all()
     prefixes = open_prefixes.make(kept, made, placement, transformer, known)
     whole = made if team is None else team.whole
     scheduler = Scheduler(whole.path.name, transformer, placement, drafts, prefixes=prefixes)
     scheduler.adapters = known
-    return Model(whole, found, scheduler, options.prefill)
+    return Model(whole, found, scheduler, options.prefill, options.width)
 
 
 def _transformer(
@@ -221,11 +241,6 @@ def _transformer(
     return made_of
 
 
-def banks_of(paged: NeuronPlan | None) -> tuple[Bundles, str] | None:
-    """What is loaded of paged neurons."""
-    return None if paged is None else (paged.bundles, paged.spec.eviction)
-
-
 def _chunk(options: LoadOptions, outline: Outline, placement: Placement) -> int:
     """Tokens of a prompt that are computed at once: fewer where other replies would wait for them."""
     if options.streams == 1:
@@ -233,18 +248,19 @@ def _chunk(options: LoadOptions, outline: Outline, placement: Placement) -> int:
     return chunk_plan.best(planning.cost_if_known(outline, placement))
 
 
-def _draft_model(pack: Pack, options: LoadOptions, placement: Placement) -> DraftModel:
-    """The smaller model, fully resident: the plan has a row for it."""
+def _draft_model(
+    pack: Pack, options: LoadOptions, placement: Placement, lent: Loaded | None = None
+) -> DraftModel:
+    """The smaller model, fully resident: the plan has a row for it. `lent`: the model that lends it its
+    embedding and head, if it has none."""
     native, outline = compiled(options), of_pack(pack)
     context = min(placement.context, outline.description.context)
-    own = place(outline, 1 << 62, 0, 0, context)
     with bars(options.quiet) as progress:
-        plan = LoadPlan(own.shares, options.verify)
-        loaded = weights.load(pack, native, plan, progress)
+        loaded = weights.load(pack, native, LoadPlan(verify=options.verify), progress, lent)
     threads = kernel_threads(options, pack, native)
     description = pack.description.for_context(context)
     transformer = Transformer(description, loaded, native, None, threads)
-    return DraftModel(transformer, own.context, loaded.close_with(transformer))
+    return DraftModel(transformer, context, loaded.close_with(transformer))
 
 
 def _drafting(
@@ -264,7 +280,8 @@ def _drafting(
         memory.trim()  # what making it took for a moment
     mixture = made.description.mixture
     union = None if mixture is None else ExpertUnion(mixture.count, mixture.used)
-    return drafting.Drafting(spec if kind == "none" else asked, DraftStats(mtp, union), smaller)
+    spec = spec if kind in ("none", "nested") else asked
+    return drafting.Drafting(spec, DraftStats(mtp, union), smaller)
 
 
 def tokens(made: Pack) -> Tokens:

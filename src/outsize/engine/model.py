@@ -48,10 +48,16 @@ class Model:
     by step, and after an exception in the middle of a step the next answer is right."""
 
     def __init__(
-        self, pack: Pack, tokens: Tokens, scheduler: Scheduler, prefill: str = "full"
+        self,
+        pack: Pack,
+        tokens: Tokens,
+        scheduler: Scheduler,
+        prefill: str = "full",
+        width: str | float = "full",
     ) -> None:
-        """`prefill`: how prompts are run whose options do not say."""
+        """`prefill`: how prompts are run whose options do not say; `width`: of nested experts, likewise."""
         self.pack, self.tokens, self.scheduler, self.prefill = pack, tokens, scheduler, prefill
+        self._width = width
         templates = "\n".join(pack.chat_templates.values())
         self._format = format_of(tokens, templates) if templates else PLAIN
         self._grammars = Grammars(tokens, pack.eos)
@@ -241,15 +247,19 @@ class Model:
         ends |= {i for i in stops if i is not None}
         form = PLAIN if options.raw else self._format.after(self.tokens, ids)
         constraint = self._grammars.constraint(options, form)
-        options = replace(options, prefill=options.prefill or self.prefill)
+        wanted = self._width if options.width is None else options.width
+        options = replace(options, prefill=options.prefill or self.prefill, width=wanted)
+        width = self.transformer.nested.width(wanted)
         prune = self._prune(str(options.prefill))
-        seq = decode.Sequence(list(ids), len(ids), limit, ends, constraint=constraint, prune=prune)
+        seq = decode.Sequence(
+            list(ids), len(ids), limit, ends, constraint=constraint, prune=prune, width=width
+        )
         stream, name = (
             Stream(self.tokens, options.stop, form, options.show_tokens),
             options.adapter_of(0),
         )
         self.scheduler.adapter(name)
-        cached = 0 if prefix is None else prefix.shared(ids, (name, options.prefill))
+        cached = 0 if prefix is None else prefix.shared(ids, (name, options.prefill, wanted))
         if prefix is not None:
             self.scheduler.conversations.add(prefix)
         kv = self.transformer.new_kv() if prefix is None else prefix.kv
@@ -280,7 +290,7 @@ class Model:
                     f"prefill is {prefill!r}, and layers of {self.name} keep a state that all tokens must go "
                     "through; use prefill=full"
                 )
-            prune.points(self.pack.description.num_layers)
+            prune.check_layers(self.pack.description)
             prune.check_drafts(self.drafting.spec.kind)
         return prune
 

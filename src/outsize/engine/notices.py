@@ -7,6 +7,7 @@ from outsize.forward.prune import parse_prefill
 from outsize.kernels.backend import Backend
 from outsize.kernels.plain import PLAIN
 from outsize.log import warn
+from outsize.model.width import parse_width
 from outsize.options import LoadOptions
 from outsize.pack.format import Pack
 from outsize.plan.placement import Placement
@@ -31,3 +32,5 @@ def noted(placement: Placement, options: LoadOptions, experts: ExpertOptions) ->
         warn(f"{experts.lossy} changes the model's answers; leave it out for the exact ones")
     if parse_prefill(options.prefill) is not None:
         warn(f"prefill={options.prefill} is lossy: answers change; leave it out for the exact ones")
+    if parse_width(options.width) != 1.0:
+        warn(f"width={options.width} is lossy: answers change; --width full is exact")

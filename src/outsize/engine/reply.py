@@ -52,6 +52,7 @@ class Reply:
     logprobs: tuple[TokenLogprob, ...] = ()  # of the reply's tokens, if they were asked for
     lossy: bool = False  # tokens of the prompt may have skipped layers: not the model's own answer
     computed_share: float = 1.0  # of (token, layer) pairs; below 1, some skipped layers
+    width: float = 1.0  # of nested experts' feed-forwards, what was computed on average
 
     def __str__(self) -> str:
         return self.text
@@ -126,4 +127,5 @@ def account(request: Request, model: str, options: Mapping[str, object], usage: 
         or "lossy" in str(options["neurons"])
         or "layers_off" in options,
         computed_share=round(request.computed, 4),
+        width=1.0 if request.seq.width is None else round(request.seq.width.executed, 4),
     )

@@ -44,8 +44,9 @@ class Request:
 
     @property
     def is_lazy(self) -> bool:
-        """May tokens of its prompt skip layers? Then its keys and values are nobody else's."""
-        return self.seq.prune is not None
+        """May tokens of its prompt skip layers, or parts of them? Then its keys and values are nobody
+        else's."""
+        return self.seq.prune is not None or self.seq.width is not None
 
     def advance(self, now: float, bytes_read: int = 0) -> str:
         """Text that became certain in the last step; none before the first token, nor once the end was

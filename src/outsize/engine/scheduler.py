@@ -12,6 +12,7 @@ import torch
 
 from outsize.draft.drafter import Company
 from outsize.draft.load import Drafting
+from outsize.draft.nested import Own
 from outsize.draft.spec import DraftSpec
 from outsize.engine.choosing import chooser
 from outsize.engine.decode import decode
@@ -104,7 +105,9 @@ class Scheduler:
         prune = request.seq.prune
         revives = prune is not None and prune.mode == "revive"
         drafting = NO_DRAFTS if revives else self.drafting
-        sampler, drafts = chooser(request.options, drafting, constraint, self.company)
+        # Of a sequence some of whose tokens skip layers, nothing but its own steps knows the cache.
+        own = None if prune is not None else Own(lambda: request.kv, adapter)
+        sampler, drafts = chooser(request.options, drafting, constraint, self.company, own)
         request.sampler = sampler
         return decode(request.seq, drafts, sampler, request.drafts, request.cached, adapter)
 
@@ -154,6 +157,8 @@ class Scheduler:
         shown = {**request.options.to_json(), "context": context, "threads": threads}
         shown |= {"memory": size, "chunk": self.transformer.chunk, "kv": self.transformer.kv}
         shown["neurons"] = self.transformer.neurons or "off"
+        width = request.seq.width
+        shown["width_cost"] = "" if width is None else self.transformer.nested.cost(width.share)
         if self.transformer.loaded.tokens is not None:
             shown["table"] = "rows by token"
         if off := self.transformer.description.layers_off:

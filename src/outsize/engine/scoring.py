@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from outsize.forward.full import chunks, hidden
+from outsize.forward.full import hidden
+from outsize.forward.groups import chunks
 from outsize.forward.span import Span
 from outsize.kv.kv import KV
 from outsize.model.transformer import Transformer
@@ -30,7 +31,8 @@ def scored(model: Transformer, tokens: Sequence[int], top: int = 0) -> Iterator[
     kv = model.new_kv(len(tokens))
     for part in chunks(range(len(tokens) - 1), model.chunk):
         targets = tokens[part.start + 1 : part.stop + 1]
-        yield _chunk(model, Span(part.start, tokens[part.start : part.stop]), kv, targets, top)
+        some = tokens[part.start : part.stop]
+        yield _chunk(model, Span(part.start, some, len(some)), kv, targets, top)
 
 
 @torch.inference_mode()

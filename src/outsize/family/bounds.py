@@ -3,6 +3,8 @@ for more than a machine can address. Checkpoints and packs are held to the same.
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from itertools import pairwise
 
 from outsize.family.config import LIMITS, MOST_HEAD
@@ -11,6 +13,7 @@ from outsize.model_config import (
     BIASED,
     MIXERS,
     SCORES,
+    THRESHOLD,
     Description,
     Layer,
     Memory,
@@ -52,15 +55,45 @@ def fault(d: Description) -> str:
         return "queries and keys are normed by heads and as a whole: one of the two is due"
     if not (d.pre_norm or d.post_norm):
         return "nothing is normed: norms before or after each half are due"
+    if d.parallel and (not d.pre_norm or d.post_norm):
+        return "feed-forwards that read what attention reads have a norm before it, and none after"
+    is_classic = d.parallel or d.layer_norm or d.positions or d.two_matrix
+    if is_classic and (d.mixture or d.memory or d.shard or d.qk_norm or d.qk_norm_whole):
+        return (
+            "experts, tables, parts or norms of heads in a model of LayerNorms or two-matrix halves"
+        )
+    if d.layer_norm and d.post_norm:
+        return "LayerNorms after each half are not known"
     if problem := _delta_fault(d, d.delta):
         return problem
     if d.latent is not None and (problem := _latent_fault(d, d.latent)):
+        return problem
+    if problem := _sharing_fault(d):
         return problem
     if d.memory is not None and (problem := _memory_fault(d, d.memory)):
         return problem
     if d.shard is not None and (problem := _shard_fault(d, d.shard)):
         return problem
     return _mixture_fault(d) or next((p for layer in d.layers if (p := _layer_fault(d, layer))), "")
+
+
+def _sharing_fault(d: Description) -> str:
+    """Layers that share keys and values are the last ones, and share those of one that makes some, of the
+    same rope and window."""
+    first = d.num_kv_layers
+    for i, layer in enumerate(d.layers):
+        if (layer.shares is None) != (i < first):
+            return f"layer {i} makes keys and values behind one that shares some"
+        if layer.shares is None:
+            continue
+        if not 0 <= layer.shares < first:
+            return f"layer {i} shares keys and values of layer {layer.shares:,}, which makes none"
+        other = d.layers[layer.shares]
+        if (other.rope, other.window, other.chunked) != (layer.rope, layer.window, layer.chunked):
+            return f"layer {i} shares keys and values of layer {layer.shares}, which turns or sees otherwise"
+    usual = d.latent is None and not d.sinks and not d.qk_norm_whole
+    usual = usual and not any(layer.unit_norm for layer in d.layers)
+    return "" if usual or first == d.num_layers else "such attention shares no keys and values"
 
 
 def _memory_fault(d: Description, m: Memory) -> str:
@@ -161,7 +194,8 @@ def _ranges_fault(d: Description, x: Shard) -> str:
 
 def _mixture_fault(d: Description) -> str:
     m = d.mixture
-    if d.activation not in ACTIVATIONS or (d.activation == BIASED) != (m is not None and m.bias):
+    is_known = d.activation in ACTIVATIONS or re.fullmatch(THRESHOLD, d.activation)
+    if not is_known or (d.activation == BIASED) != (m is not None and m.bias):
         biases = "with" if m is not None and m.bias else "without"
         return (
             f"the activation is {d.activation[:80]!r}, which is not one of experts {biases} biases"
@@ -172,7 +206,19 @@ def _mixture_fault(d: Description) -> str:
         return f"{m.used:,} of {m.count:,} experts of {m.width:,} numbers, and one of {m.shared:,}, cannot be"
     if not d.routed:
         return "no layer has experts, of which there are some"
-    return _router_fault(m)
+    return _nested_fault(d, m) if m.nested else _router_fault(m)
+
+
+def _nested_fault(d: Description, m: Mixture) -> str:
+    """Pieces of a usual dense model's feed-forwards."""
+    if m != Mixture(m.count, m.count, m.width, False, nested=True):
+        return "nested experts are weighed, shared, grouped or biased; none of it is due"
+    if m.count * m.width != d.ffn_width or not replace(d, mixture=None).is_usual or d.mlp_bias:
+        return (
+            f"{m.count:,} nested experts of {m.width:,} neurons are not a usual dense feed-forward of "
+            f"{d.ffn_width:,}"
+        )
+    return ""
 
 
 def _router_fault(m: Mixture) -> str:

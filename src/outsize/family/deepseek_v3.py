@@ -9,6 +9,7 @@ from outsize.errors import UnsupportedError
 from outsize.family import common, latent
 from outsize.family.common import HEEDED, SHARED, first_dense, sigmoid_mixture
 from outsize.family.config import Config
+from outsize.family.further import behind
 from outsize.model_config import Recipe
 
 DEFAULTS: dict[str, object] = {
@@ -57,3 +58,8 @@ def recipe(config: Config) -> Recipe:
     hf, gguf = latent.query_names(config, base.latent)
     named = common.names(config, common.with_names({**SHARED, **hf}), gguf)
     return Recipe(made, named, interleaved=True, spares=spares)
+
+
+def further(made: Recipe, is_gguf: bool) -> Recipe:
+    """Of the layer that predicts the token after next."""
+    return behind(made, is_gguf)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import outsize.family as package
 from outsize import registry
 from outsize.checkpoint.checkpoint import Checkpoint, read_floats
-from outsize.errors import CheckpointError
+from outsize.errors import CheckpointError, UnsupportedError
 from outsize.family.bounds import fault
 from outsize.family.config import Config
 from outsize.family.keys import check, check_gguf
@@ -30,15 +30,22 @@ NOT_FAMILIES = (
     "convolutions",
     "delta",
     "find",
+    "further",
     "keys",
     "latent",
     "rope",
 )
+OWN = {  # of families that call their embedding otherwise
+    "opt": "model.decoder.embed_tokens.weight",
+    "falcon": "transformer.word_embeddings.weight",
+}
 EMBEDDINGS = (
     "token_embd.weight",
     "model.embed_tokens.weight",
     "model.language_model.embed_tokens.weight",
     "language_model.model.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    *OWN.values(),
 )
 
 
@@ -61,6 +68,22 @@ def recipe(checkpoint: Checkpoint) -> Recipe:
     if problem := fault(made.description):
         raise CheckpointError(f"config: {problem}; the file is damaged: fetch it again")
     return made
+
+
+def further_recipe(checkpoint: Checkpoint) -> Recipe:
+    """Of its layer that predicts the token after next, as a model of its own. Raises UnsupportedError."""
+    made = recipe(checkpoint)
+    name = _named(checkpoint)
+    family = registry.module(package, name, "architecture", families())
+    find = getattr(family, "further", None)
+    found: Recipe | None = find(made, checkpoint.format == "gguf") if find is not None else None
+    if found is None or found.names["join"] not in checkpoint.tensors:
+        kind = "GGUF files" if checkpoint.format == "gguf" else "checkpoints"
+        raise UnsupportedError(
+            f"draft=native: this {name} model has no layer that predicts further tokens, or outsize does not "
+            f"know it in {kind} of that family; use draft=ngram, or draft=auto"
+        )
+    return found
 
 
 def _named(checkpoint: Checkpoint) -> str:
@@ -93,8 +116,9 @@ def _config(checkpoint: Checkpoint, name: str, defaults: Mapping[str, object]) -
     is_gguf = checkpoint.format == "gguf"
     embedding = [checkpoint.tensors[n] for n in EMBEDDINGS if n in checkpoint.tensors]
     if not embedding or len(embedding[0].shape) != 2:
+        due = EMBEDDINGS[0] if is_gguf else OWN.get(name, EMBEDDINGS[1])
         raise CheckpointError(
-            f"no token embedding ({EMBEDDINGS[not is_gguf]}) among {len(checkpoint.tensors)} tensors; "
+            f"no token embedding ({due}) among {len(checkpoint.tensors)} tensors; "
             "the checkpoint is not one of a language model, or not complete"
         )
     return Config(

@@ -16,6 +16,7 @@ from outsize.family.common import (
     without_next,
 )
 from outsize.family.config import Config
+from outsize.family.further import behind
 from outsize.model_config import Recipe
 
 DEFAULTS: dict[str, object] = {
@@ -60,3 +61,8 @@ def recipe(config: Config) -> Recipe:
     own = {"ffn_norm": "blk.{i}.post_attention_norm.weight"}
     named = names(config, with_names(SHARED), own)
     return Recipe(made, named, interleaved=False, spares=spares)
+
+
+def further(made: Recipe, is_gguf: bool) -> Recipe:
+    """Of the layer that predicts the token after next."""
+    return behind(made, is_gguf)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from outsize.errors import UnsupportedError
 from outsize.family import deepseek_v3
 from outsize.family.config import Config
+from outsize.family.further import behind
 from outsize.model_config import Recipe
 
 DEFAULTS: dict[str, object] = {
@@ -47,3 +48,8 @@ def recipe(config: Config) -> Recipe:
     pairs = zip(d.layers, kinds, strict=True)
     layers = tuple(replace(layer, dense=kind == "dense") for layer, kind in pairs)
     return replace(made, description=replace(d, layers=layers))
+
+
+def further(made: Recipe, is_gguf: bool) -> Recipe:
+    """Of the layer that predicts the token after next."""
+    return behind(made, is_gguf)

@@ -33,8 +33,9 @@ NEUTRAL = {
     "model_type", "output_attentions", "output_router_logits", "router_aux_loss_coef",
     "router_jitter_noise", "_sliding_window_pattern", "neftune_noise_alpha", "experts_per_token",
     "_attn_implementation", "attn_implementation", "max_window_layers", "intermediate_size", "head_dim",
-    "qk_head_dim", "resid_pdrop", "embd_pdrop", "aux_loss_alpha", "seq_aux",
-    "block_norm_eps",
+    "qk_head_dim", "resid_pdrop", "embd_pdrop", "aux_loss_alpha", "seq_aux", "block_norm_eps", "dropout",
+    "hidden_dropout", "layerdrop", "init_std",
+    "num_kv_heads",  # of falcon, which has one where it is run
 }  # fmt: skip
 # Known in these values only, by all families.
 FIXED: dict[str, tuple[object, ...]] = {

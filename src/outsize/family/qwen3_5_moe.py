@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from outsize.family import delta, qwen3_5
 from outsize.family.config import Config
+from outsize.family.further import apart
 from outsize.model_config import Recipe
 
 DEFAULTS: dict[str, object] = {
@@ -27,3 +28,8 @@ def recipe(config: Config) -> Recipe:
     return replace(
         made, description=replace(made.description, mixture=mixed, ffn_width=mixed.width)
     )
+
+
+def further(made: Recipe, is_gguf: bool) -> Recipe | None:
+    """Of the layer that predicts the token after next, which GGUF files leave out."""
+    return None if is_gguf else apart(made)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from outsize.family import delta
 from outsize.family.config import Config
+from outsize.family.further import apart
 from outsize.model_config import Recipe
 
 DEFAULTS: dict[str, object] = {
@@ -42,3 +43,8 @@ def recipe(config: Config) -> Recipe:
     strips = {**delta.strips(made, whole), **delta.gate_strips(made)}
     named, shift = delta.names(config, OWN, gguf), 0.0 if is_gguf else 1.0
     return Recipe(made, named, False, norm_shift=shift, spares=delta.SPARES, strips=strips)
+
+
+def further(made: Recipe, is_gguf: bool) -> Recipe | None:
+    """Of the layer that predicts the token after next, which GGUF files leave out."""
+    return None if is_gguf else apart(made)

@@ -12,21 +12,20 @@ Shapes: T tokens, D model width, K tokens whose logits are wanted, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from outsize.forward.groups import Pair, Steps, added, groups
 from outsize.forward.inputs import embedded, token_inputs
-from outsize.forward.span import NARROW, Out, Span
-from outsize.kernels.rows import Segment
+from outsize.forward.shared_keys import last_steps
+from outsize.forward.span import Out, Span, widths
 from outsize.kv.kv import KV
-from outsize.model.lora import Adapter
 from outsize.model.step import Step
 from outsize.model.transformer import Transformer
-
-Pair = tuple[Span, KV]
 
 
 @torch.inference_mode()
@@ -39,81 +38,50 @@ def outs(model: Transformer, spans: Sequence[Span], rows: Sequence[Tensor]) -> l
     """What spans are sent back, of the residual streams of their last tokens and masks."""
     ends = [len(h) - span.num_masks for h, span in zip(rows, spans, strict=True)]
     wanted = [h[e - s.want : e] for h, e, s in zip(rows, ends, spans, strict=True)]
-    logits = model.logits(torch.cat(wanted)).split([span.want for span in spans])
+    counts, states_KD = [span.want for span in spans], model.normed(torch.cat(wanted))
+    logits = model.project(states_KD).split(counts)
     masks = [
         None if s.masks is None else model.normed(h[e:])
         for h, e, s in zip(rows, ends, spans, strict=True)
     ]
-    return [Out(*pair) for pair in zip(logits, masks, strict=True)]
+    return [Out(*each) for each in zip(logits, masks, states_KD.split(counts), strict=True)]
 
 
 def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:
-    """For each span (T, D) fp32: the residual stream after the last block, for all its tokens."""
+    """For each span (T, D) fp32: the residual stream after the last block, for all its tokens (where layers
+    share keys and values: for those whose logits are wanted)."""
     for span, kv in pairs:
         kv.truncate(span.start)
     order = sorted(range(len(pairs)), key=lambda i: pairs[i][0].is_narrow)
     ordered = [pairs[i] for i in order]
     inputs = token_inputs(model, [token for span, _ in ordered for token in span.tokens])
     h_TD = embedded(model, [span for span, _ in ordered])
-    steps, at = [], 0
-    for segments, wide, spans in _groups(ordered, model.chunk):
+    steps, at = list[tuple[slice, Step]](), 0
+    for segments, wide, spans in groups(ordered, model.chunk):
         end = at + sum(s.length for s in segments)
         rows, more = slice(at, end), list(added(segments, spans))
-        steps.append((rows, model.step(segments, wide, more, (), inputs(h_TD, rows))))
+        made = model.step(segments, wide, more, (), inputs(h_TD, rows))
+        steps.append((rows, replace(made, widths=list(widths(segments, spans)))))
         at = end
     model.begin(len(pairs) > 1 or not pairs[0][0].is_narrow)
     with model.leader.step(pairs) if model.leader is not None else nullcontext():
-        _run(model, h_TD, steps)
+        _run(model, h_TD, steps, list(last_steps(model, ordered, steps)))
     rows = h_TD.split([span.num_rows for span, _ in ordered])
     return [h for _, h in sorted(zip(order, rows, strict=True), key=lambda item: item[0])]
 
 
-def added(segments: Sequence[Segment], spans: Sequence[Span]) -> Iterator[tuple[slice, Adapter]]:
-    """Which rows of a step an adapter adds to: all of a span's by its own, its mask tokens' by theirs."""
-    at = 0
-    for segment, span in zip(segments, spans, strict=True):
-        end = at + segment.length
-        if span.adapter is not None:
-            yield slice(at, end), span.adapter
-        if span.masks is not None and segment.num_masks:
-            yield slice(end - segment.num_masks, end), span.masks.adapter
-        at = end
-
-
-def _run(model: Transformer, h_TD: Tensor, steps: Sequence[tuple[slice, Step]]) -> None:
-    """All sub-layers, in order, each over all chunks of rows. Changes h_TD."""
+def _run(model: Transformer, h_TD: Tensor, steps: Steps, last: Steps) -> None:
+    """All sub-layers, in order, each over all chunks of rows; those of layers that share keys and values over
+    the `last` ones. Changes h_TD."""
     chunks = [(h_TD[rows], step) for rows, step in steps]
     is_long = any(step.wide for _, step in steps)
     if model.relay is not None:
         model.relay.run(model.paged_layers, chunks)
-    for layer in model.paged_layers if model.relay is None else ():
+    makes_keys = 2 * model.description.num_kv_layers
+    for number, layer in enumerate(model.paged_layers if model.relay is None else ()):
+        if number == makes_keys:
+            chunks = [(h_TD[rows], step) for rows, step in last]
         layer(chunks)
         if is_long:
             model.memory.trim()
     model.memory.end_pass()
-
-
-def _groups(pairs: Sequence[Pair], chunk: int) -> Iterator[tuple[list[Segment], bool, list[Span]]]:
-    """What runs together, and whether it is wide: each long span in chunks, then all short ones at once. A
-    chunk of few tokens, as a prompt's last may be, is not wide either: its bits are those of a short span."""
-    short, spans = [], []
-    for span, kv in pairs:
-        if span.is_narrow:
-            masks = span.masks
-            blocks = () if masks is None else (masks.anchors, len(masks.rows_KD))
-            short.append(Segment(kv, span.positions, *blocks))
-            spans.append(span)
-            continue
-        for positions in chunks(span.positions, chunk):
-            yield [Segment(kv, positions)], len(positions) > NARROW, [span]
-    if short:
-        yield short, False, spans
-
-
-def chunks(positions: range, chunk: int) -> Iterator[range]:
-    """Positions in a row, cut at multiples of `chunk`."""
-    start = positions.start
-    while start < positions.stop:
-        end = min(positions.stop, (start // chunk + 1) * chunk)
-        yield range(start, end)
-        start = end

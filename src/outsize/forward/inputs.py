@@ -1,4 +1,5 @@
-"""What a pass's tokens bring to the layers that read them: embeddings, or rows of a table on their way."""
+"""What a pass's tokens bring: their embeddings, with what a model has learned of their positions; and to the
+layers that read them, embeddings, or rows of a table on their way."""
 
 from __future__ import annotations
 
@@ -29,6 +30,8 @@ def embedded(model: Transformer, spans: Sequence[Span]) -> Tensor:
     """(T, D) fp32: of each span, its tokens' rows of the embedding (all looked up at once), then its mask
     tokens' own, block by block."""
     h_TD = model.embed([token for span in spans for token in span.tokens])
+    if model.positions_PD is not None:
+        h_TD.add_(model.positions_PD[[p for span in spans for p in span.positions]])
     if all(span.masks is None for span in spans):
         return h_TD
     rows: list[Tensor] = []

@@ -13,14 +13,16 @@ Laws: where nothing is pruned, the bits of `full`; each span's answer is its own
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 
 from outsize.errors import OptionError
-from outsize.forward.full import added, full, outs
+from outsize.forward.full import full, outs
+from outsize.forward.groups import added
 from outsize.forward.part import Group, Part, Watch
-from outsize.forward.span import Out, Span
+from outsize.forward.span import Out, Span, widths
 from outsize.kv.kv import KV
 from outsize.model.step import Step
 from outsize.model.transformer import Transformer
@@ -88,4 +90,5 @@ def _step(model: Transformer, groups: Sequence[Owned]) -> Step:
             watches.append(Watch(part, rows, g.segment.positions[g.watched]))
         at += g.segment.length
     wide = any(g.wide for _, g in groups)
-    return model.step(segments, wide, list(added(segments, spans)), watches)
+    made = model.step(segments, wide, list(added(segments, spans)), watches)
+    return replace(made, widths=list(widths(segments, spans)))

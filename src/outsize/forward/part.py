@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from outsize.forward.full import chunks
+from outsize.forward.groups import chunks
 from outsize.forward.inputs import embedded
 from outsize.forward.prune import Prune
 from outsize.forward.span import NARROW, Span

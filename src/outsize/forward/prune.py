@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from outsize.errors import OptionError
+from outsize.model_config import Description
 
 MODES = ("revive", "once", "drop")
 SCORES = ("last", "window", "layers")
@@ -38,6 +39,16 @@ class Prune:
                 f"prefill with mode=revive looks anew at the prompt for each token, one by one, and "
                 f"draft={kind} guesses several; use mode=once, or draft=none"
             )
+
+    def check_layers(self, d: Description) -> None:
+        """Raise OptionError for a model whose layers cannot be skipped."""
+        if d.num_kv_layers < d.num_layers:
+            count = d.num_layers - d.num_kv_layers
+            raise OptionError(
+                f"prefill=lazy lets tokens skip layers, and the last {count} of this model share keys and "
+                "values, so that only a prompt's last token goes through them anyway; leave it out"
+            )
+        self.points(d.num_layers)
 
     def points(self, num_layers: int) -> dict[int, float]:
         """Prune points: layers done, and the share that goes on; where two fall together, the smaller. Raises

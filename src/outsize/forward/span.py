@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from outsize.forward.prune import Prune
+from outsize.kernels.rows import Segment
 from outsize.model.lora import Adapter
+from outsize.model.width import Width
 
+NO_STATES = torch.empty(0, 0, dtype=torch.float32, device="cpu")
 NARROW = 16  # tokens: the longest span that runs row by row
 
 
@@ -34,6 +38,7 @@ class Span:
     masks: MaskTokens | None = None
     adapter: Adapter | None = None
     prune: Prune | None = None  # tokens that may skip layers: lossy
+    width: Width | None = None  # of nested experts' feed-forwards: lossy; None: whole
 
     @property
     def is_narrow(self) -> bool:
@@ -60,7 +65,18 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Out:
-    """Logits of the last K tokens of a span: (K, V) fp32; and normed states of its masks, (M, D) fp32."""
+    """Logits of the last K tokens of a span: (K, V) fp32; normed states of its masks, (M, D) fp32; and those
+    that its logits were made of, (K, D) fp32."""
 
     logits_KV: Tensor
     masks_MD: Tensor | None = None
+    states_KD: Tensor = NO_STATES
+
+
+def widths(segments: Sequence[Segment], spans: Sequence[Span]) -> Iterator[tuple[slice, Width]]:
+    """Which rows of a step run at a width of their own: all of a span's, its mask tokens' too."""
+    at = 0
+    for segment, span in zip(segments, spans, strict=True):
+        if span.width is not None:
+            yield slice(at, at + segment.length), span.width
+        at += segment.length

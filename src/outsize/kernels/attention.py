@@ -79,7 +79,11 @@ def _segment(
 ) -> Iterator[Tensor]:
     """One sequence's rows: its tokens, then its mask tokens."""
     (q_THE, k_TJE, v_TJE), count = qkv, len(s.positions)
-    kv_CSE = s.kv.append(spec.layer, k_TJE[:count], v_TJE[:count], s.positions)
+    kv_CSE = (
+        s.kv.append(spec.layer, k_TJE[:count], v_TJE[:count], s.positions)
+        if spec.stores
+        else s.kv.view(spec.layer)
+    )
     if wide is not None:
         seen = s.kv.positions[spec.layer]
         yield wide(q_THE[:count], s.positions, kv_CSE, seen, spec)

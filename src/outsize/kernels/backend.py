@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from outsize.kernels.delta import DeltaSpec
-from outsize.kernels.norm import RMSNorm
+from outsize.kernels.norm import Norm, RMSNorm
 from outsize.kernels.rows import Rows, Sight
 from outsize.kernels.structs import Attention, Coded, ExpertMatrices, LowRankMatrix, address_if
 
 Product = Callable[[Tensor, bool], Tensor]  # (x (T, K), is it wide?) -> (T, N) in the type of x
+Experts = Sequence[ExpertMatrices | None]  # None: not for kernels
 Places = Sequence[tuple[int, int, float]]  # row, number among its choices, weight
 
 
@@ -30,7 +31,8 @@ class AttentionSpec:
     """One layer's attention, for any backend: sizes, and tensors that never change, fp32. `window`: how many
     entries a row sees, itself among them (None: all); `bias` of query, key and value; `norm` of query and key
     heads; `sinks`: each head's score of attending to nothing; `cap`: scores x are cap * tanh(x / cap), if it
-    is not 0; `chunked`: a row sees entries of its own piece of `window` positions."""
+    is not 0; `chunked`: a row sees entries of its own piece of `window` positions; `stores`: False where keys
+    and values are those that an earlier sub-layer of this step stored in `layer`."""
 
     layer: int
     num_heads: int
@@ -43,6 +45,7 @@ class AttentionSpec:
     sinks: Tensor | None = None
     cap: float = 0.0
     chunked: bool = False
+    stores: bool = True
     struct: Attention = field(init=False)
     pointer: int = field(init=False)
 
@@ -86,7 +89,7 @@ class Backend(Protocol):
         """x -> x @ w.T. The matrix is checked here, once; valid while its tensors are where they are."""
         ...
 
-    def norm(self, h_TD: Tensor, norm: RMSNorm) -> Tensor:
+    def norm(self, h_TD: Tensor, norm: Norm) -> Tensor:
         """What enters a linear map: the residual stream (fp32), normed, in the type of activations."""
         ...
 
@@ -125,7 +128,7 @@ class Backend(Protocol):
 
     def experts(
         self,
-        experts: Sequence[ExpertMatrices | None],
+        experts: Experts,
         places: Sequence[Places],
         x_TD: Tensor,
         out_TKD: Tensor,
@@ -134,4 +137,11 @@ class Backend(Protocol):
         """Several experts in one call: fill `out` (fp32) at each place's (row, choice) with that expert's
         output times the weight. False where there is no kernel for these: then the caller runs them one by
         one."""
+        ...
+
+    def nested(
+        self, experts: Experts, pieces: Sequence[int], x_TD: Tensor, out_TD: Tensor, activation: str
+    ) -> bool:
+        """Nested experts in one call: fill `out` (fp32) with each row's sum of the first few experts, so many
+        as `pieces` says, in order. False where there is no kernel for these, as for `experts`."""
         ...

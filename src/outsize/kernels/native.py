@@ -15,23 +15,24 @@ import torch
 from torch import Tensor
 
 from outsize.kernels import attention
-from outsize.kernels.backend import AttentionSpec, Places, Product
+from outsize.kernels.backend import AttentionSpec, Experts, Places, Product
 from outsize.kernels.delta import DeltaSpec
 from outsize.kernels.layouts import TILES
 from outsize.kernels.native_delta import NativeDelta
-from outsize.kernels.norm import RMSNorm
+from outsize.kernels.native_nested import NativeNested
+from outsize.kernels.norm import LayerNorm, Norm, RMSNorm
 from outsize.kernels.palettes import PaletteMatrix
 from outsize.kernels.plain import TILE_ROWS, Plain, palette_product, tile_product, wide_linear
 from outsize.kernels.rows import Rows
 from outsize.kernels.spans import Spans
 from outsize.kernels.structs import (
     Coded,
-    ExpertMatrices,
     LowRankMatrix,
     NativeMatrix,
     NativePalette,
     Place,
     address,
+    empty,
 )
 
 SMALL = 256 << 10  # bytes of scratch that are kept for single tokens
@@ -60,15 +61,6 @@ SIGNATURES: dict[str, list[Any]] = {
 }
 
 
-_LIKE = {kind: torch.empty(0, dtype=kind, device="cpu") for kind in (BF16, FP32, torch.uint8)}
-
-
-def _empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
-    """For C, whatever torch's default type and device are. A step calls this some 400 times: `new_empty`
-    takes 1 us where `torch.empty` takes 4."""
-    return _LIKE[dtype].new_empty(shape)
-
-
 def _function(lib: ctypes.CDLL, name: str) -> Callable[..., None]:
     function = lib[name]
     function.argtypes, function.restype = SIGNATURES[name], None
@@ -94,9 +86,9 @@ class Native(Plain):
         self._tile_linear, self._tile_decode = found["tile_linear"], found["tile_decode"]
         self._palette_linear = found["palette_linear"]
         self._palette_decode = found["palette_decode"]
-        self._expert_rows = found["expert_rows"]
+        self._expert_rows, self._nested = found["expert_rows"], NativeNested(lib)
         self._multiplies_bf16 = bool(lib.bf16_products())  # else in fp32, as fast as torch does
-        self._kept, self._small = _empty(0), _empty(SMALL, dtype=torch.uint8)
+        self._kept, self._small = empty(0), empty(SMALL, dtype=torch.uint8)
 
     def set_threads(self, count: int) -> None:
         self._set_threads(count)
@@ -113,7 +105,7 @@ class Native(Plain):
         if wide and rows > GROUP_ROWS and self._multiplies_bf16:
             return wide_linear(x_TK, m.rows, lambda a, b: self._some_groups(m, a, b).to(x_TK.dtype))
         x_TK, is_fp32 = x_TK.contiguous(), x_TK.dtype is FP32
-        out = _empty(rows, m.rows, dtype=FP32 if is_fp32 else BF16)
+        out = empty(rows, m.rows, dtype=FP32 if is_fp32 else BF16)
         scratch = self._scratch(min(rows, PASS) * m.width * 4)
         x = address(x_TK, out.dtype)
         self._group_linear(m.pointer, x, out.data_ptr(), rows, is_fp32, scratch.data_ptr())
@@ -133,7 +125,7 @@ class Native(Plain):
         if wide and count > TILE_ROWS and self._multiplies_bf16:
             return wide_linear(x_TK, m.rows, partial(self._some_tiles, m))
         x_TK, room = x_TK.contiguous(), m.width // 32 * (1 if self._multiplies_bf16 else 18)
-        out = _empty(count, m.rows)
+        out = empty(count, m.rows)
         scratch = self._scratch(4 * min(count, PASS) * room)
         self._tile_linear(
             m.codes, m.scale, address(x_TK, BF16), out.data_ptr(), m.rows, m.width, count,
@@ -154,7 +146,7 @@ class Native(Plain):
             return palette_product(m.coded, x_TK, wide)
         if wide and count > PALETTE_ROWS and self._multiplies_bf16:
             return wide_linear(x_TK, m.rows, partial(self._some_palettes, m))
-        x_TK, out = x_TK.contiguous(), _empty(count, m.rows, dtype=FP32 if is_fp32 else BF16)
+        x_TK, out = x_TK.contiguous(), empty(count, m.rows, dtype=FP32 if is_fp32 else BF16)
         scratch, x = self._scratch(4 * min(count, PASS) * m.width), address(x_TK, out.dtype)
         self._palette_linear(m.pointer, x, out.data_ptr(), count, is_fp32, scratch.data_ptr())
         return out
@@ -167,22 +159,24 @@ class Native(Plain):
 
     def _scratch(self, size: int) -> Tensor:
         """Bytes that a C function computes in."""
-        return self._small if size <= SMALL else _empty(size, dtype=torch.uint8)
+        return self._small if size <= SMALL else empty(size, dtype=torch.uint8)
 
     def _room(self, rows: int, width: int) -> Tensor:
         """(rows, width) bf16 of memory that is kept from call to call: taken anew each time, a few MB
         between other sizes, it left holes in the heap worth twice the scratch."""
         if len(self._kept) < rows * width:
-            self._kept = _empty(rows * width)
+            self._kept = empty(rows * width)
         return self._kept[: rows * width].view(rows, width)
 
     @property
     def wide(self) -> Plain:
         return Wide(self, self._spans)
 
-    def norm(self, h_TD: Tensor, norm: RMSNorm) -> Tensor:
+    def norm(self, h_TD: Tensor, norm: Norm) -> Tensor:
+        if isinstance(norm, LayerNorm):
+            return norm(h_TD)
         rows, width = h_TD.shape
-        out = _empty(rows, width)
+        out = empty(rows, width)
         self._norm(address(h_TD, FP32), norm.pointer, norm.eps, out.data_ptr(), rows, width)
         return out
 
@@ -199,7 +193,7 @@ class Native(Plain):
         if activation not in ACTIVATIONS:
             return super().gate(gate_up, activation)
         rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-        out, x = _empty(rows, width), address(gate_up, BF16)
+        out, x = empty(rows, width), address(gate_up, BF16)
         self._gate(x, out.data_ptr(), rows, width, ACTIVATIONS[activation])
         return out
 
@@ -207,19 +201,19 @@ class Native(Plain):
         if inner_TF.dtype is not BF16:
             return super().combine(inner_TF, codes_FD, scale_F)
         (rows, num), width = inner_TF.shape, codes_FD.shape[1]
-        out, codes = _empty(rows, width), address(codes_FD, torch.int8)
+        out, codes = empty(rows, width), address(codes_FD, torch.int8)
         inner, scale = address(inner_TF, BF16), address(scale_F, BF16)
         self._combine(inner, codes, scale, out.data_ptr(), rows, num, width)
         return out
 
     def attend(self, spec: AttentionSpec, qkv: Tensor, cos_sin: Tensor, rows: Rows) -> Tensor:
-        table, qkv = rows.table(spec.layer, spec.sight), qkv.contiguous()
+        table, qkv = rows.table(spec.layer, spec.sight, spec.stores), qkv.contiguous()
         count, most = len(qkv), table.most_chunks
         width, task = spec.num_heads * spec.head_dim, spec.num_heads // spec.num_kv_heads
         task *= spec.head_dim + 2
         queries = (count * width + 1) // 2
         scratch = self._scratch(4 * (queries + count * spec.num_kv_heads * most * task))
-        out = _empty(count, width)
+        out = empty(count, width)
         self._attend(
             spec.pointer, address(qkv, BF16), address(cos_sin, COMPLEX), table.pointer, count, most,
             scratch.data_ptr(), out.data_ptr(),
@@ -253,7 +247,7 @@ class Native(Plain):
 
     def experts(
         self,
-        experts: Sequence[ExpertMatrices | None],
+        experts: Experts,
         places: Sequence[Places],
         x_TD: Tensor,
         out_TKD: Tensor,
@@ -274,6 +268,15 @@ class Native(Plain):
         )  # fmt: skip
         return True
 
+    def nested(
+        self, experts: Experts, pieces: Sequence[int], x_TD: Tensor, out_TD: Tensor, activation: str
+    ) -> bool:
+        some, kind = [e for e in experts if e is not None], ACTIVATIONS.get(activation)
+        if len(some) < len(experts) or kind is None or x_TD.dtype is not BF16:
+            return False
+        self._nested(some, pieces, x_TD, out_TD, kind)
+        return True
+
 
 class Wide(Plain):
     """What long spans run on: torch's products, and the C functions between them."""
@@ -284,7 +287,7 @@ class Wide(Plain):
     def attend(self, spec: AttentionSpec, qkv: Tensor, cos_sin: Tensor, rows: Rows) -> Tensor:
         return attention.attend(spec, qkv, cos_sin, rows, self._spans.attend)
 
-    def norm(self, h_TD: Tensor, norm: RMSNorm) -> Tensor:
+    def norm(self, h_TD: Tensor, norm: Norm) -> Tensor:
         return self._native.norm(h_TD, norm)
 
     def residual(self, h_TD: Tensor, y_TD: Tensor, post: RMSNorm | None) -> None:

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear, relu, silu
 
 from outsize.kernels import attention, layouts
-from outsize.kernels.backend import AttentionSpec, Backend, Places, Product
+from outsize.kernels.backend import AttentionSpec, Backend, Experts, Places, Product
 from outsize.kernels.delta import DeltaSpec, delta_rows
 from outsize.kernels.layouts import BLOCK, GROUP, TILES, CodedMatrix, decode_groups, decode_tiles
-from outsize.kernels.norm import RMSNorm
+from outsize.kernels.norm import Norm, RMSNorm
 from outsize.kernels.palettes import PaletteMatrix, palette_numbers
 from outsize.kernels.rows import Rows
-from outsize.kernels.structs import Coded, ExpertMatrices, LowRankMatrix
+from outsize.kernels.structs import Coded, LowRankMatrix
 from outsize.kv.int8 import decode
 
 WIDE_BYTES = 8 << 20  # decoded at once: it stays in the cache until the matmul has read it
@@ -30,7 +30,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": relu,
     "relu2": lambda x: relu(x).square(),
 }
+FATRELU = "fatrelu"  # as `fatrelu:0.05`: what is no larger is 0
 _INT4_MM = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+
+
+def activation_of(name: str) -> Callable[[Tensor], Tensor]:
+    """Of a description's name for it."""
+    kind, _, threshold = name.partition(":")
+    return partial(_above, float(threshold)) if kind == FATRELU else ACTIVATIONS[kind]
+
+
+def _above(threshold: float, x: Tensor) -> Tensor:
+    """FATReLU (arXiv 2402.13516)."""
+    return x * (x > threshold)
 
 
 class Plain:
@@ -51,7 +63,7 @@ class Plain:
             return partial(palette_product, matrix)
         return partial(tile_product if matrix.bits == TILES else group_product, matrix)
 
-    def norm(self, h_TD: Tensor, norm: RMSNorm) -> Tensor:
+    def norm(self, h_TD: Tensor, norm: Norm) -> Tensor:
         return norm(h_TD)
 
     def residual(self, h_TD: Tensor, y_TD: Tensor, post: RMSNorm | None) -> None:
@@ -59,7 +71,7 @@ class Plain:
 
     def gate(self, gate_up: Tensor, activation: str) -> Tensor:
         gate, up = gate_up.chunk(2, dim=1)
-        return ACTIVATIONS[activation](gate).mul_(up)
+        return activation_of(activation)(gate).mul_(up)
 
     def combine(self, inner_TF: Tensor, codes_FD: Tensor, scale_F: Tensor) -> Tensor:
         made = [_combined(row, codes_FD, scale_F) for row in inner_TF]
@@ -83,11 +95,16 @@ class Plain:
 
     def experts(
         self,
-        experts: Sequence[ExpertMatrices | None],
+        experts: Experts,
         places: Sequence[Places],
         x_TD: Tensor,
         out_TKD: Tensor,
         activation: str,
+    ) -> bool:
+        return False
+
+    def nested(
+        self, experts: Experts, pieces: Sequence[int], x_TD: Tensor, out_TD: Tensor, activation: str
     ) -> bool:
         return False
 

@@ -74,6 +74,14 @@ class Segment:
             block += self.depth
         return out
 
+    def reads(self, layer: int, sight: Sight) -> list[AttentionSpan]:
+        """What each token sees in a layer whose entries are there; kernels' own entries go behind them."""
+        kept, out = self.kv.positions[layer], []
+        for row, position in enumerate(self.positions):
+            seen, behind = bisect_left(kept, position) + 1, len(kept) + row
+            out.append(AttentionSpan(behind, sight.first(kept, position), seen, behind + 1))
+        return out
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -88,8 +96,10 @@ class Rows:
         """Of every row, in order."""
         return [p for s in self.segments for p in s.all_positions()]
 
-    def table(self, layer: int, sight: Sight) -> AttentionTable:
+    def table(self, layer: int, sight: Sight, stores: bool = True) -> AttentionTable:
         """What each row sees in a layer, with room made for its entry. Layers alike share it."""
+        if not stores:
+            return self._reading(layer, sight)
         found = [s.kv.opened(layer, s.positions, s.num_masks) for s in self.segments]
         key = sight, *(slots for _, slots, _ in found)
         if key not in self._tables:
@@ -99,5 +109,16 @@ class Rows:
             )
         table = self._tables[key]
         for number, (stored, _, coded) in enumerate(found):
+            table.store(number, stored, coded)
+        return table
+
+    def _reading(self, layer: int, sight: Sight) -> AttentionTable:
+        """The same over entries that are there. What kernels store goes behind them, and is not kept."""
+        found = [s.kv.looked_at(layer, s.length) for s in self.segments]
+        key = "reads", sight, *(tuple(s.kv.positions[layer]) for s in self.segments)
+        if key not in self._tables:
+            self._tables[key] = AttentionTable([s.reads(layer, sight) for s in self.segments])
+        table = self._tables[key]
+        for number, (stored, coded) in enumerate(found):
             table.store(number, stored, coded)
         return table

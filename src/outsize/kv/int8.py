@@ -43,6 +43,10 @@ class Int8KV(KV):
         coded, slots = self.place(layer, positions, beyond)
         return self._decoded(layer, beyond), slots, coded
 
+    def looked_at(self, layer: int, beyond: int) -> tuple[Tensor, Tensor | None]:
+        coded, _ = self.reserve(layer, (), beyond)
+        return self._decoded(layer, beyond), coded
+
     def view(self, layer: int) -> Tensor:
         """Valid until any layer is looked at again."""
         return self._decoded(layer)[:, : len(self.positions[layer])]

@@ -106,6 +106,11 @@ class KV:
         they are."""
         return *self.place(layer, positions, beyond), None
 
+    def looked_at(self, layer: int, beyond: int) -> tuple[Tensor, Tensor | None]:
+        """A layer's storage for kernels that read it, with slots behind its entries for what is not kept; and
+        where entries are kept in 8 bits, if they are."""
+        return self.reserve(layer, (), beyond)[0], None
+
     def place(
         self, layer: int, positions: Sequence[int], beyond: int = 0
     ) -> tuple[Tensor, range | tuple[int, ...]]:

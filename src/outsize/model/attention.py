@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from outsize.kernels.backend import AttentionSpec
 from outsize.kernels.norm import RMSNorm
@@ -25,7 +26,9 @@ class Attention:
         self._gate = Linear(w["attn_gate"]) if d.gated else None
         self._whole_norms = _whole_norms(d, w)
         self._queries = d.num_heads * d.head_dim
-        bias = vector(w["qkv_bias"]) if d.qkv_bias else None
+        # A layer that shares keys and values makes none; kernels are handed zeros, which nothing sees.
+        self._missing = 0 if d.layers[index].shares is None else 2 * d.num_kv_heads * d.head_dim
+        bias = pad(vector(w["qkv_bias"]), (0, self._missing)) if d.qkv_bias else None
         norm = _head_norms(d, w) if d.qk_norm else None
         norm = _unit_norm(d) if d.layers[index].unit_norm else norm
         sinks = vector(w["sinks"]) if d.sinks else None
@@ -40,6 +43,7 @@ class Attention:
             at += some.shape[1]
         if self._rope.query_growth:
             grow_queries(qkv[:, : self._queries], self._rope, step)
+        qkv = pad(qkv, (0, self._missing)) if self._missing else qkv
         inner = attend(self._spec, qkv, self._rope, step)
         if self._gate is not None:
             gate = apart(torch.sigmoid, self._gate(x_TD, step.wide).float(), step.wide)
@@ -56,9 +60,10 @@ def spec_of(
 ) -> AttentionSpec:
     """What backends are told of a layer's attention."""
     layer, sizes = d.layers[index], (d.num_heads, d.num_kv_heads, d.head_dim)
-    tensors = bias, norm, sinks
+    tensors, own = (bias, norm, sinks), layer.shares is None
+    of = index if layer.shares is None else layer.shares
     return AttentionSpec(
-        index, *sizes, d.attn_scale, layer.window, *tensors, cap=d.attn_cap, chunked=layer.chunked
+        of, *sizes, d.attn_scale, layer.window, *tensors, d.attn_cap, layer.chunked, own
     )
 
 
@@ -82,7 +87,8 @@ def grow_queries(q_TN: Tensor, rope: Rope, step: Step) -> None:
 def _head_norms(d: Description, w: Weights) -> RMSNorm:
     """Of each query and key head apart (H + J, E)."""
     q = vector(w["q_norm"]).expand(d.num_heads, -1)
-    k = vector(w["k_norm"]).expand(d.num_kv_heads, -1)
+    k = vector(w["k_norm"]) if "k_norm" in w else torch.ones_like(q[0])
+    k = k.expand(d.num_kv_heads, -1)
     return RMSNorm(torch.cat([q, k]), d.norm_eps, torch.float32)
 
 

@@ -9,7 +9,8 @@ from functools import partial
 
 from torch import Tensor
 
-from outsize.model.ffn.experts import Mixture, Router
+from outsize.model.ffn.experts import Gate, Mixture
+from outsize.model.ffn.nested import NestedExperts
 from outsize.model.step import Step
 from outsize.model.sublayer import Runnable
 from outsize.storage.table import Weights
@@ -69,11 +70,17 @@ class PagedLayer:
 
 
 def link(layers: Sequence[PagedLayer]) -> None:
-    """Each mixture may ask the next one's router early, where that is in memory."""
+    """Each mixture may ask the next one's router early, where that is in memory; nested experts likewise."""
 
-    def router(layer: PagedLayer) -> Router | None:
+    def router(layer: PagedLayer) -> Gate | None:
         return layer.resident.router if isinstance(layer.resident, Mixture) else None
 
+    def nested(layer: PagedLayer) -> NestedExperts | None:
+        return layer.resident if isinstance(layer.resident, NestedExperts) else None
+
     for i, layer in enumerate(layers):
+        after = layers[(i + 1) % len(layers)]
         if isinstance(layer.resident, Mixture):
-            layer.resident.ahead = partial(router, layers[(i + 1) % len(layers)])
+            layer.resident.ahead = partial(router, after)
+        if isinstance(layer.resident, NestedExperts):
+            layer.resident.ahead = partial(nested, after)

@@ -7,7 +7,7 @@ or a chunk of one long span, computed as matmuls ("wide").
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from outsize.kernels.backend import AttentionSpec, Backend
 from outsize.kernels.norm import RMSNorm
 from outsize.kernels.rows import Rows
 from outsize.model.lora import Adapter
+from outsize.model.width import Width
 from outsize.model_config import Rope
 from outsize.weights.tokens import Recalled
 
@@ -52,6 +53,9 @@ class Step:
     added: Sequence[tuple[slice, Adapter]] = ()  # rows that an adapter adds to
     watches: Sequence[Watch] = ()
     tokens: TokenInputs | None = None  # of a model whose layers read them
+    widths: Sequence[tuple[slice, Width]] = ()  # rows of less than whole feed-forwards, in order
+    # What a layer's attention read (T, D), normed, where its feed-forward reads the same.
+    read: list[Tensor] = field(default_factory=list)
 
     @property
     def wide(self) -> bool:

@@ -5,21 +5,19 @@ Shapes: T rows, D model width, H query heads, J key heads, E numbers a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from outsize.kernels.norm import RMSNorm
-from outsize.model.attention import Attention, vector
-from outsize.model.conv import ShortConv
-from outsize.model.delta import DeltaAttention
-from outsize.model.ffn.dense import Dense
+from outsize.model.attention import vector
+from outsize.model.ffn.dense import Dense, Ungated
 from outsize.model.ffn.experts import Mixture, Router, SharedExpert
 from outsize.model.joint import ALONE, PLAIN_ENDS, Ends, Whole, in_flight, joint
-from outsize.model.latent import LatentAttention
 from outsize.model.layers import Linear
+from outsize.model.mixer import mixer
+from outsize.model.norms import Body, Entry, entering, post_norm, pre_norm, shown
 from outsize.model.step import Step
 from outsize.model_config import Description
 from outsize.model_config import Mixture as MixtureConfig
@@ -42,13 +40,13 @@ class SubLayer:
 
     def __init__(
         self,
-        norm: RMSNorm | torch.dtype,
-        body: Callable[[Tensor, Step], Tensor],
+        norm: Entry,
+        body: Body,
         post: RMSNorm | None = None,
         bias_D: Tensor | None = None,
         how: Ends = PLAIN_ENDS,
     ) -> None:
-        """`norm`: or the type that enters the body as it is."""
+        """`norm`: or the type that enters the body as it is; None: what attention read does."""
         self._norm, self._body, self._post, self._bias_D = norm, body, post, bias_D
         self._scale, self._joint = how
 
@@ -62,9 +60,7 @@ class SubLayer:
             self(*chunk)
 
     def _begin(self, h_TD: Tensor, step: Step) -> Whole:
-        norm = self._norm
-        x_TD = h_TD.to(norm) if isinstance(norm, torch.dtype) else step.backend.norm(h_TD, norm)
-        return self._joint.outer(self._body(x_TD, step))
+        return self._joint.outer(self._body(entering(h_TD, step, self._norm), step))
 
     def _end(self, h_TD: Tensor, step: Step, whole: Whole) -> None:
         step.residual(h_TD, whole(), self._post, self._bias_D, self._scale)
@@ -73,35 +69,25 @@ class SubLayer:
 def attention_sublayer(
     d: Description, index: int, w: Weights, ranks: Collective | None = None
 ) -> SubLayer:
-    body = _mixer(d, index, w)
+    body = shown(mixer(d, index, w)) if d.parallel else mixer(d, index, w)
     bias_D = vector(w["o_bias"]) if d.o_bias else None
-    norm = _pre(d, w, "attn_norm", activation_type(w["o"]))
+    norm = pre_norm(d, w, "attn_norm", activation_type(w["o"]))
     ends = Ends(d.residual_scale, joint(d, index, "attention", ranks))
-    return SubLayer(norm, body, _post(d, w, "attn_post_norm"), bias_D, ends)
-
-
-def _mixer(d: Description, index: int, w: Weights) -> Callable[[Tensor, Step], Tensor]:
-    """What lets a layer's tokens know of each other."""
-    if d.layers[index].mixer == "delta":
-        return DeltaAttention(d, index, w)
-    if d.layers[index].mixer == "conv":
-        return ShortConv(d, index, w)
-    return Attention(d, index, w) if d.latent is None else LatentAttention(d, index, w)
+    return SubLayer(norm, body, post_norm(d, w, "attn_post_norm"), bias_D, ends)
 
 
 def ffn_sublayer(
     d: Description, index: int, w: Weights, ranks: Collective | None = None
 ) -> SubLayer:
-    norm = _pre(d, w, "ffn_norm", activation_type(w["gate_up"]))
+    norm = None if d.parallel else pre_norm(d, w, "ffn_norm", activation_type(w["gate_up"]))
     inner_bias, bias_D = (
         (vector(w["gate_up_bias"]), vector(w["down_bias"])) if d.mlp_bias else (None, None)
     )
     whole = joint(d, index, "ffn", ranks)
     maps = Linear(w["gate_up"]), Linear(w["down"])
-    dense = Dense(maps, d.activation, index, inner_bias, whole)
-    return SubLayer(
-        norm, dense, _post(d, w, "ffn_post_norm"), bias_D, Ends(d.residual_scale, whole)
-    )
+    dense = (Ungated if d.two_matrix else Dense)(maps, d.activation, index, inner_bias, whole)
+    ends = Ends(d.residual_scale, whole)
+    return SubLayer(norm, dense, post_norm(d, w, "ffn_post_norm"), bias_D, ends)
 
 
 def mixture_sublayer(d: Description, bank: ExpertBank, w: Weights) -> Mixture:
@@ -125,11 +111,3 @@ def shared_expert(d: Description, w: Weights) -> SharedExpert:
     gate_D = vector(w["shared_router"]) if "shared_router" in w else None
     dense = Dense((Linear(w["shared_gate_up"]), Linear(w["shared_down"])), d.activation)
     return SharedExpert(dense, gate_D)
-
-
-def _pre(d: Description, w: Weights, name: str, dtype: torch.dtype) -> RMSNorm | torch.dtype:
-    return RMSNorm(vector(w[name]), d.norm_eps, dtype) if d.pre_norm else dtype
-
-
-def _post(d: Description, w: Weights, name: str) -> RMSNorm | None:
-    return RMSNorm(vector(w[name]), d.norm_eps, torch.float32) if d.post_norm else None

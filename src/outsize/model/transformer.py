@@ -6,7 +6,7 @@ fp32 and is changed in place. Shapes: T tokens, K tokens whose logits are wanted
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -15,36 +15,33 @@ from torch import Tensor
 from outsize.encoding.find import gives_fp32
 from outsize.kernels.attention import CHUNK, capped
 from outsize.kernels.backend import Backend
-from outsize.kernels.norm import RMSNorm
 from outsize.kernels.plain import PLAIN
 from outsize.kernels.rows import Rows, Segment
 from outsize.kernels.threads import Threads
 from outsize.kv.int8 import Int8KV
 from outsize.kv.kv import KV
 from outsize.kv.state import states_of
-from outsize.model.attention import vector
+from outsize.model.best import best
 from outsize.model.ffn.neurons import PagedNeurons
 from outsize.model.layers import cos_sin
 from outsize.model.lora import Adapter
+from outsize.model.make_ffn import ffn_maker
 from outsize.model.memory import WeightMemory
-from outsize.model.memory_sublayer import memory_sublayer
+from outsize.model.norms import last_norm, learned_positions
 from outsize.model.paged import PagedLayer, link
 from outsize.model.predictors.choose import Chooser
 from outsize.model.ranks import Leader, Stages
 from outsize.model.step import Step, TokenInputs, Watch
-from outsize.model.sublayer import Runnable, attention_sublayer, ffn_sublayer, mixture_sublayer
+from outsize.model.sublayer import attention_sublayer
+from outsize.model.width import Nested
 from outsize.model_config import Description, Rope
 from outsize.parallel.collective import Collective
-from outsize.storage.table import Weights
 from outsize.weights.load import Loaded
 from outsize.weights.spec import Recorder
 
-REFINED = 64  # tokens of the highest logits, which are computed again in fp32
-
 
 class Transformer:
-    """Embedding, sub-layers (two a layer, `paged_layers`), head. Holds no sequence's state: that is a KV
-    cache."""
+    """Embedding, sub-layers (two a layer, `paged_layers`), head. A sequence's state is in its KV cache."""
 
     def __init__(
         self,
@@ -61,20 +58,17 @@ class Transformer:
         self._embed, self._head = loaded.embed, loaded.head
         self.dtype = loaded.activation_type
         self.paged_layers: list[PagedLayer] = []
-        banks = {bank.layer: bank for bank in loaded.banks}
+        mixture = description.mixture
+        self.nested = Nested(mixture.count if mixture is not None and mixture.nested else 0)
         for i, (attn, ffn) in enumerate(loaded.layers):
             self.paged_layers.append(
                 PagedLayer(partial(attention_sublayer, description, i, ranks=ranks), attn)
             )
-            make: Callable[[Weights], Runnable] = partial(ffn_sublayer, description, i, ranks=ranks)
-            if (bank := banks.get(i)) is not None:
-                make = partial(mixture_sublayer, description, bank)
-            elif description.memory is not None:
-                make = partial(memory_sublayer, description, i, loaded.final_norm)
+            make = ffn_maker(description, i, (loaded, self.nested), ranks)
             self.paged_layers.append(PagedLayer(make, ffn))
         link(self.paged_layers[1::2])
-        norm = vector(loaded.final_norm["final_norm"])
-        self._norm = RMSNorm(norm, description.norm_eps, torch.float32)
+        self._norm = last_norm(description, loaded.final_norm)
+        self.positions_PD = learned_positions(loaded.final_norm)
         self._ropes = description.ropes
         self.backend = backend if self.dtype == torch.bfloat16 else PLAIN
         self.chunk = CHUNK  # tokens of a prompt that are computed at once, at multiples of it
@@ -85,12 +79,17 @@ class Transformer:
         self._own, self.threads = backend, threads or Threads(torch.get_num_threads())
         self.memory = WeightMemory(description, loaded, self.paged_layers, ceiling)
 
-    def page_neurons(self, choosers: Sequence[Chooser], recorder: Recorder | None = None) -> None:
+    def page_neurons(
+        self,
+        choosers: Sequence[Chooser],
+        recorder: Recorder | None = None,
+        takes_resident: bool = False,
+    ) -> None:
         """From now on steps of few rows compute only the neurons that are chosen for them (lossy, unless the
-        choice is exact). `recorder`: is told what each layer chose."""
+        choice is exact), or also those that are in memory. `recorder`: is told what each layer chose."""
         banks = self.loaded.neurons
         for layer, bank, chooser in zip(self.paged_layers[1::2], banks, choosers, strict=True):
-            layer.narrow = PagedNeurons(self.description, bank, chooser, recorder)
+            layer.narrow = PagedNeurons(self.description, bank, chooser, recorder, takes_resident)
 
     def begin(self, is_large: bool) -> None:
         """A step begins; `is_large`: with a long span, or of a batch."""
@@ -120,7 +119,7 @@ class Transformer:
         return new_kv(self.description, self.dtype, room)
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
-        """(T, D) fp32."""
+        """(T, D) fp32, without what is learned of positions."""
         if self.relay is not None and not self.relay.begins:  # room for what another rank sends
             return self._norm.weight.new_empty(len(tokens), self.description.width)
         rows = self._embed.rows(torch.tensor(tokens, dtype=torch.int64, device="cpu"))
@@ -135,18 +134,11 @@ class Transformer:
         watches: Sequence[Watch] = (),
         tokens: TokenInputs | None = None,
     ) -> Step:
-        """A step of these rows; its rotary angles are computed once for all layers. `tokens`: of a model
-        whose layers read them."""
+        """A step of these rows, whose rotary angles all layers share. `tokens`: where layers read them."""
         positions = [p for s in segments for p in s.all_positions()]
         angles = rotary_angles(self._ropes, self.description.head_dim, positions)
-        return Step(
-            Rows(segments, wide),
-            angles,
-            self.backend.wide if wide else self.backend,
-            added,
-            watches,
-            tokens,
-        )
+        backend = self.backend.wide if wide else self.backend
+        return Step(Rows(segments, wide), angles, backend, added, watches, tokens)
 
     def normed(self, h_TD: Tensor) -> Tensor:
         """What the head reads."""
@@ -167,7 +159,7 @@ class Transformer:
         logits = self._project(x_KD if exact else x_KD.to(self.dtype), torch.float32)
         if not exact:
             for row, x_D in zip(logits, x_KD, strict=True):
-                ids = _best(row)
+                ids = best(row)
                 row[ids] = self._head.rows(ids) @ x_D
         d = self.description
         logits = logits if d.logit_scale == 1.0 else logits.mul_(d.logit_scale)
@@ -193,7 +185,7 @@ class Transformer:
 
 def new_kv(d: Description, dtype: torch.dtype, room: int = 0) -> KV:
     """An empty cache of numbers for one sequence."""
-    return KV(d.num_layers, (d.num_kv_heads, d.head_dim), dtype, room, states_of(d, dtype))
+    return KV(d.num_kv_layers, (d.num_kv_heads, d.head_dim), dtype, room, states_of(d, dtype))
 
 
 def rotary_angles(
@@ -202,14 +194,3 @@ def rotary_angles(
     """(T, 1, E/2) complex for each kind of rope: cosine and sine of each position's angles."""
     positions_T = torch.tensor(positions, dtype=torch.int64, device="cpu")
     return {rope: cos_sin(rope, head_dim, positions_T) for rope in ropes}
-
-
-def _best(row_V: Tensor) -> Tensor:
-    """Ids of the REFINED largest logits: the best blocks first, then the best in those."""
-    whole = len(row_V) // REFINED * REFINED
-    blocks = row_V[:whole].view(-1, REFINED)
-    if len(blocks) <= REFINED:
-        return row_V.topk(min(REFINED, len(row_V))).indices
-    chosen = blocks.amax(1).topk(REFINED).indices
-    best = blocks[chosen].flatten().topk(REFINED).indices
-    return chosen[best // REFINED] * REFINED + best % REFINED

@@ -43,13 +43,14 @@ def layout(header: TableHeader, bundle: int) -> BundleLayout:
     """Of a table of feed-forwards. Raises UnsupportedError for shapes that cannot be cut."""
     dense, down = header.tensors["gate_up"], header.tensors["down"]
     width, neurons = dense[0].width, sum(m.width for m in down[:1])
-    if neurons % bundle or sum(m.num_rows for m in dense) != 2 * neurons:
+    halves = sum(m.num_rows for m in dense) // max(1, neurons)
+    if neurons % bundle or sum(m.num_rows for m in dense) not in (neurons, 2 * neurons):
         raise UnsupportedError(
             f"table {header.name} has {neurons:,} neurons a layer, which bundles of {bundle} do not divide"
         )
-    both = Matrix(row_encoding(dense), 2 * neurons, width, 0)
+    both = Matrix(row_encoding(dense), halves * neurons, width, 0)
     regions = row_regions(GATE, both, bundle, 0)
-    regions += row_regions(UP, both, bundle, end_of(regions))
+    regions += row_regions(UP, both, bundle, end_of(regions)) if halves == 2 else []
     at = end_of(regions)
     regions.append(Region(DOWN, CODES, torch.int8, (bundle, width), 0, bundle, 1, at))
     regions.append(Region(DOWN, SCALE, torch.bfloat16, (bundle,), 0, bundle, 1, end_of(regions)))
@@ -88,11 +89,12 @@ def whole_rows(
     """What bundles are cut out of: a layer's neurons in this order. `gate_up`: as the pack has it;
     `down_DF`: its numbers."""
     neurons, (matrix,) = form.neurons, form.gate_up
-    rows = torch.cat([order_F, order_F + neurons])
+    firsts = [(GATE, 0), (UP, neurons)][: form.halves]
+    rows = torch.cat([order_F + first for _, first in firsts])
     fields = _reordered(matrix, gate_up, rows)
     halves = {
         tensor: {f: fields[f].narrow(s.row_axis, first, neurons) for f, s in matrix.specs.items()}
-        for tensor, first in ((GATE, 0), (UP, neurons))
+        for tensor, first in firsts
     }
     down_FD = down_DF.T[order_F]
     scale = (down_FD.abs().amax(dim=1) / 127).to(torch.bfloat16)

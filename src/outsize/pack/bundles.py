@@ -50,7 +50,8 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class BundleLayout:
-    """The bundles of a table of dense feed-forwards: `gate_up` in one matrix or in two, and `down`."""
+    """The bundles of a table of dense feed-forwards: `gate_up` in one matrix or in two, and `down`. Where
+    there is no gate, `gate_up` is up alone, and stands in its place."""
 
     bundle: int  # neurons
     count: int  # bundles of a layer
@@ -65,6 +66,11 @@ class BundleLayout:
     @property
     def neurons(self) -> int:
         return self.bundle * self.count
+
+    @property
+    def halves(self) -> int:
+        """Rows of `gate_up` that a neuron has: of gate and up, or of up alone."""
+        return sum(m.num_rows for m in self.gate_up) // self.neurons
 
     @property
     def room(self) -> int:
@@ -94,10 +100,11 @@ def layout(header: TableHeader, bundle: int) -> BundleLayout:
             f"table {header.name} has {neurons:,} neurons a layer in {len(downs)} pieces; neurons are paged "
             f"where they are in one piece and a multiple of {bundle}"
         )
-    if [m.num_rows for m in gate_up] not in ([2 * neurons], [neurons, neurons]):
+    if [m.num_rows for m in gate_up] not in ([neurons], [2 * neurons], [neurons, neurons]):
         raise UnsupportedError(f"table {header.name}: gate and up are not of {neurons:,} rows each")
     count, regions, at = neurons // bundle, list[Region](), 0
-    for tensor, matrix in ((GATE, gate_up[0]), (UP, gate_up[-1])):
+    both = [(GATE, gate_up[0]), (UP, gate_up[-1])]
+    for tensor, matrix in both[: sum(m.num_rows for m in gate_up) // neurons]:
         regions += row_regions(tensor, matrix, bundle, at)
         at = end_of(regions)
     shared = []
@@ -158,12 +165,11 @@ Prepared = Mapping[str, Fields]  # a layer's stored fields, by GATE, UP and DOWN
 def whole_columns(form: BundleLayout, gate_up: Sequence[Fields], down: Fields) -> Prepared:
     """What bundles of neighbours are cut out of: the dense record's fields."""
     m, count = form.gate_up, form.neurons
-    first = count if len(m) == 1 else 0
-    return {
-        GATE: slice_rows(m[0].specs, gate_up[0], 0, count),
-        UP: slice_rows(m[-1].specs, gate_up[-1], first, first + count),
-        DOWN: down,
-    }
+    out: dict[str, Fields] = {GATE: slice_rows(m[0].specs, gate_up[0], 0, count), DOWN: down}
+    if form.halves == 2:
+        first = count if len(m) == 1 else 0
+        out[UP] = slice_rows(m[-1].specs, gate_up[-1], first, first + count)
+    return out
 
 
 def cut(form: BundleLayout, prepared: Prepared, number: int) -> bytearray:

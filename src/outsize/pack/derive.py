@@ -16,11 +16,12 @@ from pathlib import Path
 from torch import Tensor
 
 from outsize.errors import PackError
+from outsize.model_config import Description
 from outsize.pack import tokenizer_file
 from outsize.pack.folders import safe
 from outsize.pack.format import Pack, Quality, read_header
 from outsize.pack.kinds.kind import groups
-from outsize.pack.kinds.layers import tables_of
+from outsize.pack.kinds.layers import SHARING, layers_of, tables_of
 from outsize.pack.layout import fault
 from outsize.pack.lock import locked
 from outsize.pack.source import Source
@@ -31,7 +32,11 @@ from outsize.progress import Progress
 
 # The fields of a table's record as it is: of each tensor, of its pieces.
 Stored = Callable[[TableHeader, int], Mapping[str, Sequence[Mapping[str, Tensor]]]]
-New = Mapping[tuple[int, str], Made]  # by layer and tensor: qkv, o, gate_up, down
+New = Mapping[
+    tuple[int, str], tuple[Made, ...]
+]  # by layer and tensor: qkv, o, gate_up, down, a norm
+# Tables of layers, and those of a pack that their records are made from.
+OF_LAYERS = {"attn": "attn", SHARING: "attn", "ffn": "ffn"}
 
 
 def path_of(base: Pack, source: Source, home: Path) -> Path:
@@ -56,7 +61,8 @@ def derive(
     home: Path,
     progress: Progress,
 ) -> Pack:
-    """Write the pack, or find that another process did. Raises PackError, DiskFullError."""
+    """Write the pack, or find that another process did. `base`: with the new description, where that is
+    another one. Raises PackError, DiskFullError."""
     if problem := fault(base.description, [t.header for t in tables]):
         raise PackError(f"{base.path.name} cannot be made anew: {problem}")
     final = path_of(base, source, home)
@@ -71,21 +77,30 @@ def derive(
         return write_whole(draft, text, tables, progress, None, is_alone)
 
 
-def tables_with(base: Pack, stored: Stored, new: New) -> list[TablePlan]:
-    """The tables of a pack, with some of its layers' matrices in place of its own."""
-    out: list[TablePlan] = []
-    for _, group in groups(base.description):
-        tables = [t for t in base.tables if t.name.split("-")[0] == group.name]
-        if group.name not in ("attn", "ffn"):
+def tables_with(
+    base: Pack, stored: Stored, new: New, d: Description | None = None
+) -> list[TablePlan]:
+    """The tables of a pack, with some of its layers' matrices in place of its own. `d`: the description of
+    the model that it becomes, where it is another."""
+    d, out = d or base.description, list[TablePlan]()
+    for _, group in groups(d):
+        of = OF_LAYERS.get(group.name)
+        if of is None:
+            tables = [t for t in base.tables if t.name.split("-")[0] == group.name]
             out += [kept(table, stored) for table in tables]
             continue
-        records: dict[int, Record] = {}
-        for table in tables:
-            for number, layer in enumerate(table.keys):
-                record = record_of(table, number, stored)
-                changed = {name: (new[layer, name],) for name in record if (layer, name) in new}
-                records[layer] = record | changed
-        out += tables_of(group.name, "layers", [records[i] for i in sorted(records)])
+        found = {
+            layer: record_of(table, number, stored)
+            for table in base.tables
+            if table.name.split("-")[0] == of
+            for number, layer in enumerate(table.keys)
+        }
+        layers = layers_of(d, group.name)
+        records: list[Record] = []
+        for layer in layers:
+            record = {name: found[layer][name] for name in found[layer] if name in group.specs}
+            records.append(record | {n: new[layer, n] for n in record if (layer, n) in new})
+        out += tables_of(group.name, "layers", records, layers=layers)
     return out
 
 

@@ -14,6 +14,7 @@ from outsize.checkpoint.hub import fetch_headers, is_offline
 from outsize.checkpoint.opening import open_checkpoint
 from outsize.checkpoint.spec import Spec, parse
 from outsize.errors import OptionError, PackError
+from outsize.family.find import further_recipe
 from outsize.home import home
 from outsize.kernels.find import find as find_backend
 from outsize.kernels.palettes import FORMS
@@ -112,6 +113,44 @@ def pack(
         checkpoint = open_checkpoint(path)
         how = write.PackOptions(spec.text, encoding, _grouped(), __version__)
         return write.write(checkpoint, how, folder, progress, warn, silent if quiet else say)
+
+
+def further(model: str | PathLike[str], encoding: str = "auto", quiet: bool = False) -> Pack:
+    """The pack of a model's layer that predicts further tokens, made if need be. Raises OutsizeError."""
+    spec, folder = _checkpoint_of(model), home() / "packs"
+    found = store.find(
+        folder, spec.text, encoding + write.FURTHER, spec.kind == "path", _expected(spec)
+    )
+    if found is not None:
+        return found
+    with bars(quiet) as progress, _scratch(folder) as scratch:
+        checkpoint = open_checkpoint(_fetched(spec, scratch, quiet, progress))
+        how = write.PackOptions(spec.text, encoding, _grouped(), __version__, further=True)
+        return write.write(checkpoint, how, folder, progress, warn, silent if quiet else say)
+
+
+def further_outline(
+    model: str | PathLike[str], encoding: str = "auto", quiet: bool = False
+) -> Outline:
+    """What that pack holds, or would hold: from headers alone, as `outline`. Raises OutsizeError."""
+    spec = _checkpoint_of(model)
+    with bars(quiet) as progress, _temporary(spec) as scratch:
+        if spec.kind == "hf":
+            checkpoint = open_checkpoint(fetch_headers(spec, scratch))
+        else:
+            checkpoint = open_checkpoint(_fetched(spec, scratch, quiet, progress))
+        return of_checkpoint(checkpoint, spec.text, encoding, _grouped(), further_recipe)
+
+
+def _checkpoint_of(model: str | PathLike[str]) -> Spec:
+    """Raises OptionError for the folder of a pack, which leaves such layers out."""
+    spec = parse(named(model))
+    if _is_pack(spec):
+        raise OptionError(
+            f"draft=native: {spec.name} is a pack, which has no layers that predict further tokens; name the "
+            "model that it was made from"
+        )
+    return spec
 
 
 @contextmanager

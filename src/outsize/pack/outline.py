@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from outsize.checkpoint import tokenizer
 from outsize.checkpoint.checkpoint import Checkpoint
 from outsize.family.find import recipe
-from outsize.model_config import Description
+from outsize.model_config import Description, Recipe
 from outsize.pack import tokenizer_file
 from outsize.pack.format import Pack, Quality
 from outsize.pack.layout import plan
@@ -26,6 +26,28 @@ class PagedNeurons:
     hit_rates: tuple[tuple[float, float], ...]  # (share of bundles with slots, hit rate), rising
     cost: str  # what it costs, in words
     note: str = ""  # why it pays, or does not
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyRow:
+    """One width of nested experts: its share of the feed-forwards, what it costs, and of a token's uses of
+    pieces those that the most used ones have, by so many of them."""
+
+    share: float
+    perplexity: float
+    kl: float
+    agrees: float
+    uses: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NestedFamily:
+    """Nested experts with an add-on, as the planner sees them; the last row is the whole model."""
+
+    memory: int  # bytes of routers and corrections
+    total: int  # of all pieces
+    rows: tuple[FamilyRow, ...]
+    cost: str  # what half of them costs, in words
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +74,12 @@ class Outline:
     staging: int = 0  # bytes of blocks of the prefix cache on their way to and from a disk
     grammars: int = 0  # replies at once that may have to obey a schema or a grammar
     neurons: PagedNeurons | None = None  # then there are tables of their bundles, too
+    nested: NestedFamily | None = None  # of a pack of nested experts with an add-on
+
+    @property
+    def is_nested(self) -> bool:
+        """Are its feed-forwards cut into nested experts?"""
+        return self.description.mixture is not None and self.description.mixture.nested
 
     @property
     def size(self) -> int:
@@ -79,10 +107,16 @@ def of_pack(pack: Pack) -> Outline:
     )  # fmt: skip
 
 
-def of_checkpoint(checkpoint: Checkpoint, name: str, wanted: str, grouped: bool) -> Outline:
+def of_checkpoint(
+    checkpoint: Checkpoint,
+    name: str,
+    wanted: str,
+    grouped: bool,
+    find: Callable[[Checkpoint], Recipe] = recipe,
+) -> Outline:
     """Raises CheckpointError, UnsupportedError."""
     tokenizer.check(checkpoint.tokenizer)
-    found = recipe(checkpoint)
+    found = find(checkpoint)
     tables = tuple(t.header for t in plan(checkpoint, found, wanted, grouped))
     return Outline(
         name, found.description, tables, _tokenizer_bytes(checkpoint), False,

@@ -14,9 +14,9 @@ from outsize.errors import UnsupportedError
 from outsize.pack.tables import ALIGN, PAGE, Matrix, TableHeader, aligned
 
 FLOATS = "fp32"
-FIXED = frozenset(
-    {"router", "delta_gates"}
-)  # matrices that are read in fp32 only, as all vectors are
+POSITIONS = "positions"  # a learned vector for each
+# Matrices that are read in fp32 only, as all vectors are.
+FIXED = frozenset({"router", "delta_gates", POSITIONS})
 # Maps of latent attention, which are products of each head apart: floats of 16 bits where others are codes.
 HALVES, HALF = frozenset({"k_b", "v_b"}), "bf16"
 Layout = dict[str, tuple[Matrix, ...]]

@@ -54,6 +54,19 @@ def same_records(folder: Path, source: Source) -> Pack | None:
     return None
 
 
+def nested_of(folder: Path, base: Pack) -> Pack | None:
+    """The newest pack of nested experts that was cut out of this one."""
+    sha = base.source.sha256
+    found = [
+        p
+        for p in _good(folder)
+        if p.source.kin[:1] == (sha,)
+        and p.description.mixture is not None
+        and p.description.mixture.nested
+    ]
+    return max(found, key=lambda p: (p.path / HEADER).stat().st_mtime_ns, default=None)
+
+
 def known_hash(folder: Path, files: tuple[FileStat, ...]) -> str | None:
     """The hash of weights that were packed before and have not changed since."""
     found = (p.source for p in _good(folder) if not p.source.kin)
@@ -74,7 +87,7 @@ def remove(folder: Path, name: str) -> int:
         raise SourceError(f"no pack named {name!r}; there are: {known or 'none'}")
     with locked(folder / f".{name}.lock"):
         try:
-            size = sum(map(_removed, [path, *folder.glob(f"{name}.neurons*")]))
+            size = sum(map(_removed, [path, *folder.glob(f"{name}.ne[us]*")]))
         except FileNotFoundError:
             raise SourceError(f"no pack named {name!r}: another process removed it") from None
     return size

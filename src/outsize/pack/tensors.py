@@ -15,7 +15,7 @@ from outsize.checkpoint.checkpoint import Checkpoint, Tensor, refuse_unreadable,
 from outsize.encoding.find import encoding_for
 from outsize.errors import CheckpointError
 from outsize.model_config import Recipe
-from outsize.pack.records import FIXED, FLOATS, HALF, HALVES, Specs, TensorSpec
+from outsize.pack.records import FIXED, FLOATS, HALF, HALVES, POSITIONS, Specs, TensorSpec
 from outsize.pack.tables import TableHeader
 from outsize.pack.unused import missing
 
@@ -142,7 +142,8 @@ class SourceTensors:
         pieces: list[Piece] = []
         found = self._fused(name, spec, layer) if expert is None else None
         for number, (part, rows) in enumerate(spec.parts):
-            shape = (rows, spec.width) if spec.width else (rows,)
+            unused = self.recipe.unused_positions if part == POSITIONS else 0
+            shape = (rows + unused, spec.width) if spec.width else (rows,)
             if part in self.recipe.strips:
                 tensors = self._strips(part, layer, shape)
             else:
@@ -150,7 +151,7 @@ class SourceTensors:
                     self.find(part, layer, shape, expert) if found is None else found[number]
                 ]
             encoding = self._encoding(name, spec, tensors[0])
-            made = tuple(self._part(part, tensor) for tensor in tensors)
+            made = tuple(self._part(part, tensor, unused) for tensor in tensors)
             if pieces and spec.width and pieces[-1].encoding == encoding:
                 pieces[-1] = Piece(encoding, (*pieces[-1].parts, *made))
             else:
@@ -191,12 +192,14 @@ class SourceTensors:
         ends = list(accumulate(rows for _, rows in spec.parts))
         return [rows_of(whole, a, b) for a, b in zip([0, *ends], ends, strict=False)]
 
-    def _part(self, name: str, tensor: Tensor) -> Part:
-        """Query and key rows, their biases and norms rotate in adjacent pairs in a pack."""
+    def _part(self, name: str, tensor: Tensor, first: int = 0) -> Part:
+        """Query and key rows, their biases and norms rotate in adjacent pairs in a pack. `first`: of its
+        rows that is used."""
         d, shift = self.description, self.recipe.norm_shift if name.endswith("norm") else 0.0
         halves = name in HALVED and d.latent is None and not self.recipe.interleaved
         rotated = next((r.rotated for r in d.ropes if r.rotated), 0) or 0
-        return Part(tensor, d.head_dim if halves else 0, rotated if halves else 0, shift)
+        head_dim, rotated = (d.head_dim, rotated) if halves else (0, 0)
+        return Part(tensor, head_dim, rotated, shift, first=first)
 
 
 def _unstack(stack: Tensor, index: int) -> Tensor:

@@ -26,6 +26,7 @@ from outsize.checkpoint import tokenizer as tokenizers
 from outsize.checkpoint.checkpoint import Checkpoint, TokenizerSpec
 from outsize.checkpoint.source import hash_files
 from outsize.errors import CheckpointError, DiskFullError, PackError, SourceError
+from outsize.family.find import further_recipe
 from outsize.family.find import recipe as find_recipe
 from outsize.model_config import Description
 from outsize.pack import store, tokenizer_file
@@ -39,6 +40,7 @@ from outsize.pack.tables import Matrix, TableHeader
 from outsize.pack.tensors import Record, TablePlan
 from outsize.progress import Progress
 
+FURTHER = "+further"  # behind the encoding of a pack of such a layer
 SLACK = 64 << 20  # bytes that a file system wants for itself
 
 
@@ -51,6 +53,12 @@ class PackOptions:
     wanted: str
     grouped: bool
     version: str
+    further: bool = False  # of its layer that predicts further tokens, in place of the model
+
+    @property
+    def encoding(self) -> str:
+        """What a pack says that it was asked for."""
+        return self.wanted + FURTHER * self.further
 
 
 def write(
@@ -63,7 +71,7 @@ def write(
 ) -> Pack:
     """Pack a checkpoint into `home`, or find that another process did. Raises OutsizeError."""
     tokenizers.check(checkpoint.tokenizer)  # before anything is encoded
-    recipe = find_recipe(checkpoint)
+    recipe = further_recipe(checkpoint) if how.further else find_recipe(checkpoint)
     tables = plan(checkpoint, recipe, how.wanted, how.grouped)
     _check_plan(recipe.description, tables)
     lossy = lossy_tensors(tables)
@@ -76,7 +84,7 @@ def write(
     refuse_biases(checkpoint, tables)
     source = _source(checkpoint, how, tables, home, progress)
     stem = checkpoint.files[0].stem if checkpoint.format == "gguf" else Path(how.spec).name
-    name = f"{safe(stem)}-{source.identity[:12]}-{how.wanted}"
+    name = f"{safe(stem)}-{source.identity[:12]}-{how.encoding}"
     home.mkdir(parents=True, exist_ok=True)
     with locked(home / f".{name}.lock") as is_alone:
         final = home / name
@@ -146,7 +154,7 @@ def _source(
     stats, beside = file_stats(checkpoint.files), checkpoint.sidecars
     digest = store.known_hash(home, stats) or hash_files(checkpoint.files, progress)
     return Source(
-        how.spec, digest, sum(size for _, size, _, _ in stats), stats, how.wanted,
+        how.spec, digest, sum(size for _, size, _, _ in stats), stats, how.encoding,
         file_stats(beside), identity(digest, beside), layout_hash(tables),
     )  # fmt: skip
 

@@ -71,6 +71,11 @@ def check(name: str, d: Description, world: int, way: Way) -> None:
     """Raises OptionError, UnsupportedError for what cannot be cut."""
     if not 1 <= world <= MOST:
         raise OptionError(f"ranks is {world}; from 1 to {MOST} can share a model")
+    if d.num_kv_layers < d.num_layers:
+        raise UnsupportedError(
+            f"the last {d.num_layers - d.num_kv_layers} layers of {name} share keys and values, which one "
+            "process alone holds; leave --ranks out"
+        )
     if d.has_states:
         raise UnsupportedError(
             f"{name} keeps states of sequences in place of some keys and values, which ranks do not share; "
@@ -83,6 +88,11 @@ def check(name: str, d: Description, world: int, way: Way) -> None:
     if d.memory is not None:
         raise UnsupportedError(
             f"{name} reads its tokens in every layer, and ranks are handed states alone; leave --ranks out"
+        )
+    if d.layer_norm or d.positions or d.parallel or d.two_matrix:
+        raise UnsupportedError(
+            f"{name} is a {d.family} model, of LayerNorms and two-matrix feed-forwards, which ranks do not "
+            "share; leave --ranks out"
         )
     if way.attention == "heads" and way.cut != "sum":
         raise OptionError(

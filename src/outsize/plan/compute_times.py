@@ -14,6 +14,7 @@ from outsize.kernels.backend import Backend
 from outsize.kernels.norm import RMSNorm
 from outsize.kernels.plain import PLAIN
 from outsize.kernels.rows import Rows, Segment
+from outsize.kv.int8 import Int8KV
 from outsize.model.ffn.dense import Dense
 from outsize.model.ffn.experts import Router, SharedExpert
 from outsize.model.layers import Linear
@@ -41,7 +42,8 @@ def measure(o: Outline, backend: Backend) -> Compute:
     chunks: dict[str, float] = {}
     tokens = min(CHUNK, o.description.context - STEPS - 1)
     for t in o.tables:
-        if t.kind == "experts" or "router" in t.tensors:
+        is_gate = t.name.startswith("ffn-") and not {"o", "gate_up"} & {*t.tensors}
+        if t.kind == "experts" or (o.description.mixture is not None and is_gate):
             steps[t.name], chunks[t.name] = _expert_times(o, t, backend, tokens)
         elif t.kind == "layers" and t.name != "final-0":
             steps[t.name], chunks[t.name] = _sublayer_times(o, t, backend, tokens)
@@ -50,7 +52,7 @@ def measure(o: Outline, backend: Backend) -> Compute:
     return Compute(steps, chunks, tokens)
 
 
-def _random(t: TableHeader, backend: Backend) -> Mapping[str, tuple[Weight, ...]]:
+def random_record(t: TableHeader, backend: Backend) -> Mapping[str, tuple[Weight, ...]]:
     """A record with random codes and tame scales."""
     raw, _ = buffer(t.stride)
     raw.random_(0, 256)
@@ -65,23 +67,28 @@ def _random(t: TableHeader, backend: Backend) -> Mapping[str, tuple[Weight, ...]
 def _sublayer_times(
     o: Outline, t: TableHeader, backend: Backend, tokens: int
 ) -> tuple[float, float]:
-    d, dtype = o.description, activation_type(_first_matrix(t))
-    made = dict(_random(t, backend))
+    d, dtype = o.description, activation_type(first_matrix(t))
+    made = dict(random_record(t, backend))
     sublayer = _sublayer(d, t.keys[0], made)
     own = PLAIN if dtype == torch.float32 else backend
+    shared, size = d.layers[t.keys[0]].shares, tokens + STEPS + 1
     kv = new_kv(d, dtype)
+    kv = Int8KV(kv, backend.decode_entries) if o.kv == "int8" else kv
+    if shared is not None and "o" in made:
+        zeros = torch.zeros(size, d.num_kv_heads, d.head_dim, dtype=dtype, device="cpu")
+        kv.append(shared, zeros, zeros, range(size))
     h_TD = torch.randn(tokens, d.width, dtype=torch.float32, device="cpu")
 
     def step(positions: range, wide: bool) -> Step:
         angles, tokens = rotary_angles(d.ropes, d.head_dim, positions), h_TD[: len(positions)]
-        rows, backend = Rows([Segment(kv, positions)], wide), PLAIN if wide else own
-        return Step(rows, angles, backend, tokens=TokenInputs(tokens))
-
-    chunk = step(range(tokens), True)
+        rows, backend = Rows([Segment(kv, positions)], wide), own.wide if wide else own
+        read = [tokens.to(dtype)]  # of a feed-forward that reads what attention did
+        return Step(rows, angles, backend, tokens=TokenInputs(tokens), read=read)
 
     def run_chunk() -> None:
-        kv.truncate(0)
-        sublayer.run([(h_TD, chunk)])
+        if shared is None:
+            kv.truncate(0)
+        sublayer.run([(h_TD, step(range(tokens), True))])
 
     chunk_s = median_s(run_chunk, CHUNKS)
     at = iter(range(tokens, tokens + STEPS + 1))
@@ -106,9 +113,9 @@ def _sublayer(d: Description, layer: int, made: Weights) -> Runnable:
 def _expert_times(o: Outline, t: TableHeader, backend: Backend, tokens: int) -> tuple[float, float]:
     """One expert, or one router and the expert that all tokens use, for a token and for its share of a
     chunk."""
-    d, mixture, made = o.description, o.description.mixture, dict(_random(t, backend))
+    d, mixture, made = o.description, o.description.mixture, dict(random_record(t, backend))
     assert mixture is not None
-    if "router" not in made:
+    if "gate_up" in made:
         ffn = Dense((Linear(made["gate_up"]), Linear(made["down"])), d.activation)
         rows, dtype = max(1, tokens * mixture.used // mixture.count), made["gate_up"]
         return _times(ffn, d.width, rows, activation_type(dtype), backend)
@@ -134,16 +141,16 @@ def _times(
     """Of a token, and of so many."""
     x_TD = torch.randn(rows, width, dtype=torch.float32, device="cpu").to(dtype)
     own = PLAIN if dtype == torch.float32 else backend
-    one, many = Step(Rows([], False), {}, own), Step(Rows([], True), {}, PLAIN)
+    one, many = Step(Rows([], False), {}, own), Step(Rows([], True), {}, own.wide)
     return median_s(lambda: ffn(x_TD[:1], one), STEPS), median_s(lambda: ffn(x_TD, many), CHUNKS)
 
 
-def _first_matrix(t: TableHeader) -> tuple[Matrix, ...]:
+def first_matrix(t: TableHeader) -> tuple[Matrix, ...]:
     return t.tensors[next(n for n in ("o", "gate_up", f"{BESIDE}gate_up") if n in t.tensors)]
 
 
 def _head_time(o: Outline, t: TableHeader, backend: Backend) -> float:
-    (weight,) = next(iter(_random(t, backend).values()))
+    (weight,) = next(iter(random_record(t, backend).values()))
     x_KD: Tensor = torch.randn(1, o.description.width, dtype=torch.float32, device="cpu")
     x_KD = x_KD if o.activation_bytes == 4 or gives_fp32(weight.encoding) else x_KD.bfloat16()
     return median_s(lambda: weight.encoding.linear(x_KD, weight.fields, False), STEPS)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from outsize.pack.outline import Outline
 from outsize.pack.tables import TableHeader
 from outsize.plan.fixed import head_of, routed
-from outsize.plan.hit_rates import BY_TEXT, PRIOR, HitRates
+from outsize.plan.hit_rates import ALL_USED, BY_TEXT, PRIOR, HitRates
 from outsize.plan.machine import Compute, Machine
 from outsize.plan.placement import BY_ID, BY_PROMPT, BY_ROUTER, BY_TOKEN, Placement
 
@@ -81,7 +81,8 @@ def key(o: Outline) -> str:
     tables = [(t.name, t.stride, {k: [m.encoding for m in ms] for k, ms in t.tensors.items()})
               for t in o.tables]  # fmt: skip
     # sorted: a pack just made has its own order
-    text = json.dumps([o.description.to_json(), tables], sort_keys=True)
+    kept = [] if o.kv == "auto" else [o.kv]
+    text = json.dumps([o.description.to_json(), tables, *kept], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -101,13 +102,15 @@ def predict(
         if o.table(g).kind != "neurons" and not o.is_for_prompts(o.table(g))
     )
     rate = machine.disk_bytes_per_s
-    chunk_s = sum(compute.chunk_s[name] * n for name, n in count.items() if name in compute.chunk_s)
+    chunks = prompt / compute.chunk_tokens
+    chunk_s = sum(_prompt_s(o, t, compute, chunks) for t in o.tables if t.name in compute.chunk_s)
     head_s = compute.step_s[head_of(o)] * count[head_of(o)]
     read_s = place.streamed / rate
     by_id = sum(size for _, tier, size in place.groups if tier == BY_ID)
     waits = MISS_S * records if place.streamed else 0.0
     missing = sum(size for _, tier, size in place.groups if tier in (BY_ROUTER, BY_TOKEN))
     total = sum(t.size for t in routed(o))
+    rates = ALL_USED if rates is PRIOR and o.is_nested else rates
     if o.neurons is not None:
         points = tuple((share, rate, rate) for share, rate in o.neurons.hit_rates)
         rates = HitRates("what was measured to fire", points)
@@ -123,19 +126,29 @@ def predict(
         read_s=read_s + (2e-4 if by_id else 0.0),
         compute_s=step_s(o, compute) + waits + _gather_s(o),
         prompt_read_s=read_s + _prompt_bytes(o, place, prompt) / rate,
-        prompt_compute_s=FRESH * chunk_s * prompt / compute.chunk_tokens + FRESH_S + head_s + waits,
+        prompt_compute_s=FRESH * chunk_s + FRESH_S + head_s + waits,
         prompt_rows_s=_rows_bytes(o, place, prompt) / rate,
     )
 
 
+def _prompt_s(o: Outline, t: TableHeader, compute: Compute, chunks: float) -> float:
+    """Seconds that a table's records compute for a prompt. Layers that share keys and values see its last
+    token alone."""
+    first = o.description.num_kv_layers
+    last = sum(key >= first for key in t.keys) if t.kind == "layers" else 0
+    return (len(t.keys) - last) * compute.chunk_s[t.name] * chunks + last * compute.step_s[t.name]
+
+
 def step_s(o: Outline, compute: Compute) -> float:
     """Seconds of computing one token."""
-    return sum(compute.step_s[t.name] * _used(o, t) for t in o.tables if t.name in compute.step_s)
+    return sum(
+        compute.step_s[t.name] * used_records(o, t) for t in o.tables if t.name in compute.step_s
+    )
 
 
 def used_bytes(o: Outline) -> int:
     """Bytes of routed records that a token computes with."""
-    return sum(_used(o, t) * t.stride for t in routed(o))
+    return sum(used_records(o, t) * t.stride for t in routed(o))
 
 
 def _gather_s(o: Outline) -> float:
@@ -145,7 +158,7 @@ def _gather_s(o: Outline) -> float:
     return o.description.num_layers * CHOOSE_S + used_bytes(o) / GATHERED
 
 
-def _used(o: Outline, t: TableHeader) -> int:
+def used_records(o: Outline, t: TableHeader) -> int:
     """Records of a table that a token computes with."""
     mixture = o.description.mixture
     if t.kind == "neurons" and o.neurons is not None:

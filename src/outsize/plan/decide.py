@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from outsize.draft import load as drafting
+from outsize.draft import load as drafters
 from outsize.draft.spec import DraftSpec, parse_draft
 from outsize.errors import BudgetError, ContextError, OptionError
 from outsize.forward.prune import parse_prefill
@@ -15,12 +15,14 @@ from outsize.home import expanded
 from outsize.kernels.backend import Backend
 from outsize.kernels.find import find
 from outsize.log import silent, warn_once
+from outsize.model.width import parse_width
 from outsize.model_config import Description
 from outsize.options import LoadOptions
 from outsize.pack import fetch
-from outsize.pack.outline import Outline
-from outsize.plan import beside, drafts, fixed, neurons
+from outsize.pack.outline import Outline, of_pack
+from outsize.plan import beside, drafts, fixed, nested, neurons
 from outsize.plan.layers_off import parse_layers, with_layers_off
+from outsize.plan.nested_cost import WORTH, drafting
 from outsize.plan.neurons import NeuronPlan
 from outsize.plan.place import copy_bytes, place, tokenizer_bytes
 from outsize.plan.placement import Placement
@@ -34,6 +36,7 @@ def check(options: LoadOptions) -> None:
     """Parse the options that are texts. Raises OptionError, UnsupportedError."""
     parse_experts(options.experts or "")
     parse_neurons(options.neurons)
+    parse_width(options.width)
     parse_layers(options.layers_off)
     draft, prune = parse_draft(options.draft), parse_prefill(options.prefill)
     if prune is not None:
@@ -93,11 +96,21 @@ def foresee(model: str, options: LoadOptions, size: int, runtime: int) -> tuple[
     the interpreter and libraries take `runtime`. Raises BudgetError."""
     options = for_model(options, model)
     outline = fetch.outline(model, options.encoding, options.quiet)
+    packed = fetch.find(model, options.encoding)
+    cut = None if packed is None else nested.search(options, packed)
+    if packed is None and (asked := nested.wants(options)):
+        raise OptionError(
+            f"{asked}, and {outline.name} is not packed here, nor cut into nested experts; `outsize adapt "
+            "nested` does both, or leave it out"
+        )
+    outline = outline if cut is None else nested.with_nested(of_pack(cut.pack), cut)
     options = for_kind(options, outline.name, outline.description)
     outline = without_layers(outline, options)
     draft, encoding = parse_draft(options.draft), parse_experts(options.experts or "").copies
-    drafting.check(draft, outline)
+    drafters.check(draft, outline)
     smaller = fetch.outline(draft.source, "auto", options.quiet) if draft.kind == "model" else None
+    if draft.kind == "native":
+        smaller = fetch.further_outline(model, options.encoding, options.quiet)
     copy = fetch.outline(model, encoding, options.quiet) if encoding else None
     outline = with_all(outline, options.adapters, smaller, copy)
     made = None if options.neurons == OFF else fetch.find(model, options.encoding)
@@ -166,6 +179,8 @@ def decide(
     without = place(named, size, runtime, tokenizer, context, options.force)
     if asked.kind != "auto":
         return replace(without, drafts=asked.kind)
+    if drafting(named, without).gain >= WORTH:
+        return replace(without, drafts="nested")
     for spec, worth in drafts.choices(outline):
         wanted = drafts.with_drafting(spec, outline)
         with suppress(BudgetError):

@@ -44,7 +44,8 @@ def kv_bytes(o: Outline) -> int:
     ropes = len({layer.rope for layer in d.layers})
     routed = 0 if d.mixture is None else d.width * (o.activation_bytes + 4) + 200 * d.mixture.used
     rows = 0 if d.memory is None else 4 * d.width + sum(t.stride for t in _by_token(o))
-    return kv + 4 * d.width + 4 * d.head_dim * ropes + routed + rows + 100
+    read = d.width * o.activation_bytes * d.parallel  # by attention, until the feed-forward has
+    return kv + 4 * d.width + 4 * d.head_dim * ropes + routed + rows + read + 100
 
 
 def _by_token(o: Outline) -> list[TableHeader]:
@@ -55,7 +56,7 @@ def stored_bytes(o: Outline) -> int:
     """Of one token: its keys and values in all layers."""
     d = o.description
     entry = entry_bytes(d.head_dim) if o.kv == "int8" else d.head_dim * o.activation_bytes
-    return 2 * len(d.mixed_by("attention")) * d.num_kv_heads * entry
+    return 2 * len(d.kv_layers) * d.num_kv_heads * entry
 
 
 def state_bytes(o: Outline) -> int:
@@ -144,6 +145,7 @@ def fixed_costs(o: Outline, runtime: int, tokenizer: int, context: int) -> dict[
         **({"cache policy": policy_bytes(o)} if routed(o) else {}),
         **({"copies of experts": o.copies} if o.copies else {}),
         **({} if o.neurons is None else {"neurons": o.neurons.memory}),
+        **({} if o.nested is None else {"routers": o.nested.memory}),
         **({"prefix cache": o.staging} if o.staging else {}),
         "scratch": max(
             scratch_bytes(o, context),

@@ -34,6 +34,7 @@ class HitRates:
 
 LOW = (0.137, 0.239, 0.420, 0.601, 0.769, 0.877)
 HIGH = (0.188, 0.292, 0.487, 0.632, 0.788, 0.946)
+ALL_USED = HitRates("each token uses all pieces", ((0.5, 0.5, 0.5),))  # of nested experts
 # Of rows by token on four texts, begun with those that another text uses most, by recency
 # (docs/results/memoryllm.md).
 BY_TEXT = HitRates("a prior", ((0.05, 0.79, 0.965), (0.10, 0.85, 0.976), (0.20, 0.90, 0.983)))

@@ -19,6 +19,7 @@ from outsize.plan.cost import Cost
 from outsize.plan.decide import check, compiled, foresee
 from outsize.plan.hit_rates import PRIOR, recorded
 from outsize.plan.machine import Compute, Machine
+from outsize.plan.nested_cost import Predicted, predicted_widths
 from outsize.plan.place import least_bytes, place, tokenizer_bytes
 from outsize.plan.placement import Placement
 from outsize.plan.probe import set_threads
@@ -39,6 +40,7 @@ class Plan:
     cost: Cost
     machine: Machine
     curve: list[tuple[int, float]]  # (bytes of memory, tokens/s)
+    family: tuple[Predicted, ...] = ()  # of nested experts: what each width would be
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -49,6 +51,7 @@ class Plan:
             **self.cost.to_json(),
             "machine_age_s": round(self.machine.age_s),
             "disk_bytes_per_s": round(self.machine.disk_bytes_per_s),
+            "widths": [asdict(one) for one in self.family],
             "curve": [{"memory_bytes": m, "tokens_per_s": round(v, 3)} for m, v in self.curve],
         }
 
@@ -65,7 +68,7 @@ def make(model: str, options: LoadOptions, prompt: int | None, trace: Path | Non
     here = machine.known(folder, silent if options.quiet else say)
     here, compute = computing(outline, here, native, anew=True)
     context, tokenizer = placed.context, tokenizer_bytes(outline)
-    prompt = _prompt(prompt, context)
+    prompt = prompt_tokens(prompt, context)
     rates = PRIOR
     if trace is not None:
         eviction = parse_experts(options.experts or "").eviction
@@ -77,10 +80,12 @@ def make(model: str, options: LoadOptions, prompt: int | None, trace: Path | Non
     for at in (low + (high - low) * i // (POINTS - 1) for i in range(POINTS)):
         there = place(outline, at, runtime, tokenizer, context)
         curve.append((at, cost.predict(outline, here, there, compute, prompt, rates).tokens_per_s))
-    return Plan(outline, placed, predicted, here, curve)
+    return Plan(
+        outline, placed, predicted, here, curve, predicted_widths(outline, placed, predicted)
+    )
 
 
-def _prompt(given: int | None, context: int) -> int:
+def prompt_tokens(given: int | None, context: int) -> int:
     """Prompt tokens of the prediction. Raises OptionError."""
     if given is None:
         return min(PROMPT, context)

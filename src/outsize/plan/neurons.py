@@ -20,7 +20,7 @@ from outsize.pack.outline import Outline, PagedNeurons
 from outsize.plan.cost import used_bytes
 from outsize.plan.placement import BY_ROUTER, Placement
 from outsize.weights.bundles import Bundles, find
-from outsize.weights.neuron_spec import AUTO, OFF, NeuronSpec, parse_neurons
+from outsize.weights.neuron_spec import AUTO, OFF, RESIDENT, NeuronSpec, parse_neurons
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 Decide = Callable[[Outline], Placement]
@@ -102,8 +102,10 @@ def _hit_rates(file: NeuronFile) -> tuple[tuple[float, float], ...]:
 
 def told(found: NeuronPlan) -> str:
     """Which neurons are computed, and what that costs, in words."""
-    about = found.file.about
-    return f"{about.fires:.0%} of neurons by {about.predictor}, {about.cost}"
+    about, more = found.file.about, ""
+    if found.spec.mode == RESIDENT:
+        more = " and what is in memory"
+    return f"{about.fires:.0%} of neurons by {about.predictor}{more}, {about.cost}"
 
 
 def expected_bytes(o: Outline, p: Placement) -> int:
@@ -146,3 +148,8 @@ def settle(o: Outline, found: NeuronPlan | None, decide: Decide) -> Outline:
     said += "" if pays else ": they do not pay with this --memory; leave --neurons out"
     assert paged.neurons is not None
     return replace(paged, neurons=replace(paged.neurons, note=f"{said} ({found.file.about.cost})"))
+
+
+def banks_of(paged: NeuronPlan | None) -> tuple[Bundles, str] | None:
+    """What is loaded of paged neurons."""
+    return None if paged is None else (paged.bundles, paged.spec.eviction)

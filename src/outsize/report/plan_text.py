@@ -79,6 +79,7 @@ def long(plan: Plan) -> Iterator[str]:
     yield from _arithmetic(p, plan.cost, plan.machine, _what(o))
     yield ""
     yield from _curve(p, plan.curve)
+    yield from _family(plan)
     yield from (f"note: {note}" for note in p.notes)
 
 
@@ -109,6 +110,21 @@ def _arithmetic(p: Placement, c: Cost, here: Machine, what: str) -> Iterator[str
     )
     busy = f" ({here.busy}: maybe too low)" if here.busy else ""
     yield f"machine measured {_age(here.age_s)} ago{busy}; `outsize doctor` measures it again"
+
+
+def _family(plan: Plan) -> Iterator[str]:
+    """Of nested experts: what each width reads, how fast it would be, and what it costs."""
+    if not plan.family:
+        return
+    yield ""
+    head = "of ffn", "MB a token", "from disk", "tokens/s", "perplexity", "KL"
+    yield f"{'--width':<9}" + "".join(f"{name:>12}" for name in head)
+    for one in plan.family:
+        name = "full" if one.share == 1 else f"{one.share:.2f}"
+        yield (
+            f"{name:<9}{one.share:>12.0%}{one.used_bytes / 1e6:>12,.1f}{one.read_bytes / 1e6:>12,.1f}"
+            f"{one.tokens_per_s:>12.3g}{one.perplexity:>12,.2f}{one.kl:>12.3f}"
+        )
 
 
 def _age(seconds: float) -> str:

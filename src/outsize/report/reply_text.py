@@ -22,6 +22,8 @@ def summary(reply: Reply, disk_bytes_per_s: float | None = None) -> str:
         )
     if reply.options["kv"] == "int8":
         parts.append("lossy: keys and values in 8 bits")
+    if cost := reply.options.get("width_cost"):
+        parts.append(f"{reply.width:.2f} of the feed-forwards computed on average, {cost}")
     if "layers_off" in reply.options:
         parts.append(f"lossy: without the memory of layers {reply.options['layers_off']}")
     if reply.options["neurons"] != "off":

@@ -12,6 +12,7 @@ from outsize.engine.model import Model
 from outsize.engine.reply import Reply
 from outsize.errors import OptionError
 from outsize.forward.prune import parse_prefill
+from outsize.model.width import parse_width
 from outsize.serve import errors
 from outsize.serve.errors import ApiError, invalid
 from outsize.serve.openai_schema import Common
@@ -26,6 +27,7 @@ SAME_NAMES = (
     "frequency_penalty",
     "ignore_eos",
     "prefill",
+    "width",
 )
 
 
@@ -83,11 +85,12 @@ def sampling(body: Common, model: Model) -> dict[str, Any]:
         "top_p": 1.0 if body.top_p is None else body.top_p,
     }
     made |= {n: getattr(body, n) for n in SAME_NAMES if getattr(body, n) is not None}
-    if body.prefill is not None:
+    for name, parse in (("prefill", parse_prefill), ("width", parse_width)):
         try:
-            parse_prefill(body.prefill)
+            if name in made:
+                parse(made[name])
         except OptionError as e:
-            raise invalid(str(e), "prefill") from None
+            raise invalid(str(e), name) from None
     if body.top_k is not None:
         made["top_k"] = max(0, body.top_k)
     if body.seed is not None:

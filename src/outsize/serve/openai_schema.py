@@ -48,6 +48,7 @@ class Common(Body):
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
     prefill: Text | None = None
+    width: Annotated[float, Field(gt=0, le=1)] | Text | None = None
     user: Annotated[str | None, NoEffect()] = None
     metadata: Annotated[dict[str, Any] | None, NoEffect()] = None
     service_tier: Annotated[str | None, Neutral(("auto", "default"))] = None

@@ -10,7 +10,7 @@ from outsize.kernels.plain import PLAIN
 from outsize.pack.format import Pack
 from outsize.pack.tables import TableHeader
 from outsize.storage.stats import IOStats
-from outsize.storage.table import Table, Weights, views
+from outsize.storage.table import Table, Weight, Weights, views
 
 
 class Records:
@@ -39,11 +39,15 @@ class Records:
             self._last, self._weights = (header.name, number), views(raw, header, PLAIN)
         return self._weights
 
-    def layer(self, layer: int, tensor: str) -> torch.Tensor:
-        """(N, K) fp32: one of a layer's matrices, decoded."""
+    def weights(self, layer: int, tensor: str) -> tuple[Weight, ...]:
+        """One of a layer's tensors, as it is stored."""
         for table in self._tables.values():
             header = table.header
             if header.kind == "layers" and tensor in header.tensors and layer in header.keys:
-                pieces = self.read(header, header.keys.index(layer))[tensor]
-                return torch.cat([w.encoding.decode(w.fields)[: w.num_rows] for w in pieces])
+                return self.read(header, header.keys.index(layer))[tensor]
         raise KeyError(tensor)
+
+    def layer(self, layer: int, tensor: str) -> torch.Tensor:
+        """(N, K) fp32: one of a layer's matrices, decoded."""
+        pieces = self.weights(layer, tensor)
+        return torch.cat([w.encoding.decode(w.fields)[: w.num_rows] for w in pieces])

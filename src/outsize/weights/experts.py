@@ -47,6 +47,22 @@ class ExpertBank:
     following: ExpertBank | None = None
     copies: Copies | None = None
 
+    @property
+    def is_held(self) -> bool:
+        """Are all experts of all layers in memory, for as long as memory does not get short?"""
+        return self.cache.slots == len(self.cache.table)
+
+    def held(self) -> list[Weights]:
+        """All of them; valid while they are held."""
+        base = self.number * self.count
+        found = self.cache.fetch(range(base, base + self.count))
+        self.cache.release()
+        return found
+
+    def count_hits(self, count: int) -> None:
+        """So many were used, of those that are held."""
+        self.cache.stats.hits += count
+
     def stream(
         self, rows: Sequence[Sequence[int]], early: Scored, in_order: bool
     ) -> Iterator[list[tuple[int, Weights]]]:
@@ -156,7 +172,9 @@ def load(pack: OpenPack) -> tuple[ExpertBank, ...]:
     count, banks = mixture.count, dict[int, ExpertBank]()
     for table, share in pack.open("experts", pack.expert_stats):
         header, slots = table.header, max(1, share.ring)
-        hints = Hints(per_layer=count, layers=len(table) // count, ranked=options.ranked)
+        place = {key: at for at, key in enumerate(header.keys)}
+        ranked = [place[key] for key in options.ranked if key in place]
+        hints = Hints(per_layer=count, layers=len(table) // count, ranked=ranked)
         cache = RoutedCache(table, pack.reader, partial(options.policy, slots, hints), slots)
         pack.caches.append(cache)
         if slots == len(table):

@@ -23,7 +23,7 @@ from outsize import weights as package
 from outsize.kernels.backend import Backend
 from outsize.kernels.plain import PLAIN
 from outsize.pack.format import Pack
-from outsize.pack.kinds.layers import DENSE, MIXERS
+from outsize.pack.kinds.layers import DENSE, MIXERS, SHARING
 from outsize.progress import Progress, silent
 from outsize.storage.table import activation_type
 from outsize.weights.experts import ExpertBank
@@ -38,13 +38,25 @@ from outsize.weights.tokens import TokenTable
 class Loaded:
     """Everything a transformer is built from; close it. `kinds`: what each table kind's loader returned."""
 
-    def __init__(self, pack: OpenPack, kinds: Mapping[str, Any]) -> None:
-        rows: Mapping[str, RowTable] = kinds["rows"]
+    def __init__(
+        self, pack: OpenPack, kinds: Mapping[str, Any], lent: Loaded | None = None
+    ) -> None:
+        """`lent`: a model whose embedding and head this one reads, which has none."""
+        rows: Mapping[str, RowTable] = kinds.get("rows", {})
         layers: Mapping[str, Mapping[int, LayerRecord]] = kinds["layers"]
         self.kinds = kinds
-        self.embed, self.head = rows["embed"], rows.get("head", rows["embed"])
+        self.embed: RowTable
+        self.head: RowTable
+        if lent is not None:
+            self.embed, self.head = lent.embed, lent.head
+            self._rows: tuple[RowTable, ...] = ()
+        else:
+            self.embed, self.head = rows["embed"], rows.get("head", rows["embed"])
+            self._rows = tuple(dict.fromkeys((self.embed, self.head)))
         ffn = {**layers.get("ffn", {}), **layers.get(DENSE, {})}
-        attn = {i: record for name in MIXERS for i, record in layers.get(name, {}).items()}
+        attn = {
+            i: record for name in (*MIXERS, SHARING) for i, record in layers.get(name, {}).items()
+        }
         self.layers = tuple((attn[i], ffn.get(i)) for i in range(pack.pack.description.num_layers))
         self.tokens: TokenTable | None = kinds.get("tokens")
         self.banks: tuple[ExpertBank, ...] = kinds.get("experts", ())
@@ -61,7 +73,7 @@ class Loaded:
     @property
     def caches(self) -> list[RecordCache]:
         """All caches of records, those of rows, which may come later, too."""
-        found = (rows.cache for rows in dict.fromkeys((self.embed, self.head)))
+        found = (rows.cache for rows in self._rows)
         return [*self._pack.caches, *(cache for cache in found if cache is not None)]
 
     def restore(self) -> None:
@@ -95,9 +107,10 @@ def load(
     backend: Backend = PLAIN,
     plan: LoadPlan | None = None,
     progress: Progress = silent,
+    lent: Loaded | None = None,
 ) -> Loaded:
-    """Open a pack's tables and read what stays in memory: by default, everything. Raises ReadError, and
-    PackError if a record is damaged."""
+    """Open a pack's tables and read what stays in memory: by default, everything. `lent`: see Loaded. Raises
+    ReadError, and PackError if a record is damaged."""
     opened = OpenPack(pack, backend, plan or LoadPlan(), progress)
     try:
         kinds = dict.fromkeys(table.kind for table in pack.tables)
@@ -105,7 +118,7 @@ def load(
             kinds["neurons"] = None
         loaders = (registry.module(package, kind, "table kind") for kind in kinds)
         loaded = Loaded(
-            opened, {k: loader.load(opened) for k, loader in zip(kinds, loaders, strict=True)}
+            opened, {k: loader.load(opened) for k, loader in zip(kinds, loaders, strict=True)}, lent
         )
         for cache in loaded.caches:
             cache.start()

@@ -67,7 +67,7 @@ class Scratch:
         is_second = region.tensor != GATE
         if len(self._gate_up) == 1:
             field, first = self._gate_up[0][region.field], self._count * is_second
-            total = 2 * self._count
+            total = self.form.halves * self._count
         else:
             field, first, total = self._gate_up[is_second][region.field], 0, self._count
         to = field.narrow(region.axis, 0, total * region.unit)
@@ -75,8 +75,9 @@ class Scratch:
         to.narrow(region.axis, first + at, len(some)).copy_(some.movedim(0, region.axis))
 
     def gate_up(self) -> tuple[Weight, ...]:
-        """Of the bundles that were filled in: (2 n bundle, D) in one piece, or gate and up apart."""
-        rows = self._count * self.form.bundle * (2 if len(self._gate_up) == 1 else 1)
+        """Of the bundles that were filled in: (2 n bundle, D) in one piece, or gate and up apart; or up's
+        (n bundle, D) alone."""
+        rows = self._count * self.form.bundle * self.form.halves // len(self._gate_up)
         out = []
         for matrix, fields in zip(self.form.gate_up, self._gate_up, strict=True):
             kind = encoding(matrix.encoding, self._reader.backend)
@@ -144,8 +145,7 @@ class NeuronBank:
     def fetch(self, ids: Sequence[int], rows: Sequence[Sequence[int]]) -> Scratch:
         """The matrices of some bundles, in this order; valid until the next call on this table. `rows`: those
         that each token wants, in order. Raises PackError, ReadError."""
-        base, policy = self.number * self.form.count, self.cache.slot_table.policy
-        policy.observe(self.number, [[base + i for i in row] for row in rows])
+        base, policy = self._observe(rows), self.cache.slot_table.policy
         self.scratch.begin(len(ids))
         for at in range(0, len(ids), policy.room):
             wave = ids[at : at + policy.room]
@@ -153,6 +153,32 @@ class NeuronBank:
             self.cache.release()
         policy.finish_ranking()
         return self.scratch
+
+    def fetch_more(
+        self, ids: Sequence[int], rows: Sequence[Sequence[int]]
+    ) -> tuple[Scratch, list[int]]:
+        """The same, and behind them those that are in memory anyway; and which these are."""
+        policy, count = self.cache.slot_table.policy, self.form.count
+        if len(ids) > policy.room:  # what is there is of this very call
+            return self.fetch(ids, rows), []
+        base, wanted = self._observe(rows), set(ids)
+        found = self.cache.locate([base + i for i in ids]) if ids else None
+        there = (i - base for i in self.cache.there(range(base, base + count)))
+        more = [i for i in there if i not in wanted]
+        self.scratch.begin(len(ids) + len(more))
+        if found is not None:
+            self.scratch.fill(0, ids, found)
+        if more:
+            self.scratch.fill(len(ids), more, self.cache.look([base + i for i in more]))
+        self.cache.release()
+        policy.finish_ranking()
+        return self.scratch, more
+
+    def _observe(self, rows: Sequence[Sequence[int]]) -> int:
+        """The policy hears what each token wants; the number of the layer's first bundle."""
+        base = self.number * self.form.count
+        self.cache.slot_table.policy.observe(self.number, [[base + i for i in row] for row in rows])
+        return base
 
 
 def load(pack: OpenPack) -> tuple[NeuronBank, ...]:

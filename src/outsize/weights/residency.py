@@ -252,6 +252,18 @@ class RoutedCache(RecordCache):
                 self._drop_memory(found[0])
         return policy
 
+    def there(self, ids: range) -> list[int]:
+        """Those that are in memory now. Nothing is counted as asked for."""
+        slots = self.slot_table.slot_of
+        return [i for i in ids if i in slots and self._whole.get(slots[i]) == i]
+
+    def look(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """As `locate`, of those that are there: nothing is counted, and no policy hears of it."""
+        slots = [self.slot_table.slot_of[i] for i in ids]
+        first, pool = self._pool(slots[0])
+        places = [slot - first for slot in slots]
+        return pool.rows(), torch.tensor(places, dtype=torch.int64, device="cpu")
+
     def shrink(self, size: int, least: int) -> int:
         """Drop slots until `size` bytes are free, or `least` slots are left; the bytes this frees."""
         freed = 0

@@ -40,7 +40,7 @@ class ExpertOptions:
     prefetch: str = "none"
     misses: str = "fetch"
     routing: str = "native"
-    ranked: Sequence[int] = ()  # for `static`: the most used first
+    ranked: Sequence[int] = ()  # for `static`: keys of the tables' records, the most used first
     recorder: Recorder | None = None
 
     @property

@@ -3,6 +3,7 @@ section 4: Adam, cosine, cross-entropy and a z-loss)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -76,6 +77,12 @@ class MemoryTask:
     def __post_init__(self) -> None:
         made = new_parameters(self.recipe.shape(), self.recipe.seed)
         self.parameters = {k: v.to(self.device).requires_grad_() for k, v in made.items()}
+
+    def kept(self) -> dict[str, Tensor]:
+        return {}
+
+    def restore(self, kept: Mapping[str, Tensor]) -> None:
+        """Nothing but parameters goes on."""
 
     def loss(self, step: int, part: slice) -> Tensor:
         length = self.recipe.length

@@ -23,10 +23,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from outsize.adapt.change import AS_IS
+from outsize.adapt.deltas import Deltas
 from outsize.adapt.examples import Example
 from outsize.adapt.head_loss import head_loss
 from outsize.adapt.loop import Recipe
-from outsize.adapt.trainable import AS_IS, Deltas, Rows, Stored, TrainableModel
+from outsize.adapt.trainable import Rows, Stored, TrainableModel
 from outsize.arguments import real, whole
 from outsize.draft import mtp_head
 from outsize.draft.drafter import MOST

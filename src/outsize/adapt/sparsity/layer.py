@@ -11,9 +11,10 @@ from torch import Tensor
 
 from outsize.encoding.find import encoding
 from outsize.kernels.backend import Backend
+from outsize.kernels.plain import FATRELU
 from outsize.model.layers import Linear
 from outsize.model.predictors.gate import EXACT
-from outsize.model.predictors.predictor import Maps, Sample, by_name
+from outsize.model.predictors.predictor import BIAS, Maps, Sample, by_name
 from outsize.pack.neuron_file import stored
 from outsize.pack.tables import Matrix
 from outsize.storage.table import Weight
@@ -41,7 +42,7 @@ class Layer:
 
 def is_exact(spec: str, activation: str) -> bool:
     """Does this predictor miss nothing of a model with this activation?"""
-    return spec == f"gate:{EXACT}" and activation in ("relu", "relu2")
+    return spec == f"gate:{EXACT}" and activation.partition(":")[0] in ("relu", "relu2", FATRELU)
 
 
 def fit(sample: Sample, spec: str, about: tuple[str, int], gate: Weight, backend: Backend) -> Layer:
@@ -58,7 +59,7 @@ def fit(sample: Sample, spec: str, about: tuple[str, int], gate: Weight, backend
         whole["gate"] = gate
     exact = is_exact(spec, activation)
     if exact:  # any neuron that is on counts
-        made = replace(made, vectors={})
+        made = replace(made, vectors={k: v for k, v in made.vectors.items() if k == BIAS})
     maps = Maps({n: Linear((w,)) for n, w in whole.items()}, made.vectors, activation, bundle)
     x, energy = sample.x_TD[-aside:], sample.energy_TN[-aside:]
     with torch.inference_mode():

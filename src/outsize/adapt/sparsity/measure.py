@@ -12,24 +12,29 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from outsize.adapt.change import Change
 from outsize.adapt.statistics import States, bf16_products
-from outsize.adapt.trainable import Change, TrainableModel
+from outsize.adapt.trainable import TrainableModel
 from outsize.model.predictors.predictor import Sample
 
 
 class Activations(Change):
     """Keeps what a layer's feed-forward is given, and its bundles' energies."""
 
-    def __init__(self, bundle: int, order_F: Tensor | None) -> None:
-        self._bundle, self._order, self._x = bundle, order_F, list[Tensor]()
-        self._energy, self._up = list[Tensor](), list[Tensor]()
+    def __init__(
+        self, bundle: int, gated: bool, order_F: Tensor | None, bias_F: Tensor | None
+    ) -> None:
+        """`bias_F`: of the gate, or, where there is none, of up."""
+        self._bundle, self._gated, self._order, self._bias = bundle, gated, order_F, bias_F
+        self._x, self._energy, self._up = list[Tensor](), list[Tensor](), list[Tensor]()
 
     def weight(self, w: Tensor, x: Tensor, layer: int, name: str) -> Tensor:
         if name == "gate_up":
-            self._gate, up = w.chunk(2)
-            rows = x.flatten(0, 1)
+            both, rows = w.chunk(2) if self._gated else (w,), x.flatten(0, 1)
+            self._gate = both[0]
             self._x.append(rows.float())
-            self._up.append(linear(rows, up).float().square().mean(0))
+            if len(both) == 2:
+                self._up.append(linear(rows, both[1]).float().square().mean(0))
         elif name == "down":
             self._down = w.float().norm(dim=0)
             worth = (x.flatten(0, 1).float() * self._down).square()
@@ -38,10 +43,13 @@ class Activations(Change):
         return w
 
     def sample(self, share: float) -> Sample:
-        up, gate, down = torch.stack(self._up).mean(0).sqrt(), self._gate.float(), self._down
+        """Without a gate, a neuron is worth what its activation is."""
+        gate, down, bias = self._gate.float(), self._down, self._bias
+        up = torch.stack(self._up).mean(0).sqrt() if self._up else torch.ones_like(down)
         if self._order is not None:
             up, gate, down = up[self._order], gate[self._order], down[self._order]
-        return Sample(torch.cat(self._x), torch.cat(self._energy), gate, up, down, share)
+            bias = None if bias is None else bias[self._order]
+        return Sample(torch.cat(self._x), torch.cat(self._energy), gate, up, down, share, bias)
 
 
 class Use(Change):
@@ -83,7 +91,10 @@ def samples(
             if layer < done:
                 states.advance()
                 continue
-            seen = Activations(bundle, None if order_LF is None else order_LF[layer])
+            order = None if order_LF is None else order_LF[layer]
+            bias = model.tensors(layer).get("gate_up_bias")  # of gate, and maybe of up
+            bias = None if bias is None else bias[: model.description.ffn_width]
+            seen = Activations(bundle, not model.description.two_matrix, order, bias)
             states.advance(seen)
             found = seen.sample(share)
         yield found

@@ -33,9 +33,10 @@ class Words:
     fingerprint: str
 
 
-def words(pack: Pack, paths: Sequence[Path], most: int) -> Words:
-    """Up to `most` tokens in equal parts of all files. Raises DataError where there are too few."""
-    length = min(LENGTH, pack.description.context)
+def words(pack: Pack, paths: Sequence[Path], most: int, longest: int | None = None) -> Words:
+    """Up to `most` tokens in equal parts of all files, in sequences of `longest`. Raises DataError where
+    there are too few."""
+    length = min(longest or LENGTH, pack.description.context)
     start, encode = start_of(pack), partial(loading.tokens(pack).encode, start=False)
     found: list[int] = []
     for path in paths:

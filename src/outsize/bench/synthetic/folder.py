@@ -39,7 +39,7 @@ def write_folder(folder: Path, family: str, size: Size, seed: int) -> int:
 
 def _folder_config(folder: Path, family: str, size: Size) -> None:
     config = values(size, family) | {
-        "model_type": family, "vocab_size": size.vocab, "hidden_act": "silu",
+        "model_type": family, "vocab_size": size.vocab, **({} if family == "opt" else {"hidden_act": "silu"}),
         "tie_word_embeddings": False, "eos_token_id": size.vocab - 1, "torch_dtype": "bfloat16",
     }  # fmt: skip
     config |= {"norm_topk_prob": True} if size.experts else {}

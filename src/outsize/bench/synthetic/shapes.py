@@ -14,8 +14,8 @@ from outsize.family.find import ALIASES, families
 from outsize.model_config import Mixture, Recipe
 from outsize.model_parts import Delta, Latent
 from outsize.pack.kinds.kind import groups
-from outsize.pack.kinds.layers import DENSE, MIXERS, layers_of
-from outsize.pack.records import FIXED, HALVES, TensorSpec
+from outsize.pack.kinds.layers import DENSE, FINAL, MIXERS, layers_of
+from outsize.pack.records import FIXED, HALVES, POSITIONS, TensorSpec
 
 SMALL, SMALL_DELTA = Latent(64, 32, 32, 32, 64), Delta(2, 4, 32, 32, 4)
 
@@ -85,6 +85,11 @@ SIGMOID: dict[str, object] = {
 
 def values(size: Size, family: str = "") -> dict[str, object]:
     """The config, under Hugging Face's names."""
+    if family == "opt":
+        return {
+            "num_hidden_layers": size.layers, "hidden_size": size.width, "ffn_dim": size.ffn,
+            "num_attention_heads": size.heads, "max_position_embeddings": size.context,
+        }  # fmt: skip
     mixed = {
         "num_local_experts": size.experts, "num_experts_per_tok": size.used,
         "moe_intermediate_size": size.ffn,
@@ -108,6 +113,8 @@ def _own(family: str, size: Size) -> dict[str, object]:
             "qk_nope_head_dim": x.key, "v_head_dim": x.value, "num_key_value_heads": size.heads,
             "n_group": 1, "topk_group": 1,
         }  # fmt: skip
+    if family == "falcon":
+        return {"num_key_value_heads": 1, "layer_norm_epsilon": 1e-5}
     if family in ("qwen3_next", "qwen3_5", "qwen3_5_moe"):
         y = size.delta
         mixed: dict[str, object] = (
@@ -180,7 +187,9 @@ def tensors(recipe: Recipe, types: str = "q4_0") -> Listed:
     most, embed, head = MIXES[types]
     yield names["embed"], (d.vocab_size, d.width), embed
     yield names["head"], (d.vocab_size, d.width), head
-    yield names["final_norm"], (d.width,), "F32"
+    final = next(group for _, group in groups(d) if group.name == FINAL)
+    for name, spec in final.specs.items():
+        yield from _of(recipe, name, spec, most, most)
     parts = [group for _, group in groups(d) if group.name in ("ffn", DENSE, *MIXERS)]
     for i in range(d.num_layers):
         large = "Q6_K" if types == "q4_k_m" and _more_bits(i, d.num_layers) else most
@@ -221,6 +230,7 @@ def _of(recipe: Recipe, name: str, spec: TensorSpec, most: str, large: str) -> L
             part, rows = strip.whole, rows // strip.size * strip.every
         kind = large if part in ("v", "down") else most
         kind = "F32" if name in FIXED or not spec.width else kind
+        rows += recipe.unused_positions if part == POSITIONS else 0
         yield names[part], (rows, spec.width) if spec.width else (rows,), kind
 
 

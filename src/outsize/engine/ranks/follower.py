@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -82,6 +83,8 @@ def run(where: str, options: LoadOptions) -> None:
             _see_off(mesh)
     except BaseException as e:
         mesh.close(e)
+        if options.quiet and isinstance(e, PeerError) and e.rank == 0:
+            sys.exit(e.exit_status)  # the leader, which started this one, has said why
         raise
     mesh.close()
 

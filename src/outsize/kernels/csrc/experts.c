@@ -45,3 +45,30 @@ void expert_rows(const Expert *const *experts, const long *counts, const Place *
         }
     }
 }
+
+/* Nested experts: row t goes through the first pieces[t] of them, one at least, and their outputs are added up in
+ * order. x is (rows, D) bf16, out (rows, D) fp32. scratch as above with `most` = rows, and 8 * rows bytes. */
+void nested_rows(const Expert *const *experts, const long *pieces, long rows, const bf16 *x, float *out, int kind,
+                 char *scratch) {
+    long *who = (long *)scratch;
+    scratch += 8 * rows;
+    for (long e = 0;; e++) {
+        long count = 0;
+        for (long t = 0; t < rows; t++)
+            if (pieces[t] > e) who[count++] = t;
+        if (!count) return;
+        const Expert *expert = experts[e];
+        const long D = expert->gate_up.width, F = expert->down.width;
+        bf16 *some = (bf16 *)scratch, *gate_up = some + rows * D, *inner = gate_up + rows * 2 * F;
+        bf16 *y = inner + rows * F;
+        char *rest = (char *)(y + rows * D);
+        for (long i = 0; i < count; i++) memcpy(some + i * D, x + who[i] * D, 2 * D);
+        linear(&expert->gate_up, some, gate_up, count, rest);
+        gate_rows(gate_up, inner, count, F, kind);
+        linear(&expert->down, inner, y, count, rest);
+        for (long i = 0; i < count; i++) {
+            float *o = out + who[i] * D;
+            for (long d = 0; d < D; d++) o[d] = e ? o[d] + up(y[i * D + d]) : up(y[i * D + d]);
+        }
+    }
+}

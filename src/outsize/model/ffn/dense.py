@@ -1,10 +1,12 @@
 """The dense feed-forward: down(act(gate(x)) * up(x)), gate and up as one matrix (SwiGLU, arXiv
-2002.05202)."""
+2002.05202); or, before 2023, down(act(up(x)))."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from outsize.kernels.plain import activation_of
 from outsize.model.joint import ALONE, Joint
 from outsize.model.layers import Linear
 from outsize.model.step import Step
@@ -44,5 +46,21 @@ class Dense:
         gate_up = step.add(self._layer, "gate_up", x_TD, self._gate_up(x_TD, step.wide))
         if self._bias is not None:
             gate_up = (gate_up + self._bias).to(gate_up.dtype)
-        inner = self._joint.inner(step.backend.gate(gate_up, self._activation))
+        inner = self._joint.inner(self._inner(gate_up, step))
         return step.add(self._layer, "down", inner, self._down(inner, step.wide))
+
+    def _inner(self, gate_up: Tensor, step: Step) -> Tensor:
+        return step.backend.gate(gate_up, self._activation)
+
+
+class Ungated(Dense):
+    """Of two matrices: what is called `gate_up` is up alone."""
+
+    def _inner(self, gate_up: Tensor, step: Step) -> Tensor:
+        return activated(gate_up, self._activation)
+
+
+def activated(up_TF: Tensor, activation: str) -> Tensor:
+    """activation(up), each row as if alone: torch's rounding depends on where in memory a number lies."""
+    function = activation_of(activation)
+    return torch.cat([function(row) for row in up_TF.split(1)])

@@ -12,7 +12,7 @@ from outsize.encoding.find import encoding
 from outsize.errors import AdapterError
 from outsize.kernels.backend import Backend
 from outsize.model.layers import Linear
-from outsize.model.predictors.predictor import IMPORTANCE, Maps, by_name, row_by_row
+from outsize.model.predictors.predictor import BIAS, IMPORTANCE, Maps, by_name, row_by_row
 from outsize.model_config import Description
 from outsize.pack.neuron_file import THRESHOLDS, NeuronFile
 from outsize.storage.table import Weight
@@ -82,7 +82,7 @@ def _check(file: NeuronFile, maps: Maps, layer: int, d: Description) -> None:
     elif is_right:
         is_right = found["gate"][1] == d.width
     lengths = {len(v) for v in maps.vectors.values()} | {d.ffn_width}
-    if not is_right or len(lengths) > 1 or not set(maps.vectors) <= {IMPORTANCE}:
+    if not is_right or len(lengths) > 1 or not set(maps.vectors) <= {IMPORTANCE, BIAS}:
         raise AdapterError(
             f"{file.path}: the {about.predictor} predictor of layer {layer} does not fit this model; make it "
             "again with `outsize adapt sparsity`"

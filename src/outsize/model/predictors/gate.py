@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from outsize.errors import OptionError
-from outsize.model.predictors.predictor import IMPORTANCE, Fitted, Maps, Sample, by_gate
+from outsize.model.predictors.predictor import Fitted, Maps, Sample, by_gate, worth
 
 BITS = ("2", "3", "4", "5", "6", "8")
 EXACT = "exact"
@@ -20,11 +20,10 @@ def check(size: str) -> None:
 
 def fit(sample: Sample, size: str) -> Fitted:
     """No matrices where the pack's own gate is meant."""
-    importance = {IMPORTANCE: sample.up_F * sample.down_F}
     if size == EXACT:
-        return Fitted({}, importance)
+        return Fitted({}, worth(sample))
     kind = encoding_of(size or "3", sample.gate_FD.shape[1])
-    return Fitted({"gate": (kind, sample.gate_FD)}, importance)
+    return Fitted({"gate": (kind, sample.gate_FD)}, worth(sample))
 
 
 def encoding_of(bits: str, width: int) -> str:

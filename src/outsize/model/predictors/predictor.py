@@ -18,11 +18,12 @@ from torch import Tensor
 
 from outsize import registry
 from outsize.errors import OptionError
-from outsize.kernels.plain import ACTIVATIONS
+from outsize.kernels.plain import activation_of
 from outsize.model import predictors as package
 from outsize.model.layers import Linear
 
 IMPORTANCE = "importance"  # the vector (F,) of what a neuron's gate is worth
+BIAS = "bias"  # the vector (F,) that is added to the gate
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Sample:
     up_F: Tensor  # root mean square of the up-projection
     down_F: Tensor  # norm of each neuron's column
     share: float  # of the bundles that are to be computed
+    bias_F: Tensor | None = None  # of the gate
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +76,24 @@ def whole_size(spec: str, text: str, default: int, least: int, most: int) -> int
     return int(text)
 
 
+def worth(sample: Sample) -> dict[str, Tensor]:
+    """The vectors of predictors that say what the gate gives."""
+    bias = {} if sample.bias_F is None else {BIAS: sample.bias_F}
+    return {IMPORTANCE: sample.up_F * sample.down_F, **bias}
+
+
 def row_by_row(maps: Maps, scores: Callable[[Maps, Tensor], Tensor], x_TD: Tensor) -> Tensor:
     """(T, N) fp32, each row's as if it were alone."""
     return torch.cat([scores(maps, x) for x in x_TD.split(1)])
 
 
 def by_gate(maps: Maps, gate_TF: Tensor) -> Tensor:
-    """(T, N): scores of (about) what the gate gives. With importances, the expected energy of a bundle;
-    without, how much of it is on, so that 0 says that none is."""
-    active = ACTIVATIONS[maps.activation](gate_TF.float())
+    """(T, N): scores of (about) what the gate gives, before its bias, which is added as the feed-forward adds
+    it. With importances, the expected energy of a bundle; without, how much of it is on, so that 0 says that
+    none is."""
+    if BIAS in maps.vectors:
+        gate_TF = (gate_TF + maps.vectors[BIAS]).to(gate_TF.dtype)
+    active = activation_of(maps.activation)(gate_TF.float())
     importance = maps.vectors.get(IMPORTANCE)
     if importance is None:
         return halved(active.abs(), maps.bundle)

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from outsize.model.predictors.predictor import (
-    IMPORTANCE,
     Fitted,
     Maps,
     Sample,
     by_gate,
     whole_size,
+    worth,
 )
 
 RANK, LEAST, MOST = 64, 16, 4096
@@ -27,8 +27,7 @@ def check(size: str) -> None:
 def fit(sample: Sample, size: str) -> Fitted:
     rank = whole_size("svd", size, RANK, LEAST, MOST)
     a_RD, b_FR = factors(sample.gate_FD, sample.x_TD, rank)
-    importance = {IMPORTANCE: sample.up_F * sample.down_F}
-    return Fitted({"a": ("int8", a_RD), "b": ("int8", b_FR)}, importance)
+    return Fitted({"a": ("int8", a_RD), "b": ("int8", b_FR)}, worth(sample))
 
 
 def factors(w_FD: Tensor, x_TD: Tensor, rank: int) -> tuple[Tensor, Tensor]:

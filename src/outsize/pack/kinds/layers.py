@@ -7,14 +7,17 @@ from collections.abc import Iterator, Sequence
 
 from outsize.errors import UnsupportedError
 from outsize.model_config import Description, Memory, Mixture
-from outsize.model_parts import Delta, Latent
+from outsize.model_parts import Latent
 from outsize.pack.kinds.kind import Group, Kind
-from outsize.pack.records import Specs, TensorSpec, lay_out, matrix, record_fault, vector
+from outsize.pack.mixers import conv_specs, delta_specs
+from outsize.pack.records import POSITIONS, Specs, TensorSpec, lay_out, matrix, record_fault, vector
+from outsize.pack.specs import ffn_norm, norms, two_matrix
 from outsize.pack.tables import Matrix, TableHeader
 from outsize.pack.tensors import Record, SourceTensors, TablePlan
 
 GOLDEN = 0.6180339887498949
-FINAL = "final"
+FINAL, FURTHER = "final", "further"
+SHARING = "sharing"  # attention of layers that make queries alone
 ORDER = "memory_order"  # of a table of feed-forwards: the row of each token
 BESIDE = "dense_"  # what names of a dense feed-forward beside one of the embedding begin with
 CONV = "conv"  # of short convolutions, in place of attention
@@ -26,22 +29,30 @@ class Layers(Kind):
     """The keys of a table's header are its layers' numbers. Layers of equal encodings make one table."""
 
     def groups(self, d: Description) -> Sequence[Group]:
-        final = {"final_norm": vector(("final_norm", d.width)), **_beside_table(d)}
+        final = {**norms(d, "final_norm"), **_beside_table(d)}
+        if d.positions:
+            final[POSITIONS] = matrix(d.width, (POSITIONS, d.context))
         ffn = _dense(d) if d.mixture is None else _routed(d, d.mixture)
         dense = (Group(DENSE, 3, _dense(d)),) if len(d.routed) not in (0, d.num_layers) else ()
-        delta = (Group(DELTA, 2, _delta(d, d.delta)),) if d.delta is not None else ()
-        conv = (Group(CONV, 2, _conv(d)),) if d.mixed_by("conv") else ()
+        delta = (Group(DELTA, 2, delta_specs(d, d.delta)),) if d.delta is not None else ()
+        conv = (Group(CONV, 2, conv_specs(d)),) if d.mixed_by("conv") else ()
+        some = d.num_kv_layers < d.num_layers
+        sharing = (Group(SHARING, 2, _attention(d, makes_keys=False)),) if some else ()
         return (
             Group("attn", 2, _attention(d)),
+            *sharing,
             *delta,
             *conv,
             *((Group("ffn", 3, ffn),) if d.has_ffn else ()),
             *dense,
             Group(FINAL, 5, final),
+            *((Group(FURTHER, 6, _further(d)),) if d.further else ()),
         )
 
     def plan(self, group: Group, tensors: SourceTensors) -> list[TablePlan]:
-        layers = (0,) if group.name == FINAL else layers_of(tensors.description, group.name)
+        layers = (
+            (0,) if group.name in (FINAL, FURTHER) else layers_of(tensors.description, group.name)
+        )
         records = [tensors.record(i, group.specs) for i in layers]
         return tables_of(group.name, "layers", records, layers=layers)
 
@@ -49,9 +60,9 @@ class Layers(Kind):
         names = [t.name for t in tables]
         if problem := kind_fault("layers", group, tables):
             return problem
-        if group.name == FINAL:
-            whole = names == ["final-0"] and tables[0].keys == (0,)
-            return "" if whole else "the final norm is not one record of table final-0"
+        if group.name in (FINAL, FURTHER):
+            whole = names == [f"{group.name}-0"] and tables[0].keys == (0,)
+            return "" if whole else f"there is not one record of a table {group.name}-0"
         if problem := keys_fault(d, group.name, tables):
             return problem
         return "there is no table attn-0" if group.name == "attn" and "attn-0" not in names else ""
@@ -63,7 +74,7 @@ class Layers(Kind):
         first: it is larger."""
         of_layer: dict[int, list[tuple[str, int]]] = {}
         for t in tables:
-            for i, layer in enumerate(t.keys if t.name != "final-0" else ()):
+            for i, layer in enumerate(t.keys if t.name not in ("final-0", "further-0") else ()):
                 of_layer.setdefault(layer, []).append((t.name, i))
         for layer in sorted(of_layer, key=lambda i: i * GOLDEN % 1):
             yield from ((1, name, i) for name, i in sorted(of_layer[layer], reverse=True))
@@ -78,6 +89,9 @@ MIXERS = {
 
 def layers_of(d: Description, name: str) -> tuple[int, ...]:
     """The layers that have a record in the tables of a group."""
+    if name in ("attn", SHARING):
+        own = d.kv_layers
+        return own if name == "attn" else tuple(sorted(set(d.mixed_by("attention")) - set(own)))
     if name in MIXERS:
         return d.mixed_by(MIXERS[name])
     if d.mixture is None:
@@ -86,27 +100,28 @@ def layers_of(d: Description, name: str) -> tuple[int, ...]:
     return tuple(i for i in range(d.num_layers) if i not in routed) if name == DENSE else routed
 
 
-def _attention(d: Description) -> Specs:
+def _attention(d: Description, makes_keys: bool = True) -> Specs:
     q, kv = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
-    specs: dict[str, TensorSpec] = {}
-    if d.pre_norm:
-        specs["attn_norm"] = vector(("attn_norm", d.width))
+    parts = (("q", q), ("k", kv), ("v", kv)) if makes_keys else (("q", q),)
+    biases = [(f"{name}_bias", rows) for name, rows in parts]
+    specs: dict[str, TensorSpec] = dict(norms(d, "attn_norm")) if d.pre_norm else {}
     if d.latent is not None:
         specs |= _latent(d, d.latent)
     else:
-        specs["qkv"] = matrix(d.width, ("q", q), ("k", kv), ("v", kv))
+        specs["qkv"] = matrix(d.width, *parts)
         specs["o"] = matrix(q, ("o", d.width))
     if d.gated:
         specs["attn_gate"] = matrix(d.width, ("attn_gate", q))
     if d.qkv_bias:
-        specs["qkv_bias"] = vector(("q_bias", q), ("k_bias", kv), ("v_bias", kv))
+        specs["qkv_bias"] = vector(*biases)
     if d.o_bias:
         specs["o_bias"] = vector(("o_bias", d.width))
     if d.sinks:
         specs["sinks"] = vector(("sinks", d.num_heads))
     if d.qk_norm or d.qk_norm_whole:
-        sizes = (d.head_dim, d.head_dim) if d.qk_norm else (q, kv)
-        specs |= {n: vector((n, size)) for n, size in zip(("q_norm", "k_norm"), sizes, strict=True)}
+        sizes = {"q_norm": d.head_dim, "k_norm": d.head_dim}
+        sizes = sizes if d.qk_norm else {"q_norm": q, "k_norm": kv}
+        specs |= {n: vector((n, size)) for n, size in sizes.items() if makes_keys or n == "q_norm"}
     if d.post_norm:
         specs["attn_post_norm"] = vector(("attn_post_norm", d.width))
     return specs
@@ -129,36 +144,20 @@ def _latent(d: Description, x: Latent) -> Specs:
     return specs
 
 
-def _delta(d: Description, x: Delta) -> Specs:
-    """The gated delta rule: maps of queries, keys, values and what gates the sums; of each value head's decay
-    and step; the convolution, channel by channel; the norm of a head."""
-    heads, channels = x.value_heads, 2 * x.keys + x.values
-    inputs = (("delta_q", x.keys), ("delta_k", x.keys), ("delta_v", x.values))
+def _further(d: Description) -> Specs:
+    """What joins a token's embedding with the state before it: norms of either, and a map."""
     return {
-        "attn_norm": vector(("attn_norm", d.width)),
-        "delta_qkvz": matrix(d.width, *inputs, ("delta_z", x.values)),
-        "delta_gates": matrix(d.width, ("delta_b", heads), ("delta_a", heads)),
-        "delta_conv": vector(("delta_conv", channels * x.kernel)),
-        "delta_decay": vector(("delta_decay", heads)),
-        "delta_shift": vector(("delta_shift", heads)),
-        "delta_gain": vector(("delta_gain", x.value)),
-        "o": matrix(x.values, ("delta_o", d.width)),
-    }
-
-
-def _conv(d: Description) -> Specs:
-    """A short convolution, gated before and after: three maps as one, and each channel's weights."""
-    return {
-        "attn_norm": vector(("attn_norm", d.width)),
-        "conv_in": matrix(d.width, ("conv_in", 3 * d.width)),
-        "conv_taps": vector(("conv_taps", d.width * d.kernel)),
-        "o": matrix(d.width, ("conv_o", d.width)),
+        "token_norm": vector(("token_norm", d.width)),
+        "state_norm": vector(("state_norm", d.width)),
+        "join": matrix(2 * d.width, ("join", d.width)),
     }
 
 
 def _routed(d: Description, m: Mixture) -> Specs:
-    """The router, and an expert that all tokens use."""
-    specs = _norm(d) | {"router": matrix(d.width, ("router", m.count))}
+    """The router, and an expert that all tokens use; of nested experts the norms alone."""
+    if m.nested:
+        return ffn_norm(d) | _post_norm(d)
+    specs = ffn_norm(d) | {"router": matrix(d.width, ("router", m.count))}
     if m.bias:
         specs["router_bias"] = vector(("router_bias", m.count))
     if m.choice_bias:
@@ -171,8 +170,8 @@ def _routed(d: Description, m: Mixture) -> Specs:
     return specs
 
 
-def _norm(d: Description) -> dict[str, TensorSpec]:
-    return {"ffn_norm": vector(("ffn_norm", d.width))} if d.pre_norm else {}
+def _post_norm(d: Description) -> dict[str, TensorSpec]:
+    return {"ffn_post_norm": vector(("ffn_post_norm", d.width))} if d.post_norm else {}
 
 
 def _beside_table(d: Description) -> Specs:
@@ -193,7 +192,7 @@ def basis(layer: int) -> str:
 
 def _memory(d: Description, m: Memory) -> Specs:
     """A feed-forward of the embedding, unless it is looked up; and a dense one beside."""
-    specs = {} if m.is_table else _norm(d) | gated(d, False, "", d.ffn_width)
+    specs = {} if m.is_table else ffn_norm(d) | gated(d, False, "", d.ffn_width)
     if m.dense:
         specs[f"{BESIDE}norm"] = vector((f"{BESIDE}norm", d.width))
         inner = gated(d, False, BESIDE, m.dense)
@@ -204,12 +203,10 @@ def _memory(d: Description, m: Memory) -> Specs:
 def _dense(d: Description) -> Specs:
     if d.memory is not None:
         return _memory(d, d.memory)
-    specs = _norm(d) | gated(d, d.mlp_bias, "", d.ffn_width)
+    specs = ffn_norm(d) | (two_matrix(d) if d.two_matrix else gated(d, d.mlp_bias, "", d.ffn_width))
     if d.shard is not None:
         specs["down"] = matrix(d.shard.inner, ("down", d.shard.outer))
-    if d.post_norm:
-        specs["ffn_post_norm"] = vector(("ffn_post_norm", d.width))
-    return specs
+    return specs | _post_norm(d)
 
 
 def gated(d: Description, bias: bool, prefix: str, inner: int) -> dict[str, TensorSpec]:

@@ -23,6 +23,8 @@ class Rows(Kind):
     from_front = True
 
     def groups(self, d: Description) -> Sequence[Group]:
+        if d.further:
+            return []
         names = ("embed",) if d.tied else ("embed", "head")
         return [
             Group(name, place, {name: matrix(d.width, (name, d.vocab_size))})

@@ -1,0 +1,37 @@
+"""What `outsize adapt nested` measured of a pack's family, a row a member and one of the whole model.
+
+python -m experiments.quality.nested_family NESTED-PACK --name smol -o FILE.jsonl"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from experiments.runs import arguments
+from outsize.pack import fetch, nested_file
+
+
+def main() -> None:
+    args = arguments(__doc__, "nested", name="smol")
+    pack = fetch.find(args.nested)
+    assert pack is not None
+    file = nested_file.of_pack(pack)
+    assert file is not None
+    a = file.about
+    said = {
+        "model": args.name, "rank": a.rank, "labels": a.labels, "level": round(a.level, 4),
+        "trained_tokens": a.trained_tokens, "minutes": a.minutes, "seed": a.seed, "text": a.text,
+        "tokens": a.tokens, "pieces_bytes": sum(t.size for t in pack.tables if t.kind == "experts"),
+        "pack_bytes": pack.size,
+    }  # fmt: skip
+    whole = {"threshold": None, "share": 1.0, "perplexity": a.perplexity, "kl": 0.0, "agrees": 1.0}
+    rows = [*({k: round(v, 4) for k, v in asdict(m).items()} for m in a.family), whole]
+    lines = [json.dumps({**said, **row}) for row in rows]
+    print("\n".join(lines))
+    if args.output is not None:
+        with args.output.open("a") as out:
+            out.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""`outsize adapt nested`: order a dense model's neurons, cut its feed-forwards into nested experts, train
+routers (and corrections), measure the family, and write the add-on beside the pack."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from outsize.adapt import checkpoints, loop
+from outsize.adapt.nested.cut import cut
+from outsize.adapt.nested.family import Measured, measure, rising, table, thresholds
+from outsize.adapt.nested.order import SCORES, by_importance
+from outsize.adapt.nested.prefixes import ffns
+from outsize.adapt.nested.task import NestedRecipe, NestedTask, Widths
+from outsize.adapt.sparsity.words import Words, words
+from outsize.adapt.trainable import TrainableModel, matmul_type
+from outsize.arguments import whole
+from outsize.engine import load as loading
+from outsize.errors import OptionError
+from outsize.model.width import Correction, LayerRouter
+from outsize.pack import fetch, increments, nested_file
+from outsize.pack.format import Pack
+from outsize.pack.increments import BLOCK
+from outsize.pack.nested_file import BIAS, KIND, ROUTER, USE, VERSION, A, B, C, NestedAbout
+from outsize.progress import Progress, bars, steps
+
+MOST_PIECES = 64
+ORDERED_ON = 16  # sequences
+
+
+@dataclass(frozen=True, slots=True)
+class NestedOptions:
+    """What to cut, and how routers are trained."""
+
+    model: str
+    data: tuple[Path, ...]
+    widths: str = "1/4,1/2,3/4,1"
+    importance: str = "norm"
+    blocks: bool = False  # order by blocks of 32 neurons, whose codes are kept
+    tokens: int = 32768  # that are read of the data
+    every: int = 50  # steps between checkpoints
+    resume: bool = False
+    quiet: bool = False
+    memory: str | int = "auto"  # of the run that measures the family
+
+    def __post_init__(self) -> None:
+        pieces_of(self.widths)
+        whole("tokens", self.tokens, 1, 1 << 30)
+        whole("every", self.every, 1, 1 << 30)
+        if self.importance not in SCORES:
+            raise OptionError(f"importance is {self.importance!r}; known are {', '.join(SCORES)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """The pack, its add-on, and the table that is shown of it."""
+
+    pack: Pack
+    path: Path
+    about: NestedAbout
+    table: tuple[str, ...]
+
+
+def pieces_of(text: str) -> tuple[int, ...]:
+    """How many pieces each width has; the last are all. Raises OptionError."""
+    try:
+        found = [Fraction(part.strip()) for part in text.split(",")]
+    except (ValueError, ZeroDivisionError):
+        found = []
+    if not found or found[0] <= 0 or found[-1] != 1 or any(a >= b for a, b in pairwise(found)):
+        raise OptionError(
+            f"widths is {text!r}; shares that rise and end in 1 are expected, as 1/4,1/2,3/4,1"
+        )
+    count = math.lcm(*(f.denominator for f in found))
+    if count > MOST_PIECES:
+        raise OptionError(
+            f"widths is {text!r}: that takes pieces of 1/{count}, and 1/{MOST_PIECES} is the smallest; give "
+            "widths of a larger common part"
+        )
+    return tuple(int(f * count) for f in found)
+
+
+def run(options: NestedOptions, recipe: NestedRecipe) -> Made:
+    """Raises OptionError, UnsupportedError, DataError, AdapterError, PackError, DiskFullError."""
+    began, pieces = time.monotonic(), pieces_of(options.widths)
+    base = fetch.find(options.model) or fetch.pack(options.model, quiet=options.quiet)
+    increments.check(base, pieces[-1])
+    found = words(base, options.data, options.tokens)
+    kind, device = matmul_type(torch.device("cpu")), torch.device("cpu")
+    is_fp32 = base.table_of("attn-0").tensors["qkv"][0].encoding == "fp32"
+    kind = torch.float32 if is_fp32 else kind
+    with bars(options.quiet) as progress:
+        model = TrainableModel(base, device, kind, progress)
+        block = BLOCK if options.blocks else 1
+        order = by_importance(model, found.ids_BT[:ORDERED_ON], options.importance, block)
+        pack = cut(base, pieces[-1], order, progress)
+    widths = Widths(pieces, base.description.ffn_width // pieces[-1])
+    task = NestedTask(recipe, model, ffns(pack, kind), widths, (found.ids_BT, found.held_out_BT))
+    training = _trained(options, task, pack, found)
+    wanted, tensors, level, step = thresholds(task), _tensors(task), task.level, training.step
+    del training, task, model
+    with steps(options.quiet) as draw:
+        family = _measured(pack, tensors, pieces, (wanted, found), options, draw)
+    minutes = (time.monotonic() - began) / 60
+    about = NestedAbout(
+        KIND, VERSION, pack.source.identity, pack.source.layout, pieces[-1], pieces, recipe.rank,
+        recipe.labels, level, tuple(m.member for m in family[:-1]), family[-1].member.perplexity,
+        _predicted(found), found.text[:80], step * recipe.batch * found.ids_BT.shape[1],
+        round(minutes, 2), recipe.seed,
+    )  # fmt: skip
+    path = nested_file.beside(pack)
+    uses = torch.stack([m.use_LN for m in family[:-1]])
+    checkpoints.save(path, {**tensors, USE: uses}, about.to_json())
+    _checkpoint(pack).unlink(missing_ok=True)
+    experts = sum(t.size for t in pack.tables if t.kind == "experts")
+    beside = sum(t.size for t in pack.tables if t.kind == "layers")
+    beside += pack.table_of("embed" if pack.description.tied else "head").size
+    return Made(pack, path, about, tuple(table(family, (experts, beside))))
+
+
+def _checkpoint(pack: Pack) -> Path:
+    path = nested_file.beside(pack)
+    return path.with_name(path.name + ".checkpoint")
+
+
+def _predicted(found: Words) -> int:
+    some = found.held_out_BT[:4]
+    return some.numel() - len(some)
+
+
+def _trained(options: NestedOptions, task: NestedTask, pack: Pack, found: Words) -> loop.Training:
+    """Routers, trained to the recipe's end. Raises AdapterError, OptionError."""
+    path, about = _checkpoint(pack), (pack.source.sha256, found.fingerprint)
+    if options.resume:
+        checkpoints.find(path)
+    training = loop.resume(task, path, *about) if options.resume else loop.start(task, *about)
+    with steps(options.quiet) as draw:
+
+        def report(now: loop.Training) -> None:
+            draw(f"loss {now.loss:.3f}, {now.summary()}", now.step, task.recipe.steps)
+
+        loop.train(training, path, options.every, report)
+    return training
+
+
+def _tensors(task: NestedTask) -> dict[str, Tensor]:
+    """What the file keeps of a task."""
+    router, bias = task.routers
+    rest = {n: t.detach() for n, t in task.parameters.items() if n in (A, B, C)}
+    return {ROUTER: router, BIAS: bias, **rest}
+
+
+def _measured(
+    pack: Pack,
+    tensors: dict[str, Tensor],
+    pieces: tuple[int, ...],
+    what: tuple[list[float], Words],
+    options: NestedOptions,
+    progress: Progress,
+) -> list[Measured]:
+    """The family, by the engine; the last is the whole model."""
+    with loading.load(
+        pack.path, memory=options.memory, draft="none", prefix_cache="off", quiet=True
+    ) as model:
+        model.transformer.nested.routers = routers(tensors, pieces)
+        found = measure(model, what[1].held_out_BT, what[0], progress)
+    return [*rising(found[:-1]), found[-1]]
+
+
+def routers(tensors: dict[str, Tensor], pieces: tuple[int, ...]) -> list[LayerRouter]:
+    """One a layer."""
+    out = []
+    for i, (w, b) in enumerate(zip(tensors[ROUTER], tensors[BIAS], strict=True)):
+        parts = [tensors[name][i] for name in (A, B, C) if name in tensors]
+        fixes = tuple(Correction(*each) for each in zip(*parts, strict=True)) if parts else ()
+        out.append(LayerRouter(w.contiguous(), b, pieces, fixes))
+    return out
