@@ -78,8 +78,11 @@ class Static:
         if code.shape[1] % 2:
             code = torch.nn.functional.pad(code, (0, 1), value=MOST + 1)
         low, high = code.to(torch.uint8).chunk(2, dim=1)
+        nibbles = low | high << 4
+        if not len(table.kept_K):
+            return nibbles
         kept = part_TD[:, table.kept_K].to(torch.bfloat16).contiguous()
-        return torch.cat([low | high << 4, kept.view(torch.uint8)], dim=1)
+        return torch.cat([nibbles, kept.view(torch.uint8)], dim=1)
 
     def sum(self, messages: Sequence[Tensor], width: int, at: Point) -> Tensor:
         table = self._tables[at]
@@ -89,7 +92,7 @@ class Static:
             nibbles, kept = message.split([(num + 1) // 2, 2 * len(table.kept_K)], dim=1)
             code = torch.cat([nibbles & 15, nibbles >> 4], dim=1)[:, :num].float() - (MOST + 1)
             total[:, table.coded] += code * table.step_PD[rank, table.coded]
-            total[:, table.kept_K] += (
-                kept.clone(memory_format=torch.contiguous_format).view(torch.bfloat16).float()
-            )
+            if len(table.kept_K):  # a copy: at any offset, and bf16 wants an even one
+                whole = kept.clone(memory_format=torch.contiguous_format)
+                total[:, table.kept_K] += whole.view(torch.bfloat16).float()
         return total
