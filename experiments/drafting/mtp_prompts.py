@@ -22,7 +22,7 @@ import torch
 from experiments.runs import arguments
 from outsize.adapt.answers import answer, batches
 from outsize.adapt.trainable import TrainableModel, matmul_type
-from outsize.engine import load as loading
+from outsize.engine import open_tokens
 from outsize.options import DEFAULT_MODEL
 from outsize.pack import fetch
 from outsize.progress import silent
@@ -69,7 +69,7 @@ def about_text(path: Path) -> Iterator[str]:
 def own(model: str, count: int, seed: int, device: torch.device) -> list[str]:
     """What the model itself would ask."""
     made = fetch.pack(model, quiet=True)
-    tokens = loading.tokens(made)
+    tokens = open_tokens.tokens(made)
     twin = TrainableModel(made, device, matmul_type(device), silent)
     opening = "<|im_start|>user\n"
     picked = [STARTS[i % len(STARTS)] for i in range(count)]

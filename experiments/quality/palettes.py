@@ -39,7 +39,7 @@ from outsize.adapt.statistics import LENGTH, Inputs, States, sequences
 from outsize.adapt.trainable import TrainableModel, matmul_type
 from outsize.encoding.levels import MOST, Fitted, between, fit
 from outsize.encoding.palette import Palette
-from outsize.engine import load as loading
+from outsize.engine import open_tokens
 from outsize.kernels.palettes import FORMS, Form
 from outsize.pack import fetch
 from outsize.progress import silent
@@ -180,7 +180,7 @@ class Arms:
 
 
 def tokens_of(model: str, text: Path, gsm: Path) -> tuple[list[int], list[int]]:
-    tokens = loading.tokens(fetch.pack(model, quiet=True))
+    tokens = open_tokens.tokens(fetch.pack(model, quiet=True))
     words = text.read_text(encoding="utf-8").replace("<unk>", "unk")
     with gzip.open(gsm, "rt") as f:
         lines = [json.loads(line) for line in itertools.islice(f, 40)]

@@ -49,7 +49,7 @@ from outsize.adapt.statistics import (
 from outsize.adapt.trainable import TrainableModel, matmul_type
 from outsize.encoding.levels import MOST, between, fit
 from outsize.encoding.palette import Palette
-from outsize.engine import load as loading
+from outsize.engine import open_tokens
 from outsize.kernels.palettes import FORMS, TILE
 from outsize.pack import fetch
 from outsize.progress import silent
@@ -216,7 +216,7 @@ class Remedies:
         with gzip.open(self._gsm, "rt") as f:
             lines = [json.loads(line) for line in itertools.islice(f, 200, 1000)]
         said = "\n\n".join(f"Question: {x['question']}\nAnswer: {x['answer']}" for x in lines)
-        return loading.tokens(self.pack).encode(said, start=False)[: self.need]
+        return open_tokens.tokens(self.pack).encode(said, start=False)[: self.need]
 
     def made(self, arm: str) -> dict[tuple[int, str], Tensor]:
         kind, what, *more = arm.split(":")

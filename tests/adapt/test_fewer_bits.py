@@ -27,7 +27,7 @@ from outsize.checkpoint.lora import KEY
 from outsize.draft import mtp_file
 from outsize.draft.spec import DraftSpec
 from outsize.encoding.find import ENCODINGS
-from outsize.engine import load as loading
+from outsize.engine import open_tokens
 from outsize.errors import (
     AdapterError,
     BudgetError,
@@ -224,14 +224,17 @@ def test_all_parts_of_a_text_are_fitted_to_and_measured(base: Pack) -> None:
     with mock.patch.object(calibration, "TIMES", 8):
         found = calibration.given(base, "".join(parts), "both")
         assert len(found.tokens) == calibration.due(base.description)
-    first, second = (set(loading.tokens(base).encode(part)) for part in parts)
+    first, second = (set(open_tokens.tokens(base).encode(part)) for part in parts)
     share = sum(t in second - first for t in found.tokens) / len(found.tokens)
     assert 0.2 < share < 0.5
 
 
 def test_a_text_just_long_enough(base: Pack) -> None:
     """No room for pieces apart: all of it, in its order."""
-    tokens, need = loading.tokens(base), calibration.due(base.description) + calibration.HELD_OUT
+    tokens, need = (
+        open_tokens.tokens(base),
+        calibration.due(base.description) + calibration.HELD_OUT,
+    )
     lines = ["one two three 4"] * (need // len(tokens.encode("one two three 4\n")) + 1)
     text = "\n".join(lines)
     found = calibration.given(base, text, "short")

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import outsize
-from outsize.engine import load as loading
+from outsize.engine import open_tokens
 from outsize.engine.model import Model
 from outsize.errors import CheckpointError, OptionError, PackError, ReadError
 from outsize.family.find import recipe
@@ -128,7 +128,7 @@ def test_a_tokenizer_that_lies_is_refused(lie: Callable[..., Path]) -> None:
         folder = lie(tokenizer_crc=zlib.crc32(text))
         tokenizer_file.write(folder, text)
         with pytest.raises(PackError, match="its tokenizer cannot be read"):
-            loading.tokens(read_header(folder))
+            open_tokens.tokens(read_header(folder))
         shutil.move(folder, folder.with_name(str(number)))
 
 
@@ -140,7 +140,7 @@ def test_a_tokenizer_file_that_lies_about_its_length_is_refused(lie: Callable[..
     for data in (bomb, short, path.read_bytes()[:-9], b"no gzip", path.read_bytes()[:2]):
         path.write_bytes(data)
         with pytest.raises(PackError, match=r"its tokenizer does not match|missing or too long"):
-            loading.tokens(read_header(folder))
+            open_tokens.tokens(read_header(folder))
 
 
 def test_a_pack_of_before_has_its_tokenizer_as_it_is(lie: Callable[..., Path]) -> None:
@@ -148,7 +148,7 @@ def test_a_pack_of_before_has_its_tokenizer_as_it_is(lie: Callable[..., Path]) -
     (folder / tokenizer_file.PLAIN).write_bytes(tokenizer_file.read(folder))
     (folder / tokenizer_file.NAME).unlink()
     made = read_header(folder)
-    assert loading.tokens(made).encode("ab")
+    assert open_tokens.tokens(made).encode("ab")
     assert of_pack(made).tokenizer_bytes == (folder / tokenizer_file.PLAIN).stat().st_size
 
 

@@ -16,7 +16,7 @@ from outsize.adapt.answers import answer
 from outsize.adapt.statistics import LENGTH
 from outsize.adapt.trainable import TrainableModel
 from outsize.checkpoint.bounded import text_lines
-from outsize.engine import load as loading
+from outsize.engine import open_tokens
 from outsize.errors import DataError
 from outsize.model_config import Description
 from outsize.pack.format import Pack
@@ -55,7 +55,7 @@ def read(path: Path) -> str:
 def given(pack: Pack, text: str, name: str) -> Calibration:
     """Pieces from all over a text, or its beginning where it is short. Raises DataError."""
     need = due(pack.description) + HELD_OUT
-    encode = partial(loading.tokens(pack).encode, start=False)
+    encode = partial(open_tokens.tokens(pack).encode, start=False)
     pieces = _pieces(encode, text, math.ceil(need / LENGTH)) or _beginning(encode, text, need)
     found = sum(len(piece) for piece in pieces)
     if found < need:

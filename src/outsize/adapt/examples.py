@@ -14,7 +14,7 @@ from outsize.adapt.answers import answer, batches
 from outsize.adapt.processes import processes, shared
 from outsize.adapt.trainable import TrainableModel
 from outsize.arguments import whole
-from outsize.engine import load as loading
+from outsize.engine import open_tokens
 from outsize.errors import DataError
 from outsize.options import Options
 from outsize.pack.format import Pack
@@ -71,7 +71,7 @@ def prepare(
     options: TrainOptions, longest: int, pack: Pack, model: TrainableModel
 ) -> list[Example]:
     """Examples of at most `longest` tokens, in a fixed order. Raises DataError."""
-    tokens, lines = loading.tokens(pack), read(options.data)
+    tokens, lines = open_tokens.tokens(pack), read(options.data)
     prompts = encode(pack, tokens, [line.prompt for line in lines], Options())
     room = longest - (options.max_tokens if options.own_answers else 0)
     short = [i for i, p in enumerate(prompts) if len(p) <= room]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,7 +12,6 @@ from typing import NamedTuple
 from typing_extensions import Unpack
 
 from outsize import arguments
-from outsize.checkpoint.tokenizer import lean
 from outsize.draft import load as drafting
 from outsize.draft import mtp_file
 from outsize.draft.model import DraftModel
@@ -22,6 +20,7 @@ from outsize.draft.stats import DraftStats
 from outsize.draft.step_time import ExpertUnion
 from outsize.engine import notices, open_prefixes
 from outsize.engine.model import Model
+from outsize.engine.open_tokens import tokens
 from outsize.engine.ranks import leader as ranks
 from outsize.engine.scheduler import Scheduler
 from outsize.engine.step_lock import check_fork
@@ -29,12 +28,13 @@ from outsize.engine.threads import kernel_threads
 from outsize.errors import OptionError, PackError
 from outsize.home import expanded, home
 from outsize.kernels.attention import CHUNK
+from outsize.kernels.backend import Backend
 from outsize.model.lora_file import read_adapter
 from outsize.model.predictors.choose import choosers
 from outsize.model.transformer import Transformer
 from outsize.options import DEFAULT_MODEL, LoadChanges, LoadOptions
-from outsize.pack import fetch, tokenizer_file
-from outsize.pack.format import Pack, damaged
+from outsize.pack import fetch
+from outsize.pack.format import Pack
 from outsize.pack.outline import Outline, of_pack
 from outsize.parallel.collective import Collective
 from outsize.plan import chunk as chunk_plan
@@ -49,7 +49,6 @@ from outsize.plan.placement import Placement
 from outsize.plan.warmup import runtime_bytes
 from outsize.progress import bars
 from outsize.system import memory
-from outsize.text.tokens import Tokens
 from outsize.weights import load as weights
 from outsize.weights.load import Loaded
 from outsize.weights.neuron_spec import RESIDENT
@@ -214,10 +213,7 @@ def _open(
         transformer = ranks.run_with(team, loaded, partial(_transformer, made, options, placement))
         transformer.chunk = chunk
         if paged is not None:
-            transformer.neurons = neurons.told(paged)
-            made_of = choosers(paged.file, made.description, native)
-            takes_resident = paged.spec.mode == RESIDENT
-            transformer.page_neurons(made_of, experts.recorder, takes_resident)
+            _page(transformer, paged, native, experts.recorder)
         nested.install(transformer.nested, packs.nested, share)
         drafts = _drafting(made, options, placement, transformer, smaller)
         drafts.nested = nested.drafter(packs.nested, options, (outline, placement), transformer)
@@ -227,6 +223,15 @@ def _open(
     scheduler = Scheduler(whole.path.name, transformer, placement, drafts, prefixes=prefixes)
     scheduler.adapters = known
     return Model(whole, found, scheduler, options.prefill, options.width)
+
+
+def _page(
+    transformer: Transformer, paged: NeuronPlan, native: Backend, recorder: Recorder | None
+) -> None:
+    """Compute and read only the neurons that the add-on chooses."""
+    transformer.neurons = neurons.told(paged)
+    made_of = choosers(paged.file, transformer.description, native)
+    transformer.page_neurons(made_of, recorder, paged.spec.mode == RESIDENT)
 
 
 def _transformer(
@@ -282,15 +287,3 @@ def _drafting(
     union = None if mixture is None else ExpertUnion(mixture.count, mixture.used)
     spec = spec if kind in ("none", "nested") else asked
     return drafting.Drafting(spec, DraftStats(mtp, union), smaller)
-
-
-def tokens(made: Pack) -> Tokens:
-    raw = tokenizer_file.read(made.path)
-    if zlib.crc32(raw) != made.tokenizer_crc:
-        raise damaged(made.path, "its tokenizer does not match its checksum")
-    try:
-        return Tokens(lean(raw.decode()), made.bos, made.add_bos, made.description.vocab_size)
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as e:  # the library raises bare Exception, and panics
-        raise damaged(made.path, f"its tokenizer cannot be read ({str(e)[:200]})") from None

@@ -22,7 +22,7 @@ from outsize.adapt.examples import Example, TrainOptions, fingerprint
 from outsize.adapt.processes import processes
 from outsize.adapt.run import done, opened, session, train
 from outsize.adapt.trainable import TrainableModel
-from outsize.engine import load as loading
+from outsize.engine import open_tokens
 from outsize.errors import DataError, OptionError
 from outsize.log import say
 from outsize.options import Options
@@ -91,7 +91,7 @@ def align(options: AlignOptions) -> Aligned:
 
 def task_of(recipe: AlignRecipe, pack: Pack, model: TrainableModel, told: TaskFile) -> AlignTask:
     """Raises DataError where a prompt and its answer do not fit."""
-    tokens = loading.tokens(pack)
+    tokens = open_tokens.tokens(pack)
     every = (*told.train, *told.held_out)
     ids = encode(pack, tokens, [p.text for p in every], Options())
     longest = max(map(len, ids))

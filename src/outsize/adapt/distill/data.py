@@ -16,7 +16,7 @@ from outsize.adapt import calibration
 from outsize.adapt.examples import Example, TrainOptions, prepare
 from outsize.adapt.loop import Recipe
 from outsize.adapt.trainable import TrainableModel
-from outsize.engine import load as loading
+from outsize.engine import open_tokens
 from outsize.errors import DataError
 from outsize.home import home
 from outsize.pack.format import Pack
@@ -73,7 +73,7 @@ def load(options: TrainOptions, longest: int, pack: Pack, model: TrainableModel)
 
 def _pieces(pack: Pack, text: str, length: int) -> list[Example]:
     start = calibration.start_of(pack)
-    tokens = loading.tokens(pack).encode(text, start=False)
+    tokens = open_tokens.tokens(pack).encode(text, start=False)
     each = length - len(start)
     return [
         Example([*start, *tokens[at : at + each]], 1)

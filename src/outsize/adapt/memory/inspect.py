@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from outsize.engine import load as loading
+from outsize.engine import open_tokens
 from outsize.errors import OptionError, UnsupportedError
 from outsize.kernels.plain import ACTIVATIONS
 from outsize.pack.format import Pack
@@ -65,7 +65,7 @@ class Reader:
                 "token's embedding: name one that `outsize adapt memory --config` trained"
             )
         self.description, self._records = d, records
-        self.tokens: Tokens = loading.tokens(pack)
+        self.tokens: Tokens = open_tokens.tokens(pack)
         self.embed_VD = torch.cat(list(self._embedding(pack)))[: d.vocab_size]
 
     def _embedding(self, pack: Pack) -> Iterator[Tensor]:

@@ -24,7 +24,7 @@ from outsize.adapt.memory.rows import Bases, RowMaker
 from outsize.arguments import real
 from outsize.checkpoint.bounded import text_lines
 from outsize.encoding.find import encoding
-from outsize.engine import load as loading
+from outsize.engine import open_tokens
 from outsize.errors import DataError, OptionError, UnsupportedError
 from outsize.home import home
 from outsize.kernels.backend import Backend
@@ -152,7 +152,7 @@ def order(base: Pack, data: Sequence[Path]) -> list[int]:
     merges came. Raises DataError."""
     counts = Counter[int]()
     if data:
-        text = loading.tokens(base)
+        text = open_tokens.tokens(base)
         for path in data:
             for line in text_lines(path, DataError):
                 counts.update(text.encode(line, start=False))

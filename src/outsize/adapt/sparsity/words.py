@@ -13,7 +13,7 @@ from torch import Tensor
 
 from outsize.adapt.calibration import read, start_of
 from outsize.adapt.statistics import sequences
-from outsize.engine import load as loading
+from outsize.engine import open_tokens
 from outsize.errors import DataError
 from outsize.pack.format import Pack
 from outsize.text import prompt_file
@@ -37,7 +37,7 @@ def words(pack: Pack, paths: Sequence[Path], most: int, longest: int | None = No
     """Up to `most` tokens in equal parts of all files, in sequences of `longest`. Raises DataError where
     there are too few."""
     length = min(longest or LENGTH, pack.description.context)
-    start, encode = start_of(pack), partial(loading.tokens(pack).encode, start=False)
+    start, encode = start_of(pack), partial(open_tokens.tokens(pack).encode, start=False)
     found: list[int] = []
     for path in paths:
         part: list[int] = []
