@@ -61,6 +61,7 @@ def converted(family: str, name: str) -> Iterator[str]:
         )
     name = re.sub(r"\.sinks$", ".sinks.weight", name)
     name = name.replace("e_score_correction_bias", "e_score_correction.bias")
+    name = name.replace("linear_attn.dt_bias", "linear_attn.dt_proj.bias")
     if "input_linear" in name:  # cut by the converter, which writes the halves under its own names
         name = name.replace("block_sparse_moe.input_linear", "mlp.experts.gate_up_proj")
     if "kv_b_proj" in name:

@@ -175,8 +175,9 @@ def test_variables_that_are_empty_or_malformed(
         assert done.exit_code == 0, done.output
         assert seen
     if kind in ("int", "float", "bool") and command:
-        words = {"run": [tiny, "hi"], "trace": [tiny, "--prompts", "p", "-o", "o"]}.get(command, [])
-        done = CliRunner().invoke(app, [command, *words], env={variable: "12x"})
+        words = {"run": [tiny, "hi"], "trace": [tiny, "--prompts", "p", "-o", "o"]}
+        words = words | {"inspect": [tiny, "a"]}
+        done = CliRunner().invoke(app, [command, *words.get(command, [])], env={variable: "12x"})
         assert done.exit_code == 2
         assert variable in done.output
 

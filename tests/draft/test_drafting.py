@@ -317,7 +317,7 @@ def test_a_draft_model_with_another_tokenizer_is_refused(
 ) -> None:
     model = open_tiny("llama", "int8")
     other = replace(model.pack, tokenizer_crc=model.pack.tokenizer_crc + 1)
-    monkeypatch.setattr("outsize.engine.load.draft_pack", lambda _: other)
+    monkeypatch.setattr("outsize.engine.load.draft_pack", lambda *_: other)
     monkeypatch.setattr("outsize.weights.load.load", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(AdapterError, match="same tokenizer"):
         outsize.load(str(model.pack.path), draft=f"model:{model.pack.path}", quiet=True)
