@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from outsize.kernels.attention import attend_span
 from outsize.kernels.backend import AttentionSpec
-from outsize.kernels.find import find
+from outsize.kernels.find import native_in
 from outsize.kernels.spans import Spans
 
 SHAPES = [(9, 3, 64), (4, 4, 32), (14, 2, 64), (8, 1, 96), (4, 2, 128), (2, 1, 256), (3, 1, 576)]
@@ -18,9 +20,9 @@ KINDS = {
 
 
 @pytest.fixture
-def spans() -> Spans:
-    native = find()
-    if native.library is None or not native.library.bf16_products():
+def spans(home: Path) -> Spans:
+    native = native_in(home / "native")
+    if native is None or not native.library.bf16_products():
         pytest.skip("the processor has no products of bf16, or there is no compiler")
     return Spans(native.library, tiles=False)
 
