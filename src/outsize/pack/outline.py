@@ -138,3 +138,8 @@ def _text_bytes(items: object) -> int:
     if not isinstance(items, list):
         return 0
     return sum(len(str(item)) + PIECE_JSON for item in items)
+
+
+def head_of(d: Description) -> str:
+    """The name of the table that gives logits."""
+    return "embed" if d.tied else "head"

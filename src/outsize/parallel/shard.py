@@ -22,7 +22,7 @@ from outsize.pack.derive import derive, made_before
 from outsize.pack.format import Pack
 from outsize.pack.kinds.kind import groups
 from outsize.pack.kinds.layers import FINAL, tables_of
-from outsize.pack.outline import Outline
+from outsize.pack.outline import Outline, head_of
 from outsize.pack.records import FLOATS
 from outsize.pack.source import Source, derived
 from outsize.pack.tables import Matrix, TableHeader
@@ -76,11 +76,6 @@ def following(o: Outline) -> Outline:
     head = head_of(o.description)
     tables = (replace(t, keys=t.keys[:1]) if t.name == head else t for t in o.tables)
     return replace(o, tables=tuple(tables), tokenizer_bytes=0, has_template=False)
-
-
-def head_of(d: Description) -> str:
-    """The table that the leader alone multiplies with."""
-    return "embed" if d.tied else "head"
 
 
 class _Cutter:

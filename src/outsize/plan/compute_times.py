@@ -24,9 +24,8 @@ from outsize.model.sublayer import Runnable, attention_sublayer, ffn_sublayer, s
 from outsize.model.transformer import new_kv, rotary_angles
 from outsize.model_config import Description
 from outsize.pack.kinds.layers import BESIDE
-from outsize.pack.outline import Outline
+from outsize.pack.outline import Outline, head_of
 from outsize.pack.tables import Matrix, TableHeader
-from outsize.plan.fixed import head_of
 from outsize.plan.machine import Compute
 from outsize.plan.probe import median_s
 from outsize.storage.buffers import buffer
@@ -47,7 +46,7 @@ def measure(o: Outline, backend: Backend) -> Compute:
             steps[t.name], chunks[t.name] = _expert_times(o, t, backend, tokens)
         elif t.kind == "layers" and t.name != "final-0":
             steps[t.name], chunks[t.name] = _sublayer_times(o, t, backend, tokens)
-        elif t.name == head_of(o):
+        elif t.name == head_of(o.description):
             steps[t.name] = _head_time(o, t, backend)
     return Compute(steps, chunks, tokens)
 

@@ -10,9 +10,9 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 
-from outsize.pack.outline import Outline
+from outsize.pack.outline import Outline, head_of
 from outsize.pack.tables import TableHeader
-from outsize.plan.fixed import head_of, routed
+from outsize.plan.fixed import routed
 from outsize.plan.hit_rates import ALL_USED, BY_TEXT, PRIOR, HitRates
 from outsize.plan.machine import Compute, Machine
 from outsize.plan.placement import BY_ID, BY_PROMPT, BY_ROUTER, BY_TOKEN, Placement
@@ -104,7 +104,7 @@ def predict(
     rate = machine.disk_bytes_per_s
     chunks = prompt / compute.chunk_tokens
     chunk_s = sum(_prompt_s(o, t, compute, chunks) for t in o.tables if t.name in compute.chunk_s)
-    head_s = compute.step_s[head_of(o)] * count[head_of(o)]
+    head_s = compute.step_s[head_of(o.description)] * count[head_of(o.description)]
     read_s = place.streamed / rate
     by_id = sum(size for _, tier, size in place.groups if tier == BY_ID)
     waits = MISS_S * records if place.streamed else 0.0

@@ -185,8 +185,3 @@ def draft_bytes(smaller: Outline, context: int) -> int:
     kept = kv_tokens(smaller, tokens) * kv_bytes(smaller) + scratch_bytes(smaller, tokens)
     kept += state_bytes(smaller)
     return all_bytes(smaller) + routing + kept
-
-
-def head_of(o: Outline) -> str:
-    """The name of the table that gives logits."""
-    return "embed" if o.description.tied else "head"

@@ -17,11 +17,11 @@ from outsize.kernels.backend import Backend
 from outsize.kernels.plain import PLAIN
 from outsize.model.layers import Linear
 from outsize.model.lora import STACKS, Adapter, widths
-from outsize.pack.outline import Outline
+from outsize.pack.outline import Outline, head_of
 from outsize.pack.tables import TableHeader
 from outsize.plan.compute_times import STEPS, first_matrix, random_record
 from outsize.plan.cost import used_records
-from outsize.plan.fixed import head_of, stored_bytes
+from outsize.plan.fixed import stored_bytes
 from outsize.plan.machine import Compute
 from outsize.plan.probe import median_s
 from outsize.plan.whatif import ADAPTER
@@ -65,7 +65,7 @@ def _of_tables(o: Outline, compute: Compute, backend: Backend) -> Iterator[Opera
     for t in o.tables:
         if t.name not in compute.step_s:
             continue
-        if t.name == head_of(o):
+        if t.name == head_of(o.description):
             d = o.description
             yield Operation(
                 HEAD, t.size, 2 * d.vocab_size * d.width, compute.step_s[t.name] * len(t.keys)

@@ -16,8 +16,8 @@ from outsize.log import say, silent
 from outsize.model_parts import Shard
 from outsize.options import LoadOptions
 from outsize.pack import fetch
-from outsize.pack.outline import Outline
-from outsize.parallel.shard import head_of, outlined
+from outsize.pack.outline import Outline, head_of
+from outsize.parallel.shard import outlined
 from outsize.parallel.spec import parse_parallel
 from outsize.parallel.split import Ranks, Way, check, split
 from outsize.plan import decide, machine

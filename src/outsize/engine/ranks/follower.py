@@ -26,9 +26,9 @@ from outsize.model_parts import Shard
 from outsize.options import LoadOptions
 from outsize.pack import store
 from outsize.pack.format import Pack
-from outsize.pack.outline import of_pack
+from outsize.pack.outline import head_of, of_pack
 from outsize.parallel.meeting import Hello, Mesh, join
-from outsize.parallel.shard import cut, following, head_of
+from outsize.parallel.shard import cut, following
 from outsize.parallel.spec import ParallelSpec, parse_parallel
 from outsize.parallel.transport import LOOK_S, SILENCE_S
 from outsize.plan import decide, probe
