@@ -6,8 +6,9 @@ from collections.abc import Callable
 from functools import partial
 
 from outsize.model.ffn.nested import nested_sublayer
+from outsize.model.half import Runnable
 from outsize.model.memory_sublayer import memory_sublayer
-from outsize.model.sublayer import Runnable, ffn_sublayer, mixture_sublayer
+from outsize.model.sublayer import ffn_sublayer, mixture_sublayer
 from outsize.model.width import Nested
 from outsize.model_config import Description
 from outsize.parallel.collective import Collective
@@ -24,7 +25,7 @@ def ffn_maker(
     if bank is not None and nested.count:
         return partial(nested_sublayer, d, nested, bank)
     if bank is not None:
-        return partial(mixture_sublayer, d, bank)
+        return partial(mixture_sublayer, d, bank, ranks=ranks)
     if d.memory is not None:
         return partial(memory_sublayer, d, layer, loaded.final_norm)
     return partial(ffn_sublayer, d, layer, ranks=ranks)

@@ -45,7 +45,7 @@ def kv_bytes(o: Outline) -> int:
     routed = 0 if d.mixture is None else d.width * (o.activation_bytes + 4) + 200 * d.mixture.used
     rows = 0 if d.memory is None else 4 * d.width + sum(t.stride for t in _by_token(o))
     read = d.width * o.activation_bytes * d.parallel  # by attention, until the feed-forward has
-    return kv + 4 * d.width + 4 * d.head_dim * ropes + routed + rows + read + 100
+    return kv + 4 * d.width + 4 * d.head_dim * ropes + routed + rows + read + o.held + 100
 
 
 def _by_token(o: Outline) -> list[TableHeader]:
