@@ -22,6 +22,7 @@ from outsize.adapt.nested.order import SCORES
 from outsize.adapt.nested.prefixes import labels
 from outsize.adapt.nested.run import NestedOptions, run
 from outsize.adapt.nested.task import NestedRecipe
+from outsize.adapt.nested.tune import TuneRecipe
 from outsize.adapt.sparsity import words
 from outsize.engine.reply import Reply
 from outsize.errors import AdapterError, OptionError, UnsupportedError
@@ -278,3 +279,20 @@ class LoadLike:
 
     def __init__(self, width: str | float) -> None:
         self.width = width
+
+
+@pytest.fixture(scope="module")
+def tuned(model: str, text: Path) -> nested.Made:
+    return run(options(model, text), recipe(rank=0), TuneRecipe(steps=6, rate=1e-3))
+
+
+def test_tuned_feed_forwards(tuned: nested.Made, model: str) -> None:
+    """Another model, said so; the base itself stays reachable, and no exact draft is made of another."""
+    pack = tuned.pack
+    assert pack.quality is not None
+    assert pack.quality.kl > 0
+    assert pack.source.encoding == "nested3-tuned"
+    assert tuned.about.trained_tokens == 2 * 6 * 64 + 6 * 64
+    assert said(str(pack.path), PROMPTS, width=0.6)[0].lossy
+    base = said(model, PROMPTS, width="full")
+    assert [r.logprobs for r in base] == [r.logprobs for r in said(model, PROMPTS)]

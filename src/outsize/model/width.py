@@ -91,7 +91,7 @@ class LayerRouter(NamedTuple):
                 y_TD[rows] += correction(x_TD[rows], wide)
 
 
-def chosen(z_TM: Tensor, threshold: float) -> Tensor:
+def chosen(z_TM: Tensor, threshold: float | Tensor) -> Tensor:
     """(..., T) which width each token uses: the narrowest by which probabilities sum to the threshold."""
     sum_TM = torch.softmax(z_TM, dim=-1).cumsum(dim=-1)
     return (sum_TM[..., :-1] < threshold).sum(dim=-1)
