@@ -2,7 +2,7 @@
 WikiText (the last 30 % is tested), GSM8K problems with solutions, and questions of NQ with a passage that
 answers them (of both, the last 20 %). Files of plain text, and a JSON line an item of a task.
 
-    python -m experiments.quality.nested_texts wikitext2-valid.txt gsm8k-train.jsonl.gz nq.jsonl.gz -o FOLDER"""
+    python -m experiments.quality.nested_texts wikitext2.txt gsm8k-train.jsonl.gz nq.jsonl.gz -o FOLDER"""
 
 from __future__ import annotations
 

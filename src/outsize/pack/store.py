@@ -55,8 +55,8 @@ def same_records(folder: Path, source: Source) -> Pack | None:
 
 
 def nested_of(folder: Path, base: Pack, exact: bool = False) -> Pack | None:
-    """The newest pack of nested experts that was cut out of this one; `exact`: none that was tuned, whose whole
-    is another model."""
+    """The newest pack of nested experts that was cut out of this one; `exact`: none that was tuned, whose
+    whole is another model."""
     sha = base.source.sha256
     found = [
         p

@@ -1,5 +1,5 @@
-"""Feed-forwards that are tuned before they are cut: refitted in closed form, then trained; kept in a checkpoint
-and gone on from, with a line of figures for each time that they were judged."""
+"""Feed-forwards that are tuned before they are cut: refitted in closed form, then trained; kept in a
+checkpoint and gone on from, with a line of figures for each time that they were judged."""
 
 from __future__ import annotations
 
