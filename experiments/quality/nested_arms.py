@@ -1,7 +1,7 @@
 """Ways of choosing how much of each feed-forward a token gets, all of one mean share: by routers; by labels
-(an oracle, which knows each width's error); by chance, with the routers' shares in each layer; the same in all
-layers for all tokens ("static"); by layer, the same for all tokens ("layers": the narrowest width whose mean
-error is small enough); and with whole feed-forwards left out ("skip").
+(an oracle, which knows each width's error); by chance, with the routers' shares in each layer; the same in
+all layers for all tokens ("static"); by layer, the same for all tokens ("layers": the narrowest width whose
+mean error is small enough); and with whole feed-forwards left out ("skip").
 
 Shapes: B sequences, T tokens, L layers, M widths."""
 

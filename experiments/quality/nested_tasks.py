@@ -1,7 +1,7 @@
 """Two tasks whose answers can be checked (nested_texts.py), at equal mean active parameters (nested_arms.py):
 an item counts if every token of its answer is the likeliest, that is if greedy decoding would write it.
 
-    python -m experiments.quality.nested_tasks NESTED-PACK BASE TASK... --items 64 --name smol -o FILE.jsonl"""
+    python -m experiments.quality.nested_tasks NESTED-PACK BASE TASK... --items 64 -o FILE.jsonl"""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def search(options: LoadOptions, pack: Pack) -> NestedPlan | None:
         tuned = store.nested_of(folder, pack) if made is None else None
         if tuned is not None:
             raise OptionError(
-                f"{asked}, which changes no answer of {pack.path.name}, and its nested experts were tuned: all "
+                f"{asked}, which changes no answer, and nested experts of {pack.path.name} were tuned: all "
                 f"of them are another model; name {tuned.path.name}, or make others without --tune"
             )
         if made is None:

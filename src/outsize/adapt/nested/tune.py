@@ -229,7 +229,8 @@ class TuneTask:
         return {"kind": "nested tuning checkpoint", "widths": list(self.widths.pieces)}
 
     def kept(self) -> dict[str, Tensor]:
-        return {"levels": self._levels, "thresholds": self._thresholds}
+        return {"levels": self._levels, "thresholds": self._thresholds, "scale": self._scale_L}
 
     def restore(self, kept: Mapping[str, Tensor]) -> None:
         self._levels, self._thresholds = kept["levels"], kept["thresholds"]
+        self._scale_L = kept["scale"]
