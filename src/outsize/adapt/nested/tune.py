@@ -34,6 +34,7 @@ SHARES = (0.4, 0.5, 0.75, 0.9)  # of the feed-forwards, that sequences are run a
 JUDGED = (1, 2)  # of them, that are judged on held-out text
 HELD = 3  # held-out sequences of an evaluation
 CALIBRATION = 4  # sequences that the first levels and scales are measured on
+ASKED = 4  # one token in so many is asked where levels and thresholds are
 SMOOTH = 0.9  # of levels and thresholds, from step to step
 ROUTERS = 1e-2  # the highest rate of what routers learn at, whatever that of feed-forwards is
 
@@ -193,8 +194,9 @@ class TuneTask:
     def _aims(self, seen: Prefixes) -> tuple[Tensor, Tensor]:
         """Levels at which labels execute each of the shares, and the recipe's; and routers' thresholds."""
         shares = self.widths.shares
-        error_LNM = torch.stack([e.flatten(0, 1) for e in seen.errors])
-        z_LNM = torch.stack([self._logits(i, x).flatten(0, 1) for i, x in enumerate(seen.inputs)])
+        error_LNM = torch.stack([e.flatten(0, 1)[::ASKED] for e in seen.errors])
+        rows = (x.flatten(0, 1)[::ASKED] for x in seen.inputs)
+        z_LNM = torch.stack([self._logits(i, x_ND) for i, x_ND in enumerate(rows)])
         levels = [level_at(error_LNM, share, shares) for share in (*SHARES, self.recipe.share)]
         thresholds = [threshold_at(z_LNM, share, shares) for share in SHARES]
         made = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (levels, thresholds))
