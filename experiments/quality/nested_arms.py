@@ -56,11 +56,15 @@ class Arms:
         self.file, self.pack, kind = found, pack, matmul_type(CPU)
         self.model = TrainableModel(self.base, CPU, kind, silent)
         size = self.base.description.ffn_width // found.about.count
-        self._ffns, self._ends = ffns(pack, kind), [n * size for n in found.about.widths]
+        self.ffns, self._ends = ffns(pack, kind), [n * size for n in found.about.widths]
         self._router, self._bias = found.numbers(ROUTER), found.numbers(BIAS)
         self._fixes = {n: found.numbers(n) for n in (A, B, C)} if found.about.rank else None
         self.widths_M = torch.tensor(found.about.widths).float() / found.about.count
         self.layers = self.base.description.num_layers
+
+    def put(self, router_LMD: Tensor, bias_LM: Tensor) -> None:
+        """Other routers."""
+        self._router, self._bias = router_LMD, bias_LM
 
     @torch.no_grad()
     def former(self, ids: Tensor) -> Tensor:
@@ -70,7 +74,7 @@ class Arms:
 
     @torch.no_grad()
     def run(self, ids: Tensor, way: Way) -> Prefixes:
-        seen = Skipping(self.model, self._ffns, self._ends, way.choose, self._fixes)
+        seen = Skipping(self.model, self.ffns, self._ends, way.choose, self._fixes)
         seen.skipped = way.skipped
         with bf16_products():
             seen.states, _ = self.model.run(causal(self.model.embed(ids)), change=seen)
