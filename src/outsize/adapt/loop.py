@@ -213,10 +213,16 @@ def _differences(about: Mapping[str, object], training: Training) -> list[str]:
     return out + ([] if about.get("data") == training.data else ["the prompts or answers differ"])
 
 
-def train(training: Training, path: Path, every: int, report: Callable[[Training], None]) -> None:
-    """Train to the recipe's end, `report` after each step. The checkpoint `path` is kept up to date every so
-    many steps and when interrupted."""
-    steps = training.task.recipe.steps
+def train(
+    training: Training,
+    path: Path,
+    every: int,
+    report: Callable[[Training], None],
+    until: int | None = None,
+) -> None:
+    """Train to the recipe's end, or so many of its steps, `report` after each. The checkpoint `path` is kept
+    up to date every so many steps and when interrupted."""
+    steps = min(training.task.recipe.steps, until or training.task.recipe.steps)
     try:
         while training.step < steps:
             training.run_step()

@@ -137,6 +137,10 @@ class NestedFlags:
         ),
     ] = 0
     tune_rate: Annotated[float, Flag("--tune-rate", "Highest learning rate of --tune.")] = 3e-4
+    tune_until: Annotated[
+        int | None,
+        Flag("--tune-until", "End after so many of these steps; --resume goes on from there."),
+    ] = None
     tokens: Annotated[int, Flag("--tokens", "Of the data, that are read.")] = 32768
     steps: Annotated[int, Flag("--steps", "Steps.")] = 200
     batch: Annotated[int, Flag("--batch", "Sequences a step.")] = 2
@@ -163,7 +167,7 @@ def nested(
     set_threads(load.threads)
     options = NestedOptions(
         model, tuple(own.data), own.widths, own.importance, own.blocks, own.tokens, own.every,
-        own.resume, load.quiet, load.memory,
+        own.resume, load.quiet, own.tune_until, load.memory,
     )  # fmt: skip
     recipe = NestedRecipe(
         steps=own.steps, batch=own.batch, rate=own.rate, seed=own.seed, share=own.target,

@@ -52,12 +52,15 @@ class NestedOptions:
     every: int = 50  # steps between checkpoints
     resume: bool = False
     quiet: bool = False
+    until: int | None = None  # of the steps of tuning, after which it ends
     memory: str | int = "auto"  # of the run that measures the family
 
     def __post_init__(self) -> None:
         pieces_of(self.widths)
         whole("tokens", self.tokens, 1, 1 << 30)
         whole("every", self.every, 1, 1 << 30)
+        if self.until is not None:
+            whole("tune_until", self.until, 1, 1 << 30)
         if self.importance not in SCORES:
             raise OptionError(f"importance is {self.importance!r}; known are {', '.join(SCORES)}")
 
@@ -111,7 +114,7 @@ def run(options: NestedOptions, recipe: NestedRecipe, tuning: TuneRecipe | None 
     widths = Widths(pieces, base.description.ffn_width // pieces[-1])
     made: Tuned | None = None
     if is_tuned:
-        how = Tuning(tuning, options.every, options.resume, options.quiet)
+        how = Tuning(tuning, options.every, options.resume, options.quiet, options.until)
         made = tuned.tuned(how, (base, model), order, widths, found)
     with bars(options.quiet) as progress:
         pack = cut(base, pieces[-1], order, progress, made and made.learned)
@@ -135,8 +138,9 @@ def run(options: NestedOptions, recipe: NestedRecipe, tuning: TuneRecipe | None 
     path = nested_file.beside(pack)
     uses = torch.stack([m.use_LN for m in family[:-1]])
     checkpoints.save(path, {**tensors, USE: uses}, about.to_json())
-    for done in (_checkpoint(pack), tuned.checkpoint_of(base, pieces[-1])):
-        done.unlink(missing_ok=True)
+    _checkpoint(pack).unlink(missing_ok=True)
+    if tuning is not None and options.until is None:
+        tuned.checkpoint_of(base, pieces[-1]).unlink(missing_ok=True)
     experts = sum(t.size for t in pack.tables if t.kind == "experts")
     beside = sum(t.size for t in pack.tables if t.kind == "layers")
     beside += pack.table_of("embed" if pack.description.tied else "head").size

@@ -32,7 +32,7 @@ from outsize.model.width import chosen
 
 SHARES = (0.4, 0.5, 0.75, 0.9)  # of the feed-forwards, that sequences are run at
 JUDGED = (1, 2)  # of them, that are judged on held-out text
-HELD = 3  # held-out sequences of an evaluation
+HELD, JUDGED_TOKENS = 3, 128  # held-out sequences of an evaluation, and the tokens of each
 CALIBRATION = 4  # sequences that the first levels and scales are measured on
 ASKED = 4  # one token in so many is asked where levels and thresholds are
 SMOOTH = 0.9  # of levels and thresholds, from step to step
@@ -99,7 +99,7 @@ class TuneTask:
     ) -> None:
         """`texts`: to train on (B, T), and held out."""
         self.recipe, self.model, self.widths = recipe, model, widths
-        self._ids_BT, self._held_BT = texts[0], spread(texts[1], HELD)
+        self._ids_BT, self._held_BT = texts[0], spread(texts[1], HELD)[:, :JUDGED_TOKENS]
         self.parameters: dict[str, Tensor] = {}
         for layer, f in enumerate(ffns):
             self.parameters[f"{layer}.gate_up"] = f.gate_up.float().clone().requires_grad_()

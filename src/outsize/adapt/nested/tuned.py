@@ -44,6 +44,7 @@ class Tuning:
     every: int
     resume: bool
     quiet: bool
+    until: int | None = None  # of the steps, after which training ends: it can go on later
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ def _train(how: Tuning, training: loop.Training, path: Path, history: Path) -> N
 
         def report(now: loop.Training) -> None:
             draw(f"tuning: loss {now.loss:.3f}, {now.summary()}", now.step, recipe.steps)
-            if now.step % how.every and now.step != recipe.steps:
+            if now.step % how.every and now.step not in (how.until, recipe.steps):
                 return
             row = {
                 "step": now.step, "steps": recipe.steps, "tokens": now.step * task.tokens, "loss": now.loss,
@@ -123,7 +124,7 @@ def _train(how: Tuning, training: loop.Training, path: Path, history: Path) -> N
             with history.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
-        loop.train(training, path, how.every, report)
+        loop.train(training, path, how.every, report, how.until)
 
 
 def _kept(parameters: dict[str, Tensor], base: Pack) -> list[Ffn]:
