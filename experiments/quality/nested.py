@@ -18,7 +18,7 @@ from outsize.adapt.nested.prefixes import Prefixes
 from outsize.adapt.sparsity.words import spread, words
 
 LENGTH = 256  # tokens of a sequence
-AIMED = 2  # sequences that thresholds are found on
+AIMED = 1  # sequences that thresholds are found on
 
 
 class Text:

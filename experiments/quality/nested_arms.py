@@ -26,7 +26,7 @@ from outsize.progress import silent
 CPU = torch.device("cpu")
 ENDS = 2  # first and last layers that are not skipped
 GOLDEN = 0.6180339887498949
-BISECTIONS = 7
+BISECTIONS = 6
 
 
 class Way(NamedTuple):

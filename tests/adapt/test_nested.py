@@ -242,6 +242,18 @@ def test_damaged_add_ons(
         nested_file.read(path, made.pack)
 
 
+@pytest.mark.parametrize("name", ["router", "bias", "use", "a"])
+def test_add_ons_without_a_tensor(made: nested.Made, tmp_path: Path, name: str) -> None:
+    """None is made up."""
+    with safe_open(made.path, "pt") as file:
+        metadata = file.metadata()
+    tensors, path = load_file(made.path), tmp_path / "bad.safetensors"
+    del tensors[name]
+    save_file(tensors, path, metadata)
+    with pytest.raises(AdapterError, match=f"tensor '{name}' has shape None"):
+        nested_file.read(path, made.pack)
+
+
 @pytest.mark.parametrize(
     "widths", ["1/2,1/4,1", "1/4,1/2", "1/2,1/2,1", "0,1", "a,1", "", "1/0,1", "-1/2,1", "1/97,1"]
 )

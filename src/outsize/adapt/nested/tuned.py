@@ -115,7 +115,7 @@ def _train(how: Tuning, training: loop.Training, path: Path, history: Path) -> N
 
         def report(now: loop.Training) -> None:
             draw(f"tuning: loss {now.loss:.3f}, {now.summary()}", now.step, recipe.steps)
-            if now.step % how.every and now.step not in (how.until, recipe.steps):
+            if now.step % how.every and now.step not in (0, how.until, recipe.steps):
                 return
             row = {
                 "step": now.step, "steps": recipe.steps, "tokens": now.step * task.tokens, "loss": now.loss,
@@ -124,6 +124,9 @@ def _train(how: Tuning, training: loop.Training, path: Path, history: Path) -> N
             with history.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
+        if not first:  # what the closed form gave
+            training.figures = task.evaluate()
+            report(training)
         loop.train(training, path, how.every, report, how.until)
 
 
