@@ -18,6 +18,7 @@ from outsize.adapt.nested.prefixes import Prefixes
 from outsize.adapt.sparsity.words import spread, words
 
 LENGTH = 256  # tokens of a sequence
+LEARNED = 16  # that corrections are fitted to
 AIMED = 1  # sequences that thresholds are found on
 
 
@@ -50,14 +51,18 @@ class Text:
 
 def main() -> None:
     args = arguments(__doc__, "nested", "base", "texts+", tokens=2048, name="smol", seeds=3,
-                     file="", arms="router,oracle,layers,random,static,skip", shares=[0.5, 0.75])  # fmt: skip
+                     file="", rank=0, data="", arms="router,oracle,layers,random,static,skip",
+                     shares=[0.5, 0.75])  # fmt: skip
     arms, wanted = Arms(args.nested, args.base, args.file), args.arms.split(",")
     a = arms.file.about
+    if args.rank:
+        learned = words(arms.base, [Path(p) for p in args.data.split(",")], 1 << 16)
+        arms.correct(spread(learned.ids_BT, LEARNED), args.rank)
     for name in args.texts:
         found = words(arms.base, [Path(name)], 1 << 17, LENGTH)
         ids = spread(torch.cat([found.ids_BT, found.held_out_BT]), args.tokens // LENGTH)
         text, some = Text(arms, ids), spread(ids, AIMED)
-        said = {"model": args.name, "text": Path(name).name, "rank": a.rank, "seed": a.seed,
+        said = {"model": args.name, "text": Path(name).name, "rank": args.rank or a.rank, "seed": a.seed,
                 "trained_tokens": a.trained_tokens, "tokens": ids.numel()}  # fmt: skip
         record({**said, "at": 1.0, "arm": "full", **text.row(arms.whole())[0]}, args.output)
         for share in args.shares:

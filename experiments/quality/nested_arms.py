@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from outsize.adapt.nested.correct import closed_form
 from outsize.adapt.nested.prefixes import Choose, Prefixes, ffns, labels
 from outsize.adapt.statistics import bf16_products, causal
 from outsize.adapt.trainable import TrainableModel, matmul_type
@@ -65,6 +66,10 @@ class Arms:
     def put(self, router_LMD: Tensor, bias_LM: Tensor) -> None:
         """Other routers."""
         self._router, self._bias = router_LMD, bias_LM
+
+    def correct(self, ids: Tensor, rank: int) -> None:
+        """Corrections in closed form, of sequences to learn from."""
+        self._fixes = closed_form(self.model, self.ffns, self._ends, rank, ids)
 
     @torch.no_grad()
     def former(self, ids: Tensor) -> Tensor:

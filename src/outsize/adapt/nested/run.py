@@ -113,11 +113,11 @@ def run(options: NestedOptions, recipe: NestedRecipe, tuning: TuneRecipe | None 
         order = by_importance(model, spread(found.ids_BT, ORDERED_ON), options.importance, block)
     widths = Widths(pieces, base.description.ffn_width // pieces[-1])
     made: Tuned | None = None
-    if is_tuned:
+    if tuning is not None and is_tuned:
         how = Tuning(tuning, options.every, options.resume, options.quiet, options.until)
         made = tuned.tuned(how, (base, model), order, widths, found)
     with bars(options.quiet) as progress:
-        pack = cut(base, pieces[-1], order, progress, made and made.learned)
+        pack = cut(base, pieces[-1], order, progress, None if made is None else made.learned)
     task = NestedTask(recipe, model, ffns(pack, kind), widths, (found.ids_BT, found.held_out_BT))
     if made is not None:
         task.begin_from(*made.routers)
