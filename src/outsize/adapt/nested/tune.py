@@ -123,11 +123,6 @@ class TuneTask:
         self._levels, self._thresholds = self._aims(seen)
 
     @property
-    def tokens(self) -> int:
-        """Of a step."""
-        return self.recipe.batch * self._ids_BT.shape[1]
-
-    @property
     def ffns(self) -> list[Ffn]:
         """What multiplies, from what is learned."""
         p, kind = self.parameters, self.model.dtype

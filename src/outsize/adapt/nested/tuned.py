@@ -100,17 +100,15 @@ def tuned(
     training = loop.resume(task, path, *about) if how.resume else loop.start(task, *about)
     if not how.resume:
         history.unlink(missing_ok=True)
-    _train(how, training, path, history)
+    _train(how, training, path, history, found.ids_BT.shape[1])
     made = _kept(task.parameters, base)
     quality = _quality(base, model, made, widths, found)
     tokens = training.step * how.recipe.batch * found.ids_BT.shape[1]
     return Tuned(Learned(made, quality), task.routers, tokens)
 
 
-def _train(how: Tuning, training: loop.Training, path: Path, history: Path) -> None:
+def _train(how: Tuning, training: loop.Training, path: Path, history: Path, length: int) -> None:
     recipe, first, begun = how.recipe, training.step, time.process_time()
-    task = training.task
-    assert isinstance(task, TuneTask)
     with steps(how.quiet) as draw:
 
         def report(now: loop.Training) -> None:
@@ -118,14 +116,14 @@ def _train(how: Tuning, training: loop.Training, path: Path, history: Path) -> N
             if now.step % how.every and now.step not in (0, how.until, recipe.steps):
                 return
             row = {
-                "step": now.step, "steps": recipe.steps, "tokens": now.step * task.tokens, "loss": now.loss,
+                "step": now.step, "steps": recipe.steps, "tokens": now.step * length * recipe.batch, "loss": now.loss,
                 "steps_since": now.step - first, "processor_s": time.process_time() - begun, **now.figures,
             }  # fmt: skip
             with history.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
         if not first:  # what the closed form gave
-            training.figures = task.evaluate()
+            training.figures = training.task.evaluate()
             report(training)
         loop.train(training, path, how.every, report, how.until)
 
