@@ -22,7 +22,7 @@ from outsize.adapt.sparsity.words import spread
 from outsize.adapt.statistics import States, bf16_products
 from outsize.adapt.trainable import TrainableModel
 
-WHOLE = 8.0  # what the error of the whole counts, of a narrow width 1
+WHOLE = 32.0  # what the error of the whole counts, of a narrow width 1
 DAMP = 0.01  # of the mean of the diagonal: how much the map stays as it was
 TIMES = 8  # tokens for each neuron: with fewer, maps fit the text
 
@@ -65,7 +65,7 @@ def fit(moment_FF: Tensor, down_DF: Tensor, ends: Sequence[int]) -> Tensor:
     counts = torch.zeros(size, dtype=moment_FF.dtype, device=moment_FF.device)
     for end in ends:
         counts[:end] += WHOLE if end == size else 1.0
-    damp = DAMP * float(moment_FF.diagonal().mean()) * WHOLE
+    damp = DAMP * float(moment_FF.diagonal().mean()) * len(ends)
     left_FF = moment_FF * torch.minimum(counts[:, None], counts)
     left_FF.diagonal().add_(damp)
     right_FD = counts[:, None] * (moment_FF @ down_DF.T) + damp * down_DF.T

@@ -116,7 +116,8 @@ def _train(how: Tuning, training: loop.Training, path: Path, history: Path, leng
             if now.step % how.every and now.step not in (0, how.until, recipe.steps):
                 return
             row = {
-                "step": now.step, "steps": recipe.steps, "tokens": now.step * length * recipe.batch, "loss": now.loss,
+                "step": now.step, "steps": recipe.steps, "loss": now.loss,
+                "tokens": now.step * length * recipe.batch,
                 "steps_since": now.step - first, "processor_s": time.process_time() - begun, **now.figures,
             }  # fmt: skip
             with history.open("a", encoding="utf-8") as file:
