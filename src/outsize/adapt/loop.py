@@ -222,7 +222,8 @@ def train(
 ) -> None:
     """Train to the recipe's end, or so many of its steps, `report` after each. The checkpoint `path` is kept
     up to date every so many steps and when interrupted."""
-    steps = min(training.task.recipe.steps, until or training.task.recipe.steps)
+    due = training.task.recipe.steps
+    steps = due if until is None else min(due, until)
     try:
         while training.step < steps:
             training.run_step()

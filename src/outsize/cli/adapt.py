@@ -139,7 +139,10 @@ class NestedFlags:
     tune_rate: Annotated[float, Flag("--tune-rate", "Highest learning rate of --tune.")] = 3e-4
     tune_until: Annotated[
         int | None,
-        Flag("--tune-until", "End after so many of these steps; --resume goes on from there."),
+        Flag(
+            "--tune-until",
+            "End after so many of them, as yet (0: refitted alone); --resume goes on.",
+        ),
     ] = None
     tokens: Annotated[int, Flag("--tokens", "Of the data, that are read.")] = 32768
     steps: Annotated[int, Flag("--steps", "Steps.")] = 200

@@ -60,7 +60,7 @@ class NestedOptions:
         whole("tokens", self.tokens, 1, 1 << 30)
         whole("every", self.every, 1, 1 << 30)
         if self.until is not None:
-            whole("tune_until", self.until, 1, 1 << 30)
+            whole("tune_until", self.until, 0, 1 << 30)
         if self.importance not in SCORES:
             raise OptionError(f"importance is {self.importance!r}; known are {', '.join(SCORES)}")
 
