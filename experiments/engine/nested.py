@@ -46,7 +46,7 @@ class Way:
 
 def main() -> None:
     args = arguments(__doc__, "nested", dense="", memory="auto", text=Path, tokens=64, name="smol",
-                     threads=2, rounds=3)  # fmt: skip
+                     threads=2, rounds=3, machine="busy")  # fmt: skip
     text = args.text.read_text()[:20_000]
     with ExitStack() as opened:
         how = {"memory": args.memory, "context": 1024, "draft": "none", "prefix_cache": "off",
@@ -70,7 +70,7 @@ def main() -> None:
                 "wall_ms": round(1e3 * statistics.median(way.wall[i] for i in rows), 3),
                 "cpu_ms": round(1e3 * statistics.median(way.cpu[i] for i in rows), 3),
                 "read_mb": round(statistics.mean(way.read[i] for i in rows) / 1e6, 3),
-                "tokens": len(rows), "machine": "busy",
+                "tokens": len(rows), "machine": args.machine,
             }  # fmt: skip
             print(json.dumps(row), flush=True)
             if args.output is not None:
