@@ -10,7 +10,7 @@ from outsize.family import common, latent
 from outsize.family.common import HEEDED, SHARED, first_dense, sigmoid_mixture
 from outsize.family.config import Config
 from outsize.family.further import behind
-from outsize.model_config import Recipe
+from outsize.family.recipe import Recipe
 
 DEFAULTS: dict[str, object] = {
     **{key: value for key, value in HEEDED.items() if key != "head_dim"},

@@ -15,7 +15,7 @@ from outsize.errors import CheckpointError, UnsupportedError
 from outsize.family.bounds import fault
 from outsize.family.config import Config
 from outsize.family.keys import check, check_gguf
-from outsize.model_config import Recipe
+from outsize.family.recipe import Recipe
 
 ALIASES = {
     "gemma3_text": "gemma3", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss", "qwen2moe": "qwen2_moe",
@@ -33,6 +33,7 @@ NOT_FAMILIES = (
     "further",
     "keys",
     "latent",
+    "recipe",
     "rope",
 )
 OWN = {  # of families that call their embedding otherwise

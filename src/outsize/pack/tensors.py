@@ -14,7 +14,7 @@ import torch
 from outsize.checkpoint.checkpoint import Checkpoint, Tensor, refuse_unreadable, rows_of
 from outsize.encoding.find import encoding_for
 from outsize.errors import CheckpointError
-from outsize.model_config import Recipe
+from outsize.family.recipe import Recipe
 from outsize.pack.records import FIXED, FLOATS, HALF, HALVES, POSITIONS, Specs, TensorSpec
 from outsize.pack.tables import TableHeader
 from outsize.pack.unused import missing
