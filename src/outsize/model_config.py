@@ -61,6 +61,14 @@ class Layer:
         None  # makes queries alone: keys and values are those of this earlier layer
     )
     mixer: str = "attention"  # one of MIXERS
+    head_dim: int = 0  # its heads' numbers, its key heads, its feed-forward's width: where not the
+    num_kv_heads: int = 0  # model's own, which 0 stands for
+    ffn_width: int = 0
+
+    @property
+    def form(self) -> tuple[int, int, int]:
+        """Its own sizes."""
+        return self.head_dim, self.num_kv_heads, self.ffn_width
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +90,9 @@ class Mixture:
     shared_gate: bool = False  # that one's output times the sigmoid of a product of its own
     nested: bool = (
         False  # pieces of one feed-forward: each token uses the first few, or all, unweighed
+    )
+    beside: bool = (
+        False  # the one for all tokens, the router and the others each have norms of their own
     )
 
 
@@ -146,6 +157,11 @@ class Description:
     )
     kernel: int = 0  # tokens of the short convolution of layers with that mixer
     shard: Shard | None = None  # of one of several ranks: the sizes above are what it has
+    value_norm: bool = False  # values are normed by heads, without weights
+    token_width: int = (
+        0  # numbers of a token itself that each layer reads, from a row of all layers'
+    )
+    out_scale: bool = False  # at the end of a layer the residual stream is multiplied by a number
 
     @property
     def whole(self) -> Description:
@@ -165,6 +181,35 @@ class Description:
         """Layers that make keys and values, and keep them: the first ones."""
         return sum(layer.shares is None for layer in self.layers)
 
+    def of_layer(self, index: int) -> Description:
+        """The model as one layer has it: its sizes are that layer's."""
+        head_dim, heads, inner = self.layers[index].form
+        if not (head_dim or heads or inner):
+            return self
+        return replace(
+            self,
+            head_dim=head_dim or self.head_dim,
+            num_kv_heads=heads or self.num_kv_heads,
+            ffn_width=inner or self.ffn_width,
+        )
+
+    @property
+    def forms(self) -> tuple[Description, ...]:
+        """The model as layers of each size have it."""
+        first = {layer.form: i for i, layer in reversed([*enumerate(self.layers)])}
+        return tuple(self.of_layer(i) for i in sorted(first.values()))
+
+    @property
+    def kv_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Key heads and numbers of a head, of each layer that may keep keys and values."""
+        each = (self.of_layer(i) for i in range(self.num_kv_layers))
+        return tuple((d.num_kv_heads, d.head_dim) for d in each)
+
+    @property
+    def is_even(self) -> bool:
+        """Do all layers keep entries of one size?"""
+        return len(set(self.kv_sizes)) < 2
+
     @property
     def qkv_rows(self) -> int:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
@@ -173,6 +218,11 @@ class Description:
     def ropes(self) -> tuple[Rope, ...]:
         """Each kind once, in order."""
         return tuple(dict.fromkeys(layer.rope for layer in self.layers))
+
+    @property
+    def rope_sizes(self) -> dict[Rope, int]:
+        """Of each kind, the numbers of the heads that it turns."""
+        return {layer.rope: layer.head_dim or self.head_dim for layer in self.layers}
 
     @property
     def routed(self) -> tuple[int, ...]:
@@ -221,6 +271,11 @@ class Description:
     def has_table(self) -> bool:
         """Are feed-forwards looked up by token?"""
         return self.memory is not None and self.memory.is_table
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Do layers read the tokens themselves?"""
+        return self.memory is not None or self.token_width > 0
 
     @property
     def layers_off(self) -> tuple[int, ...]:

@@ -45,6 +45,8 @@ CHANGES: dict[str, object] = {
     "attention_multiplier": 3.0, "interleave_moe_layer_step": 2, "linear_conv_kernel_dim": 3,
     "linear_key_head_dim": 32, "linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_values": 48,
     "full_attention_interval": 3, "conv_L_cache": 4, "layer_norm_epsilon": 1e-3,
+    "swa_head_dim": 16, "swa_value_length": 16, "swa_rotary_dim": 16, "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 64,
 }  # fmt: skip
 
 
@@ -104,6 +106,8 @@ def test_every_tensor_of_a_gguf_is_used(family: str, gguf_of: Callable[[str], Ch
         less = replace(checkpoint, tensors=rest)
         if name.endswith((".bias", "_norm.weight")) and family == "glm4_moe":
             continue  # a file's tensors tell whether there are any
+        if name.endswith("attn_v.weight") and family == "gemma4":
+            continue  # keys' map makes values, where there is none of their own
         with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
             plan(less, recipe(less), "bf16", False)
     tensor = replace(

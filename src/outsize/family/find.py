@@ -22,19 +22,23 @@ ALIASES = {
     "minimax-m2": "minimax_m2", "glm4moe": "glm4_moe", "deepseek2": "deepseek_v3",
     "mistral3": "ministral3", "llama4_text": "llama4", "qwen3next": "qwen3_next", "qwen35": "qwen3_5",
     "qwen35moe": "qwen3_5_moe", "qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe",
+    "gemma4_text": "gemma4",
 }  # fmt: skip
 NOT_FAMILIES = (
     "bounds",
+    "bounds_forms",
     "common",
     "config",
     "convolutions",
     "delta",
     "find",
     "further",
+    "gemma4_parts",
     "keys",
     "latent",
     "recipe",
     "rope",
+    "yarn",
 )
 OWN = {  # of families that call their embedding otherwise
     "opt": "model.decoder.embed_tokens.weight",

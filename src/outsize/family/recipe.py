@@ -32,4 +32,6 @@ class Recipe:
     strips: Mapping[str, Strip] = field(
         default_factory=dict
     )  # our names of parts of others' tensors
+    # Of a layer, our names of tensors that it has not, and whose it uses in their place.
+    instead: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
     unused_positions: int = 0  # rows before the first position's in a table of learned positions

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from outsize.kernels.norm import RMSNorm
 from outsize.model.attention import vector
 from outsize.model.ffn.dense import Dense, Ungated
-from outsize.model.ffn.experts import Mixture, Router, SharedExpert
+from outsize.model.ffn.experts import Beside, Mixture, Norms, OwnRouting, Router, SharedExpert
 from outsize.model.joint import ALONE, PLAIN_ENDS, Ends, Whole, in_flight, joint
 from outsize.model.layers import Linear
 from outsize.model.mixer import mixer
@@ -21,6 +22,7 @@ from outsize.model.norms import Body, Entry, entering, post_norm, pre_norm, show
 from outsize.model.step import Step
 from outsize.model_config import Description
 from outsize.model_config import Mixture as MixtureConfig
+from outsize.pack.specs import OUT_SCALE
 from outsize.parallel.collective import Collective
 from outsize.storage.table import Weights, activation_type
 from outsize.weights.experts import ExpertBank
@@ -99,6 +101,27 @@ def mixture_sublayer(d: Description, bank: ExpertBank, w: Weights) -> Mixture:
     shared = shared_expert(d, w) if made.shared else None
     numbers = router.encoding.decode(router.fields)
     return Mixture(d, Router(norm, numbers, made, bias, choice), bank, shared)
+
+
+def beside_sublayer(d: Description, bank: ExpertBank, w: Weights) -> Beside:
+    """Experts with a dense feed-forward beside them."""
+
+    def norm(name: str, dtype: torch.dtype = torch.float32) -> RMSNorm:
+        return RMSNorm(vector(w[name]), d.norm_eps, dtype)
+
+    (router,), kind = w["router"], bank.activation_type
+    own = RMSNorm(vector(w["router_scale"]) * d.width**-0.5, d.norm_eps, torch.float32)
+    routing = OwnRouting(own, vector(w["expert_scale"]))
+    numbers = router.encoding.decode(router.fields)
+    chosen = Router(norm("experts_norm", kind), numbers, mixture_of(d), own=routing)
+    posts = norm("dense_post_norm"), norm("experts_post_norm"), norm("ffn_post_norm")
+    ends = Norms(norm("ffn_norm", kind), *posts), scale_of(d, w)
+    return Beside(d, chosen, bank, shared_expert(d, w), ends)
+
+
+def scale_of(d: Description, w: Weights) -> float:
+    """What the residual stream is multiplied by at a layer's end."""
+    return float(vector(w[OUT_SCALE])) if d.out_scale else 1.0
 
 
 def mixture_of(d: Description) -> MixtureConfig:

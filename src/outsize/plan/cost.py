@@ -114,7 +114,7 @@ def predict(
     if o.neurons is not None:
         points = tuple((share, rate, rate) for share, rate in o.neurons.hit_rates)
         rates = HitRates("what was measured to fire", points)
-    elif o.description.has_table:
+    elif o.description.has_table or o.description.token_width:
         rates, waits = BY_TEXT, waits + MISS_S
     return Cost(
         prompt_tokens=prompt,
