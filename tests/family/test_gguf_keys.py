@@ -165,13 +165,27 @@ def test_damaged_values_give_our_errors(
 
 def test_a_latent_of_old_files_and_of_v2_is_refused(gguf_of: Callable[[str], Checkpoint]) -> None:
     checkpoint = gguf_of("deepseek_v3")
+    plain = {k: t for k, t in checkpoint.tensors.items() if "exp_probs_b" not in k}
     for key, word in (
         ("attention.key_length_mla", "April 2025"),
         ("expert_gating_func", "DeepSeek V2"),
     ):
         config = {k: v for k, v in checkpoint.config.items() if k != f"deepseek2.{key}"}
         with pytest.raises(UnsupportedError, match=word):
-            recipe(replace(checkpoint, config=config))
+            recipe(replace(checkpoint, config=config, tensors=plain))
+
+
+def test_a_file_that_does_not_say_how_experts_are_weighed(
+    gguf_of: Callable[[str], Checkpoint],
+) -> None:
+    """GLM 4.7 Flash as it was converted until 2026-01-21 (llama.cpp#18980): a bias for choosing is of
+    sigmoids."""
+    checkpoint = gguf_of("glm4_moe_lite")
+    config = {k: v for k, v in checkpoint.config.items() if "expert_gating_func" not in k}
+    made = recipe(replace(checkpoint, config=config)).description
+    assert made == recipe(checkpoint).description
+    assert made.mixture is not None
+    assert made.mixture.score == "sigmoid"
 
 
 def test_every_new_family_is_held() -> None:
