@@ -38,6 +38,7 @@ NOT_FAMILIES = (
     "latent",
     "recipe",
     "rope",
+    "sharing",
     "yarn",
 )
 OWN = {  # of families that call their embedding otherwise

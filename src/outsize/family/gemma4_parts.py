@@ -174,8 +174,8 @@ def _global(config: Config, base: Description) -> tuple[int, int]:
     """Numbers of a head, and key heads, of layers that see all. Raises CheckpointError, UnsupportedError."""
     has = _kinds(config, base.num_layers)
     if config.format == "gguf":
-        heads = of_layers(config, "num_key_value_heads", base.num_layers)
-        return config.head_dim, heads[has.index(False)]
+        each_heads = of_layers(config, "num_key_value_heads", base.num_layers)
+        return config.head_dim, each_heads[has.index(False)]
     stated = {str(k): v for k, v in config.table("per_layer_config").items()}
     if not stated:
         same = base.num_kv_heads
@@ -184,7 +184,7 @@ def _global(config: Config, base: Description) -> tuple[int, int]:
     due = [str(i) for i, near in enumerate(has) if not near]
     each = list(stated.values())
     if (
-        sorted(stated, key=int) != due
+        sorted(stated) != sorted(due)
         or any(x != each[0] for x in each)
         or not isinstance(each[0], dict)
     ):
