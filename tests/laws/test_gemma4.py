@@ -32,6 +32,8 @@ from outsize.pack import fetch
 from outsize.pack.kinds import tokens
 from outsize.pack.outline import of_pack
 from outsize.plan import place
+from outsize.plan.cost import MISS_S, predict
+from outsize.plan.machine import Compute, Machine
 from outsize.plan.placement import BY_TOKEN
 from outsize.system import memory as budget
 from tests.golden import converted, tiny
@@ -250,3 +252,16 @@ def test_images_and_unused_keys_are_left_out(
     np.testing.assert_allclose(
         got, logits(open_tiny("gemma4", "fp32"), [40]), atol=TOLERANCE, rtol=0
     )
+
+
+def test_a_plan_of_paged_layers_waits_for_them_alone(folder_of: Callable[[str], Path]) -> None:
+    """Not for rows of tokens that nobody asks for; and says nothing of a loss."""
+    o = of_pack(fetch.pack(str(folder_of("gemma4")), encoding="q8_0", quiet=True))
+    least = place.least_bytes(o, 0, 0, 256)
+    made = place.place(o, least, 0, 0, 256)
+    names = [t.name for t in o.tables if t.kind != "tokens"]
+    machine = Machine("x", (), {}, rate_now=1e9)
+    compute = Compute(dict.fromkeys(names, 0.0), {}, 64)
+    assert made.streamed > 0
+    assert predict(o, machine, made, compute, 64).compute_s < 20 * MISS_S
+    assert place.table_note(o) == ""

@@ -10,6 +10,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 
+from outsize.pack.kinds.kind import kinds
 from outsize.pack.outline import Outline, head_of
 from outsize.pack.tables import TableHeader
 from outsize.plan.fixed import routed
@@ -99,7 +100,7 @@ def predict(
     records = sum(
         len(o.table(g).keys) - len(s.pinned)
         for g, s in place.shares.items()
-        if o.table(g).kind != "neurons" and not o.is_for_prompts(o.table(g))
+        if not kinds()[o.table(g).kind].routed and not o.is_for_prompts(o.table(g))
     )
     rate = machine.disk_bytes_per_s
     chunks = prompt / compute.chunk_tokens

@@ -31,6 +31,7 @@ DRAFT, GRAMMARS, STATES = "draft model", "grammars", "sequence states"
 GRAMMAR_BASE, GRAMMAR_TOKEN, GRAMMAR_REPLY = 6_000_000, 290, 1_200_000
 NEURON_BYTES = 600  # of what a policy, and the slot table, remember of a bundle of neurons
 ROW_BYTES = 700  # and of a record of rows by token
+KNOWN_BYTES = 200  # of one that has no slot: its place, its checksum, when it was evicted
 STREAM_TOKENS = 512  # of context that each further reply at once is planned for; beyond, some wait
 
 
@@ -172,8 +173,11 @@ def grammar_bytes(o: Outline) -> int:
 
 def policy_bytes(o: Outline) -> int:
     """What the eviction policy remembers of routing."""
-    each = {"experts": ECHO_BYTES, "neurons": NEURON_BYTES, "tokens": ROW_BYTES}
-    return sum(len(t.keys) * each[t.kind] for t in routed(o))
+    each, total = {"experts": ECHO_BYTES, "neurons": NEURON_BYTES, "tokens": ROW_BYTES}, 0
+    for t in routed(o):
+        slots = most_slots(o, t)
+        total += slots * each[t.kind] + (len(t.keys) - slots) * KNOWN_BYTES
+    return total
 
 
 def routed(o: Outline) -> list[TableHeader]:

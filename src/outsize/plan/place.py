@@ -99,7 +99,7 @@ def giveable(o: Outline, p: Placement) -> int:
 
 def table_note(o: Outline) -> str:
     """What a table of fewer bits, or of a low rank, costs; "" where it keeps all."""
-    found = [t for t in o.tables if t.kind == "tokens"]
+    found = [t for t in o.tables if t.kind == "tokens" and o.description.has_table]
     bits = {m.encoding for t in found for m in t.tensors["rows"]} - {"bf16"}
     memory = o.description.memory
     rank = memory is not None and bool(memory.ranks)
