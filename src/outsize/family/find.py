@@ -15,25 +15,31 @@ from outsize.errors import CheckpointError, UnsupportedError
 from outsize.family.bounds import fault
 from outsize.family.config import Config
 from outsize.family.keys import check, check_gguf
-from outsize.model_config import Recipe
+from outsize.family.recipe import Recipe
 
 ALIASES = {
     "gemma3_text": "gemma3", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss", "qwen2moe": "qwen2_moe",
     "minimax-m2": "minimax_m2", "glm4moe": "glm4_moe", "deepseek2": "deepseek_v3",
     "mistral3": "ministral3", "llama4_text": "llama4", "qwen3next": "qwen3_next", "qwen35": "qwen3_5",
     "qwen35moe": "qwen3_5_moe", "qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe",
+    "gemma4_text": "gemma4",
 }  # fmt: skip
 NOT_FAMILIES = (
     "bounds",
+    "bounds_forms",
     "common",
     "config",
     "convolutions",
     "delta",
     "find",
     "further",
+    "gemma4_parts",
     "keys",
     "latent",
+    "recipe",
     "rope",
+    "sharing",
+    "yarn",
 )
 OWN = {  # of families that call their embedding otherwise
     "opt": "model.decoder.embed_tokens.weight",

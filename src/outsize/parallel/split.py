@@ -94,9 +94,10 @@ def check(name: str, d: Description, world: int, way: Way) -> None:
         raise UnsupportedError(
             f"{name} is a mixture of experts, whose matrices are not cut; use --parallel experts, or relay"
         )
-    if d.memory is not None:
+    if d.reads_tokens or len(d.forms) > 1 or d.value_norm or d.out_scale:
         raise UnsupportedError(
-            f"{name} reads its tokens in every layer, and ranks are handed states alone; leave --ranks out"
+            f"{name} reads its tokens in every layer, or has layers of several sizes, which ranks do not "
+            "share; leave --ranks out"
         )
     if d.layer_norm or d.positions or d.parallel or d.two_matrix:
         raise UnsupportedError(

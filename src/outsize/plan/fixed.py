@@ -31,6 +31,7 @@ DRAFT, GRAMMARS, STATES = "draft model", "grammars", "sequence states"
 GRAMMAR_BASE, GRAMMAR_TOKEN, GRAMMAR_REPLY = 6_000_000, 290, 1_200_000
 NEURON_BYTES = 600  # of what a policy, and the slot table, remember of a bundle of neurons
 ROW_BYTES = 700  # and of a record of rows by token
+KNOWN_BYTES = 200  # of one that has no slot: its place, its checksum, when it was evicted
 STREAM_TOKENS = 512  # of context that each further reply at once is planned for; beyond, some wait
 
 
@@ -40,12 +41,12 @@ def kv_bytes(o: Outline) -> int:
     d = o.description
     kv = stored_bytes(o)
     if o.kv == "int8":  # of one layer, as numbers
-        kv += 2 * d.num_kv_heads * d.head_dim * o.activation_bytes
-    ropes = len({layer.rope for layer in d.layers})
+        kv += sum(2 * j * e * o.activation_bytes for j, e in set(d.kv_sizes))
+    angles = 4 * sum(d.rope_sizes.values())
     routed = 0 if d.mixture is None else d.width * (o.activation_bytes + 4) + 200 * d.mixture.used
-    rows = 0 if d.memory is None else 4 * d.width + sum(t.stride for t in _by_token(o))
+    rows = 4 * d.width + sum(t.stride for t in _by_token(o)) if d.reads_tokens else 0
     read = d.width * o.activation_bytes * d.parallel  # by attention, until the feed-forward has
-    return kv + 4 * d.width + 4 * d.head_dim * ropes + routed + rows + read + o.held + 100
+    return kv + 4 * d.width + angles + routed + rows + read + o.held + 100
 
 
 def _by_token(o: Outline) -> list[TableHeader]:
@@ -55,8 +56,10 @@ def _by_token(o: Outline) -> list[TableHeader]:
 def stored_bytes(o: Outline) -> int:
     """Of one token: its keys and values in all layers."""
     d = o.description
-    entry = entry_bytes(d.head_dim) if o.kv == "int8" else d.head_dim * o.activation_bytes
-    return 2 * len(d.kv_layers) * d.num_kv_heads * entry
+    sizes = [d.kv_sizes[i] for i in d.kv_layers]
+    if o.kv == "int8":
+        return sum(2 * heads * entry_bytes(numbers) for heads, numbers in sizes)
+    return sum(2 * heads * numbers * o.activation_bytes for heads, numbers in sizes)
 
 
 def state_bytes(o: Outline) -> int:
@@ -78,6 +81,11 @@ def kv_tokens(o: Outline, context: int) -> int:
 
 def scratch_bytes(o: Outline, context: int) -> int:
     """The peak of computing one chunk of a prompt, beside weights."""
+    return max(_layer_scratch(replace(o, description=d), context) for d in o.description.forms)
+
+
+def _layer_scratch(o: Outline, context: int) -> int:
+    """The same, of layers of one size."""
     d, a, c = o.description, o.activation_bytes, min(CHUNK, context)
     heads = (d.num_heads + d.num_kv_heads) * d.head_dim
     queries = d.num_heads * d.head_dim
@@ -99,6 +107,7 @@ def scratch_bytes(o: Outline, context: int) -> int:
         ffn += c * ((2 * d.shard.world + 2) * d.width + (d.shard.world + 1) * inner) * a
     block = min(WIDE_BYTES, 2 * inner * d.width * a)
     decoded = 2 * block + c * block // d.width  # once more as the matmul packs it; and its product
+    ffn = max(ffn, c * d.token_width * (5 * a + 16))
     logits = 3 * 4 * d.vocab_size
     most = max(attention, c * rows + decoded, ffn + decoded, logits)
     return int(FRAGMENTS * most)
@@ -164,8 +173,11 @@ def grammar_bytes(o: Outline) -> int:
 
 def policy_bytes(o: Outline) -> int:
     """What the eviction policy remembers of routing."""
-    each = {"experts": ECHO_BYTES, "neurons": NEURON_BYTES, "tokens": ROW_BYTES}
-    return sum(len(t.keys) * each[t.kind] for t in routed(o))
+    each, total = {"experts": ECHO_BYTES, "neurons": NEURON_BYTES, "tokens": ROW_BYTES}, 0
+    for t in routed(o):
+        slots = most_slots(o, t)
+        total += slots * each[t.kind] + (len(t.keys) - slots) * KNOWN_BYTES
+    return total
 
 
 def routed(o: Outline) -> list[TableHeader]:
@@ -174,8 +186,14 @@ def routed(o: Outline) -> list[TableHeader]:
 
 
 def all_bytes(o: Outline) -> int:
-    """All weights, fully resident; experts' slots are in huge pages."""
-    return o.size + sum(huge_bytes(t.size) - t.size for t in routed(o))
+    """All weights that are worth memory, fully resident; experts' slots are in huge pages."""
+    slots = {t.name: most_slots(o, t) for t in routed(o)}
+    return o.size + sum(huge_bytes(slots[t.name] * t.stride) - t.size for t in routed(o))
+
+
+def most_slots(o: Outline, t: TableHeader) -> int:
+    """Records of a table that are worth memory."""
+    return kinds()[t.kind].most_slots(o.description, t)
 
 
 def draft_bytes(smaller: Outline, context: int) -> int:

@@ -13,7 +13,15 @@ from outsize.errors import BudgetError, OptionError
 from outsize.pack.kinds.kind import kinds
 from outsize.pack.outline import Outline
 from outsize.pack.tables import TableHeader
-from outsize.plan.fixed import FRAGMENTS, all_bytes, fixed_costs, kv_tokens, routed, token_bytes
+from outsize.plan.fixed import (
+    FRAGMENTS,
+    all_bytes,
+    fixed_costs,
+    kv_tokens,
+    most_slots,
+    routed,
+    token_bytes,
+)
 from outsize.plan.layers_off import note
 from outsize.plan.placement import (
     BY_ID,
@@ -91,7 +99,7 @@ def giveable(o: Outline, p: Placement) -> int:
 
 def table_note(o: Outline) -> str:
     """What a table of fewer bits, or of a low rank, costs; "" where it keeps all."""
-    found = [t for t in o.tables if t.kind == "tokens"]
+    found = [t for t in o.tables if t.kind == "tokens" and o.description.has_table]
     bits = {m.encoding for t in found for m in t.tensors["rows"]} - {"bf16"}
     memory = o.description.memory
     rank = memory is not None and bool(memory.ranks)
@@ -158,12 +166,13 @@ def _fill(o: Outline, room: int, rings: Mapping[str, int]) -> dict[str, Share]:
 
 def _routed_shares(o: Outline, room: int) -> dict[str, Share]:
     """What is left goes to the slots of what a router names, to each table by its size."""
-    total = sum(t.size for t in routed(o))
+    useful = {t.name: most_slots(o, t) for t in routed(o)}
+    total = sum(useful[t.name] * t.stride for t in routed(o))
     out = {}
     for t in routed(o):
-        least = _least_slots(o, t)
-        given = huge_bytes(least * t.stride) + int(max(0, room) * t.size / total)
-        out[t.name] = Share((), min(len(t.keys), max(least, _slots_in(given, t.stride))))
+        least, most = _least_slots(o, t), useful[t.name]
+        given = huge_bytes(least * t.stride) + int(max(0, room) * most * t.stride / total)
+        out[t.name] = Share((), min(most, max(least, _slots_in(given, t.stride))))
     return out
 
 
@@ -211,7 +220,8 @@ def place(
     fixed["reserve"] = _reserve(min(budget, whole))
     room = budget - sum(fixed.values()) - o.table("final-0").size
     if room >= all_bytes(o):
-        shares, spare = {t.name: all_of(t) for t in o.tables}, room - all_bytes(o)
+        shares = {t.name: all_of(t, most_slots(o, t)) for t in o.tables}
+        spare = room - all_bytes(o)
     else:
         idle = lent_bytes(o, fixed["scratch"], FRAGMENTS)
         shares, spare = lend(o, _stream(o, room), idle), 0
