@@ -63,7 +63,7 @@ def _keys(ids: NDArray[np.int64], count: int, vocab: int) -> NDArray[np.int64]:
 def _after(
     keys: NDArray[np.int64], then: NDArray[np.int64], vocab: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Sorted keys, and for each: what most often comes after, how often it was there, and the share of that."""
+    """Sorted keys, and for each: what most often comes after, how often it was there, and that share."""
     pairs, counts = np.unique(keys * vocab + then, return_counts=True)
     order = np.lexsort((counts, pairs // vocab))
     pairs, counts = pairs[order], counts[order]
