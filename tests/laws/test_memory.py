@@ -32,10 +32,11 @@ from outsize.pack import fetch
 from outsize.pack.format import Pack
 from outsize.pack.kinds.tokens import KIND, layout
 from outsize.pack.outline import of_pack
-from outsize.plan import place
+from outsize.plan import cost, fixed, place
 from outsize.plan.drafts import with_drafting
 from outsize.plan.layers_off import parse_layers
-from outsize.plan.placement import BY_TOKEN
+from outsize.plan.machine import Compute, Machine
+from outsize.plan.placement import BY_TOKEN, DISK
 from outsize.storage.reader import Reader
 from outsize.storage.stats import IOStats
 from outsize.storage.table import Table
@@ -394,3 +395,34 @@ def test_the_plan_names_the_tier(tabled: Tabled, monkeypatch: pytest.MonkeyPatch
     assert tiers.get("memory-0") == BY_TOKEN
     assert any("group4" in note for note in placed.notes)
     assert placed.planned <= low
+
+
+def test_a_prediction_waits_for_one_row_a_token(
+    tabled: Tabled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where layers are on disk, too: the rows of other tokens are no records that a token waits for."""
+    monkeypatch.setattr("outsize.pack.kinds.tokens.LEAST", 2)
+    monkeypatch.setattr(Machine, "disk_bytes_per_s", 1e9)
+    outline = of_pack(tabled(bits=4))
+    placed = place.place(outline, place.least_bytes(outline, 0, 0, 256), 0, 0, 256)
+    placed = replace(placed, groups=(*placed.groups, ("attn-0", DISK, 1_000_000)))
+    compute = Compute({"attn-0": 1e-3, "head": 1e-3, "embed": 1e-3}, {}, 32)
+    found = cost.predict(outline, Machine("", (), {}), placed, compute, 32)
+    streamed = [t for t in outline.tables if t.kind != "tokens"]
+    waits = sum(len(t.keys) - len(placed.shares[t.name].pinned) for t in streamed)
+    assert placed.streamed >= 1_000_000
+    most = (waits + 1) * cost.MISS_S
+    assert 0 <= found.compute_s - cost.step_s(outline, compute) <= most * (1 + 1e-9)
+
+
+def test_slots_of_small_rows_are_counted(tabled: Tabled) -> None:
+    """With what remembers them, and never more than the budget."""
+    outline = of_pack(tabled(bits=4))
+    least = place.least_bytes(outline, 0, 0, 256)
+    for more in range(0, 200_000, 9_000):
+        placed = place.place(outline, least + more, 0, 0, 256)
+        assert placed.planned <= least + more
+        share = placed.shares["memory-0"]
+        known = len(outline.table("memory-0").keys) * fixed.ROW_BYTES
+        slots = (len(share.pinned) + share.ring) * fixed.ROW_SLOT_BYTES
+        assert placed.fixed["cache policy"] == known + slots

@@ -99,7 +99,7 @@ def predict(
     records = sum(
         len(o.table(g).keys) - len(s.pinned)
         for g, s in place.shares.items()
-        if o.table(g).kind != "neurons" and not o.is_for_prompts(o.table(g))
+        if o.table(g).kind not in ("neurons", "tokens") and not o.is_for_prompts(o.table(g))
     )
     rate = machine.disk_bytes_per_s
     chunks = prompt / compute.chunk_tokens

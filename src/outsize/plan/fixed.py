@@ -30,7 +30,9 @@ DRAFT, GRAMMARS, STATES = "draft model", "grammars", "sequence states"
 # tokens, 180 afterwards); a reply's grammar of 20 tools with 10 parameters each.
 GRAMMAR_BASE, GRAMMAR_TOKEN, GRAMMAR_REPLY = 6_000_000, 290, 1_200_000
 NEURON_BYTES = 600  # of what a policy, and the slot table, remember of a bundle of neurons
-ROW_BYTES = 700  # and of a record of rows by token
+# Of a record of rows by token: its number and checksum in the header, and what came of asking for it; and of
+# a slot for one, what the policy, the slot table and the cache remember (measured: 100 and 500).
+ROW_BYTES, ROW_SLOT_BYTES = 160, 600
 STREAM_TOKENS = 512  # of context that each further reply at once is planned for; beyond, some wait
 
 
@@ -175,7 +177,13 @@ def routed(o: Outline) -> list[TableHeader]:
 
 def all_bytes(o: Outline) -> int:
     """All weights, fully resident; experts' slots are in huge pages."""
-    return o.size + sum(huge_bytes(t.size) - t.size for t in routed(o))
+    beside = sum(slot_bytes(t, len(t.keys)) for t in routed(o))
+    return o.size + sum(huge_bytes(t.size) - t.size for t in routed(o)) + beside
+
+
+def slot_bytes(t: TableHeader, count: int) -> int:
+    """What so many slots of a table take beside the records in them, where there may be very many."""
+    return count * ROW_SLOT_BYTES if t.kind == "tokens" else 0
 
 
 def draft_bytes(smaller: Outline, context: int) -> int:

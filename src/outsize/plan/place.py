@@ -13,7 +13,15 @@ from outsize.errors import BudgetError, OptionError
 from outsize.pack.kinds.kind import kinds
 from outsize.pack.outline import Outline
 from outsize.pack.tables import TableHeader
-from outsize.plan.fixed import FRAGMENTS, all_bytes, fixed_costs, kv_tokens, routed, token_bytes
+from outsize.plan.fixed import (
+    FRAGMENTS,
+    all_bytes,
+    fixed_costs,
+    kv_tokens,
+    routed,
+    slot_bytes,
+    token_bytes,
+)
 from outsize.plan.layers_off import note
 from outsize.plan.placement import (
     BY_ID,
@@ -122,7 +130,8 @@ def _least_slots(o: Outline, t: TableHeader) -> int:
 
 
 def _least_routed(o: Outline) -> int:
-    return sum(huge_bytes(_least_slots(o, t) * t.stride) for t in routed(o))
+    counts = ((t, _least_slots(o, t)) for t in routed(o))
+    return sum(huge_bytes(count * t.stride) + slot_bytes(t, count) for t, count in counts)
 
 
 def _order(o: Outline) -> list[tuple[int, str, int]]:
@@ -162,7 +171,9 @@ def _routed_shares(o: Outline, room: int) -> dict[str, Share]:
     out = {}
     for t in routed(o):
         least = _least_slots(o, t)
-        given = huge_bytes(least * t.stride) + int(max(0, room) * t.size / total)
+        more = int(max(0, room) * t.size / total)
+        more = more * t.stride // (t.stride + slot_bytes(t, 1))
+        given = huge_bytes(least * t.stride) + more
         out[t.name] = Share((), min(len(t.keys), max(least, _slots_in(given, t.stride))))
     return out
 
@@ -215,6 +226,8 @@ def place(
     else:
         idle = lent_bytes(o, fixed["scratch"], FRAGMENTS)
         shares, spare = lend(o, _stream(o, room), idle), 0
+    for t in routed(o):
+        fixed["cache policy"] += slot_bytes(t, len(shares[t.name].pinned) + shares[t.name].ring)
     notes = [KV_INT8] if o.kv == "int8" else []
     notes += [text for text in (note(o.description), table_note(o)) if text]
     notes += [o.neurons.note] if o.neurons is not None and o.neurons.note else []
