@@ -30,7 +30,7 @@ TRIES = 4
 def bench_of(model: str, options: ServeOptions, how: Row) -> Bench:
     """A server in a budget, capped at it."""
     flags = [f"--memory={how['memory']}", f"--context={how['context']}", "-q"]
-    flags += [f"--streams={max(options.stream_counts())}"]
+    flags += [f"--streams={max(options.stream_counts())}", *shlex.split(how["serve"])]
     wrap = shlex.split(how["wrap"].format(bytes=how["memory"])) if how["memory"] != "auto" else []
     return Bench(options, lambda more: Server.of_outsize(model, [*flags, *more], wrap))
 
@@ -76,7 +76,12 @@ async def measured(model: str, options: ServeOptions, how: Row, share: float) ->
     """Rows of the loads, each with what was held."""
     bench, told = await opened(model, options, how, share)
     try:
-        about = {"model_file": Path(model).name, "processor": probe.processor(), **told}
+        about = {
+            "model_file": Path(model).name,
+            "processor": probe.processor(),
+            "serve": how["serve"],
+            **told,
+        }
         rows = [about | row async for row in show.measure(bench)]
     finally:
         status = bench.close()
@@ -87,9 +92,9 @@ def main() -> None:
     a = arguments(
         __doc__, "model", wrap=WRAP, share=0.5, context=1024, streams="1,16", repeats=5,
         requests=(16, "of each number of streams, in all"), new=(64, "tokens of a reply"),
-        soak=(0.0, "seconds"), clients=(64, "of the soak"),
+        soak=(0.0, "seconds"), clients=(64, "of the soak"), serve=("", "more flags of the server"),
     )  # fmt: skip
-    how = {"context": a.context, "wrap": a.wrap}
+    how = {"context": a.context, "wrap": a.wrap, "serve": a.serve}
     options = ServeOptions(
         loads="many", streams=a.streams, requests=a.requests, new_tokens=a.new, repeats=a.repeats,
         limit=3600.0,
@@ -114,7 +119,8 @@ def gain(rows: list[Row]) -> Row:
     pairs = zip(rates[counts[-1]], rates[counts[0]], strict=True)
     ratios = sorted(round(many / one, 3) for many, one in pairs)
     return {
-        "model_file": rows[0]["model_file"], "held_share": rows[0]["held_share"], "streams": counts,
+        "model_file": rows[0]["model_file"], "held_share": rows[0]["held_share"],
+        "serve": rows[0]["serve"], "streams": counts,
         "tokens_per_s": {str(n): rates[n] for n in counts}, "ratio": ratios[len(ratios) // 2],
         "ratio_min": ratios[0], "ratio_max": ratios[-1],
     }  # fmt: skip

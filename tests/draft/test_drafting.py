@@ -234,8 +234,19 @@ def test_drafts_leave_the_steps_of_others_short() -> None:
     even = len(drafter.propose(text, 15).tokens)
     assert free > 10
     assert even == 2, "1.6 times 14 ms are 22.4: twelve rows, three for each of four"
-    company.others = 0
+    company.meets(3, joining=True)
+    assert len(drafter.propose(text, 15).tokens) == 3, "beside prompts all four draft what one may"
+    company.meets(0, joining=True)
     assert len(drafter.propose(text, 15).tokens) > 10, "alone it makes nobody wait"
+
+
+def test_what_a_step_brings_others_is_forgotten_with_them() -> None:
+    company = Company()
+    company.meets(3, joining=False)
+    company.saw(8)
+    assert company.tokens == 6.0, "eight tokens of four, three of them others"
+    company.meets(7, joining=True)
+    assert (company.others, company.joining, company.tokens) == (7, True, 7.0)
 
 
 def test_masks_go_where_a_step_may_end() -> None:

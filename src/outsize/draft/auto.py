@@ -20,7 +20,6 @@ from outsize.forward.span import Out
 
 MARGIN = 1.01  # drafts must promise so much more than none
 CROWD = 4  # others: from eight rows on, kernels are bound by computing
-STRETCH = float(__import__("os").environ.get("STRETCH", "1e9"))
 AHEAD = 0.6  # what counts of the tokens that the next step may get: they take rows there
 PATIENCE, MOST_PATIENT = 24, 200  # steps until mask tokens that did not pay are tried again
 
@@ -85,10 +84,13 @@ class AutoDraft(Drafter):
 
     def _fair(self) -> int:
         """Draft tokens with which a shared step takes at most `stretch` times as long as one without drafts,
-        if all who share it have as many."""
+        if all who share it have as many. Where it runs prompts as well, reading hides no rows: all together
+        draft as many there as one alone may."""
         share, stretch = self._company.others + 1, self._company.stretch
         if share == 1 or stretch is None:
             return MOST
+        if self._company.joining:
+            return MOST // share
         most = stretch * self._step_times.seconds(share)
         counts = range(MOST, 0, -1)
         return next((n for n in counts if self._step_times.seconds(share * (1 + n)) <= most), 0)

@@ -19,13 +19,17 @@ class Company:
 
     others: int = 0  # sequences
     gained: float = 0.0  # tokens that a step has brought of late, in all
+    joining: bool = False  # did the last step run prompts, too? Then the next one likely does
     stretch: float | None = None  # of a shared step by drafts, at most; None: as far as they pay
 
-    def saw(self, others: int, gained: int) -> None:
-        """A step of this sequence and others brought so many tokens."""
+    def meets(self, others: int, joining: bool) -> None:
+        """A step ran this sequence and others, prompts among them (`joining`) or replies alone."""
         if others != self.others:
             self.gained = 0.0
-        self.others = others
+        self.others, self.joining = others, joining
+
+    def saw(self, gained: int) -> None:
+        """A step of replies alone brought so many tokens."""
         self.gained += (LEARN if self.gained else 1.0) * (gained - self.gained)
 
     @property
