@@ -88,6 +88,11 @@ def check(name: str, d: Description, world: int, way: Way) -> None:
         )
     if way.cut == "experts" and (d.mixture is None or d.mixture.nested):
         raise OptionError(f"{name} has no experts to share out; use --parallel tensor")
+    if way.cut == "experts" and d.mixture is not None and d.mixture.beside:
+        raise UnsupportedError(
+            f"{name} has a dense feed-forward beside its experts, which ranks do not share out; leave "
+            "--ranks out"
+        )
     if way.cut in UNCUT:
         return
     if d.mixture is not None and way.cut != "layers":
