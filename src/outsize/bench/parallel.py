@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 
 from outsize.arguments import whole
@@ -207,6 +207,7 @@ def _searched(model: Model, chain: Chain, tokens: int, repeats: int) -> dict[str
         **{f"{name}_cuts": list(cuts) for name, cuts in rows.items()},
         **{f"{name}_s": round(s, 4) for name, s in took.items()},
         "simulated_s": round(costs.seconds(0, chunk, best), 4),
+        "costs": asdict(costs),
     }  # fmt: skip
 
 

@@ -220,8 +220,7 @@ def _open(
         drafts.nested = nested.drafter(packs.nested, options, (outline, placement), transformer)
         opened.pop_all()
     prefixes = open_prefixes.make(kept, made, placement, transformer, known)
-    whole = made if team is None else team.whole
-    forward, again = ranks.steps_of(team)
+    whole, forward, again = ranks.steps_of(team, made)
     scheduler = Scheduler(whole.path.name, transformer, placement, drafts, forward, prefixes)
     scheduler.adapters, scheduler.again = known, again
     return Model(whole, found, scheduler, options.prefill, options.width)

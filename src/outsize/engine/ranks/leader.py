@@ -183,9 +183,11 @@ def plan(
         team.plan(*sizes, options, adapters)
 
 
-def steps_of(team: Team | None) -> tuple[Forward, Callable[[PeerError], None] | None]:
-    """What runs steps, and what has lost ranks come again."""
-    return (lazy, None) if team is None else (team.forward, team.again)
+def steps_of(
+    team: Team | None, made: Pack
+) -> tuple[Pack, Forward, Callable[[PeerError], None] | None]:
+    """The model's pack, what runs its steps, and what has lost ranks come again. `made`: this rank's."""
+    return (made, lazy, None) if team is None else (team.whole, team.forward, team.again)
 
 
 def table_key(pack: Pack, world: int) -> str:
