@@ -16,8 +16,11 @@ import outsize
 from experiments.runs import Row, arguments, record
 from outsize.bench.speculate import SpeculateOptions, memory_for
 from outsize.engine.model import Model
+from outsize.errors import BudgetError
 from outsize.forward.full import full
 from outsize.forward.span import Span
+
+MORE = 6_000_000  # bytes
 
 
 class Way:
@@ -53,15 +56,25 @@ class Way:
         }  # fmt: skip
 
 
+def _opened(name: str, memory: str, threads: int, width: str) -> Model:
+    """What a process takes besides the weights shows only once it runs: more where it is too little."""
+    for more in (0, 1, 2, 3):
+        given = memory if memory == "auto" else str(int(memory) + more * MORE)
+        try:
+            return outsize.load(name, memory=given, context=1024, draft="none", prefix_cache="off",
+                                threads=threads, width=width, quiet=True)  # fmt: skip
+        except BudgetError as e:
+            last = e
+    raise last
+
+
 def main() -> None:
     args = arguments(__doc__, "model", memory="auto", held=1.0, text=Path, tokens=64, name="smol",
                      widths="full,0.75,0.5,0.3", threads=2, rounds=3, machine="busy")  # fmt: skip
     text = args.text.read_text()[:20_000]
     how = SpeculateOptions(args.text, "none", memory=args.memory, held=args.held, context=1024)
-    memory = memory_for(args.model, how)
     only = args.widths if "," not in args.widths else "full"
-    with outsize.load(args.model, memory=memory, context=1024, draft="none", prefix_cache="off",
-                      threads=args.threads, width=only, quiet=True) as model:  # fmt: skip
+    with _opened(args.model, memory_for(args.model, how), args.threads, only) as model:
         is_cut = bool(model.transformer.nested.count)
         ways = [Way(w, model, w) for w in (args.widths.split(",") if is_cut else ["full"])]
         tokens = model.tokens.encode(text)[:1000]
