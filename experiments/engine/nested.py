@@ -56,13 +56,15 @@ class Way:
         }  # fmt: skip
 
 
-def _opened(name: str, memory: str, threads: int, width: str) -> Model:
+def _opened(name: str, memory: str, how: tuple[int, str, str]) -> Model:
     """What a process takes besides the weights shows only once it runs: more where it is too little."""
+    threads, width, experts = how
     for more in (0, 1, 2, 3):
         given = memory if memory == "auto" else str(int(memory) + more * MORE)
         try:
             return outsize.load(name, memory=given, context=1024, draft="none", prefix_cache="off",
-                                threads=threads, width=width, quiet=True)  # fmt: skip
+                                threads=threads, width=width, experts=experts or None,
+                                quiet=True)  # fmt: skip
         except BudgetError as e:
             last = e
     raise last
@@ -70,11 +72,14 @@ def _opened(name: str, memory: str, threads: int, width: str) -> Model:
 
 def main() -> None:
     args = arguments(__doc__, "model", memory="auto", held=1.0, text=Path, tokens=64, name="smol",
-                     widths="full,0.75,0.5,0.3", threads=2, rounds=3, machine="busy")  # fmt: skip
+                     widths="full,0.75,0.5,0.3", threads=2, rounds=3, machine="busy",
+                     experts="")  # fmt: skip
     text = args.text.read_text()[:20_000]
     how = SpeculateOptions(args.text, "none", memory=args.memory, held=args.held, context=1024)
     only = args.widths if "," not in args.widths else "full"
-    with _opened(args.model, memory_for(args.model, how), args.threads, only) as model:
+    with _opened(
+        args.model, memory_for(args.model, how), (args.threads, only, args.experts)
+    ) as model:
         is_cut = bool(model.transformer.nested.count)
         ways = [Way(w, model, w) for w in (args.widths.split(",") if is_cut else ["full"])]
         tokens = model.tokens.encode(text)[:1000]
@@ -87,7 +92,7 @@ def main() -> None:
             said = {
                 "model": args.name, "width": way.name if is_cut else "dense", "threads": args.threads,
                 "memory_mb": round(model.placement.budget / 1e6, 1), "held": round(held, 3),
-                "machine": args.machine,
+                "machine": args.machine, "experts": args.experts,
             }  # fmt: skip
             record({**said, **way.row(args.tokens)}, args.output)
 
