@@ -16,6 +16,7 @@ from torch import Tensor
 
 from outsize.adapt.nested.correct import closed_form
 from outsize.adapt.nested.prefixes import Choose, Ffn, Prefixes, ffns, labels
+from outsize.adapt.nested.refit import refitted
 from outsize.adapt.statistics import bf16_products, causal
 from outsize.adapt.trainable import TrainableModel, matmul_type
 from outsize.model.width import chosen
@@ -140,6 +141,11 @@ class Arms(Plain):
     def put(self, router_LMD: Tensor, bias_LM: Tensor) -> None:
         """Other routers."""
         self._router, self._bias = router_LMD, bias_LM
+
+    def refit(self, ids: Tensor) -> None:
+        """Down maps in closed form, of sequences to learn from."""
+        made, kind = refitted(self.model, self.ffns, self.ends, ids), self.model.dtype
+        self.ffns = [Ffn(f.gate_up.to(kind), f.down.to(kind)) for f in made]
 
     def correct(self, ids: Tensor, rank: int) -> None:
         """Corrections in closed form, of sequences to learn from."""
