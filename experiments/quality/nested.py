@@ -51,13 +51,16 @@ class Text:
 
 def main() -> None:
     args = arguments(__doc__, "nested", "base", "texts+", tokens=2048, name="smol", seeds=3,
-                     file="", rank=0, data="", arms="router,oracle,layers,random,static,skip",
+                     file="", rank=0, data="", refit=False, arms="router,oracle,layers,random,static,skip",
                      shares=[0.5, 0.75])  # fmt: skip
     arms, wanted = Arms(args.nested, args.base, args.file), args.arms.split(",")
     a = arms.file.about
-    if args.rank:
-        learned = words(arms.base, [Path(p) for p in args.data.split(",")], 1 << 16)
-        arms.correct(spread(learned.ids_BT, LEARNED), args.rank)
+    if args.data:
+        learned = words(arms.base, [Path(p) for p in args.data.split(",")], 1 << 16).ids_BT
+        if args.refit:
+            arms.refit(learned)
+        if args.rank:
+            arms.correct(spread(learned, LEARNED), args.rank)
     for name in args.texts:
         found = words(arms.base, [Path(name)], 1 << 17, LENGTH)
         ids = spread(torch.cat([found.ids_BT, found.held_out_BT]), args.tokens // LENGTH)

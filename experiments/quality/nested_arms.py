@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from outsize.adapt.nested.correct import closed_form
-from outsize.adapt.nested.prefixes import Choose, Prefixes, ffns, labels
+from outsize.adapt.nested.prefixes import Choose, Ffn, Prefixes, ffns, labels
+from outsize.adapt.nested.refit import refitted
 from outsize.adapt.statistics import bf16_products, causal
 from outsize.adapt.trainable import TrainableModel, matmul_type
 from outsize.model.width import chosen
@@ -47,39 +48,21 @@ class Skipping(Prefixes):
         return out * 0 if layer in self.skipped else out
 
 
-class Arms:
-    """A base model, nested experts that were made of it, and their add-on."""
+class Plain:
+    """Feed-forwards in the order of their neurons, and ways that need no routers. `ends`: neurons of each
+    width, of so many `pieces`."""
 
-    def __init__(self, nested: str, base: str, file: str = "") -> None:
-        pack, self.base = (fetch.find(name) or fetch.pack(name) for name in (nested, base))
-        found = nested_file.read(Path(file), pack) if file else nested_file.of_pack(pack)
-        assert found is not None
-        self.file, self.pack, kind = found, pack, matmul_type(CPU)
-        self.model = TrainableModel(self.base, CPU, kind, silent)
-        size = self.base.description.ffn_width // found.about.count
-        self.ffns, self._ends = ffns(pack, kind), [n * size for n in found.about.widths]
-        self._router, self._bias = found.numbers(ROUTER), found.numbers(BIAS)
-        self._fixes = {n: found.numbers(n) for n in (A, B, C)} if found.about.rank else None
-        self.widths_M = torch.tensor(found.about.widths).float() / found.about.count
-        self.layers = self.base.description.num_layers
-
-    def put(self, router_LMD: Tensor, bias_LM: Tensor) -> None:
-        """Other routers."""
-        self._router, self._bias = router_LMD, bias_LM
-
-    def correct(self, ids: Tensor, rank: int) -> None:
-        """Corrections in closed form, of sequences to learn from."""
-        self._fixes = closed_form(self.model, self.ffns, self._ends, rank, ids)
-
-    @torch.no_grad()
-    def former(self, ids: Tensor) -> Tensor:
-        """(B, T, D) normed states of the base model itself."""
-        with bf16_products():
-            return self.model.run(causal(self.model.embed(ids)))[0]
+    def __init__(
+        self, model: TrainableModel, ffns: Sequence[Ffn], ends: list[int], pieces: Sequence[int]
+    ) -> None:
+        self.model, self.ffns, self.ends = model, list(ffns), ends
+        self.widths_M = torch.tensor(pieces).float() / pieces[-1]
+        self.layers = model.description.num_layers
+        self.fixes: dict[str, Tensor] | None = None
 
     @torch.no_grad()
     def run(self, ids: Tensor, way: Way) -> Prefixes:
-        seen = Skipping(self.model, self.ffns, self._ends, way.choose, self._fixes)
+        seen = Skipping(self.model, self.ffns, self.ends, way.choose, self.fixes)
         seen.skipped = way.skipped
         with bf16_products():
             seen.states, _ = self.model.run(causal(self.model.embed(ids)), change=seen)
@@ -93,13 +76,6 @@ class Arms:
     def whole(self) -> Way:
         last = len(self.widths_M) - 1
         return Way(lambda layer, x, error: torch.full(x.shape[:-1], last))
-
-    def routed(self, threshold: float) -> Way:
-        def choose(layer: int, x: Tensor, error: Tensor) -> Tensor:
-            z = x.float() @ self._router[layer].T + self._bias[layer]
-            return chosen(z.flatten(0, 1), threshold).view(x.shape[:-1])
-
-        return Way(choose)
 
     def oracle(self, level: float) -> Way:
         return Way(lambda layer, x, error: labels(error, level))
@@ -146,6 +122,47 @@ class Arms:
             now = self.share(self.run(ids, way), way)
             low, high = (middle, high) if (now < share) == rises else (low, middle)
         return (low + high) / 2
+
+
+class Arms(Plain):
+    """A base model, nested experts that were made of it, and their add-on."""
+
+    def __init__(self, nested: str, base: str, file: str = "") -> None:
+        pack, self.base = (fetch.find(name) or fetch.pack(name) for name in (nested, base))
+        found = nested_file.read(Path(file), pack) if file else nested_file.of_pack(pack)
+        assert found is not None
+        self.file, self.pack, kind = found, pack, matmul_type(CPU)
+        model = TrainableModel(self.base, CPU, kind, silent)
+        size, pieces = self.base.description.ffn_width // found.about.count, found.about.widths
+        super().__init__(model, ffns(pack, kind), [n * size for n in pieces], pieces)
+        self._router, self._bias = found.numbers(ROUTER), found.numbers(BIAS)
+        self.fixes = {n: found.numbers(n) for n in (A, B, C)} if found.about.rank else None
+
+    def put(self, router_LMD: Tensor, bias_LM: Tensor) -> None:
+        """Other routers."""
+        self._router, self._bias = router_LMD, bias_LM
+
+    def refit(self, ids: Tensor) -> None:
+        """Down maps in closed form, of sequences to learn from."""
+        made, kind = refitted(self.model, self.ffns, self.ends, ids), self.model.dtype
+        self.ffns = [Ffn(f.gate_up.to(kind), f.down.to(kind)) for f in made]
+
+    def correct(self, ids: Tensor, rank: int) -> None:
+        """Corrections in closed form, of sequences to learn from."""
+        self.fixes = closed_form(self.model, self.ffns, self.ends, rank, ids)
+
+    @torch.no_grad()
+    def former(self, ids: Tensor) -> Tensor:
+        """(B, T, D) normed states of the base model itself."""
+        with bf16_products():
+            return self.model.run(causal(self.model.embed(ids)))[0]
+
+    def routed(self, threshold: float) -> Way:
+        def choose(layer: int, x: Tensor, error: Tensor) -> Tensor:
+            z = x.float() @ self._router[layer].T + self._bias[layer]
+            return chosen(z.flatten(0, 1), threshold).view(x.shape[:-1])
+
+        return Way(choose)
 
 
 def sizes(pack: Pack) -> tuple[int, int]:
