@@ -34,7 +34,7 @@ from outsize.pack.outline import of_pack
 from outsize.plan import place
 from outsize.plan.cost import MISS_S, predict
 from outsize.plan.machine import Compute, Machine
-from outsize.plan.placement import BY_TOKEN
+from outsize.plan.placement import BY_TOKEN, DISK
 from outsize.system import memory as budget
 from tests.golden import converted, tiny
 from tests.golden.test_golden import TOLERANCE, logits
@@ -257,8 +257,8 @@ def test_images_and_unused_keys_are_left_out(
 def test_a_plan_of_paged_layers_waits_for_them_alone(folder_of: Callable[[str], Path]) -> None:
     """Not for rows of tokens that nobody asks for; and says nothing of a loss."""
     o = of_pack(fetch.pack(str(folder_of("gemma4")), encoding="q8_0", quiet=True))
-    least = place.least_bytes(o, 0, 0, 256)
-    made = place.place(o, least, 0, 0, 256)
+    made = place.place(o, place.least_bytes(o, 0, 0, 256), 0, 0, 256)
+    made = replace(made, groups=(*made.groups, ("ffn-0", DISK, 4096)))  # as if it were read
     names = [t.name for t in o.tables if t.kind != "tokens"]
     machine = Machine("x", (), {}, rate_now=1e9)
     compute = Compute(dict.fromkeys(names, 0.0), {}, 64)
