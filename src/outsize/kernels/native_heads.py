@@ -28,8 +28,7 @@ class NativeHeads:
         """(T, H, N) bf16."""
         (count, heads, width), rows = x_THK.shape, w_HNK.shape[1]
         out = torch.empty(count, heads, rows, dtype=torch.bfloat16, device="cpu")
-        x = address(x_THK.contiguous(), torch.bfloat16)
-        self._run(
-            x, address(w_HNK, torch.bfloat16), out.data_ptr(), count, heads, rows, width
-        )  # fmt: skip
+        x_THK = x_THK.contiguous()  # and kept until it has been read
+        x, w = (address(tensor, torch.bfloat16) for tensor in (x_THK, w_HNK))
+        self._run(x, w, out.data_ptr(), count, heads, rows, width)
         return out
