@@ -31,6 +31,7 @@ from outsize.model_config import Description, Layer, Rope
 from outsize.pack import fetch
 from outsize.pack.kinds import tokens
 from outsize.pack.outline import of_pack
+from outsize.parallel.split import Way, check
 from outsize.plan import place
 from outsize.plan.cost import MISS_S, predict
 from outsize.plan.machine import Compute, Machine
@@ -265,3 +266,12 @@ def test_a_plan_of_paged_layers_waits_for_them_alone(folder_of: Callable[[str], 
     assert made.streamed > 0
     assert predict(o, machine, made, compute, 64).compute_s < 20 * MISS_S
     assert place.table_note(o) == ""
+
+
+def test_ranks_are_refused(folder_of: Callable[[str], Path]) -> None:
+    d = fetch.outline(str(folder_of("gemma4")), "bf16", True).description
+    for made in (replace(d, layers=d.layers[:2]), replace(d, layers=d.layers[:1], token_width=0)):
+        with pytest.raises(
+            UnsupportedError, match="reads its tokens in every layer, or has layers"
+        ):
+            check("m", made, 2, Way("sum"))
