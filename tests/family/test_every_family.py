@@ -27,6 +27,7 @@ from outsize.checkpoint import tokenizer as tokenizers
 from outsize.checkpoint.checkpoint import TokenizerSpec
 from outsize.checkpoint.opening import open_checkpoint
 from outsize.engine.open_tokens import tokens as tokens_of
+from outsize.errors import UnsupportedError
 from outsize.family.find import families, recipe
 from outsize.model.layers import cos_sin
 from outsize.options import Options
@@ -153,6 +154,25 @@ def test_a_chats_ids_are_those_of_transformers(family: str, folder_of: Folders) 
     assert encode(pack, made, [plain], Options())[0] == list(want)
     marked = encode(pack, made, [CHAT], Options())[0]
     assert marked.count(256) == list(want).count(256)  # of <s>, the template's alone
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("mamba2", "'mamba2' is not known; known are .*, smollm3"),
+        ("nemotron_h", "'nemotron_h' is not known: its layers have one half alone.*Mamba 2"),
+        ("gemma3n_text", "'gemma3n' is not known: its four residual streams"),
+    ],
+)
+def test_others_are_refused_by_name_and_by_the_file_that_says_so(
+    name: str, words: str, folder_of: Folders
+) -> None:
+    checkpoint = open_checkpoint(folder_of("llama"))
+    with pytest.raises(UnsupportedError, match=rf"^config\.json: the architecture {words}"):
+        recipe(replace(checkpoint, architecture=name))
+    of_gguf = replace(checkpoint, architecture=name, format="gguf", files=(Path("a.gguf"),))
+    with pytest.raises(UnsupportedError, match=rf"^a\.gguf: the architecture {words}"):
+        recipe(of_gguf)
 
 
 def rotary(family: str) -> tuple[Any, Any]:

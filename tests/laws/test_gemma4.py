@@ -31,10 +31,11 @@ from outsize.model_config import Description, Layer, Rope
 from outsize.pack import fetch
 from outsize.pack.kinds import tokens
 from outsize.pack.outline import of_pack
+from outsize.parallel.split import Way, check
 from outsize.plan import place
 from outsize.plan.cost import MISS_S, predict
 from outsize.plan.machine import Compute, Machine
-from outsize.plan.placement import BY_TOKEN
+from outsize.plan.placement import BY_TOKEN, DISK
 from outsize.system import memory as budget
 from tests.golden import converted, tiny
 from tests.golden.test_golden import TOLERANCE, logits
@@ -257,11 +258,20 @@ def test_images_and_unused_keys_are_left_out(
 def test_a_plan_of_paged_layers_waits_for_them_alone(folder_of: Callable[[str], Path]) -> None:
     """Not for rows of tokens that nobody asks for; and says nothing of a loss."""
     o = of_pack(fetch.pack(str(folder_of("gemma4")), encoding="q8_0", quiet=True))
-    least = place.least_bytes(o, 0, 0, 256)
-    made = place.place(o, least, 0, 0, 256)
+    made = place.place(o, place.least_bytes(o, 0, 0, 256), 0, 0, 256)
+    made = replace(made, groups=(*made.groups, ("ffn-0", DISK, 4096)))  # as if it were read
     names = [t.name for t in o.tables if t.kind != "tokens"]
     machine = Machine("x", (), {}, rate_now=1e9)
     compute = Compute(dict.fromkeys(names, 0.0), {}, 64)
     assert made.streamed > 0
     assert predict(o, machine, made, compute, 64).compute_s < 20 * MISS_S
     assert place.table_note(o) == ""
+
+
+def test_ranks_are_refused(folder_of: Callable[[str], Path]) -> None:
+    d = fetch.outline(str(folder_of("gemma4")), "bf16", True).description
+    for made in (replace(d, layers=d.layers[:2]), replace(d, layers=d.layers[:1], token_width=0)):
+        with pytest.raises(
+            UnsupportedError, match="reads its tokens in every layer, or has layers"
+        ):
+            check("m", made, 2, Way("sum"))
