@@ -40,10 +40,10 @@ from outsize.adapt.memory.text import Text
 from outsize.engine.scoring import scored
 from outsize.pack import fetch
 
-SEQUENCES, LENGTH, CLUSTERS = 128, 256, 24
+SEQUENCES, LENGTH, CLUSTERS = 64, 256, 24
 ARMS = "base", "memory"
 SCALES = 1.0, 0.9, 0.8, 0.7, 0.6, 0.5
-RANKS = 0.875, 0.75, 0.625, 0.5
+RANKS = 0.875, 0.75, 0.5
 
 
 def held_out(text: Text) -> Tensor:
