@@ -12,6 +12,7 @@ import typer
 from outsize.cli import distill
 from outsize.cli.adapt_memory import memory
 from outsize.cli.adapt_relu import relu
+from outsize.cli.adapt_sync import sync
 from outsize.cli.align import align
 from outsize.cli.command import only, with_flags
 from outsize.cli.distill import check_answers
@@ -87,6 +88,7 @@ class SparsityFlags:
 
 app.command()(memory)
 app.command()(relu)
+app.command()(sync)
 
 
 @app.command()
