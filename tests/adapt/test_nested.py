@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,7 +39,9 @@ from outsize.pack import fetch, nested_file, store
 from outsize.pack.format import Pack
 from outsize.pack.outline import of_pack
 from outsize.plan import nested as planned
+from outsize.plan.nested_cost import WORTH, drafting
 from outsize.plan.place import place
+from outsize.plan.placement import BY_ROUTER
 from tests.command import outsize as outsize_here
 from tests.golden import tiny
 
@@ -299,6 +302,23 @@ def test_pieces_that_are_used_most_stay(made: nested.Made) -> None:
     placed = place(outline, 1 << 34, 0, 0, 64)
     assert planned.settled(LoadLike("auto"), outline, placed) == 1.0  # type: ignore[arg-type]
     assert planned.settled(LoadLike(0.25), outline, placed) == 0.25  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("agrees", "pays"), [(0.2, False), (0.47, False), (0.95, True)])
+def test_auto_leaves_out_drafts_that_do_not_pay(
+    made: nested.Made, agrees: float, pays: bool
+) -> None:
+    """All pieces stream, a third of them is drafted with, and so often the narrow width is right."""
+    found = planned.NestedPlan(made.pack, nested_file.of_pack(made.pack))
+    outline = planned.with_nested(of_pack(made.pack), found)
+    family = outline.nested
+    assert family is not None
+    whole = family.rows[-1]
+    narrow = replace(whole, share=0.43, agrees=agrees)
+    outline = replace(outline, nested=replace(family, rows=(narrow, whole)))
+    placed = place(outline, 1 << 34, 0, 0, 64)
+    placed = replace(placed, groups=(("experts", BY_ROUTER, family.total),))
+    assert (drafting(outline, placed).gain >= WORTH) is pays
 
 
 class LoadLike:
