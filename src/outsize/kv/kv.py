@@ -207,9 +207,13 @@ class KV:
         """The next entries of all layers, copied: what `blocks` gave."""
         self.moved = min(self.moved, self.length)
         for layer, entries in enumerate(block):
-            start = len(self.positions[layer])
-            stored, at = self.reserve(layer, range(start, start + entries.shape[1]))
-            stored[:, at : at + entries.shape[1]] = entries
+            self.append_entries(layer, entries)
+
+    def append_entries(self, layer: int, entries: Tensor) -> None:
+        """The next entries (C, S, ...) of one layer, as they are stored, copied."""
+        start, size = len(self.positions[layer]), entries.shape[1]
+        stored, at = self.reserve(layer, range(start, start + size))
+        stored[:, at : at + size] = entries
 
     def emptied(self) -> KV:
         """Another cache of the same shape, with nothing in it."""

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from functools import partial
 
 from outsize.model.ffn.nested import nested_sublayer
+from outsize.model.half import Runnable
 from outsize.model.memory_sublayer import memory_sublayer
-from outsize.model.sublayer import Runnable, beside_sublayer, ffn_sublayer, mixture_sublayer
+from outsize.model.sublayer import beside_sublayer, ffn_sublayer, mixture_sublayer
 from outsize.model.token_sublayer import layer_end
 from outsize.model.width import Nested
 from outsize.model_config import Description
@@ -34,8 +35,9 @@ def _bare(
     if bank is not None and nested.count:
         return partial(nested_sublayer, d, nested, bank)
     if bank is not None:
-        beside = d.mixture is not None and d.mixture.beside
-        return partial(beside_sublayer if beside else mixture_sublayer, d, bank)
+        if d.mixture is not None and d.mixture.beside:
+            return partial(beside_sublayer, d, bank)
+        return partial(mixture_sublayer, d, bank, ranks=ranks)
     if d.memory is not None:
         return partial(memory_sublayer, d, layer, loaded.final_norm)
     return partial(ffn_sublayer, d, layer, ranks=ranks)

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from outsize.kernels.norm import RMSNorm
 from outsize.model.attention import vector
+from outsize.model.half import Runnable
 from outsize.model.layers import Linear
 from outsize.model.step import Step
-from outsize.model.sublayer import Runnable, scale_of
+from outsize.model.sublayer import scale_of
 from outsize.model_config import Description
 from outsize.storage.table import Weights, activation_type
 

@@ -18,10 +18,11 @@ from outsize.kernels.rows import Rows, Segment
 from outsize.kv.int8 import Int8KV
 from outsize.model.ffn.dense import Dense
 from outsize.model.ffn.experts import Router, SharedExpert
+from outsize.model.half import Runnable
 from outsize.model.layers import Linear
 from outsize.model.memory_sublayer import memory_sublayer
 from outsize.model.step import Step, TokenInputs
-from outsize.model.sublayer import Runnable, attention_sublayer, ffn_sublayer, shared_expert
+from outsize.model.sublayer import attention_sublayer, ffn_sublayer, shared_expert
 from outsize.model.token_sublayer import LayerEnd, TokenReader
 from outsize.model.transformer import new_kv, rotary_angles
 from outsize.model_config import Description

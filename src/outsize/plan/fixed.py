@@ -30,8 +30,9 @@ DRAFT, GRAMMARS, STATES = "draft model", "grammars", "sequence states"
 # tokens, 180 afterwards); a reply's grammar of 20 tools with 10 parameters each.
 GRAMMAR_BASE, GRAMMAR_TOKEN, GRAMMAR_REPLY = 6_000_000, 290, 1_200_000
 NEURON_BYTES = 600  # of what a policy, and the slot table, remember of a bundle of neurons
-ROW_BYTES = 700  # and of a record of rows by token
-KNOWN_BYTES = 200  # of one that has no slot: its place, its checksum, when it was evicted
+# Of a record of rows by token: its number and checksum in the header, and what came of asking for it; and of
+# a slot for one, what the policy, the slot table and the cache remember (measured: 100 and 500).
+ROW_BYTES, ROW_SLOT_BYTES = 160, 600
 STREAM_TOKENS = 512  # of context that each further reply at once is planned for; beyond, some wait
 
 
@@ -46,7 +47,7 @@ def kv_bytes(o: Outline) -> int:
     routed = 0 if d.mixture is None else d.width * (o.activation_bytes + 4) + 200 * d.mixture.used
     rows = 4 * d.width + sum(t.stride for t in _by_token(o)) if d.reads_tokens else 0
     read = d.width * o.activation_bytes * d.parallel  # by attention, until the feed-forward has
-    return kv + 4 * d.width + angles + routed + rows + read + 100
+    return kv + 4 * d.width + angles + routed + rows + read + o.held + 100
 
 
 def _by_token(o: Outline) -> list[TableHeader]:
@@ -173,11 +174,8 @@ def grammar_bytes(o: Outline) -> int:
 
 def policy_bytes(o: Outline) -> int:
     """What the eviction policy remembers of routing."""
-    each, total = {"experts": ECHO_BYTES, "neurons": NEURON_BYTES, "tokens": ROW_BYTES}, 0
-    for t in routed(o):
-        slots = most_slots(o, t)
-        total += slots * each[t.kind] + (len(t.keys) - slots) * KNOWN_BYTES
-    return total
+    each = {"experts": ECHO_BYTES, "neurons": NEURON_BYTES, "tokens": ROW_BYTES}
+    return sum(len(t.keys) * each[t.kind] for t in routed(o))
 
 
 def routed(o: Outline) -> list[TableHeader]:
@@ -187,13 +185,19 @@ def routed(o: Outline) -> list[TableHeader]:
 
 def all_bytes(o: Outline) -> int:
     """All weights that are worth memory, fully resident; experts' slots are in huge pages."""
-    slots = {t.name: most_slots(o, t) for t in routed(o)}
-    return o.size + sum(huge_bytes(slots[t.name] * t.stride) - t.size for t in routed(o))
+    slots = [(t, most_slots(o, t)) for t in routed(o)]
+    more = (huge_bytes(n * t.stride) - t.size + slot_bytes(t, n) for t, n in slots)
+    return o.size + sum(more)
 
 
 def most_slots(o: Outline, t: TableHeader) -> int:
     """Records of a table that are worth memory."""
     return kinds()[t.kind].most_slots(o.description, t)
+
+
+def slot_bytes(t: TableHeader, count: int) -> int:
+    """What so many slots of a table take beside the records in them, where there may be very many."""
+    return count * ROW_SLOT_BYTES if t.kind == "tokens" else 0
 
 
 def draft_bytes(smaller: Outline, context: int) -> int:

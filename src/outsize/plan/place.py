@@ -20,6 +20,7 @@ from outsize.plan.fixed import (
     kv_tokens,
     most_slots,
     routed,
+    slot_bytes,
     token_bytes,
 )
 from outsize.plan.layers_off import note
@@ -130,7 +131,8 @@ def _least_slots(o: Outline, t: TableHeader) -> int:
 
 
 def _least_routed(o: Outline) -> int:
-    return sum(huge_bytes(_least_slots(o, t) * t.stride) for t in routed(o))
+    counts = ((t, _least_slots(o, t)) for t in routed(o))
+    return sum(huge_bytes(count * t.stride) + slot_bytes(t, count) for t, count in counts)
 
 
 def _order(o: Outline) -> list[tuple[int, str, int]]:
@@ -171,7 +173,9 @@ def _routed_shares(o: Outline, room: int) -> dict[str, Share]:
     out = {}
     for t in routed(o):
         least, most = _least_slots(o, t), useful[t.name]
-        given = huge_bytes(least * t.stride) + int(max(0, room) * most * t.stride / total)
+        more = int(max(0, room) * most * t.stride / total)
+        more = more * t.stride // (t.stride + slot_bytes(t, 1))
+        given = huge_bytes(least * t.stride) + more
         out[t.name] = Share((), min(most, max(least, _slots_in(given, t.stride))))
     return out
 
@@ -225,6 +229,8 @@ def place(
     else:
         idle = lent_bytes(o, fixed["scratch"], FRAGMENTS)
         shares, spare = lend(o, _stream(o, room), idle), 0
+    for t in routed(o):
+        fixed["cache policy"] += slot_bytes(t, len(shares[t.name].pinned) + shares[t.name].ring)
     notes = [KV_INT8] if o.kv == "int8" else []
     notes += [text for text in (note(o.description), table_note(o)) if text]
     notes += [o.neurons.note] if o.neurons is not None and o.neurons.note else []

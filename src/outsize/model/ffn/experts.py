@@ -20,6 +20,7 @@ from outsize.model.ffn.expert_sums import Chunks, ExpertSums
 from outsize.model.step import Step
 from outsize.model_config import Description
 from outsize.model_config import Mixture as MixtureConfig
+from outsize.parallel.collective import Collective, Point
 from outsize.weights.experts import ExpertBank
 
 
@@ -120,6 +121,34 @@ class SharedExpert:
         return y_TD * torch.cat([row.sigmoid() for row in rows])[:, None]
 
 
+class Owned:
+    """Of several ranks, whose experts are whose: those of a layer by turns."""
+
+    def __init__(self, ranks: Collective, layer: int) -> None:
+        self._ranks, self._at = ranks, Point(layer, "ffn")
+
+    def is_own(self, expert: int) -> bool:
+        return expert % self._ranks.world == self._ranks.rank
+
+    def part(
+        self, rows: list[list[int]], weights: list[list[float]], early: Scored
+    ) -> tuple[list[list[int]], list[list[float]], Scored]:
+        """What this rank computes of the rows' choices, and may prefetch."""
+        kept = [
+            [(e, w) for e, w in zip(ids, ws, strict=True) if self.is_own(e)]
+            for ids, ws in zip(rows, weights, strict=True)
+        ]
+        return (
+            [[e for e, _ in row] for row in kept],
+            [[w for _, w in row] for row in kept],
+            tuple((e, score) for e, score in early if self.is_own(e)),
+        )
+
+    def whole(self, totals: list[Tensor]) -> list[Tensor]:
+        """Summed over ranks: (T, D) fp32 each."""
+        return [pending.wait() for pending in [self._ranks.sum(t, self._at) for t in totals]]
+
+
 EARLY = 4  # times as many experts as are used are told early
 
 
@@ -132,8 +161,11 @@ class Mixture:
         router: Router,
         bank: ExpertBank,
         shared: SharedExpert | None = None,
+        owned: Owned | None = None,
     ) -> None:
+        """`owned`: which of the experts are this rank's, where several share them out."""
         assert d.mixture is not None
+        self._owned = owned
         self.router, self._shared, self._scale = router, shared, d.residual_scale
         self._bank, self._used, self._sums = bank, d.mixture.used, ExpertSums(d, bank)
         self.ahead: Callable[[], Gate | None] = lambda: None
@@ -150,7 +182,10 @@ class Mixture:
         weights = [row for _, w in routed for row in w.tolist()]
         early = self._early(chunks)
         rows, weights = self._resolved(rows, weights, early)
+        if self._owned is not None:
+            rows, weights, early = self._owned.part(rows, weights, early)
         totals = self._sums(chunks, xs, rows, weights, early)
+        totals = totals if self._owned is None else self._owned.whole(totals)
         for (h, step), x, total in zip(chunks, xs, totals, strict=True):
             self._end(h, step, x, total)
 
