@@ -22,6 +22,7 @@ import pytest
 import torch
 from tokenizers import pre_tokenizers
 
+import outsize
 from outsize.checkpoint import pretokenizers
 from outsize.checkpoint import tokenizer as tokenizers
 from outsize.checkpoint.checkpoint import TokenizerSpec
@@ -173,6 +174,16 @@ def test_others_are_refused_by_name_and_by_the_file_that_says_so(
     of_gguf = replace(checkpoint, architecture=name, format="gguf", files=(Path("a.gguf"),))
     with pytest.raises(UnsupportedError, match=rf"^a\.gguf: the architecture {words}"):
         recipe(of_gguf)
+
+
+@pytest.mark.parametrize("family", [*tiny.STATEFUL, "gemma4", "llama"])
+def test_a_prompt_of_several_chunks_by_default(family: str, folder_of: Folders) -> None:
+    """With what a model is opened with where nothing is said: prompts are kept, or they cannot be."""
+    how: dict[str, Any] = {"encoding": "q8_0", "quiet": True, "chunk": 64}
+    with outsize.load(str(folder_of(family)), **how) as model:
+        assert (model.scheduler.prefixes is None) == (family != "llama")
+        texts = [model.generate("abc " * 40, raw=True, max_tokens=4)[0].text for _ in range(2)]
+    assert texts[0] == texts[1]
 
 
 def rotary(family: str) -> tuple[Any, Any]:

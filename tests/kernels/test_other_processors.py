@@ -167,6 +167,13 @@ def close(ours: Tensor, twin: Tensor) -> None:
     assert (ours.float() - twin.float()).norm() <= 0.005 * twin.float().norm()
 
 
+def test_heads(other: Native) -> None:
+    x_THK, w_HNK = torch.randn(3, 2, 64).bfloat16(), torch.randn(2, 21, 64).bfloat16()
+    ours = other.heads(x_THK, w_HNK)
+    close(ours, PLAIN.heads(x_THK, w_HNK).float())
+    assert torch.equal(other.heads(x_THK[1:2], w_HNK), ours[1:2])
+
+
 @pytest.mark.parametrize("coarse", [False, True])
 def test_lowrank(coarse: bool, other: Native) -> None:
     torch.manual_seed(4)

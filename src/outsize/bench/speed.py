@@ -70,12 +70,9 @@ class Ceilings:
 
 def flops_per_token(d: Description) -> int:
     """Of the layers' matrices."""
-    return (
-        2
-        * d.num_layers
-        * d.width
-        * (d.qkv_rows + d.num_heads * d.head_dim + (3 - d.two_matrix) * d.ffn_width)
-    )
+    forms = (d.of_layer(i) for i in range(d.num_layers))
+    rows = (f.qkv_rows + f.num_heads * f.head_dim + (3 - f.two_matrix) * f.ffn_width for f in forms)
+    return 2 * d.width * sum(rows)
 
 
 def ceilings(pack: Pack) -> Ceilings:

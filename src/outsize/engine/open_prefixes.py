@@ -61,8 +61,10 @@ def make(
     model: Transformer,
     known: dict[str, Adapter],
 ) -> Prefixes | None:
-    """The cache; None where nothing is to be kept. `known`: adapters by name, as they are when asked for."""
-    if checked.spec.kind == "off":
+    """The cache; None where nothing is to be kept, or can be: states, and entries of several sizes, are no
+    blocks. `known`: adapters by name, as they are when asked for."""
+    d = made.description
+    if checked.spec.kind == "off" or d.has_states or not d.is_even:
         return None
     most = int(SHARE * placement.budget) // token_bytes(of_pack(made))
     tokens = min(placement.kv_tokens, max(placement.context, most))
