@@ -27,6 +27,7 @@ UNKEPT = {
     "engine.md": 42,
     "machines.md": 0,
     "memory.md": 12,
+    "memoryllm.md": 0,
     "neurons.md": 0,
     "prefill.md": 0,
     "serve.md": 0,
