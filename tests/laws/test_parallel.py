@@ -22,6 +22,7 @@ from outsize.model.lora_file import read_adapter
 from outsize.model.transformer import Transformer
 from outsize.pack.format import Pack, read_header
 from outsize.pack.kinds.kind import kinds
+from outsize.parallel.points import Points
 from outsize.parallel.split import Ranks, Way, parts, split
 from outsize.parallel.transport import threads
 from outsize.weights.open_pack import LoadPlan
@@ -191,7 +192,7 @@ def test_sums_in_few_bits(
     """L2: lossy, and yet the same bits on all ranks; fewer bits go over the wire."""
     one, transports = open_tiny("llama+wide", "q4_0"), threads(2)
     packs = shards_of(one.pack, TWO, way)
-    with opened(packs, transports=transports, bits=bits) as run:
+    with opened(packs, transports=transports, points=lambda _: Points(rest=bits)) as run:
         found, due = alike(run(lambda rank: script(rank.model))), script(one.transformer)
         p, q = torch.log_softmax(due.double(), 1), torch.log_softmax(found.double(), 1)
         assert 0 < (p.exp() * (p - q)).sum(1).mean() <= most

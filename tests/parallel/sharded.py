@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from outsize.engine.ranks.leader import joined
+from outsize.engine.ranks.how import joined
 from outsize.home import home
 from outsize.kernels.backend import Backend
 from outsize.kernels.find import native_in
@@ -15,6 +15,7 @@ from outsize.kernels.plain import PLAIN
 from outsize.model.transformer import Transformer
 from outsize.model_parts import Shard
 from outsize.pack.format import Pack
+from outsize.parallel.points import Points
 from outsize.parallel.shard import cut
 from outsize.parallel.spec import ParallelSpec
 from outsize.parallel.split import Ranks, Way, split
@@ -42,13 +43,15 @@ class Rank:
     """A shard's model, open."""
 
     def __init__(
-        self, pack: Pack, how: tuple[bool, int], transport: Transport, plan: LoadPlan | None
+        self, pack: Pack, how: tuple[bool, Points, str], transport: Transport, plan: LoadPlan | None
     ) -> None:
-        (native, bits) = how
+        (native, points, uncut), self.number = how, transport.rank
         own = backend(native)
         self.pack, self.loaded = pack, weights.load(pack, own, plan)
-        way = Way(self.shard.cut, self.shard.attention)
-        ranks, relay = joined(ParallelSpec(way, bits=bits), transport, own)
+        shard = pack.description.shard
+        way = Way(uncut) if shard is None else Way(shard.cut, shard.attention)
+        ranks, relay = joined(ParallelSpec(way), transport, own, points)
+        self.ranks = ranks
         self.model = Transformer(pack.description, self.loaded, own, ranks=ranks)
         self.model.relay = relay
 
@@ -64,12 +67,14 @@ def opened(
     native: bool = True,
     plan: Plan | None = None,
     transports: Sequence[Transport] | None = None,
-    bits: int = 16,
+    points: Callable[[int], Points] = lambda _: Points(),
+    uncut: str = "whole",
 ) -> Iterator[Callable[[Callable[[Rank], T]], list[T]]]:
-    """Gives what runs a function on every rank, a thread each."""
+    """Gives what runs a function on every rank, a thread each. `points`: of each rank's sums;
+    `uncut`: the way, where packs are the model's own."""
     found = list(transports or threads(len(packs)))
     ranks = [
-        Rank(pack, (native, bits), t, None if plan is None else plan(pack))
+        Rank(pack, (native, points(t.rank), uncut), t, None if plan is None else plan(pack))
         for pack, t in zip(packs, found, strict=True)
     ]
 

@@ -18,9 +18,11 @@ import pytest
 import outsize
 from outsize.engine.model import Model
 from outsize.errors import BudgetError, OptionError, PackError, PeerError, UnsupportedError
+from outsize.forward.runahead import Chain
 from outsize.model_parts import Shard
 from outsize.options import LoadOptions
 from outsize.pack import fetch
+from tests.drafts import write_peft
 
 FAMILY, PROMPTS = "qwen2+wide", ["ab" * 12, "x", "abcabcabcabcabcabc"]
 SECRET = {"OUTSIZE_SECRET": "of these tests alone"}
@@ -85,6 +87,71 @@ def test_the_text_of_one_rank(
     assert ended(children)
 
 
+@pytest.mark.parametrize("over", ["auto", pytest.param("sockets", marks=pytest.mark.slow)])
+def test_a_prompt_over_a_chain(
+    over: str, open_tiny: Callable[..., Model], folder_of: Callable[[str], Path], few_threads: None
+) -> None:
+    """KV-Runahead: a long prompt, then a turn after it, kept prompts, drafts."""
+    one, before = open_tiny(FAMILY, "q4_0"), [c.pid for c in psutil.Process().children()]
+    prompts = ["abc" * 90, "abc" * 90 + "x", "ab"]
+    how = {
+        "encoding": "q4_0", "ranks": 2, "memory": "1GB", "quiet": True, "chunk": 32,
+        "parallel": f"runahead:cuts=0.6/0.4,over={over}",
+    }  # fmt: skip
+
+    def answers(model: Model) -> list[str]:
+        return [model.generate(p, max_tokens=12, raw=True)[0].text for p in prompts]
+
+    chunk, one.transformer.chunk = one.transformer.chunk, 32
+    try:
+        due = answers(one)
+    finally:
+        one.transformer.chunk = chunk
+    with outsize.load(str(folder_of(FAMILY)), draft="ngram", **how) as model:  # type: ignore[arg-type]
+        children, chain = started(*before), model.scheduler.forward
+        assert isinstance(chain, Chain)
+        assert answers(model) == due
+        assert sum(chain.cuts) > 200
+        assert len(chain.cuts) == 2
+        assert chain.wire.received > 0
+    assert ended(children)
+
+
+@pytest.mark.parametrize("parallel", ["tensor", "relay", "runahead:cuts=even"])
+def test_adapters(
+    parallel: str, open_tiny: Callable[..., Model], folder_of: Callable[[str], Path], tmp_path: Path,
+    few_threads: None,
+) -> None:  # fmt: skip
+    """Each rank is sent the files, and reads its part; one that comes later is refused."""
+    one = open_tiny(FAMILY, "q4_0")
+    folders = [write_peft(one, tmp_path / str(n), n) for n in range(2)]
+    how = {
+        "encoding": "q4_0", "ranks": 2, "memory": "1GB", "quiet": True, "chunk": 32,
+        "parallel": parallel, "adapters": {"a": folders[0], "b": folders[1]},
+    }  # fmt: skip
+    prompts = ["abc" * 60, "ab", "ab"]
+
+    def texts(model: Model) -> list[str]:
+        return [
+            model.generate(p, max_tokens=12, raw=True, adapter=a)[0].text
+            for p in prompts
+            for a in ("a", "b", None)
+        ]
+
+    with outsize.load(
+        str(folder_of(FAMILY)), encoding="q4_0", quiet=True, chunk=32, threads=1,
+        adapters={"a": folders[0], "b": folders[1]},
+    ) as alone:  # fmt: skip
+        due = texts(alone)
+    assert len(set(due)) > 2, "adapters change the answer"
+    with outsize.load(str(folder_of(FAMILY)), **how) as model:  # type: ignore[arg-type]
+        assert texts(model) == due
+        model.load_adapter("late", folders[0])
+        if not parallel.startswith("runahead"):
+            with pytest.raises(OptionError, match="late was loaded after the ranks were"):
+                model.generate("ab", raw=True, adapter="late")
+
+
 def test_a_rank_that_is_lost_is_named(folder_of: Callable[[str], Path], few_threads: None) -> None:
     before = [c.pid for c in psutil.Process().children()]
     with outsize.load(str(folder_of(FAMILY)), ranks=2, memory="1GB", quiet=True) as model:
@@ -100,6 +167,18 @@ def test_a_rank_that_is_lost_is_named(folder_of: Callable[[str], Path], few_thre
         with pytest.raises(PeerError, match="no longer run together"):
             model.generate("x", raw=True)
     assert ended([child])
+
+
+def test_experts_by_rank(
+    open_tiny: Callable[..., Model], folder_of: Callable[[str], Path], few_threads: None
+) -> None:
+    one = open_tiny("olmoe", "bf16")
+    how = {"ranks": 2, "memory": "1GB", "quiet": True, "parallel": "experts", "encoding": "bf16"}
+    with outsize.load(str(folder_of("olmoe")), **how) as model:  # type: ignore[arg-type]
+        assert text(model) == text(one)
+        assert model.transformer.description.shard is None
+    with pytest.raises(OptionError, match="ranks with different caches would choose different"):
+        outsize.load(str(folder_of("olmoe")), experts="lru,routing=cached:0.2", **how)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -178,6 +257,41 @@ def test_a_rank_that_comes(
     assert (other.communicate(timeout=20)[1], other.returncode) == ("", 0)
 
 
+@pytest.mark.parametrize("parallel", ["tensor", "runahead:cuts=even"])
+def test_a_rank_that_comes_again(
+    parallel: str, port: int, open_tiny: Callable[..., Model], folder_of: Callable[[str], Path],
+    few_threads: None, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """One is killed in the middle of a reply; another is started in its place, and the reply goes on."""
+    monkeypatch.setenv(*next(iter(SECRET.items())))
+    how = {"max_tokens": 120, "raw": True, "ignore_eos": True}
+    came = [joining(port)]
+    try:
+        with outsize.load(
+            str(folder_of(FAMILY)), ranks=2, listen=f"127.0.0.1:{port}", memory="1GB", quiet=True,
+            parallel=parallel, chunk=32,
+        ) as model:  # fmt: skip
+            pieces = model.stream("abc" * 40, **how)  # type: ignore[arg-type]
+            text = next(iter(pieces))
+            came[0].kill()
+            came[0].communicate()
+            came.append(joining(port))
+            text += "".join(pieces)
+            again = model.generate("abc" * 50, **how)[0].text  # type: ignore[arg-type]
+        assert came[1].communicate(timeout=20)[1] == ""
+    finally:
+        for process in came:
+            process.kill()
+            process.communicate()
+    one = open_tiny(FAMILY, "auto")
+    before, one.transformer.chunk = one.transformer.chunk, 32
+    try:
+        due = [one.generate(p, **how)[0].text for p in ("abc" * 40, "abc" * 50)]  # type: ignore[arg-type]
+    finally:
+        one.transformer.chunk = before
+    assert [text, again] == due
+
+
 def test_a_rank_without_the_pack(
     port: int, folder_of: Callable[[str], Path], tmp_path: Path, few_threads: None,
     monkeypatch: pytest.MonkeyPatch, home: Path,
@@ -212,7 +326,6 @@ def test_what_ranks_do_not_share_is_refused(
         ({"prefill": "lazy"}, "prefill is lazy, which several ranks do not run"),
         ({"neurons": "auto"}, "neurons is auto, which several ranks"),
         ({"draft": "mtp:x"}, "draft is mtp:x, which several ranks"),
-        ({"adapters": {"a": "b"}}, "adapters is a, which several ranks"),
         ({"parallel": "tensor:cut=some"}, "cut is given once, as gather or sum"),
         ({"parallel": "tensr"}, "'tensr' is not known.*mean 'tensor'"),
         ({"parallel": "tensor:cutt=sum"}, "'cutt' is not known.*mean 'cut'"),
@@ -223,7 +336,8 @@ def test_what_ranks_do_not_share_is_refused(
         ),
         ({"parallel": "tensor:cut=gather,bits=4"}, "bits=4 is for sums"),
         ({"parallel": "tensor:bits=7"}, "bits is given once, as 16 or 8"),
-        ({"parallel": "relay:cut=sum"}, "'cut' is not known; known are over"),
+        ({"parallel": "relay:cut=sum"}, "'cut' is not known; known are over, link"),
+        ({"parallel": "runahead:cuts=fast"}, "cuts is given once, as auto, even, or a share"),
         ({"listen": "7700"}, "is no address; HOST:PORT is expected"),
         ({"listen": "8.8.8.8:7700"}, "ranks elsewhere must share a secret"),
         ({"ranks": 65}, "a whole number from 1 to 64"),

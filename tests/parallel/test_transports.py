@@ -20,7 +20,7 @@ from outsize.parallel.gloo import Gloo
 from outsize.parallel.meeting import Mesh
 from outsize.parallel.secret import NAME
 from outsize.parallel.sockets import Sockets
-from outsize.parallel.transport import Transport, threads
+from outsize.parallel.transport import Switch, Transport, threads
 from tests.parallel.meet import meshes
 from tests.parallel.ranks import on_all
 
@@ -202,5 +202,51 @@ def test_small_and_large_go_their_ways() -> None:
         on_all(ranks, lambda t: t.exchange(bytes(size), {1 - t.rank: bytearray(size)}))  # noqa: B023
     assert [t.wire.overhead for t in ranks] == [16, 16]  # of the small one alone
     assert [t.wire.sent for t in ranks] == [2 * LARGE - 1] * 2
+    for t in ranks:
+        t.close()
+
+
+def test_another_in_its_place() -> None:
+    """What was sent before still counts."""
+    (first, _), (second, other) = threads(2), threads(2)
+    switch = Switch(first)
+    switch.send(1, b"12345")
+    switch.replace(second)
+    switch.send(1, b"67")
+    got = bytearray(2)
+    other.receive(0, got)
+    assert got == b"67"
+    assert (switch.wire.messages, switch.wire.sent) == (2, 7)
+
+
+@each
+def test_one_thread_sends_while_another_receives(kind: str) -> None:
+    """In a chain of three the middle rank does both at once, in order each way."""
+    size, count = 200_000, 12
+
+    def run(t: Transport) -> list[bytes]:
+        came = list[bytes]()
+
+        def send() -> None:
+            for n in range(count):
+                t.send(t.rank + 1, bytes([n + t.rank]) * size).wait()
+
+        def receive() -> None:
+            for _ in range(count):
+                into = bytearray(size)
+                t.receive(t.rank - 1, into)
+                came.append(bytes(into[:1]))
+
+        jobs = ([send] if t.rank < 2 else []) + ([receive] if t.rank else [])
+        with ThreadPoolExecutor(2) as pool:
+            for job in [pool.submit(job) for job in jobs]:
+                job.result()
+        return came
+
+    ranks = over(kind, 3)
+    _, second, third = on_all(ranks, run)
+    assert second == [bytes([n]) for n in range(count)]
+    assert third == [bytes([n + 1]) for n in range(count)]
+    assert [t.wire.sent for t in ranks] == [size * count, size * count, 0]
     for t in ranks:
         t.close()

@@ -15,6 +15,7 @@ from outsize.errors import OptionError
 from outsize.options import LoadOptions
 from outsize.pack import fetch
 from outsize.parallel.shard import outlined
+from outsize.parallel.slow import Link, parse_link
 from outsize.parallel.split import Ranks, Way, split
 from outsize.plan import ranks
 from outsize.plan.machine import Compute, Machine
@@ -34,15 +35,15 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def plan(name: str, link: str, **how: object) -> ranks.RanksPlan:
     options = LoadOptions(ranks=2, memory="1GB", quiet=True, **how)  # type: ignore[arg-type]
-    return ranks.make(name, options, ranks.parse_link(link))
+    return ranks.make(name, options, parse_link(link))
 
 
 def test_links() -> None:
-    assert ranks.parse_link("100Mbit/s") == ranks.Link(1e-4, 12.5e6)
-    assert ranks.parse_link("1 Gbit/s, 0.2ms") == ranks.Link(2e-4, 125e6)
+    assert parse_link("100Mbit/s") == Link(1e-4, 12.5e6)
+    assert parse_link("1 Gbit/s, 0.2ms") == Link(2e-4, 125e6)
     for bad in ("100", "fast", "0Mbit/s", "1Gbit/s,2", "1Gbit/s,-1ms"):
         with pytest.raises(OptionError, match=r"RATE\[,LATENCY\] is expected"):
-            ranks.parse_link(bad)
+            parse_link(bad)
 
 
 @pytest.mark.usefixtures("measured")
@@ -78,7 +79,23 @@ def test_a_slow_link_chooses_another_way(folder_of: Callable[[str], Path]) -> No
 def test_what_cannot_be_shared_out_says_so(folder_of: Callable[[str], Path]) -> None:
     found = {w.name: w.refused for w in plan(str(folder_of("olmoe")), "1Gbit/s").ways}
     assert not found.pop("relay")
+    assert not found.pop("experts")
     assert all("is a mixture of experts" in refused for refused in found.values())
+
+
+@pytest.mark.usefixtures("measured")
+def test_ranks_that_have_all_of_it(folder_of: Callable[[str], Path]) -> None:
+    (way,) = plan(str(folder_of("llama+wide")), "1Gbit/s", parallel="runahead").ways
+    assert (way.name, way.messages, way.sent, way.wire_s) == ("runahead", 0, 0, 0.0)
+    assert len({r.size for r in way.ranks}) == 1
+    assert way.to_json()["is_exact"]
+    (way,) = plan(str(folder_of("deepseek_v3")), "1Gbit/s", parallel="experts").ways
+    layers = way.messages
+    assert 0 < layers < tiny.LAYERS
+    assert way.sent == layers * 4 * tiny.WIDTH
+    assert not way.to_json()["is_exact"]
+    with pytest.raises(OptionError, match="has no experts to share out"):
+        plan(str(folder_of("llama+wide")), "1Gbit/s", parallel="experts")
 
 
 def test_a_plan_is_what_is_cut(open_tiny: Callable[..., Model]) -> None:

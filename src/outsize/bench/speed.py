@@ -13,8 +13,8 @@ import torch
 from outsize.arguments import whole
 from outsize.engine import load as loading
 from outsize.engine.model import Model
-from outsize.forward.lazy import lazy
 from outsize.forward.prune import parse_prefill
+from outsize.forward.runahead import Chain
 from outsize.forward.span import Span
 from outsize.model_config import Description
 from outsize.options import LoadChanges
@@ -99,24 +99,26 @@ def prompt(model: Model, length: int, start: int) -> list[int]:
 def measure(model: Model, prompt_tokens: int, new_tokens: int, batch: int) -> tuple[float, float]:
     """Tokens/s of one prefill and of decoding `batch` sequences greedily."""
     transformer, prune = model.transformer, parse_prefill(model.prefill)
+    forward = model.scheduler.forward
     kvs = [transformer.new_kv() for _ in range(batch)]
     spans = [Span(0, prompt(model, prompt_tokens, i), prune=prune) for i in range(batch)]
     started = time.perf_counter()
-    outs = lazy(transformer, spans, kvs)
+    outs = forward(transformer, spans, kvs)
     prefill_s = time.perf_counter() - started
     started = time.perf_counter()
     with transformer.threads.narrow(True):
         for i in range(new_tokens):
             picked = [int(out.logits_KV[-1].argmax()) for out in outs]
             fed = [Span(prompt_tokens + i, [t], prune=prune) for t in picked]
-            outs = lazy(transformer, fed, kvs)
+            outs = forward(transformer, fed, kvs)
     decode_s = time.perf_counter() - started
     return batch * prompt_tokens / prefill_s, batch * new_tokens / decode_s
 
 
 def sent(model: Model) -> tuple[int, int]:
     """Messages and bytes that this rank has sent to others so far."""
-    leader = model.transformer.leader
+    forward = model.scheduler.forward
+    leader = forward if isinstance(forward, Chain) else model.transformer.leader
     return (0, 0) if leader is None else (leader.wire.messages, leader.wire.sent)
 
 

@@ -23,6 +23,10 @@ from outsize.checkpoint.bounded import open_regular, read_regular, regular_size
 from outsize.checkpoint.read_json import loads
 from outsize.errors import AdapterError, CheckpointError
 
+FILES = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+)  # in PEFT's form; ours is the first alone
 KEY = "outsize"  # of our files' metadata: JSON
 LIMIT = 1 << 32  # bytes of a file
 MAX_HEADER, MAX_CONFIG = 8 << 20, 1 << 20  # bytes; a large adapter's header has 300,000
@@ -121,7 +125,15 @@ def load(path: Path) -> AdapterFile:
 
 def _file(path: Path) -> Path:
     """Of a folder in PEFT's form, the one with the factors."""
-    return path / "adapter_model.safetensors" if path.is_dir() else path
+    return path / FILES[0] if path.is_dir() else path
+
+
+def files(path: Path) -> list[tuple[str, bytes]]:
+    """What an adapter consists of, by the names of FILES. Raises AdapterError."""
+    found = [(FILES[0], _file(path))]
+    if not raw(_file(path))[1]:
+        found.append((FILES[1], _file(path).with_name(FILES[1])))
+    return [(name, read_regular(file, LIMIT, AdapterError)) for name, file in found]
 
 
 def raw(path: Path) -> tuple[Stored, dict[str, object]]:
@@ -143,7 +155,7 @@ def raw(path: Path) -> tuple[Stored, dict[str, object]]:
 
 
 def _peft(path: Path, tensors: Stored) -> AdapterFile:
-    config = _config(path.with_name("adapter_config.json"))
+    config = _config(path.with_name(FILES[1]))
     out: dict[str, str] = {}
     for name in tensors:
         match = PEFT_NAME.fullmatch(name)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from outsize.arguments import whole
+from outsize.cli.bench_parallel import parallel
 from outsize.cli.command import only, with_flags
 from outsize.cli.flags import DisplayOptions, Flag
 from outsize.cli.settings import config_path
@@ -20,6 +21,9 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Measure: speed, quality, drafts, expert caches, a server under load.",
 )
+
+
+app.command()(parallel)
 
 
 @dataclass(frozen=True, slots=True)

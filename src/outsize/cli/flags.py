@@ -105,7 +105,7 @@ FLAGS = {
     ),
     "parallel": Flag(
         "--parallel",
-        "How ranks share a model: relay, or tensor[:cut=gather|sum,attention=whole|heads,bits=...].",
+        "How ranks share a model: tensor[:cut=gather|sum,bits=4,drop=auto,...], relay, experts or runahead.",
     ),
     "prefix_cache": Flag(
         "--prefix-cache",

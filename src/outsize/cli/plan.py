@@ -91,7 +91,8 @@ def _what_if(model: str, load: LoadOptions, own: PlanFlags, as_json: bool) -> No
 
 
 def _of_ranks(model: str, load: LoadOptions, own: PlanFlags, as_json: bool) -> None:
-    from outsize.engine.ranks.leader import settled
+    from outsize.engine.ranks.how import settled
+    from outsize.parallel.slow import parse_link
     from outsize.plan import ranks
     from outsize.report import ranks_text
 
@@ -99,6 +100,6 @@ def _of_ranks(model: str, load: LoadOptions, own: PlanFlags, as_json: bool) -> N
         if getattr(own, name) is not None:
             flag = name.replace("_", "-")
             raise OptionError(f"--{flag} is for one rank; leave it out, or --ranks")
-    link = ranks.parse_link(own.link or ranks.LOOPBACK)
+    link = parse_link(own.link or ranks.LOOPBACK)
     made = ranks.make(model, settled(load) if own.link is None else load, link)
     print(json.dumps(made.to_json()) if as_json else "\n".join(ranks_text.long(made)))

@@ -22,6 +22,8 @@ from outsize.engine import notices, open_prefixes
 from outsize.engine.model import Model
 from outsize.engine.open_tokens import tokens
 from outsize.engine.ranks import leader as ranks
+from outsize.engine.ranks.assemble import assemble
+from outsize.engine.ranks.how import settled
 from outsize.engine.scheduler import Scheduler
 from outsize.engine.step_lock import check_fork
 from outsize.engine.threads import kernel_threads
@@ -87,7 +89,7 @@ def open_model(
     before: Callable[[Outline, Placement], None] | None = None,
 ) -> Model:
     """As `load`, with the options as one object."""
-    options = ranks.settled(options)
+    options = settled(options)
     probe.set_threads(options.threads)
     decide.check(options)
     options = decide.for_model(options, source)
@@ -115,7 +117,7 @@ def open_model(
     if options.ranks == 1:
         packs = Packs(made, smaller, copies, paged, cut)
         return _open(packs, options, Beside(size, experts, prefixes), before)
-    team = ranks.assemble(made, options, compiled(options))
+    team = assemble(made, options, compiled(options))
     try:
         packs = Packs(team.cut(home(), quiet), smaller)
         return _open(packs, options, Beside(size, experts, prefixes, team), before)
@@ -174,12 +176,12 @@ def _open(
     made, native, (size, experts, kept, team) = packs.model, compiled(options), parsed
     if packs.smaller is not None:
         drafting.same_vocabulary(made, packs.smaller)
-    outline, before = packs.outline(options), runtime_bytes(native)
-    sure = int(LEAST_SHARE * tokenizer_bytes(outline))
-    outline = decide.settle(
-        outline, packs.neurons, options, size, (before, tokenizer_bytes(outline))
-    )
-    decide.decide(outline, options, size, before, sure)  # refuses before anything is read
+    outline, more = ranks.beside(team, packs.outline(options))
+    before = runtime_bytes(native) + more
+    text = tokenizer_bytes(outline)
+    outline = decide.settle(outline, packs.neurons, options, size, (before, text))
+    least = int(LEAST_SHARE * text)
+    decide.decide(outline, options, size, before, least)  # refuses before anything is read
     if not options.quiet:
         notices.slow(made, native)
     found = tokens(made)
@@ -192,8 +194,7 @@ def _open(
     chunk = options.chunk or _chunk(options, outline, placement)
     known = {n: read_adapter(made, n, expanded(p)) for n, p in options.adapters.items()}
     memory.trim()
-    if team is not None:
-        team.plan(placement.context, chunk, options)
+    ranks.plan(team, (placement.context, chunk), options, tuple(known.values()))
     with ExitStack() as opened:
         smaller = None
         if packs.smaller is not None and not packs.smaller.description.further:
@@ -219,9 +220,9 @@ def _open(
         drafts.nested = nested.drafter(packs.nested, options, (outline, placement), transformer)
         opened.pop_all()
     prefixes = open_prefixes.make(kept, made, placement, transformer, known)
-    whole = made if team is None else team.whole
-    scheduler = Scheduler(whole.path.name, transformer, placement, drafts, prefixes=prefixes)
-    scheduler.adapters = known
+    whole, forward, again = ranks.steps_of(team, made)
+    scheduler = Scheduler(whole.path.name, transformer, placement, drafts, forward, prefixes)
+    scheduler.adapters, scheduler.again = known, again
     return Model(whole, found, scheduler, options.prefill, options.width)
 
 

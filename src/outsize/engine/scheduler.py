@@ -21,7 +21,7 @@ from outsize.engine.prefixes import Prefixes
 from outsize.engine.reply import Reply, Usage, account
 from outsize.engine.request import Counts, Request
 from outsize.engine.step_lock import StepLock
-from outsize.errors import OptionError
+from outsize.errors import OptionError, PeerError
 from outsize.forward.forward import Forward
 from outsize.forward.lazy import lazy
 from outsize.kv.kv import KV
@@ -55,6 +55,7 @@ class Scheduler:
         self.forward, self.prefixes = forward, prefixes
         self.company = Company()
         self.adapters: dict[str, Adapter] = {}
+        self.again: Callable[[PeerError], None] | None = None  # has lost ranks come again
         self.conversations: WeakSet[CachedPrefix] = WeakSet()
         self.given_up = 0  # bytes of weights that were resident at first, and had to go
         self._transformer: Transformer | None = transformer
@@ -75,7 +76,14 @@ class Scheduler:
         self._lock.check()
 
     def take(self, step: Callable[[], T]) -> T:
-        """Do something alone with the weights, between two steps. Raises BusyError, ClosedError."""
+        """Do something alone with the weights, between two steps; once more, where a rank was lost and has
+        come again. Raises BusyError, ClosedError, PeerError."""
+        try:
+            return self._lock.take(step)
+        except PeerError as e:
+            if self.again is None:
+                raise
+            self.again(e)
         return self._lock.take(step)
 
     def close(self) -> None:

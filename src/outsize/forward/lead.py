@@ -5,9 +5,9 @@ themselves would differ one day, and wait for each other for ever. The others mi
 number and run the same rows through the layers; logits are the leader's. Where a cache has entries that no
 step made (of a prompt that was kept), the leader sends them along.
 
-A step is FRAME whole numbers of 64 bits, and the rest of them, where there are more: how many there are, how
-many caches are done with, these; then for each sequence its cache, the position from which the cache is
-behind, the first position of its tokens, their number, and they.
+A step is whole numbers (words.py): how many caches are done with, these; then for each sequence its cache,
+the position from which the cache is behind, its adapter, the first position of its tokens, their number, and
+they.
 """
 
 from __future__ import annotations
@@ -20,17 +20,15 @@ from itertools import count
 from weakref import WeakKeyDictionary
 
 from outsize.errors import OptionError, PeerError
+from outsize.forward import words
 from outsize.forward.full import hidden
 from outsize.forward.span import Span
 from outsize.kv.kv import ALL, KV
+from outsize.model.lora import Adapter
 from outsize.model.transformer import Transformer
-from outsize.parallel.rooms import as_bytes
 from outsize.parallel.transport import Transport, Wire, others
 from outsize.system.interrupts import put_off
 
-FRAME = 64  # whole numbers: a token, or a draft, of a few sequences
-AT_ONCE = 256  # positions whose entries are sent together
-END, ENDED = -1, b"ended"
 Pair = tuple[Span, KV]
 
 
@@ -40,10 +38,22 @@ class Lead:
     def __init__(self, transport: Transport, is_whole: bool = True) -> None:
         """`is_whole`: does each rank have all key heads?"""
         self._transport, self._is_whole = transport, is_whole
+        self._others = others(transport.rank, transport.world)
         self._numbers: WeakKeyDictionary[KV, int] = WeakKeyDictionary()
         self._known: dict[int, int] = {}  # positions that the others have
         self._done: list[int] = []
         self._fresh = count()
+        self.adapters: Sequence[Adapter] = ()  # that the others have, too
+        self._broken = ""
+
+    @property
+    def broken(self) -> str:
+        """Why the ranks no longer run together; "" while they do."""
+        return self._broken
+
+    def renew(self) -> None:
+        """The others have come again, with nothing: they are sent what is needed with the next step."""
+        self._numbers, self._known, self._done = WeakKeyDictionary(), {}, []
         self._broken = ""
 
     @property
@@ -57,7 +67,7 @@ class Lead:
         others would wait. Raises PeerError, OptionError."""
         if self._broken:
             raise PeerError(f"the ranks no longer run together ({self._broken}); start them again")
-        _check(pairs)
+        _check(pairs, self.adapters)
         with put_off():
             try:
                 self._tell(pairs)
@@ -70,13 +80,11 @@ class Lead:
         """Tell the others that no step comes any more, and hear that they know. Raises PeerError."""
         if not self._broken:
             self._broken = "they have ended"
-            self._send(array("q", [END]))
-            for rank in others(self._transport.rank, self._transport.world):
-                self._transport.receive(rank, bytearray(len(ENDED)))
+            words.end(self._transport)
 
     def _tell(self, pairs: Sequence[Pair]) -> None:
         done, self._done = self._done, []
-        words, behind = array("q", [len(done), *done]), []
+        told, behind = array("q", [len(done), *done]), []
         for span, kv in pairs:
             number = self._number(kv)
             known = min(self._known.get(number, 0), kv.moved, span.start)
@@ -87,10 +95,11 @@ class Lead:
                 )
             kv.moved, self._known[number] = ALL, span.start + len(span.tokens)
             behind.append((kv, known, span.start))
-            words.extend([number, known, span.start, len(span.tokens), *span.tokens])
-        self._send(words)
+            adapter = numbered(span, self.adapters)
+            told.extend([number, known, adapter, span.start, len(span.tokens), *span.tokens])
+        words.send(self._transport, self._others, told)
         for kv, known, start in behind:
-            self._send_entries(kv, known, start)
+            words.send_entries(self._transport, self._others, kv, range(known, start))
 
     def _number(self, kv: KV) -> int:
         found = self._numbers.get(kv)
@@ -103,73 +112,51 @@ class Lead:
         self._known.pop(number, None)
         self._done.append(number)
 
-    def _send(self, words: array[int]) -> None:
-        framed = array("q", [len(words), *words])
-        framed.extend([0] * (FRAME - len(framed)))
-        self._send_all(memoryview(framed)[:FRAME].cast("B"))
-        if len(framed) > FRAME:
-            self._send_all(memoryview(framed)[FRAME:].cast("B"))
 
-    def _send_entries(self, kv: KV, known: int, start: int) -> None:
-        for at in range(known, start, AT_ONCE):
-            (block,) = kv.blocks(at, min(AT_ONCE, start - at), 1)
-            self._send_all(as_bytes(block))
-
-    def _send_all(self, out: memoryview) -> None:
-        to = others(self._transport.rank, self._transport.world)
-        for sending in [self._transport.send(rank, out) for rank in to]:
-            sending.wait()
-
-
-def _check(pairs: Sequence[Pair]) -> None:
+def _check(pairs: Sequence[Pair], adapters: Sequence[Adapter]) -> None:
     """Raises OptionError for what the others are not told of."""
     for span, _ in pairs:
-        if span.masks is not None or span.is_lazy or span.adapter is not None:
-            what = "drafts with masks" if span.masks is not None else "adapters"
-            what = "lazy prompts" if span.is_lazy else what
+        if span.masks is not None or span.is_lazy:
+            what = "drafts with masks" if span.masks is not None else "lazy prompts"
             raise OptionError(f"{what} are not run by several ranks; leave them out, or --ranks")
+        numbered(span, adapters)
 
 
-def follow(model: Transformer, transport: Transport, leader: int = 0) -> None:
-    """Run the leader's steps until it ends. Raises PeerError."""
+def numbered(span: Span, adapters: Sequence[Adapter]) -> int:
+    """The place of a span's adapter among those that all ranks have, from 1 on; 0: it has none. Raises
+    OptionError."""
+    if span.adapter is None:
+        return 0
+    for number, adapter in enumerate(adapters, 1):
+        if adapter is span.adapter:
+            return number
+    raise OptionError(
+        f"adapter {span.adapter.name} was loaded after the ranks were, and the others do not have it; give "
+        "it when the model is opened (--adapter)"
+    )
+
+
+def follow(model: Transformer, transport: Transport, adapters: Sequence[Adapter] = ()) -> None:
+    """Run the leader's steps until it ends. `adapters`: in the leader's order. Raises PeerError."""
+    leader = 0
     kvs: dict[int, KV] = {}
-    while (words := _receive(transport, leader))[0] != END:
-        done, at = words[1 : 1 + words[0]], 1 + words[0]
+    while (told := words.receive(transport, leader))[0] != words.END:
+        done, at = told[1 : 1 + told[0]], 1 + told[0]
         for number in done:
             kvs.pop(number, None)
         pairs: list[Pair] = []
         behind = []
-        while at < len(words):
-            number, known, start, size = words[at : at + 4]
-            tokens, at = words[at + 4 : at + 4 + size].tolist(), at + 4 + size
+        while at < len(told):
+            number, known, adapter, start, size = told[at : at + 5]
+            tokens, at = told[at + 5 : at + 5 + size].tolist(), at + 5 + size
             if number not in kvs:
                 kvs[number] = model.new_kv()
             kv = kvs[number]
             behind.append((kv, known, start))
-            pairs.append((Span(start, tokens, 0), kv))
+            own = adapters[adapter - 1] if adapter else None
+            pairs.append((Span(start, tokens, 0, adapter=own), kv))
         for kv, known, start in behind:
-            _receive_entries(transport, leader, kv, known, start)
+            words.receive_entries(transport, leader, kv, range(known, start))
         with model.threads.narrow(all(span.is_narrow for span, _ in pairs)):
             hidden(model, pairs)
-    transport.send(leader, ENDED).wait()
-
-
-def _receive(transport: Transport, leader: int) -> array[int]:
-    frame = array("q", bytes(8 * FRAME))
-    transport.receive(leader, memoryview(frame).cast("B"))
-    size = frame[0]
-    if size >= FRAME:
-        rest = array("q", bytes(8 * (size + 1 - FRAME)))
-        transport.receive(leader, memoryview(rest).cast("B"))
-        frame.extend(rest)
-    return frame[1 : 1 + size]
-
-
-def _receive_entries(transport: Transport, leader: int, kv: KV, known: int, start: int) -> None:
-    kv.truncate(known)
-    layers, num_heads, _, width = kv.like.shape
-    for at in range(known, start, AT_ONCE):
-        size = min(AT_ONCE, start - at)
-        block = kv.like.new_empty(layers, num_heads, size, width)
-        transport.receive(leader, as_bytes(block))
-        kv.append_block(block)
+    words.ended(transport, leader)

@@ -63,6 +63,29 @@ class Sliced(Mapping[str, tuple[Tensor, Tensor]]):
         return len(self._factors)
 
 
+class OfLayers(Mapping[str, tuple[Tensor, Tensor]]):
+    """The factors of some layers of a model, under the numbers that a rank gives these."""
+
+    def __init__(self, factors: Factors, layers: range) -> None:
+        self._factors, self._first = factors, layers.start
+        self._names = [n for n in factors if int(n.partition(".")[0]) in layers]
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        layer, _, projection = name.partition(".")
+        return self._factors[f"{int(layer) + self._first}.{projection}"]
+
+    def __iter__(self) -> Iterator[str]:
+        for name in self._names:
+            layer, _, projection = name.partition(".")
+            yield f"{int(layer) - self._first}.{projection}"
+
+    def __contains__(self, name: object) -> bool:
+        return name in list(self)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 class Adapter:
     """One adapter's factors, for all layers of a model."""
 
@@ -118,11 +141,11 @@ def _even(rank: int) -> int:
 
 def check_shapes(name: str, d: Description, shapes: Shapes) -> None:
     """Raises AdapterError where a shape is not the model's."""
-    known = widths(d.whole)
+    known, layers = widths(d.whole), d.num_layers if d.shard is None else d.shard.num_layers
     for key, (a, b) in shapes.items():
         layer, _, projection = key.partition(".")
         want = known.get(projection)
-        if want is None or not layer.isdigit() or int(layer) >= d.num_layers:
+        if want is None or not layer.isdigit() or int(layer) >= layers:
             raise AdapterError(
                 f"{name} changes {key}, which this model does not have; train it again"
             )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from outsize.checkpoint import lora as files
 from outsize.checkpoint.lora import AdapterFile, Factors
 from outsize.checkpoint.lora_base import are_other
 from outsize.log import warn
-from outsize.model.lora import Adapter, Sliced, check_shapes
+from outsize.model.lora import Adapter, OfLayers, Sliced, check_shapes
+from outsize.model_config import Description
 from outsize.pack.format import Pack
 from outsize.pack.outline import Outline, of_pack
 
@@ -39,5 +43,13 @@ def additions(name: str, file: AdapterFile, model: Outline, coarse: bool = False
     factors = Factors(file, d.head_dim)
     check_shapes(name, d, factors.shapes)
     files.finite(file, [f"{name}.{factor}" for name in factors for factor in "AB"])
-    own = factors if d.shard is None else Sliced(factors, d.shard, d.head_dim)
-    return Adapter(name, d, own, file.scale, coarse)
+    return Adapter(name, d, _own(factors, d), file.scale, coarse)
+
+
+def _own(factors: Factors, d: Description) -> Mapping[str, tuple[Tensor, Tensor]]:
+    """A rank's part of them."""
+    if d.shard is None:
+        return factors
+    if d.shard.cut == "layers":
+        return OfLayers(factors, range(*d.shard.layers))
+    return Sliced(factors, d.shard, d.head_dim)

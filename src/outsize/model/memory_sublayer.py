@@ -8,8 +8,8 @@ from outsize.kernels.norm import RMSNorm
 from outsize.model.attention import vector
 from outsize.model.ffn.dense import Dense
 from outsize.model.ffn.lookup import Computed, LookedUp, MemorySubLayer
+from outsize.model.half import SubLayer
 from outsize.model.layers import Linear
-from outsize.model.sublayer import SubLayer
 from outsize.model_config import Description
 from outsize.pack.kinds.layers import BESIDE, basis
 from outsize.storage.table import Weights, activation_type

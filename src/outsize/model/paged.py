@@ -11,8 +11,8 @@ from torch import Tensor
 
 from outsize.model.ffn.experts import Gate, Mixture
 from outsize.model.ffn.nested import NestedExperts
+from outsize.model.half import Runnable
 from outsize.model.step import Step
-from outsize.model.sublayer import Runnable
 from outsize.storage.table import Weights
 from outsize.weights.layers import LayerRecord
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -43,6 +43,14 @@ class TokenInputs:
     recalled: Recalled | None = None
 
 
+class Held(NamedTuple):
+    """What attention read (T, D), this rank's part of what it made of that (T, D), and the whole's bias."""
+
+    normed_TD: Tensor
+    part_TD: Tensor
+    bias_D: Tensor | None
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One step. Shapes: T rows, D model width, K inputs, N outputs, E numbers a head."""
@@ -56,6 +64,8 @@ class Step:
     widths: Sequence[tuple[slice, Width]] = ()  # rows of less than whole feed-forwards, in order
     # What a layer's attention read (T, D), normed, where its feed-forward reads the same.
     read: list[Tensor] = field(default_factory=list)
+    # Of a layer whose attention is not summed over ranks, until its feed-forward has it.
+    held: list[Held] = field(default_factory=list)
 
     @property
     def wide(self) -> bool:

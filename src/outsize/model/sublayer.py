@@ -5,80 +5,48 @@ Shapes: T rows, D model width, H query heads, J key heads, E numbers a head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
-
-from torch import Tensor
+import torch
 
 from outsize.kernels.norm import RMSNorm
 from outsize.model.attention import vector
+from outsize.model.dropped import SummedAttention, SummedFfn
 from outsize.model.ffn.dense import Dense, Ungated
-from outsize.model.ffn.experts import Mixture, Router, SharedExpert
-from outsize.model.joint import ALONE, PLAIN_ENDS, Ends, Whole, in_flight, joint
+from outsize.model.ffn.experts import (
+    Beside,
+    Mixture,
+    Norms,
+    Owned,
+    OwnRouting,
+    Router,
+    SharedExpert,
+)
+from outsize.model.half import Runnable, SubLayer
+from outsize.model.joint import ALONE, Ends, joint
 from outsize.model.layers import Linear
 from outsize.model.mixer import mixer
-from outsize.model.norms import Body, Entry, entering, post_norm, pre_norm, shown
-from outsize.model.step import Step
+from outsize.model.norms import post_norm, pre_norm, shown
 from outsize.model_config import Description
 from outsize.model_config import Mixture as MixtureConfig
+from outsize.pack.specs import OUT_SCALE
 from outsize.parallel.collective import Collective
 from outsize.storage.table import Weights, activation_type
 from outsize.weights.experts import ExpertBank
 
 
-class Runnable(Protocol):
-    """Half a layer over weights in memory."""
-
-    def run(self, chunks: Sequence[tuple[Tensor, Step]]) -> None:
-        """Run all chunks of rows, in order. Changes their residual streams (T, D)."""
-        ...
-
-
-class SubLayer:
-    """h += scale * post(body(norm(h)) + bias), in place; few families have the norm after the body, the bias
-    or the scale, or no norm before."""
-
-    def __init__(
-        self,
-        norm: Entry,
-        body: Body,
-        post: RMSNorm | None = None,
-        bias_D: Tensor | None = None,
-        how: Ends = PLAIN_ENDS,
-    ) -> None:
-        """`norm`: or the type that enters the body as it is; None: what attention read does."""
-        self._norm, self._body, self._post, self._bias_D = norm, body, post, bias_D
-        self._scale, self._joint = how
-
-    def __call__(self, h_TD: Tensor, step: Step) -> None:
-        self._end(h_TD, step, self._begin(h_TD, step))
-
-    def run(self, chunks: Sequence[tuple[Tensor, Step]]) -> None:
-        if self._joint is not ALONE:
-            in_flight(chunks, self._begin, self._end)
-        for chunk in chunks if self._joint is ALONE else ():
-            self(*chunk)
-
-    def _begin(self, h_TD: Tensor, step: Step) -> Whole:
-        return self._joint.outer(self._body(entering(h_TD, step, self._norm), step))
-
-    def _end(self, h_TD: Tensor, step: Step, whole: Whole) -> None:
-        step.residual(h_TD, whole(), self._post, self._bias_D, self._scale)
-
-
 def attention_sublayer(
     d: Description, index: int, w: Weights, ranks: Collective | None = None
-) -> SubLayer:
+) -> Runnable:
     body = shown(mixer(d, index, w)) if d.parallel else mixer(d, index, w)
     bias_D = vector(w["o_bias"]) if d.o_bias else None
     norm = pre_norm(d, w, "attn_norm", activation_type(w["o"]))
     ends = Ends(d.residual_scale, joint(d, index, "attention", ranks))
-    return SubLayer(norm, body, post_norm(d, w, "attn_post_norm"), bias_D, ends)
+    made = SubLayer(norm, body, post_norm(d, w, "attn_post_norm"), bias_D, ends)
+    return made if ranks is None or ends.joint is ALONE else SummedAttention(made, index, ranks)
 
 
 def ffn_sublayer(
     d: Description, index: int, w: Weights, ranks: Collective | None = None
-) -> SubLayer:
+) -> Runnable:
     norm = None if d.parallel else pre_norm(d, w, "ffn_norm", activation_type(w["gate_up"]))
     inner_bias, bias_D = (
         (vector(w["gate_up_bias"]), vector(w["down_bias"])) if d.mlp_bias else (None, None)
@@ -87,10 +55,13 @@ def ffn_sublayer(
     maps = Linear(w["gate_up"]), Linear(w["down"])
     dense = (Ungated if d.two_matrix else Dense)(maps, d.activation, index, inner_bias, whole)
     ends = Ends(d.residual_scale, whole)
-    return SubLayer(norm, dense, post_norm(d, w, "ffn_post_norm"), bias_D, ends)
+    made = SubLayer(norm, dense, post_norm(d, w, "ffn_post_norm"), bias_D, ends)
+    return made if ranks is None or whole is ALONE else SummedFfn(made, index, ranks)
 
 
-def mixture_sublayer(d: Description, bank: ExpertBank, w: Weights) -> Mixture:
+def mixture_sublayer(
+    d: Description, bank: ExpertBank, w: Weights, ranks: Collective | None = None
+) -> Mixture:
     norm = RMSNorm(vector(w["ffn_norm"]), d.norm_eps, bank.activation_type)
     (router,) = w["router"]
     bias = vector(w["router_bias"]) if "router_bias" in w else None
@@ -98,7 +69,29 @@ def mixture_sublayer(d: Description, bank: ExpertBank, w: Weights) -> Mixture:
     made = mixture_of(d)
     shared = shared_expert(d, w) if made.shared else None
     numbers = router.encoding.decode(router.fields)
-    return Mixture(d, Router(norm, numbers, made, bias, choice), bank, shared)
+    owned = None if ranks is None else Owned(ranks, bank.layer)
+    return Mixture(d, Router(norm, numbers, made, bias, choice), bank, shared, owned)
+
+
+def beside_sublayer(d: Description, bank: ExpertBank, w: Weights) -> Beside:
+    """Experts with a dense feed-forward beside them."""
+
+    def norm(name: str, dtype: torch.dtype = torch.float32) -> RMSNorm:
+        return RMSNorm(vector(w[name]), d.norm_eps, dtype)
+
+    (router,), kind = w["router"], bank.activation_type
+    own = RMSNorm(vector(w["router_scale"]) * d.width**-0.5, d.norm_eps, torch.float32)
+    routing = OwnRouting(own, vector(w["expert_scale"]))
+    numbers = router.encoding.decode(router.fields)
+    chosen = Router(norm("experts_norm", kind), numbers, mixture_of(d), own=routing)
+    posts = norm("dense_post_norm"), norm("experts_post_norm"), norm("ffn_post_norm")
+    ends = Norms(norm("ffn_norm", kind), *posts), scale_of(d, w)
+    return Beside(d, chosen, bank, shared_expert(d, w), ends)
+
+
+def scale_of(d: Description, w: Weights) -> float:
+    """What the residual stream is multiplied by at a layer's end."""
+    return float(vector(w[OUT_SCALE])) if d.out_scale else 1.0
 
 
 def mixture_of(d: Description) -> MixtureConfig:

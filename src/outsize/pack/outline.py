@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from outsize.checkpoint import tokenizer
 from outsize.checkpoint.checkpoint import Checkpoint
 from outsize.family.find import recipe
-from outsize.model_config import Description, Recipe
+from outsize.family.recipe import Recipe
+from outsize.model_config import Description
 from outsize.pack import tokenizer_file
 from outsize.pack.format import Pack, Quality
 from outsize.pack.layout import plan
@@ -72,6 +73,9 @@ class Outline:
     has_template: bool = False  # a chat template, which a process of its own renders
     kv: str = "auto"  # how keys and values are kept, or int8
     staging: int = 0  # bytes of blocks of the prefix cache on their way to and from a disk
+    held: int = (
+        0  # bytes a token of a prompt that a layer of a rank keeps until its feed-forward has them
+    )
     grammars: int = 0  # replies at once that may have to obey a schema or a grammar
     neurons: PagedNeurons | None = None  # then there are tables of their bundles, too
     nested: NestedFamily | None = None  # of a pack of nested experts with an add-on

@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
+from outsize.parallel.dropped import Drop
+
 Place = Literal["attention", "ffn", "block", "head"]
 
 
@@ -28,6 +30,11 @@ class Collective(Protocol):
 
     rank: int
     world: int
+
+    @property
+    def drop(self) -> Drop:
+        """Layers whose attention is not summed."""
+        ...
 
     def sum(self, part_TD: Tensor, at: Point) -> Pending:
         """Start summing the ranks' parts: (T, D) fp32, of parts in bf16 or fp32."""

@@ -23,14 +23,7 @@ class Both:
 
     @property
     def wire(self) -> Wire:
-        a, b = self._small.wire, self._large.wire
-        return Wire(
-            a.messages + b.messages,
-            a.sent + b.sent,
-            a.received + b.received,
-            a.overhead + b.overhead,
-            a.waited_s + b.waited_s,
-        )
+        return self._small.wire.with_more(self._large.wire)
 
     def exchange(self, out: Buffer, into: Mapping[int, Buffer]) -> None:
         self.scatter(dict.fromkeys(into, out), into)

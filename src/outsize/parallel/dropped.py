@@ -49,10 +49,22 @@ class Drop:
 
     def guess(self, layer: int, x_TD: Tensor, part_TD: Tensor, normed_TD: Tensor) -> Tensor:
         """H_i but for biases: (T, D) fp32. `normed_TD`: what attention was computed from."""
-        guess = x_TD.float() + part_TD.float()
-        if (correction := self.corrections.get(layer)) is not None:
-            guess += correction(normed_TD, part_TD)
-        return guess
+        return x_TD.float() + self.attention(layer, part_TD, normed_TD)
+
+    def attention(
+        self, layer: int, part_TD: Tensor, normed_TD: Tensor, apart: bool = False
+    ) -> Tensor:
+        """P_i + c_i: (T, D) fp32. `apart`: each row as if alone."""
+        correction = self.corrections.get(layer)
+        if correction is None:
+            return part_TD.float()
+        if not apart:
+            return part_TD.float() + correction(normed_TD, part_TD)
+        rows = zip(normed_TD.split(1), part_TD.split(1), strict=True)
+        return part_TD.float() + torch.cat([correction(x, p) for x, p in rows])
+
+
+NO_DROP = Drop()
 
 
 def message(part_TD: Tensor, ffn_TD: Tensor) -> Tensor:

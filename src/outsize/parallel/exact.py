@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from outsize.parallel.collective import Pending, Point
+from outsize.parallel.dropped import NO_DROP, Drop
 from outsize.parallel.lane import Lane
 from outsize.parallel.rooms import Rooms, as_bytes
 from outsize.parallel.transport import Buffer, Transport, others
@@ -43,7 +44,8 @@ def share(rows: int, rank: int, world: int) -> slice:
 class Exact:
     """A Collective (collective.py) of whole numbers as they are."""
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, drop: Drop = NO_DROP) -> None:
+        self.drop = drop
         self.transport, self.rank, self.world = transport, transport.rank, transport.world
         self._peers, self.lane, self._rooms = others(self.rank, self.world), Lane(), Rooms()
 

@@ -70,7 +70,7 @@ class LowBit:
     def __init__(
         self, exact: Exact, codec: Callable[[Point], Codec | None], least: int = 1
     ) -> None:
-        self.rank, self.world = exact.rank, exact.world
+        self.rank, self.world, self.drop = exact.rank, exact.world, exact.drop
         self._exact, self._codec, self._least = exact, codec, least
 
     def sum(self, part_TD: Tensor, at: Point) -> Pending:

@@ -27,6 +27,7 @@ from outsize.pack.records import FLOATS
 from outsize.pack.source import Source, derived
 from outsize.pack.tables import Matrix, TableHeader
 from outsize.pack.tensors import Made, Record, TablePlan
+from outsize.parallel.split import UNCUT
 from outsize.progress import Progress, silent
 from outsize.storage.records import Records
 from outsize.storage.table import Weights
@@ -48,8 +49,10 @@ def described(d: Description, shard: Shard) -> Description:
 
 
 def cut(pack: Pack, shard: Shard, home: Path, progress: Progress = silent) -> Pack:
-    """A rank's pack, out of the model's, or as it was cut before. Raises PackError, ReadError, DiskFullError,
-    UnsupportedError."""
+    """A rank's pack, out of the model's, or as it was cut before; the model's, where each has all of it.
+    Raises PackError, ReadError, DiskFullError, UnsupportedError."""
+    if shard.cut in UNCUT:
+        return pack
     source, base = (
         source_of(pack, shard),
         replace(pack, description=described(pack.description, shard)),
@@ -65,6 +68,8 @@ def cut(pack: Pack, shard: Shard, home: Path, progress: Progress = silent) -> Pa
 def outlined(whole: Outline, shard: Shard) -> Outline:
     """A shard of a model as the planner sees it, from headers alone. Ranks that follow have no tokenizer, no
     templates, and of the head no more than rows by id."""
+    if shard.cut in UNCUT:
+        return whole if shard.rank == 0 else following(whole)
     d = whole.description
     tables = [plan.header for plan in _Cutter(d, whole.tables, shard, None).tables()]
     made = replace(whole, description=described(d, shard), tables=tuple(tables))

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from outsize.errors import PeerError
+from outsize.errors import OptionError, PeerError
 from outsize.parallel.transport import Buffer, Sending, Transport, Wire
 
 STAMP = struct.Struct("<d")
@@ -33,6 +33,35 @@ class Link:
     def duration(self, size: int) -> float:
         """Seconds for which a message of so many bytes occupies the link."""
         return (size + HEADERS * max(1, -(-size // PACKET))) / self.bytes_per_s
+
+
+LATENCY_S = 1e-4  # of a link that nothing is said of: a switch
+UNITS = {"kbit/s": 125.0, "mbit/s": 125e3, "gbit/s": 125e6}
+
+
+def parse_link(text: str) -> Link:
+    """`100Mbit/s` or `1Gbit/s,0.2ms`. Raises OptionError."""
+    rate, _, latency = text.lower().replace(" ", "").partition(",")
+    for unit, size in UNITS.items():
+        if rate.endswith(unit):
+            number = _number(rate.removesuffix(unit))
+            wait = LATENCY_S if not latency else _number(latency.removesuffix("ms")) / 1e3
+            if (
+                0 < number < float("inf")
+                and 0 <= wait < 3600
+                and (not latency or latency.endswith("ms"))
+            ):
+                return Link(wait, number * size)
+    raise OptionError(
+        f"link is {text!r}; RATE[,LATENCY] is expected, as in 100Mbit/s or 1Gbit/s,0.2ms"
+    )
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return -1.0
 
 
 class Slow:

@@ -1,12 +1,14 @@
 """The transport for short messages: one plain TCP connection to each rank, both ways at once.
 
 Each message is one frame (frames.py). All connections are served in one loop without blocking, so that two
-ranks that send each other more than the kernel holds do not wait for each other.
+ranks that send each other more than the kernel holds do not wait for each other. One thread may send while
+another receives.
 """
 
 from __future__ import annotations
 
 import select
+import threading
 import time
 from collections.abc import Mapping, Sequence
 
@@ -83,6 +85,7 @@ class Sockets:
         self.rank, self.world, self.wire = mesh.rank, mesh.world, Wire()
         self._mesh, self._watch, self._channels = mesh, mesh.watch, mesh.data
         self._unsent: list[_Going] = []  # in order; moved on by every call
+        self._sending = threading.Lock()  # over these
         for channel in self._channels.values():
             channel.sock.setblocking(False)
 
@@ -109,8 +112,9 @@ class Sockets:
         self.wire.messages += 1
         self.wire.sent += len(out)
         self.wire.overhead += channel.overhead
-        going = _Going(channel, out)
-        self._unsent.append(going)
+        with self._sending:
+            going = _Going(channel, out)
+            self._unsent.append(going)
         return going
 
     def run(self, wanted: Sequence[_Moving]) -> None:
@@ -127,10 +131,11 @@ class Sockets:
     def _push(self) -> None:
         """Send what goes; of each rank in order."""
         stuck = set[Channel]()
-        for going in self._unsent:
-            if going.channel not in stuck and not self._moved(going):
-                stuck.add(going.channel)
-        self._unsent = [going for going in self._unsent if going.left]
+        with self._sending:
+            for going in self._unsent:
+                if going.channel not in stuck and not self._moved(going):
+                    stuck.add(going.channel)
+            self._unsent = [going for going in self._unsent if going.left]
 
     def _moved(self, moving: _Moving) -> bool:
         try:
@@ -144,6 +149,8 @@ class Sockets:
         for going in self._unsent:
             number = going.channel.sock.fileno()
             wanted[number] = wanted.get(number, 0) | WRITE
+        if not wanted:
+            return  # another thread has sent what this one waited for
         poller = select.poll()
         for number, events in wanted.items():
             poller.register(number, events)

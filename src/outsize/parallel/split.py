@@ -6,7 +6,7 @@ Ranges are whole steps of what the encodings store together, so that codes are m
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import lcm
 
@@ -18,6 +18,7 @@ from outsize.pack.tables import Matrix, TableHeader
 
 UNITS = 64, 32, 16  # kernels' blocks of rows; the largest of which there are enough
 MOST = 64  # ranks
+UNCUT = "whole", "experts"  # ways in which each rank has the model's own pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +37,12 @@ class Ranks:
 class Way:
     """How a model is cut. "gather": gate and up by neurons, down by outputs, whole vectors gathered: the bits
     of one rank. "sum": down by neurons, partial sums added: to rounding. "layers": each rank has some layers,
-    whole, and rows pass through all ranks: the bits of one."""
+    whole, and rows pass through all ranks: the bits of one. "whole": each has all; prompts are shared.
+    "experts": each has all, and computes some of the experts of each layer: to rounding."""
 
     cut: str = "gather"
     attention: str = "whole"
+    key_ends: tuple[int, ...] = ()  # where each rank's key heads end, where that is not by speed
 
 
 def split(
@@ -49,6 +52,8 @@ def split(
     check(name, d, ranks.world, way)
     if way.cut == "layers":
         return _by_layers(name, d, tables, ranks)
+    if way.cut in UNCUT:
+        return tuple(_all_of(d, rank, ranks.world) for rank in range(ranks.world))
     matrices = _Matrices(tables)
     rows, is_sum = matrices.step("gate_up", 0), way.cut == "sum"
     if d.ffn_width % rows:
@@ -63,7 +68,7 @@ def split(
         () if is_sum else _shared(f"{name}: outputs", d.width, matrices.step("down", 0), plain)
     )
     by_heads = way.attention == "heads"
-    keys = _key_heads(name, d, matrices, plain) if by_heads else ()
+    keys = _key_heads(name, d, matrices, plain, way.key_ends) if by_heads else ()
     return tuple(_shard(d, rank, way, (neurons, outputs, keys)) for rank in range(ranks.world))
 
 
@@ -81,13 +86,23 @@ def check(name: str, d: Description, world: int, way: Way) -> None:
             f"{name} keeps states of sequences in place of some keys and values, which ranks do not share; "
             "run it on one"
         )
+    if way.cut == "experts" and (d.mixture is None or d.mixture.nested):
+        raise OptionError(f"{name} has no experts to share out; use --parallel tensor")
+    if way.cut == "experts" and d.mixture is not None and d.mixture.beside:
+        raise UnsupportedError(
+            f"{name} has a dense feed-forward beside its experts, which ranks do not share out; leave "
+            "--ranks out"
+        )
+    if way.cut in UNCUT:
+        return
     if d.mixture is not None and way.cut != "layers":
         raise UnsupportedError(
-            f"{name} is a mixture of experts, which ranks share out by layers alone; use --parallel relay"
+            f"{name} is a mixture of experts, whose matrices are not cut; use --parallel experts, or relay"
         )
-    if d.memory is not None:
+    if d.reads_tokens or len(d.forms) > 1 or d.value_norm or d.out_scale:
         raise UnsupportedError(
-            f"{name} reads its tokens in every layer, and ranks are handed states alone; leave --ranks out"
+            f"{name} reads its tokens in every layer, or has layers of several sizes, which ranks do not "
+            "share; leave --ranks out"
         )
     if d.layer_norm or d.positions or d.parallel or d.two_matrix:
         raise UnsupportedError(
@@ -170,7 +185,9 @@ def _apportioned(count: int, speeds: Sequence[float]) -> list[int]:
     return [1 + n for n in found]
 
 
-def _key_heads(name: str, d: Description, matrices: _Matrices, ranks: Ranks) -> tuple[int, ...]:
+def _key_heads(
+    name: str, d: Description, matrices: _Matrices, ranks: Ranks, given: tuple[int, ...] = ()
+) -> tuple[int, ...]:
     """Key heads, with their query heads. Raises UnsupportedError where they do not divide."""
     group, step = d.num_heads // d.num_kv_heads * d.head_dim, matrices.step("o", 1)
     unit = lcm(group, step) // group
@@ -181,6 +198,13 @@ def _key_heads(name: str, d: Description, matrices: _Matrices, ranks: Ranks) -> 
             f"{name} has {d.num_kv_heads} key heads, which {ranks.world} ranks cannot share out in groups of "
             f"{unit}; use attention=whole, or fewer ranks"
         )
+    if given:
+        if len(given) != ranks.world or given[-1] != d.num_kv_heads or any(e % unit for e in given):
+            raise UnsupportedError(
+                f"{name}: key heads that end at {given} are no cut of {d.num_kv_heads} for {ranks.world} "
+                f"ranks in groups of {unit}; make the file again with `outsize adapt sync`"
+            )
+        return given
     ends = accumulate(parts(units, ranks.speeds, [None] * ranks.world))
     return tuple(end * unit for end in ends)
 
@@ -204,6 +228,13 @@ def _shard(
     )  # fmt: skip
 
 
+def _all_of(d: Description, rank: int, world: int) -> Shard:
+    """Nothing is cut."""
+    whole = (0, d.ffn_width), (0, d.width), (0, d.num_heads), (0, d.num_kv_heads)
+    sizes, layers = (d.ffn_width, d.num_heads, d.num_kv_heads), (0, d.num_layers)
+    return Shard(rank, world, "whole", "whole", *whole, *sizes, (), (), layers, d.num_layers)
+
+
 def _by_layers(
     name: str, d: Description, tables: Sequence[TableHeader], ranks: Ranks
 ) -> tuple[Shard, ...]:
@@ -223,10 +254,8 @@ def _by_layers(
     ends = [first, *(first + n for n in accumulate(others))]
     ends = [min(end, d.num_layers - ranks.world + 1 + r) for r, end in enumerate(ends[:-1])]
     ends.append(d.num_layers)
-    whole = (0, d.ffn_width), (0, d.width), (0, d.num_heads), (0, d.num_kv_heads)
-    sizes = d.ffn_width, d.num_heads, d.num_kv_heads
     found = tuple(
-        Shard(r, ranks.world, "layers", "whole", *whole, *sizes, (), (), (start, end), d.num_layers)
+        replace(_all_of(d, r, ranks.world), cut="layers", layers=(start, end))
         for r, (start, end) in enumerate(zip([0, *ends], ends, strict=False))
     )
     if d.mixture is not None and any(not {*range(*s.layers)} & {*d.routed} for s in found):

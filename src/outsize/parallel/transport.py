@@ -30,6 +30,12 @@ class Wire:
     overhead: int = 0  # bytes sent around the payload, as far as this transport knows them
     waited_s: float = 0.0  # within the transport's calls: sending, and waiting for what others send
 
+    def with_more(self, other: Wire) -> Wire:
+        return Wire(
+            self.messages + other.messages, self.sent + other.sent, self.received + other.received,
+            self.overhead + other.overhead, self.waited_s + other.waited_s,
+        )  # fmt: skip
+
 
 class Sending(Protocol):
     def wait(self) -> None:
@@ -61,6 +67,37 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """End all connections; the others' next call that needs this rank raises PeerError."""
+
+
+class Switch:
+    """A Transport in whose place another may come: when ranks were lost, and came again."""
+
+    def __init__(self, inner: Transport) -> None:
+        self.rank, self.world, self._inner, self._before = inner.rank, inner.world, inner, Wire()
+
+    def replace(self, inner: Transport) -> None:
+        """By another of as many ranks."""
+        self._before, self._inner = self.wire, inner
+
+    @property
+    def wire(self) -> Wire:
+        """All that was sent and received, through this one and those before."""
+        return self._before.with_more(self._inner.wire)
+
+    def exchange(self, out: Buffer, into: Mapping[int, Buffer]) -> None:
+        self._inner.exchange(out, into)
+
+    def scatter(self, out: Mapping[int, Buffer], into: Mapping[int, Buffer]) -> None:
+        self._inner.scatter(out, into)
+
+    def send(self, to: int, out: Buffer) -> Sending:
+        return self._inner.send(to, out)
+
+    def receive(self, of: int, into: Buffer) -> None:
+        self._inner.receive(of, into)
+
+    def close(self) -> None:
+        self._inner.close()
 
 
 class Sent:

@@ -42,12 +42,12 @@ def kv_bytes(o: Outline) -> int:
     d = o.description
     kv = stored_bytes(o)
     if o.kv == "int8":  # of one layer, as numbers
-        kv += 2 * d.num_kv_heads * d.head_dim * o.activation_bytes
-    ropes = len({layer.rope for layer in d.layers})
+        kv += sum(2 * j * e * o.activation_bytes for j, e in set(d.kv_sizes))
+    angles = 4 * sum(d.rope_sizes.values())
     routed = 0 if d.mixture is None else d.width * (o.activation_bytes + 4) + 200 * d.mixture.used
-    rows = 0 if d.memory is None else 4 * d.width + sum(t.stride for t in _by_token(o))
+    rows = 4 * d.width + sum(t.stride for t in _by_token(o)) if d.reads_tokens else 0
     read = d.width * o.activation_bytes * d.parallel  # by attention, until the feed-forward has
-    return kv + 4 * d.width + 4 * d.head_dim * ropes + routed + rows + read + 100
+    return kv + 4 * d.width + angles + routed + rows + read + o.held + 100
 
 
 def _by_token(o: Outline) -> list[TableHeader]:
@@ -57,8 +57,10 @@ def _by_token(o: Outline) -> list[TableHeader]:
 def stored_bytes(o: Outline) -> int:
     """Of one token: its keys and values in all layers."""
     d = o.description
-    entry = entry_bytes(d.head_dim) if o.kv == "int8" else d.head_dim * o.activation_bytes
-    return 2 * len(d.kv_layers) * d.num_kv_heads * entry
+    sizes = [d.kv_sizes[i] for i in d.kv_layers]
+    if o.kv == "int8":
+        return sum(2 * heads * entry_bytes(numbers) for heads, numbers in sizes)
+    return sum(2 * heads * numbers * o.activation_bytes for heads, numbers in sizes)
 
 
 def state_bytes(o: Outline) -> int:
@@ -80,6 +82,11 @@ def kv_tokens(o: Outline, context: int) -> int:
 
 def scratch_bytes(o: Outline, context: int) -> int:
     """The peak of computing one chunk of a prompt, beside weights."""
+    return max(_layer_scratch(replace(o, description=d), context) for d in o.description.forms)
+
+
+def _layer_scratch(o: Outline, context: int) -> int:
+    """The same, of layers of one size."""
     d, a, c = o.description, o.activation_bytes, min(CHUNK, context)
     heads = (d.num_heads + d.num_kv_heads) * d.head_dim
     queries = d.num_heads * d.head_dim
@@ -101,6 +108,7 @@ def scratch_bytes(o: Outline, context: int) -> int:
         ffn += c * ((2 * d.shard.world + 2) * d.width + (d.shard.world + 1) * inner) * a
     block = min(WIDE_BYTES, 2 * inner * d.width * a)
     decoded = 2 * block + c * block // d.width  # once more as the matmul packs it; and its product
+    ffn = max(ffn, c * d.token_width * (5 * a + 16))
     logits = 3 * 4 * d.vocab_size
     most = max(attention, c * rows + decoded, ffn + decoded, logits)
     return int(FRAGMENTS * most)
@@ -176,9 +184,15 @@ def routed(o: Outline) -> list[TableHeader]:
 
 
 def all_bytes(o: Outline) -> int:
-    """All weights, fully resident; experts' slots are in huge pages."""
-    beside = sum(slot_bytes(t, len(t.keys)) for t in routed(o))
-    return o.size + sum(huge_bytes(t.size) - t.size for t in routed(o)) + beside
+    """All weights that are worth memory, fully resident; experts' slots are in huge pages."""
+    slots = [(t, most_slots(o, t)) for t in routed(o)]
+    more = (huge_bytes(n * t.stride) - t.size + slot_bytes(t, n) for t, n in slots)
+    return o.size + sum(more)
+
+
+def most_slots(o: Outline, t: TableHeader) -> int:
+    """Records of a table that are worth memory."""
+    return kinds()[t.kind].most_slots(o.description, t)
 
 
 def slot_bytes(t: TableHeader, count: int) -> int:

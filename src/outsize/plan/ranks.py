@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from outsize.errors import OptionError, OutsizeError
+from outsize.errors import OutsizeError
 from outsize.home import home
 from outsize.log import say, silent
 from outsize.model_parts import Shard
@@ -18,8 +18,9 @@ from outsize.options import LoadOptions
 from outsize.pack import fetch
 from outsize.pack.outline import Outline, head_of
 from outsize.parallel.shard import outlined
+from outsize.parallel.slow import Link
 from outsize.parallel.spec import parse_parallel
-from outsize.parallel.split import Ranks, Way, check, split
+from outsize.parallel.split import UNCUT, Ranks, Way, check, split
 from outsize.plan import decide, machine
 from outsize.plan.cost import UNHIDDEN
 from outsize.plan.cost import step_s as step_seconds
@@ -31,41 +32,10 @@ from outsize.plan.probe import set_threads
 from outsize.plan.warmup import runtime_bytes
 from outsize.system import memory
 
-WAYS = (Way("gather"), Way("sum"), Way("sum", "heads"), Way("layers"))
+WAYS = (Way("gather"), Way("sum"), Way("sum", "heads"), Way("experts"), Way("layers"))
 # Seconds of software for a message of one token, as measured on two cores of an EPYC between namespaces.
 SOFTWARE_S = {"torch": 150e-6, "sockets": 25e-6, "auto": 25e-6}
-LATENCY_S = 1e-4  # of a link that nothing is said of: a switch
-UNITS = {"kbit/s": 125.0, "mbit/s": 125e3, "gbit/s": 125e6}
 LOOPBACK = "10Gbit/s,0.01ms"
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """Between two ranks: seconds of a message, and bytes a second."""
-
-    latency_s: float
-    bytes_per_s: float
-
-
-def parse_link(text: str) -> Link:
-    """`100Mbit/s` or `1Gbit/s,0.2ms`. Raises OptionError."""
-    rate, _, latency = text.lower().replace(" ", "").partition(",")
-    for unit, size in UNITS.items():
-        if rate.endswith(unit):
-            number = _number(rate.removesuffix(unit))
-            wait = LATENCY_S if not latency else _number(latency.removesuffix("ms")) / 1e3
-            if number > 0 and wait >= 0 and (not latency or latency.endswith("ms")):
-                return Link(wait, number * size)
-    raise OptionError(
-        f"link is {text!r}; RATE[,LATENCY] is expected, as in 100Mbit/s or 1Gbit/s,0.2ms"
-    )
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return -1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +70,15 @@ class WayPlan:
 
     @property
     def name(self) -> str:
-        if self.way.cut == "layers":
-            return "relay"
+        if self.way.cut in ("layers", "experts", "whole"):
+            return {"layers": "relay", "experts": "experts", "whole": "runahead"}[self.way.cut]
         return f"tensor:cut={self.way.cut},attention={self.way.attention}"
 
     def to_json(self) -> dict[str, object]:
         if self.refused:
             return {"way": self.name, "refused": self.refused}
         return {
-            "way": self.name, "is_exact": self.way.cut != "sum", "messages": self.messages,
+            "way": self.name, "is_exact": self.way.cut not in ("sum", "experts"), "messages": self.messages,
             "sent_bytes": self.sent, "token_s": round(self.token_s, 6), "wire_s": round(self.wire_s, 6),
             "tokens_per_s": round(1 / self.token_s, 3), "ranks": [r.to_json() for r in self.ranks],
         }  # fmt: skip
@@ -132,7 +102,7 @@ class RanksPlan:
         best = self.best
         return {
             "model": self.outline.name, "weights_bytes": self.outline.size, "over": self.over,
-            "latency_s": self.link.latency_s, "link_bytes_per_s": self.link.bytes_per_s,
+            "latency_s": self.link.delay_s, "link_bytes_per_s": self.link.bytes_per_s,
             "ways": [w.to_json() for w in self.ways], "best": None if best is None else best.name,
         }  # fmt: skip
 
@@ -148,8 +118,9 @@ def make(model: str, options: LoadOptions, link: Link) -> RanksPlan:
     here = machine.known(home(), silent if options.quiet else say)
     here, compute = computing(whole, here, native)
     figures = _Figures(whole, compute, here.disk_bytes_per_s, link, SOFTWARE_S[spec.over])
-    asked = [spec.way] if options.parallel != "tensor" else WAYS
-    if asked is not WAYS:
+    asked = [w for w in WAYS if w.cut != "experts" or whole.description.mixture is not None]
+    if options.parallel != "tensor":
+        asked = [spec.way]
         check(whole.name, whole.description, options.ranks, spec.way)
     ways = tuple(_way(figures, way, options, (size, runtime)) for way in asked)
     return RanksPlan(whole, link, spec.over, ways)
@@ -188,7 +159,12 @@ class _Figures:
     def wire(self, way: Way, shards: Sequence[Shard]) -> tuple[float, int, int]:
         """Of a token: seconds, a rank's messages to each other rank, and bytes that one sends to all."""
         d, others = self.whole.description, len(shards) - 1
-        each_s = self.software_s + self.link.latency_s
+        if way.cut == "whole":
+            return 0.0, 0, 0
+        each_s = self.software_s + self.link.delay_s
+        if way.cut == "experts":
+            count, sent = len(d.routed), 4 * d.width * others
+            return count * (each_s + sent / self.link.bytes_per_s), count, count * sent
         if way.cut == "layers":
             sent = 4 * d.width
             return len(shards) * (each_s + sent / self.link.bytes_per_s), 1, sent
@@ -209,6 +185,11 @@ class _Figures:
         if way.cut == "layers":
             compute_s = step_seconds(self.whole, self.compute)
             return sum(self._with_reads(compute_s / len(ranks), r) for r in ranks)
+        if (
+            way.cut in UNCUT
+        ):  # what experts' shares save is not counted: which are chosen is not known
+            compute_s = step_seconds(self.whole, self.compute)
+            return max(self._with_reads(compute_s, r) for r in ranks)
         total = {"attn": 0.0, "ffn": 0.0}
         for t in self.whole.tables:
             kind = t.name.split("-")[0]

@@ -16,8 +16,9 @@ from outsize.kernels.backend import Backend
 from outsize.kernels.plain import PLAIN
 from outsize.kernels.rows import Rows, Segment
 from outsize.kv.kv import KV
+from outsize.model.half import Runnable
 from outsize.model.step import Step
-from outsize.model.sublayer import SubLayer, attention_sublayer, ffn_sublayer
+from outsize.model.sublayer import attention_sublayer, ffn_sublayer
 from outsize.model.transformer import new_kv, rotary_angles
 from outsize.model_config import Description, Layer, Rope
 from outsize.storage.table import Weight, Weights
@@ -53,14 +54,14 @@ def warm_up(backend: Backend) -> None:
             _run(d, sublayer, kv, h_TD, PLAIN if plain else backend)
 
 
-def _run(d: Description, sublayer: SubLayer, kv: KV, h_TD: Tensor, backend: Backend) -> None:
+def _run(d: Description, sublayer: Runnable, kv: KV, h_TD: Tensor, backend: Backend) -> None:
     """A long span, then one token."""
     kv.truncate(0)
     for first, last in ((0, TOKENS), (TOKENS, TOKENS + 1)):
         positions, wide = range(first, last), last - first > 1
-        angles = rotary_angles(d.ropes, d.head_dim, positions)
+        angles = rotary_angles(d.rope_sizes, positions)
         step = Step(Rows([Segment(kv, positions)], wide), angles, PLAIN if wide else backend)
-        sublayer(h_TD[: last - first], step)
+        sublayer.run([(h_TD[: last - first], step)])
 
 
 def _weights(d: Description, name: str, backend: Backend) -> Weights:

@@ -46,7 +46,7 @@ def short(o: Outline, p: Placement, cost: Cost | None) -> list[str]:
 
 
 def _what(o: Outline) -> str:
-    if o.description.has_table:
+    if o.description.has_table or o.description.token_width:
         return "table's rows"
     return "experts" if o.neurons is None else "neurons"
 

@@ -11,6 +11,8 @@ EXACT = {
     "gather": "the bits of one rank",
     "sum": "equal to rounding",
     "layers": "the bits of one rank",
+    "experts": "equal to rounding",
+    "whole": "the bits of one rank; shares long prompts alone",
 }
 
 
@@ -19,7 +21,7 @@ def long(plan: RanksPlan) -> Iterator[str]:
     link, o = plan.link, plan.outline
     yield (
         f"{o.name} ({mb(o.size)} of weights) over {plan.over}, {link.bytes_per_s * 8 / 1e6:,.0f} Mbit/s and "
-        f"{link.latency_s * 1e3:.3g} ms; ranks are taken to be as fast as this machine"
+        f"{link.delay_s * 1e3:.3g} ms; ranks are taken to be as fast as this machine"
     )
     for way in plan.ways:
         yield ""

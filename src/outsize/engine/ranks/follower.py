@@ -12,15 +12,20 @@ from typing import Any
 import torch
 
 from outsize.checkpoint.typed_json import read
-from outsize.engine.ranks.leader import Joined, address, joined
+from outsize.engine.ranks.adapters import taken
+from outsize.engine.ranks.how import Joined, address, extra_bytes, joined
 from outsize.engine.ranks.speed import bytes_per_s
+from outsize.engine.ranks.sync import hear, held_bytes
 from outsize.engine.ranks.talk import Talk, digest, field, telling
 from outsize.engine.threads import kernel_threads
 from outsize.errors import PackError, PeerError
+from outsize.forward import runahead
 from outsize.forward.lead import follow
 from outsize.home import home
 from outsize.kernels.backend import Backend
 from outsize.log import say, silent
+from outsize.model.lora import Adapter
+from outsize.model.lora_file import read_adapter
 from outsize.model.transformer import Transformer
 from outsize.model_parts import Shard
 from outsize.options import LoadOptions
@@ -28,6 +33,7 @@ from outsize.pack import store
 from outsize.pack.format import Pack
 from outsize.pack.outline import head_of, of_pack
 from outsize.parallel.meeting import Hello, Mesh, join
+from outsize.parallel.points import Points
 from outsize.parallel.shard import cut, following
 from outsize.parallel.spec import ParallelSpec, parse_parallel
 from outsize.parallel.transport import LOOK_S, SILENCE_S
@@ -49,6 +55,7 @@ class Told:
 
     shard: Pack
     spec: ParallelSpec
+    points: Points
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +65,7 @@ class Settings:
     options: LoadOptions
     size: int  # bytes of memory
     native: Backend
+    adapters: tuple[Adapter, ...] = ()  # in the leader's order
 
 
 def run(where: str, options: LoadOptions) -> None:
@@ -72,14 +80,15 @@ def run(where: str, options: LoadOptions) -> None:
         tell(f"rank {talk.rank} of {talk.world}, with the leader at {where}")
         with telling(talk):
             told = _prepare(talk, own)
-            own, placement = _placed(talk, told.shard, own)
+            own, placement = _placed(talk, told, own)
         talk.say(0, {"fits": True})
         talk.hear(0)
-        transport = talk.transport(told.spec.over)
-        run_with = joined(told.spec, transport, own.native)
+        transport = told.spec.slowed(talk.transport(told.spec.over))
+        run_with = joined(told.spec, transport, own.native, told.points)
         with _opened(told.shard, own, placement, run_with) as model:
             tell("its weights are there")
-            follow(model, transport)
+            run_steps = runahead.follow if told.spec.way.cut == "whole" else follow
+            run_steps(model, transport, own.adapters)
             _see_off(mesh)
     except BaseException as e:
         mesh.close(e)
@@ -110,10 +119,11 @@ def _prepare(talk: Talk, own: Settings) -> Told:
         shard: Shard = read(Shard, told.get("shard"), "shard")
     except ValueError as e:
         raise PeerError(f"rank 0 sent a share that is none ({e})", 0) from None
+    points = hear(talk, told)
     with bars(own.options.quiet) as progress:
         made = cut(pack, shard, home(), progress)
     torch.set_num_threads(field(told, "threads", int, 0))
-    return Told(made, parse_parallel(field(told, "parallel", str, 0)))
+    return Told(made, parse_parallel(field(told, "parallel", str, 0)), points)
 
 
 def _found(identity: str, layout: str, name: str) -> Pack:
@@ -129,18 +139,26 @@ def _found(identity: str, layout: str, name: str) -> Pack:
     )
 
 
-def _placed(talk: Talk, shard: Pack, own: Settings) -> tuple[Settings, Placement]:
-    """With the leader's settings. Raises BudgetError."""
-    told = talk.hear(0)
+def _placed(talk: Talk, what: Told, own: Settings) -> tuple[Settings, Placement]:
+    """With the leader's settings, and adapters. Raises BudgetError, AdapterError."""
+    told, shard = talk.hear(0), what.shard
     fields: dict[str, Any] = {
         "context": int, "chunk": int, "kv": str, "verify": str, "streams": int, "force": bool,
     }  # fmt: skip
     asked = {name: field(told, name, kind, 0) for name, kind in fields.items()}
     options = replace(own.options, draft="none", prefix_cache="off", **asked)
-    runtime, outline = runtime_bytes(own.native), following(of_pack(shard))
-    placement = decide.decide(outline, options, own.size, runtime, 0)
+    runtime = runtime_bytes(own.native) + extra_bytes(
+        what.spec, what.points, shard.description, talk.world
+    )
+    outline = following(of_pack(shard))
+    held = held_bytes(what.points, outline.description, outline.activation_bytes)
+    with taken(talk, told) as files:
+        outline = decide.with_all(replace(outline, held=held), files, None, None)
+        placement = decide.decide(outline, options, own.size, runtime, 0)
+        adapters = tuple(read_adapter(shard, name, path) for name, path in files.items())
     shares = {**placement.shares, head_of(outline.description): Share((), 0)}
-    return replace(own, options=options), replace(placement, shares=shares)
+    own = replace(own, options=options, adapters=adapters)
+    return own, replace(placement, shares=shares)
 
 
 @contextmanager

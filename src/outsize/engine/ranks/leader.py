@@ -1,124 +1,44 @@
-"""The leader: waits for ranks or starts them, shares the model out, and tells each what is its."""
+"""The leader of a model's ranks: tells each what is its, leads their steps, and has those that are lost come
+again."""
 
 from __future__ import annotations
 
-import secrets
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from outsize.draft.spec import parse_draft
+from outsize.engine.ranks.adapters import give, tell
 from outsize.engine.ranks.children import Children
-from outsize.engine.ranks.speed import bytes_per_s, most_parts
-from outsize.engine.ranks.talk import Talk, digest, field
-from outsize.errors import OptionError, PeerError
+from outsize.engine.ranks.how import Joined, extra_bytes, joined, keeps_all
+from outsize.engine.ranks.meet import How, met_again
+from outsize.engine.ranks.sync import held_bytes
+from outsize.engine.ranks.talk import Talk
+from outsize.errors import PeerError
+from outsize.forward.chain_costs import hear
+from outsize.forward.forward import Forward
+from outsize.forward.lazy import lazy
 from outsize.forward.lead import Lead
-from outsize.forward.relay import Relay
-from outsize.kernels.backend import Backend
-from outsize.kernels.turned import turner
-from outsize.log import say, silent, warn
+from outsize.forward.runahead import Chain
+from outsize.home import home
+from outsize.model.lora import Adapter
 from outsize.model.transformer import Transformer
 from outsize.model_parts import Shard
 from outsize.options import LoadOptions
 from outsize.pack.format import Pack
-from outsize.pack.outline import of_pack
+from outsize.pack.outline import Outline
 from outsize.parallel.collective import Collective
-from outsize.parallel.exact import Exact
-from outsize.parallel.lowbit import LowBit, Turned
-from outsize.parallel.meeting import Hello, Meeting
+from outsize.parallel.cuts import Choice, read_table
 from outsize.parallel.shard import cut
-from outsize.parallel.spec import ParallelSpec, parse_parallel
-from outsize.parallel.split import Ranks, check, split
-from outsize.parallel.transport import Transport
-from outsize.plan import probe
+from outsize.parallel.transport import Switch, Transport
 from outsize.progress import bars
-from outsize.system import memory
 from outsize.weights.load import Loaded
-from outsize.weights.neuron_spec import OFF
 
-CHILDREN_S = 120.0  # for ranks on this machine to come
-HOST = "127.0.0.1"
-
-
-def settled(options: LoadOptions) -> LoadOptions:
-    """The options of a leader: ranks on one machine share its memory and processors; what the others cannot
-    be told of is left out where it is a default. Raises OptionError."""
-    if options.ranks == 1:
-        _refuse_alone(options)
-        return options
-    spec = parse_parallel(options.parallel)
-    _refuse(options, spec)
-    if parse_draft(options.draft).kind == "auto":
-        options = replace(options, draft="ngram")
-    if not keeps_all(spec):
-        options = replace(options, prefix_cache="off")
-    if options.listen is None:
-        if options.memory == "auto":
-            options = replace(options, memory=memory.parse("auto") // options.ranks)
-        if options.threads is None:
-            options = replace(options, threads=max(1, probe.allowed() // options.ranks))
-    return options
-
-
-def _refuse_alone(options: LoadOptions) -> None:
-    if options.listen is not None and "listen" not in options.defaults:
-        raise OptionError(
-            f"listen is {options.listen!r}, and one rank waits for nobody; give --ranks 2 or more, or leave "
-            "it out"
-        )
-    parse_parallel(options.parallel)
-
-
-def _refuse(options: LoadOptions, spec: ParallelSpec) -> None:
-    """What ranks do not share. Raises OptionError."""
-    given = {
-        "experts": options.experts is not None and spec.way.cut != "layers",
-        "neurons": options.neurons != OFF,
-        "prefill": options.prefill != "full",
-        "adapters": bool(options.adapters),
-        "draft": parse_draft(options.draft).kind == "mtp",
-    }
-    for name, is_given in given.items():
-        if is_given:
-            value = getattr(options, name)
-            shown = ", ".join(value) if name == "adapters" else value
-            raise OptionError(
-                f"{name} is {shown}, which several ranks do not run; leave it out, or --ranks"
-            )
-    kept, is_apart = options.prefix_cache, not keeps_all(spec)
-    if is_apart and kept not in (None, "off") and "prefix_cache" not in options.defaults:
-        raise OptionError(
-            f"prefix_cache is {kept!r}, and with parallel {spec} no rank has all keys of a prompt; use "
-            "tensor with attention=whole, or --prefix-cache off"
-        )
-
-
-class Joined(NamedTuple):
-    """What a rank's model is run with: sums and gathers, or a place in a row of stages."""
-
-    ranks: Collective | None
-    relay: Relay | None
-
-
-def joined(spec: ParallelSpec, transport: Transport, backend: Backend) -> Joined:
-    """As the spec says."""
-    if spec.way.cut == "layers":
-        return Joined(None, Relay(transport))
-    exact = Exact(transport)
-    if spec.bits == 16:
-        return Joined(exact, None)
-    codec = Turned(turner(spec.bits, backend))
-    return Joined(LowBit(exact, lambda at: codec), None)
-
-
-def keeps_all(spec: ParallelSpec) -> bool:
-    """Has each rank all keys and values?"""
-    return spec.way.attention == "whole" and spec.way.cut != "layers"
+CUTS_FILE = "cuts.json"  # in the user's folder: what was searched for, by model and ranks
 
 
 class Team:
@@ -129,33 +49,105 @@ class Team:
         pack: Pack,
         shards: tuple[Shard, ...],
         talk: Talk,
-        how: tuple[ParallelSpec, Backend],
+        how: How,
     ) -> None:
         """`pack`: the model's."""
-        self.whole, self.shards, self._talk = pack, shards, talk
-        self._spec, self._backend = how
-        self.lead: Lead | None = None
+        self.whole, self.shards, self._talk, self._how = pack, shards, talk, how
+        self._spec, self._points = how.spec, how.sync.points(0)
+        self.lead: Lead | Chain | None = None
+        self._planned: dict[str, object] = {}
+        self._model: Callable[[], Transformer | None] = lambda: None
+        self._adapters: Sequence[Adapter] = ()
         self._children: Children | None = None
-        self._lock = threading.Lock()
+        self._lock, self._again = threading.Lock(), threading.Lock()
 
     def cut(self, home: Path, quiet: bool) -> Pack:
         """The leader's own shard, while the others cut theirs. Raises PackError, DiskFullError."""
         with bars(quiet) as progress:
             return cut(self.whole, self.shards[0], home, progress)
 
-    def plan(self, context: int, chunk: int, options: LoadOptions) -> None:
-        """What the others plan for. Raises PeerError where one of them has no room."""
-        told = {"context": context, "chunk": chunk}
+    def plan(
+        self, context: int, chunk: int, options: LoadOptions, adapters: Sequence[Adapter]
+    ) -> None:
+        """What the others plan for, and their adapters' files. Raises PeerError where one of them has no
+        room."""
+        self._adapters = adapters
+        told = {"context": context, "chunk": chunk, "adapters": tell(options.adapters)}
         names = "kv", "verify", "streams", "force"
-        self._talk.say_all({**told, **{name: getattr(options, name) for name in names}})
+        self._planned = {**told, **{name: getattr(options, name) for name in names}}
+        self._say_plan()
+
+    def tell_shards(self) -> None:
+        """Each what is its. Raises PeerError."""
+        for rank in self._talk.mesh.data:
+            told = {"shard": asdict(self.shards[rank]), "threads": torch.get_num_threads()}
+            told |= {"parallel": str(self._spec), "points": self._how.sync.tell(rank)}
+            self._talk.say(rank, told)
+            self._how.sync.give(self._talk, rank)
+
+    def _say_plan(self) -> None:
+        self._talk.say_all(self._planned)
+        for rank in self._talk.mesh.data:
+            give(self._talk, rank, self._how.options.adapters)
         self._talk.hear_all()
+
+    def _go(self) -> Transport:
+        self._talk.say_all({"go": True})
+        return self._spec.slowed(self._talk.transport(self._spec.over))
 
     def connect(self) -> Joined:
         """What its model is run with. Raises PeerError."""
-        self._talk.say_all({"go": True})
-        transport = self._talk.transport(self._spec.over)
-        self.lead = Lead(transport, keeps_all(self._spec))
-        return joined(self._spec, transport, self._backend)
+        self._transport = Switch(self._go())
+        return joined(self._spec, self._transport, self._how.backend, self._points)
+
+    def begin(self, model: Transformer) -> None:
+        """Lead, from now on. Raises PeerError."""
+        self._model = weakref.ref(model)
+        if self._spec.way.cut != "whole":
+            self.lead = model.leader = Lead(self._transport, keeps_all(self._spec))
+            self.lead.adapters = self._adapters
+            return
+        chain = hear(model, self._transport)
+        table = read_table(home() / CUTS_FILE, table_key(self.whole, self._talk.world))
+        how = self._spec.shares or self._spec.cuts
+        self.lead = Chain(self._transport, Choice(how, chain, table))
+        self.lead.costs = chain
+        self.lead.adapters = self._adapters
+
+    def again(self, why: PeerError) -> None:
+        """A rank was lost: wait for all to come again, and go on with what the leader has. Raises `why` where
+        that cannot be (ranks that it started itself; keys that only the lost one had), PeerError where nobody
+        comes."""
+        model, listens = self._model(), self._how.options.listen is not None
+        if not listens or not keeps_all(self._spec) or model is None or self.lead is None:
+            raise why
+        with self._again:
+            if not self.lead.broken:
+                return  # another caller was here before
+            self._talk.mesh.close(why)
+            self._talk = met_again(self._how, self.whole, str(why))
+            self.tell_shards()
+            self._say_plan()
+            self._transport.replace(self._go())
+            self.lead.renew()
+            if isinstance(self.lead, Chain):
+                hear(model, self._transport)
+
+    @property
+    def forward(self) -> Forward:
+        """What runs its steps."""
+        return self.lead if isinstance(self.lead, Chain) else lazy
+
+    @property
+    def extra_bytes(self) -> int:
+        """That this rank needs beside what a model alone does."""
+        d, world = self.whole.description, len(self.shards)
+        return extra_bytes(self._spec, self._points, d, world)
+
+    def held(self, outline: Outline) -> Outline:
+        """With what a token of a prompt takes more than in a model alone."""
+        size = held_bytes(self._points, outline.description, outline.activation_bytes)
+        return replace(outline, held=size)
 
     def owns(self, children: Children | None) -> None:
         """Which processes end with it."""
@@ -177,6 +169,32 @@ class Team:
                 self._children.close()
 
 
+def beside(team: Team | None, outline: Outline) -> tuple[Outline, int]:
+    """A model's outline as the planner sees it, and bytes that its ranks take besides."""
+    return (outline, 0) if team is None else (team.held(outline), team.extra_bytes)
+
+
+def plan(
+    team: Team | None, sizes: tuple[int, int], options: LoadOptions, adapters: Sequence[Adapter]
+) -> None:
+    """What the other ranks plan for, if there are any. `sizes`: tokens of context, and of a chunk. Raises
+    PeerError."""
+    if team is not None:
+        team.plan(*sizes, options, adapters)
+
+
+def steps_of(
+    team: Team | None, made: Pack
+) -> tuple[Pack, Forward, Callable[[PeerError], None] | None]:
+    """The model's pack, what runs its steps, and what has lost ranks come again. `made`: this rank's."""
+    return (made, lazy, None) if team is None else (team.whole, team.forward, team.again)
+
+
+def table_key(pack: Pack, world: int) -> str:
+    """Of the table of cuts."""
+    return f"{pack.source.identity}-{world}"
+
+
 def run_with(
     team: Team | None, loaded: Loaded, make: Callable[[Loaded, Collective | None], Transformer]
 ) -> Transformer:
@@ -185,80 +203,7 @@ def run_with(
         return make(loaded, None)
     with_others = team.connect()
     model = make(loaded, with_others.ranks)
-    model.leader, model.relay = team.lead, with_others.relay
+    model.relay = with_others.relay
+    team.begin(model)
     loaded.ends.append(team.close)
     return model
-
-
-def assemble(pack: Pack, options: LoadOptions, backend: Backend) -> Team:
-    """Bring the ranks together, and share the model out. Nothing of the weights is read. Raises OptionError,
-    UnsupportedError, PeerError."""
-    spec = parse_parallel(options.parallel)
-    check(pack.path.name, pack.description, options.ranks, spec.way)
-    if spec.lossy and not options.quiet:
-        warn(f"{spec.lossy} is lossy: answers change a little; leave it out for equal ones")
-    size = memory.parse(options.memory)
-    tell = silent if options.quiet else say
-    with ExitStack() as ended:
-        host, port = address(options.listen) if options.listen else (HOST, 0)
-        key = None if options.listen else secrets.token_hex(16)
-        meeting = Meeting(host, port, key)
-        children = None
-        if key is not None:
-            arguments = ["--memory", str(size), "--threads", str(options.threads), "-q"]
-            arguments += [] if options.native else ["--no-native"]
-            children = Children(options.ranks - 1, meeting.port, key, arguments)
-            ended.callback(children.close)
-        else:
-            tell(
-                f"waiting for {options.ranks - 1} ranks; start each with `outsize join "
-                f"{host}:{meeting.port}`"
-            )
-        hello = Hello(digest(backend), options.ranks)
-        wait = {} if children is None else {"wait_s": CHILDREN_S}
-        mesh = meeting.gather(hello, say=silent if children else tell, **wait)
-        talk = Talk(mesh)
-        try:
-            team = _shared_out(pack, options, talk, (spec, backend, size))
-        except BaseException as e:
-            mesh.close(e)
-            raise
-        ended.pop_all()
-        team.owns(children)
-        return team
-
-
-def _shared_out(
-    pack: Pack, options: LoadOptions, talk: Talk, how: tuple[ParallelSpec, Backend, int]
-) -> Team:
-    spec, backend, size = how
-    measured = options.listen is not None  # ranks of one machine are alike
-    source = pack.source
-    told_of = {"identity": source.identity, "layout": source.layout, "name": source.spec}
-    talk.say_all({**told_of, "measured": measured})
-    own_speed = bytes_per_s(pack, backend) if measured else 1.0
-    own = {"memory": size, "runtime": memory.resident(), "threads": torch.get_num_threads()}
-    told = [own | {"speed": own_speed}, *talk.hear_all().values()]
-    speeds = tuple(max(1e-9, field(t, "speed", float, r)) for r, t in enumerate(told))
-    sizes = [
-        {k: field(t, k, int, r) for k in ("memory", "runtime", "threads")}
-        for r, t in enumerate(told)
-    ]
-    whole = of_pack(pack)
-    most = tuple(
-        most_parts(whole, t, r == 0, (options.context, spec.way)) for r, t in enumerate(sizes)
-    )
-    shards = split(pack.path.name, pack.description, pack.tables, Ranks(speeds, most), spec.way)
-    threads = min(t["threads"] for t in sizes)  # torch's products depend on it
-    torch.set_num_threads(threads)
-    for rank in talk.mesh.data:
-        talk.say(rank, {"shard": asdict(shards[rank]), "threads": threads, "parallel": str(spec)})
-    return Team(pack, shards, talk, (spec, backend))
-
-
-def address(text: str) -> tuple[str, int]:
-    """Of HOST:PORT. Raises OptionError."""
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise OptionError(f"{text!r} is no address; HOST:PORT is expected, as in 10.0.0.1:7700")
-    return host.strip("[]"), int(port)

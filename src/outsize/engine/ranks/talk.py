@@ -56,6 +56,15 @@ class Talk:
         for message in (len(body).to_bytes(8, "little"), body):
             self._sockets.send(to, message).wait()
 
+    def give(self, to: int, data: bytes) -> None:
+        """Bytes of which the other knows how many come."""
+        self._sockets.send(to, data).wait()
+
+    def take(self, of: int, size: int) -> bytes:
+        data = bytearray(size)
+        self._sockets.receive(of, data)
+        return bytes(data)
+
     def say_all(self, told: Mapping[str, object]) -> None:
         for rank in self.mesh.data:
             self.say(rank, told)

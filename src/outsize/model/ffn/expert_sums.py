@@ -68,7 +68,7 @@ class ExpertSums:
         sums = _Sums(chunks, xs, self._used, self._activation, self._weighs_input)
         in_order = any(step.wide for _, step in chunks)
         places = _places(rows, weights)
-        for found in self.bank.stream(rows, early, in_order):
+        for found in self.bank.stream(rows, early, in_order) if places else ():
             sums.add([(self._in_slot(w), places[expert]) for expert, w in found])
         return sums.totals()
 

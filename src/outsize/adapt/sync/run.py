@@ -1,0 +1,261 @@
+"""`outsize adapt sync`: measure which sums between ranks a model can do without, or in few bits; correct
+those left out in closed form; choose for a link; measure the choice on text held out; write the add-on file,
+unless it costs more than it may. What is measured is kept, and gone on from."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor, bfloat16
+
+from outsize.adapt import checkpoints
+from outsize.adapt.sparsity.words import Words, words
+from outsize.adapt.sync.choose import CORRECTED, DROPPED, WHOLE, Layer, Rises, Times, choose
+from outsize.adapt.sync.journal import Journal
+from outsize.adapt.sync.ranks import BITS, Ranks, opened
+from outsize.arguments import real, whole
+from outsize.errors import AdapterError, OptionError
+from outsize.home import home
+from outsize.pack import fetch, sync_file
+from outsize.pack.format import Pack
+from outsize.pack.sync_file import KIND, VERSION, SyncAbout
+from outsize.parallel import dropped, split
+from outsize.parallel.dropped import Correction, Drop, Fit
+from outsize.parallel.points import Points
+from outsize.parallel.slow import parse_link
+from outsize.plan.ranks import SOFTWARE_S
+from outsize.progress import Progress, steps
+
+AT_ONCE = 6  # layers whose corrections are fitted in one pass: each takes (2D + 1)^2 numbers a rank
+TRIES = 6
+PLACES = "attention", "ffn"
+HEADS = split.Way("sum", "heads")
+
+
+@dataclass(frozen=True, slots=True)
+class SyncOptions:
+    """What to measure, and what it may cost."""
+
+    model: str
+    data: tuple[Path, ...]
+    output: Path | None = None  # None: beside the pack, where `drop=auto` finds it
+    ranks: int = 2
+    link: str = "100Mbit/s,0.1ms"
+    gate: float = 1.0  # percent of perplexity that all together may cost
+    rank: int = 64  # of corrections; 0: none
+    tokens: int = 32768  # that are read of the data
+    length: int = 512  # of a sequence, or the model's context
+    sweep: int = 4  # sequences that each layer is dropped for
+    allow: bool = False  # write what costs more
+    resume: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        if whole("ranks", self.ranks, 1, split.MOST) < 2:
+            raise OptionError("ranks is 1: one rank has nobody to wait for; give --ranks 2 or more")
+        real("gate", self.gate, 0.0, 1e6)
+        whole("rank", self.rank, 0, sync_file.MOST_RANK)
+        whole("tokens", self.tokens, 1, 1 << 30)
+        whole("sweep", self.sweep, 1, 1 << 20)
+        whole("length", self.length, 8, 1 << 20)
+        parse_link(self.link)
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """The file, and the table that is shown of it."""
+
+    path: Path
+    about: SyncAbout
+    table: tuple[str, ...]
+
+
+def run(options: SyncOptions) -> Made:
+    """Raises OptionError, UnsupportedError, DataError, PackError, DiskFullError; AdapterError for what costs
+    too much."""
+    o = options
+    pack = fetch.find(o.model) or fetch.pack(o.model, quiet=o.quiet)
+    d = pack.description
+    equal = split.Ranks((1.0,) * o.ranks)
+    shards = split.split(pack.path.name, d, pack.tables, equal, HEADS)
+    dropped.check(0, mixture=d.mixture is not None, post_norm=d.post_norm, num_layers=d.num_layers)
+    found = words(pack, o.data, o.tokens, o.length)
+    path = o.output or pack.path.with_name(pack.path.name + sync_file.suffix(o.ranks))
+    about = {
+        "kind": KIND, "version": VERSION, "identity": pack.source.identity, "ranks": o.ranks,
+        "data": found.fingerprint, "sweep": o.sweep, "rank": o.rank,
+    }  # fmt: skip
+    journal = Journal(path.with_name(path.name + ".checkpoint"), about)
+    if o.resume:
+        journal.resume()
+    with steps(o.quiet) as draw, opened(pack, shards, home()) as ranks:
+        work = _Work(o, ranks, found, journal, draw)
+        rises = work.rises()
+        chosen = work.chosen(rises)
+        made = work.measured(pack, chosen, tuple(s.kv_heads[1] for s in shards))
+        table = tuple(work.table(rises, chosen, made))
+        change = 100 * (made.perplexity / made.perplexity_before - 1)
+        if change > o.gate and not o.allow:
+            raise AdapterError(
+                f"what was chosen costs {change:.2f} % of perplexity on text held out, more than the "
+                f"{o.gate:g} % of --gate; nothing was written; give more --data, a higher --gate, or --allow"
+            )
+        checkpoints.save(path, work.tensors(made), made.to_json())
+    journal.path.unlink(missing_ok=True)
+    return Made(path, made, table)
+
+
+class _Work:
+    """A run's parts."""
+
+    def __init__(
+        self, options: SyncOptions, ranks: Ranks, found: Words, journal: Journal, draw: Progress
+    ) -> None:
+        self._o, self._ranks, self._words = options, ranks, found
+        self._journal, self._draw = journal, draw
+        self._some = found.ids_BT[: options.sweep]
+        self._checked = found.ids_BT[-max(options.sweep, len(found.ids_BT) // 4) :]
+        link = parse_link(options.link)
+        self._times = Times(link, SOFTWARE_S["auto"], ranks.width, options.ranks)
+        self._corrections: dict[int, list[Correction]] = {}
+        self._num = 2 * ranks.layers + 2 * len(BITS) + TRIES + 4  # measurements, about
+
+    def rises(self) -> Rises:
+        """Every layer's and every place's."""
+        layers = range(self._ranks.layers)
+        whole_ = [Layer()] * len(layers)
+        base = self._losses("sweep", self._some, whole_)
+
+        def rise(chosen: Sequence[Layer]) -> float:
+            return _mean(_minus(self._losses("sweep", self._some, chosen), base))
+
+        def one(layer: int, way: Layer) -> list[Layer]:
+            return [*whole_[:layer], way, *whole_[layer + 1 :]]
+
+        plain = [rise(one(i, Layer(DROPPED))) for i in layers]
+        self._fit()
+        corrected = [math.inf for _ in layers]
+        if self._o.rank:
+            corrected = [rise(one(i, Layer(CORRECTED))) for i in layers]
+        bits: dict[tuple[str, int], float] = {}
+        for b in BITS:
+            bits["attention", b] = rise([Layer("", b, WHOLE)] * len(layers)) / len(layers)
+            bits["ffn", b] = rise([Layer("", WHOLE, b)] * len(layers)) / len(layers)
+        return Rises(plain, corrected, bits)
+
+    def chosen(self, rises: Rises) -> list[Layer]:
+        """What takes the least time within the gate, all layers together, on text that the sweep did not
+        see; nothing is taken out where nothing fits."""
+        most = budget = math.log1p(self._o.gate / 100)
+        whole_ = [Layer()] * self._ranks.layers
+        base = self._losses("check", self._checked, whole_)
+        for _ in range(TRIES):
+            found = choose(rises, self._times, most)
+            rise = _mean(_minus(self._losses("check", self._checked, found), base))
+            if rise <= budget:
+                return found
+            most *= max(0.3, 0.9 * budget / rise)
+        return whole_
+
+    def measured(self, pack: Pack, chosen: Sequence[Layer], key_ends: tuple[int, ...]) -> SyncAbout:
+        """What the choice costs on text held out, and what the file says of it."""
+        text_BT = self._words.held_out_BT
+        before = self._losses("held out", text_BT, [Layer()] * len(chosen))
+        after = self._losses("held out", text_BT, chosen)
+        low, high = interval(_minus(after, before))
+        o, layers = self._o, list(enumerate(chosen))
+        return SyncAbout(
+            KIND, VERSION, pack.source.identity, pack.source.layout, key_ends,
+            tuple(i for i, way in layers if way.drop), _bits(chosen),
+            tuple(i for i, way in layers if way.drop == CORRECTED), max(1, o.rank), o.link,
+            len(chosen) * self._times.seconds(Layer()), sum(map(self._times.seconds, chosen)),
+            text_BT.shape[0] * (text_BT.shape[1] - 1), math.exp(_mean(before)), math.exp(_mean(after)),
+            100 * math.expm1(low), 100 * math.expm1(high), self._words.text[:80],
+        )  # fmt: skip
+
+    def tensors(self, about: SyncAbout) -> dict[str, Tensor]:
+        """The corrections that are used."""
+        made: dict[str, Tensor] = {}
+        for layer in about.corrected:
+            for rank, correction in enumerate(self._corrections[layer]):
+                made[f"{layer}.{rank}.first"] = correction.first.to(bfloat16)
+                made[f"{layer}.{rank}.second"] = correction.second.to(bfloat16)
+        return made
+
+    def table(self, rises: Rises, chosen: Sequence[Layer], about: SyncAbout) -> list[str]:
+        rows = [f"{'layer':>6}{'dropped':>10}{'corrected':>11}   chosen  (rise of the loss, nats)"]
+        for i, way in enumerate(chosen):
+            what = way.drop or f"attention {way.attention} bits"
+            rows.append(
+                f"{i:>6}{rises.dropped[i]:>10.5f}{rises.corrected[i]:>11.5f}   {what}, "
+                f"{'one sum' if way.drop else 'feed-forward'} {way.ffn} bits"
+            )
+        rows += [
+            f"all sums after {p} in {b} bits: {n * len(chosen):+.5f}"
+            for (p, b), n in rises.bits.items()
+        ]
+        rows.append(
+            f"{len(about.dropped)} of {len(chosen)} layers dropped; a token waits {1e3 * about.wire:.2f} ms "
+            f"for a link of {about.link}, {1e3 * about.wire_before:.2f} with 16-bit sums"
+        )
+        return [*rows, about.cost]
+
+    def _losses(self, what: str, ids_BT: Tensor, chosen: Sequence[Layer]) -> list[float]:
+        def measure() -> list[float]:
+            self._draw(what, len(self._journal.known), self._num)
+            return self._ranks.losses(ids_BT, partial(self._points, chosen))
+
+        return self._journal.get(f"{what} {json.dumps(chosen)}", measure)
+
+    def _fit(self) -> None:
+        """Every layer's corrections, some layers a pass; in bf16, as they are stored."""
+        layers, text_BT = list(range(self._ranks.layers)), self._words.ids_BT
+        for at in range(0, len(layers) if self._o.rank else 0, AT_ONCE):
+            some = layers[at : at + AT_ONCE]
+            found = list[Fit]()
+            for number, found in enumerate(self._ranks.fit(text_BT, some)):  # noqa: B007
+                self._draw(f"fit layers {some[0]} to {some[-1]}", number, len(text_BT))
+            world = len(self._ranks.all)
+            for i, layer in enumerate(some):
+                solved = [fit.solve(self._o.rank) for fit in found[i * world : (i + 1) * world]]
+                self._corrections[layer] = [
+                    Correction(c.first.to(bfloat16).float(), c.second.to(bfloat16).float())
+                    for c in solved
+                ]
+
+    def _points(self, chosen: Sequence[Layer], rank: int) -> Points:
+        layers = [i for i, way in enumerate(chosen) if way.drop]
+        made = {
+            i: self._corrections[i][rank] for i, way in enumerate(chosen) if way.drop == CORRECTED
+        }
+        return Points(Drop(frozenset(layers), made), _bits(chosen))
+
+
+def _bits(chosen: Sequence[Layer]) -> dict[str, int]:
+    """By layer and place, of those that are not whole."""
+    found: dict[str, int] = {}
+    for i, way in enumerate(chosen):
+        if not way.drop:
+            found[f"{i}.attention"] = way.attention
+        found[f"{i}.{'block' if way.drop else 'ffn'}"] = way.ffn
+    return {name: bits for name, bits in found.items() if bits != WHOLE}
+
+
+def interval(rises: Sequence[float]) -> tuple[float, float]:
+    """Of the mean: two standard errors around it."""
+    mean, num = _mean(rises), len(rises)
+    error = math.sqrt(sum((r - mean) ** 2 for r in rises) / max(1, num - 1) / num)
+    return mean - 2 * error, mean + 2 * error
+
+
+def _minus(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    return [x - y for x, y in zip(a, b, strict=True)]
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers)
