@@ -101,7 +101,8 @@ def further_recipe(checkpoint: Checkpoint) -> Recipe:
 
 def _family(checkpoint: Checkpoint, name: str) -> ModuleType:
     """Raises UnsupportedError, saying which file names it, and what is known to be missing."""
-    file = checkpoint.files[0].name if checkpoint.format == "gguf" else "config.json"
+    gguf = checkpoint.format == "gguf"
+    file = checkpoint.files[0].name if gguf and checkpoint.files else "config.json"
     if name in MISSING:
         raise UnsupportedError(f"{file}: the architecture {name!r} is not known: {MISSING[name]}")
     return registry.module(package, name, f"{file}: the architecture", families())
