@@ -28,6 +28,7 @@ UNKEPT = {
     "families.md": 1,
     "machines.md": 0,
     "memory.md": 12,
+    "memoryllm.md": 0,
     "nested.md": 0,
     "neurons.md": 0,
     "prefill.md": 0,

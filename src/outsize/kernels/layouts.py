@@ -82,5 +82,5 @@ def decode_groups(bits: int, codes: Tensor, high: Tensor | None, scale: Tensor) 
     if high is not None:
         shifts = torch.arange(8, dtype=torch.uint8, device="cpu")
         codes = codes | (((high[:, :, None] >> shifts) & 1) << 4).flatten(1)
-    grouped = codes.float().view(len(codes), -1, GROUP) - (1 << (bits - 1))
-    return (grouped * scale.float()[:, :, None]).flatten(1)
+    grouped = codes.float().view(len(codes), -1, GROUP).sub_(1 << (bits - 1))
+    return grouped.mul_(scale.float()[:, :, None]).flatten(1)
