@@ -87,7 +87,7 @@ class Reference(Plain):
 
     def run(self, layer: int, rows: list[int]) -> None:
         h = torch.stack([self.states[layer][p] for p in rows])
-        angles = rotary_angles(self.d.ropes, self.d.head_dim, rows)
+        angles = rotary_angles(self.d.rope_sizes, rows)
         told = SimpleNamespace(wide=False, positions=rows, all_positions=lambda: rows)
         step = Step(told, angles, self)  # type: ignore[arg-type]
         for part in self.model.paged_layers[2 * layer : 2 * layer + 2]:

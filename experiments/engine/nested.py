@@ -1,25 +1,26 @@
 """What a width brings in time: single tokens at several widths in turn, so that neighbours disturb all alike;
-wall-clock and processor time a token (medians), and bytes from disk. `--dense`: the base model beside it.
+wall-clock and processor time a token (medians), and bytes from disk. Of a model that is not cut: as it is.
+`--held`: the share of the weights that is in memory; with one width alone, those are what it uses most.
 
-    python -m experiments.engine.nested NESTED-PACK --dense MODEL --memory 300MB -o FILE.jsonl"""
+    python -m experiments.engine.nested NESTED-PACK --held .5 --text FILE -o FILE.jsonl"""
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 import outsize
-from experiments.runs import arguments
+from experiments.runs import Row, arguments, record
+from outsize.bench.speculate import SpeculateOptions, memory_for
 from outsize.engine.model import Model
+from outsize.errors import BudgetError
 from outsize.forward.full import full
 from outsize.forward.span import Span
 
-WIDTHS = ("full", 0.75, 0.5, 0.3)
+MORE = 6_000_000  # bytes
 
 
 class Way:
@@ -43,39 +44,57 @@ class Way:
         self.cpu.append(time.process_time() - cpu)
         self.read.append(loaded.stats.bytes_read + loaded.expert_stats.bytes_read - before)
 
+    def row(self, round_tokens: int) -> Row:
+        """Without the first quarter of each round."""
+        rows = [i for i in range(len(self.wall)) if i % round_tokens >= round_tokens // 4]
+        return {
+            "executed": 1.0 if self.width is None else round(self.width.executed, 4),
+            "wall_ms": round(1e3 * statistics.median(self.wall[i] for i in rows), 3),
+            "cpu_ms": round(1e3 * statistics.median(self.cpu[i] for i in rows), 3),
+            "read_mb": round(statistics.mean(self.read[i] for i in rows) / 1e6, 3),
+            "tokens": len(rows),
+        }  # fmt: skip
+
+
+def _opened(name: str, memory: str, how: tuple[int, str, str]) -> Model:
+    """What a process takes besides the weights shows only once it runs: more where it is too little."""
+    threads, width, experts = how
+    for more in (0, 1, 2, 3):
+        given = memory if memory == "auto" else str(int(memory) + more * MORE)
+        try:
+            return outsize.load(name, memory=given, context=1024, draft="none", prefix_cache="off",
+                                threads=threads, width=width, experts=experts or None,
+                                quiet=True)  # fmt: skip
+        except BudgetError as e:
+            last = e
+    raise last
+
 
 def main() -> None:
-    args = arguments(__doc__, "nested", dense="", memory="auto", text=Path, tokens=64, name="smol",
-                     threads=2, rounds=3)  # fmt: skip
+    args = arguments(__doc__, "model", memory="auto", held=1.0, text=Path, tokens=64, name="smol",
+                     widths="full,0.75,0.5,0.3", threads=2, rounds=3, machine="busy",
+                     experts="")  # fmt: skip
     text = args.text.read_text()[:20_000]
-    with ExitStack() as opened:
-        how = {"memory": args.memory, "context": 1024, "draft": "none", "prefix_cache": "off",
-               "threads": args.threads, "quiet": True}  # fmt: skip
-        models = [opened.enter_context(outsize.load(args.nested, **how))]  # type: ignore[arg-type]
-        ways = [Way(str(w), models[0], w) for w in WIDTHS]
-        if args.dense:
-            models.append(opened.enter_context(outsize.load(args.dense, **how)))  # type: ignore[arg-type]
-            ways.append(Way("dense", models[-1], "full"))
-        tokens = models[0].tokens.encode(text)[:1000]
+    how = SpeculateOptions(args.text, "none", memory=args.memory, held=args.held, context=1024)
+    only = args.widths if "," not in args.widths else "full"
+    with _opened(
+        args.model, memory_for(args.model, how), (args.threads, only, args.experts)
+    ) as model:
+        is_cut = bool(model.transformer.nested.count)
+        ways = [Way(w, model, w) for w in (args.widths.split(",") if is_cut else ["full"])]
+        tokens = model.tokens.encode(text)[:1000]
         for _ in range(args.rounds):
             for way in ways:
                 for _ in range(args.tokens):
                     way.step(tokens)
-        skip = args.tokens // 4
+        held = 1 - model.placement.streamed / max(1, model.pack.size)
         for way in ways:
-            rows = [i for i in range(len(way.wall)) if i % args.tokens >= skip]
-            row = {
-                "model": args.name, "memory": args.memory, "width": way.name, "threads": args.threads,
-                "executed": 1.0 if way.width is None else round(way.width.executed, 4),
-                "wall_ms": round(1e3 * statistics.median(way.wall[i] for i in rows), 3),
-                "cpu_ms": round(1e3 * statistics.median(way.cpu[i] for i in rows), 3),
-                "read_mb": round(statistics.mean(way.read[i] for i in rows) / 1e6, 3),
-                "tokens": len(rows), "machine": "busy",
+            said = {
+                "model": args.name, "width": way.name if is_cut else "dense", "threads": args.threads,
+                "memory_mb": round(model.placement.budget / 1e6, 1), "held": round(held, 3),
+                "machine": args.machine, "experts": args.experts,
             }  # fmt: skip
-            print(json.dumps(row), flush=True)
-            if args.output is not None:
-                with args.output.open("a") as out:
-                    out.write(json.dumps(row) + "\n")
+            record({**said, **way.row(args.tokens)}, args.output)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
+from experiments.quality.nested_arms import sizes
 from experiments.runs import arguments
 from outsize.pack import fetch, nested_file
 
@@ -17,12 +18,11 @@ def main() -> None:
     assert pack is not None
     file = nested_file.of_pack(pack)
     assert file is not None
-    a = file.about
+    a, (pieces, beside) = file.about, sizes(pack)
     said = {
         "model": args.name, "rank": a.rank, "labels": a.labels, "level": round(a.level, 4),
         "trained_tokens": a.trained_tokens, "minutes": a.minutes, "seed": a.seed, "text": a.text,
-        "tokens": a.tokens, "pieces_bytes": sum(t.size for t in pack.tables if t.kind == "experts"),
-        "pack_bytes": pack.size,
+        "tokens": a.tokens, "pieces_bytes": pieces, "beside_bytes": beside,
     }  # fmt: skip
     whole = {"threshold": None, "share": 1.0, "perplexity": a.perplexity, "kl": 0.0, "agrees": 1.0}
     rows = [*({k: round(v, 4) for k, v in asdict(m).items()} for m in a.family), whole]

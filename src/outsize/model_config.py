@@ -5,10 +5,9 @@ A family file (family/) makes it from a published config; that is needed to pack
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 
-from outsize.errors import OptionError
 from outsize.model_parts import Delta, Latent, Shard
 
 BIASED = "clamped_swiglu"  # of experts with biases
@@ -61,6 +60,14 @@ class Layer:
         None  # makes queries alone: keys and values are those of this earlier layer
     )
     mixer: str = "attention"  # one of MIXERS
+    head_dim: int = 0  # its heads' numbers, its key heads, its feed-forward's width: where not the
+    num_kv_heads: int = 0  # model's own, which 0 stands for
+    ffn_width: int = 0
+
+    @property
+    def form(self) -> tuple[int, int, int]:
+        """Its own sizes."""
+        return self.head_dim, self.num_kv_heads, self.ffn_width
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +89,9 @@ class Mixture:
     shared_gate: bool = False  # that one's output times the sigmoid of a product of its own
     nested: bool = (
         False  # pieces of one feed-forward: each token uses the first few, or all, unweighed
+    )
+    beside: bool = (
+        False  # the one for all tokens, the router and the others each have norms of their own
     )
 
 
@@ -146,6 +156,11 @@ class Description:
     )
     kernel: int = 0  # tokens of the short convolution of layers with that mixer
     shard: Shard | None = None  # of one of several ranks: the sizes above are what it has
+    value_norm: bool = False  # values are normed by heads, without weights
+    token_width: int = (
+        0  # numbers of a token itself that each layer reads, from a row of all layers'
+    )
+    out_scale: bool = False  # at the end of a layer the residual stream is multiplied by a number
 
     @property
     def whole(self) -> Description:
@@ -165,6 +180,35 @@ class Description:
         """Layers that make keys and values, and keep them: the first ones."""
         return sum(layer.shares is None for layer in self.layers)
 
+    def of_layer(self, index: int) -> Description:
+        """The model as one layer has it: its sizes are that layer's."""
+        head_dim, heads, inner = self.layers[index].form
+        if not (head_dim or heads or inner):
+            return self
+        return replace(
+            self,
+            head_dim=head_dim or self.head_dim,
+            num_kv_heads=heads or self.num_kv_heads,
+            ffn_width=inner or self.ffn_width,
+        )
+
+    @property
+    def forms(self) -> tuple[Description, ...]:
+        """The model as layers of each size have it."""
+        first = {layer.form: i for i, layer in reversed([*enumerate(self.layers)])}
+        return tuple(self.of_layer(i) for i in sorted(first.values()))
+
+    @property
+    def kv_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Key heads and numbers of a head, of each layer that may keep keys and values."""
+        each = (self.of_layer(i) for i in range(self.num_kv_layers))
+        return tuple((d.num_kv_heads, d.head_dim) for d in each)
+
+    @property
+    def is_even(self) -> bool:
+        """Do all layers keep entries of one size?"""
+        return len(set(self.kv_sizes)) < 2
+
     @property
     def qkv_rows(self) -> int:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
@@ -173,6 +217,11 @@ class Description:
     def ropes(self) -> tuple[Rope, ...]:
         """Each kind once, in order."""
         return tuple(dict.fromkeys(layer.rope for layer in self.layers))
+
+    @property
+    def rope_sizes(self) -> dict[Rope, int]:
+        """Of each kind, the numbers of the heads that it turns."""
+        return {layer.rope: layer.head_dim or self.head_dim for layer in self.layers}
 
     @property
     def routed(self) -> tuple[int, ...]:
@@ -223,6 +272,11 @@ class Description:
         return self.memory is not None and self.memory.is_table
 
     @property
+    def reads_tokens(self) -> bool:
+        """Do layers read the tokens themselves?"""
+        return self.memory is not None or self.token_width > 0
+
+    @property
     def layers_off(self) -> tuple[int, ...]:
         """The layers whose memory a run leaves out (lossy)."""
         return () if self.memory is None else self.memory.off
@@ -236,63 +290,11 @@ class Description:
         return asdict(self)
 
 
-def share_keys(d: Description, count: int) -> Description:
-    """The model whose last `count` layers make queries alone and read the keys and values of the last layer
-    before them that turns and sees as they do. Raises OptionError."""
-    first = d.num_layers - count
-    if d.num_kv_layers < d.num_layers or not 0 < count < d.num_layers:
-        raise OptionError(
-            f"{count} of {d.num_layers} layers are to share keys and values; from 1 to "
-            f"{d.num_layers - 1} can, in a model where none does yet"
-        )
-    layers = list(d.layers)
-    for i in range(first, d.num_layers):
-        alike = [j for j in range(first) if d.layers[j] == d.layers[i]]
-        if not alike:
-            raise OptionError(
-                f"layer {i} sees or turns as none of the first {first} layers does, whose keys and values it "
-                "would read; let fewer layers share"
-            )
-        layers[i] = replace(d.layers[i], shares=alike[-1])
-    return replace(d, layers=tuple(layers))
-
-
 # What a description may say, and be a usual one.
 USUAL = (
     "family", "width", "num_heads", "num_kv_heads", "head_dim", "ffn_width", "vocab_size", "context",
     "norm_eps", "attn_scale", "layers", "activation", "embed_scale", "qkv_bias", "o_bias", "mlp_bias",
     "qk_norm", "post_norm", "tied",
 )  # fmt: skip
-CLASSIC = (
-    "two_matrix",
-    "layer_norm",
-    "positions",
-    "parallel",
-)  # what models of before 2023 say besides
-
-
-@dataclass(frozen=True, slots=True)
-class Strip:
-    """Of a foreign tensor under our name `whole`: of each `every` rows, `size` from number `first` on."""
-
-    whole: str
-    first: int
-    size: int
-    every: int
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """A description, and where a checkpoint keeps what it describes."""
-
-    description: Description
-    names: Mapping[str, str]  # our name -> foreign name; {i} is the layer
-    interleaved: bool  # foreign query/key rows already rotate in adjacent pairs
-    norm_shift: float = 0.0  # added to norm weights (families that store w - 1)
-    paired: bool = False  # experts as one stack, transposed, rows of gate and up in turn
-    turned: bool = False  # experts as one stack, transposed, gate's rows before up's
-    spares: tuple[str, ...] = ()  # patterns of foreign tensors that a text model needs not
-    strips: Mapping[str, Strip] = field(
-        default_factory=dict
-    )  # our names of parts of others' tensors
-    unused_positions: int = 0  # rows before the first position's in a table of learned positions
+# What models of before 2023 say besides.
+CLASSIC = ("two_matrix", "layer_norm", "positions", "parallel")

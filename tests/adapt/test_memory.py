@@ -229,7 +229,7 @@ def test_a_table_of_what_was_trained(text: Path, tmp_path: Path) -> None:
         (["--tables", "x", "--steps", "3"], "--steps is of --config"),
         (["--config", "tiny", "--data", "x"], "-o names no folder"),
         (["--config", "tiny", "-o", "y"], "data names no text"),
-        (["--config", "huge", "--data", "x", "-o", "y"], "known are tiny, small"),
+        (["--config", "huge", "--data", "x", "-o", "y"], "known are mini, tiny, small"),
         (["--config", "tiny", "--data", "x", "-o", "y", "--flex", "4"], "flex is 4"),
         (["--config", "tiny", "--data", "x", "-o", "y", "--length", "1"], "length is 1"),
         (["--tables", "x", "--bits", "7"], "bits is 7"),

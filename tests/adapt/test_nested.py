@@ -3,8 +3,14 @@ does not fit; and what a user sees of widths."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,15 +23,19 @@ from safetensors.torch import load_file, save_file
 
 import outsize
 from outsize.adapt import loop
+from outsize.adapt.nested import aims, refit
 from outsize.adapt.nested import run as nested
 from outsize.adapt.nested.order import SCORES
 from outsize.adapt.nested.prefixes import labels
 from outsize.adapt.nested.run import NestedOptions, run
 from outsize.adapt.nested.task import NestedRecipe
+from outsize.adapt.nested.tune import TuneRecipe
 from outsize.adapt.sparsity import words
 from outsize.engine.reply import Reply
-from outsize.errors import AdapterError, OptionError, UnsupportedError
+from outsize.errors import AdapterError, BudgetError, OptionError, UnsupportedError
+from outsize.model.width import chosen
 from outsize.pack import fetch, nested_file, store
+from outsize.pack.format import Pack
 from outsize.pack.outline import of_pack
 from outsize.plan import nested as planned
 from outsize.plan.place import place
@@ -33,6 +43,12 @@ from tests.command import outsize as outsize_here
 from tests.golden import tiny
 
 WIDTHS, PROMPTS = "1/3,2/3,1", ["The cat sat", "A dog, and", "numbers"]
+SHORT = """
+from outsize.adapt.sparsity import words
+from outsize.cli.main import main
+words.LENGTH = 64
+main()
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -226,6 +242,18 @@ def test_damaged_add_ons(
         nested_file.read(path, made.pack)
 
 
+@pytest.mark.parametrize("name", ["router", "bias", "use", "a"])
+def test_add_ons_without_a_tensor(made: nested.Made, tmp_path: Path, name: str) -> None:
+    """None is made up."""
+    with safe_open(made.path, "pt") as file:
+        metadata = file.metadata()
+    tensors, path = load_file(made.path), tmp_path / "bad.safetensors"
+    del tensors[name]
+    save_file(tensors, path, metadata)
+    with pytest.raises(AdapterError, match=f"tensor '{name}' has shape None"):
+        nested_file.read(path, made.pack)
+
+
 @pytest.mark.parametrize(
     "widths", ["1/2,1/4,1", "1/4,1/2", "1/2,1/2,1", "0,1", "a,1", "", "1/0,1", "-1/2,1", "1/97,1"]
 )
@@ -278,3 +306,120 @@ class LoadLike:
 
     def __init__(self, width: str | float) -> None:
         self.width = width
+
+
+@pytest.fixture(scope="module")
+def tuned(model: str, text: Path) -> nested.Made:
+    return run(options(model, text), recipe(rank=0), TuneRecipe(steps=6, rate=1e-3))
+
+
+def test_tuned_feed_forwards(tuned: nested.Made, model: str) -> None:
+    """Another model, said so; the base itself stays reachable, and no exact draft is made of another."""
+    pack = tuned.pack
+    assert pack.quality is not None
+    assert pack.quality.kl > 0
+    assert pack.source.encoding == "nested3-tuned"
+    assert tuned.about.trained_tokens == 2 * 6 * 64 + 6 * 64
+    assert said(str(pack.path), PROMPTS, width=0.6)[0].lossy
+    base = said(model, PROMPTS, width="full")
+    assert [r.logprobs for r in base] == [r.logprobs for r in said(model, PROMPTS)]
+
+
+def records(pack: Pack) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in pack.path.glob("*.records")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["tuning", "routers"])
+def test_killed_and_resumed_is_the_same(
+    phase: str, tuned: nested.Made, model: str, text: Path, own_home: Path
+) -> None:
+    """A real SIGKILL, as soon as a checkpoint of each phase is there, in a home of its own: the same pack and
+    the same add-on, bit for bit."""
+    flags = {"--data": text, "--widths": WIDTHS, "--tokens": 1200, "--tune": 6, "--tune-rate": 1e-3,
+             "--steps": 6, "--every": 2, "--threads": torch.get_num_threads()}  # fmt: skip
+    given = [str(word) for pair in flags.items() for word in pair]
+    command = [sys.executable, "-c", SHORT, "adapt", "nested", model, *given, "-q"]
+    env = {**os.environ, "OUTSIZE_HOME": str(own_home)}
+    where = "adapt/*.checkpoint" if phase == "tuning" else "packs/*.nested.safetensors.checkpoint"
+    child = subprocess.Popen(command, env=env)
+    try:
+        while not list(own_home.glob(where)):
+            assert child.poll() is None, "it ended before there was a checkpoint"
+            time.sleep(0.005)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert child.returncode == -signal.SIGKILL
+    with pytest.raises(AdapterError, match="rate was"):
+        run(options(model, text, every=2, resume=True), recipe(rank=0), TuneRecipe(steps=6))
+    tuning = TuneRecipe(steps=6, rate=1e-3)
+    again = run(options(model, text, every=2, resume=True), recipe(rank=0), tuning)
+    assert records(again.pack) == records(tuned.pack)
+    before, after = load_file(tuned.path), load_file(again.path)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not [*own_home.glob("*/*.checkpoint")]
+
+
+@pytest.mark.parametrize("phase", ["draft", "width"])
+def test_only_tuned_ones_are_no_exact_drafters(
+    tuned: nested.Made, model: str, text: Path, own_home: Path, phase: str
+) -> None:
+    """Of the base's name: a width of them is what was asked for; a draft of them would be another model's."""
+    run(options(model, text), recipe(steps=1, rank=0), TuneRecipe(steps=1))
+    if phase == "width":
+        assert said(model, PROMPTS[:1], width=None)
+        with outsize.load(model, width=0.5, quiet=True, draft="none") as opened:
+            assert opened.pack.quality is not None
+        return
+    with pytest.raises(OptionError, match="were tuned: all of them are another model"):
+        outsize.load(model, draft="nested", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("made_of", "problem"),
+    [({"steps": -1}, "steps is -1"), ({"rate": 2.0}, "rate is 2"), ({"share": 1.5}, "share is 1.5"),
+     ({"match": -1.0}, "match is -1"), ({"steps": True}, "steps is True")],
+)  # fmt: skip
+def test_tuning_that_cannot_be(made_of: dict[str, Any], problem: str) -> None:
+    with pytest.raises(OptionError, match=problem):
+        TuneRecipe(**made_of)
+
+
+def test_tuning_that_does_not_fit(model: str, text: Path) -> None:
+    with pytest.raises(BudgetError, match="leave out --tune"):
+        run(options(model, text, memory="60MB"), recipe(), TuneRecipe(steps=1))
+
+
+def test_refitted_maps_are_the_least_squares() -> None:
+    """Against the gradient of what is to be least, in double precision; and where hidden states are of few
+    dimensions, narrow widths lose little."""
+    g = torch.Generator().manual_seed(0)
+    h_NF = torch.randn(300, 4, generator=g) @ torch.randn(4, 24, generator=g)
+    h_NF = (h_NF + 0.1 * torch.randn(300, 24, generator=g)).double()
+    down_DF, ends = torch.randn(6, 24, generator=g).double(), [8, 16, 24]
+    found = refit.fit(h_NF.T @ h_NF, down_DF, ends).requires_grad_()
+    y_ND = h_NF @ down_DF.T
+    counts = [1.0, 1.0, refit.WHOLE]
+    damp = refit.DAMP * float((h_NF.T @ h_NF).diagonal().mean()) * len(ends)
+    loss = damp * (found - down_DF).square().sum()
+    for end, count in zip(ends, counts, strict=True):
+        loss = loss + count * (h_NF[:, :end] @ found[:, :end].T - y_ND).square().sum()
+    (grad,) = torch.autograd.grad(loss, found)
+    assert float(grad.norm()) < 1e-6 * float(loss.detach())
+    found = found.detach()
+    errors = [
+        float((h_NF[:, :8] @ w[:, :8].T - y_ND).norm() / y_ND.norm()) for w in (found, down_DF)
+    ]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_levels_and_thresholds_execute_their_share() -> None:
+    g, shares = torch.Generator().manual_seed(0), torch.tensor([0.25, 0.5, 0.75, 1.0])
+    error = torch.rand(3, 500, 3, generator=g)
+    z = torch.randn(3, 500, 4, generator=g)
+    for share in (0.4, 0.6, 0.9):
+        level, threshold = aims.level_at(error, share, shares), aims.threshold_at(z, share, shares)
+        assert float(shares[labels(error, level)].mean()) == pytest.approx(share, abs=2e-3)
+        assert float(shares[chosen(z, threshold)].mean()) == pytest.approx(share, abs=2e-3)

@@ -25,6 +25,7 @@ ARCHITECTURES = {
     **NEW,
 }  # fmt: skip
 WITHOUT = {"afm", "memoryllm", "opt"}  # no GGUF is made of them
+BY_NUMBERS = {"gemma4"}  # of which a recipe reads a tensor: test_golden.py holds its names
 
 
 def gguf_names(family: str, tensors: tuple[str, ...]) -> dict[str, str]:
@@ -77,7 +78,7 @@ def converted(family: str, name: str) -> Iterator[str]:
     yield name
 
 
-@pytest.mark.parametrize("family", sorted(set(families()) - WITHOUT))
+@pytest.mark.parametrize("family", sorted(set(families()) - WITHOUT - BY_NUMBERS))
 def test_names_are_those_of_the_gguf_package(family: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny.write_folder(tmp_path / family, family))
     theirs = recipe(checkpoint).names

@@ -27,7 +27,7 @@ deepseek-coder deepseek-llm
 I|'|LL| say| myHTTP| x|=|1|2|3|4|5|;|↵|↵| | don|'|t| (|日本語|、| a|+|b
 deepseek-v3 hunyuan-dense
 I|'LL| say| myHTTP| x|=|123|45|;↵↵| | don|'t| (|日本語|、| a+b
-default
+default falcon
 I|'|LL| say| myHTTP| x|=|123|45|;|↵↵ | don|'|t| |(|日本語|、| a|+|b
 gpt-4o kanana2 kimi-k2 llama4 minimax-m2
 I'LL| say| my|HTTP| x|=|123|45|;↵↵| | don't| (|日本語|、| a+b
@@ -67,7 +67,7 @@ def test_every_name_cuts_as_its_models_do() -> None:
     assert {n: w.replace("\n", "↵").replace("\u0301", "+") for n, w in found.items()} == expected
 
 
-@pytest.mark.parametrize("name", pretokenizers.KNOWN)
+@pytest.mark.parametrize("name", [n for n, p in pretokenizers.KNOWN.items() if not p.in_bytes])
 def test_the_expressions_mean_what_they_mean_elsewhere(name: str) -> None:
     """Oniguruma, which the tokenizers library uses, against the module that tiktoken's users know."""
     regex = pytest.importorskip("regex")
@@ -95,7 +95,7 @@ def test_what_else_a_name_says() -> None:
     assert not pretokenizers.default_add_bos("unheard-of")
 
 
-@pytest.mark.parametrize("name", ["afmoe", "falcon", 5, None])
+@pytest.mark.parametrize("name", ["afmoe", "falcon-h1", 5, None])
 def test_an_unknown_name_is_refused(name: object) -> None:
     with pytest.raises(UnsupportedError, match=r"is not known; known are a\.x-4\.0, .*, youtu"):
         pretokenizers.find(name)

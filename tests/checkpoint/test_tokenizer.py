@@ -152,7 +152,7 @@ def test_user_defined_pieces_are_found_in_text(
     ("change", "error", "problem"),
     [
         ({"model": "bert"}, UnsupportedError, "'bert' is not known"),
-        ({"pre": "falcon"}, UnsupportedError, "pre-tokenizer 'falcon'"),
+        ({"pre": "falcon-h1"}, UnsupportedError, "pre-tokenizer 'falcon-h1'"),
         ({"tokens": 5}, CheckpointError, "not a list of strings"),
         ({"merges": ["a zz9"]}, CheckpointError, "joins pieces not in the vocabulary"),
         ({"token_type": np.array([1])}, CheckpointError, "not a list of"),

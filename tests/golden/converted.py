@@ -18,8 +18,9 @@ ARCHITECTURES = {
     "olmo2": "olmo2", "olmo3": "olmo2", "smollm3": "smollm3", "ministral3": "mistral3", "gemma2": "gemma2",
     "minimax_m2": "minimax-m2", "glm4_moe": "glm4moe", "deepseek_v3": "deepseek2",
     "glm4_moe_lite": "deepseek2", "llama4": "llama4", "qwen3_next": "qwen3next", "qwen3_5": "qwen35",
-    "qwen3_5_moe": "qwen35moe", "lfm2": "lfm2", "falcon": "falcon",
+    "qwen3_5_moe": "qwen35moe", "lfm2": "lfm2", "falcon": "falcon", "gemma4": "gemma4",
 }  # fmt: skip
+VARIANTS = {"gemma4+experts": "gemma4"}
 PERMUTED = (
     "granite",
     "granitemoe",
@@ -138,7 +139,34 @@ def _delta(s: dict[str, Any]) -> dict[str, object]:
     return out
 
 
+def _gemma4(s: dict[str, Any]) -> dict[str, object]:
+    """Sizes without more words are those of layers that see all."""
+    count, shared = tiny.LAYERS, s["num_kv_shared_layers"]
+    far, near, ropes = s["global_head_dim"], s["head_dim"], s["rope_parameters"]
+    inner = [tiny.FFN] * (count - shared) + [2 * tiny.FFN] * shared
+    out: dict[str, object] = _windows(s) | {
+        "attention.key_length": far, "attention.value_length": far, "rope.dimension_count": far,
+        "attention.key_length_swa": near, "attention.value_length_swa": near,
+        "rope.dimension_count_swa": near, "attention.shared_kv_layers": shared,
+        "rope.freq_base_swa": ropes["sliding_attention"]["rope_theta"],
+        "embedding_length_per_layer_input": s["hidden_size_per_layer_input"],
+        "final_logit_softcapping": s["final_logit_softcapping"],
+        "feed_forward_length": inner if s["use_double_wide_mlp"] else tiny.FFN,
+    }  # fmt: skip
+    if s.get("enable_moe_block"):
+        heads = s["num_global_key_value_heads"]
+        kinds = (kind == "sliding_attention" for kind in s["layer_types"])
+        out |= {
+            "expert_count": tiny.EXPERTS, "expert_used_count": s["top_k_experts"],
+            "expert_feed_forward_length": s["moe_intermediate_size"],
+            "attention.head_count_kv": [tiny.KV_HEADS if near else heads for near in kinds],
+        }  # fmt: skip
+    return out
+
+
 OWN = {
+    "gemma4": _gemma4,
+    "gemma4+experts": _gemma4,
     "lfm2": lambda s: {
         "shortconv.l_cache": s["conv_L_cache"], "feed_forward_length": tiny.FFN,
         "attention.head_count_kv": [0, tiny.KV_HEADS, 0],
@@ -187,14 +215,20 @@ def _stacked(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def tensors(family: str) -> dict[str, np.ndarray]:
     """Under the names of a GGUF."""
-    architecture, s = ARCHITECTURES[family], tiny.config(family)
+    architecture, s = (ARCHITECTURES | VARIANTS)[family], tiny.config(family)
     kind = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     table, out = gguf.get_tensor_name_map(kind, tiny.LAYERS), {}
     for name, w in _stacked(tiny.weights(family)).items():
         for foreign, numbers in _changed(family, s, name, w):
-            found = table.get_name(foreign, (".weight", ".bias"))
+            named = foreign.endswith(".scale")
+            found = foreign if named else table.get_name(foreign, (".weight", ".bias"))
             assert found is not None, foreign
             out[found] = np.ascontiguousarray(numbers.squeeze())
+    if architecture == "gemma4":
+        pairs = s["global_head_dim"] // 2
+        turned = int(pairs * s["rope_parameters"]["full_attention"]["partial_rotary_factor"])
+        factors = [1.0] * turned + [1e30] * (pairs - turned)
+        out["rope_freqs.weight"] = np.array(factors, np.float32)
     if family == "phi3":
         for length in ("short", "long"):
             factors = s["rope_scaling"][f"{length}_factor"]
@@ -209,6 +243,15 @@ def _changed(
     layer = ".".join(name.split(".")[:3])
     if family == "gemma2" and "norm" in name:
         w = w + 1
+    if name.endswith(".router.scale"):
+        return [(f"blk.{layer.split('.')[2]}.ffn_gate_inp.scale", w)]
+    if name.endswith(".per_expert_scale"):
+        return [(f"blk.{layer.split('.')[2]}.ffn_down_exps.scale", w)]
+    if (
+        name.endswith(("layer_scalar", "experts.gate_up_proj", "experts.down_proj"))
+        and "gemma4" in family
+    ):
+        return [(f"{name}.weight", w)]
     if "linear_num_key_heads" in s:
         return _changed_delta(family, s, name, w)
     if family in PERMUTED and ("q_proj" in name or "k_proj" in name):
@@ -279,9 +322,11 @@ def write(
     family: str,
     change: dict[str, object] | None = None,
     weights: dict[str, np.ndarray] | None = None,
+    coded: dict[str, tuple[np.ndarray, str]] | None = None,
 ) -> Path:
-    """`change`: other keys, or further ones; None: the key is left out. `weights`: other tensors."""
-    architecture = ARCHITECTURES[family]
+    """`change`: other keys, or further ones; None: the key is left out. `weights`: other tensors. `coded`:
+    those of them that are quantized, and how."""
+    architecture = (ARCHITECTURES | VARIANTS)[family]
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in (metadata(family) | (change or {})).items():
         full = f"{architecture}.{key}"
@@ -302,7 +347,8 @@ def write(
     writer.add_token_types([1] * 256 + [3] * (tiny.VOCAB - 257) + [1])
     writer.add_token_merges(["Ġ a"])
     for name, w in (tensors(family) if weights is None else weights).items():
-        writer.add_tensor(name, w)
+        raw, kind = (coded or {}).get(name, (w, ""))
+        writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType[kind] if kind else None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

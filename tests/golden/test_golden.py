@@ -22,7 +22,7 @@ from tests.golden import converted, memory_reference, tiny
 # fp32 throughout; sums are in another order than eager transformers'. Logits reach about 20.
 TOLERANCE = 5e-4
 # In 8 bits: LongRoPE's scale makes scores 2.25 times as sharp; layers without positions have flat ones.
-ROUGH = {"phi3": 0.1, "smollm3": 0.07}
+ROUGH = {"phi3": 0.1, "smollm3": 0.07, "gemma4": 0.3}  # gemma4: scores are not scaled
 
 
 def reference(family: str) -> np.ndarray:
@@ -175,6 +175,18 @@ def test_converted_equals_golden(
     with outsize.load(str(path), encoding="fp32", quiet=True) as model:
         ours = logits(model, [30, *[1] * 10])
     np.testing.assert_allclose(ours, reference(family), atol=TOLERANCE, rtol=0)
+
+
+def test_experts_beside_a_dense_feed_forward_in_both_formats(
+    tmp_path: Path, open_tiny: Callable[..., Model]
+) -> None:
+    """Gemma 4 26B's kind: values by keys' map, routers with scales; transformers' logits are compared in
+    test_transformers.py."""
+    path = converted.write(tmp_path / "tiny.gguf", "gemma4+experts")
+    theirs = logits(open_tiny("gemma4+experts", "fp32"), [40])
+    with outsize.load(str(path), encoding="fp32", quiet=True) as model:
+        ours = logits(model, [30, *[1] * 10])
+    np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=0)
 
 
 def test_a_gguf_of_2025_with_inputs_as_one_matrix(tmp_path: Path) -> None:

@@ -24,6 +24,11 @@ SIZES: dict[str, Any] = {
     "tie_word_embeddings": False,
 }  # fmt: skip
 KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
+GEMMA4 = {
+    "head_dim": 32, "global_head_dim": 48, "sliding_window": 8, "tie_word_embeddings": True,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "vocab_size_per_layer_input": tiny.VOCAB, "hidden_size_per_layer_input": 16,
+}  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "both_biases": ("Llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 32}),
@@ -45,6 +50,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "interleaved": ("Llama4Text", {
         "intermediate_size_mlp": 128, "interleave_moe_layer_step": 2, "num_local_experts": 4, "head_dim": 16,
         "attention_chunk_size": 8, "no_rope_layers": [1, 0, 1], "floor_scale": 4, "use_qk_norm": False}),
+    "gemma4_shared": ("Gemma4Text", GEMMA4 | {
+        "num_hidden_layers": 6, "layer_types": [*KINDS[:2], *KINDS[:2], *KINDS[:2]],
+        "num_kv_shared_layers": 2, "use_double_wide_mlp": True, "final_logit_softcapping": 20.0}),
+    "gemma4_no_rows": ("Gemma4Text", GEMMA4 | {
+        "hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1}),
+    "gemma4_experts": ("Gemma4Text", GEMMA4 | {
+        "hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+        "enable_moe_block": True, "num_experts": 8, "top_k_experts": 3, "moe_intermediate_size": 64}),
     "linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
     "yarn": ("Qwen3", {"rope_parameters": YARN, "max_position_embeddings": 16}),
     "yarn_mscale": ("Llama", {"rope_parameters": YARN | {

@@ -4,6 +4,7 @@ Face's layout. The committed vectors (*.npz) were made from these folders by mak
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ EXPERTS = 8
 OLD_MIXTURES = ("olmoe", "mixtral", "qwen3_moe", "gpt_oss")
 NEW_MIXTURES = (
     "qwen2_moe", "granitemoe", "minimax_m2", "glm4_moe", "deepseek_v3", "glm4_moe_lite", "llama4",
-    "qwen3_next", "qwen3_5_moe",
+    "qwen3_next", "qwen3_5_moe", "gemma4+experts",
 )  # fmt: skip
 MIXTURES = (*OLD_MIXTURES, *NEW_MIXTURES)
 
@@ -132,6 +133,15 @@ MROPE: dict[str, Any] = {
     "rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5, "mrope_interleaved": True,
     "mrope_section": [4, 2, 2],
 }  # fmt: skip
+GEMMA4_ROPES: dict[str, Any] = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "full_attention": {
+        "rope_type": "proportional",
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 1e6,
+    },
+}
+TOKEN = 128  # numbers of a token in a layer of Gemma 4
 # Families whose tensors' names and shapes are in shapes.json, as transformers writes their checkpoints.
 CONFIGS |= {
     "qwen2_moe": {
@@ -229,6 +239,13 @@ CONFIGS |= {
         "block_ffn_dim_multiplier": 1.0, "rope_theta": 1e6, "head_dim": 16, "block_ff_dim": 144,
         "layer_types": ["conv", "full_attention", "conv"],
     },
+    "gemma4": {
+        "sliding_window": 8, "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"], "global_head_dim": 48,
+        "hidden_size_per_layer_input": TOKEN, "vocab_size_per_layer_input": VOCAB, "num_kv_shared_layers": 1,
+        "use_double_wide_mlp": True, "final_logit_softcapping": 10.0, "attention_bias": False,
+        "rope_parameters": GEMMA4_ROPES,
+    },
     "qwen3_5": {**DELTA, "rope_parameters": MROPE},
     "qwen3_5_moe": {**DELTA, **DELTA_EXPERTS, "rope_parameters": MROPE},
 }  # fmt: skip
@@ -237,18 +254,33 @@ CLASSIC = ("opt", "falcon")  # of before 2023: with other keys
 USUAL_KEYS = ("intermediate_size", "num_key_value_heads", "head_dim", "rms_norm_eps")
 # The transformers class that runs a family: AFM's architecture is Qwen3's with other numbers.
 REFERENCE = {
-    "gemma3": "gemma3_text", "afm": "qwen3", "llama4": "llama4_text", "qwen3_5": "qwen3_5_text",
-    "qwen3_5_moe": "qwen3_5_moe_text",
+    "gemma3": "gemma3_text", "gemma4": "gemma4_text", "afm": "qwen3", "llama4": "llama4_text",
+    "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text",
 }  # fmt: skip
 
 
 # Families with layers that keep a state of the sequence in place of keys and values.
+READS_TOKENS = ("memoryllm", "gemma4")  # in every layer
 STATEFUL = ("lfm2", "qwen3_next", "qwen3_5", "qwen3_5_moe")
 # Families with what few of their checkpoints have; no vectors are kept of these.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "memoryllm+dense": ("memoryllm", {"dense_intermediate_size": DENSE}),
     "llama+biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama+relu": ("llama", {"hidden_act": "relu"}),
+    "gemma4+experts": (
+        "gemma4",
+        {
+            "num_kv_shared_layers": 0,
+            "use_double_wide_mlp": False,
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "enable_moe_block": True,
+            "num_experts": EXPERTS,
+            "top_k_experts": 3,
+            "moe_intermediate_size": 64,
+        },
+    ),
     # With neurons that three ranks can share unevenly.
     **{
         f"{base}+wide": (base, {"intermediate_size": 320})
@@ -295,8 +327,37 @@ def expert_shapes(family: str, layer: str) -> dict[str, tuple[int, ...]]:
     return out
 
 
+def gemma4_experts() -> dict[str, tuple[int, ...]]:
+    """Of the 26B's kind: experts beside a dense feed-forward; one key head, no values, where all is seen."""
+    found = {n: tuple(s) for n, s in STORED["gemma4"].items() if "per_layer" not in n}
+    for i in range(LAYERS):
+        p, big = f"model.layers.{i}.", STORED["gemma4"]["model.layers.1.self_attn.k_norm.weight"][0]
+        for n in (
+            "post_feedforward_layernorm_1",
+            "post_feedforward_layernorm_2",
+            "pre_feedforward_layernorm_2",
+        ):
+            found[f"{p}{n}.weight"] = (WIDTH,)
+        found |= {
+            p + "router.proj.weight": (EXPERTS, WIDTH), p + "router.scale": (WIDTH,),
+            p + "router.per_expert_scale": (EXPERTS,), p + "experts.gate_up_proj": (EXPERTS, 128, WIDTH),
+            p + "experts.down_proj": (EXPERTS, WIDTH, 64),
+            **{f"{p}mlp.{n}_proj.weight": (FFN, WIDTH) for n in ("gate", "up")},
+            p + "mlp.down_proj.weight": (WIDTH, FFN),
+        }  # fmt: skip
+        if i:
+            found.pop(p + "self_attn.v_proj.weight", None)
+            found |= {
+                p + "self_attn.k_proj.weight": (big, WIDTH),
+                p + "self_attn.k_norm.weight": (big,),
+            }
+    return found
+
+
 def shapes(family: str) -> dict[str, tuple[int, ...]]:
     """Tensor names and shapes, in Hugging Face's naming."""
+    if family == "gemma4+experts":
+        return gemma4_experts()
     if family in STORED:
         return {name: tuple(shape) for name, shape in STORED[family].items()}
     settings, variant = config(family), family
@@ -364,6 +425,7 @@ def weights(family: str) -> dict[str, np.ndarray]:
     return {
         name: (random.standard_normal(shape) * (0.2 if "norm" not in name else 0.1)
                + ("norm" in name and (family not in SHIFTED or "linear" in name))).astype(np.float32)
+              * np.float32(0.4 if "gemma4" in family and re.search("[qk]_norm", name) else 1)
         for name, shape in shapes(family).items()
     }  # fmt: skip
 

@@ -28,7 +28,7 @@ from outsize.options import Options
 CHUNK = 32
 ENCODING = "int8"  # floats' products of one row and of many differ
 FAMILIES = ["llama", "gemma3", "qwen3_moe"]
-MORE = [*FAMILIES, "qwen3_5"]  # with states of sequences, of which no part is shared
+MORE = [*FAMILIES, "qwen3_5", "gemma4"]  # with states of sequences, or entries of two sizes
 
 
 @contextmanager

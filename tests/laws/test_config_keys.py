@@ -37,7 +37,7 @@ CLASSES = {
     "glm4_moe_lite": "Glm4MoeLiteConfig", "llama4": "Llama4TextConfig",
     "qwen3_next": "Qwen3NextConfig", "qwen3_5": "Qwen3_5TextConfig",
     "qwen3_5_moe": "Qwen3_5MoeTextConfig", "lfm2": "Lfm2Config", "opt": "OPTConfig",
-    "falcon": "FalconConfig",
+    "falcon": "FalconConfig", "gemma4": "Gemma4TextConfig",
 }  # fmt: skip
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0}
@@ -82,7 +82,16 @@ CHANGES: dict[str, tuple[object, dict[str, object]]] = {
     "full_attn_idxs": ([0, 1], {"layer_types": None}),
     "floor_scale": (9, {}), "attn_scale": (0.4, {}), "ffn_dim": (192, {}), "ffn_hidden_size": (192, {}),
     "activation_function": ("gelu", {}), "activation": ("relu", {}), "enable_bias": (None, {}),
+    "vocab_size_per_layer_input": (300, {}), "hidden_size_per_layer_input": (64, {}),
+    "num_kv_shared_layers": (0, {}), "enable_moe_block": (None, {}), "use_double_wide_mlp": (None, {}),
+    "top_k_experts": (1, {}), "global_head_dim": (64, {}),
+    "num_global_key_value_heads": (1, {"attention_k_eq_v": True}),
+    "per_layer_config": ({"1": {"head_dim": 64}, "2": {"head_dim": 64}}, {}),
     "word_embed_proj_dim": (32, {}), "layer_norm_epsilon": (1e-3, {}), "dense_intermediate_size": (32, {}),
+}  # fmt: skip
+EXPERTS: dict[str, object] = {  # of Gemma 4, where there are some
+    "enable_moe_block": True, "num_local_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64,
+    "hidden_size_per_layer_input": 0, "use_double_wide_mlp": False,
 }  # fmt: skip
 HARMLESS = {
     "unsloth_version": "2026.1", "use_mrope": False, "is_llama_config": True, "rope_interleaved": False,
@@ -186,8 +195,11 @@ def test_a_heeded_key_matters_or_is_refused(family: str, folder_of: Folders) -> 
         "tie_word_embeddings",
         "tie_embedding",
         "num_nextn_predict_layers",
+        "attention_k_eq_v",
     }:
         value, more = CHANGES[key]
+        if family == "gemma4" and key in EXPERTS:
+            more = EXPERTS | {k: v for k, v in more.items() if k != key}
         if key == "sliding_window":
             more = {k: v for k, v in more.items() if k in family_of(family).DEFAULTS}
         base = config | {k: v for k, v in more.items() if k in family_of(family).DEFAULTS}

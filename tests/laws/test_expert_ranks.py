@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from outsize.engine.model import Model
-from outsize.errors import OptionError
+from outsize.errors import OptionError, UnsupportedError
 from outsize.forward.full import full, hidden
 from outsize.forward.span import Span
 from outsize.model.transformer import Transformer
@@ -99,3 +99,9 @@ def test_what_has_no_experts(open_tiny: Callable[..., Model]) -> None:
     speeds: Sequence[float] = (1.0, 1.0)
     with pytest.raises(OptionError, match="has no experts to share out; use --parallel tensor"):
         split("it", pack.description, pack.tables, Ranks(tuple(speeds)), Way("experts"))
+
+
+def test_experts_beside_a_dense_half_are_not_shared_out(open_tiny: Callable[..., Model]) -> None:
+    pack: Pack = open_tiny("gemma4+experts", "bf16").pack
+    with pytest.raises(UnsupportedError, match="beside its experts"):
+        split("it", pack.description, pack.tables, Ranks((1.0, 1.0)), Way("experts"))

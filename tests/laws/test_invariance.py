@@ -107,3 +107,19 @@ def test_closed_models_say_so(folder_of: Callable[[str], object]) -> None:
     model.close()
     with pytest.raises(outsize.errors.ClosedError, match="is closed"):
         model.generate("x", raw=True)
+
+
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+def test_wrong_drafts_leave_nothing_behind(family: str, open_tiny: Callable[..., Model]) -> None:
+    """Of every family: after drafts whose first tokens are right, the bits are those of no draft."""
+    t = open_tiny(family, "q4_0", True).transformer
+    wanted, ours = t.new_kv(), t.new_kv()
+    for kv in (wanted, ours):
+        full(t, [Span(0, tiny.TOKENS[:20])], [kv])
+    at = 20
+    for wrong in (3, 0, 7):
+        rows = [full(t, [Span(at + i, [tiny.TOKENS[at + i]])], [wanted])[0] for i in range(3)]
+        drafted = [*tiny.TOKENS[at : at + 3], *range(5, 5 + wrong)]
+        (out,) = full(t, [Span(at, drafted, len(drafted))], [ours])
+        assert torch.equal(out.logits_KV[:3], torch.cat([row.logits_KV for row in rows]))
+        at += 3

@@ -62,7 +62,8 @@ def check_depths(kv: KV, num_layers: int, length: int) -> None:
 
 
 # Not of models whose layers read their tokens: lazy prefill is refused there (tests/laws/test_memory.py).
-LAZY = [f for f in tiny.CONFIGS if f != "memoryllm" and f not in tiny.STATEFUL]
+WHOLE = (*tiny.READS_TOKENS, *tiny.STATEFUL)
+LAZY = [f for f in tiny.CONFIGS if f not in WHOLE]
 # The blocks that few families have, in one way; the others are slow.
 WAYS = [
     pytest.param(how, f, marks=pytest.mark.slow if f in tiny.STORED and how != "revive" else ())

@@ -4,9 +4,11 @@ from disk is what memory holds, bit for bit, at any number of slots; whatever ru
 from __future__ import annotations
 
 import gzip
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 import outsize
 from outsize.adapt.memory.rows import RowMaker
 from outsize.adapt.memory.tables import TableOptions, make_tables, order
+from outsize.caching.policy import Hints, make
 from outsize.draft.spec import parse_draft
 from outsize.engine import load as loading
 from outsize.engine.model import Model
@@ -29,11 +32,16 @@ from outsize.pack import fetch
 from outsize.pack.format import Pack
 from outsize.pack.kinds.tokens import KIND, layout
 from outsize.pack.outline import of_pack
-from outsize.plan import place
+from outsize.plan import cost, fixed, place
 from outsize.plan.drafts import with_drafting
 from outsize.plan.layers_off import parse_layers
-from outsize.plan.placement import BY_TOKEN
+from outsize.plan.machine import Compute, Machine
+from outsize.plan.placement import BY_TOKEN, DISK
+from outsize.storage.reader import Reader
+from outsize.storage.stats import IOStats
+from outsize.storage.table import Table
 from outsize.system import memory as budget
+from outsize.weights.tokens import POLICY, TokenCache, TokenTable
 from tests.golden import tiny
 from tests.golden.test_golden import logits
 
@@ -174,6 +182,35 @@ def test_disk_equals_memory_bit_for_bit(
     assert (paged.counts().experts.misses > 0) == (slots < 29)
 
 
+def steps_through(pack: Pack, slots: int, steps: list[list[int]]) -> list[torch.Tensor]:
+    """All layers' numbers of each step's tokens (layers, T, W), through so many slots, cold."""
+    (header,) = [t for t in pack.tables if t.kind == "tokens"]
+    stored, out = Table(pack.path, header, IOStats(), "first"), []
+    with Reader() as reader:
+        cache = TokenCache(stored, reader, partial(make, POLICY, slots, Hints()), slots)
+        table = TokenTable(cache, torch.arange(tiny.VOCAB))
+        for tokens in steps:
+            recalled = table.ask(tokens).part(slice(0, len(tokens)))
+            out.append(torch.stack([recalled.numbers(layer) for layer in range(tiny.LAYERS)]))
+            cache.slot_table.begin_pass()
+    stored.close()
+    return out
+
+
+@torch.inference_mode()
+def test_any_steps_at_every_number_of_slots(tabled: Tabled) -> None:
+    """Of one token, of few, and of more than there are slots; tokens in them twice."""
+    pack, drawn = tabled(bits=8), random.Random(0)
+    (header,) = [t for t in pack.tables if t.kind == "tokens"]
+    sizes = [drawn.choice((1, 1, 1, 5, 90)) for _ in range(40)]
+    steps = [[drawn.randrange(tiny.VOCAB) for _ in range(size)] for size in sizes]
+    with outsize.load(str(pack.path), quiet=True) as model:
+        want_VLW = values(model)
+    for slots in range(1, len(header.keys) + 1):
+        for tokens, got_LTW in zip(steps, steps_through(pack, slots, steps), strict=True):
+            assert torch.equal(got_LTW.transpose(0, 1), want_VLW[tokens])
+
+
 def test_drafts_and_batches_are_exact(tabled: Tabled, least: Callable[..., Model]) -> None:
     pack = tabled(bits=8)
     plain, drafting = least(pack, 5), least(pack, 5, draft="ngram:k=4", streams=3)
@@ -300,6 +337,28 @@ def test_damage_and_anothers_table_are_typed_errors(
         outsize.load(str(tmp_path / "short"), quiet=True)
 
 
+def test_a_damaged_row_that_is_read_later_is_a_typed_error(
+    tabled: Tabled, least: Callable[..., Model], tmp_path: Path
+) -> None:
+    """Rows that are not held are checked when they are read; replies that need others go on."""
+    whole, pack = least(tabled(bits=8), 2), replace(tabled(bits=8), path=tmp_path / "damaged")
+    (header,) = [t for t in pack.tables if t.kind == "tokens"]
+    good, each = whole.tokens.encode("ab", start=False), header.keys[1]
+    pieces = {i: whole.tokens.decode([i]) for i in range(tiny.VOCAB)}
+    alone = [i for i, piece in pieces.items() if whole.tokens.encode(piece, start=False) == [i]]
+    bad = next(i for i in alone[::-1] if i // each not in {token // each for token in good})
+    shutil.copytree(tabled(bits=8).path, pack.path)
+    raw = bytearray((pack.path / header.file).read_bytes())
+    raw[bad // each * header.stride] ^= 1
+    (pack.path / header.file).write_bytes(raw)
+    model = least(pack, 2)
+    for _ in range(2):
+        want = whole.generate("ab", max_tokens=1, ignore_eos=True, raw=True)[0].text
+        assert model.generate("ab", max_tokens=1, ignore_eos=True, raw=True)[0].text == want
+        with pytest.raises(PackError, match=r"of memory-0\.records does not match its checksum"):
+            model.generate(pieces[bad], max_tokens=1, raw=True)
+
+
 def test_a_table_of_another_layout_has_a_fault(tabled: Tabled) -> None:
     pack = tabled(bits=8)
     d, (table,) = pack.description, [t for t in pack.tables if t.kind == "tokens"]
@@ -336,3 +395,34 @@ def test_the_plan_names_the_tier(tabled: Tabled, monkeypatch: pytest.MonkeyPatch
     assert tiers.get("memory-0") == BY_TOKEN
     assert any("group4" in note for note in placed.notes)
     assert placed.planned <= low
+
+
+def test_a_prediction_waits_for_one_row_a_token(
+    tabled: Tabled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where layers are on disk, too: the rows of other tokens are no records that a token waits for."""
+    monkeypatch.setattr("outsize.pack.kinds.tokens.LEAST", 2)
+    monkeypatch.setattr(Machine, "disk_bytes_per_s", 1e9)
+    outline = of_pack(tabled(bits=4))
+    placed = place.place(outline, place.least_bytes(outline, 0, 0, 256), 0, 0, 256)
+    placed = replace(placed, groups=(*placed.groups, ("attn-0", DISK, 1_000_000)))
+    compute = Compute({"attn-0": 1e-3, "head": 1e-3, "embed": 1e-3}, {}, 32)
+    found = cost.predict(outline, Machine("", (), {}), placed, compute, 32)
+    streamed = [t for t in outline.tables if t.kind != "tokens"]
+    waits = sum(len(t.keys) - len(placed.shares[t.name].pinned) for t in streamed)
+    assert placed.streamed >= 1_000_000
+    most = (waits + 1) * cost.MISS_S
+    assert 0 <= found.compute_s - cost.step_s(outline, compute) <= most * (1 + 1e-9)
+
+
+def test_slots_of_small_rows_are_counted(tabled: Tabled) -> None:
+    """With what remembers them, and never more than the budget."""
+    outline = of_pack(tabled(bits=4))
+    least = place.least_bytes(outline, 0, 0, 256)
+    for more in range(0, 200_000, 9_000):
+        placed = place.place(outline, least + more, 0, 0, 256)
+        assert placed.planned <= least + more
+        share = placed.shares["memory-0"]
+        known = len(outline.table("memory-0").keys) * fixed.ROW_BYTES
+        slots = (len(share.pinned) + share.ring) * fixed.ROW_SLOT_BYTES
+        assert placed.fixed["cache policy"] == known + slots

@@ -66,6 +66,7 @@ def routed_alike(first: Model, second: Model) -> Iterator[None]:
 class Recording:
     def __init__(self, own: Router, chosen: list[tuple[Tensor, Tensor]]) -> None:
         self._own, self._chosen, self.norm = own, chosen, own.norm
+        self.reads = own.reads
 
     def __call__(
         self, x_TD: Tensor, wide: bool, routing_bias_N: Tensor | None = None

@@ -22,7 +22,7 @@ from outsize.home import home as home_folder
 from outsize.kernels.find import native_in
 from outsize.kernels.plain import PLAIN
 from outsize.model.transformer import Transformer
-from outsize.model.width import LayerRouter, Point, Width, chosen, parse_width
+from outsize.model.width import LayerRouter, Point, Width, chosen, narrowest, parse_width
 from outsize.pack import fetch
 from outsize.pack.format import Pack
 from outsize.progress import silent
@@ -203,6 +203,14 @@ def test_more_is_used_at_higher_thresholds() -> None:
         assert bool((now > before).any())
         before = now
     assert int(chosen(z_TM, 2.0).min()) == 3
+
+
+def test_one_token_is_chosen_as_many_are() -> None:
+    z_TM = 3 * torch.randn(2000, 4, generator=torch.Generator().manual_seed(1))
+    for threshold in (0.0, 0.2, 0.5, 0.77, 0.99, 1.5):
+        expected = chosen(z_TM, threshold).tolist()
+        assert [narrowest(z, threshold) for z in z_TM.tolist()] == expected
+    assert narrowest([1e4, -1e4, 0.0, -1e5], 0.5) == 0
 
 
 @pytest.mark.parametrize("given", ["wide", "0", 0, 1.5, "nan", -1, True, None])

@@ -16,10 +16,11 @@ from outsize.adapt.share_keys import queries
 from outsize.engine.model import Model
 from outsize.errors import OptionError, UnsupportedError
 from outsize.family import bounds
+from outsize.family.sharing import share_keys
 from outsize.forward.full import full
 from outsize.forward.span import Span
 from outsize.kv.kv import KV
-from outsize.model_config import Description, share_keys
+from outsize.model_config import Description
 from outsize.pack import fetch
 from outsize.pack.format import Pack
 from outsize.pack.outline import of_pack

@@ -62,6 +62,48 @@ def byte_level(pre: str) -> TokenizerSpec:
     )
 
 
+def of_gemma4() -> TokenizerSpec:
+    """As Gemma 4's: pieces of characters with ▁ for a space, merges stated, bytes for what no piece has."""
+    text = HARD.replace(" ", "▁").replace("\0", "")
+    words = [text[i : i + n] for n in (2, 4) for i in range(0, len(text) - n, n)]
+    words = list(dict.fromkeys(w for w in words if "\n" not in w))
+    chars = [*sorted(set("".join(words)))[::2], "▁", "\n", "\n\n"]
+    known = set(chars)
+    merges = [(w[: len(w) // 2], w[len(w) // 2 :]) for w in sorted(words, key=len)]
+    kept = list[str]()
+    for left, right in [*merges, ("\n", "\n")]:
+        if left in known and right in known:
+            known.add(left + right)
+            kept.append(f"{left} {right}")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<tool>", "<s>", "</s>", "<|s|>", "<table>"]
+    fixed = [*special, *(f"<0x{i:02X}>" for i in range(256))]
+    tokens = [*fixed, *sorted(known - {*fixed})]
+    types = [3, 3, 3, 2, 4, 3, 3, 3, 4] + [6] * 256 + [1] * (len(tokens) - len(fixed))
+    arrays = {
+        "model": "gemma4", "tokens": tokens, "token_type": np.array(types), "merges": kept,
+        "unknown_token_id": 3, "add_space_prefix": False, "scores": np.zeros(len(tokens), np.float32),
+    }  # fmt: skip
+    return TokenizerSpec(arrays=arrays)
+
+
+def test_gemma4_is_as_transformers_has_it() -> None:
+    """The same pieces and merges as the model's tokenizer.json states them: in its normalizer, its cut at
+    spaces (of which none are left) and its decoder as Gemma's converter in transformers makes them."""
+    transformers = pytest.importorskip("transformers", minversion="5.20")
+    spec = of_gemma4()
+    tokens = list(spec.arrays["tokens"])  # type: ignore[call-overload]
+    merges = [tuple(m.split(" ")) for m in spec.arrays["merges"]]  # type: ignore[attr-defined]
+    theirs = transformers.GemmaTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges)
+    built = packed(spec)
+    for text in (HARD, TEXT, " a  b\n\n\nc ", "🙂 é\n ▁x", ""):
+        text = text.replace("\0", "")
+        for kind in ("<tool>", "<table>", "<s>", "</s>", "<|s|>", "<unk>", "<|im_end|>"):
+            text = text.replace(kind, "")
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert built.encode(text, add_special_tokens=False).ids == ids
+        assert built.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False)
+
+
 def scored(prefix: bool) -> TokenizerSpec:
     """SentencePiece-style with pieces of the text, Gemma's kinds of user-defined ones among them."""
     text = HARD.replace(" ", "▁").replace("\n", "").replace("\0", "")
@@ -80,7 +122,7 @@ def scored(prefix: bool) -> TokenizerSpec:
 
 
 @pytest.mark.parametrize(
-    "spec", [*map(byte_level, pretokenizers.KNOWN), scored(True), scored(False)]
+    "spec", [*map(byte_level, pretokenizers.KNOWN), scored(True), scored(False), of_gemma4()]
 )
 def test_a_gguf_keeps_every_id(spec: TokenizerSpec) -> None:
     tokens = spec.arrays["tokens"]

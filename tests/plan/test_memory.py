@@ -105,7 +105,8 @@ def test_the_same_bits_in_any_memory(
         with outsize.load(source, **how) as model:  # type: ignore[arg-type]
             assert torch.equal(logits(model), wanted)
             shares.add(sum(b for _, tier, b in model.placement.groups if tier != MEMORY))
-    assert max(shares) > 0.5 * outline.size
+    # Of Gemma 4's three layers most have a table of their own, and its rows fit the fewest slots.
+    assert max(shares) > (0.2 if family == "gemma4" else 0.5) * outline.size
 
 
 @pytest.mark.usefixtures("bare")
@@ -310,7 +311,8 @@ def test_a_shortage_is_told_before_it_is_one(monkeypatch: pytest.MonkeyPatch) ->
 
 @settings(max_examples=60, deadline=None)
 @given(
-    family=st.sampled_from([f for f in families() if f != "opt"]),  # which is in no GGUF
+    # OPT is in no GGUF; of Gemma 4 a file's tensor says what rotates.
+    family=st.sampled_from([f for f in families() if f not in ("opt", "gemma4")]),
     number=st.integers(0, 2),
     share=st.floats(0.0, 1.2),
     context=st.sampled_from([None, 64, 500]),

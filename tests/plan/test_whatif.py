@@ -16,7 +16,7 @@ from outsize.bench.synthetic.folder import write_folder
 from outsize.bench.synthetic.shapes import Size
 from outsize.engine.model import Model
 from outsize.errors import OptionError, UnsupportedError
-from outsize.model_config import share_keys
+from outsize.family.sharing import share_keys
 from outsize.options import LoadOptions
 from outsize.pack import fetch
 from outsize.pack.format import Pack

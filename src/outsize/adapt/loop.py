@@ -57,6 +57,11 @@ class Recipe:
         """Of AdamW; some tasks have one."""
         return 0.0
 
+    @property
+    def fused(self) -> bool:
+        """AdamW in one pass over the numbers? Sooner, where many learn; other roundings."""
+        return False
+
     def rate_at(self, step: int) -> float:
         warm = max(1, int(self.warmup * self.steps))
         if step < warm:
@@ -168,8 +173,9 @@ def start(task: Task, base: str, data: str = "") -> Training:
             f"batch is {recipe.batch}, for {world} processes; give at least one sequence each"
         )
     optimizer = torch.optim.AdamW(
-        task.parameters.values(), lr=recipe.rate, betas=BETAS, weight_decay=recipe.weight_decay
-    )
+        task.parameters.values(), lr=recipe.rate, betas=BETAS, weight_decay=recipe.weight_decay,
+        fused=True if recipe.fused else None,
+    )  # fmt: skip
     return Training(task, base, data, optimizer)
 
 
@@ -207,10 +213,17 @@ def _differences(about: Mapping[str, object], training: Training) -> list[str]:
     return out + ([] if about.get("data") == training.data else ["the prompts or answers differ"])
 
 
-def train(training: Training, path: Path, every: int, report: Callable[[Training], None]) -> None:
-    """Train to the recipe's end, `report` after each step. The checkpoint `path` is kept up to date every so
-    many steps and when interrupted."""
-    steps = training.task.recipe.steps
+def train(
+    training: Training,
+    path: Path,
+    every: int,
+    report: Callable[[Training], None],
+    until: int | None = None,
+) -> None:
+    """Train to the recipe's end, or so many of its steps, `report` after each. The checkpoint `path` is kept
+    up to date every so many steps and when interrupted."""
+    due = training.task.recipe.steps
+    steps = due if until is None else min(due, until)
     try:
         while training.step < steps:
             training.run_step()

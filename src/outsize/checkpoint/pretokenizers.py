@@ -18,14 +18,18 @@ from outsize.errors import UnsupportedError
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:
     """`ignore_merges`: a word that is a piece is taken whole. `add_bos`: the start token is put before
-    a prompt unless the file says otherwise."""
+    a prompt unless the file says otherwise. `in_bytes`: Falcon's steps, of which the last ones cut the
+    letters that stand for bytes (six of which are numbers), as no expression for texts does."""
 
     patterns: tuple[str, ...]
     nfc: bool = False
     ignore_merges: bool = False
     add_bos: bool = False
+    in_bytes: bool = False
 
     def build(self) -> pre_tokenizers.PreTokenizer:
+        if self.in_bytes:
+            return _falcon()
         splits = [pre_tokenizers.Split(Regex(p), behavior="isolated") for p in self.patterns]
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         return pre_tokenizers.Sequence([*splits, to_bytes])
@@ -33,6 +37,18 @@ class PreTokenizer:
     @property
     def normalizer(self) -> normalizers.Normalizer | None:
         return normalizers.NFC() if self.nfc else None
+
+
+def _falcon() -> pre_tokenizers.PreTokenizer:
+    """As tokenizer.json of tiiuae/falcon-7b states it."""
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Punctuation(behavior="contiguous"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            pre_tokenizers.Digits(individual_digits=False),
+            pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), behavior="isolated"),
+        ]
+    )
 
 
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -124,6 +140,7 @@ KNOWN = {
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
     "exaone": _digit_gpt2,
     "exaone4": _gpt2,
+    "falcon": PreTokenizer((), in_bytes=True),
     "falcon3": _llama3,
     "gigachat": _gpt2,
     "glm4": _cl100k,

@@ -1,8 +1,8 @@
 """Tokenizers, built directly from the arrays of a GGUF, or taken from a tokenizer.json.
 
-Two kinds: byte-level BPE, which states its merges and names its pre-tokenizer, and SentencePiece-style
-BPE, which states a score for each piece; there a merge exists wherever two pieces join into a third,
-and the joined piece's score is the merge's rank.
+Three kinds: byte-level BPE, which states its merges and names its pre-tokenizer; SentencePiece-style BPE,
+which states a score for each piece: there a merge exists wherever two pieces join into a third, and the
+joined piece's score is the merge's rank; and Gemma 4's, which is of this style and states its merges.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from outsize.checkpoint.checkpoint import TokenizerSpec
 from outsize.checkpoint.pretokenizers import PreTokenizer
 from outsize.errors import CheckpointError, UnsupportedError
 
+BYTES, SCORED, MERGED = "gpt2", "llama", "gemma4"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 MARKED = (UNKNOWN, CONTROL, USER_DEFINED)  # pieces that are found in a text as it stands
 JOINED = (NORMAL, USER_DEFINED)  # pieces that merges make and join
@@ -31,10 +32,12 @@ def build(spec: TokenizerSpec) -> Tokenizer:
     if spec.json is not None:
         return from_json(spec.json, spec.added_tokens)
     tokens, types = _pieces(spec.arrays)
-    if spec.arrays["model"] == "gpt2":
+    if spec.arrays["model"] == BYTES:
         tokenizer = _byte_bpe(spec.arrays, tokens)
-    else:
+    elif spec.arrays["model"] == SCORED:
         tokenizer = _sentencepiece(spec.arrays, tokens, types)
+    else:
+        tokenizer = _merged(spec.arrays, tokens)
     _add_special(tokenizer, tokens, types)
     return tokenizer
 
@@ -46,8 +49,9 @@ def check(spec: TokenizerSpec) -> None:
         tokenizer_json.check(spec.json, spec.added_tokens)
         return
     tokens, types = _pieces(spec.arrays)
-    if spec.arrays["model"] == "gpt2":
-        _pre(spec.arrays)
+    if spec.arrays["model"] != SCORED:
+        if spec.arrays["model"] == BYTES:
+            _pre(spec.arrays)
         _merges(spec.arrays, _vocab(tokens))
     else:
         _scores(spec.arrays, tokens, types)
@@ -71,10 +75,10 @@ def from_json(text: str | bytes, config: Mapping[str, object] | None = None) -> 
 def _pieces(arrays: Mapping[str, object]) -> tuple[list[str], list[int]]:
     """The vocabulary with the kind of each piece. An empty piece gets a name, as in llama.cpp."""
     kind = arrays.get("model")
-    if kind not in ("gpt2", "llama"):
+    if kind not in (BYTES, SCORED, MERGED):
         raise UnsupportedError(
-            f"tokenizer model {kind!r} is not known; known are 'gpt2' (byte-level BPE) and "
-            "'llama' (SentencePiece-style)"
+            f"tokenizer model {kind!r} is not known; known are 'gpt2' (byte-level BPE), "
+            "'llama' (SentencePiece-style) and 'gemma4'"
         )
     tokens = [t or f"[EMPTY_{i}]" for i, t in enumerate(_strings(arrays, "tokens"))]
     if len(tokens) > tokenizer_json.MAX_TOKENS:
@@ -157,11 +161,7 @@ def _sentencepiece(arrays: Mapping[str, object], tokens: list[str], types: list[
     scores = _scores(arrays, tokens, types)
     vocab = _vocab(tokens)
     merges = score_merges(tokens, types, scores, vocab)
-    unknown = arrays.get("unknown_token_id")
-    name = tokens[unknown] if isinstance(unknown, int) and 0 <= unknown < len(tokens) else None
-    tokenizer = Tokenizer(
-        models.BPE(vocab, merges, unk_token=name, fuse_unk=True, byte_fallback=True)
-    )
+    tokenizer = _with_fallback(arrays, tokens, merges)
     prefix = arrays.get("add_space_prefix", True) is True
     steps = [normalizers.Prepend("▁")] if prefix else []
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
@@ -170,6 +170,27 @@ def _sentencepiece(arrays: Mapping[str, object], tokens: list[str], types: list[
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
     return tokenizer
+
+
+def _merged(arrays: Mapping[str, object], tokens: list[str]) -> Tokenizer:
+    """Gemma 4's, whose merges are stated, and no space is put before a text. llama.cpp cuts texts at runs of
+    newlines before; no merge of the model joins one with anything else."""
+    tokenizer = _with_fallback(arrays, tokens, _merges(arrays, _vocab(tokens)))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return tokenizer
+
+
+def _with_fallback(
+    arrays: Mapping[str, object], tokens: list[str], merges: list[tuple[str, str]]
+) -> Tokenizer:
+    """BPE over characters; those that no piece has become their bytes' pieces."""
+    unknown = arrays.get("unknown_token_id")
+    name = tokens[unknown] if isinstance(unknown, int) and 0 <= unknown < len(tokens) else None
+    model = models.BPE(_vocab(tokens), merges, unk_token=name, fuse_unk=True, byte_fallback=True)
+    return Tokenizer(model)
 
 
 def score_merges(

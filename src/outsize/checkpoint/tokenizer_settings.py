@@ -242,4 +242,6 @@ def _gguf_starts(arrays: Mapping[str, object]) -> bool:
     stated = arrays.get("add_bos_token")
     if isinstance(stated, bool):
         return stated
-    return arrays.get("model") == "llama" or default_add_bos(str(arrays.get("pre", "default")))
+    return arrays.get("model") in ("llama", "gemma4") or default_add_bos(
+        str(arrays.get("pre", "default"))
+    )

@@ -132,6 +132,20 @@ class NestedFlags:
         float, Flag("--target", "Share of the feed-forwards that labels execute.")
     ] = 0.6
     rank: Annotated[int, Flag("--rank", "Of corrections of narrow widths; 0: none.")] = 0
+    tune: Annotated[
+        int,
+        Flag(
+            "--tune", "Steps in which feed-forwards learn, too: narrow widths gain, full changes."
+        ),
+    ] = 0
+    tune_rate: Annotated[float, Flag("--tune-rate", "Highest learning rate of --tune.")] = 3e-4
+    tune_until: Annotated[
+        int | None,
+        Flag(
+            "--tune-until",
+            "End after so many of them, as yet (0: refitted alone); --resume goes on.",
+        ),
+    ] = None
     tokens: Annotated[int, Flag("--tokens", "Of the data, that are read.")] = 32768
     steps: Annotated[int, Flag("--steps", "Steps.")] = 200
     batch: Annotated[int, Flag("--batch", "Sequences a step.")] = 2
@@ -151,19 +165,21 @@ def nested(
     """Nested experts: cut a dense model's feed-forwards so that easy tokens read and compute less."""
     from outsize.adapt.nested.run import NestedOptions, run
     from outsize.adapt.nested.task import NestedRecipe
+    from outsize.adapt.nested.tune import TuneRecipe
     from outsize.log import say
     from outsize.plan.probe import set_threads
 
     set_threads(load.threads)
     options = NestedOptions(
         model, tuple(own.data), own.widths, own.importance, own.blocks, own.tokens, own.every,
-        own.resume, load.quiet, load.memory,
+        own.resume, load.quiet, own.tune_until, load.memory,
     )  # fmt: skip
     recipe = NestedRecipe(
         steps=own.steps, batch=own.batch, rate=own.rate, seed=own.seed, share=own.target,
         labels=own.labels, rank=own.rank,
     )  # fmt: skip
-    made = run(options, recipe)
+    tuning = TuneRecipe(steps=own.tune, rate=own.tune_rate, seed=own.seed, share=own.target)
+    made = run(options, recipe, tuning)
     print("\n".join(made.table))
     if not load.quiet:
         size, a = made.path.stat().st_size / 1e6, made.about

@@ -34,7 +34,11 @@ class MemoryFlags:
     ] = None
     config: Annotated[
         str | None,
-        Flag("--config", "Train a model of this size from nothing: tiny or small.", has_env=False),
+        Flag(
+            "--config",
+            "Train a model of this size from nothing: mini, tiny or small.",
+            has_env=False,
+        ),
     ] = None
     flex: Annotated[
         int,

@@ -178,11 +178,10 @@ def _open(
         drafting.same_vocabulary(made, packs.smaller)
     outline, more = ranks.beside(team, packs.outline(options))
     before = runtime_bytes(native) + more
-    sure = int(LEAST_SHARE * tokenizer_bytes(outline))
-    outline = decide.settle(
-        outline, packs.neurons, options, size, (before, tokenizer_bytes(outline))
-    )
-    decide.decide(outline, options, size, before, sure)  # refuses before anything is read
+    text = tokenizer_bytes(outline)
+    outline = decide.settle(outline, packs.neurons, options, size, (before, text))
+    least = int(LEAST_SHARE * text)
+    decide.decide(outline, options, size, before, least)  # refuses before anything is read
     if not options.quiet:
         notices.slow(made, native)
     found = tokens(made)

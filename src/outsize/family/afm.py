@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from outsize.family import qwen3
 from outsize.family.config import Config
-from outsize.model_config import Recipe
+from outsize.family.recipe import Recipe
 
 DEFAULTS: dict[str, object] = {
     **qwen3.DEFAULTS,

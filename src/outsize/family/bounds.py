@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from itertools import pairwise
 
+from outsize.family.bounds_forms import beside_fault, forms_fault
 from outsize.family.config import LIMITS, MOST_HEAD
 from outsize.model_config import (
     ACTIVATIONS,
@@ -35,7 +36,7 @@ REAL = {
     "residual_scale": (1e-6, 1e4), "logit_scale": (1e-6, 1e6), "logit_cap": (0.0, 1e6),
     "attn_cap": (0.0, 1e6),
 }  # fmt: skip
-BASE, DIVISOR, SCALE = (1.0, 1e12), (1e-12, 1e12), (1e-6, 1e3)
+BASE, DIVISOR, SCALE = (1.0, 1e12), (1e-12, 1e31), (1e-6, 1e3)
 
 
 def fault(d: Description) -> str:
@@ -74,7 +75,10 @@ def fault(d: Description) -> str:
         return problem
     if d.shard is not None and (problem := _shard_fault(d, d.shard)):
         return problem
-    return _mixture_fault(d) or next((p for layer in d.layers if (p := _layer_fault(d, layer))), "")
+    if problem := _mixture_fault(d) or forms_fault(d):
+        return problem
+    each = ((d.of_layer(i), layer) for i, layer in enumerate(d.layers))
+    return next((p for form, layer in each if (p := _layer_fault(form, layer))), "")
 
 
 def _sharing_fault(d: Description) -> str:
@@ -89,7 +93,8 @@ def _sharing_fault(d: Description) -> str:
         if not 0 <= layer.shares < first:
             return f"layer {i} shares keys and values of layer {layer.shares:,}, which makes none"
         other = d.layers[layer.shares]
-        if (other.rope, other.window, other.chunked) != (layer.rope, layer.window, layer.chunked):
+        seen = [(x.rope, x.window, x.chunked, x.form[:2]) for x in (other, layer)]
+        if seen[0] != seen[1]:
             return f"layer {i} shares keys and values of layer {layer.shares}, which turns or sees otherwise"
     usual = d.latent is None and not d.sinks and not d.qk_norm_whole
     usual = usual and not any(layer.unit_norm for layer in d.layers)
@@ -206,7 +211,9 @@ def _mixture_fault(d: Description) -> str:
         return f"{m.used:,} of {m.count:,} experts of {m.width:,} numbers, and one of {m.shared:,}, cannot be"
     if not d.routed:
         return "no layer has experts, of which there are some"
-    return _nested_fault(d, m) if m.nested else _router_fault(m)
+    if m.nested:
+        return _nested_fault(d, m)
+    return beside_fault(d, m) or _router_fault(m)
 
 
 def _nested_fault(d: Description, m: Mixture) -> str:

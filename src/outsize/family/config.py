@@ -61,6 +61,11 @@ FEW_KEYS = {
     "linear_values": "ssm.inner_size",
     "conv_L_cache": "shortconv.l_cache",
     "full_attention_interval": "full_attention_interval",
+    "swa_head_dim": "attention.key_length_swa",
+    "swa_value_length": "attention.value_length_swa",
+    "swa_rotary_dim": "rope.dimension_count_swa",
+    "num_kv_shared_layers": "attention.shared_kv_layers",
+    "hidden_size_per_layer_input": "embedding_length_per_layer_input",
 }
 LIMITS = {"num_hidden_layers": 4096, "num_attention_heads": 4096, "num_key_value_heads": 4096}
 MOST_HEAD = 4096

@@ -10,7 +10,7 @@ from outsize.family import common, latent
 from outsize.family.common import HEEDED, SHARED, first_dense, sigmoid_mixture
 from outsize.family.config import Config
 from outsize.family.further import behind
-from outsize.model_config import Recipe
+from outsize.family.recipe import Recipe
 
 DEFAULTS: dict[str, object] = {
     **{key: value for key, value in HEEDED.items() if key != "head_dim"},
@@ -46,7 +46,9 @@ FIXED: dict[str, tuple[object, ...]] = {
 
 def recipe(config: Config) -> Recipe:
     config, spares = common.without_next(config)
-    if config.format == "gguf" and config.get("scoring_func") is None:
+    # Files of GLM 4.7 Flash from before 2026-01-21 do not say, but experts have the bias that V2's have not.
+    is_silent = config.format == "gguf" and config.get("scoring_func") is None
+    if is_silent and not config.has(".exp_probs_b.bias"):
         raise UnsupportedError(
             f"config: {config.key('scoring_func')} is missing: a DeepSeek V2, whose experts are weighed by "
             "a softmax; V3 and GLM 4.7 Flash are known"

@@ -9,7 +9,8 @@ from outsize.errors import CheckpointError, UnsupportedError
 from outsize.family import common
 from outsize.family.common import EXPERTS, GATED, HEEDED
 from outsize.family.config import Config
-from outsize.model_config import Description, Layer, Mixture, Strip
+from outsize.family.recipe import Strip
+from outsize.model_config import Description, Layer, Mixture
 from outsize.model_parts import Delta
 
 DEFAULTS: dict[str, object] = {

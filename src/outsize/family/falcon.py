@@ -10,7 +10,7 @@ from dataclasses import replace
 from outsize.errors import UnsupportedError
 from outsize.family.common import GGUF_NAMES, HEEDED, describe
 from outsize.family.config import Config
-from outsize.model_config import Recipe
+from outsize.family.recipe import Recipe
 
 DEFAULTS: dict[str, object] = {
     **{k: v for k, v in HEEDED.items() if k not in ("head_dim", "hidden_act", "rms_norm_eps")},

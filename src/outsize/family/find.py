@@ -7,6 +7,7 @@ A family is a file of this folder, named as `model_type` in config.json (or `gen
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import ModuleType
 
 import outsize.family as package
 from outsize import registry
@@ -15,25 +16,37 @@ from outsize.errors import CheckpointError, UnsupportedError
 from outsize.family.bounds import fault
 from outsize.family.config import Config
 from outsize.family.keys import check, check_gguf
-from outsize.model_config import Recipe
+from outsize.family.recipe import Recipe
 
 ALIASES = {
     "gemma3_text": "gemma3", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss", "qwen2moe": "qwen2_moe",
     "minimax-m2": "minimax_m2", "glm4moe": "glm4_moe", "deepseek2": "deepseek_v3",
     "mistral3": "ministral3", "llama4_text": "llama4", "qwen3next": "qwen3_next", "qwen35": "qwen3_5",
     "qwen35moe": "qwen3_5_moe", "qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe",
+    "gemma4_text": "gemma4", "gemma3n_text": "gemma3n", "nemotron_h_moe": "nemotron_h",
 }  # fmt: skip
+# Families that were looked at, and what they would need.
+MISSING = {
+    "gemma3n": "its four residual streams, and maps of low rank beside attention, are not built; Gemma 4 is",
+    "nemotron_h": "its layers have one half alone, many of them Mamba 2, which is not built; Qwen3-Next and "
+    "LFM2 are",
+}
 NOT_FAMILIES = (
     "bounds",
+    "bounds_forms",
     "common",
     "config",
     "convolutions",
     "delta",
     "find",
     "further",
+    "gemma4_parts",
     "keys",
     "latent",
+    "recipe",
     "rope",
+    "sharing",
+    "yarn",
 )
 OWN = {  # of families that call their embedding otherwise
     "opt": "model.decoder.embed_tokens.weight",
@@ -57,7 +70,7 @@ def families() -> list[str]:
 def recipe(checkpoint: Checkpoint) -> Recipe:
     """What the checkpoint is and where it keeps it. Raises UnsupportedError, CheckpointError."""
     name = _named(checkpoint)
-    family = registry.module(package, name, "architecture", families())
+    family = _family(checkpoint, name)
     config = _config(checkpoint, name, family.DEFAULTS)
     if checkpoint.format == "gguf":
         check_gguf(config, getattr(family, "GGUF_READ", ()))
@@ -74,7 +87,7 @@ def further_recipe(checkpoint: Checkpoint) -> Recipe:
     """Of its layer that predicts the token after next, as a model of its own. Raises UnsupportedError."""
     made = recipe(checkpoint)
     name = _named(checkpoint)
-    family = registry.module(package, name, "architecture", families())
+    family = _family(checkpoint, name)
     find = getattr(family, "further", None)
     found: Recipe | None = find(made, checkpoint.format == "gguf") if find is not None else None
     if found is None or found.names["join"] not in checkpoint.tensors:
@@ -84,6 +97,14 @@ def further_recipe(checkpoint: Checkpoint) -> Recipe:
             f"know it in {kind} of that family; use draft=ngram, or draft=auto"
         )
     return found
+
+
+def _family(checkpoint: Checkpoint, name: str) -> ModuleType:
+    """Raises UnsupportedError, saying which file names it, and what is known to be missing."""
+    file = checkpoint.files[0].name if checkpoint.format == "gguf" else "config.json"
+    if name in MISSING:
+        raise UnsupportedError(f"{file}: the architecture {name!r} is not known: {MISSING[name]}")
+    return registry.module(package, name, f"{file}: the architecture", families())
 
 
 def _named(checkpoint: Checkpoint) -> str:

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from outsize.model_config import Layer, Recipe
+from outsize.family.recipe import Recipe
+from outsize.model_config import Layer
 
 EVERYTHING = (r".*",)  # of the checkpoint's tensors, it is not to use them all
 BEHIND = {  # as layers behind the last one

@@ -10,7 +10,8 @@ from outsize.family import common
 from outsize.family.common import HEEDED, describe, names, sliding, window
 from outsize.family.config import Config
 from outsize.family.gemma3 import HF_LAYER
-from outsize.model_config import Layer, Recipe
+from outsize.family.recipe import Recipe
+from outsize.model_config import Layer
 
 DEFAULTS: dict[str, object] = {
     **HEEDED,

@@ -9,8 +9,9 @@ from dataclasses import replace
 from outsize.family import common
 from outsize.family.common import HEEDED, describe, names, window, with_names
 from outsize.family.config import Config
+from outsize.family.recipe import Recipe
 from outsize.family.rope import rope
-from outsize.model_config import Layer, Recipe, Rope
+from outsize.model_config import Layer, Rope
 
 DEFAULTS: dict[str, object] = {
     **HEEDED,

@@ -17,7 +17,7 @@ from outsize.family.common import (
 )
 from outsize.family.config import Config
 from outsize.family.further import behind
-from outsize.model_config import Recipe
+from outsize.family.recipe import Recipe
 
 DEFAULTS: dict[str, object] = {
     **HEEDED,

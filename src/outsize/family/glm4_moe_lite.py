@@ -8,7 +8,7 @@ from outsize.errors import UnsupportedError
 from outsize.family import deepseek_v3
 from outsize.family.config import Config
 from outsize.family.further import behind
-from outsize.model_config import Recipe
+from outsize.family.recipe import Recipe
 
 DEFAULTS: dict[str, object] = {
     **{k: v for k, v in deepseek_v3.DEFAULTS.items() if k != "first_k_dense_replace"},

@@ -11,8 +11,9 @@ from dataclasses import replace
 
 from outsize.family.common import HEEDED, describe, mixture, names, sliding, window, with_names
 from outsize.family.config import Config
-from outsize.family.rope import yarn
-from outsize.model_config import Layer, Recipe, Rope
+from outsize.family.recipe import Recipe
+from outsize.family.yarn import yarn
+from outsize.model_config import Layer, Rope
 
 ORIGINAL = 4096
 YARN: dict[str, object] = {

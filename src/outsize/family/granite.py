@@ -8,7 +8,8 @@ from dataclasses import replace
 from outsize.family import llama
 from outsize.family.common import describe, names
 from outsize.family.config import Config
-from outsize.model_config import Description, Recipe
+from outsize.family.recipe import Recipe
+from outsize.model_config import Description
 
 MULTIPLIERS: dict[str, object] = {
     "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0,

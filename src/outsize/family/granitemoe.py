@@ -8,7 +8,7 @@ from outsize.errors import UnsupportedError
 from outsize.family import granite
 from outsize.family.common import GATED, mixture, names, with_names
 from outsize.family.config import Config
-from outsize.model_config import Recipe
+from outsize.family.recipe import Recipe
 
 DEFAULTS: dict[str, object] = {
     **{k: v for k, v in granite.DEFAULTS.items() if k != "mlp_bias"},

@@ -7,7 +7,7 @@ from dataclasses import replace
 from outsize.family.common import HEEDED, describe, names, with_names
 from outsize.family.config import Config
 from outsize.family.convolutions import usual
-from outsize.model_config import Recipe
+from outsize.family.recipe import Recipe
 
 UNREAD = ("rms_norm_eps", "hidden_act", "original_max_position_embeddings")
 DEFAULTS: dict[str, object] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from outsize.family import mixtral
 from outsize.family.common import HEEDED, describe, names
 from outsize.family.config import Config
-from outsize.model_config import Recipe
+from outsize.family.recipe import Recipe
 
 DEFAULTS: dict[str, object] = {
     **HEEDED,

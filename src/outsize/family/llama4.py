@@ -8,7 +8,8 @@ from dataclasses import replace
 from outsize.errors import UnsupportedError
 from outsize.family.common import GATED, HEEDED, describe, mixture, names, positioned, with_names
 from outsize.family.config import Config
-from outsize.model_config import Layer, Recipe
+from outsize.family.recipe import Recipe
+from outsize.model_config import Layer
 
 # What a GGUF does not say; nor whether heads are normed: all but the Maverick's are.
 GGUF: dict[str, object] = {

@@ -14,7 +14,8 @@ from dataclasses import replace
 from outsize.family import llama
 from outsize.family.common import GATED, describe, names, with_names
 from outsize.family.config import Config
-from outsize.model_config import Memory, Recipe
+from outsize.family.recipe import Recipe
+from outsize.model_config import Memory
 
 DEFAULTS: dict[str, object] = {**llama.DEFAULTS, "dense_intermediate_size": 0}
 FIXED: dict[str, tuple[object, ...]] = {

@@ -7,7 +7,7 @@ from dataclasses import replace
 from outsize.family import mistral
 from outsize.family.common import describe, names
 from outsize.family.config import Config
-from outsize.model_config import Recipe
+from outsize.family.recipe import Recipe
 
 YARN: dict[str, object] = {
     "rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16_384, "beta_fast": 32.0,

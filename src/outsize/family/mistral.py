@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from outsize.family.common import HEEDED, describe, names, sliding, window
 from outsize.family.config import Config
-from outsize.model_config import Layer, Recipe
+from outsize.family.recipe import Recipe
+from outsize.model_config import Layer
 
 DEFAULTS: dict[str, object] = {
     **HEEDED,

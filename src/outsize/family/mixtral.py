@@ -7,7 +7,7 @@ from dataclasses import replace
 from outsize.family import mistral
 from outsize.family.common import MIXTRAL, mixture, names, with_names
 from outsize.family.config import Config
-from outsize.model_config import Recipe
+from outsize.family.recipe import Recipe
 
 DEFAULTS: dict[str, object] = {
     **mistral.DEFAULTS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from outsize.family import olmo3
 from outsize.family.common import HEEDED, POST_NORMED, describe, names
 from outsize.family.config import Config
-from outsize.model_config import Recipe
+from outsize.family.recipe import Recipe
 
 DEFAULTS: dict[str, object] = {
     **HEEDED,

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from outsize.family.common import HEEDED, POST_NORMED, describe, names, sliding, window
 from outsize.family.config import Config
+from outsize.family.recipe import Recipe
 from outsize.family.rope import rope
-from outsize.model_config import Description, Layer, Recipe, Rope
+from outsize.model_config import Description, Layer, Rope
 
 DEFAULTS: dict[str, object] = {
     **HEEDED,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from outsize.errors import UnsupportedError
 from outsize.family.common import EXPERTS, HEEDED, describe, mixture, names, with_names
 from outsize.family.config import Config
-from outsize.model_config import Recipe
+from outsize.family.recipe import Recipe
 
 DEFAULTS: dict[str, object] = {
     **HEEDED,

@@ -10,7 +10,8 @@ from dataclasses import replace
 from outsize.errors import UnsupportedError
 from outsize.family.common import describe
 from outsize.family.config import Config
-from outsize.model_config import Layer, Recipe, Rope
+from outsize.family.recipe import Recipe
+from outsize.model_config import Layer, Rope
 
 DEFAULTS: dict[str, object] = {
     "hidden_size": 768,

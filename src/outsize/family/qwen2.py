@@ -7,7 +7,8 @@ from dataclasses import replace
 from outsize.errors import UnsupportedError
 from outsize.family.common import HEEDED, WINDOWS, describe, names, sliding, window
 from outsize.family.config import Config
-from outsize.model_config import Layer, Recipe
+from outsize.family.recipe import Recipe
+from outsize.model_config import Layer
 
 DEFAULTS: dict[str, object] = {
     **HEEDED,

@@ -12,7 +12,7 @@ from dataclasses import replace
 from outsize.family import qwen2
 from outsize.family.common import describe, names
 from outsize.family.config import Config
-from outsize.model_config import Recipe
+from outsize.family.recipe import Recipe
 
 DEFAULTS: dict[str, object] = {**qwen2.DEFAULTS, "head_dim": 128, "attention_bias": False}
 

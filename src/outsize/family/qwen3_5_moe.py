@@ -8,7 +8,7 @@ from dataclasses import replace
 from outsize.family import delta, qwen3_5
 from outsize.family.config import Config
 from outsize.family.further import apart
-from outsize.model_config import Recipe
+from outsize.family.recipe import Recipe
 
 DEFAULTS: dict[str, object] = {
     **delta.DEFAULTS,

@@ -7,7 +7,8 @@ from dataclasses import replace
 from outsize.family import common
 from outsize.family.common import EXPERTS, HEEDED, WINDOWS, describe, mixture, names
 from outsize.family.config import Config
-from outsize.model_config import Layer, Recipe
+from outsize.family.recipe import Recipe
+from outsize.model_config import Layer
 
 DEFAULTS: dict[str, object] = {
     **HEEDED,

@@ -8,14 +8,13 @@ Semantics are transformers' for Hugging Face configs (modeling_rope_utils.py) an
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 
 from outsize.errors import CheckpointError, UnsupportedError
 from outsize.family.config import Config
+from outsize.family.yarn import ORIGINAL, Table, longer_by, positive, yarn
 from outsize.model_config import Rope
 
-Table = Mapping[str, object]
 KINDS = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
 KEYS = {
     "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor",
@@ -27,7 +26,6 @@ KEYS = {
 TEMPERED = "llama_4_scaling_beta"
 PARTIAL = "partial_rotary_factor"
 LAYER_TYPES = {"full_attention", "sliding_attention"}
-ORIGINAL = "original_max_position_embeddings"
 MOST = 1 << 24  # positions
 
 
@@ -37,15 +35,15 @@ def rope(config: Config, kind: str = "") -> Rope:
     if config.format == "gguf":
         return _gguf(config)
     table = _table(config, kind)
-    base = _positive(table, "rope_theta")
+    base = positive(table, "rope_theta")
     if base <= 1:
         raise CheckpointError(f"config: rope_theta is {base}, more than 1 is expected")
     rotated = rotated_of(config, table)
     made = _scaled(config, table, base, rotated)
     made = made if rotated == config.head_dim else replace(made, rotated=rotated)
     if table.get(TEMPERED):
-        growth = _positive(table, TEMPERED)
-        made = replace(made, query_growth=growth, original=int(_positive(table, ORIGINAL)))
+        growth = positive(table, TEMPERED)
+        made = replace(made, query_growth=growth, original=int(positive(table, ORIGINAL)))
     return made
 
 
@@ -57,7 +55,7 @@ def rotated_of(config: Config, table: Table) -> int:
     elif part is None:
         return head_dim
     else:
-        found = int(head_dim * min(_positive(table, PARTIAL), 1e6))
+        found = int(head_dim * min(positive(table, PARTIAL), 1e6))
     if found % 2 or not 0 < found <= head_dim:
         raise CheckpointError(
             f"config: {found} numbers of heads of {head_dim} rotate ({PARTIAL} {part!r}); an even number of "
@@ -75,7 +73,7 @@ def _scaled(config: Config, table: Table, base: float, dim: int) -> Rope:
     if how == "longrope":
         return _long(config, table, base, dim // 2)
     if how == "dynamic":
-        growth, original = _positive(table, "factor"), config.integer("max_position_embeddings")
+        growth, original = positive(table, "factor"), config.integer("max_position_embeddings")
         if dim < 4:
             raise CheckpointError(f"config: a dynamic rope of {dim} numbers; 4 or more are due")
         return Rope(base, original=original, growth=growth)
@@ -85,14 +83,14 @@ def _scaled(config: Config, table: Table, base: float, dim: int) -> Rope:
 def _long(config: Config, table: Table, base: float, pairs: int) -> Rope:
     """LongRoPE (arXiv 2402.13753)."""
     short, far = (_numbers(table, key, pairs) for key in ("short_factor", "long_factor"))
-    original = _positive(table, ORIGINAL)
+    original = positive(table, ORIGINAL)
     factor = config.integer("max_position_embeddings") / original
     if table.get("factor") is not None:
-        factor = _positive(table, "factor")
+        factor = positive(table, "factor")
     longer = factor > 1 and original > 1
     scale = math.sqrt(1 + math.log(factor) / math.log(original)) if longer else 1.0
     if table.get("attention_factor") is not None:
-        scale = _positive(table, "attention_factor")
+        scale = positive(table, "attention_factor")
     return Rope(base, short, scale, original=int(original), long_divisors=far)
 
 
@@ -101,7 +99,7 @@ def _numbers(table: Table, key: str, count: int) -> tuple[float, ...]:
     if not isinstance(found, list) or len(found) != count:
         size = f"{len(found):,} numbers" if isinstance(found, list) else repr(found)[:80]
         raise CheckpointError(f"config: rope scaling {key} is {size}, {count} numbers are due")
-    return tuple(_positive({key: value}, key) for value in found)
+    return tuple(positive({key: value}, key) for value in found)
 
 
 def context(config: Config, kind: str = "") -> int:
@@ -117,8 +115,8 @@ def context(config: Config, kind: str = "") -> int:
         table = _table(config, kind)
         if _kind(table) not in ("yarn", "dynamic"):
             return stated
-        known = _positive(table, ORIGINAL) if _kind(table) == "yarn" else stated
-        made = _positive(table, "factor") * known
+        known = positive(table, ORIGINAL) if _kind(table) == "yarn" else stated
+        made = positive(table, "factor") * known
     return max(stated, int(min(made, MOST)))
 
 
@@ -167,57 +165,16 @@ def _kind(table: Table) -> str:
 
 def rope_divisors(table: Table, base: float, head_dim: int) -> tuple[float, ...]:
     """Divisors of a linear or a Llama 3 table. Raises CheckpointError."""
-    factor = _positive(table, "factor")
+    factor = positive(table, "factor")
     if _kind(table) == "linear":
         return (factor,) * (head_dim // 2)
     return _llama3_divisors(table, factor, base, head_dim)
 
 
-def yarn(table: Table, base: float, head_dim: int) -> Rope:
-    """YaRN (arXiv 2309.00071): fast pairs are kept, slow ones slowed by `factor`, those between blended;
-    all made longer by a tenth of the factor's logarithm."""
-    factor, original = _positive(table, "factor"), _positive(table, ORIGINAL)
-    turns = {"beta_fast": 32.0, "beta_slow": 1.0} | {k: v for k, v in table.items() if v}
-
-    def pair(key: str) -> float:
-        count = _positive(turns, key)
-        return head_dim * math.log(original / (count * 2 * math.pi)) / (2 * math.log(base))
-
-    low, high = pair("beta_fast"), pair("beta_slow")
-    if table.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    divisors = []
-    for i in range(head_dim // 2):
-        slowed = min(1.0, max(0.0, (i - low) / max(high - low, 1e-3)))
-        divisors.append(1 / (slowed / factor + 1 - slowed))
-    return Rope(base, tuple(divisors), _length(table, factor))
-
-
-def _length(table: Table, factor: float) -> float:
-    """How much longer YaRN makes queries and keys."""
-    if table.get("attention_factor") is not None:
-        return _positive(table, "attention_factor")
-
-    def longer(times: float) -> float:
-        return 0.1 * times * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    if table.get("mscale") and table.get("mscale_all_dim"):
-        return longer(_positive(table, "mscale")) / longer(_positive(table, "mscale_all_dim"))
-    return longer(1.0)
-
-
-def _positive(table: Table, key: str) -> float:
-    value = table.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
-        raise CheckpointError(f"config: rope scaling {key} is {value!r}, a positive number is due")
-    return float(value)
-
-
 def _llama3_divisors(table: Table, factor: float, base: float, head_dim: int) -> tuple[float, ...]:
     """Llama 3: slow pairs are slowed by `factor`, fast ones kept, those between blended."""
-    low, high = _positive(table, "low_freq_factor"), _positive(table, "high_freq_factor")
-    original = _positive(table, ORIGINAL)
+    low, high = positive(table, "low_freq_factor"), positive(table, "high_freq_factor")
+    original = positive(table, ORIGINAL)
     if high <= low:
         raise CheckpointError(f"config: rope high_freq_factor {high} is not above low {low}")
     out = []
@@ -290,5 +247,5 @@ def _gguf_yarn(config: Config, base: float, scale: float) -> Rope:
     rotated = gguf_rotated(config)
     if config.get("yarn_log_multiplier") is not None:
         table |= {"mscale": 1.0, "mscale_all_dim": config.number("yarn_log_multiplier")}
-    made = yarn(table | {"attention_factor": scale * _length(table, factor)}, base, rotated)
+    made = yarn(table | {"attention_factor": scale * longer_by(table, factor)}, base, rotated)
     return made if rotated == config.head_dim else replace(made, rotated=rotated)

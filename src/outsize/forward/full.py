@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -63,9 +64,10 @@ def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:
         made = model.step(segments, wide, more, (), inputs(h_TD, rows))
         steps.append((rows, replace(made, widths=list(widths(segments, spans)))))
         at = end
+    last = [*last_steps(model, ordered, steps, partial(inputs, h_TD))]
     model.begin(len(pairs) > 1 or not pairs[0][0].is_narrow)
     with model.leader.step(pairs) if model.leader is not None else nullcontext():
-        _run(model, h_TD, steps, list(last_steps(model, ordered, steps)))
+        _run(model, h_TD, steps, last)
     rows = h_TD.split([span.num_rows for span, _ in ordered])
     return [h for _, h in sorted(zip(order, rows, strict=True), key=lambda item: item[0])]
 

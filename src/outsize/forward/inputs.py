@@ -16,14 +16,17 @@ from outsize.model.transformer import Transformer
 def token_inputs(
     model: Transformer, tokens: Sequence[int]
 ) -> Callable[[Tensor, slice], TokenInputs | None]:
-    """Of a model whose layers read their tokens: their embeddings, or rows of a table, for some rows of a
-    step. Begins to read the table. Mask tokens have no row there: such a model is given none."""
-    if model.description.memory is None:
+    """Of a model whose layers read their tokens: their embeddings, rows of a table, or both, for some rows of
+    a step. Begins to read the table. Mask tokens have no row there: such a model is given none."""
+    d = model.description
+    if not d.reads_tokens:
         return lambda h_TD, rows: None
     recall = None if model.loaded.tokens is None else model.loaded.tokens.ask(tokens)
     if recall is None:
         return lambda h_TD, rows: TokenInputs(h_TD[rows].clone())
-    return lambda h_TD, rows: TokenInputs(None, recall.part(rows))
+    if not d.token_width:
+        return lambda h_TD, rows: TokenInputs(None, recall.part(rows))
+    return lambda h_TD, rows: TokenInputs(h_TD[rows].clone(), recall.part(rows))
 
 
 def embedded(model: Transformer, spans: Sequence[Span]) -> Tensor:

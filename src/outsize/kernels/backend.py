@@ -120,6 +120,10 @@ class Backend(Protocol):
         (kernels/delta.py)."""
         ...
 
+    def heads(self, x_THK: Tensor, w_HNK: Tensor) -> Tensor:
+        """(T, H, N) of few rows: each head's numbers times its own matrix."""
+        ...
+
     def lowrank(
         self, matrix: LowRankMatrix, x_TK: Tensor, y_TN: Tensor, rows: slice, wide: bool
     ) -> None:

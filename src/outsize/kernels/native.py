@@ -19,6 +19,7 @@ from outsize.kernels.backend import AttentionSpec, Experts, Places, Product
 from outsize.kernels.delta import DeltaSpec
 from outsize.kernels.layouts import TILES
 from outsize.kernels.native_delta import NativeDelta
+from outsize.kernels.native_heads import NativeHeads
 from outsize.kernels.native_nested import NativeNested
 from outsize.kernels.norm import LayerNorm, Norm, RMSNorm
 from outsize.kernels.palettes import PaletteMatrix
@@ -34,6 +35,7 @@ from outsize.kernels.structs import (
     address,
     empty,
 )
+from outsize.kernels.wide import Wide
 
 SMALL = 256 << 10  # bytes of scratch that are kept for single tokens
 PASS = 48  # rows that a kernel multiplies at once, as in numbers.h
@@ -82,6 +84,7 @@ class Native(Plain):
         self._norm, self._residual = found["norm_rows"], found["residual_rows"]
         self._gate, self._lowrank = found["gate_rows"], found["lowrank_rows"]
         self._combine, self._delta = found["combine_rows"], NativeDelta(lib)
+        self._heads = NativeHeads(lib)
         self._group_linear, self._group_decode = found["group_linear"], found["group_decode"]
         self._tile_linear, self._tile_decode = found["tile_linear"], found["tile_decode"]
         self._palette_linear = found["palette_linear"]
@@ -233,6 +236,11 @@ class Native(Plain):
             return super().delta(spec, now, window, gates)
         return self._delta(spec, now, window, gates)
 
+    def heads(self, x_THK: Tensor, w_HNK: Tensor) -> Tensor:
+        if not self._heads.takes(x_THK):
+            return super().heads(x_THK, w_HNK)
+        return self._heads(x_THK, w_HNK)
+
     def lowrank(
         self, matrix: LowRankMatrix, x_TK: Tensor, y_TN: Tensor, rows: slice, wide: bool
     ) -> None:
@@ -276,25 +284,3 @@ class Native(Plain):
             return False
         self._nested(some, pieces, x_TD, out_TD, kind)
         return True
-
-
-class Wide(Plain):
-    """What long spans run on: torch's products, and the C functions between them."""
-
-    def __init__(self, native: Native, spans: Spans) -> None:
-        self._native, self._spans = native, spans
-
-    def attend(self, spec: AttentionSpec, qkv: Tensor, cos_sin: Tensor, rows: Rows) -> Tensor:
-        return attention.attend(spec, qkv, cos_sin, rows, self._spans.attend)
-
-    def norm(self, h_TD: Tensor, norm: Norm) -> Tensor:
-        return self._native.norm(h_TD, norm)
-
-    def residual(self, h_TD: Tensor, y_TD: Tensor, post: RMSNorm | None) -> None:
-        self._native.residual(h_TD, y_TD, post)
-
-    def delta(self, spec: DeltaSpec, now: Tensor, window: Tensor, gates: Tensor) -> Tensor:
-        return self._native.delta(spec, now, window, gates)
-
-    def gate(self, gate_up: Tensor, activation: str) -> Tensor:
-        return self._native.gate(gate_up, activation)

@@ -86,6 +86,9 @@ class Plain:
     def delta(self, spec: DeltaSpec, now: Tensor, window: Tensor, gates: Tensor) -> Tensor:
         return delta_rows(spec, now, window, gates)
 
+    def heads(self, x_THK: Tensor, w_HNK: Tensor) -> Tensor:
+        return each_head(x_THK, w_HNK)
+
     def lowrank(
         self, matrix: LowRankMatrix, x_TK: Tensor, y_TN: Tensor, rows: slice, wide: bool
     ) -> None:
@@ -110,6 +113,12 @@ class Plain:
 
 
 PLAIN: Backend = Plain()
+
+
+def each_head(x_THK: Tensor, w_HNK: Tensor) -> Tensor:
+    """(T, H, N): each head's numbers times its own matrix, row by row: a row's bits are its own."""
+    w_HKN = w_HNK.transpose(1, 2)
+    return torch.cat([torch.bmm(row[:, None], w_HKN)[None, :, 0] for row in x_THK])
 
 
 def _combined(inner_F: Tensor, codes_FD: Tensor, scale_F: Tensor) -> Tensor:

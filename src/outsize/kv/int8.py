@@ -24,16 +24,22 @@ class Int8KV(KV):
 
     def __init__(self, like: KV, decode: Decode, room: int = 0) -> None:
         """`like`: an empty cache of the numbers that attention reads. `decode`: backend's."""
-        layers, num_heads, _, head_dim = like.like.shape
         states = {layer: state.emptied() for layer, state in like.states.items()}
-        super().__init__(layers, (num_heads // 2, entry_bytes(head_dim)), torch.uint8, room, states)
-        self._like, self._decode = like, decode
-        self._numbers_CSE = like.like.new_empty(num_heads, 0, head_dim)
+        coded = [(heads, entry_bytes(head_dim)) for heads, head_dim in like.sizes]
+        others = {layer: size for layer, size in enumerate(coded) if size != coded[0]}
+        super().__init__(len(coded), coded[0], torch.uint8, room, states, others)
+        self._like, self._decode, self._dtype = like, decode, like.like.dtype
+        self._of = like.sizes
+        # Of each size that layers have, what is decoded last.
+        self._numbers = {
+            (heads, head_dim): like.like.new_empty(2 * heads, 0, head_dim)
+            for heads, head_dim in self._of
+        }
 
     def append(self, layer: int, k_TJE: Tensor, v_TJE: Tensor, positions: Sequence[int]) -> Tensor:
         coded, slots = self.place(layer, positions)
         index = torch.tensor(slots, dtype=torch.int64, device="cpu")
-        entries_CTE = torch.cat([k_TJE, v_TJE], dim=1).transpose(0, 1).to(self._numbers_CSE.dtype)
+        entries_CTE = torch.cat([k_TJE, v_TJE], dim=1).transpose(0, 1).to(self._dtype)
         coded[:, index] = encode(entries_CTE)
         return self.view(layer)
 
@@ -55,13 +61,14 @@ class Int8KV(KV):
         return Int8KV(self._like, self._decode)
 
     def _decoded(self, layer: int, beyond: int = 0) -> Tensor:
-        count = len(self.positions[layer])
-        num_heads, capacity, head_dim = self._numbers_CSE.shape
+        count, numbers_CSE = len(self.positions[layer]), self._numbers[self._of[layer]]
+        num_heads, capacity, head_dim = numbers_CSE.shape
         if capacity < count + beyond:
             size = max(count + beyond, self._stored[layer].shape[1])
-            self._numbers_CSE = self._numbers_CSE.new_empty(num_heads, size, head_dim)
-        self._decode(self._stored[layer], self._numbers_CSE, count)
-        return self._numbers_CSE
+            numbers_CSE = numbers_CSE.new_empty(num_heads, size, head_dim)
+            self._numbers[self._of[layer]] = numbers_CSE
+        self._decode(self._stored[layer], numbers_CSE, count)
+        return numbers_CSE
 
 
 def group_of(head_dim: int) -> int:

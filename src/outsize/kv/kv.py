@@ -27,6 +27,7 @@ from outsize.kv.state import State
 
 FIRST = 256  # entries a layer starts with; it doubles when full
 NONE: Mapping[int, State] = {}
+ALIKE: Mapping[int, tuple[int, int]] = {}
 ALL = 1 << 62  # positions
 MOVED = 1024  # entries that are copied at once where others are put before them
 
@@ -41,13 +42,16 @@ class KV:
         dtype: torch.dtype,
         room: int = 0,
         states: Mapping[int, State] = NONE,
+        others: Mapping[int, tuple[int, int]] = ALIKE,
     ) -> None:
-        """`sizes`: key heads, and numbers of a head. `room`: entries that each layer is given at once, as
-        addresses: memory is taken when an entry is stored, and none is ever copied. Beyond, and by default,
-        storage doubles when full. `states`: of the layers that keep those instead, by their numbers."""
-        (num_heads, head_dim), self.states = sizes, dict(states)
+        """`sizes`: key heads, and numbers of a head; `others`: of layers that differ. `room`: entries that
+        each layer is given at once, as addresses: memory is taken when an entry is stored, and none is ever
+        copied. Beyond, and by default, storage doubles when full. `states`: of the layers that keep those
+        instead, by their numbers."""
+        self.states, self._sizes, self._others = dict(states), sizes, dict(others)
         rooms = [0 if layer in states else room for layer in range(num_layers)]
-        shapes = [(2 * num_heads, size, head_dim) for size in rooms]
+        each = [(size, *others.get(layer, sizes)) for layer, size in enumerate(rooms)]
+        shapes = [(2 * num_heads, size, head_dim) for size, num_heads, head_dim in each]
         self._stored = [torch.empty(shape, dtype=dtype, device="cpu") for shape in shapes]
         self.positions = [array("i") for _ in range(num_layers)]
         self.pruned: list[Pruned] = []  # of each prompt that not all layers have seen all tokens of
@@ -173,6 +177,11 @@ class KV:
             stored[:, :count] = other.entries(layer)[:, :count]
 
     @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Of each layer: key heads, and numbers of a head."""
+        return [self._others.get(layer, self._sizes) for layer in range(len(self._stored))]
+
+    @property
     def like(self) -> Tensor:
         """(L, C, 0, E): an empty tensor of the type of blocks, which have all layers' entries."""
         num_heads, _, head_dim = self._stored[0].shape
@@ -208,10 +217,9 @@ class KV:
 
     def emptied(self) -> KV:
         """Another cache of the same shape, with nothing in it."""
-        num_heads, _, head_dim = self._stored[0].shape
         states = {layer: state.emptied() for layer, state in self.states.items()}
-        sizes = num_heads // 2, head_dim
-        return KV(len(self._stored), sizes, self._stored[0].dtype, states=states)
+        dtype = self._stored[0].dtype
+        return KV(len(self._stored), self._sizes, dtype, states=states, others=self._others)
 
     def write(self, file: BinaryIO) -> None:
         """All entries into a file, and let their memory go; `read` brings them back, bit by bit."""

@@ -21,7 +21,7 @@ class Attention:
     """o(attend(qkv(x))): query, key and value as one linear map, attention over the cache, the output map."""
 
     def __init__(self, d: Description, index: int, w: Weights) -> None:
-        self._index, self._rope = index, d.layers[index].rope
+        self._index, self._rope, d = index, d.layers[index].rope, d.of_layer(index)
         self._qkv, self._o = Linear(w["qkv"]), Linear(w["o"])
         self._gate = Linear(w["attn_gate"]) if d.gated else None
         self._whole_norms = _whole_norms(d, w)
@@ -31,6 +31,7 @@ class Attention:
         bias = pad(vector(w["qkv_bias"]), (0, self._missing)) if d.qkv_bias else None
         norm = _head_norms(d, w) if d.qk_norm else None
         norm = _unit_norm(d) if d.layers[index].unit_norm else norm
+        self._value_norm = _value_norm(d) if d.value_norm and not self._missing else None
         sinks = vector(w["sinks"]) if d.sinks else None
         self._spec = spec_of(d, index, bias, norm, sinks)
 
@@ -41,6 +42,8 @@ class Attention:
             some = qkv[:, at : at + norm.weight.shape[-1]]
             some.copy_(norm(some.float()))
             at += some.shape[1]
+        if self._value_norm is not None:
+            norm_values(qkv, self._value_norm)
         if self._rope.query_growth:
             grow_queries(qkv[:, : self._queries], self._rope, step)
         qkv = pad(qkv, (0, self._missing)) if self._missing else qkv
@@ -59,7 +62,8 @@ def spec_of(
     sinks: Tensor | None = None,
 ) -> AttentionSpec:
     """What backends are told of a layer's attention."""
-    layer, sizes = d.layers[index], (d.num_heads, d.num_kv_heads, d.head_dim)
+    layer, d = d.layers[index], d.of_layer(index)
+    sizes = d.num_heads, d.num_kv_heads, d.head_dim
     tensors, own = (bias, norm, sinks), layer.shares is None
     of = index if layer.shares is None else layer.shares
     return AttentionSpec(
@@ -75,6 +79,12 @@ def attend(spec: AttentionSpec, qkv: Tensor, rope: Rope, step: Step) -> Tensor:
     for watch, rows in watched:
         watch.see(spec, rows, cos_sin[watch.rows])
     return inner
+
+
+def norm_values(qkv: Tensor, norm: RMSNorm) -> None:
+    """Each value head normed, in place."""
+    v_TJE = qkv[:, -norm.weight.numel() :].unflatten(1, norm.weight.shape)
+    v_TJE.copy_(norm(v_TJE.float()))
 
 
 def grow_queries(q_TN: Tensor, rope: Rope, step: Step) -> None:
@@ -96,6 +106,12 @@ def _unit_norm(d: Description) -> RMSNorm:
     """Of each head apart, without weights."""
     shape = d.num_heads + d.num_kv_heads, d.head_dim
     return RMSNorm(torch.ones(shape, dtype=torch.float32, device="cpu"), d.norm_eps, torch.float32)
+
+
+def _value_norm(d: Description) -> RMSNorm:
+    """Of each value head apart, without weights."""
+    ones = torch.ones(d.num_kv_heads, d.head_dim, dtype=torch.float32, device="cpu")
+    return RMSNorm(ones, d.norm_eps, torch.float32)
 
 
 def _whole_norms(d: Description, w: Weights) -> tuple[RMSNorm, ...]:

@@ -36,15 +36,15 @@ class LatentAttention:
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
         rope, count, wide = self._sizes.rope, len(x_TD), step.wide
-        rows = self._rows(x_TD, wide)
+        rows = self._rows(x_TD, step)
         inner = attend(self._spec, rows.view(count, -1), self._rope, step)
         sums_THR = inner.view(count, self._num_heads, -1)[..., rope:]
-        y = each_head(sums_THR, self._v_HVR, wide).reshape(count, -1)
+        y = each_head(sums_THR, self._v_HVR, step).reshape(count, -1)
         return self._o(y, wide)
 
-    def _rows(self, x_TD: Tensor, wide: bool) -> Tensor:
+    def _rows(self, x_TD: Tensor, step: Step) -> Tensor:
         """(T, H + 2, P + R): queries, the key and the value, rotated numbers first."""
-        s, heads, count = self._sizes, self._num_heads, len(x_TD)
+        s, heads, count, wide = self._sizes, self._num_heads, len(x_TD), step.wide
         q_TN = x_TD
         if self._queries is not None:
             q_a, norm = self._queries
@@ -54,19 +54,17 @@ class LatentAttention:
         latent_TR = self._latent_norm(kv_TN[:, : s.rank].float())
         out = x_TD.new_zeros(count, heads + 2, s.rope + s.rank)
         out[:, :heads, : s.rope] = q[..., s.key :]
-        out[:, :heads, s.rope :] = each_head(q[..., : s.key], self._k_HRK, wide)
+        out[:, :heads, s.rope :] = each_head(q[..., : s.key], self._k_HRK, step)
         out[:, heads, : s.rope] = kv_TN[:, s.rank :]
         out[:, heads:, s.rope :] = latent_TR[:, None]
         return out
 
 
-def each_head(x_THK: Tensor, w_HNK: Tensor, wide: bool) -> Tensor:
-    """(T, H, N): each head's numbers times its own matrix. Unless wide, row by row: a row's bits are its
-    own."""
-    w_HKN = w_HNK.transpose(1, 2)
-    if wide:
-        return torch.bmm(x_THK.transpose(0, 1), w_HKN).transpose(0, 1)
-    return torch.cat([torch.bmm(row[:, None], w_HKN)[None, :, 0] for row in x_THK])
+def each_head(x_THK: Tensor, w_HNK: Tensor, step: Step) -> Tensor:
+    """(T, H, N): each head's numbers times its own matrix."""
+    if step.wide:
+        return torch.bmm(x_THK.transpose(0, 1), w_HNK.transpose(1, 2)).transpose(0, 1)
+    return step.backend.heads(x_THK, w_HNK)
 
 
 def _by_head(weights: tuple[Weight, ...], num_heads: int) -> Tensor:

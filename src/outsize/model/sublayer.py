@@ -5,11 +5,21 @@ Shapes: T rows, D model width, H query heads, J key heads, E numbers a head.
 
 from __future__ import annotations
 
+import torch
+
 from outsize.kernels.norm import RMSNorm
 from outsize.model.attention import vector
 from outsize.model.dropped import SummedAttention, SummedFfn
 from outsize.model.ffn.dense import Dense, Ungated
-from outsize.model.ffn.experts import Mixture, Owned, Router, SharedExpert
+from outsize.model.ffn.experts import (
+    Beside,
+    Mixture,
+    Norms,
+    Owned,
+    OwnRouting,
+    Router,
+    SharedExpert,
+)
 from outsize.model.half import Runnable, SubLayer
 from outsize.model.joint import ALONE, Ends, joint
 from outsize.model.layers import Linear
@@ -17,6 +27,7 @@ from outsize.model.mixer import mixer
 from outsize.model.norms import post_norm, pre_norm, shown
 from outsize.model_config import Description
 from outsize.model_config import Mixture as MixtureConfig
+from outsize.pack.specs import OUT_SCALE
 from outsize.parallel.collective import Collective
 from outsize.storage.table import Weights, activation_type
 from outsize.weights.experts import ExpertBank
@@ -60,6 +71,27 @@ def mixture_sublayer(
     numbers = router.encoding.decode(router.fields)
     owned = None if ranks is None else Owned(ranks, bank.layer)
     return Mixture(d, Router(norm, numbers, made, bias, choice), bank, shared, owned)
+
+
+def beside_sublayer(d: Description, bank: ExpertBank, w: Weights) -> Beside:
+    """Experts with a dense feed-forward beside them."""
+
+    def norm(name: str, dtype: torch.dtype = torch.float32) -> RMSNorm:
+        return RMSNorm(vector(w[name]), d.norm_eps, dtype)
+
+    (router,), kind = w["router"], bank.activation_type
+    own = RMSNorm(vector(w["router_scale"]) * d.width**-0.5, d.norm_eps, torch.float32)
+    routing = OwnRouting(own, vector(w["expert_scale"]))
+    numbers = router.encoding.decode(router.fields)
+    chosen = Router(norm("experts_norm", kind), numbers, mixture_of(d), own=routing)
+    posts = norm("dense_post_norm"), norm("experts_post_norm"), norm("ffn_post_norm")
+    ends = Norms(norm("ffn_norm", kind), *posts), scale_of(d, w)
+    return Beside(d, chosen, bank, shared_expert(d, w), ends)
+
+
+def scale_of(d: Description, w: Weights) -> float:
+    """What the residual stream is multiplied by at a layer's end."""
+    return float(vector(w[OUT_SCALE])) if d.out_scale else 1.0
 
 
 def mixture_of(d: Description) -> MixtureConfig:

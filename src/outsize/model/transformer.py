@@ -6,7 +6,7 @@ fp32 and is changed in place. Shapes: T tokens, K tokens whose logits are wanted
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -69,7 +69,7 @@ class Transformer:
         link(self.paged_layers[1::2])
         self._norm = last_norm(description, loaded.final_norm)
         self.positions_PD = learned_positions(loaded.final_norm)
-        self._ropes = description.ropes
+        self._ropes = description.rope_sizes
         self.backend = backend if self.dtype == torch.bfloat16 else PLAIN
         self.chunk = CHUNK  # tokens of a prompt that are computed at once, at multiples of it
         self.kv = "auto"  # how keys and values are kept, or int8
@@ -136,7 +136,7 @@ class Transformer:
     ) -> Step:
         """A step of these rows, whose rotary angles all layers share. `tokens`: where layers read them."""
         positions = [p for s in segments for p in s.all_positions()]
-        angles = rotary_angles(self._ropes, self.description.head_dim, positions)
+        angles = rotary_angles(self._ropes, positions)
         backend = self.backend.wide if wide else self.backend
         return Step(Rows(segments, wide), angles, backend, added, watches, tokens)
 
@@ -185,12 +185,13 @@ class Transformer:
 
 def new_kv(d: Description, dtype: torch.dtype, room: int = 0) -> KV:
     """An empty cache of numbers for one sequence."""
-    return KV(d.num_kv_layers, (d.num_kv_heads, d.head_dim), dtype, room, states_of(d, dtype))
+    usual = d.num_kv_heads, d.head_dim
+    others = {i: sizes for i, sizes in enumerate(d.kv_sizes) if sizes != usual}
+    return KV(d.num_kv_layers, usual, dtype, room, states_of(d, dtype), others)
 
 
-def rotary_angles(
-    ropes: Sequence[Rope], head_dim: int, positions: Sequence[int]
-) -> dict[Rope, Tensor]:
-    """(T, 1, E/2) complex for each kind of rope: cosine and sine of each position's angles."""
+def rotary_angles(sizes: Mapping[Rope, int], positions: Sequence[int]) -> dict[Rope, Tensor]:
+    """(T, 1, E/2) complex for each kind of rope, over heads of so many numbers: cosine and sine of each
+    position's angles."""
     positions_T = torch.tensor(positions, dtype=torch.int64, device="cpu")
-    return {rope: cos_sin(rope, head_dim, positions_T) for rope in ropes}
+    return {rope: cos_sin(rope, head_dim, positions_T) for rope, head_dim in sizes.items()}

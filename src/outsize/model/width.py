@@ -79,9 +79,10 @@ class LayerRouter(NamedTuple):
     def __call__(self, x_TD: Tensor, threshold: float, wide: bool) -> list[int]:
         """Pieces that each row uses; in a narrow step each is chosen as if alone."""
         x = x_TD.float()
-        rows = [x @ self.w_MD.T] if wide else [(self.w_MD @ row)[None] for row in x]
-        z_TM = torch.cat(rows) + self.b_M
-        return [self.pieces[i] for i in chosen(z_TM, threshold).tolist()]
+        if wide:
+            return [self.pieces[i] for i in chosen(x @ self.w_MD.T + self.b_M, threshold).tolist()]
+        rows = (torch.addmv(self.b_M, self.w_MD, row).tolist() for row in x)
+        return [self.pieces[narrowest(z, threshold)] for z in rows]
 
     def correct(self, pieces: Sequence[int], x_TD: Tensor, y_TD: Tensor, wide: bool) -> None:
         """Add to rows of y what makes up for the pieces that they leave out."""
@@ -91,7 +92,7 @@ class LayerRouter(NamedTuple):
                 y_TD[rows] += correction(x_TD[rows], wide)
 
 
-def chosen(z_TM: Tensor, threshold: float) -> Tensor:
+def chosen(z_TM: Tensor, threshold: float | Tensor) -> Tensor:
     """(..., T) which width each token uses: the narrowest by which probabilities sum to the threshold."""
     sum_TM = torch.softmax(z_TM, dim=-1).cumsum(dim=-1)
     return (sum_TM[..., :-1] < threshold).sum(dim=-1)
@@ -99,6 +100,18 @@ def chosen(z_TM: Tensor, threshold: float) -> Tensor:
 
 def _not_measured(share: float) -> str:
     return "lossy: not measured"
+
+
+def narrowest(z_M: Sequence[float], threshold: float) -> int:
+    """`chosen` of one token: a few numbers, which cost less so than as a tensor."""
+    most = max(z_M)
+    odds = [math.exp(z - most) for z in z_M]
+    left = threshold * sum(odds)
+    for i, odd in enumerate(odds[:-1]):
+        left -= odd
+        if left <= 0:
+            return i
+    return len(odds) - 1
 
 
 @dataclass(slots=True)

@@ -36,6 +36,9 @@ ANY = ("fp32", "bf16")  # encodings that cut rows and columns anywhere
 NORMS = ("ffn_norm", "ffn_post_norm")
 
 
+Matrices = tuple[Tensor, Tensor]  # gate over up (2F, D), and down (D, F)
+
+
 @dataclass(frozen=True, slots=True)
 class Pieces:
     """How a dense pack is to be cut. `order_LF`: of each layer's neurons, the most important first."""
@@ -43,6 +46,7 @@ class Pieces:
     base: Pack
     count: int  # pieces of a layer
     order_LF: Tensor
+    learned: Sequence[Matrices] | None = None  # by layer, in this order, in place of the pack's own
 
     @property
     def description(self) -> Description:
@@ -60,7 +64,9 @@ class Pieces:
     @property
     def is_exact(self) -> bool:
         """Does every weight keep its number?"""
-        return all(self._down(t) == t.tensors["down"][0].encoding for t in dense_tables(self.base))
+        return self.learned is None and all(
+            self._down(t) == t.tensors["down"][0].encoding for t in dense_tables(self.base)
+        )
 
     def tables(self, stored: Stored) -> list[TablePlan]:
         """Of the pack that is made. Raises UnsupportedError."""
@@ -88,11 +94,15 @@ class Pieces:
     def _records(self, table: TableHeader, number: int, stored: Stored) -> list[Record]:
         """A layer's pieces, in order; their numbers are made when they are written."""
         pieces, down = table.tensors["gate_up"], self._down(table)
-        layer, width = (
-            _Layer(table, number, stored, self),
+        width, kind = (
             self.base.description.ffn_width // self.count,
+            _rows_encoding(table.name, pieces),
         )
-        rows = Matrix(_rows_encoding(table.name, pieces), 2 * width, pieces[0].width, 0)
+        layer: _Layer | _Learned = _Layer(table, number, stored, self)
+        if self.learned is not None:
+            kind = down
+            layer = _Learned(self.learned[table.keys[number]], kind, width)
+        rows = Matrix(kind, 2 * width, pieces[0].width, 0)
         columns = Matrix(down, table.tensors["down"][0].num_rows, width, 0)
         return [
             {
@@ -105,6 +115,8 @@ class Pieces:
     def _down(self, table: TableHeader) -> str:
         """What down is kept in."""
         (matrix,) = table.tensors["down"]
+        if self.learned is not None:
+            return learned_encoding(matrix.encoding)
         parts = (self.part(layer, i) for layer in table.keys for i in range(self.count))
         kept = all(_columns(matrix, {}, part) is not None for part in parts)
         return matrix.encoding if kept else more_bits(matrix.encoding)
@@ -149,6 +161,24 @@ class _Layer:
         return encoding(kind).encode(numbers[:, part])
 
 
+@dataclass(frozen=True, slots=True)
+class _Learned:
+    """One layer's feed-forward that is numbers, in the order of its neurons, on its way into pieces."""
+
+    matrices: Matrices
+    kind: str
+    width: int  # neurons of a piece
+
+    def gate_up(self, number: int) -> Mapping[str, Tensor]:
+        gates, ups = self.matrices[0].chunk(2)
+        part = slice(number * self.width, (number + 1) * self.width)
+        return encoding(self.kind).encode(torch.cat([gates[part], ups[part]]))
+
+    def down(self, number: int, kind: str) -> Mapping[str, Tensor]:
+        part = slice(number * self.width, (number + 1) * self.width)
+        return encoding(kind).encode(self.matrices[1][:, part].contiguous())
+
+
 def dense_tables(base: Pack) -> list[TableHeader]:
     """Of a dense pack's feed-forwards."""
     return [t for t in base.tables if t.kind == "layers" and t.name.startswith("ffn-")]
@@ -188,6 +218,11 @@ def more_bits(name: str) -> str:
     found = encoding(name)
     bits = found.form.bits if isinstance(found, Palette) else 4 if name in ("int4", "group4") else 8
     return "q5_1" if bits <= 4 else "q8_0"
+
+
+def learned_encoding(name: str) -> str:
+    """What numbers are kept in that were learned in place of those of an encoding."""
+    return name if name in (*ANY, "int8") else more_bits(name)
 
 
 def _rows_encoding(table: str, pieces: Sequence[Matrix]) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 
 from outsize.checkpoint.checkpoint import Checkpoint, read_floats
 from outsize.errors import UnsupportedError
-from outsize.model_config import Description, Recipe
+from outsize.family.recipe import Recipe
+from outsize.model_config import Description
 from outsize.pack.kinds.kind import groups
 from outsize.pack.records import FLOATS, mixed_fault
 from outsize.pack.tables import TableHeader

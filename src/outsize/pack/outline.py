@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from outsize.checkpoint import tokenizer
 from outsize.checkpoint.checkpoint import Checkpoint
 from outsize.family.find import recipe
-from outsize.model_config import Description, Recipe
+from outsize.family.recipe import Recipe
+from outsize.model_config import Description
 from outsize.pack import tokenizer_file
 from outsize.pack.format import Pack, Quality
 from outsize.pack.layout import plan

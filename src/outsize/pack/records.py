@@ -14,6 +14,7 @@ from outsize.errors import UnsupportedError
 from outsize.pack.tables import ALIGN, PAGE, Matrix, TableHeader, aligned
 
 FLOATS = "fp32"
+CONTEXT = "token_context"  # a layer's rows of a matrix of all layers
 POSITIONS = "positions"  # a learned vector for each
 # Matrices that are read in fp32 only, as all vectors are.
 FIXED = frozenset({"router", "delta_gates", POSITIONS})

@@ -54,8 +54,9 @@ def same_records(folder: Path, source: Source) -> Pack | None:
     return None
 
 
-def nested_of(folder: Path, base: Pack) -> Pack | None:
-    """The newest pack of nested experts that was cut out of this one."""
+def nested_of(folder: Path, base: Pack, exact: bool = False) -> Pack | None:
+    """The newest pack of nested experts that was cut out of this one; `exact`: none that was tuned, whose
+    whole is another model."""
     sha = base.source.sha256
     found = [
         p
@@ -63,6 +64,7 @@ def nested_of(folder: Path, base: Pack) -> Pack | None:
         if p.source.kin[:1] == (sha,)
         and p.description.mixture is not None
         and p.description.mixture.nested
+        and not (exact and p.quality is not None)
     ]
     return max(found, key=lambda p: (p.path / HEADER).stat().st_mtime_ns, default=None)
 

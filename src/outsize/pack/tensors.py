@@ -4,7 +4,7 @@ their rows are reordered; or fields that are made from another pack's."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -14,12 +14,13 @@ import torch
 from outsize.checkpoint.checkpoint import Checkpoint, Tensor, refuse_unreadable, rows_of
 from outsize.encoding.find import encoding_for
 from outsize.errors import CheckpointError
-from outsize.model_config import Recipe
-from outsize.pack.records import FIXED, FLOATS, HALF, HALVES, POSITIONS, Specs, TensorSpec
+from outsize.family.recipe import Recipe
+from outsize.pack.records import CONTEXT, FIXED, FLOATS, HALF, HALVES, POSITIONS, Specs, TensorSpec
 from outsize.pack.tables import TableHeader
 from outsize.pack.unused import missing
 
 LOSSY = ("Q2_K", "Q3_K")
+EXPERT_SCALE = "expert_scale"
 FLAT = ("delta_conv", "conv_taps")  # vectors that a checkpoint keeps in another shape
 HALVED = tuple(f"{n}{part}" for n in "qk" for part in ("", "_bias", "_norm"))
 
@@ -81,7 +82,7 @@ class TablePlan:
     """A table to be written: its header without checksums, and each record's contents."""
 
     header: TableHeader
-    records: tuple[Record, ...]
+    records: Sequence[Record]
     linked: Path | None = None  # a file that holds just this, with the header's checksums
 
 
@@ -105,6 +106,8 @@ class SourceTensors:
         """One tensor of a layer; of an expert, by its own name or out of the stack of all. Raises
         CheckpointError, UnsupportedError."""
         source = self.source_name(name, layer)
+        if name in self.recipe.instead.get(layer, ()):
+            source = self.source_name(self.recipe.instead[layer][name], layer)
         if expert is not None and "{e}" in source:
             source = source.replace("{e}", str(expert))
         elif expert is not None:
@@ -113,9 +116,15 @@ class SourceTensors:
                 self.find(name, layer, (self.description.mixture.count, *shape)), expert
             )
         found = self.all.get(source)
+        if (
+            name == EXPERT_SCALE and found is None
+        ):  # of a GGUF, which reads it as the stack's factor
+            found = self._factor(layer)
         if found is None:
             raise missing(source, self.all, self.recipe)
         self.used.add(source)
+        if name == "expert_down" and EXPERT_SCALE in self.recipe.names:
+            found = replace(found, factor=None)  # which routing heeds
         is_flat = name in FLAT and math.prod(found.shape) == shape[0]
         if is_flat or (found.shape in ((1, *shape), (*shape, 1)) and len(shape) == 1):
             found = replace(found, shape=shape)
@@ -123,6 +132,11 @@ class SourceTensors:
             raise CheckpointError(f"tensor {source!r} has shape {found.shape}, not {shape}")
         refuse_unreadable(found)
         return found
+
+    def _factor(self, layer: int) -> Tensor | None:
+        """Of each expert of a layer, where a checkpoint has it with the experts."""
+        stack = self.all.get(self.source_name("expert_down", layer))
+        return None if stack is None else stack.factor
 
     def encoding(self, tensor: Tensor, wanted: str | None = None) -> str:
         """The encoding that a matrix is packed in."""
@@ -144,14 +158,17 @@ class SourceTensors:
         for number, (part, rows) in enumerate(spec.parts):
             unused = self.recipe.unused_positions if part == POSITIONS else 0
             shape = (rows + unused, spec.width) if spec.width else (rows,)
-            if part in self.recipe.strips:
+            if part == CONTEXT:
+                whole = self.find(part, layer, (self.description.num_layers * rows, spec.width))
+                tensors = [rows_of(whole, layer * rows, (layer + 1) * rows)]
+            elif part in self.recipe.strips:
                 tensors = self._strips(part, layer, shape)
             else:
                 tensors = [
                     self.find(part, layer, shape, expert) if found is None else found[number]
                 ]
             encoding = self._encoding(name, spec, tensors[0])
-            made = tuple(self._part(part, tensor, unused) for tensor in tensors)
+            made = tuple(self._part(part, tensor, layer, unused) for tensor in tensors)
             if pieces and spec.width and pieces[-1].encoding == encoding:
                 pieces[-1] = Piece(encoding, (*pieces[-1].parts, *made))
             else:
@@ -192,10 +209,11 @@ class SourceTensors:
         ends = list(accumulate(rows for _, rows in spec.parts))
         return [rows_of(whole, a, b) for a, b in zip([0, *ends], ends, strict=False)]
 
-    def _part(self, name: str, tensor: Tensor, first: int = 0) -> Part:
+    def _part(self, name: str, tensor: Tensor, layer: int = 0, first: int = 0) -> Part:
         """Query and key rows, their biases and norms rotate in adjacent pairs in a pack. `first`: of its
         rows that is used."""
-        d, shift = self.description, self.recipe.norm_shift if name.endswith("norm") else 0.0
+        shift = self.recipe.norm_shift if name.endswith("norm") else 0.0
+        d = self.description.of_layer(layer)
         halves = name in HALVED and d.latent is None and not self.recipe.interleaved
         rotated = next((r.rotated for r in d.ropes if r.rotated), 0) or 0
         head_dim, rotated = (d.head_dim, rotated) if halves else (0, 0)

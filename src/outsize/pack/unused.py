@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 
 from outsize.errors import CheckpointError, OutsizeError, UnsupportedError
-from outsize.model_config import Recipe
+from outsize.family.recipe import Recipe
 
 # Tables of rotary positions: made from the config anew, or read with it (rope_freqs).
 SPARES = (

@@ -88,15 +88,21 @@ def check(name: str, d: Description, world: int, way: Way) -> None:
         )
     if way.cut == "experts" and (d.mixture is None or d.mixture.nested):
         raise OptionError(f"{name} has no experts to share out; use --parallel tensor")
+    if way.cut == "experts" and d.mixture is not None and d.mixture.beside:
+        raise UnsupportedError(
+            f"{name} has a dense feed-forward beside its experts, which ranks do not share out; leave "
+            "--ranks out"
+        )
     if way.cut in UNCUT:
         return
     if d.mixture is not None and way.cut != "layers":
         raise UnsupportedError(
             f"{name} is a mixture of experts, whose matrices are not cut; use --parallel experts, or relay"
         )
-    if d.memory is not None:
+    if d.reads_tokens or len(d.forms) > 1 or d.value_norm or d.out_scale:
         raise UnsupportedError(
-            f"{name} reads its tokens in every layer, and ranks are handed states alone; leave --ranks out"
+            f"{name} reads its tokens in every layer, or has layers of several sizes, which ranks do not "
+            "share; leave --ranks out"
         )
     if d.layer_norm or d.positions or d.parallel or d.two_matrix:
         raise UnsupportedError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from outsize.model.layers import Linear
 from outsize.model.memory_sublayer import memory_sublayer
 from outsize.model.step import Step, TokenInputs
 from outsize.model.sublayer import attention_sublayer, ffn_sublayer, shared_expert
+from outsize.model.token_sublayer import LayerEnd, TokenReader
 from outsize.model.transformer import new_kv, rotary_angles
 from outsize.model_config import Description
 from outsize.pack.kinds.layers import BESIDE
@@ -75,12 +77,13 @@ def _sublayer_times(
     kv = new_kv(d, dtype)
     kv = Int8KV(kv, backend.decode_entries) if o.kv == "int8" else kv
     if shared is not None and "o" in made:
-        zeros = torch.zeros(size, d.num_kv_heads, d.head_dim, dtype=dtype, device="cpu")
+        heads, numbers = d.kv_sizes[shared]
+        zeros = torch.zeros(size, heads, numbers, dtype=dtype, device="cpu")
         kv.append(shared, zeros, zeros, range(size))
     h_TD = torch.randn(tokens, d.width, dtype=torch.float32, device="cpu")
 
     def step(positions: range, wide: bool) -> Step:
-        angles, tokens = rotary_angles(d.ropes, d.head_dim, positions), h_TD[: len(positions)]
+        angles, tokens = rotary_angles(d.rope_sizes, positions), h_TD[: len(positions)]
         rows, backend = Rows([Segment(kv, positions)], wide), own.wide if wide else own
         read = [tokens.to(dtype)]  # of a feed-forward that reads what attention did
         return Step(rows, angles, backend, tokens=TokenInputs(tokens), read=read)
@@ -105,9 +108,18 @@ def _sublayer(d: Description, layer: int, made: Weights) -> Runnable:
     if "o" in made:
         return attention_sublayer(d, layer, made)
     if d.memory is None:
-        return ffn_sublayer(d, layer, made)
+        make = partial(ffn_sublayer, d.of_layer(layer), layer)
+        zeros = partial(_no_rows, d.token_width)
+        reader = TokenReader(d, made, zeros) if d.token_width else None
+        return make(made) if reader is None else LayerEnd(make(made), reader, 1.0)
     off = (layer,) if d.memory.is_table else ()
     return memory_sublayer(replace(d, memory=replace(d.memory, off=off)), layer, {}, made)
+
+
+def _no_rows(width: int, step: Step) -> Tensor:
+    """(T, W): in place of a table's rows, which are reads."""
+    shape = len(step.rows.all_positions()), width
+    return torch.zeros(shape, dtype=torch.float32, device="cpu")
 
 
 def _expert_times(o: Outline, t: TableHeader, backend: Backend, tokens: int) -> tuple[float, float]:

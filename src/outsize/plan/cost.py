@@ -10,6 +10,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 
+from outsize.pack.kinds.kind import kinds
 from outsize.pack.outline import Outline, head_of
 from outsize.pack.tables import TableHeader
 from outsize.plan.fixed import routed
@@ -99,7 +100,7 @@ def predict(
     records = sum(
         len(o.table(g).keys) - len(s.pinned)
         for g, s in place.shares.items()
-        if o.table(g).kind != "neurons" and not o.is_for_prompts(o.table(g))
+        if not kinds()[o.table(g).kind].routed and not o.is_for_prompts(o.table(g))
     )
     rate = machine.disk_bytes_per_s
     chunks = prompt / compute.chunk_tokens
@@ -114,7 +115,7 @@ def predict(
     if o.neurons is not None:
         points = tuple((share, rate, rate) for share, rate in o.neurons.hit_rates)
         rates = HitRates("what was measured to fire", points)
-    elif o.description.has_table:
+    elif o.description.has_table or o.description.token_width:
         rates, waits = BY_TEXT, waits + MISS_S
     return Cost(
         prompt_tokens=prompt,

@@ -74,9 +74,9 @@ def for_kind(options: LoadOptions, name: str, d: Description) -> LoadOptions:
 
 def _for_states(options: LoadOptions, name: str, d: Description) -> LoadOptions:
     """Raises OptionError for what a model that keeps states of sequences cannot have."""
-    if not d.has_states:
+    if not (d.has_states or not d.is_even):
         return options
-    if parse_prefill(options.prefill) is not None:
+    if d.has_states and parse_prefill(options.prefill) is not None:
         raise OptionError(
             f"prefill is {options.prefill!r}, and layers of {name} keep a state that all tokens must go "
             "through; use prefill=full"
@@ -85,6 +85,11 @@ def _for_states(options: LoadOptions, name: str, d: Description) -> LoadOptions:
         return options
     if "prefix_cache" in options.defaults:
         return replace(options, prefix_cache=None)
+    if not d.has_states:
+        raise OptionError(
+            f"prefix_cache is {options.prefix_cache!r}, and layers of {name} keep keys and values of several "
+            "sizes, which the cache's blocks do not hold; leave it out"
+        )
     raise OptionError(
         f"prefix_cache is {options.prefix_cache!r}, and layers of {name} keep a state of the whole sequence, "
         "of which no part is another prompt's; leave it out"
@@ -130,7 +135,7 @@ def without_layers(o: Outline, options: LoadOptions) -> Outline:
 
 def check_prefill(d: Description, prefill: str) -> None:
     """Raise OptionError for a model whose layers read their tokens, where tokens are to skip layers."""
-    if d.memory is not None and parse_prefill(prefill) is not None:
+    if d.reads_tokens and parse_prefill(prefill) is not None:
         raise OptionError(
             f"prefill is {prefill!r}, and layers of {d.family} models read their tokens' embeddings or rows, "
             "which skipped tokens would have to keep; use prefill=full"

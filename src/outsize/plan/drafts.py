@@ -30,7 +30,8 @@ def with_drafting(spec: DraftSpec, outline: Outline) -> Outline:
     if spec.kind == "none":
         return outline
     d, file = outline.description, mtp_file.find(spec, outline)
-    slots = SPARE * 4 * len(d.kv_layers) * d.num_kv_heads * d.head_dim
+    entries = (d.kv_sizes[i] for i in d.kv_layers)
+    slots = SPARE * 4 * sum(heads * numbers for heads, numbers in entries)
     weights = 0 if file is None else int(MTP_SHARE * file_bytes(file))
     logits = (MOST + 1) * d.vocab_size * ROW_BYTES
     return replace(outline, drafting=slots + weights, step_scratch=logits)

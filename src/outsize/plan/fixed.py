@@ -30,7 +30,9 @@ DRAFT, GRAMMARS, STATES = "draft model", "grammars", "sequence states"
 # tokens, 180 afterwards); a reply's grammar of 20 tools with 10 parameters each.
 GRAMMAR_BASE, GRAMMAR_TOKEN, GRAMMAR_REPLY = 6_000_000, 290, 1_200_000
 NEURON_BYTES = 600  # of what a policy, and the slot table, remember of a bundle of neurons
-ROW_BYTES = 700  # and of a record of rows by token
+# Of a record of rows by token: its number and checksum in the header, and what came of asking for it; and of
+# a slot for one, what the policy, the slot table and the cache remember (measured: 100 and 500).
+ROW_BYTES, ROW_SLOT_BYTES = 160, 600
 STREAM_TOKENS = 512  # of context that each further reply at once is planned for; beyond, some wait
 
 
@@ -40,12 +42,12 @@ def kv_bytes(o: Outline) -> int:
     d = o.description
     kv = stored_bytes(o)
     if o.kv == "int8":  # of one layer, as numbers
-        kv += 2 * d.num_kv_heads * d.head_dim * o.activation_bytes
-    ropes = len({layer.rope for layer in d.layers})
+        kv += sum(2 * j * e * o.activation_bytes for j, e in set(d.kv_sizes))
+    angles = 4 * sum(d.rope_sizes.values())
     routed = 0 if d.mixture is None else d.width * (o.activation_bytes + 4) + 200 * d.mixture.used
-    rows = 0 if d.memory is None else 4 * d.width + sum(t.stride for t in _by_token(o))
+    rows = 4 * d.width + sum(t.stride for t in _by_token(o)) if d.reads_tokens else 0
     read = d.width * o.activation_bytes * d.parallel  # by attention, until the feed-forward has
-    return kv + 4 * d.width + 4 * d.head_dim * ropes + routed + rows + read + o.held + 100
+    return kv + 4 * d.width + angles + routed + rows + read + o.held + 100
 
 
 def _by_token(o: Outline) -> list[TableHeader]:
@@ -55,8 +57,10 @@ def _by_token(o: Outline) -> list[TableHeader]:
 def stored_bytes(o: Outline) -> int:
     """Of one token: its keys and values in all layers."""
     d = o.description
-    entry = entry_bytes(d.head_dim) if o.kv == "int8" else d.head_dim * o.activation_bytes
-    return 2 * len(d.kv_layers) * d.num_kv_heads * entry
+    sizes = [d.kv_sizes[i] for i in d.kv_layers]
+    if o.kv == "int8":
+        return sum(2 * heads * entry_bytes(numbers) for heads, numbers in sizes)
+    return sum(2 * heads * numbers * o.activation_bytes for heads, numbers in sizes)
 
 
 def state_bytes(o: Outline) -> int:
@@ -78,6 +82,11 @@ def kv_tokens(o: Outline, context: int) -> int:
 
 def scratch_bytes(o: Outline, context: int) -> int:
     """The peak of computing one chunk of a prompt, beside weights."""
+    return max(_layer_scratch(replace(o, description=d), context) for d in o.description.forms)
+
+
+def _layer_scratch(o: Outline, context: int) -> int:
+    """The same, of layers of one size."""
     d, a, c = o.description, o.activation_bytes, min(CHUNK, context)
     heads = (d.num_heads + d.num_kv_heads) * d.head_dim
     queries = d.num_heads * d.head_dim
@@ -99,6 +108,7 @@ def scratch_bytes(o: Outline, context: int) -> int:
         ffn += c * ((2 * d.shard.world + 2) * d.width + (d.shard.world + 1) * inner) * a
     block = min(WIDE_BYTES, 2 * inner * d.width * a)
     decoded = 2 * block + c * block // d.width  # once more as the matmul packs it; and its product
+    ffn = max(ffn, c * d.token_width * (5 * a + 16))
     logits = 3 * 4 * d.vocab_size
     most = max(attention, c * rows + decoded, ffn + decoded, logits)
     return int(FRAGMENTS * most)
@@ -174,8 +184,20 @@ def routed(o: Outline) -> list[TableHeader]:
 
 
 def all_bytes(o: Outline) -> int:
-    """All weights, fully resident; experts' slots are in huge pages."""
-    return o.size + sum(huge_bytes(t.size) - t.size for t in routed(o))
+    """All weights that are worth memory, fully resident; experts' slots are in huge pages."""
+    slots = [(t, most_slots(o, t)) for t in routed(o)]
+    more = (huge_bytes(n * t.stride) - t.size + slot_bytes(t, n) for t, n in slots)
+    return o.size + sum(more)
+
+
+def most_slots(o: Outline, t: TableHeader) -> int:
+    """Records of a table that are worth memory."""
+    return kinds()[t.kind].most_slots(o.description, t)
+
+
+def slot_bytes(t: TableHeader, count: int) -> int:
+    """What so many slots of a table take beside the records in them, where there may be very many."""
+    return count * ROW_SLOT_BYTES if t.kind == "tokens" else 0
 
 
 def draft_bytes(smaller: Outline, context: int) -> int:

@@ -48,5 +48,6 @@ def note(d: Description) -> str:
     """What that costs, in a sentence; "" where nothing is left out."""
     if d.memory is None or not d.memory.off:
         return ""
-    layers = ", ".join(map(str, d.memory.off))
-    return f"the memory of layers {layers} is left out, which changes answers (lossy)"
+    off = d.memory.off
+    layers = f"layer{'s' * (len(off) > 1)} {', '.join(map(str, off))}"
+    return f"the memory of {layers} is left out, which changes answers (lossy)"

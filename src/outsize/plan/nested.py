@@ -60,7 +60,14 @@ def search(options: LoadOptions, pack: Pack) -> NestedPlan | None:
     if not is_nested(pack):
         if not asked:
             return None
-        made = store.nested_of(home() / "packs", pack)
+        folder, exact = home() / "packs", parse_width(options.width) == 1.0
+        made = store.nested_of(folder, pack, exact)
+        tuned = store.nested_of(folder, pack) if made is None else None
+        if tuned is not None:
+            raise OptionError(
+                f"{asked}, which changes no answer, and nested experts of {pack.path.name} were tuned: all "
+                f"of them are another model; name {tuned.path.name}, or make others without --tune"
+            )
         if made is None:
             raise OptionError(
                 f"{asked}, and {pack.path.name} is not cut into nested experts; `outsize adapt nested "

@@ -21,7 +21,6 @@ from outsize.pack.outline import Outline, head_of
 from outsize.pack.tables import TableHeader
 from outsize.plan.compute_times import STEPS, first_matrix, random_record
 from outsize.plan.cost import used_records
-from outsize.plan.fixed import stored_bytes
 from outsize.plan.machine import Compute
 from outsize.plan.probe import median_s
 from outsize.plan.whatif import ADAPTER
@@ -95,9 +94,9 @@ def _of_layers(
     if "o" not in t.tensors:
         yield Operation(REST, 0, 0, count * left)
         return
-    d = o.description
+    d = o.description.of_layer(t.keys[0])
     tokens = min(CHUNK, d.context)
-    entries = stored_bytes(o) // d.num_kv_layers * tokens
+    entries = 2 * d.num_kv_heads * d.head_dim * o.activation_bytes * tokens
     flop = 4 * d.num_heads * d.head_dim * tokens
     yield Operation(ATTENTION, count * entries, count * flop, count * left)
 

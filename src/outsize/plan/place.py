@@ -13,7 +13,16 @@ from outsize.errors import BudgetError, OptionError
 from outsize.pack.kinds.kind import kinds
 from outsize.pack.outline import Outline
 from outsize.pack.tables import TableHeader
-from outsize.plan.fixed import FRAGMENTS, all_bytes, fixed_costs, kv_tokens, routed, token_bytes
+from outsize.plan.fixed import (
+    FRAGMENTS,
+    all_bytes,
+    fixed_costs,
+    kv_tokens,
+    most_slots,
+    routed,
+    slot_bytes,
+    token_bytes,
+)
 from outsize.plan.layers_off import note
 from outsize.plan.placement import (
     BY_ID,
@@ -91,7 +100,7 @@ def giveable(o: Outline, p: Placement) -> int:
 
 def table_note(o: Outline) -> str:
     """What a table of fewer bits, or of a low rank, costs; "" where it keeps all."""
-    found = [t for t in o.tables if t.kind == "tokens"]
+    found = [t for t in o.tables if t.kind == "tokens" and o.description.has_table]
     bits = {m.encoding for t in found for m in t.tensors["rows"]} - {"bf16"}
     memory = o.description.memory
     rank = memory is not None and bool(memory.ranks)
@@ -122,7 +131,8 @@ def _least_slots(o: Outline, t: TableHeader) -> int:
 
 
 def _least_routed(o: Outline) -> int:
-    return sum(huge_bytes(_least_slots(o, t) * t.stride) for t in routed(o))
+    counts = ((t, _least_slots(o, t)) for t in routed(o))
+    return sum(huge_bytes(count * t.stride) + slot_bytes(t, count) for t, count in counts)
 
 
 def _order(o: Outline) -> list[tuple[int, str, int]]:
@@ -158,12 +168,15 @@ def _fill(o: Outline, room: int, rings: Mapping[str, int]) -> dict[str, Share]:
 
 def _routed_shares(o: Outline, room: int) -> dict[str, Share]:
     """What is left goes to the slots of what a router names, to each table by its size."""
-    total = sum(t.size for t in routed(o))
+    useful = {t.name: most_slots(o, t) for t in routed(o)}
+    total = sum(useful[t.name] * t.stride for t in routed(o))
     out = {}
     for t in routed(o):
-        least = _least_slots(o, t)
-        given = huge_bytes(least * t.stride) + int(max(0, room) * t.size / total)
-        out[t.name] = Share((), min(len(t.keys), max(least, _slots_in(given, t.stride))))
+        least, most = _least_slots(o, t), useful[t.name]
+        more = int(max(0, room) * most * t.stride / total)
+        more = more * t.stride // (t.stride + slot_bytes(t, 1))
+        given = huge_bytes(least * t.stride) + more
+        out[t.name] = Share((), min(most, max(least, _slots_in(given, t.stride))))
     return out
 
 
@@ -211,10 +224,13 @@ def place(
     fixed["reserve"] = _reserve(min(budget, whole))
     room = budget - sum(fixed.values()) - o.table("final-0").size
     if room >= all_bytes(o):
-        shares, spare = {t.name: all_of(t) for t in o.tables}, room - all_bytes(o)
+        shares = {t.name: all_of(t, most_slots(o, t)) for t in o.tables}
+        spare = room - all_bytes(o)
     else:
         idle = lent_bytes(o, fixed["scratch"], FRAGMENTS)
         shares, spare = lend(o, _stream(o, room), idle), 0
+    for t in routed(o):
+        fixed["cache policy"] += slot_bytes(t, len(shares[t.name].pinned) + shares[t.name].ring)
     notes = [KV_INT8] if o.kv == "int8" else []
     notes += [text for text in (note(o.description), table_note(o)) if text]
     notes += [o.neurons.note] if o.neurons is not None and o.neurons.note else []

@@ -59,7 +59,7 @@ def _run(d: Description, sublayer: Runnable, kv: KV, h_TD: Tensor, backend: Back
     kv.truncate(0)
     for first, last in ((0, TOKENS), (TOKENS, TOKENS + 1)):
         positions, wide = range(first, last), last - first > 1
-        angles = rotary_angles(d.ropes, d.head_dim, positions)
+        angles = rotary_angles(d.rope_sizes, positions)
         step = Step(Rows([Segment(kv, positions)], wide), angles, PLAIN if wide else backend)
         sublayer.run([(h_TD[: last - first], step)])
 

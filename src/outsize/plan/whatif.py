@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 
 from outsize.encoding.find import SIZES, encoding_like, encoding_of
 from outsize.errors import OptionError, UnsupportedError
+from outsize.family.sharing import share_keys
 from outsize.model.lora import stack_bytes, widths
-from outsize.model_config import Description, share_keys
+from outsize.model_config import Description
 from outsize.pack.derive import OF_LAYERS
 from outsize.pack.kinds.kind import groups
 from outsize.pack.kinds.layers import layers_of, tables_of

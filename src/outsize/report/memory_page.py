@@ -1,5 +1,5 @@
-"""One self-contained page of a vocabulary's memories: clusters of tokens, and a search box. Tokens are texts
-of strangers: they come as data, and are shown as text."""
+"""One self-contained page of a vocabulary's memories: clusters of tokens, drawn and listed, and a search box.
+Tokens are texts of strangers: they come as data, and are shown as text."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ PAGE = """<!doctype html>
 <style>
 body { font: 14px system-ui, sans-serif; margin: 1rem; background: #fff; color: #222 }
 canvas { border: 1px solid #ccc; max-width: 100% }
-#found span, #group span { display: inline-block; margin: 2px; padding: 0 5px; background: #eee;
+#found span, #group span, #all span { display: inline-block; margin: 2px; padding: 0 5px; background: #eee;
   border-radius: 3px; white-space: pre; font-family: monospace; cursor: pointer }
+#all div { margin: 4px 0 } #all i { font-style: normal }
+#all b { display: inline-block; width: 8em; border-left: 1em solid; padding-left: 5px }
 </style>
 <h1>Memories of @@TITLE@@</h1>
 <p>Each point is a token, by what the feed-forward of layer @@LAYER@@ makes of it; colours are clusters.</p>
@@ -21,6 +23,8 @@ canvas { border: 1px solid #ccc; max-width: 100% }
 <canvas id="plot" width="900" height="600"></canvas>
 <p id="name"></p>
 <p id="group"></p>
+<h2>Clusters, the largest first</h2>
+<div id="all"></div>
 <script id="data" type="application/json">@@DATA@@</script>
 <script>
 const d = JSON.parse(document.getElementById("data").textContent);
@@ -66,6 +70,17 @@ plot.onclick = e => {
   });
   if (best >= 0) choose(best);
 };
+const groups = new Map();
+d.cluster.forEach((k, i) => groups.set(k, [...(groups.get(k) || []), i]));
+[...groups].sort((a, b) => b[1].length - a[1].length).forEach(([k, ids]) => {
+  const row = document.createElement("div"), name = document.createElement("b");
+  const some = document.createElement("i");
+  name.textContent = `${ids.length} tokens`;
+  name.style.borderColor = colour(k);
+  label(some, ids.slice(0, 24));
+  row.append(name, some);
+  document.getElementById("all").append(row);
+});
 draw(-1);
 </script>
 """

@@ -19,6 +19,10 @@ def mb(size: float) -> str:
     return f"{size / 1e6:,.0f} MB"
 
 
+def mb_or_kb(size: float) -> str:
+    return mb(size) if size >= 1e6 else f"{size / 1e3:,.1f} kB"
+
+
 def short(o: Outline, p: Placement, cost: Cost | None) -> list[str]:
     """The first lines of a run."""
     out = [
@@ -42,7 +46,7 @@ def short(o: Outline, p: Placement, cost: Cost | None) -> list[str]:
 
 
 def _what(o: Outline) -> str:
-    if o.description.has_table:
+    if o.description.has_table or o.description.token_width:
         return "table's rows"
     return "experts" if o.neurons is None else "neurons"
 
@@ -85,9 +89,10 @@ def long(plan: Plan) -> Iterator[str]:
 
 def _named(o: Outline, group: str) -> str:
     table = o.table(group)
-    units = {"layers": "layers", "experts": "experts", "neurons": "bundles", "tokens": "rows"}
-    unit = units.get(table.kind, "blocks")
-    return f"{group} ({len(table.keys)} {unit})"
+    if table.kind == "tokens":  # of which a record may have many
+        return f"{group} ({table.num_rows:,} rows)"
+    units = {"layers": "layers", "experts": "experts", "neurons": "bundles"}
+    return f"{group} ({len(table.keys)} {units.get(table.kind, 'blocks')})"
 
 
 def _arithmetic(p: Placement, c: Cost, here: Machine, what: str) -> Iterator[str]:
@@ -100,7 +105,7 @@ def _arithmetic(p: Placement, c: Cost, here: Machine, what: str) -> Iterator[str
     if c.hit_rates is not None:
         low, high = c.range_s
         yield (
-            f"{what}: {mb(c.expert_bytes)} a token if none were there; {c.hit_rates[0]:.0%} to "
+            f"{what}: {mb_or_kb(c.expert_bytes)} a token if none were there; {c.hit_rates[0]:.0%} to "
             f"{c.hit_rates[1]:.0%} expected to be ({c.hit_rates_from}): {1 / high:.3g} to "
             f"{1 / low:.3g} tokens/s"
         )

@@ -25,7 +25,8 @@ def summary(reply: Reply, disk_bytes_per_s: float | None = None) -> str:
     if cost := reply.options.get("width_cost"):
         parts.append(f"{reply.width:.2f} of the feed-forwards computed on average, {cost}")
     if "layers_off" in reply.options:
-        parts.append(f"lossy: without the memory of layers {reply.options['layers_off']}")
+        off = str(reply.options["layers_off"])
+        parts.append(f"lossy: without the memory of layer{'s' * (',' in off)} {off}")
     if reply.options["neurons"] != "off":
         parts.append(str(reply.options["neurons"]))
     if reply.drafted:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from outsize import registry
@@ -23,7 +23,7 @@ from outsize import weights as package
 from outsize.kernels.backend import Backend
 from outsize.kernels.plain import PLAIN
 from outsize.pack.format import Pack
-from outsize.pack.kinds.layers import DENSE, MIXERS, SHARING
+from outsize.pack.kinds.layers import DENSE, MIXERS, SHARING, WIDE
 from outsize.progress import Progress, silent
 from outsize.storage.table import activation_type
 from outsize.weights.experts import ExpertBank
@@ -53,10 +53,8 @@ class Loaded:
         else:
             self.embed, self.head = rows["embed"], rows.get("head", rows["embed"])
             self._rows = tuple(dict.fromkeys((self.embed, self.head)))
-        ffn = {**layers.get("ffn", {}), **layers.get(DENSE, {})}
-        attn = {
-            i: record for name in (*MIXERS, SHARING) for i, record in layers.get(name, {}).items()
-        }
+        ffn = _joined(layers, ("ffn", WIDE + "ffn", DENSE))
+        attn = _joined(layers, (*MIXERS, WIDE + "attn", SHARING, WIDE + SHARING))
         self.layers = tuple((attn[i], ffn.get(i)) for i in range(pack.pack.description.num_layers))
         self.tokens: TokenTable | None = kinds.get("tokens")
         self.banks: tuple[ExpertBank, ...] = kinds.get("experts", ())
@@ -95,6 +93,13 @@ class Loaded:
         end = weakref.finalize(owner, _close_in, os.getpid(), self.close)
         end.atexit = False
         return end
+
+
+def _joined(
+    layers: Mapping[str, Mapping[int, LayerRecord]], names: Sequence[str]
+) -> dict[int, LayerRecord]:
+    """By layer, out of the tables of several groups."""
+    return {i: record for name in names for i, record in layers.get(name, {}).items()}
 
 
 def _close_in(process: int, close: Callable[[], None]) -> None:

@@ -44,10 +44,10 @@ class Share:
 Shares = Mapping[str, Share]  # by table
 
 
-def all_of(header: TableHeader) -> Share:
-    """Fully resident."""
+def all_of(header: TableHeader, most: int | None = None) -> Share:
+    """Fully resident; of what is routed, at most so many records."""
     if kinds()[header.kind].routed:
-        return Share((), len(header.keys))
+        return Share((), len(header.keys) if most is None else most)
     return Share(tuple(range(len(header.keys))), 0)
 
 

@@ -188,6 +188,9 @@ def load(pack: OpenPack) -> TokenTable:
 
 def order(pack: OpenPack) -> Tensor:
     """(V,): the row of each token. Raises PackError."""
+    d = pack.pack.description
+    if d.token_width:
+        return torch.arange(d.vocab_size, dtype=torch.int64, device="cpu")
     with Records(pack.pack) as records:
         (stored,) = records.read(pack.pack.table_of("final-0"), 0)[ORDER]
         found = stored.encoding.decode(stored.fields)[0].long()

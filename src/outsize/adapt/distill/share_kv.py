@@ -19,7 +19,8 @@ from outsize.adapt.share_keys import queries
 from outsize.adapt.trainable import TrainableModel
 from outsize.encoding.find import encoding_like
 from outsize.errors import UnsupportedError
-from outsize.model_config import Description, share_keys
+from outsize.family.sharing import share_keys
+from outsize.model_config import Description
 from outsize.pack import fetch
 from outsize.storage.records import Records
 

@@ -59,7 +59,11 @@ class Reader:
     def __init__(self, pack: Pack, records: Records) -> None:
         d = pack.description
         if d.memory is None or d.memory.is_table:
-            what = "has them in a table" if d.memory is not None else f"is a {d.family} model"
+            what = (
+                "has its feed-forwards in a table"
+                if d.memory is not None
+                else f"is a {d.family} model"
+            )
             raise UnsupportedError(
                 f"{pack.path.name} {what}; keys are read of a model that computes feed-forwards of the "
                 "token's embedding: name one that `outsize adapt memory --config` trained"

@@ -15,18 +15,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from outsize.adapt.nested.aims import threshold_at
 from outsize.adapt.nested.task import NestedTask
+from outsize.adapt.sparsity.words import spread
 from outsize.engine.model import Model
 from outsize.forward.full import full, hidden
 from outsize.forward.span import Span
-from outsize.model.width import Width, chosen
+from outsize.model.width import Width
 from outsize.pack.nested_file import Member
 from outsize.progress import Progress
 
 SHARES = (0.35, 0.45, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9)  # of the feed-forwards, that thresholds aim at
 MOST = 4  # sequences
 TOKENS = 16  # that speed is measured on
-BISECTIONS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +41,13 @@ class Measured:
 
 def thresholds(task: NestedTask) -> list[float]:
     """That aim at `SHARES`, by the routers on the training text."""
-    seen = task.run(task.ids_BT[:MOST], task.routed)
+    seen = task.run(spread(task.ids_BT, MOST), task.routed)
     logits = torch.stack(
         [task.logits(i, x).detach().flatten(0, 1) for i, x in enumerate(seen.inputs)]
     )
     shares = task.widths.shares
-    found = {0.0}
-    for share in (s for s in SHARES if s > float(shares[0])):
-        low, high = 0.0, 1.0
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            now = float(shares[torch.stack([chosen(z, middle) for z in logits])].mean())
-            low, high = (middle, high) if now < share else (low, middle)
-        found.add(round(high, 6))
+    aims = (share for share in SHARES if share > float(shares[0]))
+    found = {0.0, *(round(threshold_at(logits, share, shares), 6) for share in aims)}
     return sorted(found)
 
 
@@ -84,7 +79,7 @@ def measure(
     model: Model, ids_BT: Tensor, wanted: Sequence[float], progress: Progress
 ) -> list[Measured]:
     """Of a model whose routers are in place: a member for each threshold, then the whole model."""
-    sequences = [ids.tolist() for ids in ids_BT[:MOST]]
+    sequences = [ids.tolist() for ids in spread(ids_BT, MOST)]
     sums = [_Sums(threshold) for threshold in (*wanted, None)]
     for number, ids in enumerate(sequences):
         former = _logits(model, ids, None)

@@ -57,6 +57,16 @@ def ffns(pack: Pack, dtype: torch.dtype) -> list[Ffn]:
     return out
 
 
+def in_order(model: TrainableModel, order_LF: Tensor) -> list[Ffn]:
+    """Of a dense model, with each layer's neurons in this order."""
+    out = []
+    for layer, order in enumerate(order_LF):
+        w = model.tensors(layer)
+        both = torch.cat([order, order + len(order)])
+        out.append(Ffn(w["gate_up"][both], w["down"][:, order].contiguous()))
+    return out
+
+
 class Prefixes(Change):
     """Runs every feed-forward at all of its widths, and goes on with the one that `choose` names (the last is
     all of it). `see` is shown each layer's input and what the widths give."""
@@ -79,6 +89,7 @@ class Prefixes(Change):
 
     def ffn(self, x: Tensor, h: Tensor, layer: int, whole: Callable[[], Tensor]) -> Tensor:
         sums = self.sums(x, layer)
+        self.look(sums, layer, whole)
         error = errors(self._model, h, sums, layer)
         width = self._choose(layer, x, error)
         self.chosen.append(width)
@@ -87,9 +98,12 @@ class Prefixes(Change):
         stacked = torch.stack(sums, dim=-2)
         return stacked.take_along_dim(width[..., None, None], dim=-2).squeeze(-2)
 
+    def look(self, sums: Sequence[Tensor], layer: int, whole: Callable[[], Tensor]) -> None:
+        """Shown what each width gives; `whole`: the model's own feed-forward. Here, nothing is done."""
+
     def sums(self, x: Tensor, layer: int) -> list[Tensor]:
         """What each width gives, in fp32."""
-        inner = _inner(self._model, x, self._ffns[layer])
+        inner = inner_of(self._model, x, self._ffns[layer])
         out, total, first = list[Tensor](), torch.zeros_like(x, dtype=torch.float32), 0
         for end in self._ends:
             part = linear(inner[..., first:end], self._ffns[layer].down[:, first:end])
@@ -108,7 +122,8 @@ def corrected(corrections: Mapping[str, Tensor], layer: int, width: int, x: Tens
     return linear(linear(x.float(), a), b) + c
 
 
-def _inner(model: TrainableModel, x: Tensor, f: Ffn) -> Tensor:
+def inner_of(model: TrainableModel, x: Tensor, f: Ffn) -> Tensor:
+    """(..., F): what down multiplies."""
     gate, up = linear(x, f.gate_up).chunk(2, dim=-1)
     return ACTIVATIONS[model.description.activation](gate) * up
 
@@ -123,7 +138,7 @@ def errors(model: TrainableModel, h: Tensor, sums: Sequence[Tensor], layer: int)
         return torch.stack(off, dim=-1)
 
 
-def labels(error: Tensor, level: float) -> Tensor:
+def labels(error: Tensor, level: float | Tensor) -> Tensor:
     """The narrowest width whose error, and that of all wider ones, is at most `level`; higher levels give
     narrower ones."""
     wrong = error > level

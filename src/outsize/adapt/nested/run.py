@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from outsize.adapt import checkpoints, loop
+from outsize.adapt.nested import tuned
 from outsize.adapt.nested.cut import cut
-from outsize.adapt.nested.family import Measured, measure, rising, table, thresholds
+from outsize.adapt.nested.family import MOST, Measured, measure, rising, table, thresholds
 from outsize.adapt.nested.order import SCORES, by_importance
 from outsize.adapt.nested.prefixes import ffns
 from outsize.adapt.nested.task import NestedRecipe, NestedTask, Widths
-from outsize.adapt.sparsity.words import Words, words
+from outsize.adapt.nested.tune import TuneRecipe
+from outsize.adapt.nested.tuned import Tuned, Tuning
+from outsize.adapt.sparsity.words import Words, spread, words
 from outsize.adapt.trainable import TrainableModel, matmul_type
 from outsize.arguments import whole
 from outsize.engine import load as loading
@@ -30,6 +33,7 @@ from outsize.pack.format import Pack
 from outsize.pack.increments import BLOCK
 from outsize.pack.nested_file import BIAS, KIND, ROUTER, USE, VERSION, A, B, C, NestedAbout
 from outsize.progress import Progress, bars, steps
+from outsize.system import memory
 
 MOST_PIECES = 64
 ORDERED_ON = 16  # sequences
@@ -48,12 +52,15 @@ class NestedOptions:
     every: int = 50  # steps between checkpoints
     resume: bool = False
     quiet: bool = False
+    until: int | None = None  # of the steps of tuning, after which it ends
     memory: str | int = "auto"  # of the run that measures the family
 
     def __post_init__(self) -> None:
         pieces_of(self.widths)
         whole("tokens", self.tokens, 1, 1 << 30)
         whole("every", self.every, 1, 1 << 30)
+        if self.until is not None:
+            whole("tune_until", self.until, 0, 1 << 30)
         if self.importance not in SCORES:
             raise OptionError(f"importance is {self.importance!r}; known are {', '.join(SCORES)}")
 
@@ -87,38 +94,53 @@ def pieces_of(text: str) -> tuple[int, ...]:
     return tuple(int(f * count) for f in found)
 
 
-def run(options: NestedOptions, recipe: NestedRecipe) -> Made:
-    """Raises OptionError, UnsupportedError, DataError, AdapterError, PackError, DiskFullError."""
+def run(options: NestedOptions, recipe: NestedRecipe, tuning: TuneRecipe | None = None) -> Made:
+    """Raises OptionError, UnsupportedError, BudgetError, DataError, AdapterError, PackError,
+    DiskFullError."""
     began, pieces = time.monotonic(), pieces_of(options.widths)
     base = fetch.find(options.model) or fetch.pack(options.model, quiet=options.quiet)
     increments.check(base, pieces[-1])
     found = words(base, options.data, options.tokens)
+    is_tuned = tuning is not None and tuning.steps > 0
+    if tuning is not None:
+        tuned.check(base, tuning, found.ids_BT.shape[1], memory.parse(options.memory))
     kind, device = matmul_type(torch.device("cpu")), torch.device("cpu")
     is_fp32 = base.table_of("attn-0").tensors["qkv"][0].encoding == "fp32"
     kind = torch.float32 if is_fp32 else kind
     with bars(options.quiet) as progress:
         model = TrainableModel(base, device, kind, progress)
         block = BLOCK if options.blocks else 1
-        order = by_importance(model, found.ids_BT[:ORDERED_ON], options.importance, block)
-        pack = cut(base, pieces[-1], order, progress)
+        order = by_importance(model, spread(found.ids_BT, ORDERED_ON), options.importance, block)
     widths = Widths(pieces, base.description.ffn_width // pieces[-1])
+    made: Tuned | None = None
+    if tuning is not None and is_tuned:
+        how = Tuning(tuning, options.every, options.resume, options.quiet, options.until)
+        made = tuned.tuned(how, (base, model), order, widths, found)
+    with bars(options.quiet) as progress:
+        pack = cut(base, pieces[-1], order, progress, None if made is None else made.learned)
     task = NestedTask(recipe, model, ffns(pack, kind), widths, (found.ids_BT, found.held_out_BT))
-    training = _trained(options, task, pack, found)
+    if made is not None:
+        task.begin_from(*made.routers)
+    training = _trained(options, task, pack, found, is_tuned)
     wanted, tensors, level, step = thresholds(task), _tensors(task), task.level, training.step
-    del training, task, model
+    trained_tokens = step * recipe.batch * found.ids_BT.shape[1] + (
+        0 if made is None else made.tokens
+    )
+    del training, task, model, made
     with steps(options.quiet) as draw:
         family = _measured(pack, tensors, pieces, (wanted, found), options, draw)
     minutes = (time.monotonic() - began) / 60
     about = NestedAbout(
         KIND, VERSION, pack.source.identity, pack.source.layout, pieces[-1], pieces, recipe.rank,
         recipe.labels, level, tuple(m.member for m in family[:-1]), family[-1].member.perplexity,
-        _predicted(found), found.text[:80], step * recipe.batch * found.ids_BT.shape[1],
-        round(minutes, 2), recipe.seed,
+        _predicted(found), found.text[:80], trained_tokens, round(minutes, 2), recipe.seed,
     )  # fmt: skip
     path = nested_file.beside(pack)
     uses = torch.stack([m.use_LN for m in family[:-1]])
     checkpoints.save(path, {**tensors, USE: uses}, about.to_json())
     _checkpoint(pack).unlink(missing_ok=True)
+    if tuning is not None and options.until is None:
+        tuned.checkpoint_of(base, pieces[-1]).unlink(missing_ok=True)
     experts = sum(t.size for t in pack.tables if t.kind == "experts")
     beside = sum(t.size for t in pack.tables if t.kind == "layers")
     beside += pack.table_of("embed" if pack.description.tied else "head").size
@@ -131,16 +153,19 @@ def _checkpoint(pack: Pack) -> Path:
 
 
 def _predicted(found: Words) -> int:
-    some = found.held_out_BT[:4]
+    some = spread(found.held_out_BT, MOST)
     return some.numel() - len(some)
 
 
-def _trained(options: NestedOptions, task: NestedTask, pack: Pack, found: Words) -> loop.Training:
+def _trained(
+    options: NestedOptions, task: NestedTask, pack: Pack, found: Words, is_tuned: bool
+) -> loop.Training:
     """Routers, trained to the recipe's end. Raises AdapterError, OptionError."""
     path, about = _checkpoint(pack), (pack.source.sha256, found.fingerprint)
-    if options.resume:
+    goes_on = options.resume and (path.is_file() or not is_tuned)
+    if goes_on:
         checkpoints.find(path)
-    training = loop.resume(task, path, *about) if options.resume else loop.start(task, *about)
+    training = loop.resume(task, path, *about) if goes_on else loop.start(task, *about)
     with steps(options.quiet) as draw:
 
         def report(now: loop.Training) -> None:

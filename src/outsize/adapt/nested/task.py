@@ -17,8 +17,10 @@ from torch.nn.functional import cross_entropy
 
 from outsize.adapt.head_loss import head_loss
 from outsize.adapt.loop import Recipe
+from outsize.adapt.nested.aims import level_at
 from outsize.adapt.nested.correct import closed_form
 from outsize.adapt.nested.prefixes import LABELS, Choose, Ffn, Losses, Prefixes, labels
+from outsize.adapt.sparsity.words import spread
 from outsize.adapt.statistics import bf16_products, causal
 from outsize.adapt.trainable import TrainableModel
 from outsize.arguments import real, whole
@@ -27,7 +29,7 @@ from outsize.model.width import chosen
 
 LABEL_SHARE = 1 / 3  # of the steps, in which labels are executed
 CALIBRATION = 8  # sequences that levels, scales and corrections are measured on
-BISECTIONS, HELD = 30, 2  # and held-out sequences of an evaluation
+HELD = 2  # held-out sequences of an evaluation
 EVEN = 0.5  # threshold of routers while they are trained
 MOST_ODDS = 3.0  # of a router before it is trained, between its commonest label and others
 SEEDS = 1_000_003
@@ -88,17 +90,17 @@ class NestedTask:
         self.ids_BT, self.held_BT = texts
         d, m = model.description, len(widths.pieces)
         made: dict[str, Tensor] = {}
-        some = self.ids_BT[:CALIBRATION]
+        some = spread(self.ids_BT, CALIBRATION)
         if recipe.rank:
             made |= closed_form(model, ffns, widths.ends, recipe.rank, some)
         self._corrections = {n: t.requires_grad_() for n, t in made.items()}
         self.level = 0.0  # until it is known: with labels by it, all of each feed-forward is run
         seen = self._seen(some, by_label=True)
         errors_LNM = torch.stack([e.flatten(0, 1) for e in seen.errors])
-        self.level = self._level(errors_LNM)
+        self.level = level_at(errors_LNM, recipe.share, widths.shares)
         self.scale_L = torch.stack([x.float().square().mean().sqrt() for x in seen.inputs])
         router = torch.zeros(d.num_layers, m, d.width, dtype=torch.float32, device="cpu")
-        bias = self._odds(labels(errors_LNM, self.level))
+        bias = odds(labels(errors_LNM, self.level), m)
         self.parameters: Mapping[str, Tensor] = {
             "router": router.requires_grad_(), "bias": bias.requires_grad_(), **self._corrections,
         }  # fmt: skip
@@ -162,26 +164,10 @@ class NestedTask:
         with torch.no_grad():
             return chosen(self.logits(layer, x.detach()), EVEN)
 
-    def _level(self, error_LNM: Tensor) -> float:
-        """The error at which labels execute the recipe's share."""
-        low, high = float(error_LNM.min()), float(error_LNM.max())
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            share = float(self.widths.shares[labels(error_LNM, middle)].mean())
-            low, high = (middle, high) if share > self.recipe.share else (low, middle)
-        return high
-
-    def _odds(self, label_LN: Tensor) -> Tensor:
-        """(L, M): how common each label is, as logits."""
-        m = len(self.widths.pieces)
-        often = torch.stack([torch.bincount(row, minlength=m) for row in label_LN]).float() + 1
-        odds = (often / often.sum(1, keepdim=True)).log()
-        return (odds - odds.amax(1, keepdim=True)).clamp_min(-MOST_ODDS)
-
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """How often routers name the label, and the share of the feed-forwards that they execute."""
-        seen = self.run(self.held_BT[:HELD], self.routed)
+        seen = self.run(spread(self.held_BT, HELD), self.routed)
         pairs = list(zip(seen.errors, seen.chosen, strict=True))
         right = torch.stack([(labels(e, self.level) == w).float().mean() for e, w in pairs])
         share = torch.stack([self.widths.shares[w].mean() for _, w in pairs])
@@ -199,7 +185,20 @@ class NestedTask:
         w = self.parameters["router"].detach() / self.scale_L[:, None, None]
         return w, self.parameters["bias"].detach().clone()
 
+    @torch.no_grad()
+    def begin_from(self, router_LMD: Tensor, bias_LM: Tensor) -> None:
+        """Go on with routers of inputs as they are."""
+        self.parameters["router"].copy_(router_LMD * self.scale_L[:, None, None])
+        self.parameters["bias"].copy_(bias_LM)
+
     def logits(self, layer: int, x: Tensor) -> Tensor:
         """(..., M) of a layer's router."""
         p = self.parameters
         return (x.float() / self.scale_L[layer]) @ p["router"][layer].T + p["bias"][layer]
+
+
+def odds(label_LN: Tensor, count: int) -> Tensor:
+    """(L, M): how common each label is, as logits."""
+    often = torch.stack([torch.bincount(row, minlength=count) for row in label_LN]).float() + 1
+    found = (often / often.sum(1, keepdim=True)).log()
+    return (found - found.amax(1, keepdim=True)).clamp_min(-MOST_ODDS)

@@ -59,6 +59,12 @@ def words(pack: Pack, paths: Sequence[Path], most: int, longest: int | None = No
     return Words(ids_BT[kept], ids_BT[apart], names, print_of)
 
 
+def spread(ids_BT: Tensor, count: int) -> Tensor:
+    """So many of the sequences, from all over the text; all, where there are no more."""
+    count = min(count, len(ids_BT))
+    return ids_BT[[i * len(ids_BT) // count for i in range(count)]]
+
+
 def _lines(path: Path) -> Iterator[str]:
     """Raises DataError."""
     if ".jsonl" in path.suffixes:

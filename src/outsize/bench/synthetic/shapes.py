@@ -11,7 +11,8 @@ from outsize.errors import OptionError
 from outsize.family import common
 from outsize.family.config import FEW_KEYS, GGUF_KEYS, Config
 from outsize.family.find import ALIASES, families
-from outsize.model_config import Mixture, Recipe
+from outsize.family.recipe import Recipe
+from outsize.model_config import Mixture
 from outsize.model_parts import Delta, Latent
 from outsize.pack.kinds.kind import groups
 from outsize.pack.kinds.layers import DENSE, FINAL, MIXERS, layers_of

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, softmax
@@ -30,6 +30,14 @@ class Gate(Protocol):
     def early(self, h_TD: Tensor, most: int) -> Scored: ...
 
 
+class OwnRouting(NamedTuple):
+    """Of a router that reads the residual stream through a norm of its own, and weighs each expert besides
+    (Gemma 4)."""
+
+    norm: RMSNorm
+    scale_N: Tensor
+
+
 class Router:
     """Names and weighs each token's experts. In fp32, since a near tie decides what is computed."""
 
@@ -40,9 +48,11 @@ class Router:
         mixture: MixtureConfig,
         bias_N: Tensor | None = None,
         choice_N: Tensor | None = None,
+        own: OwnRouting | None = None,
     ) -> None:
-        """`choice_N`: added to weights where experts are chosen."""
+        """`norm`: of what experts read. `choice_N`: added to weights where experts are chosen."""
         self.norm, self._w_ND, self._mixture, self._choice_N = norm, w_ND, mixture, choice_N
+        self._own = own
         self._bias_N = w_ND.new_zeros(len(w_ND)) if bias_N is None else bias_N
         self._is_sigmoid = mixture.score == "sigmoid"
         self._weigh = torch.sigmoid if self._is_sigmoid else partial(softmax, dim=-1)
@@ -66,7 +76,13 @@ class Router:
         weights_TK = p_TN.gather(1, ids_TK)
         if m.renorm:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        if self._own is not None:
+            weights_TK = weights_TK * self._own.scale_N[ids_TK]
         return ids_TK, weights_TK if m.scale == 1.0 else weights_TK * m.scale
+
+    def reads(self, h_TD: Tensor, x_TD: Tensor) -> Tensor:
+        """(T, D): what it is called with, of the residual stream and what experts read."""
+        return x_TD if self._own is None else self._own.norm(h_TD)
 
     def _order(self, p_TN: Tensor) -> Tensor:
         """(T, N): what experts are chosen by. Of groups, the best few by their two best experts."""
@@ -82,7 +98,8 @@ class Router:
 
     def early(self, h_TD: Tensor, most: int) -> Scored:
         """What it would choose for these rows of the residual stream, one layer early."""
-        z_TN = self.norm(h_TD).float() @ self._w_ND.T + self._bias_N
+        own = self.norm if self._own is None else self._own.norm
+        z_TN = own(h_TD).float() @ self._w_ND.T + self._bias_N
         p_N = self._order(self._weigh(z_TN)).amax(0).clamp(min=0.0)
         weights, ids = p_N.topk(min(most, len(p_N)))
         return tuple(zip(ids.tolist(), weights.tolist(), strict=True))
@@ -158,8 +175,8 @@ class Mixture:
         xs = [self.router.norm(h) for h, _ in chunks]
         bias = self._bank.routing_bias()
         routed = [
-            self.router(x, step.wide, None if step.wide else bias)
-            for x, (_, step) in zip(xs, chunks, strict=True)
+            self.router(self.router.reads(h, x), step.wide, None if step.wide else bias)
+            for x, (h, step) in zip(xs, chunks, strict=True)
         ]
         rows = [row for ids, _ in routed for row in ids.tolist()]
         weights = [row for _, w in routed for row in w.tolist()]
@@ -170,9 +187,13 @@ class Mixture:
         totals = self._sums(chunks, xs, rows, weights, early)
         totals = totals if self._owned is None else self._owned.whole(totals)
         for (h, step), x, total in zip(chunks, xs, totals, strict=True):
-            if self._shared is not None:
-                total = total + self._shared(x, step)
-            step.residual(h, total, scale=self._scale)
+            self._end(h, step, x, total)
+
+    def _end(self, h_TD: Tensor, step: Step, x_TD: Tensor, total_TD: Tensor) -> None:
+        """`x_TD`: what experts read; `total_TD`: what they made of it, fp32."""
+        if self._shared is not None:
+            total_TD = total_TD + self._shared(x_TD, step)
+        step.residual(h_TD, total_TD, scale=self._scale)
 
     def _early(self, chunks: Chunks) -> Scored:
         """Only for few rows: a prompt wants nearly all experts anyway."""
@@ -190,3 +211,35 @@ class Mixture:
         if settings.recorder is not None:
             settings.recorder(bank.ordinal, rows, weights, early)
         return bank.resolve_misses(rows, weights)
+
+
+class Norms(NamedTuple):
+    """Of a layer with a dense feed-forward beside its experts: before the dense one, after either, after
+    their sum."""
+
+    dense: RMSNorm
+    dense_post: RMSNorm
+    experts_post: RMSNorm
+    post: RMSNorm
+
+
+class Beside(Mixture):
+    """h += post(post1(dense(norm1(h))) + post2(experts' sum)), and then h *= a number (Gemma 4)."""
+
+    def __init__(
+        self,
+        d: Description,
+        router: Router,
+        bank: ExpertBank,
+        dense: SharedExpert,
+        ends: tuple[Norms, float],
+    ) -> None:
+        super().__init__(d, router, bank)
+        self._dense, (self._norms, self._out_scale) = dense, ends
+
+    def _end(self, h_TD: Tensor, step: Step, x_TD: Tensor, total_TD: Tensor) -> None:
+        norms = self._norms
+        dense_TD = self._dense(step.backend.norm(h_TD, norms.dense), step)
+        both_TD = norms.dense_post(dense_TD) + norms.experts_post(total_TD)
+        step.residual(h_TD, both_TD, norms.post)
+        h_TD.mul_(self._out_scale)

@@ -58,6 +58,10 @@ class Kind(ABC):
         """Slots without which nothing runs, of what is routed."""
         return 0
 
+    def most_slots(self, d: Description, table: TableHeader) -> int:
+        """Slots beyond which more are of no use, of what is routed."""
+        return len(table.keys)
+
 
 @cache
 def kinds() -> Mapping[str, Kind]:

@@ -11,7 +11,7 @@ from outsize.model_parts import Latent
 from outsize.pack.kinds.kind import Group, Kind
 from outsize.pack.mixers import conv_specs, delta_specs
 from outsize.pack.records import POSITIONS, Specs, TensorSpec, lay_out, matrix, record_fault, vector
-from outsize.pack.specs import ffn_norm, norms, two_matrix
+from outsize.pack.specs import beside, ffn_norm, layer_end, norms, two_matrix
 from outsize.pack.tables import Matrix, TableHeader
 from outsize.pack.tensors import Record, SourceTensors, TablePlan
 
@@ -22,6 +22,7 @@ ORDER = "memory_order"  # of a table of feed-forwards: the row of each token
 BESIDE = "dense_"  # what names of a dense feed-forward beside one of the embedding begin with
 CONV = "conv"  # of short convolutions, in place of attention
 DELTA = "delta"  # of the gated delta rule, in place of attention
+WIDE = "wide"  # begins the names of tables of layers whose sizes are not the model's own
 DENSE = "dense"  # feed-forwards of layers without experts, in a model that has some
 
 
@@ -32,19 +33,13 @@ class Layers(Kind):
         final = {**norms(d, "final_norm"), **_beside_table(d)}
         if d.positions:
             final[POSITIONS] = matrix(d.width, (POSITIONS, d.context))
-        ffn = _dense(d) if d.mixture is None else _routed(d, d.mixture)
-        dense = (Group(DENSE, 3, _dense(d)),) if len(d.routed) not in (0, d.num_layers) else ()
         delta = (Group(DELTA, 2, delta_specs(d, d.delta)),) if d.delta is not None else ()
         conv = (Group(CONV, 2, conv_specs(d)),) if d.mixed_by("conv") else ()
-        some = d.num_kv_layers < d.num_layers
-        sharing = (Group(SHARING, 2, _attention(d, makes_keys=False)),) if some else ()
         return (
-            Group("attn", 2, _attention(d)),
-            *sharing,
+            *_attentions(d),
             *delta,
             *conv,
-            *((Group("ffn", 3, ffn),) if d.has_ffn else ()),
-            *dense,
+            *(_ffns(d) if d.has_ffn else ()),
             Group(FINAL, 5, final),
             *((Group(FURTHER, 6, _further(d)),) if d.further else ()),
         )
@@ -89,15 +84,31 @@ MIXERS = {
 
 def layers_of(d: Description, name: str) -> tuple[int, ...]:
     """The layers that have a record in the tables of a group."""
-    if name in ("attn", SHARING):
-        own = d.kv_layers
-        return own if name == "attn" else tuple(sorted(set(d.mixed_by("attention")) - set(own)))
+    plain, is_wide = name.removeprefix(WIDE), name.startswith(WIDE)
+    if plain in ("attn", SHARING):
+        found = set(d.kv_layers)
+        found = found if plain == "attn" else set(d.mixed_by("attention")) - found
+        return tuple(i for i in sorted(found) if any(d.layers[i].form[:2]) == is_wide)
     if name in MIXERS:
         return d.mixed_by(MIXERS[name])
-    if d.mixture is None:
-        return tuple(range(d.num_layers))
-    routed = d.routed
-    return tuple(i for i in range(d.num_layers) if i not in routed) if name == DENSE else routed
+    routed = set(d.routed)
+    found = set(range(d.num_layers)) - routed if name == DENSE or d.mixture is None else routed
+    return tuple(i for i in sorted(found) if (d.layers[i].ffn_width > 0) == is_wide)
+
+
+def _attentions(d: Description) -> Iterator[Group]:
+    for name in ("attn", WIDE + "attn", SHARING, WIDE + SHARING):
+        if layers := layers_of(d, name):
+            specs = _attention(d.of_layer(layers[0]), makes_keys=not name.endswith(SHARING))
+            yield Group(name, 2, specs)
+
+
+def _ffns(d: Description) -> Iterator[Group]:
+    if d.mixture is not None:
+        yield Group("ffn", 3, _routed(d, d.mixture))
+    for name in ("ffn", WIDE + "ffn") if d.mixture is None else (DENSE,):
+        if layers := layers_of(d, name):
+            yield Group(name, 3, {**_dense(d.of_layer(layers[0])), **layer_end(d)})
 
 
 def _attention(d: Description, makes_keys: bool = True) -> Specs:
@@ -158,6 +169,8 @@ def _routed(d: Description, m: Mixture) -> Specs:
     if m.nested:
         return ffn_norm(d) | _post_norm(d)
     specs = ffn_norm(d) | {"router": matrix(d.width, ("router", m.count))}
+    if m.beside:
+        specs |= beside(d, m) | layer_end(d)
     if m.bias:
         specs["router_bias"] = vector(("router_bias", m.count))
     if m.choice_bias:
