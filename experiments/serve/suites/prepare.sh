@@ -14,7 +14,7 @@ at ollama/ollama-python 25b9329
 at openresponses/openresponses 92c12d9
 if [ ! -d llama-tests ]; then # llama.cpp's server tests are in this source distribution
     python3 -m pip download --quiet --no-deps --no-build-isolation --no-binary :all: llama-cpp-python==0.3.36 -d archives
-    tar xzf archives/llama_cpp_python-0.3.36.tar.gz --strip-components=5 --one-top-level=llama-tests \
+    tar xzf archives/llama_cpp_python-0.3.36.tar.gz --strip-components=6 --one-top-level=llama-tests \
         llama_cpp_python-0.3.36/vendor/llama.cpp/tools/server/tests
 fi
 environment() { # NAME PACKAGES
