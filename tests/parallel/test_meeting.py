@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,7 @@ from outsize.errors import OptionError, PeerError
 from outsize.parallel.frames import HEAD, Kind
 from outsize.parallel.meeting import Hello, Meeting, Mesh, join
 from outsize.parallel.secret import MAGIC, NAME, check_address, greet
+from outsize.parallel.transport import LOOK_S, SILENCE_S
 from tests.parallel.meet import HERE, meshes
 
 KEY = "0123456789abcdef"
@@ -209,4 +211,18 @@ def test_the_environment_is_read_at_the_meeting(monkeypatch: pytest.MonkeyPatch)
     assert os.environ[NAME] == ""
     for mesh in meshes(2):
         assert mesh.data[1 - mesh.rank].tag == 0
+        mesh.close()
+
+
+def test_who_was_stopped_takes_nobody_for_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that slept, or a process that was stopped and goes on, could not have heard of others."""
+    made, ahead, clock = meshes(2), [0.0], time.monotonic
+    monkeypatch.setattr(
+        "outsize.parallel.watch.time", SimpleNamespace(monotonic=lambda: clock() + ahead[0])
+    )
+    time.sleep(2 * LOOK_S)
+    ahead[0] = 6 * SILENCE_S
+    time.sleep(4 * LOOK_S)
+    for mesh in made:
+        mesh.watch.check()
         mesh.close()

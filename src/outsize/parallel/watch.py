@@ -20,6 +20,7 @@ from outsize.parallel.transport import LOOK_S, SILENCE_S
 
 BEAT_S = 2.0
 WHY = 500  # characters of the reason a rank gives for ending
+STOPPED_S = 3.0  # so long this thread does not wait: who does was stopped, or its machine slept
 SETTLED_S = 1.0  # so long after a connection broke the reason may still come
 
 
@@ -30,6 +31,7 @@ class Watch:
         self._channels = dict(channels)
         now = time.monotonic()
         self._heard, self._beat_at = dict.fromkeys(channels, now), now
+        self._looked_at = now
         self._lost: PeerError | None = None
         self._known, self._ended = threading.Event(), threading.Event()
         self.on_loss: list[
@@ -78,6 +80,10 @@ class Watch:
         return False
 
     def _beat(self, now: float) -> None:
+        stood_still = now - self._looked_at - LOOK_S
+        self._looked_at = now
+        if stood_still > STOPPED_S:  # this process was stopped: it could not have heard of others
+            self._heard = {rank: at + stood_still for rank, at in self._heard.items()}
         for rank, at in list(self._heard.items()):
             if now - at > SILENCE_S - LOOK_S - BEAT_S / 2:
                 what = f"gave no sign of life for {now - at:.0f} s"
