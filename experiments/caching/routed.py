@@ -129,6 +129,9 @@ class Watched:
         self.rows.append(ids)
         return ids, weights
 
+    def reads(self, h_TD: Tensor, x_TD: Tensor) -> Tensor:
+        return self._own.reads(h_TD, x_TD)
+
     def early(self, h_TD: Tensor, most: int) -> Scored:
         own = self._own.early(h_TD, most)
         at = sum(map(len, self.rows))

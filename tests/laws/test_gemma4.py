@@ -217,6 +217,8 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"per_layer_config": {"1": {"strange": 1}, "2": {"strange": 1}}}, "'strange'"),
     ({"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64,
       "num_kv_shared_layers": 0}, "beside experts"),
+    ({"enable_moe_block": "false"}, "enable_moe_block is 'false', true or false"),
+    ({"per_layer_config": {}}, r"has shape \(192, 64\), not \(128"),  # all alike, which these are not
     ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
     ({"rope_parameters": {"full_attention": {"rope_type": "proportional", "strange": 1}}}, "'strange'"),
 ]  # fmt: skip

@@ -225,4 +225,5 @@ def test_who_was_stopped_takes_nobody_for_lost(monkeypatch: pytest.MonkeyPatch) 
     time.sleep(4 * LOOK_S)
     for mesh in made:
         mesh.watch.check()
+    for mesh in made:
         mesh.close()

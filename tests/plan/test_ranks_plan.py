@@ -34,7 +34,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan(name: str, link: str, **how: object) -> ranks.RanksPlan:
-    options = LoadOptions(ranks=2, memory="1GB", quiet=True, **how)  # type: ignore[arg-type]
+    options = LoadOptions(ranks=2, memory="4GB", quiet=True, **how)  # type: ignore[arg-type]
     return ranks.make(name, options, parse_link(link))
 
 
@@ -114,7 +114,7 @@ def test_a_plan_is_what_is_cut(open_tiny: Callable[..., Model]) -> None:
 @pytest.mark.usefixtures("measured")
 def test_the_command(folder_of: Callable[[str], Path]) -> None:
     fetch.pack(str(folder_of("llama+wide")), quiet=True)
-    words = ["plan", str(folder_of("llama+wide")), "--memory", "1GB", "-q"]
+    words = ["plan", str(folder_of("llama+wide")), "--memory", "4GB", "-q"]
     done = CliRunner().invoke(app, [*words, "--ranks", "2", "--link", "1Gbit/s", "--json"])
     assert json.loads(done.stdout)["best"]
     shown = CliRunner().invoke(app, [*words, "--ranks", "2"])

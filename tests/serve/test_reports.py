@@ -421,7 +421,7 @@ def test_9_a_long_prompt_stops_nobody(busy: Running) -> None:
         ends.set()
         for thread in threads:
             thread.join()
-    assert min(gained) >= 5, gained  # ten slices of at most 512 tokens: a token after each
+    assert min(gained) >= 3, gained  # slices take .3 s at most, and a token comes after each
 
 
 # 10

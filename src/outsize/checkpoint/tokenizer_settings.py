@@ -33,6 +33,7 @@ ENDS = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "<|endoftext|>",
     "<|end_of_text|>", "<|eom_id|>", "<|return|>", "<|call|>", "<|eot|>", "<|EOT|>", "<EOT>",
     "<｜end▁of▁sentence｜>", "<end_of_utterance>", "<turn|>", "<|turn_end|>",
+    "<eos>", "<|tool_response>",
 )  # fmt: skip
 
 

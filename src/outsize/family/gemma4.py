@@ -60,6 +60,7 @@ def recipe(config: Config) -> Recipe:
             "tokens are known"
         )
     cap = config.get("final_logit_softcapping")
+    cap = 30.0 if cap is None and is_gguf else cap  # as llama.cpp has it
     found = replace(
         base,
         layers=its_layers,
@@ -69,7 +70,7 @@ def recipe(config: Config) -> Recipe:
         qk_norm=True,
         value_norm=True,
         post_norm=True,
-        logit_cap=0.0 if not cap else config.number("final_logit_softcapping"),
+        logit_cap=config.number("final_logit_softcapping", 30.0) if cap else 0.0,
         mixture=mixture,
         token_width=token_width,
         out_scale=config.has("layer_output_scale.weight" if is_gguf else ".layer_scalar"),

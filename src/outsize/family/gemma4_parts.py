@@ -108,7 +108,9 @@ def usual(config: Config) -> Config:
         "intermediate_size": of_layers(config, "intermediate_size", count)[0],
         "rope_theta": config.number("rope_local_base_freq", 10_000.0),
     }
-    values = {**config.values, **{config.key(k): v for k, v in own.items()}}
+    # Scaled positions are those of layers that see all.
+    kept = {k: v for k, v in config.values.items() if ".rope.scal" not in k}
+    values = {**kept, **{config.key(k): v for k, v in own.items()}}
     return replace(config, values=values, divisors=())
 
 
@@ -177,6 +179,8 @@ def _global(config: Config, base: Description) -> tuple[int, int]:
         each_heads = of_layers(config, "num_key_value_heads", base.num_layers)
         return config.head_dim, each_heads[has.index(False)]
     stated = {str(k): v for k, v in config.table("per_layer_config").items()}
+    if not stated and config.get("per_layer_config") is not None:  # as saved where all are alike
+        return base.head_dim, base.num_kv_heads
     if not stated:
         same = base.num_kv_heads
         heads = config.integer("num_global_key_value_heads", same) if _equal(config) else same
@@ -268,7 +272,7 @@ def spares(config: Config, shared: Sequence[int]) -> tuple[str, ...]:
 def mixture(config: Config, width: int) -> Mixture | None:
     """The experts beside a dense feed-forward of this width, if there are some."""
     key = "num_local_experts" if config.format == "gguf" else "enable_moe_block"
-    if not config.get(key):
+    if not (config.count(key) if config.format == "gguf" else config.flag(key)):
         return None
     found = common.mixture(config, True, "moe_intermediate_size")
     return replace(found, shared=width, beside=True)
