@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -290,11 +291,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def config(family: str) -> dict[str, Any]:
+    """Of a family, for this call alone: transformers' classes write into the tables that they are given."""
     base, more = VARIANTS.get(family, (family, {}))
     common = {k: v for k, v in COMMON.items() if base not in CLASSIC or k not in USUAL_KEYS}
     made = common | CONFIGS[base] | more | {"model_type": base}
     return {
-        k: v
+        k: deepcopy(v)
         for k, v in made.items()
         if (k != "head_dim" or not (base == "phi3" or "kv_lora_rank" in made))
         and (k != "rms_norm_eps" or base != "lfm2")
