@@ -55,7 +55,7 @@ def locks(path: str) -> frozenset[int]:
     return frozenset(
         node.lineno
         for node in nodes
-        if isinstance(node, ast.With) and "lock" in ast.unparse(node.items[0])
+        if isinstance(node, ast.With) and any("lock" in ast.unparse(item) for item in node.items)
     )
 
 
