@@ -125,11 +125,12 @@ class Batch:
         outs = run(model, spans, kvs, drafting.step_times, self._scheduler.forward)
         self._learn(spans, time.perf_counter() - started, model.waited_s - waited)
         before = sum(len(live.request.seq.tokens) for live, _, _ in chosen)
-        self._scheduler.company.meets(len(chosen) - 1, not all(span.is_narrow for span in spans))
+        is_narrow = all(span.is_narrow for span in spans)
+        self._scheduler.company.meets(len(chosen) - 1, not is_narrow)
         for (live, _, rest), out in zip(chosen, outs, strict=True):
             self._hand_out(live, rest, out)
         gained = sum(len(live.request.seq.tokens) for live, _, _ in chosen) - before
-        if all(span.is_narrow for span in spans):
+        if is_narrow:
             self._scheduler.company.saw(gained)
         self.drop_ended()
         self._scheduler.keep_budget()

@@ -271,8 +271,8 @@ def spares(config: Config, shared: Sequence[int]) -> tuple[str, ...]:
 
 def mixture(config: Config, width: int) -> Mixture | None:
     """The experts beside a dense feed-forward of this width, if there are some."""
-    key = "num_local_experts" if config.format == "gguf" else "enable_moe_block"
-    if not (config.count(key) if config.format == "gguf" else config.flag(key)):
+    is_gguf = config.format == "gguf"
+    if not (config.count("num_local_experts") if is_gguf else config.flag("enable_moe_block")):
         return None
     found = common.mixture(config, True, "moe_intermediate_size")
     return replace(found, shared=width, beside=True)

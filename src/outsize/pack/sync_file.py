@@ -14,10 +14,10 @@ from torch import Tensor
 from outsize.checkpoint.lora import Stored, raw
 from outsize.checkpoint.typed_json import read_fields
 from outsize.errors import AdapterError
+from outsize.kernels.turned import BITS
 
 KIND, VERSION = "sync points", 1
 PLACES = "attention", "ffn", "block"
-BITS = 4, 5, 6, 8
 MOST_RANK = 4096
 
 

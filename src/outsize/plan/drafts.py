@@ -30,7 +30,8 @@ def with_drafting(spec: DraftSpec, outline: Outline) -> Outline:
     if spec.kind == "none":
         return outline
     d, file = outline.description, mtp_file.find(spec, outline)
-    entries = (d.kv_sizes[i] for i in d.kv_layers)
+    each = d.kv_sizes
+    entries = (each[i] for i in d.kv_layers)
     slots = SPARE * 4 * sum(heads * numbers for heads, numbers in entries)
     weights = 0 if file is None else int(MTP_SHARE * file_bytes(file))
     logits = (MOST + 1) * d.vocab_size * ROW_BYTES

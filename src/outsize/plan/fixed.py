@@ -57,7 +57,8 @@ def _by_token(o: Outline) -> list[TableHeader]:
 def stored_bytes(o: Outline) -> int:
     """Of one token: its keys and values in all layers."""
     d = o.description
-    sizes = [d.kv_sizes[i] for i in d.kv_layers]
+    each = d.kv_sizes
+    sizes = [each[i] for i in d.kv_layers]
     if o.kv == "int8":
         return sum(2 * heads * entry_bytes(numbers) for heads, numbers in sizes)
     return sum(2 * heads * numbers * o.activation_bytes for heads, numbers in sizes)

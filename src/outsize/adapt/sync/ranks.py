@@ -19,7 +19,7 @@ from outsize.forward.full import hidden
 from outsize.forward.span import Span
 from outsize.kernels.backend import Backend
 from outsize.kernels.find import find
-from outsize.kernels.turned import turner
+from outsize.kernels.turned import BITS, turner
 from outsize.model.dropped import SummedAttention
 from outsize.model.paged import PagedLayer
 from outsize.model.step import Step
@@ -36,7 +36,6 @@ from outsize.parallel.transport import Threads, threads
 from outsize.weights import load as weights
 
 ROWS = 64  # logits computed at once
-BITS = 4, 5, 6, 8
 Choice = Callable[[int], Points]  # of a rank
 
 

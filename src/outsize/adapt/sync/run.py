@@ -17,10 +17,11 @@ from outsize.adapt import checkpoints
 from outsize.adapt.sparsity.words import Words, words
 from outsize.adapt.sync.choose import CORRECTED, DROPPED, WHOLE, Layer, Rises, Times, choose
 from outsize.adapt.sync.journal import Journal
-from outsize.adapt.sync.ranks import BITS, Ranks, opened
+from outsize.adapt.sync.ranks import Ranks, opened
 from outsize.arguments import real, whole
 from outsize.errors import AdapterError, OptionError
 from outsize.home import home
+from outsize.kernels.turned import BITS
 from outsize.pack import fetch, sync_file
 from outsize.pack.format import Pack
 from outsize.pack.sync_file import KIND, VERSION, SyncAbout
@@ -33,7 +34,6 @@ from outsize.progress import Progress, steps
 
 AT_ONCE = 6  # layers whose corrections are fitted in one pass: each takes (2D + 1)^2 numbers a rank
 TRIES = 6
-PLACES = "attention", "ffn"
 HEADS = split.Way("sum", "heads")
 
 
