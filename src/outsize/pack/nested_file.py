@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from outsize.checkpoint.lora import Stored, raw
-from outsize.checkpoint.typed_json import read_fields
 from outsize.errors import AdapterError
+from outsize.pack.add_on import AddOn, shape_fault
 from outsize.pack.format import Pack
 
 KIND, VERSION = "nested", 1
@@ -25,6 +25,13 @@ SUFFIX = ".nested.safetensors"
 ROUTER, BIAS, USE = "router", "bias", "use"
 A, B, C = "a", "b", "c"  # of corrections
 MOST_ROWS, MOST_RANK = 64, 1024
+ADD_ON = AddOn(
+    KIND,
+    VERSION,
+    "nested experts",
+    "outsize adapt nested",
+    "outsize adapt nested MODEL --data FILE",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +93,7 @@ class NestedFile:
         """A tensor in fp32. Raises AdapterError if numbers in it are none."""
         found = self.tensors[name].float()
         if not bool(torch.isfinite(found).all()):
-            raise damaged(self.path, f"{name} has numbers that are not finite")
+            raise ADD_ON.damaged(self.path, f"{name} has numbers that are not finite")
         return found
 
     @property
@@ -113,20 +120,16 @@ def read(path: Path, pack: Pack) -> NestedFile:
     tensors, said = raw(path)
     if said.get("kind") != KIND or said.get("version") != VERSION:
         raise AdapterError(
-            f"{path} is no file of nested experts of this version ({VERSION}); `outsize adapt nested MODEL "
-            "--data FILE` makes one"
+            f"{path} is no file of {ADD_ON.what} of this version ({VERSION}); `{ADD_ON.example}` makes one"
         )
-    try:
-        about = NestedAbout(**read_fields(NestedAbout, said, ""))
-    except ValueError as e:
-        raise damaged(path, str(e)) from None
+    about = ADD_ON.parsed(path, said, NestedAbout)
     if (about.identity, about.layout) != (pack.source.identity, pack.source.layout):
         raise AdapterError(
             f"{path} is for another pack than {pack.path.name}, or for another order of its neurons, whose "
             "numbers its routers know; make one with `outsize adapt nested`"
         )
     if problem := _fault(about, tensors, pack):
-        raise damaged(path, problem)
+        raise ADD_ON.damaged(path, problem)
     return NestedFile(path, about, tensors)
 
 
@@ -152,11 +155,7 @@ def _fault(about: NestedAbout, tensors: Stored, pack: Pack) -> str:
     if rank:
         due |= {A: (layers, m - 1, rank, d.width), B: (layers, m - 1, d.width, rank)}
         due |= {C: (layers, m - 1, d.width)}
-    shapes = tensors.shapes()
-    wrong = next((n for n in {**due, **shapes} if due.get(n) != shapes.get(n)), None)
-    if wrong is not None:
-        return f"tensor {wrong[:60]!r} has shape {shapes.get(wrong)}, {due.get(wrong)} is due"
-    return ""
+    return shape_fault(due, tensors)
 
 
 def _family_fault(family: Sequence[Member]) -> str:
@@ -165,7 +164,3 @@ def _family_fault(family: Sequence[Member]) -> str:
     rises = all(a.threshold < b.threshold and a.share <= b.share for a, b in pairwise(family))
     sound = all(m.threshold >= 0 and 0 < m.share <= 1 and m.perplexity >= 1 for m in family)
     return "" if rises and sound else "the shares of its family do not rise with their thresholds"
-
-
-def damaged(path: Path, problem: str) -> AdapterError:
-    return AdapterError(f"{path} is damaged: {problem}; make it again with `outsize adapt nested`")

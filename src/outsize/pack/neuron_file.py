@@ -11,16 +11,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from outsize.checkpoint.lora import Stored, raw
-from outsize.checkpoint.typed_json import read_fields
+from outsize.checkpoint.lora import Stored
 from outsize.encoding.find import ENCODINGS
 from outsize.errors import AdapterError, UnsupportedError
+from outsize.pack.add_on import AddOn, shape_fault
 from outsize.pack.tables import Matrix, field_bytes
 
 KIND, VERSION = "neurons", 1
 THRESHOLDS, FIRING = "thresholds", "firing"
 SUFFIX = ".neurons.safetensors"
 MOST_ROWS = 1 << 24
+ADD_ON = AddOn(
+    KIND, VERSION, "neurons", "outsize adapt sparsity", "outsize adapt sparsity MODEL --data FILE"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,7 @@ class NeuronFile:
         """An fp32 tensor. Raises AdapterError if numbers in it are none."""
         found = self.tensors[name].float()
         if not bool(torch.isfinite(found).all()):
-            raise _damaged(self.path, f"{name} has numbers that are not finite")
+            raise ADD_ON.damaged(self.path, f"{name} has numbers that are not finite")
         return found
 
     def layer(self, layer: int) -> Iterator[tuple[str, Matrix, dict[str, Tensor]]]:
@@ -105,22 +108,9 @@ def stored(matrix: Matrix, fields: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def read(path: Path, num_layers: int) -> NeuronFile:
     """Raises AdapterError for what is no such file, or is damaged."""
-    tensors, said = raw(path)
-    if said.get("kind") != KIND:
-        raise AdapterError(
-            f"{path} says nothing of neurons; `outsize adapt sparsity MODEL --data FILE` makes such a file"
-        )
-    if said.get("version") != VERSION:
-        raise AdapterError(
-            f"{path} was made by another outsize (version {str(said.get('version'))[:20]}, this is "
-            f"{VERSION}); make it again with `outsize adapt sparsity`"
-        )
-    try:
-        about = NeuronAbout(**read_fields(NeuronAbout, said, ""))
-    except ValueError as e:
-        raise _damaged(path, str(e)) from None
+    tensors, about = ADD_ON.read(path, NeuronAbout)
     if problem := _fault(about, tensors, num_layers):
-        raise _damaged(path, problem)
+        raise ADD_ON.damaged(path, problem)
     return NeuronFile(path, about, tensors)
 
 
@@ -139,8 +129,7 @@ def _fault(about: NeuronAbout, tensors: Stored, num_layers: int) -> str:
         return f"it has {about.count:,} bundles of {about.bundle:,} neurons"
     if not all(0 <= s <= 1 for s in (about.share, about.fires, about.missed)):
         return "a share in it is not from 0 to 1"
-    shapes = tensors.shapes()
-    due = {THRESHOLDS: (num_layers,), FIRING: (num_layers, about.count)}
+    due: dict[str, tuple[int, ...]] = {THRESHOLDS: (num_layers,), FIRING: (num_layers, about.count)}
     due |= {name: (length,) for name, length in about.vectors.items()}
     try:
         for name, m in about.matrices.items():
@@ -153,13 +142,4 @@ def _fault(about: NeuronAbout, tensors: Stored, num_layers: int) -> str:
             due |= {f"{name}.{f}": (field_bytes(spec),) for f, spec in m.specs.items()}
     except UnsupportedError as e:
         return str(e)
-    wrong = next((n for n in {**due, **shapes} if due.get(n) != shapes.get(n)), None)
-    if wrong is not None:
-        return f"tensor {wrong[:60]!r} has shape {shapes.get(wrong)}, {due.get(wrong)} is due"
-    return ""
-
-
-def _damaged(path: Path, problem: str) -> AdapterError:
-    return AdapterError(
-        f"{path} is damaged: {problem}; make it again with `outsize adapt sparsity`"
-    )
+    return shape_fault(due, tensors)

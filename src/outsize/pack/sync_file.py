@@ -11,14 +11,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from outsize.checkpoint.lora import Stored, raw
-from outsize.checkpoint.typed_json import read_fields
+from outsize.checkpoint.lora import Stored
 from outsize.errors import AdapterError
 from outsize.kernels.turned import BITS
+from outsize.pack.add_on import AddOn, shape_fault
 
 KIND, VERSION = "sync points", 1
 PLACES = "attention", "ffn", "block"
 MOST_RANK = 4096
+ADD_ON = AddOn(
+    KIND, VERSION, "sums between ranks", "outsize adapt sync",
+    "outsize adapt sync MODEL --ranks 2 --data FILE",
+)  # fmt: skip
 
 
 def suffix(world: int) -> str:
@@ -86,29 +90,17 @@ class SyncFile:
         }
         for name, x in found.items():
             if x.dtype != torch.bfloat16 or not bool(torch.isfinite(x).all()):
-                raise _damaged(self.path, f"{name} has numbers that are not finite, or no bf16")
+                raise ADD_ON.damaged(
+                    self.path, f"{name} has numbers that are not finite, or no bf16"
+                )
         return found
 
 
 def read(path: Path, num_layers: int, width: int) -> SyncFile:
     """Raises AdapterError for what is no such file, or is damaged."""
-    tensors, said = raw(path)
-    if said.get("kind") != KIND:
-        raise AdapterError(
-            f"{path} says nothing of sums between ranks; `outsize adapt sync MODEL --ranks 2 --data FILE` "
-            "makes such a file"
-        )
-    if said.get("version") != VERSION:
-        raise AdapterError(
-            f"{path} was made by another outsize (version {str(said.get('version'))[:20]}, this is "
-            f"{VERSION}); make it again with `outsize adapt sync`"
-        )
-    try:
-        about = SyncAbout(**read_fields(SyncAbout, said, ""))
-    except ValueError as e:
-        raise _damaged(path, str(e)) from None
+    tensors, about = ADD_ON.read(path, SyncAbout)
     if problem := _fault(about, tensors, num_layers, width):
-        raise _damaged(path, problem)
+        raise ADD_ON.damaged(path, problem)
     return SyncFile(path, about, tensors)
 
 
@@ -146,12 +138,4 @@ def _fault(about: SyncAbout, tensors: Stored, num_layers: int, width: int) -> st
         for rank in range(about.world)
         for factor, shape in shapes.items()
     }
-    found = tensors.shapes()
-    wrong = next((n for n in {**due, **found} if due.get(n) != found.get(n)), None)
-    if wrong is not None:
-        return f"tensor {wrong[:60]!r} has shape {found.get(wrong)}, {due.get(wrong)} is due"
-    return ""
-
-
-def _damaged(path: Path, problem: str) -> AdapterError:
-    return AdapterError(f"{path} is damaged: {problem}; make it again with `outsize adapt sync`")
+    return shape_fault(due, tensors)
