@@ -14,25 +14,27 @@ from outsize.errors import PeerError
 from outsize.home import expanded
 
 MOST = 64  # adapters
+Files = Mapping[str, Sequence[tuple[str, bytes]]]  # of each adapter: names, and what is in them
 
 
-def tell(adapters: Mapping[str, Path]) -> list[dict[str, object]]:
-    """What ranks are told of them: names, and each file's name and size. Raises AdapterError."""
+def read(adapters: Mapping[str, Path]) -> Files:
+    """All that ranks are given. Raises AdapterError."""
+    return {name: lora.files(expanded(path)) for name, path in adapters.items()}
+
+
+def tell(files: Files) -> list[dict[str, object]]:
+    """What ranks are told of them: names, and each file's name and size."""
     return [
-        {"name": name, "files": [[file, len(data)] for file, data in _files(path)]}
-        for name, path in adapters.items()
+        {"name": name, "files": [[file, len(data)] for file, data in some]}
+        for name, some in files.items()
     ]
 
 
-def give(talk: Talk, rank: int, adapters: Mapping[str, Path]) -> None:
-    """The files, in the order in which they were told of."""
-    for path in adapters.values():
-        for _, data in _files(path):
+def give(talk: Talk, rank: int, files: Files) -> None:
+    """In the order in which they were told of."""
+    for some in files.values():
+        for _, data in some:
             talk.give(rank, data)
-
-
-def _files(path: Path) -> list[tuple[str, bytes]]:
-    return lora.files(expanded(path))
 
 
 @contextmanager

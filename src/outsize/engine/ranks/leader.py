@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from outsize.engine.ranks.adapters import give, tell
+from outsize.engine.ranks.adapters import give, read, tell
 from outsize.engine.ranks.children import Children
 from outsize.engine.ranks.how import Joined, extra_bytes, joined, keeps_all
 from outsize.engine.ranks.meet import How, met_again
@@ -72,23 +72,25 @@ class Team:
         """What the others plan for, and their adapters' files. Raises PeerError where one of them has no
         room."""
         self._adapters = adapters
-        told = {"context": context, "chunk": chunk, "adapters": tell(options.adapters)}
         names = "kv", "verify", "streams", "force"
-        self._planned = {**told, **{name: getattr(options, name) for name in names}}
+        told = {name: getattr(options, name) for name in names}
+        self._planned = {"context": context, "chunk": chunk, **told}
         self._say_plan()
 
     def tell_shards(self) -> None:
         """Each what is its. Raises PeerError."""
         for rank in self._talk.mesh.data:
             told = {"shard": asdict(self.shards[rank]), "threads": torch.get_num_threads()}
-            told |= {"parallel": str(self._spec), "points": self._how.sync.tell(rank)}
-            self._talk.say(rank, told)
-            self._how.sync.give(self._talk, rank)
+            points, factors = self._how.sync.told(rank)
+            self._talk.say(rank, told | {"parallel": str(self._spec), "points": points})
+            if factors:
+                self._talk.give(rank, factors)
 
     def _say_plan(self) -> None:
-        self._talk.say_all(self._planned)
+        files = read(self._how.options.adapters)
+        self._talk.say_all({**self._planned, "adapters": tell(files)})
         for rank in self._talk.mesh.data:
-            give(self._talk, rank, self._how.options.adapters)
+            give(self._talk, rank, files)
         self._talk.hear_all()
 
     def _go(self) -> Transport:

@@ -52,19 +52,13 @@ class Sync:
         factors, about = self.file.corrections(rank), self.file.about
         return Points(_drop(self.layers, factors), dict(about.bits), self.rest)
 
-    def tell(self, rank: int) -> dict[str, object]:
-        """What a rank is told; its corrections follow (`give`)."""
+    def told(self, rank: int) -> tuple[dict[str, object], bytes]:
+        """What a rank is told; and its corrections, which follow, if there are any. Raises AdapterError."""
         bits: Mapping[str, int] = {} if self.file is None else self.file.about.bits
-        size = len(self._factors(rank))
-        return {"dropped": list(self.layers), "bits": dict(bits), "rest": self.rest, "size": size}
-
-    def give(self, talk: Talk, rank: int) -> None:
-        if factors := self._factors(rank):
-            talk.give(rank, factors)
-
-    def _factors(self, rank: int) -> bytes:
         found = {} if self.file is None else self.file.corrections(rank)
-        return saves(found) if found else b""
+        data = saves(found) if found else b""
+        said = {"dropped": list(self.layers), "bits": dict(bits), "rest": self.rest}
+        return said | {"size": len(data)}, data
 
 
 def find(spec: ParallelSpec, pack: Pack, world: int) -> Sync:
