@@ -32,17 +32,11 @@ from outsize.system.interrupts import put_off
 Pair = tuple[Span, KV]
 
 
-class Lead:
-    """What the leader's model calls for each step."""
+class Leading:
+    """A leader's end: what it has in common whatever it leads."""
 
-    def __init__(self, transport: Transport, is_whole: bool = True) -> None:
-        """`is_whole`: does each rank have all key heads?"""
-        self._transport, self._is_whole = transport, is_whole
-        self._others = others(transport.rank, transport.world)
-        self._numbers: WeakKeyDictionary[KV, int] = WeakKeyDictionary()
-        self._known: dict[int, int] = {}  # positions that the others have
-        self._done: list[int] = []
-        self._fresh = count()
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
         self.adapters: Sequence[Adapter] = ()  # that the others have, too
         self._broken = ""
 
@@ -52,35 +46,62 @@ class Lead:
         return self._broken
 
     def renew(self) -> None:
-        """The others have come again, with nothing: they are sent what is needed with the next step."""
-        self._numbers, self._known, self._done = WeakKeyDictionary(), {}, []
+        """The others have come again."""
         self._broken = ""
 
     @property
     def wire(self) -> Wire:
-        """What was sent and received: of steps, and within them."""
+        """What this rank has sent and received."""
         return self._transport.wire
 
-    @contextmanager
-    def step(self, pairs: Sequence[tuple[Span, KV]]) -> Iterator[None]:
-        """Around a step of this rank: the others are told of it. It is not interrupted in the middle: the
-        others would wait. Raises PeerError, OptionError."""
+    def end(self) -> None:
+        """Tell the others that nothing comes any more, and hear that they know. Raises PeerError."""
+        if not self._broken:
+            self._broken = "they have ended"
+            words.end(self._transport)
+
+    def check(self) -> None:
+        """Raises PeerError where the ranks no longer run together."""
         if self._broken:
             raise PeerError(f"the ranks no longer run together ({self._broken}); start them again")
-        _check(pairs, self.adapters)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what all ranks do. It is not interrupted in the middle: the others would wait."""
         with put_off():
             try:
-                self._tell(pairs)
                 yield
             except BaseException as e:
                 self._broken = str(e) or type(e).__name__
                 raise
 
-    def end(self) -> None:
-        """Tell the others that no step comes any more, and hear that they know. Raises PeerError."""
-        if not self._broken:
-            self._broken = "they have ended"
-            words.end(self._transport)
+
+class Lead(Leading):
+    """What the leader's model calls for each step."""
+
+    def __init__(self, transport: Transport, is_whole: bool = True) -> None:
+        """`is_whole`: does each rank have all key heads?"""
+        super().__init__(transport)
+        self._is_whole = is_whole
+        self._others = others(transport.rank, transport.world)
+        self._numbers: WeakKeyDictionary[KV, int] = WeakKeyDictionary()
+        self._known: dict[int, int] = {}  # positions that the others have
+        self._done: list[int] = []
+        self._fresh = count()
+
+    def renew(self) -> None:
+        """The others have come again, with nothing: they are sent what is needed with the next step."""
+        self._numbers, self._known, self._done = WeakKeyDictionary(), {}, []
+        super().renew()
+
+    @contextmanager
+    def step(self, pairs: Sequence[tuple[Span, KV]]) -> Iterator[None]:
+        """Around a step of this rank: the others are told of it. Raises PeerError, OptionError."""
+        self.check()
+        _check(pairs, self.adapters)
+        with self.together():
+            self._tell(pairs)
+            yield
 
     def _tell(self, pairs: Sequence[Pair]) -> None:
         done, self._done = self._done, []

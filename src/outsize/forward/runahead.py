@@ -22,11 +22,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from outsize.errors import PeerError
 from outsize.forward import chain_costs, words
 from outsize.forward.full import full, hidden
 from outsize.forward.lazy import lazy
-from outsize.forward.lead import numbered
+from outsize.forward.lead import Leading, numbered
 from outsize.forward.span import Out, Span
 from outsize.kv.kv import KV
 from outsize.model.lora import Adapter
@@ -36,8 +35,7 @@ from outsize.model.transformer import Transformer
 from outsize.parallel.cuts import Costs, Cuts
 from outsize.parallel.lane import Line
 from outsize.parallel.rooms import as_bytes
-from outsize.parallel.transport import Transport, Wire
-from outsize.system.interrupts import put_off
+from outsize.parallel.transport import Transport
 
 PIECE = 512  # positions of a message
 WINDOW = 8 << 20  # bytes of entries that are on their way, to or from this rank
@@ -46,29 +44,14 @@ LEADER = 0
 Choose = Callable[[int, int, int], Cuts | None]
 
 
-class Chain:
+class Chain(Leading):
     """The leader's end, a `Forward`: long prompts go over the chain, all else runs here."""
 
     def __init__(self, transport: Transport, choose: Choose) -> None:
-        self._transport, self.choose = transport, choose
+        super().__init__(transport)
+        self.choose = choose
         self.costs: Costs | None = None  # as measured when the ranks came
-        self._broken = ""
-        self.adapters: Sequence[Adapter] = ()  # that the others have, too
         self.cuts: tuple[int, ...] = ()  # tokens of each rank, of the last prompt that was shared
-
-    @property
-    def broken(self) -> str:
-        """Why the ranks no longer run together; "" while they do."""
-        return self._broken
-
-    def renew(self) -> None:
-        """The others have come again."""
-        self._broken = ""
-
-    @property
-    def wire(self) -> Wire:
-        """What this rank has sent and received."""
-        return self._transport.wire
 
     @torch.inference_mode()
     def __call__(self, model: Transformer, spans: Sequence[Span], kvs: Sequence[KV]) -> list[Out]:
@@ -100,12 +83,11 @@ class Chain:
         return ends if span.want <= stop - ends[-2] else []
 
     def _shared(self, model: Transformer, span: Span, kv: KV, ends: Sequence[int]) -> Out:
-        if self._broken:
-            raise PeerError(f"the ranks no longer run together ({self._broken}); start them again")
+        self.check()
         transport, begin = self._transport, ends[-2]
         starts = [span.start, *ends]
         kv.truncate(span.start)
-        with put_off():
+        with self.together():
             try:
                 for rank in range(1, transport.world):
                     place = slice(starts[rank - 1] - span.start, starts[rank] - span.start)
@@ -117,19 +99,10 @@ class Chain:
                 model.relay = Link(transport, model, kv, coming)
                 rest = replace(span, start=begin, tokens=span.tokens[begin - span.start :])
                 (out,) = full(model, [rest], [kv])
-            except BaseException as e:
-                self._broken = str(e) or type(e).__name__
-                raise
             finally:
                 model.relay = None
         self.cuts = tuple(b - a for a, b in zip(starts, ends, strict=False))
         return out
-
-    def end(self) -> None:
-        """Tell the others that no prompt comes any more, and hear that they know. Raises PeerError."""
-        if not self._broken:
-            self._broken = "they have ended"
-            words.end(self._transport)
 
 
 def follow(model: Transformer, transport: Transport, adapters: Sequence[Adapter] = ()) -> None:
