@@ -13,7 +13,7 @@ from torch import Tensor
 
 from experiments.quality.nested_arms import Arms, Way, sizes, spread_over
 from experiments.runs import arguments, record
-from outsize.adapt.divergence import divergence
+from outsize.adapt.divergence import divergence, following
 from outsize.adapt.nested.prefixes import Prefixes
 from outsize.adapt.sparsity.words import spread, words
 
@@ -28,7 +28,7 @@ class Text:
     def __init__(self, arms: Arms, ids: Tensor) -> None:
         self.arms, self.ids = arms, ids
         self._former = arms.former(ids)
-        self._next = torch.cat([ids[:, 1:], ids[:, :1] * 0 - 1], 1)
+        self._next = following(ids)
 
     def row(self, way: Way) -> tuple[dict[str, float], Prefixes]:
         arms, seen = self.arms, self.arms.run(self.ids, way)

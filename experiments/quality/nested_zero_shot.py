@@ -12,7 +12,7 @@ import torch
 
 from experiments.quality.nested_arms import Plain, Way, spread_over
 from experiments.runs import arguments, record
-from outsize.adapt.divergence import divergence
+from outsize.adapt.divergence import divergence, following
 from outsize.adapt.nested.order import by_importance
 from outsize.adapt.nested.prefixes import in_order
 from outsize.adapt.sparsity.words import spread, words
@@ -50,8 +50,7 @@ def main() -> None:
 
 def _row(made: Plain, way: Way, former: torch.Tensor, ids: torch.Tensor) -> dict[str, float]:
     seen = made.run(ids, way)
-    following = torch.cat([ids[:, 1:], ids[:, :1] * 0 - 1], 1)
-    rows = zip(former, seen.states, following, strict=True)
+    rows = zip(former, seen.states, following(ids), strict=True)
     found = [divergence(made.model, *row) for row in rows]
     each = [f.kl for f in found]
     nll = torch.tensor([[f.perplexity, f.former_perplexity] for f in found]).log().mean(0).exp()

@@ -32,7 +32,7 @@ import torch
 from experiments.runs import Row, arguments, record
 from outsize.adapt.bits import Option, Stack, choose
 from outsize.adapt.calibration import due, start_of
-from outsize.adapt.divergence import divergence
+from outsize.adapt.divergence import divergence, following
 from outsize.adapt.fewer_bits import Over
 from outsize.adapt.palettes import Factor, encoding_of, feedback
 from outsize.adapt.statistics import LENGTH, Inputs, States, sequences
@@ -190,7 +190,7 @@ def tokens_of(model: str, text: Path, gsm: Path) -> tuple[list[int], list[int]]:
 
 def measured(model: TrainableModel, ids: torch.Tensor) -> Callable[[Over], Row]:
     states = States(model, ids)
-    follow = torch.cat([ids[:, 1:], torch.full((len(ids), 1), -1)], dim=1).flatten()
+    follow = following(ids).flatten()
     former = states.ends()
 
     def measure(over: Over) -> Row:
@@ -212,7 +212,7 @@ def main() -> None:
     probe = States(model, sequences(words[:LENGTH], start, LENGTH))
     first = probe.ends()
     ids = sequences(words[:LENGTH], start, LENGTH)
-    follow = torch.cat([ids[:, 1:], torch.full((len(ids), 1), -1)], dim=1).flatten()
+    follow = following(ids).flatten()
 
     def cost(layer: int, name: str, w: torch.Tensor) -> float:
         ends = probe.ends(Over({(layer, name): w}))

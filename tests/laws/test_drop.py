@@ -19,7 +19,6 @@ from outsize.engine.model import Model
 from outsize.forward.full import full, hidden
 from outsize.forward.span import Span
 from outsize.home import home
-from outsize.model.transformer import Transformer
 from outsize.parallel.collective import Pending, Point
 from outsize.parallel.dropped import Correction, Drop, Fit
 from outsize.parallel.points import Points
@@ -27,7 +26,7 @@ from outsize.parallel.split import Way
 from outsize.parallel.transport import threads
 from tests.golden import tiny
 from tests.laws.spans import logits
-from tests.laws.test_parallel import HEADS, TWO, alike, batch, script
+from tests.laws.test_parallel import HEADS, TWO, alike, alone, batch, script
 from tests.parallel.sharded import Rank, opened, shards_of
 
 FAMILIES = ("llama+wide", "qwen2+wide", "qwen3+wide", "llama+biases")
@@ -116,15 +115,6 @@ def test_an_oracle_gives_both_sums(family: str, open_tiny: Callable[..., Model])
 def test_rows_do_not_see_their_company(rank: int, open_tiny: Callable[..., Model]) -> None:
     """L5."""
     one = open_tiny("qwen2+wide", "q4_0")
-
-    def alone(model: Transformer) -> Tensor:
-        rows = []
-        for i in range(8):
-            kv, prompt = model.new_kv(), tiny.TOKENS[i : i + 3 + 4 * i]
-            full(model, [Span(0, prompt)], [kv])
-            for at, token in enumerate(tiny.TOKENS[i : i + 2], len(prompt)):
-                rows.append(full(model, [Span(at, [token])], [kv])[0].logits_KV)
-        return torch.cat(rows)
 
     with opened(shards_of(one.pack, TWO, HEADS), points=dropping(1, rank=rank)) as run:
         together = alike(run(lambda rank: batch(rank.model)))[:16]

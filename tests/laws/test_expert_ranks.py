@@ -7,20 +7,18 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from torch import Tensor
 
 from outsize.engine.model import Model
 from outsize.errors import OptionError, UnsupportedError
-from outsize.forward.full import full, hidden
+from outsize.forward.full import hidden
 from outsize.forward.span import Span
-from outsize.model.transformer import Transformer
 from outsize.pack.format import Pack
 from outsize.parallel.split import Ranks, Way, split
 from outsize.parallel.transport import threads
 from outsize.weights.open_pack import LoadPlan
 from outsize.weights.residency import Share
 from tests.golden import tiny
-from tests.laws.test_parallel import alike, batch, half, near, script
+from tests.laws.test_parallel import alike, alone, batch, half, near, script
 from tests.parallel.sharded import opened
 
 CASES = [
@@ -66,15 +64,6 @@ def test_each_rank_reads_its_own(open_tiny: Callable[..., Model]) -> None:
 @pytest.mark.parametrize("encoding", ["q4_0"])
 def test_rows_do_not_see_their_company(encoding: str, open_tiny: Callable[..., Model]) -> None:
     one = open_tiny("olmoe", encoding)
-
-    def alone(model: Transformer) -> Tensor:
-        rows = []
-        for i in range(8):
-            kv, prompt = model.new_kv(), tiny.TOKENS[i : i + 3 + 4 * i]
-            full(model, [Span(0, prompt)], [kv])
-            for at, token in enumerate(tiny.TOKENS[i : i + 2], len(prompt)):
-                rows.append(full(model, [Span(at, [token])], [kv])[0].logits_KV)
-        return torch.cat(rows)
 
     with opened([one.pack] * 2, uncut="experts") as run:
         together = alike(run(lambda rank: batch(rank.model)))[:16]

@@ -50,6 +50,17 @@ def batch(model: Transformer) -> Tensor:
     return torch.cat(rows)
 
 
+def alone(model: Transformer) -> Tensor:
+    """The first step of `batch`, sequence by sequence and token by token."""
+    rows = []
+    for i in range(8):
+        kv, prompt = model.new_kv(), tiny.TOKENS[i : i + 3 + 4 * i]
+        full(model, [Span(0, prompt)], [kv])
+        for at, token in enumerate(tiny.TOKENS[i : i + 2], len(prompt)):
+            rows.append(full(model, [Span(at, [token])], [kv])[0].logits_KV)
+    return torch.cat(rows)
+
+
 def script(model: Transformer) -> Tensor:
     """A prompt, single tokens, drafts, and a batch."""
     return torch.cat([logits(model), batch(model)])
@@ -207,15 +218,6 @@ def test_sums_in_few_bits(
 def test_rows_of_sums_do_not_see_their_company(way: Way, open_tiny: Callable[..., Model]) -> None:
     """L5."""
     one = open_tiny("qwen2+wide", "q4_0")
-
-    def alone(model: Transformer) -> Tensor:
-        rows = []
-        for i in range(8):
-            kv, prompt = model.new_kv(), tiny.TOKENS[i : i + 3 + 4 * i]
-            full(model, [Span(0, prompt)], [kv])
-            for at, token in enumerate(tiny.TOKENS[i : i + 2], len(prompt)):
-                rows.append(full(model, [Span(at, [token])], [kv])[0].logits_KV)
-        return torch.cat(rows)
 
     with opened(shards_of(one.pack, TWO, way)) as run:
         together = alike(run(lambda rank: batch(rank.model)))[:16]

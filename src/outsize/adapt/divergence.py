@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from outsize.adapt.trainable import TrainableModel
 
@@ -21,6 +21,11 @@ class Divergence(NamedTuple):
     top1: float  # share with the same likeliest token
     perplexity: float
     former_perplexity: float
+
+
+def following(ids_BT: Tensor) -> Tensor:
+    """(B, T): the token after each of some sequences'; -1, which is unknown, after the last."""
+    return pad(ids_BT[:, 1:], (0, 1), value=-1)
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from torch import Tensor
 from outsize.adapt.bits import Option, Stack, choose
 from outsize.adapt.calibration import Calibration
 from outsize.adapt.change import Change
-from outsize.adapt.divergence import divergence
+from outsize.adapt.divergence import divergence, following
 from outsize.adapt.palettes import Factor, Rounded, rounded
 from outsize.adapt.spill import Spill
 from outsize.adapt.statistics import LENGTH, Inputs, States, sequences
@@ -58,7 +58,7 @@ class Candidates:
         self.tried: dict[tuple[int, str, int], Tried] = {}
         ids = sequences(text.held_out, text.start, LENGTH)
         self._states = States(model, ids)
-        self._next = torch.cat([ids[:, 1:], torch.full((len(ids), 1), -1)], dim=1).flatten()
+        self._next = following(ids).flatten()
         with torch.inference_mode():
             self._former = self._states.ends()
 

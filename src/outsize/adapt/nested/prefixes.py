@@ -67,6 +67,13 @@ def in_order(model: TrainableModel, order_LF: Tensor) -> list[Ffn]:
     return out
 
 
+def widest(count: int) -> Choose:
+    """Of so many widths, all of the feed-forward for every token."""
+    return lambda layer, x, error: torch.full(
+        x.shape[:-1], count - 1, dtype=torch.int64, device="cpu"
+    )
+
+
 class Prefixes(Change):
     """Runs every feed-forward at all of its widths, and goes on with the one that `choose` names (the last is
     all of it). `see` is shown each layer's input and what the widths give."""

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from outsize.adapt.divergence import divergence
+from outsize.adapt.divergence import divergence, following
 from outsize.adapt.head_loss import head_divergence
 from outsize.adapt.loop import Recipe
 from outsize.adapt.nested.aims import level_at, threshold_at
-from outsize.adapt.nested.prefixes import Choose, Ffn, Prefixes, labels
+from outsize.adapt.nested.prefixes import Choose, Ffn, Prefixes, labels, widest
 from outsize.adapt.nested.task import LABEL_SHARE, SEEDS, Widths, odds
 from outsize.adapt.sparsity.words import spread
 from outsize.adapt.statistics import FIRST, bf16_products, causal
@@ -111,7 +111,7 @@ class TuneTask:
     def _begin(self) -> None:
         """Routers that say what is common, and what levels and thresholds execute at first."""
         d, m = self.model.description, len(self.widths.pieces)
-        self._last = m - 1
+        self._whole = widest(m)
         seen = self._run(spread(self._ids_BT, CALIBRATION), self._whole)
         error_LNM = torch.stack([e.flatten(0, 1) for e in seen.errors])
         label = labels(error_LNM, level_at(error_LNM, self.recipe.share, self.widths.shares))
@@ -162,9 +162,6 @@ class TuneTask:
         with bf16_products():
             seen.states, _ = self.model.run(causal(self.model.embed(ids)), change=seen)
         return seen
-
-    def _whole(self, layer: int, x: Tensor, error: Tensor) -> Tensor:
-        return torch.full(x.shape[:-1], self._last, dtype=torch.int64, device="cpu")
 
     def _labelled(self, aims_B: Tensor) -> Choose:
         level_B11 = self._levels[aims_B].float()[:, None, None]
@@ -218,9 +215,8 @@ class TuneTask:
     def _kl(self, states_BTD: Tensor) -> float:
         model, ids = self.model, self._held_BT
         due, _ = model.run(causal(model.embed(ids)))
-        following = torch.cat([ids[:, 1:], ids[:, :1] * 0 - 1], dim=1).flatten()
         rows = due.flatten(0, 1), states_BTD.flatten(0, 1)
-        return round(divergence(model, *rows, following).kl, 5)
+        return round(divergence(model, *rows, following(ids).flatten()).kl, 5)
 
     def about(self) -> dict[str, object]:
         return {"kind": "nested tuning checkpoint", "widths": list(self.widths.pieces)}

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from outsize.adapt import checkpoints, loop
-from outsize.adapt.divergence import divergence
+from outsize.adapt.divergence import divergence, following
 from outsize.adapt.nested.cut import Learned
-from outsize.adapt.nested.prefixes import Ffn, Prefixes, in_order
+from outsize.adapt.nested.prefixes import Ffn, Prefixes, in_order, widest
 from outsize.adapt.nested.refit import refitted
 from outsize.adapt.nested.task import Widths
 from outsize.adapt.nested.tune import TuneRecipe, TuneTask
@@ -146,16 +146,11 @@ def _quality(
 ) -> Quality:
     """Of all of the feed-forwards, as they are kept."""
     kept = [Ffn(*(w.to(model.dtype) for w in f)) for f in made]
-    last = len(widths.pieces) - 1
     ids_BT = spread(found.held_out_BT, HELD)
-
-    def whole(layer: int, x: Tensor, error: Tensor) -> Tensor:
-        return torch.full(x.shape[:-1], last, dtype=torch.int64, device="cpu")
-
     with bf16_products():
         former, _ = model.run(causal(model.embed(ids_BT)))
-        seen = Prefixes(model, kept, widths.ends, whole)
+        seen = Prefixes(model, kept, widths.ends, widest(len(widths.pieces)))
         states, _ = model.run(causal(model.embed(ids_BT)), change=seen)
-    following = torch.cat([ids_BT[:, 1:], ids_BT[:, :1] * 0 - 1], dim=1).flatten()
-    said = divergence(model, former.flatten(0, 1), states.flatten(0, 1), following)
+    rows = former.flatten(0, 1), states.flatten(0, 1)
+    said = divergence(model, *rows, following(ids_BT).flatten())
     return Quality(bits_of(base), *said, ids_BT.numel() - len(ids_BT), found.text[:80])
