@@ -243,7 +243,7 @@ def hostile() -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize("options", [pytest.param(o, id=str(i)) for i, o in enumerate(hostile())])
 def test_no_schema_takes_a_second(options: dict[str, Any]) -> None:
-    """Refused, or followed for a few tokens: processor time, the best of three, for other tests run beside."""
+    """Refused, or followed for a few tokens: processor time, the best of three, as other tests run beside."""
     t = tokens()
     times = []
     for _ in range(3):
