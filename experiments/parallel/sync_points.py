@@ -2,11 +2,11 @@
 
     python -m experiments.parallel.sync_points MODEL.gguf TEXT.txt --ranks 3 [-o FILE]
 
-One process computes every rank's parts of every layer (transformers, fp32), and adds them up as the
-collectives of outsize/parallel would: Turned, Static, Drop with and without its correction. A row for each
-way: perplexity on the text's beginning, its change against exact sums in per cent with an interval of two
-standard errors (over chunks, paired), and how often the most likely token is the same. Steps, kept features,
-corrections and the order of layers are from the text's second half alone.
+One process computes every rank's parts of every layer (simulated.py), and adds them up as the collectives of
+outsize/parallel would: Turned, Static, Drop with and without its correction. A row for each way: perplexity
+on the text's beginning, its change against exact sums in per cent with an interval of two standard errors
+(over chunks, paired), and how often the most likely token is the same. Steps, kept features, corrections and
+the order of layers are from the text's second half alone. Ways whose rows FILE has are not measured again.
 """
 
 from __future__ import annotations
@@ -16,141 +16,33 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from experiments.parallel.simulated import Ranks, Sums, Way, coded, losses, tokens, zero_shot
 from experiments.runs import arguments
 from outsize.kernels.find import find
 from outsize.kernels.turned import turner
 from outsize.parallel.collective import Point
-from outsize.parallel.dropped import Correction, Drop, Fit, message
+from outsize.parallel.dropped import Correction, Drop, Fit
 from outsize.parallel.exact import sum_in_order
-from outsize.parallel.lowbit import Codec, Turned
+from outsize.parallel.lowbit import Turned
 from outsize.parallel.static import Ranges, Static, Table
 
-CHUNK, RANK = 256, 64
-Sums = Callable[[list[Tensor], Point], Tensor]
-Seen = Callable[[int, str, list[Tensor], Tensor], None]
-
-
-def exact(parts: list[Tensor], at: Point) -> Tensor:
-    return sum_in_order([p.bfloat16() for p in parts])
-
-
-@dataclass
-class Way:
-    """How sums are taken. `drops`: by rank; `again`: is a part that was not summed added later (the paper),
-    or never (a wrong version found in public code)? `seen`: is shown parts."""
-
-    name: str
-    sums: Sums = exact
-    drops: Sequence[Drop] = ()
-    again: bool = True
-    seen: Seen | None = None
-    more: dict[str, Any] = field(default_factory=dict)
-
-
-class Ranks:
-    """A model of transformers', cut as tensor parallelism cuts it."""
-
-    def __init__(self, model: Any, world: int) -> None:
-        self.model = model
-        self.world, c = world, self.model.config
-        kv, group = c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads
-        size = self.model.model.layers[0].self_attn.o_proj.weight.shape[1] // c.num_attention_heads
-        self.heads = [slice(a * group * size, b * group * size) for a, b in _cut(kv, world)]
-        self.neurons = [slice(a, b) for a, b in _cut(c.intermediate_size, world)]
-        self.outputs = [layer.self_attn.o_proj.weight.data for layer in self.model.model.layers]
-        for layer in self.model.model.layers:
-            assert layer.self_attn.o_proj.bias is None
-            layer.self_attn.o_proj = nn.Identity()
-
-    def logits(self, ids_T: Tensor, way: Way) -> Tensor:
-        inner = self.model.model
-        x, at = inner.embed_tokens(ids_T[None]), torch.arange(len(ids_T))[None]
-        angles = inner.rotary_emb(x, at)
-        mask = torch.full((len(ids_T), len(ids_T)), float("-inf")).triu(1)[None, None]
-        for index in range(len(inner.layers)):
-            x = self.layer(index, x, way, (angles, mask, at))
-        return self.model.lm_head(inner.norm(x))[0]
-
-    def layer(self, index: int, x: Tensor, way: Way, where: tuple[Any, Tensor, Tensor]) -> Tensor:
-        layer, weight = self.model.model.layers[index], self.outputs[index]
-        normed = layer.input_layernorm(x)
-        angles, mask, at = where
-        out = layer.self_attn(
-            hidden_states=normed, position_embeddings=angles, attention_mask=mask, position_ids=at
-        )[0][0]
-        parts = [out[:, h] @ weight[:, h].T for h in self.heads]
-        if way.seen is not None:
-            way.seen(index, "attention", parts, normed[0])
-        if way.drops and index in way.drops[0]:
-            return self.dropped(index, x[0], parts, way, normed[0])[None]
-        h = x[0] + way.sums(parts, Point(index, "attention"))
-        ffn = [self.ffn(index, h, r) for r in range(self.world)]
-        if way.seen is not None:
-            way.seen(index, "ffn", ffn, h)
-        return (h + way.sums(ffn, Point(index, "ffn")))[None]
-
-    def dropped(
-        self, index: int, x: Tensor, parts: list[Tensor], way: Way, normed: Tensor
-    ) -> Tensor:
-        out = []
-        for r, part in enumerate(parts):
-            ffn = self.ffn(index, way.drops[r].guess(index, x, part, normed), r)
-            out.append(message(part, ffn) if way.again else ffn)
-        summed = way.sums(out, Point(index, "block"))
-        return x + summed + (0 if way.again else sum(parts) / self.world)
-
-    def ffn(self, index: int, h: Tensor, rank: int) -> Tensor:
-        layer, some = self.model.model.layers[index], self.neurons[rank]
-        x, m = layer.post_attention_layernorm(h), layer.mlp
-        inner = m.act_fn(x @ m.gate_proj.weight[some].T) * (x @ m.up_proj.weight[some].T)
-        return inner @ m.down_proj.weight[:, some].T
-
-
-def tokens(tokenizer: Any, text: str, chunks: int) -> Tensor:
-    """(chunks, CHUNK) ids from the text's beginning."""
-    ids = tokenizer(text[: chunks * CHUNK * 8])["input_ids"]
-    return torch.tensor(ids[: chunks * CHUNK]).view(chunks, CHUNK)
-
-
-def _cut(count: int, world: int) -> list[tuple[int, int]]:
-    ends = [round(count * r / world) for r in range(world + 1)]
-    return list(pairwise(ends))
-
-
-def losses(ranks: Ranks, chunks: Tensor, way: Way) -> tuple[list[float], Tensor]:
-    """Mean loss of each chunk, and the most likely token at each place."""
-    found, likely = [], []
-    for ids in chunks:
-        logits = ranks.logits(ids, way)
-        found.append(float(nn.functional.cross_entropy(logits[:-1], ids[1:])))
-        likely.append(logits.argmax(1))
-    return found, torch.stack(likely)
-
-
-def coded(codecs: Sequence[Codec], places: Sequence[str] = ("attention", "ffn", "block")) -> Sums:
-    def sums(parts: list[Tensor], at: Point) -> Tensor:
-        if at.place not in places:
-            return exact(parts, at)
-        packed = [codec.pack(p, at) for codec, p in zip(codecs, parts, strict=True)]
-        return codecs[0].sum(packed, parts[0].shape[1], at)
-
-    return sums
+RANK, FEW = 64, 12  # of corrections; sequences by which two texts' features are compared
+GATE = 1.0  # per cent of perplexity, within which layers are chosen
 
 
 class Calibration:
     """What is learnt beforehand: ranges of every point, corrections of every layer."""
 
-    def __init__(self, ranks: Ranks, chunks: Tensor) -> None:
+    def __init__(self, ranks: Ranks, chunks: Tensor, fits: bool = True) -> None:
+        """`fits`: corrections, too."""
         self.ranks, self.width = ranks, ranks.outputs[0].shape[0]
         num = len(ranks.outputs)
         self.ranges = {
@@ -158,14 +50,17 @@ class Calibration:
             for i in range(num)
             for place in ("attention", "ffn")
         }
-        self.fits = [[Fit(self.width) for _ in range(ranks.world)] for _ in range(num)]
+        self.fits = [
+            [Fit(self.width) for _ in range(ranks.world)] for _ in range(num if fits else 0)
+        ]
+        self.tokens = chunks.numel()
         losses(ranks, chunks, Way("calibration", seen=self.see))
 
     def see(self, layer: int, place: str, parts: list[Tensor], normed: Tensor) -> None:
         total = sum_in_order(parts)
         for r, part in enumerate(parts):
             self.ranges[Point(layer, place)].see(r, part)  # type: ignore[arg-type]
-            if place == "attention":
+            if place == "attention" and self.fits:
                 self.fits[layer][r].add(normed, part, total - part)
 
     def static(self, choose: str) -> Sums:
@@ -180,6 +75,9 @@ class Calibration:
             }[choose]
             tables[at] = Table(table.step_PD, kept)
         return coded([Static(r, tables) for r in range(self.ranks.world)])
+
+    def way(self, choose: str) -> Way:
+        return Way(f"static, 16 bits for {choose}", self.static(choose))
 
     @cached_property
     def corrections(self) -> list[list[Correction]]:
@@ -209,34 +107,47 @@ class Calibration:
         return {"texts": sum(texts) / len(texts), "ranks": sum(between) / len(between)}
 
 
-def zero_shot(layers: Sequence[int], world: int) -> list[Drop]:
-    return [Drop(frozenset(layers))] * world
+Made = tuple[str, Callable[[], Way]]
 
 
-def ways(ranks: Ranks, known: Calibration, order: Sequence[int]) -> list[Way]:
+def ways(
+    ranks: Ranks, known: Calibration, order: Sequence[int], rises: Sequence[float]
+) -> Iterator[Made]:
+    """Each made when it is due."""
     num, world, made = len(ranks.outputs), ranks.world, find()
     all_, late = range(num), range(4, num)
-    found = [Way(f"turned, {b} bits", coded([Turned(turner(b, made))] * world)) for b in (4, 5, 6)]
-    found += [
-        Way(f"static, 16 bits for {c}", known.static(c)) for c in ("selected", "random", "none")
-    ]
-    found.append(
-        Way("attention whole, turned 4 bits", coded([Turned(turner(4, made))] * world, ["ffn"]))
-    )
-    for name, layers in (("all", all_), ("all but the first four", late)):
-        found.append(Way(f"dropped: {name}, zero-shot", drops=zero_shot(layers, world)))
-        found.append(Way(f"dropped: {name}, closed form", drops=known.corrected(layers)))
-    found.append(
-        Way(
-            "dropped: all but the first four, never added",
-            drops=zero_shot(late, world),
-            again=False,
-        )
-    )
+
+    def drops(name: str, layers: Sequence[int]) -> Iterator[Made]:
+        plain, fitted = f"dropped: {name}, zero-shot", f"dropped: {name}, closed form"
+        yield plain, lambda: Way(plain, drops=zero_shot(layers, world))
+        yield fitted, lambda: Way(fitted, drops=known.corrected(layers))
+
+    def turned(name: str, bits: int, *places: str) -> Made:
+        codecs = [Turned(turner(bits, made))] * world
+        return name, lambda: Way(name, coded(codecs, places) if places else coded(codecs))
+
+    yield from drops("all but the first four", late)
+    never = "dropped: all but the first four, never added"
+    yield never, lambda: Way(never, drops=zero_shot(late, world), again=False)
+    count = within(order, rises)
+    yield from drops(f"those within {GATE:g} %: {count}", order[:count])
     for share in (4, 2):
-        best = order[: num // share]
-        found.append(Way(f"dropped: best 1 in {share}, zero-shot", drops=zero_shot(best, world)))
-    return found
+        yield from drops(f"best 1 in {share}", order[: num // share])
+    yield from drops("all", all_)
+    yield turned("attention whole, turned 4 bits", 4, "ffn")
+    yield from (turned(f"turned, {b} bits", b) for b in (4, 5, 6))
+    for choose in ("selected", "random", "none"):
+        yield f"static, 16 bits for {choose}", partial(known.way, choose)
+
+
+def within(order: Sequence[int], rises: Sequence[float]) -> int:
+    """How many layers, those that cost least first, cost no more together than the gate lets them."""
+    total = 0.0
+    for count, layer in enumerate(order):
+        total += max(0.0, rises[layer])
+        if total > math.log1p(GATE / 100):
+            return count
+    return len(order)
 
 
 def sensitivity(ranks: Ranks, chunks: Tensor) -> list[float]:
@@ -250,44 +161,65 @@ def sensitivity(ranks: Ranks, chunks: Tensor) -> list[float]:
 
 
 def compared(
-    way: Way, base: tuple[list[float], Tensor], now: tuple[list[float], Tensor]
+    way: str, base: tuple[list[float], Tensor], now: tuple[list[float], Tensor]
 ) -> dict[str, Any]:
     rise = [b - a for a, b in zip(base[0], now[0], strict=True)]
     mean, num = sum(rise) / len(rise), len(rise)
     error = math.sqrt(sum((r - mean) ** 2 for r in rise) / max(num - 1, 1) / num)
     change = [round(100 * math.expm1(mean + s * error), 2) for s in (0, -2, 2)]
     return {
-        "way": way.name, "perplexity": round(math.exp(sum(now[0]) / num), 3), "change": change[0],
+        "way": way, "perplexity": round(math.exp(sum(now[0]) / num), 3), "change": change[0],
         "change_low": change[1], "change_high": change[2], "log_change": round(mean, 5),
         "top1_same": round(float((base[1] == now[1]).float().mean()), 4),
     }  # fmt: skip
 
 
-def measure(
-    ranks: Ranks,
-    text: Tensor,
-    learnt: list[Tensor],
-    sweep: int,
-    keep: Callable[[dict[str, Any]], None],
-) -> None:
+class Rows:
+    """What is known of a run, and what is added to it. `about`: in each row."""
+
+    def __init__(self, output: Path | None, about: dict[str, Any]) -> None:
+        self._output, self._about, self._start = output, about, time.monotonic()
+        lines = output.read_text().splitlines() if output is not None and output.exists() else []
+        rows = [json.loads(line) for line in lines]
+        mine = [row for row in rows if about.items() <= row.items()]
+        self.known: dict[str, dict[str, Any]] = {row["way"]: row for row in mine}
+
+    def get(self, way: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The row of a way, measured where there is none."""
+        if way not in self.known:
+            spent = round(time.monotonic() - self._start)
+            self.known[way] = row = {**self._about, "way": way, **measure(), "seconds": spent}
+            print(json.dumps(row), flush=True)
+            if self._output is not None:
+                with self._output.open("a") as out:
+                    out.write(json.dumps(row) + "\n")
+        return self.known[way]
+
+
+def measure(ranks: Ranks, text: Tensor, learnt: list[Tensor], sweep: int, rows: Rows) -> None:
     """Every way, a row each; `learnt`: two calibration texts, of which the first is used."""
-    known, again = Calibration(ranks, learnt[0]), Calibration(ranks, learnt[1])
-    keep({"way": "features", "calibration_tokens": learnt[0].numel(), **known.same(again)})
-    rises = sensitivity(ranks, learnt[0][:sweep])
-    order = sorted(range(len(rises)), key=rises.__getitem__)
-    keep({"way": "sweep", "rises": [round(r, 5) for r in rises], "order": order})
     base = losses(ranks, text, Way("exact"))
-    keep(compared(Way("exact"), base, base))
-    for way in ways(ranks, known, order):
-        keep(compared(way, base, losses(ranks, text, way)))
+    rows.get("exact", lambda: compared("exact", base, base))
+    swept = rows.get(
+        "sweep", lambda: {"rises": [round(r, 5) for r in sensitivity(ranks, learnt[0][:sweep])]}
+    )
+    rises: list[float] = swept["rises"]
+    order = sorted(range(len(rises)), key=rises.__getitem__)
+    known = Calibration(ranks, learnt[0])
+    again = [Calibration(ranks, one[:FEW], fits=False) for one in learnt]
+    rows.get("features", lambda: {"calibration_tokens": again[0].tokens, **again[0].same(again[1])})
+    for name, make in ways(ranks, known, order, rises):
+        rows.get(
+            name, lambda name=name, make=make: compared(name, base, losses(ranks, text, make()))
+        )  # type: ignore[misc]
 
 
 def main() -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    args = arguments(__doc__, "model", "text", ranks=3, chunks=8, learn=24, sweep=2)
+    args = arguments(__doc__, "model", "text", ranks=3, chunks=16, learn=48, sweep=4)
     torch.set_grad_enabled(False)
-    start, path = time.monotonic(), Path(args.model)
+    path = Path(args.model)
     from_gguf: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     model = AutoModelForCausalLM.from_pretrained(str(path.parent), **from_gguf)
@@ -295,16 +227,13 @@ def main() -> int:
     text = tokens(tokenizer, whole, args.chunks)
     halves = [whole[len(whole) * n // 4 :] for n in (2, 3)]
     learnt = [tokens(tokenizer, half, args.learn) for half in halves]
-    about = {"model": path.stem, "ranks": args.ranks, "tokens": text.numel()}
-
-    def keep(row: dict[str, Any]) -> None:
-        line = json.dumps({**about, **row, "seconds": round(time.monotonic() - start)})
-        print(line, flush=True)
-        if args.output is not None:
-            with args.output.open("a") as out:
-                out.write(line + "\n")
-
-    measure(Ranks(model, args.ranks), text, learnt, args.sweep, keep)
+    about = {
+        "model": path.stem,
+        "ranks": args.ranks,
+        "tokens": text.numel(),
+        "learnt": learnt[0].numel(),
+    }
+    measure(Ranks(model, args.ranks), text, learnt, args.sweep, Rows(args.output, about))
     return 0
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from outsize.errors import OptionError, PeerError
@@ -67,9 +67,12 @@ def _number(text: str) -> float:
 class Slow:
     """A Transport as slow as `link`. `wire` counts the payload without the time stamps."""
 
-    def __init__(self, transport: Transport, link: Link) -> None:
+    def __init__(
+        self, transport: Transport, link: Link, noise: Callable[[], float] = lambda: 1.0
+    ) -> None:
+        """`noise`: how many times as long the next message takes to leave, of a link that others use, too."""
         self.rank, self.world, self.wire = transport.rank, transport.world, Wire()
-        self._inner, self._link = transport, link
+        self._inner, self._link, self._noise = transport, link, noise
         self._out_free = self._in_free = 0.0
 
     def exchange(self, out: Buffer, into: Mapping[int, Buffer]) -> None:
@@ -94,7 +97,8 @@ class Slow:
         self.wire.waited_s += time.perf_counter() - start
 
     def _stamped(self, out: Buffer) -> bytes:
-        self._out_free = max(time.monotonic(), self._out_free) + self._link.duration(len(out))
+        takes_s = self._link.duration(len(out)) * self._noise()
+        self._out_free = max(time.monotonic(), self._out_free) + takes_s
         self.wire.messages += 1
         self.wire.sent += len(out)
         return STAMP.pack(self._out_free + self._link.delay_s) + bytes(out)
