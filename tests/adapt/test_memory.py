@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import outsize
+from outsize.adapt import loop
 from outsize.adapt.memory import task as tasks
 from outsize.adapt.memory.inspect import Reader, clusters, plane, token_ids
 from outsize.adapt.memory.network import Shape, flex, forward, memory_norm, new_parameters
@@ -178,6 +179,35 @@ def test_resumed_after_a_kill_it_has_the_same_bits(text: Path, tmp_path: Path) -
     assert all(torch.equal(found[k], want[k]) for k in want)
     other = outsize_here(*flags(text, folder, "--resume"))
     assert "there is no checkpoint" in other.stderr
+
+
+def test_an_interrupt_in_a_step_waits_for_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the change of weights and its count: a whole step is saved, and goes on to the same bits."""
+    tokens, path = torch.arange(1000) * 7 % 320, tmp_path / "c"
+    recipe = MemoryRecipe(**RECIPE)  # type: ignore[arg-type]
+
+    def new() -> MemoryTask:
+        return MemoryTask(recipe, tokens, tokens, torch.device("cpu"), torch.float32)
+
+    whole, broken = loop.start(new(), ""), loop.start(new(), "")
+    loop.train(whole, tmp_path / "whole", 100, lambda _: None)
+    change = broken.optimizer.step
+
+    def interrupted() -> None:
+        change()
+        if broken.step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(broken.optimizer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(broken, path, 100, lambda _: None)
+    again = loop.resume(new(), path, "")
+    assert again.step == 3
+    loop.train(again, path, 100, lambda _: None)
+    for name, want in whole.task.parameters.items():
+        assert torch.equal(again.task.parameters[name], want)
 
 
 @pytest.mark.slow
