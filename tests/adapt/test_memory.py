@@ -172,6 +172,8 @@ def test_resumed_after_a_kill_it_has_the_same_bits(text: Path, tmp_path: Path) -
     process.wait()
     assert (folder / "training.checkpoint").exists()
     assert not (folder / "model.safetensors").exists()
+    with pytest.raises(OptionError, match="has not ended; go on with --resume"):  # nothing is lost
+        trained(text, folder)
     done = outsize_here(*flags(text, folder, "--every", "2", "--device", "cpu", "--resume"))
     assert done.returncode == 0, done.stderr
     found = load_file(folder / "model.safetensors")
@@ -281,6 +283,14 @@ def test_data_that_are_too_short(tmp_path: Path) -> None:
     short.write_text("".join(chr(33 + i * 7 % 90) + chr(33 + i * i % 90) for i in range(900)))
     with pytest.raises(DataError, match=r"tokens; .* are the least"):
         trained(short, tmp_path / "short", length=600)
+
+
+def test_a_folder_that_cannot_be_one(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "within"):
+        with pytest.raises(OptionError, match=r"cannot be written: [A-Z].*; name another"):
+            trained(text, folder)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_ranks_go_where_they_count() -> None:
