@@ -338,6 +338,8 @@ def test_reading_tokens_out(text: Path, tmp_path: Path) -> None:
         near = reader.nearest(token, 3, lambda _: None)
         assert near[0][0] == reader.text(int(cosine.argmax()))
         assert near[0][1] == pytest.approx(float(cosine.max()), abs=1e-3)
+        assert reader.text(0) == "<|endoftext|>"
+        assert len({reader.text(i) for i in range(320)}) == 320  # bytes of letters, too
         with pytest.raises(OptionError, match="has no tokens"):
             token_ids(reader, [""])
     done = outsize_here(
