@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 import outsize
 from outsize.adapt.sync.choose import CORRECTED, DROPPED, Layer, Rises, Times, choose, ways
-from outsize.adapt.sync.run import SyncOptions, interval, run
+from outsize.adapt.sync.means import interval
+from outsize.adapt.sync.run import SyncOptions, run
 from outsize.cli.main import app
 from outsize.errors import AdapterError, OptionError, UnsupportedError
 from outsize.pack import fetch, sync_file
