@@ -104,7 +104,7 @@ class Calibration:
             step, k = ranges.table().step_PD, self.width // 64
             tops = [row.topk(k).indices for row in step]
             between += [jaccard(tops[0], top) for top in tops[1:]]
-        return {"texts": sum(texts) / len(texts), "ranks": sum(between) / len(between)}
+        return {"alike_texts": sum(texts) / len(texts), "alike_ranks": sum(between) / len(between)}
 
 
 Made = tuple[str, Callable[[], Way]]
