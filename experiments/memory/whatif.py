@@ -2,7 +2,8 @@
 
 For each model and setting (bits=3.5, kv=int8, rank=8) the prediction and a run of what was foretold, in turn:
 decoding 96 tokens behind a prompt of 480. Of both the best of several tries counts, since whatever else
-runs makes one slower and none faster.
+runs makes one slower and none faster. `--made width=2/3:PACK,...`: packs that are there already; others are
+made here, which of few bits takes long.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ SETTINGS = ("bits=3.5", "kv=int8", "rank=8")
 
 
 @contextmanager
-def opened(base: Pack, setting: str, folder: Path, text: Path) -> Iterator[Model]:
-    """What was foretold, open."""
+def opened(base: Pack, setting: str, made: str, folder: Path, text: Path) -> Iterator[Model]:
+    """What was foretold, open. `made`: its pack's path, or none."""
     key, _, value = setting.partition("=")
-    path, more = base.path, {}
-    if key == "bits":
+    path, more = Path(made) if made else base.path, {}
+    if key == "bits" and not made:
         few = BitsOptions(float(value), calibrate=text, force=True, quiet=True)
         path = repack(base, few).pack.path
     if key == "kv":
@@ -44,8 +45,8 @@ def opened(base: Pack, setting: str, folder: Path, text: Path) -> Iterator[Model
     if key == "rank":
         file = folder / f"{base.path.name}-{value}.safetensors"
         about = {"rows": "adjacent", "scale": 1.0, "base": base.source.sha256}
-        made = nothing(base.description, int(value), 0)
-        save_file({k: v.bfloat16() for k, v in made.items()}, file, {KEY: json.dumps(about)})
+        factors = nothing(base.description, int(value), 0)
+        save_file({k: v.bfloat16() for k, v in factors.items()}, file, {KEY: json.dumps(about)})
         more = {"adapters": {"x": file}}
     with outsize.load(
         str(path), quiet=True, draft="none", prefix_cache="off", context=1024, **more
@@ -60,13 +61,14 @@ def tokens_per_s(model: Model, text: str, adapter: str | None) -> float:
 
 
 def main() -> None:
-    args = arguments(__doc__, "models+", text=Path, folder=Path, settings=list(SETTINGS))
+    args = arguments(__doc__, "models+", text=Path, folder=Path, settings=list(SETTINGS), made="")
+    made = dict(one.rsplit(":", 1) for one in args.made.split(",") if one)
     args.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     for name in args.models:
         base = fetch.pack(name, quiet=True)
         for setting in args.settings:
-            with opened(base, setting, args.folder, args.text) as model:
+            with opened(base, setting, made.get(setting, ""), args.folder, args.text) as model:
                 ids = model.tokens.encode(args.text.read_text()[: 12 * PROMPT])[:PROMPT]
                 words = model.tokens.decode(ids)
                 adapter = "x" if setting.startswith("rank") else None

@@ -30,6 +30,7 @@ from outsize.storage.records import Records
 from outsize.weights import load as weights
 from outsize.weights.open_pack import LoadPlan
 from outsize.weights.residency import Share, all_of
+from outsize.weights.spec import ExpertOptions
 from tests.golden import tiny
 from tests.laws.spans import logits
 
@@ -53,13 +54,20 @@ def shuffled(pack: Pack) -> Tensor:
 
 
 @contextmanager
-def opened(pack: Pack, slots: int | None = None, native: bool = True) -> Iterator[Transformer]:
-    """With so many slots for pieces."""
+def opened(
+    pack: Pack,
+    slots: int | None = None,
+    native: bool = True,
+    share: Share | None = None,
+    experts: ExpertOptions | None = None,
+) -> Iterator[Transformer]:
+    """With so many slots for pieces, or this share of them."""
+    share = share if slots is None else Share((), slots)
     backend = (native_in(home_folder() / "native") if native else None) or PLAIN
     shares = {t.name: all_of(t) for t in pack.tables}
-    if slots is not None:
-        shares |= {t.name: Share((), slots) for t in pack.tables if t.kind == "experts"}
-    loaded = weights.load(pack, backend, LoadPlan(shares))
+    if share is not None:
+        shares |= {t.name: share for t in pack.tables if t.kind == "experts"}
+    loaded = weights.load(pack, backend, LoadPlan(shares, experts=experts or ExpertOptions()))
     try:
         yield Transformer(pack.description, loaded, backend)
     finally:
@@ -187,6 +195,37 @@ def test_rows_are_their_own(
         assert torch.equal(torch.cat(row), expected)
     used = {w.used / w.seen for w in widths if w is not None}
     assert all(0 < share < 1 for share in used)
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_pieces_that_stay_and_that_pass(
+    folder_of: Callable[[str], Path], home: Path, one_by_one: bool
+) -> None:
+    """The most used in lent scratch, between long spans, the others read ahead, several at once: as if all
+    were held; and as if each were computed as it arrives, which who looks on makes them be."""
+    pack = packed(folder_of, "llama", "q4_1")
+    made = cut(pack, COUNT, shuffled(pack), silent)
+    few, many = [7, 3, 9], [t % tiny.VOCAB for t in tiny.TOKENS] * 8
+    texts = [few, few, many, few]
+    with opened(made) as model:
+        with_routers(model)
+        expected = [run(model, tokens, model.nested.width(0.6)) for tokens in texts]
+    experts = ExpertOptions("static", f"top:{COUNT}", ranked=(3, 0, 6, 4, 1, 7, 5, 2, 8))
+    if one_by_one:
+        experts = replace(experts, recorder=lambda *_: None)
+    share = Share((), 2 * COUNT, lent=2)
+    with opened(made, share=share, experts=experts) as model:
+        with_routers(model)
+        for tokens, due in zip(texts, expected, strict=True):
+            assert torch.equal(run(model, tokens, model.nested.width(0.6)), due)
+        (cache,) = {bank.cache for bank in model.loaded.banks}
+        stats = model.loaded.expert_stats
+        assert {3, 0} <= cache.slot_table.slot_of.keys(), "pinned in what is lent"
+        assert stats.hits > 0
+        assert stats.ready + stats.late > 0
+        assert sum(cache.table.bytes_of) == stats.bytes_read
+        model.begin(True)
+        assert not {8, 9} & cache.slot_table.id_in.keys(), "which goes, before a long span"
 
 
 def _of(model: Transformer, share: float | None) -> Width | None:

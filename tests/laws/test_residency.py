@@ -3,11 +3,13 @@ policy, any capacity that holds the request; and every byte is counted once."""
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +19,14 @@ from hypothesis import strategies as st
 from outsize import registry
 from outsize.caching import eviction
 from outsize.caching.policy import Hints, make
-from outsize.errors import CapacityError
+from outsize.errors import CapacityError, PackError
 from outsize.kernels.backend import Backend
 from outsize.storage.buffers import buffer
 from outsize.storage.reader import Reader
 from outsize.storage.table import Table, Weights
-from outsize.weights.residency import RoutedCache, Share
+from outsize.storage.tickets import Ticket
+from outsize.weights.residency import Share
+from outsize.weights.routed import RoutedCache
 from outsize.weights.rows import RowTable, join
 from outsize.weights.scan import ScanCache
 from tests.records import ROWS, STRIDE, open_table, write_table
@@ -124,6 +128,72 @@ def test_a_lent_ring_is_right_whenever_it_goes(made: Fixture) -> None:
             assert cached.return_scratch() == 4 * table.header.stride
             assert cached.return_scratch() == 0
             assert set(cached.slot_table.slot_of.values()) <= {0, 1, 2}
+
+
+def test_records_side_by_side_are_read_at_once(tmp_path: Path, reading: Backend) -> None:
+    """In the file and in slots, by threads of C, once each was checked; counted one by one."""
+    table = open_table(tmp_path, write_table(tmp_path, COUNT))
+    with Reader(backend=reading) as reader:
+        resident = ScanCache(table, reader, WHOLE).load(range(COUNT), lambda _: None)
+        before, sizes = table.stats.bytes_read, []
+        started = reader.submit_run
+
+        def submit_run(*args: Any) -> Ticket | None:
+            sizes.append(len(args[2]))
+            return started(*args)
+
+        reader.submit_run = submit_run  # type: ignore[method-assign]
+        cached = RoutedCache(table, reader, partial(make, "static", 6, Hints()), 6)
+        for ids in ([0, 1, 2], [3, 4, 5], [6, 7, 8], [0, 1, 2], [4, 8]):
+            assert all(map(same, cached.fetch(ids), [resident[i] for i in ids]))
+            cached.release()
+        assert sizes == [3 * STRIDE] * 2, "the slots were all used before"
+        cached.prefetch([3, 5, 6])
+        ahead = sorted(cached.slot_table.ahead)
+        cached.cancel(ahead)
+        assert all(map(same, cached.fetch(ahead), [resident[i] for i in ahead]))
+    assert sum(table.bytes_of) == table.stats.bytes_read
+    assert table.stats.bytes_read - before >= 15 * STRIDE
+    table.close()
+
+
+def test_a_run_that_fails_is_read_again(tmp_path: Path, reading: Backend) -> None:
+    table = open_table(tmp_path, write_table(tmp_path, COUNT))
+    with Reader(backend=reading) as reader:
+        cached = RoutedCache(table, reader, partial(make, "static", 4, Hints()), 4)
+        for ids in ([0, 1], [2, 3], [4, 5]):
+            cached.fetch(ids)
+            cached.release()
+        os.truncate(tmp_path / "t.records", STRIDE)
+        with pytest.raises(PackError, match="bytes early"):
+            cached.fetch([0, 1])
+    table.close()
+
+
+def test_lent_slots_hold_what_is_used_most(made: Fixture) -> None:
+    """They come and go, also what passed through the ring before, with reads on their way."""
+    table, reader, resident = made
+    hints = Hints(ranked=[5, 2, 7, 1, 0, 3, 4, 6, 8])
+    cached = RoutedCache(table, reader, partial(make, "static", 4, hints), 4, lent=3)
+    assert cached.lends
+    for turn in range(12):
+        cached.prefetch([5, 6])
+        cached.borrow_scratch()
+        for i in (5, 2, 7, 8, 0, 5):
+            assert same(cached.fetch([i])[0], resident[i])
+            cached.release()
+        assert {5, 2, 7} <= cached.slot_table.slot_of.keys()
+        hits = table.stats.hits
+        cached.fetch([5, 2, 7])
+        assert table.stats.hits == hits + 3
+        cached.release()
+        if turn % 3 == 0:
+            cached.restore()
+        else:
+            assert cached.return_scratch() == 3 * STRIDE
+        assert set(cached.slot_table.id_in) <= set(range(4))
+        assert same(cached.fetch([7])[0], resident[7])
+        cached.release()
 
 
 def test_unpinning_frees_and_stays_right(made: Fixture) -> None:

@@ -36,7 +36,10 @@ class Hints:
 
 
 class Policy(ABC):
-    """Decides which ids are in `capacity` slots."""
+    """Decides which ids are in `capacity` slots. `joins`: ids side by side are used together, so that one
+    read may fetch them all."""
+
+    joins = False
 
     @property
     @abstractmethod
@@ -56,6 +59,15 @@ class Policy(ABC):
     def drop_slot(self, least: int) -> tuple[int, int | None] | None:
         """Use one slot no longer: an empty one, or else that of least worth. Returns it, with the id that was
         in it; None if no more than `least` are left."""
+
+    def lengthen(self, slots: Sequence[int]) -> list[int]:
+        """Use these slots, too, as long as they are lent; ids that are forgotten for that. A policy that
+        cannot leaves them empty."""
+        return []
+
+    def shorten(self, slots: Sequence[int]) -> list[int]:
+        """The end of it: the ids that were in them."""
+        return []
 
     def begin_pass(self) -> None:  # noqa: B027  most do not care
         """The layers are visited from the first one on again."""

@@ -10,7 +10,8 @@ from outsize.model_config import Description
 from outsize.pack.kinds.kind import kinds
 from outsize.system import memory
 from outsize.weights.load import Loaded
-from outsize.weights.residency import RecordCache, RoutedCache
+from outsize.weights.residency import RecordCache
+from outsize.weights.routed import RoutedCache
 
 SLACK = 4 << 20  # bytes over what cannot be returned, before returning is tried again
 

@@ -79,6 +79,9 @@ class Outline:
     grammars: int = 0  # replies at once that may have to obey a schema or a grammar
     neurons: PagedNeurons | None = None  # then there are tables of their bundles, too
     nested: NestedFamily | None = None  # of a pack of nested experts with an add-on
+    pins_pieces: bool = (
+        False  # of nested experts: those used most stay, as no other policy was asked for
+    )
 
     @property
     def is_nested(self) -> bool:

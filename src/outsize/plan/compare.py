@@ -118,7 +118,8 @@ def _side(
     o: Outline, placed: Placement, compute: Compute, asked: Asked, rank: int | None = None
 ) -> Side:
     predicted = cost.predict(o, asked.machine, placed, compute, asked.prompt)
-    return Side(o, placed, predicted, tuple(operations(o, compute, asked.native, rank)))
+    found = operations(o, compute, asked.native, asked.prompt, rank)
+    return Side(o, placed, predicted, tuple(found))
 
 
 def _measured(now: Outline, then: Outline, native: Backend) -> tuple[Compute, Compute]:

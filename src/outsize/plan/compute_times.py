@@ -1,8 +1,12 @@
-"""How long a model computes: one random record of each table, timed for a token and a chunk of a prompt."""
+"""How long a model computes: random records of each table, timed for a token and a chunk of a prompt.
+
+A pass finds few of its weights in the processor's caches, since all the others were there in between. So a
+token's time is taken of several records in turn, which are larger than these together, or all there are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
 from dataclasses import replace
 from functools import partial
 
@@ -32,51 +36,57 @@ from outsize.pack.tables import Matrix, TableHeader
 from outsize.plan.machine import Compute
 from outsize.plan.probe import median_s
 from outsize.storage.buffers import buffer
-from outsize.storage.table import Weight, Weights, activation_type, views
+from outsize.storage.table import Weights, activation_type, views
 
 STEPS, CHUNKS = 24, 2
+IN_TURN = 64 << 20  # bytes of records, which is more than most processors' caches have
 
 
 @torch.inference_mode()
-def measure(o: Outline, backend: Backend) -> Compute:
-    """Time one random record of each table: a second or two, in no more memory than a run needs."""
-    steps: dict[str, float] = {}
-    chunks: dict[str, float] = {}
+def measure(o: Outline, backend: Backend, room: int = IN_TURN) -> Compute:
+    """Time random records of each table, of up to `room` bytes or one: a second or two."""
+    steps, chunks, entries = dict[str, float](), dict[str, float](), dict[str, float]()
     tokens = min(CHUNK, o.description.context - STEPS - 1)
     for t in o.tables:
         is_gate = t.name.startswith("ffn-") and not {"o", "gate_up"} & {*t.tensors}
         if t.kind == "experts" or (o.description.mixture is not None and is_gate):
             steps[t.name], chunks[t.name] = _expert_times(o, t, backend, tokens)
         elif t.kind == "layers" and t.name != "final-0":
-            steps[t.name], chunks[t.name] = _sublayer_times(o, t, backend, tokens)
+            found = _sublayer_times(o, t, random_records(t, backend, room), tokens, backend)
+            steps[t.name], chunks[t.name], entries[t.name] = found
         elif t.name == head_of(o.description):
-            steps[t.name] = _head_time(o, t, backend)
-    return Compute(steps, chunks, tokens)
+            steps[t.name] = _head_time(o, random_records(t, backend, room))
+    return Compute(steps, chunks, tokens, entries)
 
 
-def random_record(t: TableHeader, backend: Backend) -> Mapping[str, tuple[Weight, ...]]:
-    """A record with random codes and tame scales."""
-    raw, _ = buffer(t.stride)
-    raw.random_(0, 256)
-    made = views(raw, t, backend)
-    for weight in (w for ws in made.values() for w in ws):
+def random_records(t: TableHeader, backend: Backend, room: int = 0) -> list[Weights]:
+    """Random codes and tame scales, the same in all records: as many as the table has, in up to `room` bytes,
+    and one at least."""
+    count = max(1, min(len(t.keys), room // t.stride, STEPS))
+    raw = [buffer(t.stride)[0] for _ in range(count)]
+    raw[0].random_(0, 256)
+    for weight in (w for ws in views(raw[0], t, backend).values() for w in ws):
         for field in weight.fields.values():
             if field.dtype.is_floating_point:
                 field.fill_(0.01)
-    return made
+    for one in raw[1:]:
+        one.copy_(raw[0])
+    return [views(one, t, backend) for one in raw]
 
 
 def _sublayer_times(
-    o: Outline, t: TableHeader, backend: Backend, tokens: int
-) -> tuple[float, float]:
+    o: Outline, t: TableHeader, records: list[Weights], tokens: int, backend: Backend
+) -> tuple[float, float, float]:
+    """Of a token behind a chunk, of a chunk, and what each further token before it adds."""
     d, dtype = o.description, activation_type(first_matrix(t))
-    made = dict(random_record(t, backend))
-    sublayer = _sublayer(d, t.keys[0], made)
+    sublayers = [_sublayer(d, key, dict(made)) for key, made in zip(t.keys, records, strict=False)]
     own = PLAIN if dtype == torch.float32 else backend
-    shared, size = d.layers[t.keys[0]].shares, tokens + STEPS + 1
+    is_attention, size = "o" in records[0], tokens + STEPS + 1
     kv = new_kv(d, dtype)
     kv = Int8KV(kv, backend.decode_entries) if o.kv == "int8" else kv
-    if shared is not None and "o" in made:
+    layers = [d.layers[key] for key in t.keys[: len(records)]] if is_attention else []
+    sources = {layer.shares for layer in layers if layer.shares is not None}
+    for shared in sources:
         heads, numbers = d.kv_sizes[shared]
         zeros = torch.zeros(size, heads, numbers, dtype=dtype, device="cpu")
         kv.append(shared, zeros, zeros, range(size))
@@ -88,19 +98,36 @@ def _sublayer_times(
         read = [tokens.to(dtype)]  # of a feed-forward that reads what attention did
         return Step(rows, angles, backend, tokens=TokenInputs(tokens), read=read)
 
+    def chunk_at(first: int, sublayer: Runnable) -> None:
+        sublayer.run([(h_TD, step(range(first, first + tokens), True))])
+
     def run_chunk() -> None:
-        if shared is None:
+        if not sources:
             kv.truncate(0)
-        sublayer.run([(h_TD, step(range(tokens), True))])
+        chunk_at(0, sublayers[0])
+
+    rounds = -(-(STEPS + 1) // len(sublayers))
+
+    def step_at(first: int) -> float:
+        places = [i for i in range(first, first + rounds) for _ in sublayers]
+        todo = [step(range(i, i + 1), False) for i in places]  # once a pass, for all layers
+        turns = iter(zip(itertools.cycle(sublayers), todo, strict=False))
+
+        def run() -> None:
+            sublayer, one = next(turns)
+            sublayer.run([(h_TD[:1], one)])
+
+        return median_s(run, len(todo) - 1)
 
     chunk_s = median_s(run_chunk, CHUNKS)
-    at = iter(range(tokens, tokens + STEPS + 1))
-
-    def run_step() -> None:
-        i = next(at)
-        sublayer.run([(h_TD[:1], step(range(i, i + 1), False))])
-
-    return median_s(run_step, STEPS), chunk_s
+    for sublayer in sublayers[1:] if is_attention else ():
+        chunk_at(0, sublayer)
+    near_s, further = step_at(tokens), tokens + rounds
+    if not is_attention or sources or further + tokens + rounds > d.context:
+        return near_s, chunk_s, 0.0
+    for sublayer in sublayers:
+        chunk_at(further, sublayer)
+    return near_s, chunk_s, max(0.0, (step_at(further + tokens) - near_s) / further)
 
 
 def _sublayer(d: Description, layer: int, made: Weights) -> Runnable:
@@ -125,7 +152,7 @@ def _no_rows(width: int, step: Step) -> Tensor:
 def _expert_times(o: Outline, t: TableHeader, backend: Backend, tokens: int) -> tuple[float, float]:
     """One expert, or one router and the expert that all tokens use, for a token and for its share of a
     chunk."""
-    d, mixture, made = o.description, o.description.mixture, dict(random_record(t, backend))
+    d, mixture, made = o.description, o.description.mixture, dict(random_records(t, backend)[0])
     assert mixture is not None
     if "gate_up" in made:
         ffn = Dense((Linear(made["gate_up"]), Linear(made["down"])), d.activation)
@@ -161,8 +188,15 @@ def first_matrix(t: TableHeader) -> tuple[Matrix, ...]:
     return t.tensors[next(n for n in ("o", "gate_up", f"{BESIDE}gate_up") if n in t.tensors)]
 
 
-def _head_time(o: Outline, t: TableHeader, backend: Backend) -> float:
-    (weight,) = next(iter(random_record(t, backend).values()))
+def _head_time(o: Outline, records: list[Weights]) -> float:
+    """Of one token's logits, and of finding the largest."""
+    heads = [next(iter(made.values()))[0] for made in records]
+    weight, turns = heads[0], itertools.cycle(heads)
     x_KD: Tensor = torch.randn(1, o.description.width, dtype=torch.float32, device="cpu")
     x_KD = x_KD if o.activation_bytes == 4 or gives_fp32(weight.encoding) else x_KD.bfloat16()
-    return median_s(lambda: weight.encoding.linear(x_KD, weight.fields, False), STEPS)
+
+    def run() -> None:
+        logits = weight.encoding.linear(x_KD, next(turns).fields, False)
+        logits.float().argmax(-1)
+
+    return median_s(run, STEPS)

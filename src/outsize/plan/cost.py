@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from outsize.pack.kinds.kind import kinds
 from outsize.pack.outline import Outline, head_of
@@ -23,6 +23,8 @@ MISS_S = 150e-6  # from a reader's last byte to the computation that waits for i
 # adds to the longer, since they never overlap wholly; and what a process's first prompt takes more than
 # the same chunk again and again, in memory and with shapes that are new to the libraries.
 UNHIDDEN, FRESH, FRESH_S = 0.25, 1.2, 0.05
+# What a token takes beside layers and head: its embedding, the step's tables, choosing it and handing it out.
+PASS_S = 1.5e-3
 CHOOSE_S, GATHERED = (
     3e-4,
     3e9,
@@ -96,6 +98,7 @@ def predict(
     rates: HitRates = PRIOR,
 ) -> Cost:
     """The prediction for a placement. `rates`: hit rates of the expert cache."""
+    compute = behind(o, compute, prompt)
     count = {t.name: len(t.keys) for t in o.tables if t.name in compute.step_s}
     records = sum(
         len(o.table(g).keys) - len(s.pinned)
@@ -142,9 +145,19 @@ def _prompt_s(o: Outline, t: TableHeader, compute: Compute, chunks: float) -> fl
 
 def step_s(o: Outline, compute: Compute) -> float:
     """Seconds of computing one token."""
-    return sum(
+    return PASS_S + sum(
         compute.step_s[t.name] * used_records(o, t) for t in o.tables if t.name in compute.step_s
     )
+
+
+def behind(o: Outline, compute: Compute, tokens: int) -> Compute:
+    """Computing times of a token that has so many before it."""
+    steps = dict(compute.step_s)
+    for t in (t for t in o.tables if t.name in compute.entry_s):
+        seen = min(tokens, o.description.layers[t.keys[0]].window or tokens)
+        more = (seen - compute.chunk_tokens) * compute.entry_s[t.name]
+        steps[t.name] = max(0.0, steps[t.name] + more)
+    return replace(compute, step_s=steps)
 
 
 def used_bytes(o: Outline) -> int:

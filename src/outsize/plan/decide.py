@@ -173,7 +173,10 @@ def decide(
     """The placement for a budget of `size` bytes; with `--draft auto` also the kind of drafter: the best that
     brings more than its memory takes from weights. Raises BudgetError, ContextError."""
     grammars = options.streams if options.grammars else 0
-    outline = replace(outline, streams=options.streams, grammars=grammars, kv=options.kv)
+    outline = replace(
+        outline, streams=options.streams, grammars=grammars, kv=options.kv,
+        pins_pieces=outline.is_nested and options.experts is None,
+    )  # fmt: skip
     if parse_prefix(options.prefix_cache).kind == "disk":
         outline = replace(outline, staging=fixed.staging(outline, options.chunk))
     longest, context = outline.description.context, options.context

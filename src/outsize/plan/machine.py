@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,13 @@ MOST = 5  # measurements that are kept
 @dataclass(frozen=True, slots=True)
 class Compute:
     """Seconds that computing one record (a layer, an expert, the head) of each table takes, by the table's
-    name: for one token, and for a chunk of a prompt. Measured on random weights of exactly those shapes."""
+    name: for one token behind a chunk of a prompt, and for such a chunk. `entry_s`: what each further token
+    before it adds to the first. Measured on random weights of exactly those shapes."""
 
     step_s: dict[str, float]
     chunk_s: dict[str, float]
     chunk_tokens: int
+    entry_s: dict[str, float] = field(default_factory=dict)
 
     def or_faster(self, other: Compute) -> Compute:
         """The lower time of each; `other` where they are of different tables."""
@@ -43,7 +45,8 @@ class Compute:
             return other
         steps = {k: min(v, other.step_s[k]) for k, v in self.step_s.items()}
         chunks = {k: min(v, other.chunk_s[k]) for k, v in self.chunk_s.items()}
-        return replace(self, step_s=steps, chunk_s=chunks)
+        entries = {k: min(v, other.entry_s.get(k, v)) for k, v in self.entry_s.items()}
+        return replace(self, step_s=steps, chunk_s=chunks, entry_s=entries)
 
     def at_most(self, expected_s: float, took_s: float) -> Compute:
         """All times of a token scaled down, where a step took less than was expected."""

@@ -14,6 +14,7 @@ from outsize.log import say, silent
 from outsize.options import LoadOptions
 from outsize.pack.outline import Outline
 from outsize.plan import compute_times, cost, machine
+from outsize.plan.compute_times import IN_TURN
 from outsize.plan.cores import Watch
 from outsize.plan.cost import Cost
 from outsize.plan.decide import check, compiled, foresee
@@ -66,7 +67,7 @@ def make(model: str, options: LoadOptions, prompt: int | None, trace: Path | Non
     outline, placed = foresee(model, options, size, runtime)
     folder = home()
     here = machine.known(folder, silent if options.quiet else say)
-    here, compute = computing(outline, here, native, anew=True)
+    here, compute = computing(outline, here, native)
     context, tokenizer = placed.context, tokenizer_bytes(outline)
     prompt = prompt_tokens(prompt, context)
     rates = PRIOR
@@ -94,15 +95,16 @@ def prompt_tokens(given: int | None, context: int) -> int:
 
 
 def computing(
-    outline: Outline, here: Machine, native: Backend, anew: bool = False
+    outline: Outline, here: Machine, native: Backend, room: int | None = None
 ) -> tuple[Machine, Compute]:
-    """Computing times of this model: as kept, else measured now on random weights, and kept. `anew`: measured
-    in any case, since a processor's speed changes by a third within an hour where others share it."""
+    """Computing times of this model: as kept, else measured now on random weights, and kept. `room`: bytes
+    that these may have; None: enough, and measured in any case, since a processor's speed changes by a third
+    within an hour where others share it."""
     folder = home()
     key = cost.key(outline) + ("" if native is not PLAIN else "-plain")
-    if anew or key not in here.models:
+    if room is None or key not in here.models:
         with Watch() as watch:
-            made = compute_times.measure(outline, native)
+            made = compute_times.measure(outline, native, IN_TURN if room is None else room)
         if watch.reason and key in here.models:  # beside others: nothing better is replaced
             made = here.models[key].or_faster(made)
         here = machine.with_model(here, key, made, folder)
@@ -120,7 +122,8 @@ def cost_if_known(
     here = here or machine.known(home(), say)
     if cost.key(outline) not in here.models and not placement.streamed:
         return None
-    here, compute = computing(outline, here, compiled(LoadOptions()))
+    room = min(placement.held, IN_TURN)  # what weights will have
+    here, compute = computing(outline, here, compiled(LoadOptions()), room)
     if disk_rate is not None:
         here = here.at_rate(disk_rate)
     return cost.predict(outline, here, placement, compute, min(prompt, placement.context))

@@ -46,13 +46,22 @@ def beside_bytes(o: Outline) -> int:
 
 
 def reads(o: Outline, p: Placement, row: FamilyRow) -> int:
-    """Bytes that a token of this width reads from disk, if the pieces that it uses most stay."""
+    """Bytes that a token of this width reads from disk, if the pieces that it uses most stay; lent slots are
+    there while tokens are decoded one by one."""
     missing = sum(size for _, tier, size in p.groups if tier == BY_ROUTER)
     assert o.nested is not None
-    if not missing:
-        return p.streamed
+    streamed = p.streamed
+    for t in o.tables:
+        share = p.shares[t.name]
+        out = len(t.keys) - len(share.pinned) - share.ring
+        if t.kind == "experts":
+            missing -= share.lent * t.stride
+        elif share.lent and share.lent >= out:  # all of it is in memory once it was read
+            streamed -= (out + share.ring) * t.stride
+    if missing <= 0:
+        return streamed
     held = max(1, round(len(row.uses) * (1 - missing / o.nested.total)))
-    return p.streamed + int(row.share * o.nested.total * (1 - row.uses[held - 1]))
+    return streamed + int(row.share * o.nested.total * (1 - row.uses[held - 1]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,21 +6,21 @@ Seconds of maps are measured on random matrices of those shapes, as the whole su
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
 
-from outsize.kernels.attention import CHUNK
 from outsize.kernels.backend import Backend
 from outsize.kernels.plain import PLAIN
 from outsize.model.layers import Linear
 from outsize.model.lora import STACKS, Adapter, widths
 from outsize.pack.outline import Outline, head_of
 from outsize.pack.tables import TableHeader
-from outsize.plan.compute_times import STEPS, first_matrix, random_record
-from outsize.plan.cost import used_records
+from outsize.plan import cost
+from outsize.plan.compute_times import IN_TURN, STEPS, first_matrix, random_records
 from outsize.plan.machine import Compute
 from outsize.plan.probe import median_s
 from outsize.plan.whatif import ADAPTER
@@ -31,6 +31,7 @@ MAPS = {
     "gate_up": "gate and up map", "down": "down map",
 }  # fmt: skip
 ATTENTION, REST, HEAD, LOWRANK = "attention", "norms and activation", "head", "adapter"
+BESIDE = "embedding, choosing a token"
 ORDER = (MAPS["qkv"], ATTENTION, MAPS["o"], MAPS["gate_up"], MAPS["down"], REST, LOWRANK)
 
 
@@ -48,19 +49,26 @@ class Operation:
 
 
 @torch.inference_mode()
-def operations(o: Outline, compute: Compute, backend: Backend, rank: int | None) -> list[Operation]:
-    """In the order in which they run; attention over as many tokens as a chunk has. `rank`: of an adapter."""
+def operations(
+    o: Outline, compute: Compute, backend: Backend, tokens: int, rank: int | None
+) -> list[Operation]:
+    """In the order in which they run, of a token that has so many before it. `rank`: of an adapter."""
     found: dict[str, Operation] = {}
-    for op in (*_of_tables(o, compute, backend), *_of_adapter(o, backend, rank)):
+    compute, last = cost.behind(o, compute, tokens), Operation(BESIDE, 0, 0, cost.PASS_S)
+    for op in (*_of_tables(o, compute, backend, tokens), *_of_adapter(o, backend, rank), last):
         before = found.get(op.name, Operation(op.name, 0, 0, 0.0))
         found[op.name] = Operation(
             op.name, before.bytes + op.bytes, before.flop + op.flop, before.s + op.s
         )
-    names = [n for n in ORDER if n in found] + sorted(found.keys() - {*ORDER, HEAD}) + [HEAD]
+    names = (
+        [n for n in ORDER if n in found]
+        + sorted(found.keys() - {*ORDER, HEAD, BESIDE})
+        + [HEAD, BESIDE]
+    )
     return [found[name] for name in names]
 
 
-def _of_tables(o: Outline, compute: Compute, backend: Backend) -> Iterator[Operation]:
+def _of_tables(o: Outline, compute: Compute, backend: Backend, tokens: int) -> Iterator[Operation]:
     for t in o.tables:
         if t.name not in compute.step_s:
             continue
@@ -70,9 +78,9 @@ def _of_tables(o: Outline, compute: Compute, backend: Backend) -> Iterator[Opera
                 HEAD, t.size, 2 * d.vocab_size * d.width, compute.step_s[t.name] * len(t.keys)
             )
         elif t.kind == "layers" and "router" not in t.tensors:
-            yield from _of_layers(o, t, compute, backend)
+            yield from _of_layers(o, t, compute, backend, tokens)
         else:
-            name, count = "experts" if t.kind == "experts" else "routers", used_records(o, t)
+            name, count = "experts" if t.kind == "experts" else "routers", cost.used_records(o, t)
             weights = sum(m.num_rows * m.width for ms in t.tensors.values() for m in ms)
             yield Operation(
                 name, count * t.stride, 2 * count * weights, count * compute.step_s[t.name]
@@ -80,13 +88,13 @@ def _of_tables(o: Outline, compute: Compute, backend: Backend) -> Iterator[Opera
 
 
 def _of_layers(
-    o: Outline, t: TableHeader, compute: Compute, backend: Backend
+    o: Outline, t: TableHeader, compute: Compute, backend: Backend, tokens: int
 ) -> Iterator[Operation]:
     """A sub-layer's maps, and what is left of its time."""
     count, left = len(t.keys), compute.step_s[t.name]
-    record, dtype = random_record(t, backend), activation_type(first_matrix(t))
+    records, dtype = random_records(t, backend, IN_TURN), activation_type(first_matrix(t))
     for name in (n for n in MAPS if n in t.tensors):
-        took = min(left, _map_s(record[name], dtype))
+        took = min(left, _map_s([made[name] for made in records], dtype))
         left -= took
         flop = sum(2 * m.num_rows * m.width for m in t.tensors[name])
         size = sum(m.size for m in t.tensors[name])
@@ -95,17 +103,16 @@ def _of_layers(
         yield Operation(REST, 0, 0, count * left)
         return
     d = o.description.of_layer(t.keys[0])
-    tokens = min(CHUNK, d.context)
     entries = 2 * d.num_kv_heads * d.head_dim * o.activation_bytes * tokens
     flop = 4 * d.num_heads * d.head_dim * tokens
     yield Operation(ATTENTION, count * entries, count * flop, count * left)
 
 
-def _map_s(weights: tuple[Weight, ...], dtype: torch.dtype) -> float:
-    linear = Linear(weights)
+def _map_s(each: Sequence[tuple[Weight, ...]], dtype: torch.dtype) -> float:
+    weights, turns = each[0], itertools.cycle([Linear(one) for one in each])
     width = weights[0].encoding.decode(weights[0].fields).shape[1]
     x = torch.randn(1, width, dtype=torch.float32, device="cpu").to(dtype)
-    return median_s(lambda: linear(x, False), STEPS)
+    return median_s(lambda: next(turns)(x, False), STEPS)
 
 
 def _of_adapter(o: Outline, backend: Backend, rank: int | None) -> Iterator[Operation]:

@@ -22,6 +22,7 @@ from outsize.parallel.slow import Link
 from outsize.parallel.spec import parse_parallel
 from outsize.parallel.split import UNCUT, Ranks, Way, check, split
 from outsize.plan import decide, machine
+from outsize.plan.compute_times import IN_TURN
 from outsize.plan.cost import UNHIDDEN
 from outsize.plan.cost import step_s as step_seconds
 from outsize.plan.machine import Compute
@@ -116,7 +117,7 @@ def make(model: str, options: LoadOptions, link: Link) -> RanksPlan:
     size, runtime = memory.parse(options.memory), runtime_bytes(native)
     whole = fetch.outline(model, options.encoding, options.quiet)
     here = machine.known(home(), silent if options.quiet else say)
-    here, compute = computing(whole, here, native)
+    here, compute = computing(whole, here, native, IN_TURN)
     figures = _Figures(whole, compute, here.disk_bytes_per_s, link, SOFTWARE_S[spec.over])
     asked = [w for w in WAYS if w.cut != "experts" or whole.description.mixture is not None]
     if options.parallel != "tensor":

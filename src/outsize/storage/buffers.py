@@ -45,8 +45,12 @@ class BufferPool:
     def __getitem__(self, index: int) -> tuple[Tensor, memoryview]:
         """A buffer as a tensor of bytes, and as a memoryview to read into."""
         start = self._start + index * self._size
-        stop = start + self._size
-        return self._whole[start:stop], self._view[start:stop]
+        return self._whole[start : start + self._size], self.view(index)
+
+    def view(self, index: int, count: int = 1) -> memoryview:
+        """So many buffers side by side, to read into."""
+        start = self._start + index * self._size
+        return self._view[start : start + count * self._size]
 
     def rows(self) -> Tensor:
         """(count, size) bytes: all buffers."""

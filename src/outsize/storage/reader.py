@@ -76,6 +76,15 @@ class Reader:
         self.queue(ticket, urgent)
         return ticket
 
+    def submit_run(self, table: Table, first: int, out: memoryview, urgent: bool) -> Ticket | None:
+        """Start reading records that follow each other, as many as `out` holds, at once; they have been
+        checked before. None where they have not, or where there are no threads of C."""
+        handle = None if self._native is None else table.handle()
+        records = range(first, first + len(out) // table.header.stride)
+        if self._native is None or handle is None or not all(map(table.is_verified, records)):
+            return None
+        return NativeTicket(self._native, handle, Request(table, first, out, 0, urgent))
+
     def queue(self, ticket: PlainTicket, urgent: bool) -> None:
         """Put a ticket in line, once for each of its pieces."""
         if not self._threads:

@@ -17,7 +17,8 @@ PIECE = 1 << 20  # bytes that one thread reads at a time
 
 
 class Request(NamedTuple):
-    """Read a record of a table into `out`: from byte `start` on, as much as `out` holds."""
+    """Read a record of a table into `out`: from byte `start` on, as much as `out` holds; or several whole
+    records that follow each other, which are not checked."""
 
     table: Table
     record: int
@@ -29,6 +30,12 @@ class Request(NamedTuple):
     def is_whole(self) -> bool:
         """Whole records are checked."""
         return len(self.out) == self.table.header.stride
+
+    def add_up(self, sign: int = 1) -> None:
+        """Add to the bytes read, by record."""
+        size, stride = len(self.out), self.table.header.stride
+        for record in range(self.record, self.record + max(1, size // stride)):
+            self.table.count(record, sign * min(size, stride))
 
 
 class Ticket(ABC):
@@ -137,13 +144,14 @@ class NativeTicket(Ticket):
         self._reader, self._is_retried = reader, False
         kept = ctypes.c_char.from_buffer(out)  # the buffer stays as long as this
         size, header = len(out), table.header
+        piece = PIECE if size <= header.stride else header.stride
         check = size == header.stride and not table.is_verified(record)
         self._job = Job(
-            out=ctypes.addressof(kept), size=size, offset=record * header.stride + start, piece=PIECE,
-            left=-(-size // PIECE), fd=handle, check=check, crc=header.checksums[record],
+            out=ctypes.addressof(kept), size=size, offset=record * header.stride + start, piece=piece,
+            left=-(-size // piece), fd=handle, check=check, crc=header.checksums[record],
             urgent=urgent,
         )  # fmt: skip
-        table.count(record, size)
+        request.add_up()
         reader.submit(self._job, kept)
 
     @property
@@ -169,17 +177,21 @@ class NativeTicket(Ticket):
         self._reader.promote(self._job)
 
     def cancel(self) -> bool:
-        if not self._reader.cancel(self._job):
+        """A run of records is read for all of them: nobody stops it."""
+        is_run = self._job.size > self._request.table.header.stride
+        if is_run or not self._reader.cancel(self._job):
             return False
         self._error = CancelledError()
-        self._request.table.count(self._request.record, -len(self._request.out))
+        self._request.add_up(-1)
         return True
 
     def _retry(self) -> None:
         table, record, out, start, _ = self._request
-        table.count(record, -len(out))
+        stride = table.header.stride
+        self._request.add_up(-1)
         try:
-            table.read_part(record, out, start)
+            for at in range(0, len(out), stride):
+                table.read_part(record + at // stride, out[at : at + stride], start)
             if self._job.check:
                 table.check(record, out)
         except BaseException as e:

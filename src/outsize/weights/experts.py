@@ -21,8 +21,10 @@ from outsize.pack.format import Pack
 from outsize.pack.kinds.experts import KIND
 from outsize.storage.table import Weights, activation_type
 from outsize.weights.open_pack import OpenPack
-from outsize.weights.residency import RoutedCache
-from outsize.weights.spec import CacheSettings
+from outsize.weights.routed import RoutedCache
+from outsize.weights.spec import PROFILED, CacheSettings
+
+Later = Sequence[tuple["ExpertBank", int]]  # layers, and how many of their first experts
 
 
 class Copies(NamedTuple):
@@ -69,26 +71,54 @@ class ExpertBank:
         """The experts that these tokens chose (`rows`: by token), as they arrive; `early`: the scores of the
         next layer's gate, asked now. `in_order`: by their numbers, so that a prompt's sums do not depend
         on who else is in the step. ~e is the copy of e."""
-        base, slot_table = self.number * self.count, self.cache.slot_table
+        base = self.number * self.count
         chosen = list(dict.fromkeys(e for row in rows for e in row))
         chosen = sorted(chosen) if in_order else chosen
         ids, copies = [base + e for e in chosen if e >= 0], [~e for e in chosen if e < 0]
-        wanted = [[base + (e if e >= 0 else ~e) for e in row] for row in rows]
-        slot_table.policy.observe(self.number, wanted)
-        self.settings.uses.update({e for row in wanted for e in row})
+        self._observe([[base + (e if e >= 0 else ~e) for e in row] for row in rows])
 
         def then() -> None:
-            self._prefetch_next(ids, early)
-            slot_table.policy.finish_ranking()
+            self._then(ids, early)
 
         self._prefetch_copies(copies)
-        room = slot_table.policy.room
+        room = self.cache.slot_table.policy.room
         for at in range(0, len(ids), room):
             wave, last = ids[at : at + room], at + room >= len(ids)
             for found in self.cache.stream(wave, in_order, then if last else self._cancel_stale):
                 yield [(id - base, weights) for id, weights in found]
             self.cache.release()
         yield from self._copied(copies, in_order)
+
+    def first(self, rows: Sequence[int], early: Scored, later: Later = ()) -> list[Weights]:
+        """The first few experts, as many as some token uses (`rows`: by token), all at once; valid until
+        `release`. None of them where there is no room for so many. `later`: how many of the layers after the
+        next are likely to be wanted."""
+        base, most = self.number * self.count, max(rows)
+        if most > self.cache.slot_table.policy.room:
+            return []
+        self._observe([range(base, base + n) for n in rows])
+        ids = range(base, base + most)
+        return self.cache.fetch(ids, lambda: self._then(ids, early, later))
+
+    def release(self) -> None:
+        """What `first` gave has been used."""
+        self.cache.release()
+
+    def _observe(self, wanted: Sequence[Sequence[int]]) -> None:
+        """Records that each token asks for."""
+        self.cache.slot_table.policy.observe(self.number, wanted)
+        self.settings.uses.update({e for row in wanted for e in row})
+
+    def _then(self, ids: Sequence[int], early: Scored, later: Later = ()) -> None:
+        """These are being read: so is what the next layer wants, and then what later ones are likely to."""
+        self._prefetch_next(ids, early)
+        passes = (
+            self.cache.slot_table.policy.room < self.cache.slots
+        )  # what is read ahead evicts nothing kept
+        for bank, used in later if passes and self.settings.prefetcher is not None else ():
+            if not bank.prefetch_first(used):
+                break
+        self.cache.slot_table.policy.finish_ranking()
 
     def _copied(self, chosen: Sequence[int], in_order: bool) -> Iterator[list[tuple[int, Weights]]]:
         """Their copies at fewer bits, which are being read by then."""
@@ -148,6 +178,16 @@ class ExpertBank:
         if stale:
             self.cache.cancel(stale)
 
+    def prefetch_first(self, count: int) -> bool:
+        """Read the first few experts ahead, all that are missing or none: is there room for them?"""
+        table, base = self.cache.slot_table, self.number * self.count
+        missing = [i for i in range(base, base + count) if i not in table.slot_of]
+        if len(table.ahead) + len(table.in_use) + len(missing) > table.policy.room:
+            return False
+        if missing:
+            self.cache.prefetch_some(missing, table.policy.room)
+        return True
+
     def _prefetch_next(self, ids: Sequence[int], early: Scored) -> None:
         self._cancel_stale()
         prefetcher, after = self.settings.prefetcher, self.following
@@ -155,7 +195,9 @@ class ExpertBank:
             wanted = prefetcher(
                 Seen(self.ordinal, ids, after.ordinal, after.number * after.count, early)
             )
-            after.cache.prefetch_some(wanted, most_ahead(after.cache.slots))
+            slots, room = after.cache.slots, after.cache.slot_table.policy.room
+            most = room if room < slots else most_ahead(slots)
+            after.cache.prefetch_some(wanted, most)
 
 
 def _local(id: int | None, base: int) -> int | None:
@@ -175,7 +217,8 @@ def load(pack: OpenPack) -> tuple[ExpertBank, ...]:
         place = {key: at for at, key in enumerate(header.keys)}
         ranked = [place[key] for key in options.ranked if key in place]
         hints = Hints(per_layer=count, layers=len(table) // count, ranked=ranked)
-        cache = RoutedCache(table, pack.reader, partial(options.policy, slots, hints), slots)
+        lent = share.lent if options.eviction == PROFILED else 0
+        cache = RoutedCache(table, pack.reader, partial(options.policy, slots, hints), slots, lent)
         pack.caches.append(cache)
         if slots == len(table):
             cache.load(range(len(table)), pack.on_read)

@@ -28,7 +28,8 @@ from outsize.storage.reader import Reader
 from outsize.storage.table import Table, Weight
 from outsize.weights.bundles import Bundles, BundleTable
 from outsize.weights.open_pack import OpenPack
-from outsize.weights.residency import RoutedCache, Share
+from outsize.weights.residency import Share
+from outsize.weights.routed import RoutedCache
 
 Vectors = Mapping[str, tuple[Weight, ...]]
 

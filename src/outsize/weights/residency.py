@@ -3,7 +3,7 @@
 A cache is its slots, each a buffer allocated once, the slot table (caching/slots.py: which record is in which
 slot, by a policy), and reads on their way. Two kinds, by how records are asked for:
 `ScanCache` (scan.py): in order, over and over, as layers are: some pinned, the others through a ring.
-`RoutedCache`: by a router, as experts are: an eviction policy.
+`RoutedCache` (routed.py): by a router, as experts are: an eviction policy.
 
 Law: what `fetch` returns is what a fully resident table returns, bit-identical, for any trace and any
 capacity that holds the request (tests/laws/test_residency.py). Ids are record numbers of the table.
@@ -68,6 +68,7 @@ class RecordCache(ABC):
         self.slots = starts[2]  # that there are now, without lent ones
         self._depth = counts.ring  # slots to read ahead into
         self._lent = range(self.slots, sum(counts))
+        self._borrowed = range(0)  # of the lent slots, those in use
         self._pools = [(at, BufferPool(n, stride)) for at, n in zip(starts, counts, strict=True)]
         self._pools[1][1].populate()
         self._views: list[Weights] = [{}] * sum(counts)  # by slot; empty until it is used
@@ -93,14 +94,19 @@ class RecordCache(ABC):
             on_read(self.table.header.stride)
         return {i: self._views[placed.slots[i]] for i in ids}
 
-    def fetch(self, ids: Sequence[int]) -> list[Weights]:
-        """All of these at once. Raises CapacityError, PackError, ReadError."""
-        slots = self._fetched(ids)
+    def fetch(self, ids: Sequence[int], then: Callable[[], None] | None = None) -> list[Weights]:
+        """All of these at once; `then`: called once all are being read. Raises CapacityError, PackError,
+        ReadError."""
+        slots = self._fetched(ids, then)
         return [self._views[slots[i]] for i in ids]
 
-    def _fetched(self, ids: Sequence[int]) -> dict[int, int]:
+    def _fetched(
+        self, ids: Sequence[int], then: Callable[[], None] | None = None
+    ) -> dict[int, int]:
         """The slot of each, which it is in by now."""
         slots = self._demand(ids)
+        if then is not None:
+            then()
         for slot in slots.values():
             self._wait(slot)
         return slots
@@ -157,20 +163,36 @@ class RecordCache(ABC):
         """Are there slots that can be lent to it?"""
         return bool(self._lent)
 
-    def borrow_scratch(self) -> None:  # noqa: B027  only a scan can
-        """Read further ahead from now on, in memory that long spans do not need for a while."""
+    def borrow_scratch(self) -> None:
+        """Use the lent slots from now on, in memory that long spans do not need for a while."""
+        if self._lent and not self._borrowed:
+            self._pools[2][1].populate()
+            for id in self.slot_table.policy.lengthen(self._lent):
+                self._whole.pop(self.slot_table.drop(id), None)
+            self._borrowed = self._lent
 
     def return_scratch(self) -> int:
-        """The end of it; the bytes this frees. What was read ahead into that memory is lost."""
-        return 0
+        """The end of it; the bytes this frees. What was read into that memory is lost."""
+        slots, self._borrowed = self._borrowed, range(0)
+        if not slots:
+            return 0
+        for id in self.slot_table.policy.shorten(slots):
+            self.slot_table.drop(id)
+        for i, slot in enumerate(slots):
+            self._empty(slot)
+            self._pools[2][1].drop(i)
+        return len(slots) * self.table.header.stride
 
     def restore(self) -> None:
         """After a call that an exception broke off, wherever that was, and once nothing is being read any
         more: only what is surely there is known, and nothing is lent. Broken off itself, it may be called
         again."""
+        self._whole = {slot: id for slot, id in self._whole.items() if slot < self._lent.start}
         self.slot_table = self._new_slots()
         self.slot_table.adopt({id: slot for slot, id in self._whole.items()})
-        self._tickets = {}
+        self._tickets, self._borrowed = {}, range(0)
+        for i in range(len(self._lent)):
+            self._pools[2][1].drop(i)
 
     def _demand(self, ids: Sequence[int]) -> dict[int, int]:
         placed = self.slot_table.demand(ids, self._is_there)
@@ -182,11 +204,28 @@ class RecordCache(ABC):
 
     def _read(self, loads: Sequence[Load], urgent: bool) -> None:
         """Start reading. Whatever was on its way to a slot is over first."""
-        for id, slot in loads:
+        for _, slot in loads:
             self._whole.pop(slot, None)
             if (ticket := self._tickets.pop(slot, None)) is not None:
                 ticket.wait_quietly()
-            self._tickets[slot] = self._submit(id, slot, urgent)
+        joins = self.slot_table.policy.joins
+        for run in _runs(loads) if joins else ([load] for load in loads):
+            if len(run) == 1 or not self._submitted(run, urgent):
+                for id, slot in run:
+                    self._tickets[slot] = self._submit(id, slot, urgent)
+
+    def _submitted(self, run: Sequence[Load], urgent: bool) -> bool:
+        """Read records that lie side by side, in the file and in slots, at once, if that can be."""
+        (id, slot), last = run[0], run[-1][1]
+        first, pool = self._pool(slot)
+        if not all(self._views[slot : last + 1]) or self._pool(last)[0] != first:
+            return False
+        out = pool.view(slot - first, len(run))
+        ticket = self._reader.submit_run(self.table, id, out, urgent)
+        if ticket is None:
+            return False
+        self._tickets |= {slot: ticket for _, slot in run}
+        return True
 
     def _submit(self, index: int, slot: int, urgent: bool) -> Ticket:
         raw, out = self._buffer(slot)
@@ -231,49 +270,12 @@ class RecordCache(ABC):
         pool.drop(slot - first)
 
 
-class RoutedCache(RecordCache):
-    """For records that a router names, as experts: an eviction policy fills so many slots."""
-
-    def __init__(
-        self, table: Table, reader: Reader, make_policy: Callable[[], Policy], slots: int
-    ) -> None:
-        self._make_policy, self._num_dropped = make_policy, 0
-        is_resident = slots == len(table)  # then they are filled once
-        super().__init__(
-            table, reader, SlotCounts(slots, 0) if is_resident else SlotCounts(0, slots)
-        )
-        self._depth = slots
-
-    def _new_policy(self) -> Policy:
-        policy = self._make_policy()
-        for _ in range(self._num_dropped):  # no more slots than before, maybe others
-            if (found := policy.drop_slot(0)) is not None:
-                self._whole.pop(found[0], None)
-                self._drop_memory(found[0])
-        return policy
-
-    def there(self, ids: range) -> list[int]:
-        """Those that are in memory now. Nothing is counted as asked for."""
-        slots = self.slot_table.slot_of
-        return [i for i in ids if i in slots and self._whole.get(slots[i]) == i]
-
-    def look(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """As `locate`, of those that are there: nothing is counted, and no policy hears of it."""
-        slots = [self.slot_table.slot_of[i] for i in ids]
-        first, pool = self._pool(slots[0])
-        places = [slot - first for slot in slots]
-        return pool.rows(), torch.tensor(places, dtype=torch.int64, device="cpu")
-
-    def shrink(self, size: int, least: int) -> int:
-        """Drop slots until `size` bytes are free, or `least` slots are left; the bytes this frees."""
-        freed = 0
-        while freed < size and (found := self.slot_table.policy.drop_slot(least)) is not None:
-            slot, id = found
-            if id is not None:
-                self.slot_table.drop(id)
-            self._empty(slot)
-            self.slots -= 1
-            self._drop_memory(slot)
-            self._num_dropped += 1
-            freed += self.table.header.stride
-        return freed
+def _runs(loads: Sequence[Load]) -> list[list[Load]]:
+    """Cut where records or slots do not follow each other."""
+    out: list[list[Load]] = []
+    for id, slot in loads:
+        if out and out[-1][-1] == (id - 1, slot - 1):
+            out[-1].append((id, slot))
+        else:
+            out.append([(id, slot)])
+    return out

@@ -25,7 +25,6 @@ class ScanCache(RecordCache):
         self._scan = sorted(rest if scan is None else scan)
         counts = SlotCounts(len(share.pinned), share.ring, share.lent)
         super().__init__(table, reader, counts)
-        self._borrowed = range(0)  # of the lent slots, those in use
 
     def _new_policy(self) -> PinAndRing:
         share = self._share
@@ -72,28 +71,16 @@ class ScanCache(RecordCache):
         return self.table.header.stride
 
     def borrow_scratch(self) -> None:
-        if self._lent and not self._borrowed:
-            self._pools[2][1].populate()
-            self._policy.lengthen(self._lent)
-            self._borrowed, self._depth = self._lent, self._depth + len(self._lent)
+        """Read further ahead."""
+        if not self._borrowed:
+            super().borrow_scratch()
+            self._depth += len(self._borrowed)
 
     def return_scratch(self) -> int:
-        slots, self._borrowed = self._borrowed, range(0)
-        if not slots:
-            return 0
-        for id in self._policy.shorten(slots):
-            self.slot_table.drop(id)
-        for i, slot in enumerate(slots):
-            self._empty(slot)
-            self._pools[2][1].drop(i)
-        self._depth -= len(slots)
-        return len(slots) * self.table.header.stride
+        self._depth -= len(self._borrowed)
+        return super().return_scratch()
 
     def restore(self) -> None:
-        self._whole = {slot: id for slot, id in self._whole.items() if slot < self._lent.start}
         super().restore()
-        self._borrowed = range(0)
-        for i in range(len(self._lent)):
-            self._pools[2][1].drop(i)
         self._scan = sorted({*self._scan, *self._unpinned})
         self._depth = self._share.ring or len(self._unpinned[:1])

@@ -25,7 +25,7 @@ from outsize.pack.tables import Matrix, field_bytes
 from outsize.storage.records import Records
 from outsize.storage.tickets import Ticket
 from outsize.weights.open_pack import OpenPack
-from outsize.weights.residency import RoutedCache
+from outsize.weights.routed import RoutedCache
 
 AT_ONCE = 4 << 20  # numbers of a step's rows that are decoded together; more: layer by layer
 POLICY = "lru"

@@ -62,19 +62,24 @@ class PinAndRing(Policy):
         slot = next(iter(self._ring))
         return slot, next(iter(self.shorten([slot])), None)
 
-    def lengthen(self, slots: Sequence[int]) -> None:
+    def lengthen(self, slots: Sequence[int]) -> list[int]:
         """Add slots to the ring: the next to be used."""
         self._ring = dict.fromkeys(slots, -1) | self._ring
+        return []
 
     def shorten(self, slots: Sequence[int]) -> list[int]:
-        """Remove slots from the ring; the ids that were in them."""
+        """Remove slots from the ring."""
         ids = [i for slot in slots if (i := self._ring.pop(slot)) >= 0]
         for id in ids:
             del self._slot_of[id]
         return ids
 
+    def slot_for(self, id: int, staying: Collection[int]) -> int:
+        """The slot of the ring that is taken for an id: the oldest."""
+        return next(s for s, i in self._ring.items() if i not in staying)
+
     def _take(self, id: int, staying: Collection[int]) -> int:
-        slot = next(s for s, i in self._ring.items() if i not in staying)
+        slot = self.slot_for(id, staying)
         self._slot_of.pop(self._ring.pop(slot), None)
         self._ring[slot], self._slot_of[id] = id, slot
         return slot

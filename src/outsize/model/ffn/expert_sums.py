@@ -69,10 +69,10 @@ class ExpertSums:
         in_order = any(step.wide for _, step in chunks)
         places = _places(rows, weights)
         for found in self.bank.stream(rows, early, in_order) if places else ():
-            sums.add([(self._in_slot(w), places[expert]) for expert, w in found])
+            sums.add([(self.in_slot(w), places[expert]) for expert, w in found])
         return sums.totals()
 
-    def _in_slot(self, w: Weights) -> Built:
+    def in_slot(self, w: Weights) -> Built:
         """The expert over a slot's views: the same slot needs no new one, whatever is in it. Biases are
         joined, and so copied, at each use."""
         if "down_bias" in w:

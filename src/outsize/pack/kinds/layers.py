@@ -66,9 +66,12 @@ class Layers(Kind):
         self, d: Description, tables: Sequence[TableHeader]
     ) -> Iterator[tuple[int, str, int]]:
         """Spread evenly over the depth, so that reading never pauses for long; of a layer, the feed-forward
-        first: it is larger."""
+        first: it is larger. Norms of nested experts before all: who has none cannot be asked early."""
         of_layer: dict[int, list[tuple[str, int]]] = {}
-        for t in tables:
+        is_nested = d.mixture is not None and d.mixture.nested
+        norms = [t for t in tables if is_nested and t.name.startswith("ffn-")]
+        yield from ((-1, t.name, i) for t in norms for i in range(len(t.keys)))
+        for t in (t for t in tables if t not in norms):
             for i, layer in enumerate(t.keys if t.name not in ("final-0", "further-0") else ()):
                 of_layer.setdefault(layer, []).append((t.name, i))
         for layer in sorted(of_layer, key=lambda i: i * GOLDEN % 1):
