@@ -90,10 +90,11 @@ class SyncOptions:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """The file, and the table that is shown of it."""
+    """The file, what was measured of each layer and place, and the table that is shown of it."""
 
     path: Path
     about: SyncAbout
+    rises: Rises
     table: tuple[str, ...]
 
 
@@ -136,7 +137,7 @@ def run(options: SyncOptions) -> Made:
             )
         checkpoints.save(path, work.tensors(chosen), made.to_json())
     journal.path.unlink(missing_ok=True)
-    return Made(path, made, table)
+    return Made(path, made, rises, table)
 
 
 class _Work:
