@@ -3,9 +3,9 @@ machines would do: a simulation, fed with measured times.
 
     python -m experiments.parallel.machines WAYS.jsonl --models FOLDER [--call 1.7e-5] [-o FILE]
 
-WAYS: rows of experiments.parallel.ways of tensor parallelism with sums, of models that are in FOLDER. A rank's
-own time of a token is what the leader did not wait, less its head; the simulator adds links, messages and
-waiting, and is held to the token's time as measured. `--call`: seconds that sending or receiving a message
+WAYS: rows of experiments.parallel.ways of tensor parallelism with sums, of models that are in FOLDER. A
+rank's own time of a token is what the leader did not wait, less its head; the simulator adds links, messages
+and waiting, and is held to the token's time as measured. `--call`: seconds that sending or receiving a message
 costs a rank, half of what an exchange of a token's sum takes over sockets, as measured (the tenth part,
 experiments/parallel/latency.py). With more ranks a rank's own time is a + b / ranks, where one rank's (way
 `alone`) and two ranks' say a and b.

@@ -1,6 +1,7 @@
 """What short sums cost: perplexity of a model by two ranks of the engine, with sums in few bits.
 
-    python -m experiments.parallel.short MODEL.gguf TEXT.txt [--ranks 2] [--chunks 16] [--length 256] [-o FILE]
+    python -m experiments.parallel.short MODEL.gguf TEXT.txt [--ranks 2] [--chunks 16] [--length 256]
+        [-o FILE]
 
 The ranks are threads of one process (adapt/sync/ranks.py), on the text's beginning. A row for each way:
 perplexity, and its change against exact sums in per cent, with two standard errors around it, over chunks.
