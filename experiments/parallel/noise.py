@@ -5,7 +5,7 @@ each takes than over one of their own (KV-Runahead, arXiv 2405.05329, claims 12 
         [--faster 10] [-o FILE]
 
 COSTS: rows of experiments.parallel.prompts, whose chains say what a token and a pair of query and key were
-measured to cost. Two threads play the programs of both ranks (parallel/des.py): what they compute is slept,
+measured to cost; cuts are predicted ones, or even. Two threads play the programs of both ranks (parallel/des.py): what they compute is slept,
 what they send goes through the link model (parallel/slow.py), whose rate is drawn anew every half second,
 between a quarter and seven quarters of its own, alike for both ways in each run. All is so many times
 `--faster` than real (costs and half second divided, the rate multiplied), which a busy machine disturbs
@@ -73,6 +73,7 @@ def rows(
     ways: dict[str, list[Program]] = {
         "gathered": [gathered(quick, tokens, r, 2) for r in (0, 1)],
         "chain": [runahead(quick, cuts, r) for r in (0, 1)],
+        "chain, even cuts": [runahead(quick, [tokens // 2] * 2, r) for r in (0, 1)],
     }
     for way, programs in ways.items():
         base = 0.0
