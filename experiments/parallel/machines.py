@@ -5,8 +5,8 @@ machines would do: a simulation, fed with measured times.
 
 WAYS: rows of experiments.parallel.ways of tensor parallelism with sums, of models that are in FOLDER. A
 rank's own time of a token is what the leader did not wait, less its head; the simulator adds links, messages
-and waiting, and is held to the token's time as measured. `--call`: seconds that sending or receiving a message
-costs a rank, half of what an exchange of a token's sum takes over sockets, as measured (the tenth part,
+and waiting, and is held to the token's time as measured. `--call`: seconds that sending or receiving costs a
+rank, half of what an exchange of a token's sum takes over sockets, as measured (the tenth part,
 experiments/parallel/latency.py). With more ranks a rank's own time is a + b / ranks, where one rank's (way
 `alone`) and two ranks' say a and b.
 """

@@ -5,11 +5,12 @@ each takes than over one of their own (KV-Runahead, arXiv 2405.05329, claims 12 
         [--faster 10] [-o FILE]
 
 COSTS: rows of experiments.parallel.prompts, whose chains say what a token and a pair of query and key were
-measured to cost; cuts are predicted ones, or even. Two threads play the programs of both ranks (parallel/des.py): what they compute is slept,
-what they send goes through the link model (parallel/slow.py), whose rate is drawn anew every half second,
-between a quarter and seven quarters of its own, alike for both ways in each run. All is so many times
-`--faster` than real (costs and half second divided, the rate multiplied), which a busy machine disturbs
-little. A row for each way and link, with all runs' seconds, in real time.
+measured to cost; cuts are predicted ones, or even. Two threads play the programs of both ranks
+(parallel/des.py): what they compute is slept, what they send goes through the link model (parallel/slow.py),
+whose rate is drawn anew every half second, between a quarter and seven quarters of its own, alike for both
+ways in each run. All is so many times `--faster` than real (costs and half second divided, the rate
+multiplied), which wants a machine that is not full. A row for each way and link, with all runs' seconds, in
+real time.
 """
 
 from __future__ import annotations
