@@ -48,24 +48,16 @@ def main() -> int:
     about = {n: getattr(args, n) for n in ("ranks", "tokens", "length", "sweep", "gate", "link")}
     about["model"] = Path(args.model).stem
     known = {r["variant"] for r in map(json.loads, lines) if about.items() <= r.items()}
-    for name in args.variants.split(";"):
-        if name in known:
-            continue
-        start, file = (
-            time.monotonic(),
-            Path(args.kept) / f"{about['model']}-{name.replace(' ', '-')}",
-        )
+    for variant in (v for v in args.variants.split(";") if v not in known):
+        name, start = f"{about['model']}-{variant.replace(' ', '-')}.safetensors", time.monotonic()
+        file = Path(args.kept) / name
         options = SyncOptions(
-            args.model, (Path(args.text),), file.with_suffix(".safetensors"), args.ranks, args.link,
-            args.gate, tokens=args.tokens, length=args.length, sweep=args.sweep, allow=True, quiet=True,
-            resume=file.with_suffix(".safetensors.checkpoint").exists(), **VARIANTS[name],
+            args.model, (Path(args.text),), file, args.ranks, args.link, args.gate, tokens=args.tokens,
+            length=args.length, sweep=args.sweep, allow=True, quiet=True,
+            resume=file.with_name(f"{name}.checkpoint").exists(), **VARIANTS[variant],
         )  # fmt: skip
-        found = {
-            **about,
-            "variant": name,
-            **row(options),
-            "seconds": round(time.monotonic() - start),
-        }
+        found = {**about, "variant": variant, **row(options)}
+        found |= {"seconds": round(time.monotonic() - start)}
         print(json.dumps(found), flush=True)
         if args.output is not None:
             with args.output.open("a") as out:

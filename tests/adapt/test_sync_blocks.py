@@ -22,6 +22,7 @@ from outsize.errors import OptionError, UnsupportedError
 from outsize.forward.full import hidden
 from outsize.forward.span import Span
 from outsize.home import home
+from outsize.model.lora import Sliced
 from outsize.pack import sync_file
 from outsize.parallel.dropped import Drop, Fit
 from outsize.parallel.points import Points
@@ -156,3 +157,24 @@ def test_a_file_with_both_and_a_run_with_it(
     with pytest.raises(OptionError, match="--rank 0 has none"):
         SyncOptions(name, (text,), distill=5, rank=0)
     assert Rises([0.3], [0.2], {}, [0.1]).best(0) == (DISTILLED, 0.1)
+
+
+def test_an_adapter_s_part_follows_the_order(open_tiny: Callable[..., Model]) -> None:
+    """Of B the rows of a rank's heads, of A their columns, in each layer's own order."""
+    model = open_tiny("qwen2+wide", "q4_0")
+    d = model.pack.description
+    orders = tuple((1, 0) if layer % 2 else (0, 1) for layer in range(d.num_layers))
+    way = Way("sum", "heads", key_orders=orders)
+    shard = split("x", d, model.pack.tables, Ranks((1.0, 1.0)), way)[0]
+    heads, keys = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
+    rows = {"q": heads, "k": keys, "o": d.width}
+    b = {n: torch.arange(r, dtype=torch.float32)[:, None] for n, r in rows.items()}
+    a = torch.arange(heads, dtype=torch.float32)[None]
+    factors = {f"{i}.{n}": (a, b[n]) for i in (0, 1) for n in rows}
+    sliced = Sliced(factors, shard, d.head_dim)
+    assert torch.equal(sliced["0.q"][1], b["q"][: heads // 2])
+    assert torch.equal(sliced["1.q"][1], b["q"][heads // 2 :])
+    assert torch.equal(sliced["0.k"][1], b["k"][: keys // 2])
+    assert torch.equal(sliced["1.k"][1], b["k"][keys // 2 :])
+    assert torch.equal(sliced["1.o"][0], a[:, heads // 2 :])
+    assert torch.equal(sliced["1.o"][1], b["o"])
