@@ -6,7 +6,7 @@ checks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -104,6 +104,28 @@ def choose(rises: Rises, times: Times, most: float) -> list[Layer]:
         out.append(way)
         at -= cells
     return out[::-1]
+
+
+def only(chosen: Sequence[Layer], layers: Collection[int]) -> list[Layer]:
+    """A choice in some layers, and sums as they are in all others."""
+    return [way if i in layers else Layer() for i, way in enumerate(chosen)]
+
+
+def cost_of(rises: Rises, layer: int, way: Layer) -> float:
+    """As measured, gains too: to order layers by."""
+    places = ("ffn", way.ffn), ("attention", way.attention)
+    bits = sum(rises.bits[place] for place in places if place[1] != WHOLE)
+    return bits + (rises.best(layer)[1] if way.drop else 0.0)
+
+
+def bits_of(chosen: Sequence[Layer]) -> dict[str, int]:
+    """By layer and place, of those that are not whole."""
+    found: dict[str, int] = {}
+    for i, way in enumerate(chosen):
+        if not way.drop:
+            found[f"{i}.attention"] = way.attention
+        found[f"{i}.{'block' if way.drop else 'ffn'}"] = way.ffn
+    return {name: bits for name, bits in found.items() if bits != WHOLE}
 
 
 def _cells(cost: float, most: float) -> int:

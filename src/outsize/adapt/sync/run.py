@@ -25,7 +25,10 @@ from outsize.adapt.sync.choose import (
     Layer,
     Rises,
     Times,
+    bits_of,
     choose,
+    cost_of,
+    only,
 )
 from outsize.adapt.sync.journal import Journal
 from outsize.adapt.sync.means import interval, mean_of, minus
@@ -191,17 +194,27 @@ class _Work:
 
     def chosen(self, rises: Rises) -> list[Layer]:
         """What takes the least time within the gate, all layers together, on text that the sweep did not
-        see; nothing is taken out where nothing fits."""
+        see. Where what costs little alone costs too much together however little it may cost, as many layers
+        of it, those first that cost least, as fit."""
         most = budget = math.log1p(self._o.gate / 100)
-        whole_ = [Layer()] * self._ranks.layers
-        base = self._losses("check", self._checked, whole_)
+        found = [Layer()] * self._ranks.layers
         for _ in range(TRIES):
             found = choose(rises, self._times, most)
-            rise = mean_of(minus(self._losses("check", self._checked, found), base))
+            rise = self._checked_rise(found)
             if rise <= budget:
                 return found
             most *= max(0.3, 0.9 * budget / rise)
-        return whole_
+        order = sorted(range(len(found)), key=lambda i: cost_of(rises, i, found[i]))
+        fits, too_many = 0, len(order)
+        while too_many - fits > 1:
+            count = (fits + too_many) // 2
+            rise = self._checked_rise(only(found, order[:count]))
+            fits, too_many = (count, too_many) if rise <= budget else (fits, count)
+        return only(found, order[:fits])
+
+    def _checked_rise(self, chosen: Sequence[Layer]) -> float:
+        base = self._losses("check", self._checked, [Layer()] * len(chosen))
+        return mean_of(minus(self._losses("check", self._checked, chosen), base))
 
     def measured(self, pack: Pack, chosen: Sequence[Layer], shards: Sequence[Shard]) -> SyncAbout:
         """What the choice costs on text held out, and what the file says of it."""
@@ -213,7 +226,7 @@ class _Work:
         return SyncAbout(
             KIND, VERSION, pack.source.identity, pack.source.layout,
             tuple(s.kv_heads[1] for s in shards),
-            tuple(i for i, way in layers if way.drop), _bits(chosen),
+            tuple(i for i, way in layers if way.drop), bits_of(chosen),
             tuple(i for i, way in layers if way.drop in (CORRECTED, DISTILLED)), max(1, o.rank), o.link,
             len(chosen) * self._times.seconds(Layer()), sum(map(self._times.seconds, chosen)),
             text_BT.shape[0] * (text_BT.shape[1] - 1), math.exp(mean_of(before)), math.exp(mean_of(after)),
@@ -277,14 +290,4 @@ class _Work:
             for i, way in enumerate(chosen)
             if way.drop in self._corrections
         }
-        return Points(Drop(frozenset(layers), made), _bits(chosen))
-
-
-def _bits(chosen: Sequence[Layer]) -> dict[str, int]:
-    """By layer and place, of those that are not whole."""
-    found: dict[str, int] = {}
-    for i, way in enumerate(chosen):
-        if not way.drop:
-            found[f"{i}.attention"] = way.attention
-        found[f"{i}.{'block' if way.drop else 'ffn'}"] = way.ffn
-    return {name: bits for name, bits in found.items() if bits != WHOLE}
+        return Points(Drop(frozenset(layers), made), bits_of(chosen))
