@@ -29,6 +29,7 @@ from outsize.errors import (
 )
 from outsize.forward.full import full
 from outsize.forward.span import Span
+from outsize.model.predictors import trained
 from outsize.options import LoadOptions
 from outsize.pack import fetch, neuron_file, store
 from outsize.pack.kinds import neurons as kinds_of_neurons
@@ -88,11 +89,18 @@ def test_what_is_written(made: sparsity.Made) -> None:
 
 @pytest.mark.parametrize("predictor", ["svd:16", "trained:16", "gate:3", "gate:exact"])
 @pytest.mark.parametrize("order", ["use", "natural"])
-def test_predictors(model: str, text: Path, tmp_path: Path, predictor: str, order: str) -> None:
+def test_predictors(
+    model: str,
+    text: Path,
+    tmp_path: Path,
+    predictor: str,
+    order: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Each writes a file that the engine runs, the same logits each time."""
-    found = run(
-        options(model, text, output=tmp_path / "f", predictor=predictor, order=order, share=0.6)
-    )
+    monkeypatch.setattr(trained, "STEPS", 50)
+    some = options(model, text, output=tmp_path / "f", predictor=predictor, order=order, share=0.6)
+    found = run(some)
     assert not found.about.exact
     rows = []
     for _ in range(2):

@@ -117,7 +117,10 @@ def test_a_prompt_over_a_chain(
     assert ended(children)
 
 
-@pytest.mark.parametrize("parallel", ["tensor", "relay", "runahead:cuts=even"])
+@pytest.mark.parametrize(
+    "parallel",
+    ["tensor", *(pytest.param(p, marks=pytest.mark.slow) for p in ("relay", "runahead:cuts=even"))],
+)
 def test_adapters(
     parallel: str, open_tiny: Callable[..., Model], folder_of: Callable[[str], Path], tmp_path: Path,
     few_threads: None,
@@ -257,7 +260,9 @@ def test_a_rank_that_comes(
     assert (other.communicate(timeout=20)[1], other.returncode) == ("", 0)
 
 
-@pytest.mark.parametrize("parallel", ["tensor", "runahead:cuts=even"])
+@pytest.mark.parametrize(
+    "parallel", ["tensor", pytest.param("runahead:cuts=even", marks=pytest.mark.slow)]
+)
 def test_a_rank_that_comes_again(
     parallel: str, port: int, open_tiny: Callable[..., Model], folder_of: Callable[[str], Path],
     few_threads: None, monkeypatch: pytest.MonkeyPatch,

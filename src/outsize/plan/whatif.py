@@ -18,6 +18,7 @@ from outsize.pack.derive import OF_LAYERS
 from outsize.pack.kinds.kind import groups
 from outsize.pack.kinds.layers import layers_of, tables_of
 from outsize.pack.outline import Outline
+from outsize.pack.records import TensorSpec
 from outsize.pack.tables import Matrix, TableHeader
 from outsize.pack.tensors import Made, Record
 
@@ -164,20 +165,27 @@ def _records(o: Outline, d: Description, name: str) -> list[Record]:
     specs = next(group.specs for _, group in groups(d) if group.name == name)
     tables = [t for t in o.tables if t.name.split("-")[0] == OF_LAYERS[name]]
     by_layer = {layer: t for t in tables for layer in t.keys}
+    narrower = name == "ffn" and d.ffn_width != o.description.ffn_width
+
+    def learned(layer: int) -> bool:
+        return narrower or d.layers[layer] != o.description.layers[layer]
+
     return [
         {
-            tensor: _sized(by_layer[layer].tensors[tensor], spec.rows, spec.width)
+            tensor: _sized(by_layer[layer].tensors[tensor], spec, learned(layer))
             for tensor, spec in specs.items()
         }
         for layer in layers_of(d, name)
     ]
 
 
-def _sized(pieces: Sequence[Matrix], rows: int, width: int) -> tuple[Made, ...]:
-    """A tensor of other sizes: rows are left out at its end; rows of another width are encoded anew."""
+def _sized(pieces: Sequence[Matrix], spec: TensorSpec, learned: bool) -> tuple[Made, ...]:
+    """A tensor of other sizes: rows are left out at its end; rows of another width, and what is learned, are
+    encoded anew."""
+    rows, width = spec.rows, spec.width
     if not width:
         return (_made(pieces[0].encoding, 1, rows),)
-    if pieces[0].width != width or sum(p.num_rows for p in pieces) < rows:
+    if learned or pieces[0].width != width or sum(p.num_rows for p in pieces) < rows:
         return (_made(encoding_like(pieces[0].encoding, width), rows, width),)
     out, left = list[Made](), rows
     for piece in pieces:
