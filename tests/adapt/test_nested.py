@@ -40,8 +40,10 @@ from outsize.pack.format import Pack
 from outsize.pack.outline import of_pack
 from outsize.plan import nested as planned
 from outsize.plan.nested_cost import WORTH, drafting
-from outsize.plan.place import place
+from outsize.plan.place import least_bytes, place
 from outsize.plan.placement import BY_ROUTER
+from outsize.plan.scratch import lend
+from outsize.weights.residency import Share
 from tests.command import outsize as outsize_here
 from tests.golden import tiny
 
@@ -291,6 +293,27 @@ def test_plan_shows_the_family(made: nested.Made) -> None:
     assert used == sorted(used)
     shown = outsize_here("plan", str(made.pack.path), "-q").stdout
     assert "--width" in shown
+
+
+def test_what_is_lent_holds_layers_and_pieces(
+    made: nested.Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the least memory norms are held all the same. Layers go first where all that stream fit, else
+    pieces do; none where their policy is the user's."""
+    outline = replace(of_pack(made.pack), pins_pieces=True)
+    placed = place(outline, least_bytes(outline, 0, 0, 64), 0, 0, 64)
+    assert placed.shares["ffn-0"].pinned == tuple(range(tiny.LAYERS))
+    monkeypatch.setattr("outsize.plan.scratch.HUGE", 1)
+    attn, piece = outline.table("attn-0").stride, outline.table("experts-0").stride
+    shares = placed.shares | {"attn-0": Share((), 1), "experts-0": Share((), 6)}
+    for size, pins, expected in (
+        (2 * attn + piece, True, (2, 1)),
+        (attn + 2 * piece, True, (max(0, attn + 2 * piece - 3 * piece) // attn, 3)),
+        (attn + 2 * piece, False, (1, 0)),
+        (0, True, (0, 0)),
+    ):
+        made_of = lend(replace(outline, pins_pieces=pins), shares, size)
+        assert (made_of["attn-0"].lent, made_of["experts-0"].lent) == expected
 
 
 def test_pieces_that_are_used_most_stay(made: nested.Made) -> None:
