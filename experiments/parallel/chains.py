@@ -1,9 +1,9 @@
 """What a prompt takes by a chain of ranks, by the paper's baseline and by others: a simulation.
 
-    python -m experiments.parallel.chains COSTS.jsonl [--tokens 4096] [--ranks 2] [-o FILE]
+    python -m experiments.parallel.chains COSTS.jsonl [--tokens 4096] [-o FILE]
 
-COSTS: rows of `experiments.parallel.ways` with what was searched for: their costs of a token and of a pair of
-query and key were measured; links, messages and waiting are the simulator's (parallel/des.py). A row for each
+COSTS: rows of `experiments.parallel.prompts`: their chains' costs of a token and of a pair of query and key
+were measured; links, messages and waiting are the simulator's (parallel/des.py). A row for each
 link and number of ranks: KV-Runahead with the best cuts and with even ones, the paper's baseline (all keys
 and values to all in every layer, no overlap), the same with an early and a late share each (zigzag), a
 pipeline over layers; ranks alike, and the last one twice as fast as the others.
@@ -59,7 +59,7 @@ def main() -> int:
     args = arguments(__doc__, "costs", tokens=4096)
     told = [json.loads(line) for line in Path(args.costs).read_text().splitlines()]
     for one in told:
-        if "costs" not in one:
+        if "costs" not in one or one["half"] or one["way"] != "predicted":
             continue
         prompt = Prompt(**one["costs"]["prompt"])
         for world in RANKS:

@@ -1,4 +1,4 @@
-"""The baseline of the KV-Runahead paper (arXiv 2405.05329) in the engine: each rank computes an equal share of a
+"""The baseline of KV-Runahead (arXiv 2405.05329) in the engine: each rank computes an equal share of a
 prompt's tokens, and in every layer all keys and values go to all ranks before anyone attends.
 
 What a rank attends to is what it may see (the paper's baseline computes the rest, too, and masks it), so this

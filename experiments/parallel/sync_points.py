@@ -17,7 +17,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +104,14 @@ class Calibration:
             step, k = ranges.table().step_PD, self.width // 64
             tops = [row.topk(k).indices for row in step]
             between += [jaccard(tops[0], top) for top in tops[1:]]
-        return {"texts": sum(texts) / len(texts), "ranks": sum(between) / len(between)}
+        return {"alike_texts": sum(texts) / len(texts), "alike_ranks": sum(between) / len(between)}
 
 
 Made = tuple[str, Callable[[], Way]]
 
 
 def ways(
-    ranks: Ranks, known: Calibration, order: Sequence[int], rises: Sequence[float]
+    ranks: Ranks, known: Callable[[], Calibration], order: Sequence[int], rises: Sequence[float]
 ) -> Iterator[Made]:
     """Each made when it is due."""
     num, world, made = len(ranks.outputs), ranks.world, find()
@@ -120,7 +120,7 @@ def ways(
     def drops(name: str, layers: Sequence[int]) -> Iterator[Made]:
         plain, fitted = f"dropped: {name}, zero-shot", f"dropped: {name}, closed form"
         yield plain, lambda: Way(plain, drops=zero_shot(layers, world))
-        yield fitted, lambda: Way(fitted, drops=known.corrected(layers))
+        yield fitted, lambda: Way(fitted, drops=known().corrected(layers))
 
     def turned(name: str, bits: int, *places: str) -> Made:
         codecs = [Turned(turner(bits, made))] * world
@@ -137,7 +137,7 @@ def ways(
     yield turned("attention whole, turned 4 bits", 4, "ffn")
     yield from (turned(f"turned, {b} bits", b) for b in (4, 5, 6))
     for choose in ("selected", "random", "none"):
-        yield f"static, 16 bits for {choose}", partial(known.way, choose)
+        yield f"static, 16 bits for {choose}", lambda choose=choose: known().way(choose)  # type: ignore[misc]
 
 
 def within(order: Sequence[int], rises: Sequence[float]) -> int:
@@ -196,6 +196,12 @@ class Rows:
         return self.known[way]
 
 
+def features(ranks: Ranks, learnt: Sequence[Tensor]) -> dict[str, Any]:
+    """How alike those are that would go in 16 bits."""
+    one, other = (Calibration(ranks, text[:FEW], fits=False) for text in learnt)
+    return {"calibration_tokens": one.tokens, **one.same(other)}
+
+
 def measure(ranks: Ranks, text: Tensor, learnt: list[Tensor], sweep: int, rows: Rows) -> None:
     """Every way, a row each; `learnt`: two calibration texts, of which the first is used."""
     base = losses(ranks, text, Way("exact"))
@@ -205,9 +211,8 @@ def measure(ranks: Ranks, text: Tensor, learnt: list[Tensor], sweep: int, rows: 
     )
     rises: list[float] = swept["rises"]
     order = sorted(range(len(rises)), key=rises.__getitem__)
-    known = Calibration(ranks, learnt[0])
-    again = [Calibration(ranks, one[:FEW], fits=False) for one in learnt]
-    rows.get("features", lambda: {"calibration_tokens": again[0].tokens, **again[0].same(again[1])})
+    rows.get("features", lambda: features(ranks, learnt))
+    known = cache(lambda: Calibration(ranks, learnt[0]))  # where a way needs it
     for name, make in ways(ranks, known, order, rises):
         rows.get(
             name, lambda name=name, make=make: compared(name, base, losses(ranks, text, make()))

@@ -1,59 +1,87 @@
 """Ways to share a model between two ranks, one beside the other over links that are modelled; with cuts of a
-chain that are searched for, and what the simulator foretells of each.
+chain that are searched for.
 
     python -m experiments.parallel.ways MODEL.gguf [--ways "..."] [--links "..."] [--prompt 512] [--tokens 32]
-        [--repeats 3] [--search 4096] [--memory 2GB] [-o FILE]
+        [--repeats 3] [--search 4096] [--memory 2GB] [--encoding auto] [--disk "as it is"] [-o FILE]
 
-A row for each way and link (bench/parallel.py), and for tensor parallelism with both sums or one what the
-simulator (parallel/des.py) says of a token, fed with the leader's own time: what it did not wait, less its
-head. The simulator adds the links, the messages and the waiting.
+A row for each way and link (bench/parallel.py), each rank with a core of its own where there are two; of the
+way `alone` for one rank with one. `head_s`: seconds of the head for a token, on one core; `others_cores`:
+what others had of the machine meanwhile: rows beside which that was over a tenth are shown and not kept.
+`--disk`: a word for the disk, where it is not as it is. experiments/parallel/machines.py says what the
+simulator foretells of each. Rows that FILE has are not measured again.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from experiments.parallel.quiet import Quiet
 from experiments.runs import arguments
-from outsize.bench.parallel import ParallelOptions, Row, measured
+from outsize.bench.parallel import ParallelOptions, measured
+from outsize.bench.speed import measure
 from outsize.engine import load as loading
-from outsize.kernels.turned import row_bytes
 from outsize.options import LoadOptions
-from outsize.parallel.des import Compute, Op, Receive, Send, simulate
-from outsize.parallel.programs import Layer, Tensor
-from outsize.parallel.slow import Link, parse_link
-from outsize.parallel.spec import parse_parallel
+from outsize.pack import fetch
 from outsize.plan.probe import median_s
 
-FRAME = 512  # bytes that tell the others of a step
+ALONE, BUSY = "alone", 0.1
+KEYS = "way", "link", "model", "memory", "prompt", "tokens", "encoding", "disk"
 
 
-def foretold(row: Row, model: str, head_s: float, call_s: float) -> float | None:
-    """Seconds of a token by the simulator; None where it has no program for a way, or a link is not
-    modelled."""
-    spec = parse_parallel(row.way)
-    if spec.way.cut != "sum" or spec.sync or row.link == "loopback":
-        return None
-    found = loading.fetch.pack(model, quiet=True)  # type: ignore[attr-defined]
-    d = found.description
-    own_s = max(0.0, row.token_s - row.waited_s - head_s)
-    each = Layer(own_s / d.num_layers / 3, 2 * own_s / d.num_layers / 3)
-    size = 2 * d.width if spec.bits == 16 else row_bytes(d.width, spec.bits)
-    tensor = Tensor(d.num_layers, each, size, whole=spec.way.attention == "whole")
-    lead: list[Op] = [Send(1, FRAME), *tensor.program(0, 2), Compute(head_s)]
-    follow: list[Op] = [Receive(0, FRAME), *tensor.program(1, 2)]
-    link: Link = parse_link(row.link)
-    return simulate([lead, follow], link, call_s)[0].end
+def rows(model: str, way: str, link: str, args: Any) -> Iterator[dict[str, Any]]:
+    """Of one way and link."""
+    how = LoadOptions(memory=args.memory, encoding=args.encoding, threads=1, quiet=True)
+    sizes = args.prompt, args.tokens, args.repeats
+    if way == ALONE:
+        yield alone(model, how, sizes) | {"way": way, "link": "none"}
+        return
+    options = ParallelOptions(way, link, *sizes, args.search)
+    for one in measured(model, options, how.with_changes({"ranks": 2})):
+        yield one if isinstance(one, dict) else one.to_json()
 
 
-def head_seconds(model: str) -> float:
+def alone(model: str, how: LoadOptions, sizes: tuple[int, int, int]) -> dict[str, Any]:
+    """One rank, on one core."""
+    prompt, tokens, repeats = sizes
+    how = how.with_changes({"draft": "none", "prefix_cache": "off"})
+    with loading.open_model(fetch.named(model), how) as opened, on_one_core():
+        measure(opened, prompt, 2, 1)
+        runs = [measure(opened, prompt, tokens, 1) for _ in range(repeats)]
+        of_prompt, of_tokens = (statistics.median(run[i] for run in runs) for i in (0, 1))
+        placement = opened.placement
+        return {
+            "prompt_s": round(prompt / of_prompt, 5), "token_s": round(1 / of_tokens, 6),
+            "held": placement.held, "streamed": placement.streamed,
+        }  # fmt: skip
+
+
+@contextmanager
+def on_one_core() -> Iterator[None]:
+    """What computes in this process."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def head_seconds(model: str, encoding: str) -> float:
     """Of the head, for one row."""
-    with loading.load(model, quiet=True, draft="none") as opened, torch.inference_mode():
+    with (
+        loading.load(model, quiet=True, draft="none", encoding=encoding, threads=1) as opened,
+        torch.inference_mode(),
+    ):
         transformer = opened.transformer
         state = torch.randn(1, transformer.description.width, dtype=torch.float32)
         return median_s(lambda: transformer.logits(state), 15)
@@ -62,27 +90,30 @@ def head_seconds(model: str) -> float:
 def main() -> int:
     args = arguments(
         __doc__, "model", ways="tensor:cut=sum,attention=heads;tensor:cut=sum,bits=4",
-        links="100Mbit/s,0.1ms", prompt=512, tokens=32, repeats=3, search="", memory="auto", call=1e-5,
+        links="100Mbit/s,0.1ms", prompt=512, tokens=32, repeats=3, search="", memory="auto",
+        encoding="auto", disk="as it is",
     )  # fmt: skip
-    options = ParallelOptions(
-        args.ways, args.links, args.prompt, args.tokens, args.repeats, args.search
-    )
-    load = LoadOptions(ranks=2, memory=args.memory, threads=1, quiet=True)
-    head_s, start = head_seconds(args.model), time.monotonic()
-    for one in measured(args.model, options, load):
-        row: dict[str, Any] = one if isinstance(one, dict) else one.to_json()
-        if isinstance(one, Row):
-            guess = foretold(one, args.model, head_s, args.call)
-            row |= {
-                "simulated_s": None if guess is None else round(guess, 6),
-                "head_s": round(head_s, 6),
-            }
-        row |= {"model": Path(args.model).stem, "prompt": args.prompt, "memory": args.memory}
-        line = json.dumps({**row, "seconds": round(time.monotonic() - start, 1)})
-        print(line, flush=True)
-        if args.output is not None:
-            with args.output.open("a") as out:
-                out.write(line + "\n")
+    about = {"model": Path(args.model).stem, "memory": args.memory, "prompt": args.prompt}
+    about |= {"tokens": args.tokens, "encoding": args.encoding, "disk": args.disk}
+    lines = args.output.read_text().splitlines() if args.output and args.output.exists() else []
+    known = [tuple(row.get(k) for k in KEYS) for row in map(json.loads, lines)]
+    head_s, start = 0.0, time.monotonic()
+    for link, way in (
+        (link, way) for link in args.links.split(";") for way in args.ways.split(";")
+    ):
+        found = about | {"way": way, "link": "none" if way == ALONE else link}
+        if tuple(found[k] for k in KEYS) in known:
+            continue
+        head_s, quiet = head_s or head_seconds(args.model, args.encoding), Quiet()
+        for row in rows(args.model, way, link, args):
+            others = quiet.others
+            more = {"head_s": round(head_s, 6), "others_cores": round(others, 3)}
+            more |= {"spent_s": round(time.monotonic() - start, 1)}
+            line = json.dumps({**row, **about, **more})
+            print(line, flush=True)
+            if args.output is not None and others < BUSY:
+                with args.output.open("a") as out:
+                    out.write(line + "\n")
     return 0
 
 

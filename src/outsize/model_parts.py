@@ -50,9 +50,9 @@ class Delta:
 @dataclass(frozen=True, slots=True)
 class Shard:
     """What one of several ranks holds of a model (parallel/shard.py); all else is whole on each. Ranges are
-    (first, last + 1), of the model's. `cut` "gather": of a feed-forward's down, all inputs of some outputs;
-    "sum": the inputs that are its neurons, of all outputs; "layers": some layers, whole. `attention`: whole
-    on every rank, or by heads."""
+    (first, last + 1), of the model's; key heads', and their queries', of an order that each layer may have.
+    `cut` "gather": of a feed-forward's down, all inputs of some outputs; "sum": the inputs that are its
+    neurons, of all outputs; "layers": some layers, whole. `attention`: whole on every rank, or by heads."""
 
     rank: int
     world: int
@@ -69,6 +69,12 @@ class Shard:
     output_ends: tuple[int, ...]
     layers: tuple[int, int]
     num_layers: int  # of the model
+    orders: tuple[tuple[int, ...], ...] = ()  # of key heads in each layer, which `kv_heads` are of
+
+    def keys(self, layer: int) -> list[int]:
+        """The model's key heads that this rank has in a layer."""
+        every = self.orders[layer] if self.orders else range(self.num_kv_heads)
+        return list(every[slice(*self.kv_heads)])
 
     @property
     def neuron_widths(self) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import outsize
+from outsize.adapt import loop
 from outsize.adapt.memory import task as tasks
 from outsize.adapt.memory.inspect import Reader, clusters, plane, token_ids
 from outsize.adapt.memory.network import Shape, flex, forward, memory_norm, new_parameters
@@ -171,6 +172,8 @@ def test_resumed_after_a_kill_it_has_the_same_bits(text: Path, tmp_path: Path) -
     process.wait()
     assert (folder / "training.checkpoint").exists()
     assert not (folder / "model.safetensors").exists()
+    with pytest.raises(OptionError, match="has not ended; go on with --resume"):  # nothing is lost
+        trained(text, folder)
     done = outsize_here(*flags(text, folder, "--every", "2", "--device", "cpu", "--resume"))
     assert done.returncode == 0, done.stderr
     found = load_file(folder / "model.safetensors")
@@ -178,6 +181,35 @@ def test_resumed_after_a_kill_it_has_the_same_bits(text: Path, tmp_path: Path) -
     assert all(torch.equal(found[k], want[k]) for k in want)
     other = outsize_here(*flags(text, folder, "--resume"))
     assert "there is no checkpoint" in other.stderr
+
+
+def test_an_interrupt_in_a_step_waits_for_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the change of weights and its count: a whole step is saved, and goes on to the same bits."""
+    tokens, path = torch.arange(1000) * 7 % 320, tmp_path / "c"
+    recipe = MemoryRecipe(**RECIPE)  # type: ignore[arg-type]
+
+    def new() -> MemoryTask:
+        return MemoryTask(recipe, tokens, tokens, torch.device("cpu"), torch.float32)
+
+    whole, broken = loop.start(new(), ""), loop.start(new(), "")
+    loop.train(whole, tmp_path / "whole", 100, lambda _: None)
+    change = broken.optimizer.step
+
+    def interrupted() -> None:
+        change()
+        if broken.step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(broken.optimizer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(broken, path, 100, lambda _: None)
+    again = loop.resume(new(), path, "")
+    assert again.step == 3
+    loop.train(again, path, 100, lambda _: None)
+    for name, want in whole.task.parameters.items():
+        assert torch.equal(again.task.parameters[name], want)
 
 
 @pytest.mark.slow
@@ -253,6 +285,14 @@ def test_data_that_are_too_short(tmp_path: Path) -> None:
         trained(short, tmp_path / "short", length=600)
 
 
+def test_a_folder_that_cannot_be_one(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "within"):
+        with pytest.raises(OptionError, match=r"cannot be written: [A-Z].*; name another"):
+            trained(text, folder)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_ranks_go_where_they_count() -> None:
     """A layer whose values have few directions gives its numbers to the other."""
     generator = torch.Generator().manual_seed(0)
@@ -298,6 +338,8 @@ def test_reading_tokens_out(text: Path, tmp_path: Path) -> None:
         near = reader.nearest(token, 3, lambda _: None)
         assert near[0][0] == reader.text(int(cosine.argmax()))
         assert near[0][1] == pytest.approx(float(cosine.max()), abs=1e-3)
+        assert reader.text(0) == "<|endoftext|>"
+        assert len({reader.text(i) for i in range(320)}) == 320  # bytes of letters, too
         with pytest.raises(OptionError, match="has no tokens"):
             token_ids(reader, [""])
     done = outsize_here(

@@ -14,8 +14,19 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import outsize
-from outsize.adapt.sync.choose import CORRECTED, DROPPED, Layer, Rises, Times, choose, ways
-from outsize.adapt.sync.run import SyncOptions, interval, run
+from outsize.adapt.sync.choose import (
+    CORRECTED,
+    DROPPED,
+    Layer,
+    Rises,
+    Times,
+    choose,
+    cost_of,
+    only,
+    ways,
+)
+from outsize.adapt.sync.means import interval
+from outsize.adapt.sync.run import SyncOptions, run
 from outsize.cli.main import app
 from outsize.errors import AdapterError, OptionError, UnsupportedError
 from outsize.pack import fetch, sync_file
@@ -57,6 +68,18 @@ def test_the_fastest_choice_within_a_budget() -> None:
         Layer(DROPPED, 16, 4), Layer(CORRECTED, 16, 4), Layer(CORRECTED, 16, 4)
     ]  # fmt: skip
     assert choose(Rises([-0.1], [0.1], {}), TIMES, 0.0) == [Layer(DROPPED)], "a gain costs nothing"
+
+
+def test_layers_of_a_choice() -> None:
+    """Taken back layer by layer, dearest first."""
+    rises = Rises(
+        [0.3, -0.01, 0.02], [0.4, 0.1, 0.01], {("ffn", 4): 0.002, ("attention", 4): 0.001}
+    )
+    chosen = [Layer(DROPPED, 16, 4), Layer(DROPPED), Layer(CORRECTED, 16, 4)]
+    costs = [cost_of(rises, i, way) for i, way in enumerate(chosen)]
+    assert costs == pytest.approx([0.302, -0.01, 0.012])
+    assert cost_of(rises, 0, Layer("", 4, 4)) == pytest.approx(0.003)
+    assert only(chosen, [1]) == [Layer(), Layer(DROPPED), Layer()]
 
 
 def test_intervals() -> None:

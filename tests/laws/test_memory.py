@@ -253,6 +253,12 @@ def test_rows_are_in_the_order_of_their_use(
     assert first[:2] == counts
     assert sorted(first) == list(range(tiny.VOCAB))
     assert order(base, ())[:3] == [0, 1, 2]
+    lines, objects = tmp_path / "lines.txt", tmp_path / "objects.jsonl"
+    lines.write_text("x\n\n\n")  # ends of lines are tokens, too
+    objects.write_text('{"prompt": "yyyyy", "answer": "z"}\n')  # what is said, not keys
+    (end,) = open_tiny("memoryllm", "q8_0").tokens.encode("\n", start=False)
+    assert order(base, [lines])[0] == end
+    assert order(base, [objects])[0] == counts[1]
     paths = str(tabled(data=(text,)).path), str(tabled().path)
     with outsize.load(paths[0], quiet=True) as one, outsize.load(paths[1], quiet=True) as two:
         assert torch.equal(values(one), values(two))

@@ -298,6 +298,7 @@ def test_a_shard_that_lies_is_refused(open_tiny: Callable[..., Model], tmp_path:
         ("cut", "other", "cut by 'other'"),
         ("ffn_width", 640, "which are not shared out so"),
         ("heads", [0, 2], "not those of its ranges"),
+        ("orders", [[0, 0]], "orders of its key heads are none"),
     ):
         folder = tmp_path / name
         shutil.copytree(pack.path, folder)

@@ -33,9 +33,9 @@ def test_what_is_taken_is_the_whole_s(name: str, kernel: Backend) -> None:
     whole, step = e.decode(fields)[:200], e.step(WIDTH)[1]
     assert WIDTH % step == 0
     for first, last in ((0, step), (step, WIDTH), (0, WIDTH)):
-        columns = e.take(fields, None, slice(first, last))
+        columns = e.take(fields, None, (slice(first, last),))
         assert torch.equal(e.decode(columns)[:200], whole[:, first:last])
-        both = e.take(fields, ROWS, slice(first, last))
+        both = e.take(fields, ROWS, (slice(first, last),))
         assert torch.equal(e.decode(both)[: len(ROWS)], whole[ROWS, first:last])
         specs = e.specs(len(ROWS), last - first)
         assert {k: (f.dtype, tuple(f.shape)) for k, f in both.items()} == {
@@ -54,7 +54,7 @@ def test_a_cut_within_a_step_is_refused(name: str) -> None:
     e = ENCODINGS[name]
     fields, (rows, inputs) = e.encode(torch.randn(64, WIDTH)), e.step(WIDTH)
     with pytest.raises(UnsupportedError, match=f"{name} cut what is stored together: multiples of"):
-        e.take(fields, None, slice(inputs // 2, WIDTH))
+        e.take(fields, None, (slice(inputs // 2, WIDTH),))
     if rows > 1:
         with pytest.raises(UnsupportedError, match=f"{name} cut its tiles: multiples of 16 rows"):
             e.take(fields, torch.arange(8, 24), None)

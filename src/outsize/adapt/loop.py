@@ -21,6 +21,7 @@ from outsize.adapt.processes import average, processes
 from outsize.arguments import real, whole
 from outsize.checkpoint.lora import raw
 from outsize.errors import AdapterError, OptionError
+from outsize.system.interrupts import put_off
 
 BETAS, CLIP, SMOOTH = (0.9, 0.95), 1.0, 0.95
 KEPT = "kept|"  # before the names of what a task keeps beside
@@ -221,12 +222,13 @@ def train(
     until: int | None = None,
 ) -> None:
     """Train to the recipe's end, or so many of its steps, `report` after each. The checkpoint `path` is kept
-    up to date every so many steps and when interrupted."""
+    up to date every so many steps and when interrupted, after a whole step."""
     due = training.task.recipe.steps
     steps = due if until is None else min(due, until)
     try:
         while training.step < steps:
-            training.run_step()
+            with put_off():
+                training.run_step()
             if training.step % every == 0 or training.step == steps:
                 training.figures = training.task.evaluate()
                 training.save(path)

@@ -1,8 +1,8 @@
 """`outsize bench parallel`: a model by several ranks on this machine, over links as slow as they are named.
 
 The links are a model in user space (parallel/slow.py): each message is stamped with the time at which it
-would have arrived, and taken no sooner. Ranks share this machine's cores, so the measure is of one way
-against another over the same link, never against one process that has all cores.
+would have arrived, and taken no sooner. Ranks share this machine's cores (one each, where there are as many),
+so the measure is of one way against another over the same link, never against one process that has all.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import median
 
 from outsize.arguments import whole
+from outsize.bench.pinned import pinned
 from outsize.bench.speed import measure, prompt
 from outsize.engine import load as loading
 from outsize.engine.model import Model
@@ -33,6 +34,7 @@ from outsize.plan.probe import processor
 WAYS = "tensor;tensor:cut=sum;tensor:cut=sum,bits=4;tensor:cut=sum,attention=heads;relay;runahead"
 MODEL_OF_A_LINK = "link model in user space (parallel/slow.py)"
 BAR = 32  # characters of the longest bar
+Counts = tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +90,14 @@ class Row:
     prompt_sent: int
     how: str
     waited_s: float = 0.0
+    pinned: bool = False  # had each rank a core of its own?
 
     def to_json(self) -> dict[str, object]:
         return {
             "way": self.way, "link": self.link, "how": self.how, "prompt_s": round(self.prompt_s, 5),
             "token_s": round(self.token_s, 6), "messages_a_token": round(self.messages, 2),
             "sent_bytes_a_token": round(self.sent, 1), "prompt_bytes": self.prompt_sent,
-            "waited_s": round(self.waited_s, 6),
+            "waited_s": round(self.waited_s, 6), "pinned": self.pinned,
         }  # fmt: skip
 
 
@@ -107,13 +110,13 @@ def measured(
         raise OptionError("ranks is 1, and there is nothing to share; give --ranks 2 or more")
     for link in options.all_links:
         for way in options.all_ways:
-            with _opened(model, load, way, link) as opened:
+            with _opened(model, load, way, link) as opened, pinned(load.ranks) as apart:
                 chain = opened.scheduler.forward
                 if options.lengths and isinstance(chain, Chain):
                     found = [_searched(opened, chain, n, options.repeats) for n in options.lengths]
                     _keep(opened, found, load.ranks, link)
                     yield from found
-                yield _row(opened, way, link, options)
+                yield replace(_row(opened, way, link, options), pinned=apart)
 
 
 def show(model: str, options: ParallelOptions, load: LoadOptions, as_json: bool) -> None:
@@ -143,26 +146,30 @@ def _opened(model: str, load: LoadOptions, way: str, link: str) -> Model:
 
 def _row(model: Model, way: str, link: str, o: ParallelOptions) -> Row:
     measure(model, o.prompt_tokens, 2, 1)
-    runs, before = [], _wire(model)
+    runs, prompts, tokens = [], list[Counts](), list[Counts]()
     for _ in range(o.repeats):
-        runs.append(measure(model, o.prompt_tokens, o.new_tokens, 1))
-    both = _less(_wire(model), before)
-    before = _wire(model)
-    measure(model, o.prompt_tokens, 1, 1)
-    with_one = _less(_wire(model), before)
-    tokens = max(1, o.repeats * (o.new_tokens - 1))
-    messages, sent, moved, waited = (
-        (b - o.repeats * p) / tokens for b, p in zip(both, with_one, strict=True)
-    )
+        seen = [_wire(model)]
+        runs.append(
+            measure(
+                model,
+                o.prompt_tokens,
+                o.new_tokens,
+                1,
+                lambda seen=seen: seen.append(_wire(model)),  # type: ignore[misc]
+            )
+        )
+        prompts.append(_less(seen[1], seen[0]))
+        tokens.append(_less(_wire(model), seen[1]))
+    messages, sent, _, waited = (median(c[i] for c in tokens) / o.new_tokens for i in range(4))
     prefill, decode = (median(r[i] for r in runs) for i in (0, 1))
     how = MODEL_OF_A_LINK if link else "as it is"
     return Row(
         way, link or "loopback", o.prompt_tokens / prefill, 1 / decode, messages, sent,
-        max(0, round(with_one[2] - moved)), how, waited,
+        round(median(c[2] for c in prompts)), how, waited,
     )  # fmt: skip
 
 
-def _wire(model: Model) -> tuple[float, ...]:
+def _wire(model: Model) -> Counts:
     """Messages and bytes sent, bytes sent and received, and seconds waited, of the leader."""
     forward, leader = model.scheduler.forward, model.transformer.leader
     wire = forward.wire if isinstance(forward, Chain) else None if leader is None else leader.wire
@@ -171,7 +178,7 @@ def _wire(model: Model) -> tuple[float, ...]:
     return wire.messages, wire.sent, wire.sent + wire.received, wire.waited_s
 
 
-def _less(a: Sequence[float], b: Sequence[float]) -> tuple[float, ...]:
+def _less(a: Counts, b: Counts) -> Counts:
     return tuple(x - y for x, y in zip(a, b, strict=True))
 
 

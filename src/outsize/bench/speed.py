@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,8 +93,14 @@ def prompt(model: Model, length: int, start: int) -> list[int]:
     return [ids[(start + i) % len(ids)] for i in range(length)]
 
 
-def measure(model: Model, prompt_tokens: int, new_tokens: int, batch: int) -> tuple[float, float]:
-    """Tokens/s of one prefill and of decoding `batch` sequences greedily."""
+def measure(
+    model: Model,
+    prompt_tokens: int,
+    new_tokens: int,
+    batch: int,
+    between: Callable[[], None] = lambda: None,
+) -> tuple[float, float]:
+    """Tokens/s of one prefill and of decoding `batch` sequences greedily; `between` them that is called."""
     transformer, prune = model.transformer, parse_prefill(model.prefill)
     forward = model.scheduler.forward
     kvs = [transformer.new_kv() for _ in range(batch)]
@@ -102,6 +108,7 @@ def measure(model: Model, prompt_tokens: int, new_tokens: int, batch: int) -> tu
     started = time.perf_counter()
     outs = forward(transformer, spans, kvs)
     prefill_s = time.perf_counter() - started
+    between()
     started = time.perf_counter()
     with transformer.threads.narrow(True):
         for i in range(new_tokens):

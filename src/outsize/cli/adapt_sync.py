@@ -33,6 +33,12 @@ class SyncFlags:
     tokens: Annotated[int, Flag("--tokens", "Of the data, that are read.")] = 32768
     length: Annotated[int, Flag("--length", "Tokens of a sequence.")] = 512
     sweep: Annotated[int, Flag("--sweep", "Sequences that each layer is measured on.")] = 4
+    distill: Annotated[
+        int, Flag("--distill", "Steps that the corrections of sensitive layers learn; 0: none.")
+    ] = 0
+    group: Annotated[
+        bool, Flag("--group", "Put key heads together on a rank that miss the others least.")
+    ] = False
     allow: Annotated[bool, Flag("--allow", "Write the file even if it costs more.")] = False
     resume: Annotated[bool, Flag("--resume", "Go on from what was measured.")] = False
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from outsize.encoding.frozen import frozen
-from outsize.encoding.plain import Encoding, Fields, FieldSpec, check_cut, taken
+from outsize.encoding.plain import Encoding, Fields, FieldSpec, Inputs, check_cut, taken
 from outsize.kernels.backend import Product
 from outsize.kernels.layouts import CodedMatrix
 from outsize.kernels.plain import by_rows, wide_linear
@@ -70,9 +70,7 @@ class Fp8:
     def step(self, width: int) -> tuple[int, int]:
         return 1, GROUP
 
-    def take(
-        self, fields: Fields, rows_N: Tensor | None, inputs: slice | None
-    ) -> dict[str, Tensor]:
+    def take(self, fields: Fields, rows_N: Tensor | None, inputs: Inputs) -> dict[str, Tensor]:
         check_cut(self.name, inputs, GROUP, fields["codes"].shape[1])
         scale = taken(fields["scale"], rows_N, inputs, GROUP)
         return {"codes": taken(fields["codes"], rows_N, inputs), "scale": scale}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from outsize.encoding.frozen import frozen
-from outsize.encoding.plain import Encoding, Fields, FieldSpec, check_cut, taken
+from outsize.encoding.plain import Encoding, Fields, FieldSpec, Inputs, check_cut, taken
 from outsize.errors import UnsupportedError
 from outsize.kernels.backend import Backend, Product
 from outsize.kernels.layouts import BLOCK, GROUP, CodedMatrix, decode_groups
@@ -97,9 +97,7 @@ class Group:
     def step(self, width: int) -> tuple[int, int]:
         return 1, BLOCK  # groups lie in pairs
 
-    def take(
-        self, fields: Fields, rows_N: Tensor | None, inputs: slice | None
-    ) -> dict[str, Tensor]:
+    def take(self, fields: Fields, rows_N: Tensor | None, inputs: Inputs) -> dict[str, Tensor]:
         width = fields["scale"].shape[1] * GROUP
         check_cut(self.name, inputs, BLOCK, width)
         return {

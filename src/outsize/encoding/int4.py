@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from outsize.encoding.frozen import frozen
-from outsize.encoding.plain import Encoding, Fields, FieldSpec, check_cut, taken
+from outsize.encoding.plain import Encoding, Fields, FieldSpec, Inputs, check_cut, taken
 from outsize.errors import UnsupportedError
 from outsize.kernels.backend import Backend, Product
 from outsize.kernels.layouts import BLOCK, GROUP, TILES, CodedMatrix, decode_tiles, tile, untile
@@ -96,9 +96,7 @@ class Int4:
     def step(self, width: int) -> tuple[int, int]:
         return 1, GROUP
 
-    def take(
-        self, fields: Fields, rows_N: Tensor | None, inputs: slice | None
-    ) -> dict[str, Tensor]:
+    def take(self, fields: Fields, rows_N: Tensor | None, inputs: Inputs) -> dict[str, Tensor]:
         check_cut(self.name, inputs, GROUP, fields["packed"].shape[1])
         codes = taken(untile(fields["packed"]), rows_N, inputs)
         scales_NG2 = taken(fields["scales"].transpose(0, 1), rows_N, inputs, GROUP)

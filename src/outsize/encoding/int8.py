@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from outsize.encoding.frozen import frozen
-from outsize.encoding.plain import Encoding, Fields, FieldSpec, taken
+from outsize.encoding.plain import Encoding, Fields, FieldSpec, Inputs, taken
 from outsize.kernels.backend import Product
 from outsize.kernels.plain import wide_linear
 from outsize.kernels.structs import Coded
@@ -68,9 +68,7 @@ class Int8:
     def step(self, width: int) -> tuple[int, int]:
         return 1, 1
 
-    def take(
-        self, fields: Fields, rows_N: Tensor | None, inputs: slice | None
-    ) -> dict[str, Tensor]:
+    def take(self, fields: Fields, rows_N: Tensor | None, inputs: Inputs) -> dict[str, Tensor]:
         codes = _pad_rows(taken(fields["codes"], rows_N, inputs), ROW_STEP)
         scale_N1 = taken(fields["scale"][:, None], rows_N, None)
         return {"codes": codes, "scale": _pad_rows(scale_N1, ROW_STEP)[:, 0].contiguous()}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from outsize.encoding.frozen import frozen
 from outsize.encoding.levels import MOST, between, fit
-from outsize.encoding.plain import Encoding, Fields, FieldSpec, check_cut, taken
+from outsize.encoding.plain import Encoding, Fields, FieldSpec, Inputs, check_cut, taken
 from outsize.errors import UnsupportedError
 from outsize.kernels.backend import Backend, Product
 from outsize.kernels.palettes import (
@@ -175,9 +175,7 @@ class Palette:
         in_blocks = "int8" in (self.form.step, self.form.low)
         return TILE, BLOCK if in_blocks else max(self.form.group, TAKEN)
 
-    def take(
-        self, fields: Fields, rows_N: Tensor | None, inputs: slice | None
-    ) -> dict[str, Tensor]:
+    def take(self, fields: Fields, rows_N: Tensor | None, inputs: Inputs) -> dict[str, Tensor]:
         width = fields["codes"].shape[1] * TILE
         check_cut(self.name, inputs, self.step(width)[1], width)
         tiles = None if rows_N is None else _tiles(self.name, rows_N)

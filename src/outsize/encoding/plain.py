@@ -22,6 +22,7 @@ from outsize.kernels.backend import Product
 from outsize.kernels.structs import Coded
 
 Fields = Mapping[str, Tensor]
+Inputs = tuple[slice, ...] | None  # runs of a matrix's inputs, in any order; None: all
 
 
 class FieldSpec(NamedTuple):
@@ -77,10 +78,8 @@ class Encoding(Protocol):
         """(rows, inputs) of a matrix of this width that cuts must be at multiples of."""
         ...
 
-    def take(
-        self, fields: Fields, rows_N: Tensor | None, inputs: slice | None
-    ) -> dict[str, Tensor]:
-        """The fields of some of its rows (whole steps of them, in any order) and of a run of its inputs;
+    def take(self, fields: Fields, rows_N: Tensor | None, inputs: Inputs) -> dict[str, Tensor]:
+        """The fields of some of its rows (whole steps of them, in any order) and of runs of its inputs;
         None: all. Codes are moved, never made anew: decoding them gives those numbers of the whole, bit for
         bit. Raises UnsupportedError for a cut within a step."""
         ...
@@ -100,23 +99,23 @@ def slice_rows(
     return out
 
 
-def check_cut(name: str, inputs: slice | None, step: int, width: int) -> None:
+def check_cut(name: str, inputs: Inputs, step: int, width: int) -> None:
     """Raise UnsupportedError for a run of inputs that cuts what shares a scale."""
-    if inputs is None:
-        return
-    if inputs.start % step or (inputs.stop % step and inputs.stop != width):
-        raise UnsupportedError(
-            f"inputs {inputs.start:,} to {inputs.stop:,} of a matrix in {name} cut what is stored together: "
-            f"multiples of {step} are due"
-        )
+    for run in inputs or ():
+        if run.start % step or (run.stop % step and run.stop != width):
+            raise UnsupportedError(
+                f"inputs {run.start:,} to {run.stop:,} of a matrix in {name} cut what is stored together: "
+                f"multiples of {step} are due"
+            )
 
 
-def taken(field: Tensor, rows_N: Tensor | None, inputs: slice | None, each: int = 1) -> Tensor:
-    """Some rows of a field, and those of its columns that belong to a run of inputs, `each` inputs a
+def taken(field: Tensor, rows_N: Tensor | None, inputs: Inputs, each: int = 1) -> Tensor:
+    """Some rows of a field, and those of its columns that belong to some runs of inputs, `each` inputs a
     column."""
     found = field if rows_N is None else field[rows_N]
     if inputs is not None:
-        found = found[:, inputs.start // each : -(-inputs.stop // each)]
+        runs = [found[:, run.start // each : -(-run.stop // each)] for run in inputs]
+        found = runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)
     return found.contiguous()
 
 
@@ -156,9 +155,7 @@ class Plain:
     def step(self, width: int) -> tuple[int, int]:
         return 1, 1
 
-    def take(
-        self, fields: Fields, rows_N: Tensor | None, inputs: slice | None
-    ) -> dict[str, Tensor]:
+    def take(self, fields: Fields, rows_N: Tensor | None, inputs: Inputs) -> dict[str, Tensor]:
         return {"w": taken(fields["w"], rows_N, inputs)}
 
 

@@ -192,6 +192,10 @@ def _ranges_fault(d: Description, x: Shard) -> str:
         return "where parts are summed, each rank has all outputs"
     if x.heads[1] > x.num_heads or x.kv_heads[1] > x.num_kv_heads:
         return "a rank has heads that the model has not"
+    every, by_heads = list(range(x.num_kv_heads)), x.attention == "heads"
+    is_order = by_heads and len(x.orders) == d.num_layers
+    if x.orders and not (is_order and all(sorted(order) == every for order in x.orders)):
+        return "orders of its key heads are none"
     sizes = [b - a for a, b in (x.neurons, x.heads, x.kv_heads)]
     is_due = sizes == [d.ffn_width, d.num_heads, d.num_kv_heads] and d.mixture is None
     return "" if is_due else "a rank's sizes are not those of its ranges"

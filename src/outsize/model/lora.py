@@ -41,20 +41,31 @@ class Sliced(Mapping[str, tuple[Tensor, Tensor]]):
     """A rank's part of a model's factors: of B the rows of its outputs, of A the columns of its inputs."""
 
     def __init__(self, factors: Factors, shard: Shard, head_dim: int) -> None:
-        self._factors = factors
+        self._factors, self._shard, self._head_dim = factors, shard, head_dim
         neurons, outputs = slice(*shard.neurons), slice(*shard.outputs)
-        heads, keys = (slice(a * head_dim, b * head_dim) for a, b in (shard.heads, shard.kv_heads))
-        inner = slice(None) if shard.cut == "gather" else neurons
-        every = slice(None)
-        self._cuts = {
-            "q": (heads, every), "k": (keys, every), "v": (keys, every), "o": (every, heads),
-            "gate": (neurons, every), "up": (neurons, every), "down": (outputs, inner),
+        self._every, inner = slice(None), slice(None) if shard.cut == "gather" else neurons
+        self._ffn = {
+            "gate": (neurons, self._every), "up": (neurons, self._every), "down": (outputs, inner),
         }  # fmt: skip
 
     def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
         a, b = self._factors[name]
-        rows, columns = self._cuts[name.partition(".")[2]]
-        return a[:, columns], b[rows]
+        layer, _, projection = name.partition(".")
+        if projection in self._ffn:
+            rows, columns = self._ffn[projection]
+            return a[:, columns], b[rows]
+        index = self._heads(int(layer), projection in ("k", "v"))
+        return (a[:, index], b) if projection == "o" else (a, b[index])
+
+    def _heads(self, layer: int, are_keys: bool) -> slice | Tensor:
+        """Numbers of this rank's heads in a layer: a run, where there is one order of all layers."""
+        s, each = self._shard, self._head_dim
+        if not s.orders:
+            first, last = s.kv_heads if are_keys else s.heads
+            return slice(first * each, last * each)
+        each *= 1 if are_keys else s.num_heads // s.num_kv_heads
+        numbers = [k * each + i for k in s.keys(layer) for i in range(each)]
+        return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._factors)

@@ -54,6 +54,7 @@ class SyncAbout:
     change_low: float = 0.0  # of the perplexity, in percent: 95 % lie between
     change_high: float = 0.0
     text: str = ""
+    key_orders: tuple[tuple[int, ...], ...] = ()  # of key heads, by layer; empty: the model's
 
     @property
     def world(self) -> int:

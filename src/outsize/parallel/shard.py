@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from outsize.encoding.find import encoding
+from outsize.encoding.plain import Inputs
 from outsize.model_config import Description
 from outsize.model_parts import Shard
 from outsize.pack.derive import derive, made_before
@@ -37,7 +38,8 @@ FOLDER = "shards"
 
 def source_of(pack: Pack, shard: Shard) -> Source:
     """What names a shard: the pack's numbers, and which of them."""
-    return derived(pack.source, f"rank{shard.rank}of{shard.world}", {"shard": asdict(shard)})
+    numbers = {name: value for name, value in asdict(shard).items() if name != "orders" or value}
+    return derived(pack.source, f"rank{shard.rank}of{shard.world}", {"shard": numbers})
 
 
 def described(d: Description, shard: Shard) -> Description:
@@ -95,7 +97,8 @@ class _Cutter:
     ) -> None:
         """`there`: the pack's folder and its records; None: only headers are asked for."""
         self._d, self._tables, self._shard, self._there = d, tables, shard, there
-        self._rows, self._inputs = _rows(d, shard), _inputs(d, shard)
+        self._rows, self._inputs = _rows(d, shard, 0), _inputs(d, shard, 0)
+        self._layer = 0  # that these are of
 
     def tables(self) -> list[TablePlan]:
         out: list[TablePlan] = []
@@ -144,6 +147,10 @@ class _Cutter:
         return out
 
     def _record(self, table: TableHeader, number: int) -> Record:
+        layer = table.keys[number]
+        if self._shard.orders and layer != self._layer:
+            self._rows, self._inputs = (f(self._d, self._shard, layer) for f in (_rows, _inputs))  # type: ignore[assignment]
+            self._layer = layer
         return {
             name: self._tensor(table, number, name, matrices)
             for name, matrices in sorted(table.tensors.items())
@@ -155,14 +162,14 @@ class _Cutter:
         rows, inputs = self._rows.get(name), self._inputs.get(name)
         is_vector = name in self._rows and all(m.num_rows == 1 for m in matrices)
         if is_vector:
-            make = partial(self._numbers, table, number, name)
+            make = partial(self._numbers, table, number, name, rows)
             return (Made(FLOATS, 1, len(self._rows[name]), make),)
         out, at = [], 0
         for piece, m in enumerate(matrices):
             mine = None if rows is None else rows[(rows >= at) & (rows < at + m.num_rows)] - at
             at += m.num_rows
             count = m.num_rows if mine is None else len(mine)
-            width = m.width if inputs is None else inputs.stop - inputs.start
+            width = m.width if inputs is None else sum(run.stop - run.start for run in inputs)
             make = partial(self._fields, table, number, (name, piece), mine, inputs)
             if count:
                 out.append(Made(m.encoding, count, width, make))
@@ -174,7 +181,7 @@ class _Cutter:
         number: int,
         place: tuple[str, int],
         rows: Tensor | None,
-        inputs: slice | None,
+        inputs: Inputs,
     ) -> Mapping[str, Tensor]:
         name, piece = place
         weight = self._read(table, number)[name][piece]
@@ -186,15 +193,17 @@ class _Cutter:
         assert self._there is not None
         return self._there[1].read(table, number)
 
-    def _numbers(self, table: TableHeader, number: int, name: str) -> Mapping[str, Tensor]:
+    def _numbers(
+        self, table: TableHeader, number: int, name: str, rows: Tensor | None
+    ) -> Mapping[str, Tensor]:
         """Some of a vector's."""
         pieces = self._read(table, number)[name]
         whole = torch.cat([w.encoding.decode(w.fields)[0] for w in pieces])
-        return encoding(FLOATS).encode(whole[self._rows[name]][None])
+        return encoding(FLOATS).encode(whole[rows][None])
 
 
-def _rows(d: Description, s: Shard) -> dict[str, Tensor]:
-    """Of tensors that are cut by rows (vectors: by numbers), those of a shard."""
+def _rows(d: Description, s: Shard, layer: int) -> dict[str, Tensor]:
+    """Of a layer's tensors that are cut by rows (vectors: by numbers), those of a shard."""
     if s.cut == "layers":
         return {}
     neurons = torch.arange(*s.neurons, dtype=torch.int64, device="cpu")
@@ -204,17 +213,19 @@ def _rows(d: Description, s: Shard) -> dict[str, Tensor]:
     if s.cut == "gather":
         found["down"] = torch.arange(*s.outputs, dtype=torch.int64, device="cpu")
     if s.attention == "heads":
-        found |= _head_rows(d, s)
+        found |= _head_rows(d, s, layer)
     return found
 
 
-def _head_rows(d: Description, s: Shard) -> dict[str, Tensor]:
+def _head_rows(d: Description, s: Shard, layer: int) -> dict[str, Tensor]:
     """Query, key and value heads, and their biases and sinks."""
-    query, key = (torch.arange(*r, dtype=torch.int64, device="cpu") for r in (s.heads, s.kv_heads))
+    each, keys = d.num_heads // d.num_kv_heads, s.keys(layer)
+    heads = [k * each + i for k in keys for i in range(each)]
+    query, key = (torch.tensor(x, dtype=torch.int64, device="cpu") for x in (heads, keys))
     inner = torch.arange(d.head_dim, dtype=torch.int64, device="cpu")
     first = (0, d.num_heads, d.num_heads + d.num_kv_heads)
-    heads = torch.cat([start + some for start, some in zip(first, (query, key, key), strict=True)])
-    rows = (heads[:, None] * d.head_dim + inner).flatten()
+    all_ = torch.cat([start + some for start, some in zip(first, (query, key, key), strict=True)])
+    rows = (all_[:, None] * d.head_dim + inner).flatten()
     found = {"qkv": rows}
     if d.qkv_bias:
         found["qkv_bias"] = rows
@@ -223,9 +234,21 @@ def _head_rows(d: Description, s: Shard) -> dict[str, Tensor]:
     return found
 
 
-def _inputs(d: Description, s: Shard) -> dict[str, slice]:
-    """Of matrices that are cut by inputs, those of a shard."""
-    found = {"down": slice(*s.neurons)} if s.cut == "sum" else {}
+def _inputs(d: Description, s: Shard, layer: int) -> dict[str, Inputs]:
+    """Of a layer's matrices that are cut by inputs, those of a shard."""
+    found: dict[str, Inputs] = {"down": (slice(*s.neurons),)} if s.cut == "sum" else {}
     if s.attention == "heads":
-        found["o"] = slice(s.heads[0] * d.head_dim, s.heads[1] * d.head_dim)
+        each = d.num_heads // d.num_kv_heads * d.head_dim
+        found["o"] = tuple(slice(k * each, (k + n) * each) for k, n in _runs(s.keys(layer)))
+    return found
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """First and count of numbers that follow each other."""
+    found: list[tuple[int, int]] = []
+    for n in numbers:
+        if found and sum(found[-1]) == n:
+            found[-1] = found[-1][0], found[-1][1] + 1
+        else:
+            found.append((n, 1))
     return found

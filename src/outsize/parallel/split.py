@@ -43,6 +43,9 @@ class Way:
     cut: str = "gather"
     attention: str = "whole"
     key_ends: tuple[int, ...] = ()  # where each rank's key heads end, where that is not by speed
+    key_orders: tuple[
+        tuple[int, ...], ...
+    ] = ()  # of key heads, by layer, where it is not the model's
 
 
 def split(
@@ -68,6 +71,11 @@ def split(
         () if is_sum else _shared(f"{name}: outputs", d.width, matrices.step("down", 0), plain)
     )
     by_heads = way.attention == "heads"
+    if not orders_fit(way.key_orders, d) or (way.key_orders and not by_heads):
+        raise UnsupportedError(
+            f"{name}: orders of key heads are for attention=heads, all {d.num_kv_heads} of each of "
+            f"{d.num_layers} layers; make the file again with `outsize adapt sync`"
+        )
     keys = _key_heads(name, d, matrices, plain, way.key_ends) if by_heads else ()
     return tuple(_shard(d, rank, way, (neurons, outputs, keys)) for rank in range(ranks.world))
 
@@ -209,6 +217,18 @@ def _key_heads(
     return tuple(end * unit for end in ends)
 
 
+def orders_fit(orders: Sequence[Sequence[int]], d: Description) -> bool:
+    """Has each layer all of a model's key heads? None at all are an order, too."""
+    every = list(range(d.num_kv_heads))
+    return not orders or (len(orders) == d.num_layers and all(sorted(o) == every for o in orders))
+
+
+def key_unit(d: Description, tables: Sequence[TableHeader]) -> int:
+    """Key heads that stay together, since the output map stores theirs together."""
+    group = d.num_heads // d.num_kv_heads * d.head_dim
+    return lcm(group, _Matrices(tables).step("o", 1)) // group
+
+
 def _range(ends: Sequence[int], rank: int, whole: int) -> tuple[int, int]:
     return ((0, *ends)[rank], ends[rank]) if ends else (0, whole)
 
@@ -224,7 +244,7 @@ def _shard(
     return Shard(
         rank, len(neurons), way.cut, way.attention, _range(neurons, rank, d.ffn_width),
         _range(outputs, rank, d.width), (kv_heads[0] * each, kv_heads[1] * each), kv_heads, d.ffn_width,
-        d.num_heads, d.num_kv_heads, neurons, outputs, (0, d.num_layers), d.num_layers,
+        d.num_heads, d.num_kv_heads, neurons, outputs, (0, d.num_layers), d.num_layers, way.key_orders,
     )  # fmt: skip
 
 

@@ -71,7 +71,7 @@ plot.onclick = e => {
   if (best >= 0) choose(best);
 };
 const groups = new Map();
-d.cluster.forEach((k, i) => groups.set(k, [...(groups.get(k) || []), i]));
+d.cluster.forEach((k, i) => (groups.get(k) || groups.set(k, []).get(k)).push(i));
 [...groups].sort((a, b) => b[1].length - a[1].length).forEach(([k, ids]) => {
   const row = document.createElement("div"), name = document.createElement("b");
   const some = document.createElement("i");

@@ -21,7 +21,7 @@ from outsize.errors import OptionError, UnsupportedError
 from outsize.kernels.plain import ACTIVATIONS
 from outsize.pack.format import Pack
 from outsize.storage.records import Records
-from outsize.text.tokens import Tokens
+from outsize.text.tokens import UNFINISHED, Tokens
 
 BLOCK = 256  # tokens at once
 PROJECTED, ROUNDS = 64, 20  # numbers of a token that is clustered; rounds of k-means
@@ -79,7 +79,9 @@ class Reader:
             yield w.encoding.decode(w.fields)[: w.num_rows].clone()
 
     def text(self, token: int) -> str:
-        return self.tokens.decode([token])
+        """A token's text; the name of one that has none of its own: a control token, a part of a letter."""
+        text = self.tokens.decode([token])
+        return self.tokens.piece(token) if not text or UNFINISHED in text else text
 
     @cache  # noqa: B019  it lives as long as a command
     def _maps(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from outsize.adapt.memory.ranks import bases
 from outsize.adapt.memory.rows import Bases, RowMaker
+from outsize.adapt.memory.text import documents
 from outsize.arguments import real
-from outsize.checkpoint.bounded import text_lines
 from outsize.encoding.find import encoding
 from outsize.engine import open_tokens
-from outsize.errors import DataError, OptionError, UnsupportedError
+from outsize.errors import OptionError, UnsupportedError
 from outsize.home import home
 from outsize.kernels.backend import Backend
 from outsize.model.transformer import Transformer
@@ -152,10 +152,10 @@ def order(base: Pack, data: Sequence[Path]) -> list[int]:
     merges came. Raises DataError."""
     counts = Counter[int]()
     if data:
-        text = open_tokens.tokens(base)
-        for path in data:
-            for line in text_lines(path, DataError):
-                counts.update(text.encode(line, start=False))
+        tokens = open_tokens.tokens(base)
+        for text in documents(data):
+            for line in text:
+                counts.update(tokens.encode(line, start=False))
     return sorted(range(base.description.vocab_size), key=lambda token: (-counts[token], token))
 
 

@@ -53,6 +53,11 @@ def train(options: MemoryOptions, recipe: MemoryRecipe) -> loop.Training:
         checkpoints.find(options.checkpoint)
     elif (options.output / WEIGHTS).exists():
         raise OptionError(f"{options.output} has a model already; name another folder")
+    elif options.checkpoint.exists():
+        raise OptionError(
+            f"{options.checkpoint} is of a training that has not ended; go on with --resume, or remove it to "
+            "begin anew"
+        )
     device = join(options.device)
     try:
         return _train(options, recipe, device)
@@ -92,12 +97,21 @@ def _text(options: MemoryOptions, recipe: MemoryRecipe) -> Text:
     """The tokens. The first process trains the tokenizer, and keeps it where a resumed run finds it."""
     path = options.output / TOKENIZER
     if processes()[0] == 0 and not options.resume:
-        options.output.mkdir(parents=True, exist_ok=True)
-        path.write_text(new_tokenizer(options.data, recipe.shape().vocab), encoding="utf-8")
+        _put(path, new_tokenizer(options.data, recipe.shape().vocab))
     meet()
     if not path.is_file():
         raise DataError(f"{path} is missing, which the checkpoint was trained with; train anew")
     return encoded(options.data, path.read_text(encoding="utf-8"), recipe.length)
+
+
+def _put(path: Path, text: str) -> None:
+    """A file of a model's folder. Raises OptionError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as e:
+        why = f"{path} cannot be written: {e.strerror}"
+        raise OptionError(f"{why}; name another folder") from None
 
 
 def _fingerprint(text: Text) -> str:
@@ -108,10 +122,10 @@ def _fingerprint(text: Text) -> str:
 
 
 def write(folder: Path, task: MemoryTask) -> None:
-    """The trained model as an ordinary checkpoint, beside its tokenizer. Raises DiskFullError."""
+    """The trained model as a checkpoint, beside its tokenizer. Raises OptionError, DiskFullError."""
     shape = task.recipe.shape()
     text = json.dumps(config(shape, task.recipe.length), indent=1)
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    _put(folder / "config.json", text)
     whole_of = {k: v.detach().bfloat16() for k, v in tensors(task.parameters, shape).items()}
     checkpoints.save(folder / WEIGHTS, whole_of, task.about())
 

@@ -6,7 +6,7 @@ checks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,23 +15,33 @@ from outsize.parallel.slow import Link
 
 CELLS = 400  # of loss, that the budget is counted in
 WHOLE = 16
-DROPPED, CORRECTED = "dropped", "corrected"
+DROPPED, CORRECTED, DISTILLED = "dropped", "corrected", "distilled"
 
 
 @dataclass(frozen=True)
 class Rises:
-    """Of the loss, in nats: by each layer dropped alone, as it is or with a correction; and by all sums of a
-    place sent in so many bits, in one layer (an equal part of what they cost together)."""
+    """Of the loss, in nats: by each layer dropped alone, as it is, or with a correction in closed form, or
+    with one that was distilled (empty: none were); and by all sums of a place sent in so many bits, in one
+    layer (an equal part of what they cost together)."""
 
     dropped: Sequence[float]
     corrected: Sequence[float]
     bits: Mapping[tuple[str, int], float]  # by place and bits
+    distilled: Sequence[float] = ()
+
+    def best(self, layer: int) -> tuple[str, float]:
+        """How a layer is best dropped, and what that costs."""
+        found = {DROPPED: self.dropped[layer], CORRECTED: self.corrected[layer]}
+        if self.distilled:
+            found[DISTILLED] = self.distilled[layer]
+        way = min(found, key=found.__getitem__)
+        return way, found[way]
 
 
 class Layer(NamedTuple):
     """What becomes of one layer's two sums: the first `dropped`, or the bits of each."""
 
-    drop: str = ""  # or `dropped`, or `corrected`
+    drop: str = ""  # or `dropped`, `corrected`, `distilled`
     attention: int = WHOLE
     ffn: int = WHOLE  # if the first is dropped: of the one that there is
 
@@ -63,9 +73,7 @@ def ways(rises: Rises, layer: int) -> dict[Layer, float]:
         return 0.0 if b == WHOLE else max(0.0, rises.bits[place, b])
 
     found = {Layer("", a, f): cost("attention", a) + cost("ffn", f) for a in bits for f in bits}
-    each = min(
-        (DROPPED, rises.dropped[layer]), (CORRECTED, rises.corrected[layer]), key=lambda x: x[1]
-    )
+    each = rises.best(layer)
     for f in bits:
         found[Layer(each[0], WHOLE, f)] = max(0.0, each[1]) + cost("ffn", f)
     return found
@@ -96,6 +104,28 @@ def choose(rises: Rises, times: Times, most: float) -> list[Layer]:
         out.append(way)
         at -= cells
     return out[::-1]
+
+
+def only(chosen: Sequence[Layer], layers: Collection[int]) -> list[Layer]:
+    """A choice in some layers, and sums as they are in all others."""
+    return [way if i in layers else Layer() for i, way in enumerate(chosen)]
+
+
+def cost_of(rises: Rises, layer: int, way: Layer) -> float:
+    """As measured, gains too: to order layers by."""
+    places = ("ffn", way.ffn), ("attention", way.attention)
+    bits = sum(rises.bits[place] for place in places if place[1] != WHOLE)
+    return bits + (rises.best(layer)[1] if way.drop else 0.0)
+
+
+def bits_of(chosen: Sequence[Layer]) -> dict[str, int]:
+    """By layer and place, of those that are not whole."""
+    found: dict[str, int] = {}
+    for i, way in enumerate(chosen):
+        if not way.drop:
+            found[f"{i}.attention"] = way.attention
+        found[f"{i}.{'block' if way.drop else 'ffn'}"] = way.ffn
+    return {name: bits for name, bits in found.items() if bits != WHOLE}
 
 
 def _cells(cost: float, most: float) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,13 +15,29 @@ from torch import Tensor, bfloat16
 
 from outsize.adapt import checkpoints
 from outsize.adapt.sparsity.words import Words, words
-from outsize.adapt.sync.choose import CORRECTED, DROPPED, WHOLE, Layer, Rises, Times, choose
+from outsize.adapt.sync import blockwise
+from outsize.adapt.sync.blockwise import grouped
+from outsize.adapt.sync.choose import (
+    CORRECTED,
+    DISTILLED,
+    DROPPED,
+    WHOLE,
+    Layer,
+    Rises,
+    Times,
+    bits_of,
+    choose,
+    cost_of,
+    only,
+)
 from outsize.adapt.sync.journal import Journal
+from outsize.adapt.sync.means import interval, mean_of, minus
 from outsize.adapt.sync.ranks import Ranks, opened
 from outsize.arguments import real, whole
 from outsize.errors import AdapterError, OptionError
 from outsize.home import home
 from outsize.kernels.turned import BITS
+from outsize.model_parts import Shard
 from outsize.pack import fetch, sync_file
 from outsize.pack.format import Pack
 from outsize.pack.sync_file import KIND, VERSION, SyncAbout
@@ -51,6 +67,10 @@ class SyncOptions:
     tokens: int = 32768  # that are read of the data
     length: int = 512  # of a sequence, or the model's context
     sweep: int = 4  # sequences that each layer is dropped for
+    distill: int = (
+        0  # steps for the correction of each layer that is sensitive; 0: closed form alone
+    )
+    group: bool = False  # put key heads together that do best without the others
     allow: bool = False  # write what costs more
     resume: bool = False
     quiet: bool = False
@@ -62,16 +82,22 @@ class SyncOptions:
         whole("rank", self.rank, 0, sync_file.MOST_RANK)
         whole("tokens", self.tokens, 1, 1 << 30)
         whole("sweep", self.sweep, 1, 1 << 20)
+        whole("distill", self.distill, 0, 1 << 20)
+        if self.distill and not self.rank:
+            raise OptionError(
+                f"distill is {self.distill} steps of corrections, and --rank 0 has none"
+            )
         whole("length", self.length, 8, 1 << 20)
         parse_link(self.link)
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """The file, and the table that is shown of it."""
+    """The file, what was measured of each layer and place, and the table that is shown of it."""
 
     path: Path
     about: SyncAbout
+    rises: Rises
     table: tuple[str, ...]
 
 
@@ -81,23 +107,30 @@ def run(options: SyncOptions) -> Made:
     o = options
     pack = fetch.find(o.model) or fetch.pack(o.model, quiet=o.quiet)
     d = pack.description
-    equal = split.Ranks((1.0,) * o.ranks)
-    shards = split.split(pack.path.name, d, pack.tables, equal, HEADS)
+    equal, way = split.Ranks((1.0,) * o.ranks), HEADS
+    shards = split.split(pack.path.name, d, pack.tables, equal, way)
     dropped.check(0, mixture=d.mixture is not None, post_norm=d.post_norm, num_layers=d.num_layers)
     found = words(pack, o.data, o.tokens, o.length)
     path = o.output or pack.path.with_name(pack.path.name + sync_file.suffix(o.ranks))
     about = {
         "kind": KIND, "version": VERSION, "identity": pack.source.identity, "ranks": o.ranks,
-        "data": found.fingerprint, "sweep": o.sweep, "rank": o.rank,
+        "data": found.fingerprint, "sweep": o.sweep, "rank": o.rank, "distill": o.distill,
+        "group": o.group,
     }  # fmt: skip
     journal = Journal(path.with_name(path.name + ".checkpoint"), about)
     if o.resume:
         journal.resume()
+    with steps(o.quiet) as draw:
+        if o.group:
+            way = replace(way, key_orders=grouped(pack, shards, found.ids_BT, draw))
+            shards = split.split(pack.path.name, d, pack.tables, equal, way)
     with steps(o.quiet) as draw, opened(pack, shards, home()) as ranks:
         work = _Work(o, ranks, found, journal, draw)
         rises = work.rises()
+        if o.distill:
+            rises = work.distilled(rises, pack, shards)
         chosen = work.chosen(rises)
-        made = work.measured(pack, chosen, tuple(s.kv_heads[1] for s in shards))
+        made = work.measured(pack, chosen, shards)
         table = tuple(work.table(rises, chosen, made))
         change = 100 * (made.perplexity / made.perplexity_before - 1)
         if change > o.gate and not o.allow:
@@ -105,9 +138,9 @@ def run(options: SyncOptions) -> Made:
                 f"what was chosen costs {change:.2f} % of perplexity on text held out, more than the "
                 f"{o.gate:g} % of --gate; nothing was written; give more --data, a higher --gate, or --allow"
             )
-        checkpoints.save(path, work.tensors(made), made.to_json())
+        checkpoints.save(path, work.tensors(chosen), made.to_json())
     journal.path.unlink(missing_ok=True)
-    return Made(path, made, table)
+    return Made(path, made, rises, table)
 
 
 class _Work:
@@ -122,77 +155,102 @@ class _Work:
         self._checked = found.ids_BT[-max(options.sweep, len(found.ids_BT) // 4) :]
         link = parse_link(options.link)
         self._times = Times(link, SOFTWARE_S["auto"], ranks.width, options.ranks)
-        self._corrections: dict[int, list[Correction]] = {}
+        self._corrections: dict[str, dict[int, list[Correction]]] = {CORRECTED: {}, DISTILLED: {}}
         self._num = 2 * ranks.layers + 2 * len(BITS) + TRIES + 4  # measurements, about
 
     def rises(self) -> Rises:
         """Every layer's and every place's."""
         layers = range(self._ranks.layers)
-        whole_ = [Layer()] * len(layers)
-        base = self._losses("sweep", self._some, whole_)
-
-        def rise(chosen: Sequence[Layer]) -> float:
-            return _mean(_minus(self._losses("sweep", self._some, chosen), base))
-
-        def one(layer: int, way: Layer) -> list[Layer]:
-            return [*whole_[:layer], way, *whole_[layer + 1 :]]
-
-        plain = [rise(one(i, Layer(DROPPED))) for i in layers]
+        plain = [self._rise(self._one(i, DROPPED)) for i in layers]
         self._fit()
         corrected = [math.inf for _ in layers]
         if self._o.rank:
-            corrected = [rise(one(i, Layer(CORRECTED))) for i in layers]
+            corrected = [self._rise(self._one(i, CORRECTED)) for i in layers]
         bits: dict[tuple[str, int], float] = {}
         for b in BITS:
-            bits["attention", b] = rise([Layer("", b, WHOLE)] * len(layers)) / len(layers)
-            bits["ffn", b] = rise([Layer("", WHOLE, b)] * len(layers)) / len(layers)
+            bits["attention", b] = self._rise([Layer("", b, WHOLE)] * len(layers)) / len(layers)
+            bits["ffn", b] = self._rise([Layer("", WHOLE, b)] * len(layers)) / len(layers)
         return Rises(plain, corrected, bits)
+
+    def distilled(self, rises: Rises, pack: Pack, shards: Sequence[Shard]) -> Rises:
+        """With what block-to-block distillation makes of layers that cost more than their part."""
+        part = math.log1p(self._o.gate / 100) / self._ranks.layers
+        made, found = self._corrections[DISTILLED], [math.inf] * self._ranks.layers
+        begun = {i: c for i, c in self._corrections[CORRECTED].items() if rises.best(i)[1] > part}
+        how = self._o.distill, self._draw
+        made |= blockwise.distilled(pack, shards, self._words.ids_BT, begun, how)
+        for i in made:
+            found[i] = self._rise(self._one(i, DISTILLED))
+        return replace(rises, distilled=found)
+
+    def _one(self, layer: int, drop: str) -> list[Layer]:
+        """One layer dropped, and no other."""
+        whole_ = [Layer()] * self._ranks.layers
+        return [*whole_[:layer], Layer(drop), *whole_[layer + 1 :]]
+
+    def _rise(self, chosen: Sequence[Layer]) -> float:
+        base = self._losses("sweep", self._some, [Layer()] * len(chosen))
+        return mean_of(minus(self._losses("sweep", self._some, chosen), base))
 
     def chosen(self, rises: Rises) -> list[Layer]:
         """What takes the least time within the gate, all layers together, on text that the sweep did not
-        see; nothing is taken out where nothing fits."""
+        see. Where what costs little alone costs too much together however little it may cost, as many layers
+        of it, those first that cost least, as fit."""
         most = budget = math.log1p(self._o.gate / 100)
-        whole_ = [Layer()] * self._ranks.layers
-        base = self._losses("check", self._checked, whole_)
+        found = [Layer()] * self._ranks.layers
         for _ in range(TRIES):
             found = choose(rises, self._times, most)
-            rise = _mean(_minus(self._losses("check", self._checked, found), base))
+            rise = self._checked_rise(found)
             if rise <= budget:
                 return found
             most *= max(0.3, 0.9 * budget / rise)
-        return whole_
+        order = sorted(range(len(found)), key=lambda i: cost_of(rises, i, found[i]))
+        fits, too_many = 0, len(order)
+        while too_many - fits > 1:
+            count = (fits + too_many) // 2
+            rise = self._checked_rise(only(found, order[:count]))
+            fits, too_many = (count, too_many) if rise <= budget else (fits, count)
+        return only(found, order[:fits])
 
-    def measured(self, pack: Pack, chosen: Sequence[Layer], key_ends: tuple[int, ...]) -> SyncAbout:
+    def _checked_rise(self, chosen: Sequence[Layer]) -> float:
+        base = self._losses("check", self._checked, [Layer()] * len(chosen))
+        return mean_of(minus(self._losses("check", self._checked, chosen), base))
+
+    def measured(self, pack: Pack, chosen: Sequence[Layer], shards: Sequence[Shard]) -> SyncAbout:
         """What the choice costs on text held out, and what the file says of it."""
         text_BT = self._words.held_out_BT
         before = self._losses("held out", text_BT, [Layer()] * len(chosen))
         after = self._losses("held out", text_BT, chosen)
-        low, high = interval(_minus(after, before))
+        low, high = interval(minus(after, before))
         o, layers = self._o, list(enumerate(chosen))
         return SyncAbout(
-            KIND, VERSION, pack.source.identity, pack.source.layout, key_ends,
-            tuple(i for i, way in layers if way.drop), _bits(chosen),
-            tuple(i for i, way in layers if way.drop == CORRECTED), max(1, o.rank), o.link,
+            KIND, VERSION, pack.source.identity, pack.source.layout,
+            tuple(s.kv_heads[1] for s in shards),
+            tuple(i for i, way in layers if way.drop), bits_of(chosen),
+            tuple(i for i, way in layers if way.drop in (CORRECTED, DISTILLED)), max(1, o.rank), o.link,
             len(chosen) * self._times.seconds(Layer()), sum(map(self._times.seconds, chosen)),
-            text_BT.shape[0] * (text_BT.shape[1] - 1), math.exp(_mean(before)), math.exp(_mean(after)),
-            100 * math.expm1(low), 100 * math.expm1(high), self._words.text[:80],
+            text_BT.shape[0] * (text_BT.shape[1] - 1), math.exp(mean_of(before)), math.exp(mean_of(after)),
+            100 * math.expm1(low), 100 * math.expm1(high), self._words.text[:80], shards[0].orders,
         )  # fmt: skip
 
-    def tensors(self, about: SyncAbout) -> dict[str, Tensor]:
+    def tensors(self, chosen: Sequence[Layer]) -> dict[str, Tensor]:
         """The corrections that are used."""
         made: dict[str, Tensor] = {}
-        for layer in about.corrected:
-            for rank, correction in enumerate(self._corrections[layer]):
+        for layer, way in enumerate(chosen):
+            for rank, correction in enumerate(self._corrections.get(way.drop, {}).get(layer, ())):
                 made[f"{layer}.{rank}.first"] = correction.first.to(bfloat16)
                 made[f"{layer}.{rank}.second"] = correction.second.to(bfloat16)
         return made
 
     def table(self, rises: Rises, chosen: Sequence[Layer], about: SyncAbout) -> list[str]:
-        rows = [f"{'layer':>6}{'dropped':>10}{'corrected':>11}   chosen  (rise of the loss, nats)"]
+        learnt = f"{'distilled':>11}" if rises.distilled else ""
+        head = f"{'layer':>6}{'dropped':>10}{'corrected':>11}{learnt}"
+        rows = [f"{head}   chosen  (rise of the loss, nats)"]
         for i, way in enumerate(chosen):
             what = way.drop or f"attention {way.attention} bits"
+            learnt = f"{rises.distilled[i]:>11.5f}" if rises.distilled else ""
             rows.append(
-                f"{i:>6}{rises.dropped[i]:>10.5f}{rises.corrected[i]:>11.5f}   {what}, "
+                f"{i:>6}{rises.dropped[i]:>10.5f}{rises.corrected[i]:>11.5f}{learnt}   {what}, "
                 f"{'one sum' if way.drop else 'feed-forward'} {way.ffn} bits"
             )
         rows += [
@@ -223,39 +281,13 @@ class _Work:
             world = len(self._ranks.all)
             for i, layer in enumerate(some):
                 solved = [fit.solve(self._o.rank) for fit in found[i * world : (i + 1) * world]]
-                self._corrections[layer] = [
-                    Correction(c.first.to(bfloat16).float(), c.second.to(bfloat16).float())
-                    for c in solved
-                ]
+                self._corrections[CORRECTED][layer] = [blockwise.stored(c) for c in solved]
 
     def _points(self, chosen: Sequence[Layer], rank: int) -> Points:
         layers = [i for i, way in enumerate(chosen) if way.drop]
         made = {
-            i: self._corrections[i][rank] for i, way in enumerate(chosen) if way.drop == CORRECTED
+            i: self._corrections[way.drop][i][rank]
+            for i, way in enumerate(chosen)
+            if way.drop in self._corrections
         }
-        return Points(Drop(frozenset(layers), made), _bits(chosen))
-
-
-def _bits(chosen: Sequence[Layer]) -> dict[str, int]:
-    """By layer and place, of those that are not whole."""
-    found: dict[str, int] = {}
-    for i, way in enumerate(chosen):
-        if not way.drop:
-            found[f"{i}.attention"] = way.attention
-        found[f"{i}.{'block' if way.drop else 'ffn'}"] = way.ffn
-    return {name: bits for name, bits in found.items() if bits != WHOLE}
-
-
-def interval(rises: Sequence[float]) -> tuple[float, float]:
-    """Of the mean: two standard errors around it."""
-    mean, num = _mean(rises), len(rises)
-    error = math.sqrt(sum((r - mean) ** 2 for r in rises) / max(1, num - 1) / num)
-    return mean - 2 * error, mean + 2 * error
-
-
-def _minus(a: Sequence[float], b: Sequence[float]) -> list[float]:
-    return [x - y for x, y in zip(a, b, strict=True)]
-
-
-def _mean(numbers: Sequence[float]) -> float:
-    return sum(numbers) / len(numbers)
+        return Points(Drop(frozenset(layers), made), bits_of(chosen))

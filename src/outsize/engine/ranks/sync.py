@@ -77,7 +77,7 @@ def find(spec: ParallelSpec, pack: Pack, world: int) -> Sync:
     file = sync_file.read(path, d.num_layers, d.width)
     sync_file.check(file, pack.source.identity, pack.source.layout, pack.path.name, world)
     _check(file.about.dropped, d)
-    way = replace(spec.way, key_ends=file.about.key_ends)
+    way = replace(spec.way, key_ends=file.about.key_ends, key_orders=file.about.key_orders)
     return Sync(way, file.about.dropped, 16, file)
 
 
