@@ -69,6 +69,12 @@ def good(row: Row) -> Row:
     return row
 
 
+def recorded(output: Path | None, about: Row | None = None) -> list[Row]:
+    """Rows that a file has by now, of which all of `about` is true."""
+    lines = output.read_text().splitlines() if output is not None and output.exists() else []
+    return [row for row in map(json.loads, lines) if (about or {}).items() <= row.items()]
+
+
 def record(row: Row, output: Path | None = None) -> None:
     """One JSON object a line: shown, and added to a file."""
     line = json.dumps(row)

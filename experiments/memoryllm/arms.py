@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from experiments.runs import Row, arguments, record
+from experiments.runs import Row, arguments, record, recorded
 from outsize.adapt import loop
 from outsize.adapt.memory.task import CONFIGS, MemoryRecipe, MemoryTask
 from outsize.adapt.memory.text import Text, encoded, new_tokenizer
@@ -101,8 +101,7 @@ def text_of(folder: Path, texts: list[Path], config: str) -> Text:
 
 def missing(arms: list[str], seeds: list[int], output: Path) -> Iterator[tuple[str, int]]:
     """What has no row, seed by seed."""
-    lines = output.read_text().splitlines() if output.is_file() else []
-    done = {(row["arm"], row["seed"]) for row in map(json.loads, lines)}
+    done = {(row["arm"], row["seed"]) for row in recorded(output)}
     for seed in seeds:
         yield from ((arm, seed) for arm in arms if (arm, seed) not in done)
 

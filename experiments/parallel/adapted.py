@@ -10,13 +10,12 @@ held out. Rows that FILE has are not measured again; runs that were stopped go o
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from experiments.runs import arguments
+from experiments.runs import arguments, record, recorded
 from outsize.adapt.sync.run import SyncOptions, run
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -44,10 +43,9 @@ def main() -> int:
         __doc__, "model", "text", ranks=2, tokens=12288, length=256, sweep=3, gate=1.0,
         link="100Mbit/s,0.1ms", variants=";".join(VARIANTS), kept=".",
     )  # fmt: skip
-    lines = args.output.read_text().splitlines() if args.output and args.output.exists() else []
     about = {n: getattr(args, n) for n in ("ranks", "tokens", "length", "sweep", "gate", "link")}
     about["model"] = Path(args.model).stem
-    known = {r["variant"] for r in map(json.loads, lines) if about.items() <= r.items()}
+    known = {row["variant"] for row in recorded(args.output, about)}
     for variant in (v for v in args.variants.split(";") if v not in known):
         name, start = f"{about['model']}-{variant.replace(' ', '-')}.safetensors", time.monotonic()
         file = Path(args.kept) / name
@@ -58,10 +56,7 @@ def main() -> int:
         )  # fmt: skip
         found = {**about, "variant": variant, **row(options)}
         found |= {"seconds": round(time.monotonic() - start)}
-        print(json.dumps(found), flush=True)
-        if args.output is not None:
-            with args.output.open("a") as out:
-                out.write(json.dumps(found) + "\n")
+        record(found, args.output)
     return 0
 
 

@@ -11,13 +11,12 @@ pipeline over layers; ranks alike, and the last one twice as fast as the others.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.runs import arguments
+from experiments.runs import arguments, record, recorded
 from outsize.parallel.cuts import Costs, even, predict
 from outsize.parallel.des import Program, simulate
 from outsize.parallel.programs import Prompt, gathered, relay
@@ -57,18 +56,14 @@ def row(prompt: Prompt, text: str, tokens: int, world: int) -> dict[str, Any]:
 
 def main() -> int:
     args = arguments(__doc__, "costs", tokens=4096)
-    told = [json.loads(line) for line in Path(args.costs).read_text().splitlines()]
-    for one in told:
+    for one in recorded(Path(args.costs)):
         if "costs" not in one or one["half"] or one["way"] != "predicted":
             continue
         prompt = Prompt(**one["costs"]["prompt"])
         for world in RANKS:
             for link in LINKS:
                 found = {"model": one["model"], **row(prompt, link, args.tokens, world)}
-                print(json.dumps(found), flush=True)
-                if args.output is not None:
-                    with args.output.open("a") as out:
-                        out.write(json.dumps(found) + "\n")
+                record(found, args.output)
     return 0
 
 

@@ -10,7 +10,6 @@ said, and whether all is as it must be: a PeerError that names the rank within 1
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -21,7 +20,7 @@ from dataclasses import replace
 
 import torch
 
-from experiments.runs import arguments
+from experiments.runs import arguments, record
 from outsize.errors import PeerError
 from outsize.parallel.collective import Point
 from outsize.parallel.exact import Exact
@@ -125,10 +124,7 @@ def main() -> int:
     dice, rows = random.Random(args.seed), []
     for _ in range(args.trials):
         rows.append(trial(args.transport, args.ranks, args.stop, dice))
-        print(json.dumps(rows[-1]), flush=True)
-        if args.output is not None:
-            with args.output.open("a") as out:
-                out.write(json.dumps(rows[-1]) + "\n")
+        record(rows[-1], args.output)
     return 0 if all(row["good"] for row in rows) else 1
 
 

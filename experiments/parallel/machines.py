@@ -13,12 +13,11 @@ experiments/parallel/latency.py). With more ranks a rank's own time is a + b / r
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.runs import arguments
+from experiments.runs import arguments, record, recorded
 from outsize.kernels.turned import row_bytes
 from outsize.model_config import Description
 from outsize.pack import fetch
@@ -69,7 +68,7 @@ def foretold(
 
 def main() -> int:
     args = arguments(__doc__, "ways", models=".", call=1.7e-5)
-    rows = [json.loads(line) for line in Path(args.ways).read_text().splitlines()]
+    rows = recorded(Path(args.ways))
     single = {(r["model"], r["encoding"]): r for r in rows if r.get("way") == "alone"}
     for row in rows:
         if not row.get("way", "").startswith("tensor:") or row["prompt"] > 256:
@@ -81,11 +80,7 @@ def main() -> int:
         if not Path(model).exists():
             continue
         one = single.get((row["model"], row["encoding"]))
-        line = json.dumps(foretold(row, one, model, args.call))
-        print(line)
-        if args.output is not None:
-            with args.output.open("a") as out:
-                out.write(line + "\n")
+        record(foretold(row, one, model, args.call), args.output)
     return 0
 
 

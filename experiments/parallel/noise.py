@@ -15,7 +15,6 @@ real time.
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import sys
@@ -27,7 +26,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from experiments.runs import arguments
+from experiments.runs import arguments, record, recorded
 from outsize.parallel.cuts import Costs, predict
 from outsize.parallel.des import Program, play
 from outsize.parallel.programs import Prompt, gathered, runahead
@@ -95,16 +94,12 @@ def rows(
 
 def main() -> int:
     args = arguments(__doc__, "costs", link="100Mbit/s,0.1ms", tokens=4096, runs=20, faster=10.0)
-    told = [json.loads(line) for line in Path(args.costs).read_text().splitlines()]
-    one = next(row for row in told if "costs" in row and row["tokens"] == args.tokens)
+    told = recorded(Path(args.costs), {"tokens": args.tokens})
+    one = next(row for row in told if "costs" in row)
     for row in rows(
         Prompt(**one["costs"]["prompt"]), args.link, args.tokens, args.runs, args.faster
     ):
-        line = json.dumps({"model": one["model"], **row})
-        print(line, flush=True)
-        if args.output is not None:
-            with args.output.open("a") as out:
-                out.write(line + "\n")
+        record({"model": one["model"], **row}, args.output)
     return 0
 
 

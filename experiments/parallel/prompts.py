@@ -14,7 +14,6 @@ has are not measured again.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -30,7 +29,7 @@ import torch
 
 from experiments.parallel import gathered
 from experiments.parallel.quiet import Quiet
-from experiments.runs import arguments
+from experiments.runs import arguments, record, recorded
 from outsize.bench.speed import TEXT
 from outsize.engine import open_tokens
 from outsize.forward import chain_costs, runahead, words
@@ -212,20 +211,14 @@ def lead(setting: Setting, transport: Transport, args: Any, child: int) -> None:
         "model": Path(args.model).stem, "tokens": args.tokens, "chunk": args.chunk, "half": args.half,
         "repeats": args.repeats,
     }  # fmt: skip
-    lines = args.output.read_text().splitlines() if args.output and args.output.exists() else []
-    there = [json.loads(line) for line in lines]
-    known = {(r["link"], r["way"]) for r in there if about.items() <= r.items()}
+    known = {(row["link"], row["way"]) for row in recorded(args.output, about)}
     ways = args.ways.split(";")
 
     def keep(way: str, link: str, row: dict[str, Any]) -> None:
         found = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
         cores = len(os.sched_getaffinity(child) | os.sched_getaffinity(0))
         more = {"cores": cores, "spent_s": round(time.monotonic() - start, 1)}
-        line = json.dumps({**about, "link": link or "as it is", "way": way, **found, **more})
-        print(line, flush=True)
-        if args.output is not None:
-            with args.output.open("a") as out:
-                out.write(line + "\n")
+        record({**about, "link": link or "as it is", "way": way, **found, **more}, args.output)
 
     if "alone" in ways and ("as it is", "alone") not in known:
         keep("alone", "", timed(leader.alone_s))

@@ -10,7 +10,6 @@ Rows that FILE has are not measured again.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.runs import arguments
+from experiments.runs import arguments, record, recorded
 from outsize.adapt.calibration import start_of
 from outsize.adapt.statistics import sequences
 from outsize.adapt.sync.means import interval, mean_of, minus
@@ -43,9 +42,7 @@ def main() -> int:
     text = Path(args.text).read_text(encoding="utf-8")[: args.chunks * args.length * 8]
     ids_BT = sequences(encode(text, start=False), start, args.length)[: args.chunks]
     about = {"model": Path(args.model).stem, "ranks": args.ranks, "tokens": ids_BT.numel()}
-    lines = args.output.read_text().splitlines() if args.output and args.output.exists() else []
-    there = [r for r in map(json.loads, lines) if about.items() <= r.items()]
-    found = {r["way"]: r["losses"] for r in there}
+    found = {row["way"]: row["losses"] for row in recorded(args.output, about)}
     equal = split.Ranks((1.0,) * args.ranks)
     for way, (attention, bits) in WAYS.items():
         if way in found:
@@ -63,10 +60,7 @@ def main() -> int:
             "change": change[0], "change_low": change[1], "change_high": change[2],
             "losses": [round(x, 6) for x in found[way]], "seconds": round(time.monotonic() - began),
         }  # fmt: skip
-        print(json.dumps(row), flush=True)
-        if args.output is not None:
-            with args.output.open("a") as out:
-                out.write(json.dumps(row) + "\n")
+        record(row, args.output)
     return 0
 
 

@@ -11,7 +11,6 @@ the order of layers are from the text's second half alone. Ways whose rows FILE 
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import sys
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from experiments.parallel.simulated import Ranks, Sums, Way, coded, losses, tokens, zero_shot
-from experiments.runs import arguments
+from experiments.runs import arguments, record, recorded
 from outsize.kernels.find import find
 from outsize.kernels.turned import turner
 from outsize.parallel.collective import Point
@@ -179,20 +178,14 @@ class Rows:
 
     def __init__(self, output: Path | None, about: dict[str, Any]) -> None:
         self._output, self._about, self._start = output, about, time.monotonic()
-        lines = output.read_text().splitlines() if output is not None and output.exists() else []
-        rows = [json.loads(line) for line in lines]
-        mine = [row for row in rows if about.items() <= row.items()]
-        self.known: dict[str, dict[str, Any]] = {row["way"]: row for row in mine}
+        self.known = {row["way"]: row for row in recorded(output, about)}
 
     def get(self, way: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The row of a way, measured where there is none."""
         if way not in self.known:
             spent = round(time.monotonic() - self._start)
             self.known[way] = row = {**self._about, "way": way, **measure(), "seconds": spent}
-            print(json.dumps(row), flush=True)
-            if self._output is not None:
-                with self._output.open("a") as out:
-                    out.write(json.dumps(row) + "\n")
+            record(row, self._output)
         return self.known[way]
 
 

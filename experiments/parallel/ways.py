@@ -13,7 +13,6 @@ simulator foretells of each. Rows that FILE has are not measured again.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 
 from experiments.parallel.quiet import Quiet
-from experiments.runs import arguments
+from experiments.runs import arguments, record, recorded
 from outsize.bench.parallel import ParallelOptions, measured
 from outsize.bench.speed import measure
 from outsize.engine import load as loading
@@ -95,8 +94,7 @@ def main() -> int:
     )  # fmt: skip
     about = {"model": Path(args.model).stem, "memory": args.memory, "prompt": args.prompt}
     about |= {"tokens": args.tokens, "encoding": args.encoding, "disk": args.disk}
-    lines = args.output.read_text().splitlines() if args.output and args.output.exists() else []
-    known = [tuple(row.get(k) for k in KEYS) for row in map(json.loads, lines)]
+    known = [tuple(row.get(k) for k in KEYS) for row in recorded(args.output)]
     head_s, start = 0.0, time.monotonic()
     for link, way in (
         (link, way) for link in args.links.split(";") for way in args.ways.split(";")
@@ -109,11 +107,7 @@ def main() -> int:
             others = quiet.others
             more = {"head_s": round(head_s, 6), "others_cores": round(others, 3)}
             more |= {"spent_s": round(time.monotonic() - start, 1)}
-            line = json.dumps({**row, **about, **more})
-            print(line, flush=True)
-            if args.output is not None and others < BUSY:
-                with args.output.open("a") as out:
-                    out.write(line + "\n")
+            record({**row, **about, **more}, args.output if others < BUSY else None)
     return 0
 
 

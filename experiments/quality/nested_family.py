@@ -4,11 +4,10 @@ python -m experiments.quality.nested_family NESTED-PACK --name smol -o FILE.json
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 
 from experiments.quality.nested_arms import sizes
-from experiments.runs import arguments
+from experiments.runs import arguments, record
 from outsize.pack import fetch, nested_file
 
 
@@ -26,11 +25,8 @@ def main() -> None:
     }  # fmt: skip
     whole = {"threshold": None, "share": 1.0, "perplexity": a.perplexity, "kl": 0.0, "agrees": 1.0}
     rows = [*({k: round(v, 4) for k, v in asdict(m).items()} for m in a.family), whole]
-    lines = [json.dumps({**said, **row}) for row in rows]
-    print("\n".join(lines))
-    if args.output is not None:
-        with args.output.open("a") as out:
-            out.write("\n".join(lines) + "\n")
+    for row in rows:
+        record({**said, **row}, args.output)
 
 
 if __name__ == "__main__":
