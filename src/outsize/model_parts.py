@@ -3,6 +3,7 @@ share."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -71,10 +72,13 @@ class Shard:
     num_layers: int  # of the model
     orders: tuple[tuple[int, ...], ...] = ()  # of key heads in each layer, which `kv_heads` are of
 
+    def order(self, layer: int) -> Sequence[int]:
+        """The model's key heads, as ranks hold them in a layer."""
+        return self.orders[layer] if self.orders else range(self.num_kv_heads)
+
     def keys(self, layer: int) -> list[int]:
         """The model's key heads that this rank has in a layer."""
-        every = self.orders[layer] if self.orders else range(self.num_kv_heads)
-        return list(every[slice(*self.kv_heads)])
+        return list(self.order(layer)[slice(*self.kv_heads)])
 
     @property
     def neuron_widths(self) -> tuple[int, ...]:
@@ -99,3 +103,9 @@ class Shard:
 
 def _widths(ends: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(b - a for a, b in zip((0, *ends), ends, strict=False))
+
+
+def orders_fit(orders: Sequence[Sequence[int]], num_layers: int, num_keys: int) -> bool:
+    """Has each layer all of a model's key heads? None at all are an order, too."""
+    every = list(range(num_keys))
+    return not orders or (len(orders) == num_layers and all(sorted(o) == every for o in orders))

@@ -23,11 +23,12 @@ from outsize.forward.full import hidden
 from outsize.forward.span import Span
 from outsize.home import home
 from outsize.model.lora import Sliced
+from outsize.model_parts import orders_fit
 from outsize.pack import sync_file
 from outsize.parallel.dropped import Drop, Fit
 from outsize.parallel.points import Points
 from outsize.parallel.shard import cut
-from outsize.parallel.split import Ranks, Way, orders_fit, split
+from outsize.parallel.split import Ranks, Way, split
 from outsize.progress import silent
 from tests.golden import tiny
 from tests.parallel.sharded import opened
@@ -131,7 +132,7 @@ def test_an_order_changes_only_what_is_dropped(open_tiny: Callable[..., Model]) 
         "layer 0 has the model's order"
     )
     assert not torch.equal(streams(natural, (1,)), streams(turned, (1,)))
-    assert not orders_fit(((0, 0),) * d.num_layers, d)
+    assert not orders_fit(((0, 0),) * d.num_layers, d.num_layers, d.num_kv_heads)
     for bad in (orders[:-1], ((0, 0),) * d.num_layers):
         with pytest.raises(UnsupportedError, match="orders of key heads are for"):
             split("x", d, pack.tables, Ranks((1.0, 1.0)), Way("sum", "heads", key_orders=bad))

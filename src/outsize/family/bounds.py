@@ -20,7 +20,7 @@ from outsize.model_config import (
     Memory,
     Mixture,
 )
-from outsize.model_parts import Delta, Latent, Shard
+from outsize.model_parts import Delta, Latent, Shard, orders_fit
 
 MOST = 1 << 24
 MOST_KERNEL = 64  # tokens of a short convolution
@@ -192,9 +192,8 @@ def _ranges_fault(d: Description, x: Shard) -> str:
         return "where parts are summed, each rank has all outputs"
     if x.heads[1] > x.num_heads or x.kv_heads[1] > x.num_kv_heads:
         return "a rank has heads that the model has not"
-    every, by_heads = list(range(x.num_kv_heads)), x.attention == "heads"
-    is_order = by_heads and len(x.orders) == d.num_layers
-    if x.orders and not (is_order and all(sorted(order) == every for order in x.orders)):
+    fits = orders_fit(x.orders, d.num_layers, x.num_kv_heads)
+    if not fits or (x.orders and x.attention != "heads"):
         return "orders of its key heads are none"
     sizes = [b - a for a, b in (x.neurons, x.heads, x.kv_heads)]
     is_due = sizes == [d.ffn_width, d.num_heads, d.num_kv_heads] and d.mixture is None

@@ -13,7 +13,7 @@ from math import lcm
 from outsize.encoding.find import encoding
 from outsize.errors import OptionError, UnsupportedError
 from outsize.model_config import Description
-from outsize.model_parts import Shard
+from outsize.model_parts import Shard, orders_fit
 from outsize.pack.tables import Matrix, TableHeader
 
 UNITS = 64, 32, 16  # kernels' blocks of rows; the largest of which there are enough
@@ -71,7 +71,8 @@ def split(
         () if is_sum else _shared(f"{name}: outputs", d.width, matrices.step("down", 0), plain)
     )
     by_heads = way.attention == "heads"
-    if not orders_fit(way.key_orders, d) or (way.key_orders and not by_heads):
+    fits = orders_fit(way.key_orders, d.num_layers, d.num_kv_heads)
+    if not fits or (way.key_orders and not by_heads):
         raise UnsupportedError(
             f"{name}: orders of key heads are for attention=heads, all {d.num_kv_heads} of each of "
             f"{d.num_layers} layers; make the file again with `outsize adapt sync`"
@@ -215,12 +216,6 @@ def _key_heads(
         return given
     ends = accumulate(parts(units, ranks.speeds, [None] * ranks.world))
     return tuple(end * unit for end in ends)
-
-
-def orders_fit(orders: Sequence[Sequence[int]], d: Description) -> bool:
-    """Has each layer all of a model's key heads? None at all are an order, too."""
-    every = list(range(d.num_kv_heads))
-    return not orders or (len(orders) == d.num_layers and all(sorted(o) == every for o in orders))
 
 
 def key_unit(d: Description, tables: Sequence[TableHeader]) -> int:

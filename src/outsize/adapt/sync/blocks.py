@@ -57,6 +57,18 @@ class Block:
             both = (both + torch.cat([bias[a:b], bias[all_ + a : all_ + b]])).to(x.dtype)
         return linear(AS_IS.inner(both, d), w["down"][:, a:b]).float()
 
+    def ffns(
+        self,
+        attention: Sequence[Tensor],
+        neurons: Sequence[Range],
+        rows: slice | Tensor = slice(None),
+    ) -> Tensor:
+        """(T, D) fp32 of some tokens: what the feed-forwards of all ranks give together, of what each takes
+        for attention's output without its bias, and each rank's neurons."""
+        x_TD = self.x_TD[rows] + self.bias_D
+        given = zip(attention, neurons, strict=True)
+        return torch.stack([self.ffn(x_TD + a, some) for a, some in given]).sum(0)
+
     def some(self, rows: slice | Tensor) -> Block:
         """Of some tokens."""
         x, normed, inner = (t[rows] for t in (self.x_TD, self.normed_TD, self.inner_TN))

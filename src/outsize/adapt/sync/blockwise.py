@@ -45,7 +45,7 @@ def distilled(
     for block in _blocks(pack, ids_BT, draw, "distill"):
         if block.layer not in begun:
             continue
-        heads = _order(shards[0], block.layer), _ends(shards)
+        heads = shards[0].order(block.layer), _ends(shards)
         found = Distilled(block, _neurons(shards), heads).learn(
             begun[block.layer], steps, block.layer
         )
@@ -72,7 +72,3 @@ def _neurons(shards: Sequence[Shard]) -> list[tuple[int, int]]:
 
 def _ends(shards: Sequence[Shard]) -> list[int]:
     return [s.kv_heads[1] for s in shards]
-
-
-def _order(shard: Shard, layer: int) -> Sequence[int]:
-    return shard.orders[layer] if shard.orders else range(shard.num_kv_heads)

@@ -36,7 +36,7 @@ class Distilled:
             self._whole = torch.stack(by_key).sum(0)
             count = len(block.x_TD)
             pieces = [slice(at, min(at + ROWS, count)) for at in range(0, count, ROWS)]
-            due = [self._ffn(block, [self._whole[rows]] * len(neurons), rows) for rows in pieces]
+            due = [block.ffns([self._whole[r]] * len(neurons), neurons, r) for r in pieces]
         self._due = torch.cat(due)
         self._learnt = [i for i in range(count) if i // ROWS % APART < APART - 1] or [*range(count)]
         self._apart = [i for i in range(count) if i // ROWS % APART == APART - 1] or self._learnt
@@ -83,13 +83,8 @@ class Distilled:
             part[rows] if c is None else part[rows] + c(normed, part[rows])
             for part, c in zip(self._parts, corrections, strict=True)
         ]
-        return (self._ffn(self._block, guesses, rows) - self._due[rows]).square().mean()
-
-    def _ffn(self, block: Block, attention: Sequence[Tensor], rows: slice | Tensor) -> Tensor:
-        """Of all ranks, each with a guess of attention's output."""
-        x_TD = block.x_TD[rows] + block.bias_D
-        given = zip(attention, self._neurons, strict=True)
-        return torch.stack([block.ffn(x_TD + a, neurons) for a, neurons in given]).sum(0)
+        found = self._block.ffns(guesses, self._neurons, rows)
+        return (found - self._due[rows]).square().mean()
 
 
 def _learning(factor: Tensor) -> Tensor:

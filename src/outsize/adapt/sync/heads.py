@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 import torch
-from torch import Tensor
 
 from outsize.adapt.sync.blocks import Block, Range, parts
 
@@ -37,15 +36,15 @@ class Grouping:
         self._ends, self._unit = ends, unit
         with torch.inference_mode():
             self._by_key = self._block.by_key()
-            self._x_TD = self._block.x_TD + self._block.bias_D
             whole = torch.stack(self._by_key).sum(0)
-            self._due = self._ffn([whole] * len(neurons))
+            self._due = self._block.ffns([whole] * len(neurons), neurons)
 
     def error(self, order: Sequence[int]) -> float:
         """Mean square of what the feed-forwards give wrong."""
         with torch.inference_mode():
             held = parts(self._by_key, order, self._ends)
-            return float((self._ffn(held) - self._due).square().mean())
+            found = self._block.ffns(held, self._neurons)
+            return float((found - self._due).square().mean())
 
     def best(self) -> tuple[tuple[int, ...], float, float]:
         """The order that is found; its error, and that of the model's own order."""
@@ -71,7 +70,3 @@ class Grouping:
             units = [order[at : at + size] for at in range(0, len(order), size)]
             units[a], units[b] = units[b], units[a]
             yield tuple(k for unit in units for k in unit)
-
-    def _ffn(self, attention: Sequence[Tensor]) -> Tensor:
-        given = zip(attention, self._neurons, strict=True)
-        return torch.stack([self._block.ffn(self._x_TD + a, some) for a, some in given]).sum(0)

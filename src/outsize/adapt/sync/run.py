@@ -189,8 +189,12 @@ class _Work:
         return [*whole_[:layer], Layer(drop), *whole_[layer + 1 :]]
 
     def _rise(self, chosen: Sequence[Layer]) -> float:
-        base = self._losses("sweep", self._some, [Layer()] * len(chosen))
-        return mean_of(minus(self._losses("sweep", self._some, chosen), base))
+        return self._risen("sweep", self._some, chosen)
+
+    def _risen(self, what: str, ids_BT: Tensor, chosen: Sequence[Layer]) -> float:
+        """Of the loss on some text, against all sums."""
+        base = self._losses(what, ids_BT, [Layer()] * len(chosen))
+        return mean_of(minus(self._losses(what, ids_BT, chosen), base))
 
     def chosen(self, rises: Rises) -> list[Layer]:
         """What takes the least time within the gate, all layers together, on text that the sweep did not
@@ -213,8 +217,7 @@ class _Work:
         return only(found, order[:fits])
 
     def _checked_rise(self, chosen: Sequence[Layer]) -> float:
-        base = self._losses("check", self._checked, [Layer()] * len(chosen))
-        return mean_of(minus(self._losses("check", self._checked, chosen), base))
+        return self._risen("check", self._checked, chosen)
 
     def measured(self, pack: Pack, chosen: Sequence[Layer], shards: Sequence[Shard]) -> SyncAbout:
         """What the choice costs on text held out, and what the file says of it."""
