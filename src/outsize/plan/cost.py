@@ -172,8 +172,11 @@ def _prompt_s(o: Outline, t: TableHeader, compute: Compute, chunks: float) -> fl
 
 def step_s(o: Outline, compute: Compute) -> float:
     """Seconds of computing one token."""
+    paged = 1.0 if o.neurons is None else o.neurons.computes
     return PASS_S + sum(
-        compute.step_s[t.name] * used_records(o, t) for t in o.tables if t.name in compute.step_s
+        compute.step_s[t.name] * used_records(o, t) * (paged if o.is_for_prompts(t) else 1.0)
+        for t in o.tables
+        if t.name in compute.step_s
     )
 
 
