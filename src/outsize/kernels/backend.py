@@ -18,6 +18,7 @@ from torch import Tensor
 
 from outsize.kernels.delta import DeltaSpec
 from outsize.kernels.norm import Norm, RMSNorm
+from outsize.kernels.pieces import Piece
 from outsize.kernels.rows import Rows, Sight
 from outsize.kernels.structs import Attention, Coded, ExpertMatrices, LowRankMatrix, address_if
 
@@ -109,6 +110,12 @@ class Backend(Protocol):
     def chunks(self, value_TN: Tensor, gap: float) -> Tensor:
         """(T, N) which bundles of neurons to read, where a run of neighbours costs `gap` once
         (kernels/chunks.py)."""
+        ...
+
+    def place(
+        self, found: tuple[Tensor, Tensor], piece: Piece, out: Tensor, to: Sequence[int]
+    ) -> None:
+        """Put pieces of records where a matrix has them (kernels/pieces.py)."""
         ...
 
     def decode_entries(self, coded_CSX: Tensor, out_CSE: Tensor, count: int) -> None:

@@ -24,6 +24,7 @@ from outsize.kernels.native_heads import NativeHeads
 from outsize.kernels.native_nested import NativeNested
 from outsize.kernels.norm import LayerNorm, Norm, RMSNorm
 from outsize.kernels.palettes import PaletteMatrix
+from outsize.kernels.pieces import NativePieces, Piece
 from outsize.kernels.plain import TILE_ROWS, Plain, palette_product, tile_product, wide_linear
 from outsize.kernels.rows import Rows
 from outsize.kernels.spans import Spans
@@ -86,6 +87,7 @@ class Native(Plain):
         self._gate, self._lowrank = found["gate_rows"], found["lowrank_rows"]
         self._combine, self._delta = found["combine_rows"], NativeDelta(lib)
         self._heads, self._chunks = NativeHeads(lib), NativeChunks(lib)
+        self._pieces = NativePieces(lib)
         self._group_linear, self._group_decode = found["group_linear"], found["group_decode"]
         self._tile_linear, self._tile_decode = found["tile_linear"], found["tile_decode"]
         self._palette_linear = found["palette_linear"]
@@ -226,6 +228,11 @@ class Native(Plain):
 
     def chunks(self, value_TN: Tensor, gap: float) -> Tensor:
         return self._chunks(value_TN, gap)
+
+    def place(
+        self, found: tuple[Tensor, Tensor], piece: Piece, out: Tensor, to: Sequence[int]
+    ) -> None:
+        self._pieces(found, piece, out, to)
 
     def decode_entries(self, coded_CSX: Tensor, out_CSE: Tensor, count: int) -> None:
         if out_CSE.dtype is not BF16:

@@ -18,6 +18,7 @@ from outsize.kernels.delta import DeltaSpec, delta_rows
 from outsize.kernels.layouts import BLOCK, GROUP, TILES, CodedMatrix, decode_groups, decode_tiles
 from outsize.kernels.norm import Norm, RMSNorm
 from outsize.kernels.palettes import PaletteMatrix, palette_numbers
+from outsize.kernels.pieces import Piece, place
 from outsize.kernels.rows import Rows
 from outsize.kernels.structs import Coded, LowRankMatrix
 from outsize.kv.int8 import decode
@@ -80,6 +81,11 @@ class Plain:
 
     def chunks(self, value_TN: Tensor, gap: float) -> Tensor:
         return chunks(value_TN, gap)
+
+    def place(
+        self, found: tuple[Tensor, Tensor], piece: Piece, out: Tensor, to: Sequence[int]
+    ) -> None:
+        place(found, piece, out, to)
 
     def decode_entries(self, coded_CSX: Tensor, out_CSE: Tensor, count: int) -> None:
         decode(coded_CSX, out_CSE, count)

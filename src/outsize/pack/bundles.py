@@ -17,6 +17,7 @@ from torch import Tensor
 from outsize.encoding.find import encoding
 from outsize.encoding.plain import slice_rows
 from outsize.errors import UnsupportedError
+from outsize.kernels.pieces import Piece
 from outsize.pack.tables import ALIGN, PAGE, Matrix, TableHeader, aligned
 
 BUNDLE = 32  # neurons, or as many as the rows that an encoding stores together
@@ -42,10 +43,10 @@ class Region:
     def size(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def of(self, records: Tensor, places: Tensor) -> Tensor:
-        """(n, *shape): the field of those of the records (S, stride), of bytes, that are at these places."""
-        some = records[:, self.offset : self.offset + self.size].index_select(0, places)
-        return some.view(self.dtype).view(len(places), *self.shape)
+    @property
+    def place(self) -> Piece:
+        """How it is put where the dense field has it."""
+        return Piece(self.offset, self.axis, self.unit)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,22 +49,17 @@ class Scratch:
     def fill(self, at: int, ids: Sequence[int], found: tuple[Tensor, Tensor]) -> None:
         """Bundles `ids` of a layer, the `at`th on of those that were announced. `found`: records, and
         where in them each is."""
-        where = torch.tensor(ids, dtype=torch.int64, device="cpu")
+        place, after = self._reader.backend.place, range(at, at + len(ids))
         for region in self.form.regions:
-            some = region.of(*found)
             if region.tensor != DOWN:
-                self._put_rows(region, at, some)
+                self._put_rows(region, after, found)
             elif self.form.down is not None:
-                self._put_down(region, where, some)
+                where = [i // region.each for i in ids]
+                place(found, region.place, self._down[region.field], where)
             else:
-                first, last = at * region.unit, (at + len(ids)) * region.unit
-                self._down[region.field][first:last] = some.flatten(0, 1)
+                place(found, region.place, self._down[region.field], after)
 
-    def _put_down(self, region: Region, where: Tensor, some: Tensor) -> None:
-        to = self._down[region.field].unflatten(region.axis, (-1, region.unit))
-        to.index_copy_(region.axis, where // region.each, some.movedim(0, region.axis))
-
-    def _put_rows(self, region: Region, at: int, some: Tensor) -> None:
+    def _put_rows(self, region: Region, after: range, found: tuple[Tensor, Tensor]) -> None:
         is_second = region.tensor != GATE
         if len(self._gate_up) == 1:
             field, first = self._gate_up[0][region.field], self._count * is_second
@@ -72,8 +67,8 @@ class Scratch:
         else:
             field, first, total = self._gate_up[is_second][region.field], 0, self._count
         to = field.narrow(region.axis, 0, total * region.unit)
-        to = to.unflatten(region.axis, (total, region.unit))
-        to.narrow(region.axis, first + at, len(some)).copy_(some.movedim(0, region.axis))
+        where = range(first + after.start, first + after.stop)
+        self._reader.backend.place(found, region.place, to, where)
 
     def gate_up(self) -> tuple[Weight, ...]:
         """Of the bundles that were filled in: (2 n bundle, D) in one piece, or gate and up apart; or up's
