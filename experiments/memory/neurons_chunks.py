@@ -142,7 +142,7 @@ def memory_for(model: str, neurons: str, share: float) -> int:
 
 def timed(a: Any) -> Row:
     """One arm: a text, token by token."""
-    path = str(Path(a.folder) / f"{a.arm}.safetensors")
+    path = "off" if a.arm == "off" else str(Path(a.folder) / f"{a.arm}.safetensors")
     options = LoadOptions(neurons=path, memory=str(a.memory), **OFF)  # type: ignore[arg-type]
     cost = planning.make(a.model, options, PROMPT).cost
     none = mock.patch.object(Reader, "submit_scattered", return_value=None)
@@ -157,10 +157,11 @@ def timed(a: Any) -> Row:
         for at in range(PROMPT, PROMPT + WARM + a.count):
             if at == PROMPT + WARM:
                 before = IOStats() + t.loaded.expert_stats
+                rest = IOStats() + t.loaded.stats
             began = time.perf_counter()
             full(t, [Span(at, [ids[at]])], [kv])
             times.append(time.perf_counter() - began)
-        used = t.loaded.expert_stats - before
+        used, rest = t.loaded.expert_stats - before, t.loaded.stats - rest
         direct = all(c.table.is_direct for c in t.loaded.caches)
         slots = sum(c.slots for c in t.loaded.caches if c.table.header.kind == "neurons")
     hit = used.hit_rate
@@ -169,7 +170,8 @@ def timed(a: Any) -> Row:
         "direct": direct, "slots": slots, "memory": a.memory, "tokens": a.count,
         "ms": round(1e3 * statistics.mean(times[WARM:]), 3),
         "median_ms": round(1e3 * statistics.median(times[WARM:]), 3),
-        "waited_ms": round(1e3 * used.waited_s / a.count, 3), "hit_rate": round(hit, 4),
+        "waited_ms": round(1e3 * (used.waited_s + rest.waited_s) / a.count, 3),
+        "rest_mb": round(rest.bytes_read / a.count / 1e6, 4), "hit_rate": round(hit, 4),
         "mb": round(used.bytes_read / a.count / 1e6, 4), "reads": round(used.requests / a.count, 2),
         "plan_ms": round(1e3 * cost.token_s, 3),
         "plan_hit_rate": cost.hit_rates and round(cost.hit_rates[0], 4),
@@ -180,29 +182,23 @@ def timed(a: Any) -> Row:
 
 
 def rounds(a: Any) -> None:
-    """Every pair in turn, as often as asked."""
+    """Every pair in turn, as often as asked; and the dense model in the same memory."""
+    sizes: dict[str, int] = {}
     for number in range(a.rounds):
         for pair in a.pairs:
             one, two = pair.split("=")
-            memory = memory_for(a.model, str(Path(a.folder) / f"{one}.safetensors"), a.held)
-            for way, arm, apart in (
-                ("apart", one, True),
-                (IMPORTANCE, one, False),
-                (CHUNKS, two, False),
-            ):
-                told = [a.model, a.text, a.name, a.folder, "--arm", arm, "--memory", str(memory)]
-                told += ["--count", str(a.count), *(["--apart"] if apart else [])]
+            if pair not in sizes:
+                sizes[pair] = memory_for(
+                    a.model, str(Path(a.folder) / f"{one}.safetensors"), a.held
+                )
+            for way, arm in (("apart", one), (IMPORTANCE, one), (CHUNKS, two), ("dense", "off")):
+                told = [a.model, a.text, a.name, a.folder, "--arm", arm]
+                told += ["--memory", str(sizes[pair]), "--count", str(a.count)]
+                told += ["--apart"] if way == "apart" else []
                 row = good(fresh("-m", "experiments.memory.neurons_chunks", "worker", *told))
                 row = {k: v for k, v in row.items() if k not in ("cap", "status", "kills")}
-                about = {
-                    "kind": "run",
-                    "model": a.name,
-                    "pair": pair,
-                    "held": a.held,
-                    "way": way,
-                    "arm": arm,
-                }
-                record(about | {"round": number} | row, a.output)
+                about = {"kind": "run", "model": a.name, "pair": pair, "held": a.held, "way": way}
+                record(about | {"arm": arm, "round": number} | row, a.output)
 
 
 def main() -> None:
