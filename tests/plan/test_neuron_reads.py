@@ -36,6 +36,6 @@ def test_no_more_reads_than_bundles(bundles: float, share: float, hit_rate: floa
 def test_a_token_takes_longer_for_what_its_reads_cost() -> None:
     plain = Cost(32, 0, 0.0, 1e-3, 0.0, 0.0, 0.0, (0.0, 0.5), "here", 4_000_000, 1e9)
     more = replace(plain, neuron_reads=NeuronReads(400, 100, 40_000))
-    assert plain.range_s == pytest.approx((5e-3, 3e-3))
-    assert more.range_s == pytest.approx((5e-3 + 4e-3, 3e-3 + 125 * 40_000 / 1e9))
+    assert plain.range_s == pytest.approx((3e-3, 5e-3))
+    assert more.range_s == pytest.approx((3e-3 + 5e-3, 5e-3 + 4e-3))
     assert more.to_json()["neuron_reads"] == {"bundles": 400, "runs": 100, "start_bytes": 40_000}
