@@ -12,6 +12,7 @@ runs of 1 and 8 says of the others. `choices`: microseconds of choosing chunks o
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -27,6 +28,8 @@ from outsize.adapt.sparsity import reads
 from outsize.engine import load as loading
 from outsize.forward.full import full
 from outsize.forward.span import Span
+from outsize.kernels.backend import Backend
+from outsize.kernels.gather import Pieces
 from outsize.kernels.plain import PLAIN
 from outsize.model.predictors.choose import Chooser
 from outsize.options import LoadOptions
@@ -150,6 +153,17 @@ def choices(about: Row) -> Iterator[Row]:
             s = median_s(partial(backend.chunks, value, 0.7), 400)
             us = round(1e6 * s, 2)
             yield about | {"kind": "choice", "backend": backend.name, "bundles": count, "us": us}
+        yield about | {"kind": "gather", "backend": backend.name, **gathered(backend)}
+
+
+def gathered(backend: Backend) -> Row:
+    """Bytes a second of putting a field of 96 bundles of a layer where it belongs, many layers in turn."""
+    records = torch.zeros(30 * 192, 12288, dtype=torch.uint8)
+    to, at = torch.zeros(1, 96 * 8192, dtype=torch.uint8), torch.arange(96)
+    places = [torch.randperm(192)[:96] + 192 * layer for layer in range(30)]
+    turns = itertools.cycle(places)
+    s = median_s(lambda: backend.gather(records, next(turns), Pieces(512, 1, 8192), to, at), 60)
+    return {"us": round(1e6 * s, 2), "gb_per_s": round(to.nbytes / s / 1e9, 3)}
 
 
 def main() -> None:
