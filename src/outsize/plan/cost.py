@@ -25,10 +25,9 @@ MISS_S = 150e-6  # from a reader's last byte to the computation that waits for i
 UNHIDDEN, FRESH, FRESH_S = 0.25, 1.2, 0.05
 # What a token takes beside layers and head: its embedding, the step's tables, choosing it and handing it out.
 PASS_S = 1.5e-3
-CHOOSE_S, GATHERED = (
-    3e-4,
-    3e9,
-)  # of a layer's neurons: choosing them, and bytes a second of gathering
+# Of paged neurons, beside multiplying: seconds a layer of predicting and choosing, and a bundle of finding it
+# in its cache; bytes a second of putting bundles together (experiments/memory/neurons_cost.py).
+CHOOSE_S, BUNDLE_S, GATHERED = 3e-4, 4e-6, 6e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +198,8 @@ def _gather_s(o: Outline) -> float:
     """Seconds a token of choosing neurons and putting their matrices together."""
     if o.neurons is None:
         return 0.0
-    return o.description.num_layers * CHOOSE_S + used_bytes(o) / GATHERED
+    bundles = sum(used_records(o, t) for t in o.tables if t.kind == "neurons")
+    return o.description.num_layers * CHOOSE_S + bundles * BUNDLE_S + used_bytes(o) / GATHERED
 
 
 def firing(paged: PagedNeurons) -> HitRates:
