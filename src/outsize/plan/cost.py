@@ -17,6 +17,7 @@ from outsize.plan.fixed import routed
 from outsize.plan.hit_rates import ALL_USED, BY_TEXT, PRIOR, HitRates
 from outsize.plan.machine import Compute, Machine
 from outsize.plan.placement import BY_ID, BY_PROMPT, BY_ROUTER, BY_TOKEN, Placement
+from outsize.storage.tickets import PIECE
 
 MISS_S = 150e-6  # from a reader's last byte to the computation that waits for it
 # Fitted to capped runs of four models (docs/results/memory.md): what the shorter of reading and computing
@@ -27,22 +28,22 @@ UNHIDDEN, FRESH, FRESH_S = 0.25, 1.2, 0.05
 PASS_S = 1.5e-3
 # Of paged neurons, beside multiplying: seconds a layer of predicting and choosing, and a bundle of finding it
 # in its cache; bytes a second of putting bundles together (experiments/memory/neurons_cost.py).
-CHOOSE_S, BUNDLE_S, GATHERED = 3e-4, 4e-6, 6e9
+CHOOSE_S, BUNDLE_S, GATHERED = 5.2e-4, 1.8e-6, 12e9
 
 
 @dataclass(frozen=True, slots=True)
 class NeuronReads:
-    """Of a token: bundles that it computes, in how many runs of neighbours, each of which is one read if none
-    of it is in memory; and what a read takes more than its bytes do, in bytes."""
+    """Of a token: the bytes of bundles that it computes, in how many runs of neighbours, which are read at
+    once, PIECE bytes at a time; and what a read takes more than its bytes do, in bytes."""
 
-    bundles: float
+    size: float
     runs: float
     start_bytes: float
 
     def reads(self, hit_rate: float) -> float:
-        """If each bundle is as likely to be in memory: a run is begun anew behind one that is."""
-        miss = 1 - hit_rate
-        return self.runs * miss + (self.bundles - self.runs) * miss * hit_rate
+        """Neighbours that are used together are in memory together, or missing: so it was measured
+        (docs/results/neurons.md)."""
+        return (self.runs + self.size / PIECE) * (1 - hit_rate)
 
     def more_bytes(self, hit_rate: float) -> float:
         """That would take as long to read as beginning these reads does."""
@@ -212,13 +213,9 @@ def neuron_reads(o: Outline) -> NeuronReads | None:
     if o.neurons is None or not o.neurons.runs:
         return None
     found = [t for t in o.tables if t.kind == "neurons"]
-    bundles = sum(used_records(o, t) for t in found)
     stride = sum(t.size for t in found) / sum(len(t.keys) for t in found)
-    return NeuronReads(
-        bundles,
-        min(bundles, o.neurons.runs * o.description.num_layers),
-        o.neurons.gap * stride,
-    )
+    runs = o.neurons.runs * o.description.num_layers
+    return NeuronReads(used_bytes(o), runs, o.neurons.gap * stride)
 
 
 def used_records(o: Outline, t: TableHeader) -> int:
