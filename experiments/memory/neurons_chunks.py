@@ -9,7 +9,8 @@ wall-clock, at equal memory, read past the page cache.
 with perplexity of held-out text (in spans of 16 tokens), and the price of a read that chunks were fitted by.
 `time` decodes a text token by token with the files that are named, in turn, each in a process of its own with
 slots for such a share of the bundles (--held): importance as it was before (each bundle a read), importance
-with neighbours in one read, and chunks. Rows state what `outsize plan` says of the same run."""
+with neighbours in one read, and chunks. Rows state what `outsize plan` says of the same run; `plan --runs
+RAW.jsonl` says it again of runs that were recorded."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from typing import Any
 from unittest import mock
 
 from experiments.quality.neurons import CPU
-from experiments.runs import HIDDEN, Row, arguments, fresh, good, record
+from experiments.runs import HIDDEN, Row, arguments, fresh, good, record, recorded
 from outsize.adapt.sparsity.cost import perplexity
 from outsize.adapt.sparsity.layer import Layer, fit
 from outsize.adapt.sparsity.measure import by_use, samples
@@ -150,7 +151,7 @@ def planned(model: str, options: LoadOptions, held: float, hit_rate: float) -> R
     expected, rows = firing(paged)(held)[0], {}
     for name, h in (("plan_", expected), ("plan_at_hit_", hit_rate)):
         size = c.expert_bytes * (1 - h)
-        read_s = (size + c.neuron_reads.more_bytes(h)) / c.disk_bytes_per_s
+        read_s = c.reading_s(h)
         rows |= {
             f"{name}ms": round(1e3 * (c.compute_s + read_s), 3), f"{name}read_ms": round(1e3 * read_s, 3),
             f"{name}reads": round(c.neuron_reads.reads(h), 2), f"{name}mb": round(size / 1e6, 4),
@@ -210,16 +211,31 @@ def rounds(a: Any) -> None:
                 record(about | said | row, a.output)
 
 
+def foreseen(a: Any) -> None:
+    """What the plan says of runs that were recorded, at the hit rates that they reached."""
+    runs = [r for r in recorded(Path(a.runs), {"kind": "run"}) if r["eviction"] == a.eviction]
+    for way in (IMPORTANCE, CHUNKS):
+        some = [r for r in runs if r["way"] == way]
+        path = f"{Path(a.folder) / some[0]['arm']}.safetensors"
+        options = LoadOptions(neurons=path, **OFF)  # type: ignore[arg-type]
+        row = planned(a.model, options, a.held, some[0]["hit_rate"])
+        ms = statistics.median(r["ms"] for r in some)
+        told = {"kind": "plan", "model": a.name, "way": way, "eviction": a.eviction, "ms": ms}
+        record(told | {"reads": some[0]["reads"], "mb": some[0]["mb"]} | row, a.output)
+
+
 def main() -> None:
     a: Any = arguments(
         __doc__, "what", "model", "text", "name", "folder", order="use", predictor="gate:4", bundle=0,
         tokens=8192, gap=0.0, shares=[str(s) for s in SHARES], pairs=[""], ways=[*CHOICES], held=0.25,
-        count=64, rounds=3, eviction="lfu", arm=("", HIDDEN[1]), apart=HIDDEN,
+        count=64, rounds=3, eviction="lfu", runs="", arm=("", HIDDEN[1]), apart=HIDDEN,
     )  # fmt: skip
     if a.what == "worker":
         record(timed(a))
     elif a.what == "time":
         rounds(a)
+    elif a.what == "plan":
+        foreseen(a)
     else:
         Path(a.folder).mkdir(parents=True, exist_ok=True)
         files(fetch.pack(a.model, quiet=True), a)

@@ -27,15 +27,18 @@ UNHIDDEN, FRESH, FRESH_S = 0.25, 1.2, 0.05
 # What a token takes beside layers and head: its embedding, the step's tables, choosing it and handing it out.
 PASS_S = 1.5e-3
 # Of paged neurons, beside multiplying: seconds a layer of predicting and choosing, and a bundle of finding it
-# in its cache; bytes a second of putting bundles together (experiments/memory/neurons_cost.py).
+# in its cache; bytes a second of putting bundles together (experiments/memory/neurons_cost.py); and seconds
+# of making room for a bundle that misses, and handing its read out (neurons_chunks.py, beside it).
 CHOOSE_S, BUNDLE_S, GATHERED = 5.2e-4, 1.8e-6, 12e9
+MISSED_S = 13e-6
 
 
 @dataclass(frozen=True, slots=True)
 class NeuronReads:
-    """Of a token: the bytes of bundles that it computes, in how many runs of neighbours, which are read at
+    """Of a token: bundles that it computes, their bytes, in how many runs of neighbours, which are read at
     once, PIECE bytes at a time; and what a read takes more than its bytes do, in bytes."""
 
+    bundles: float
     size: float
     runs: float
     start_bytes: float
@@ -80,15 +83,16 @@ class Cost:
         plain = max(self.read_s, self.compute_s) + UNHIDDEN * min(self.read_s, self.compute_s)
         if self.hit_rates is None:
             return plain, plain
-        low, high = (self._reading_s(h) for h in self.hit_rates)
+        low, high = (self.reading_s(h) for h in self.hit_rates)
         return plain + high, plain + low
 
-    def _reading_s(self, hit_rate: float) -> float:
+    def reading_s(self, hit_rate: float) -> float:
         """Seconds of reading what is routed, and is not in memory."""
-        size = self.expert_bytes * (1 - hit_rate)
+        size, more_s = self.expert_bytes * (1 - hit_rate), 0.0
         if self.neuron_reads is not None:
             size += self.neuron_reads.more_bytes(hit_rate)
-        return size / self.disk_bytes_per_s
+            more_s = self.neuron_reads.bundles * (1 - hit_rate) * MISSED_S
+        return size / self.disk_bytes_per_s + more_s
 
     @property
     def tokens_per_s(self) -> float:
@@ -215,7 +219,8 @@ def neuron_reads(o: Outline) -> NeuronReads | None:
     found = [t for t in o.tables if t.kind == "neurons"]
     stride = sum(t.size for t in found) / sum(len(t.keys) for t in found)
     runs = o.neurons.runs * o.description.num_layers
-    return NeuronReads(used_bytes(o), runs, o.neurons.gap * stride)
+    size = used_bytes(o)
+    return NeuronReads(size / stride, size, runs, o.neurons.gap * stride)
 
 
 def used_records(o: Outline, t: TableHeader) -> int:
