@@ -163,6 +163,14 @@ def test_chunks(
     assert 0 < found.about.runs < made.about.runs
     assert abs(found.about.fires - 0.5) < 0.1
     assert "bundles are chosen by chunks" in found.table[-3]
+    pack = fetch.pack(model, quiet=True)
+    for path, told, policy in (
+        (found.path, "", "window"), (found.path, ",eviction=lru", "lru"), (made.path, "", "lfu"),
+    ):  # fmt: skip
+        paged = planned.search(LoadOptions(neurons=f"{path}{told}"), pack, "m")
+        banks = planned.banks_of(paged)
+        assert banks is not None
+        assert banks[1] == policy
     free = run(options(model, text, output=tmp_path / "g", choose="chunks:0"))
     one, two = load_file(made.path), load_file(free.path)
     gaps = two.pop("gaps")
