@@ -17,7 +17,6 @@ from outsize.engine.model import Model
 from outsize.home import home as home_folder
 from outsize.kernels import build
 from outsize.kernels.find import native_in
-from outsize.kernels.pieces import Piece
 from outsize.kernels.plain import PLAIN
 from outsize.model.ffn.experts import Mixture, Router
 from tests.golden import tiny
@@ -172,30 +171,3 @@ def test_rows_of_eight_bits_combined(rows: int, num: int, width: int) -> None:
         used = row != 0
         alone = kernels.combine(row[None, used], codes[used], scale[used])
         assert torch.equal(alone[0], made)
-
-
-@pytest.mark.parametrize("axis", [0, 1, 2])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
-def test_pieces_of_records(axis: int, dtype: torch.dtype) -> None:
-    """Each goes where the plain twin puts it, and nothing else changes: of a whole field, and of its first
-    steps."""
-    kernels = native_in(home_folder() / "native")
-    if kernels is None:
-        pytest.skip("no C compiler on this machine")
-    shape, unit, offset = [3, 4, 5], 2, 24
-    shape[axis] = 14
-    size = 3 * 4 * 5 * 14 // [3, 4, 5][axis] * unit // 14 * dtype.itemsize
-    records = torch.randint(0, 120, (6, offset + size + 8), dtype=torch.uint8)
-    for places, to in (([4, 0, 5], [1, 6, 3]), ([2], [0])):
-        made = []
-        for backend in (kernels, PLAIN):
-            out = torch.zeros(shape, dtype=dtype)
-            found = records, torch.tensor(places)
-            backend.place(found, Piece(offset, axis, unit), out, to)
-            first = out.clone()
-            some = first.narrow(axis, 0, 10)
-            backend.place(found, Piece(offset, axis, unit), some, [t % 5 for t in to])
-            made += [out, first]
-        assert torch.equal(made[0], made[2])
-        assert torch.equal(made[1], made[3])
-        assert made[0].any()

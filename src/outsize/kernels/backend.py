@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from outsize.kernels.delta import DeltaSpec
+from outsize.kernels.gather import Pieces
 from outsize.kernels.norm import Norm, RMSNorm
-from outsize.kernels.pieces import Piece
 from outsize.kernels.rows import Rows, Sight
 from outsize.kernels.structs import Attention, Coded, ExpertMatrices, LowRankMatrix, address_if
 
@@ -112,10 +112,10 @@ class Backend(Protocol):
         (kernels/chunks.py)."""
         ...
 
-    def place(
-        self, found: tuple[Tensor, Tensor], piece: Piece, out: Tensor, to: Sequence[int]
+    def gather(
+        self, records_SB: Tensor, places_n: Tensor, pieces: Pieces, to: Tensor, at_n: Tensor
     ) -> None:
-        """Put pieces of records where a matrix has them (kernels/pieces.py)."""
+        """A field of the records at these places, put where a matrix has it (kernels/gather.py)."""
         ...
 
     def decode_entries(self, coded_CSX: Tensor, out_CSE: Tensor, count: int) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 from outsize.encoding.find import encoding
 from outsize.encoding.plain import slice_rows
 from outsize.errors import UnsupportedError
-from outsize.kernels.pieces import Piece
 from outsize.pack.tables import ALIGN, PAGE, Matrix, TableHeader, aligned
 
 BUNDLE = 32  # neurons, or as many as the rows that an encoding stores together
@@ -42,11 +41,6 @@ class Region:
     @property
     def size(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def place(self) -> Piece:
-        """How it is put where the dense field has it."""
-        return Piece(self.offset, self.axis, self.unit)
 
 
 @dataclass(frozen=True, slots=True)

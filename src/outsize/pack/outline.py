@@ -29,9 +29,13 @@ class PagedNeurons:
     note: str = ""  # why it pays, or does not
     runs: float = 0.0  # of neighbours that a layer computes for a token; 0: not measured
     gap: float = 0.0  # what beginning a read costs, in bundles that are read along
+<<<<<<< HEAD
     computes: float = (
         1.0  # of a dense feed-forward's time, what computing those that are chosen takes
     )
+=======
+    computes: float = 1.0  # share of a dense feed-forward's time that those chosen take
+>>>>>>> h-chunks26
 
 
 @dataclass(frozen=True, slots=True)
