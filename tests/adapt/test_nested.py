@@ -232,19 +232,45 @@ def test_an_add_on_of_another_order_is_refused(
         ("family", [], "0 members"),
         ("seed", "x", "a whole number is due"),
         ("version", 9, "of this version"),
+        ("perplexity", 0.0, "perplexity is 0"),
+        ("share", 0.0, "do not rise"),
+        ("threshold", -1.0, "do not rise"),
+        ("agrees", 1e308, "out of range"),
+        ("kl", -1.0, "out of range"),
+        ("perplexity of a member", 0.5, "out of range"),
     ],
 )
 def test_damaged_add_ons(
     made: nested.Made, tmp_path: Path, field: str, value: Any, problem: str
 ) -> None:
+    """A field of the file, or of the first member of its family."""
     with safe_open(made.path, "pt") as file:
         metadata = file.metadata()
     (key,) = metadata
-    about = json.loads(metadata[key]) | {field: value}
+    about = json.loads(metadata[key])
+    name = field.split()[0]
+    of = about if field in about else about["family"][0]
+    of[name] = value
     path = tmp_path / "bad.safetensors"
     save_file(load_file(made.path), path, {key: json.dumps(about)})
     with pytest.raises(AdapterError, match=problem):
         nested_file.read(path, made.pack)
+
+
+@pytest.mark.parametrize("use", [-1.0, 3e38])
+def test_uses_that_are_no_shares(made: nested.Made, tmp_path: Path, use: float) -> None:
+    """What a plan would add up, and divide by."""
+    with safe_open(made.path, "pt") as file:
+        metadata = file.metadata()
+    tensors, path = load_file(made.path), tmp_path / "bad.safetensors"
+    save_file(tensors | {"use": torch.full_like(tensors["use"], use)}, path, metadata)
+    found = planned.NestedPlan(made.pack, nested_file.read(path, made.pack))
+    with pytest.raises(AdapterError, match="not from 0 to 1"):
+        planned.with_nested(of_pack(made.pack), found)
+
+
+def test_what_a_file_names_cannot_write_on_a_terminal(made: nested.Made) -> None:
+    assert "\x1b" not in replace(made.about, text="\x1b[31mred\n").cost(0.5)
 
 
 @pytest.mark.parametrize("name", ["router", "bias", "use", "a"])
@@ -260,11 +286,32 @@ def test_add_ons_without_a_tensor(made: nested.Made, tmp_path: Path, name: str) 
 
 
 @pytest.mark.parametrize(
-    "widths", ["1/2,1/4,1", "1/4,1/2", "1/2,1/2,1", "0,1", "a,1", "", "1/0,1", "-1/2,1", "1/97,1"]
-)
+    "widths",
+    ["1/2,1/4,1", "1/4,1/2", "1/2,1/2,1", "0,1", "a,1", "", "1/0,1", "-1/2,1", "1/97,1", "1", "1/2,,1",
+     "1e-9999999999,1", "0." + "3" * 20 + ",1"],
+)  # fmt: skip
 def test_widths_that_cannot_be(widths: str) -> None:
     with pytest.raises(OptionError, match="widths is"):
         NestedOptions("m", (), widths=widths)
+
+
+def test_more_rank_than_a_token_has_numbers_is_refused(model: str, text: Path) -> None:
+    with pytest.raises(OptionError, match=r"rank is 65, and .* has 64 numbers a token"):
+        run(options(model, text), recipe(rank=65))
+
+
+def test_a_damaged_add_on_is_made_again(made: nested.Made, model: str, text: Path) -> None:
+    """As its refusal says."""
+    whole = made.path.read_bytes()
+    made.path.write_bytes(whole[:-1000])
+    with pytest.raises(AdapterError):
+        outsize.load(str(made.pack.path), quiet=True)
+    again = run(options(model, text), recipe())
+    before = load_file(again.path)
+    made.path.write_bytes(whole)
+    after = load_file(made.path)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_what_has_none_is_refused(folder_of: Callable[[str], Path], made: nested.Made) -> None:

@@ -29,7 +29,7 @@ from outsize.options import LoadOptions
 from outsize.pack import nested_file, store
 from outsize.pack.format import Pack
 from outsize.pack.kinds.layers import GOLDEN
-from outsize.pack.nested_file import BIAS, ROUTER, USE, A, B, C, NestedFile
+from outsize.pack.nested_file import BIAS, ROUTER, A, B, C, NestedFile
 from outsize.pack.outline import FamilyRow, NestedFamily, Outline
 from outsize.plan.nested_cost import AUTO_READS, drafting, reads
 from outsize.plan.placement import Placement
@@ -114,7 +114,7 @@ def use_of(file: NestedFile | None, share: float) -> Tensor | None:
     if file is None or share >= 1:
         return None
     at = min(range(len(file.about.family)), key=lambda i: abs(file.about.family[i].share - share))
-    return file.numbers(USE)[at].clamp(0, 1)
+    return file.uses()[at]
 
 
 def _count(pack: Pack) -> int:
@@ -153,7 +153,7 @@ def with_nested(o: Outline, found: NestedPlan | None) -> Outline:
         return o
     file, about = found.file, found.file.about
     total = sum(t.size for t in o.tables if t.kind == "experts")
-    use = file.numbers(USE)
+    use = file.uses()
     rows = [
         FamilyRow(m.share, m.perplexity, m.kl, m.agrees, _curve(use[i]))
         for i, m in enumerate(about.family)

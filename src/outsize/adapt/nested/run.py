@@ -4,6 +4,7 @@ routers (and corrections), measure the family, and write the add-on beside the p
 from __future__ import annotations
 
 import math
+import re
 import time
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,7 +27,7 @@ from outsize.adapt.sparsity.words import Words, spread, words
 from outsize.adapt.trainable import TrainableModel, matmul_type
 from outsize.arguments import whole
 from outsize.engine import load as loading
-from outsize.errors import OptionError
+from outsize.errors import AdapterError, OptionError
 from outsize.model.width import Correction, LayerRouter
 from outsize.pack import fetch, increments, nested_file
 from outsize.pack.format import Pack
@@ -36,6 +37,7 @@ from outsize.progress import Progress, bars, steps
 from outsize.system import memory
 
 MOST_PIECES = 64
+PLAIN = re.compile(r"\d{1,6}(/\d{1,6})?|\d{0,6}\.\d{1,20}", re.ASCII)  # a share: 1/3, .75
 ORDERED_ON = 16  # sequences
 
 
@@ -77,19 +79,22 @@ class Made:
 
 def pieces_of(text: str) -> tuple[int, ...]:
     """How many pieces each width has; the last are all. Raises OptionError."""
+    parts = [part.strip() for part in text.split(",")]
     try:
-        found = [Fraction(part.strip()) for part in text.split(",")]
-    except (ValueError, ZeroDivisionError):
+        found = [Fraction(part) for part in parts if PLAIN.fullmatch(part)]
+    except ZeroDivisionError:
         found = []
-    if not found or found[0] <= 0 or found[-1] != 1 or any(a >= b for a, b in pairwise(found)):
+    rises = all(a < b for a, b in pairwise((0, *found)))
+    if len(found) < max(2, len(parts)) or not rises or found[-1] != 1:
         raise OptionError(
-            f"widths is {text!r}; shares that rise and end in 1 are expected, as 1/4,1/2,3/4,1"
+            f"widths is {text[:80]!r}; two or more shares that rise and end in 1 are expected, as "
+            "1/4,1/2,3/4,1"
         )
     count = math.lcm(*(f.denominator for f in found))
     if count > MOST_PIECES:
         raise OptionError(
-            f"widths is {text!r}: that takes pieces of 1/{count}, and 1/{MOST_PIECES} is the smallest; give "
-            "widths of a larger common part"
+            f"widths is {text[:80]!r}: that takes pieces of 1/{count}, and 1/{MOST_PIECES} is the "
+            "smallest; give widths of a larger common part"
         )
     return tuple(int(f * count) for f in found)
 
@@ -100,6 +105,11 @@ def run(options: NestedOptions, recipe: NestedRecipe, tuning: TuneRecipe | None 
     began, pieces = time.monotonic(), pieces_of(options.widths)
     base = fetch.find(options.model) or fetch.pack(options.model, quiet=options.quiet)
     increments.check(base, pieces[-1])
+    if recipe.rank > base.description.width:
+        raise OptionError(
+            f"rank is {recipe.rank:,}, and {base.path.name} has {base.description.width:,} numbers a token: "
+            "more do nothing; give fewer"
+        )
     found = words(base, options.data, options.tokens)
     is_tuned = tuning is not None and tuning.steps > 0
     if tuning is not None:
@@ -118,6 +128,7 @@ def run(options: NestedOptions, recipe: NestedRecipe, tuning: TuneRecipe | None 
         made = tuned.tuned(how, (base, model), order, widths, found)
     with bars(options.quiet) as progress:
         pack = cut(base, pieces[-1], order, progress, None if made is None else made.learned)
+    _make_way(pack)
     task = NestedTask(recipe, model, ffns(pack, kind), widths, (found.ids_BT, found.held_out_BT))
     if made is not None:
         task.begin_from(*made.routers)
@@ -145,6 +156,14 @@ def run(options: NestedOptions, recipe: NestedRecipe, tuning: TuneRecipe | None 
     beside = sum(t.size for t in pack.tables if t.kind == "layers")
     beside += pack.table_of("embed" if pack.description.tied else "head").size
     return Made(pack, path, about, tuple(table(family, (experts, beside))))
+
+
+def _make_way(pack: Pack) -> None:
+    """Remove an add-on that is damaged, or another pack's: the pack could not be opened, and measured."""
+    try:
+        nested_file.of_pack(pack)
+    except AdapterError:
+        nested_file.beside(pack).unlink(missing_ok=True)
 
 
 def _checkpoint(pack: Pack) -> Path:
