@@ -188,9 +188,7 @@ def check(base: Pack, count: int) -> None:
     """Raise UnsupportedError for a pack that cannot be cut into so many pieces a layer."""
     d, name = base.description, base.path.name
     if d.mixture is not None:
-        kind = (
-            "is cut into nested experts already" if d.mixture.nested else "is a mixture of experts"
-        )
+        kind = "is cut into nested experts already" if d.is_nested else "is a mixture of experts"
         raise UnsupportedError(f"{name} {kind}; nested experts are made of dense models")
     if not d.is_usual or d.mlp_bias:
         raise UnsupportedError(

@@ -84,11 +84,6 @@ class Outline:
     )
 
     @property
-    def is_nested(self) -> bool:
-        """Are its feed-forwards cut into nested experts?"""
-        return self.description.mixture is not None and self.description.mixture.nested
-
-    @property
     def size(self) -> int:
         return sum(table.size for table in self.tables)
 

@@ -62,8 +62,7 @@ def nested_of(folder: Path, base: Pack, exact: bool = False) -> Pack | None:
         p
         for p in _good(folder)
         if p.source.kin[:1] == (sha,)
-        and p.description.mixture is not None
-        and p.description.mixture.nested
+        and p.description.is_nested
         and not (exact and p.quality is not None)
     ]
     return max(found, key=lambda p: (p.path / HEADER).stat().st_mtime_ns, default=None)

@@ -175,7 +175,7 @@ def decide(
     grammars = options.streams if options.grammars else 0
     outline = replace(
         outline, streams=options.streams, grammars=grammars, kv=options.kv,
-        pins_pieces=outline.is_nested and options.experts is None,
+        pins_pieces=outline.description.is_nested and options.experts is None,
     )  # fmt: skip
     if parse_prefix(options.prefix_cache).kind == "disk":
         outline = replace(outline, staging=fixed.staging(outline, options.chunk))

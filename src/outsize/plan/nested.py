@@ -57,7 +57,7 @@ def search(options: LoadOptions, pack: Pack) -> NestedPlan | None:
     """The pack itself, or the one that was cut out of it, where an option asks for that. Raises OptionError,
     AdapterError."""
     asked = wants(options)
-    if not is_nested(pack):
+    if not pack.description.is_nested:
         if not asked:
             return None
         folder, exact = home() / "packs", parse_width(options.width) == 1.0
@@ -75,11 +75,6 @@ def search(options: LoadOptions, pack: Pack) -> NestedPlan | None:
             )
         pack = made
     return NestedPlan(pack, nested_file.of_pack(pack))
-
-
-def is_nested(pack: Pack) -> bool:
-    mixture = pack.description.mixture
-    return mixture is not None and mixture.nested
 
 
 def experts(
