@@ -332,6 +332,31 @@ def test_what_has_none_is_refused(folder_of: Callable[[str], Path], made: nested
         run(NestedOptions(str(made.pack.path), (made.path,)), recipe())
 
 
+def test_ranks_run_no_width(made: nested.Made) -> None:
+    """Others are told of none: they would compute all pieces, and routers are not there. All of them: the
+    same bits."""
+    path = str(made.pack.path)
+    with outsize.load(path, ranks=2, parallel="relay", memory="1GB", quiet=True) as opened:
+        how = {"max_tokens": 12, "raw": True, "ignore_eos": True, "logprobs": 2}
+        replies = opened.generate(PROMPTS, **how)  # type: ignore[arg-type]
+        for width in (0.5, "0.9"):
+            with pytest.raises(OptionError, match="which several ranks do not run"):
+                opened.generate("a", width=width)
+    assert [r.logprobs for r in replies] == [r.logprobs for r in said(path, PROMPTS)]
+    with pytest.raises(UnsupportedError, match="use --parallel relay"):
+        outsize.load(path, ranks=2, memory="1GB", quiet=True)
+
+
+@pytest.mark.parametrize("experts", ["lru,misses=drop:0.5", "misses=substitute", "routing=cached"])
+def test_lossy_caches_are_refused(made: nested.Made, experts: str) -> None:
+    """They would change nothing, or leave prefixes that no width has."""
+    with pytest.raises(OptionError, match="of which there are no others"):
+        outsize.load(str(made.pack.path), experts=experts, quiet=True)
+    how = {"experts": experts, "defaults": ("experts",), "quiet": True}
+    with outsize.load(str(made.pack.path), **how) as opened:  # type: ignore[arg-type]
+        assert opened.placement.notes == ()
+
+
 def test_plan_shows_the_family(made: nested.Made) -> None:
     done = outsize_here("plan", str(made.pack.path), "--json", "-q")
     widths = json.loads(done.stdout)["widths"]

@@ -216,6 +216,7 @@ def _open(
         if paged is not None:
             _page(transformer, paged, native, experts.recorder)
         nested.install(transformer.nested, packs.nested, share)
+        transformer.nested.is_shared = team is not None
         drafts = _drafting(made, options, placement, transformer, smaller)
         drafts.nested = nested.drafter(packs.nested, options, (outline, placement), transformer)
         opened.pop_all()

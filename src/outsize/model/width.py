@@ -123,6 +123,7 @@ class Nested:
     routers: Sequence[LayerRouter] = ()
     points: Sequence[Point] = ()
     auto: float = 1.0  # what `auto` turned out to be
+    is_shared: bool = False  # between ranks, which are told of no width
     cost: Callable[[float], str] = _not_measured  # of a share, in words
 
     def width(self, given: str | float) -> Width | None:
@@ -133,6 +134,10 @@ class Nested:
             raise OptionError(
                 f"width is {given!r}, and this model is not cut into nested experts; `outsize adapt nested` "
                 "does that, or leave it out"
+            )
+        if share < 1 and self.is_shared:
+            raise OptionError(
+                f"width is {given!r}, which several ranks do not run; leave it out, or --ranks"
             )
         return None if share >= 1 else Width(share, self._threshold(share))
 

@@ -63,7 +63,13 @@ def for_kind(options: LoadOptions, name: str, d: Description) -> LoadOptions:
     """The options for a model: default cache settings are left out where they do not apply. Raises
     OptionError where they are no defaults."""
     options = _for_states(options, name, d)
-    if d.mixture is not None or options.experts is None:
+    lossy = parse_experts(options.experts or "").lossy if d.is_nested else ""
+    if lossy and "experts" not in options.defaults:
+        raise OptionError(
+            f"experts has {lossy}, and a token of {name} uses the first pieces of a feed-forward, in place "
+            "of which there are no others; leave it out"
+        )
+    if (d.mixture is not None and not lossy) or options.experts is None:
         return options
     if "experts" in options.defaults:
         return replace(options, experts=None)

@@ -68,6 +68,11 @@ def search(options: LoadOptions, pack: Pack) -> NestedPlan | None:
                 f"{asked}, which changes no answer, and nested experts of {pack.path.name} were tuned: all "
                 f"of them are another model; name {tuned.path.name}, or make others without --tune"
             )
+        if made is None and pack.description.mixture is not None:
+            raise OptionError(
+                f"{asked}, and {pack.path.name} is a mixture of experts, of which no nested ones are made; "
+                "leave it out"
+            )
         if made is None:
             raise OptionError(
                 f"{asked}, and {pack.path.name} is not cut into nested experts; `outsize adapt nested "
