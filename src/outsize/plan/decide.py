@@ -82,11 +82,6 @@ def _for_states(options: LoadOptions, name: str, d: Description) -> LoadOptions:
     """Raises OptionError for what a model that keeps states of sequences cannot have."""
     if not (d.has_states or not d.is_even):
         return options
-    if d.has_states and parse_prefill(options.prefill) is not None:
-        raise OptionError(
-            f"prefill is {options.prefill!r}, and layers of {name} keep a state that all tokens must go "
-            "through; use prefill=full"
-        )
     if options.prefix_cache in (None, "off"):
         return options
     if "prefix_cache" in options.defaults:
@@ -140,8 +135,15 @@ def without_layers(o: Outline, options: LoadOptions) -> Outline:
 
 
 def check_prefill(d: Description, prefill: str) -> None:
-    """Raise OptionError for a model whose layers read their tokens, where tokens are to skip layers."""
-    if d.reads_tokens and parse_prefill(prefill) is not None:
+    """Raise OptionError for a model whose layers need all tokens, where tokens are to skip layers."""
+    if parse_prefill(prefill) is None:
+        return
+    if d.has_states:
+        raise OptionError(
+            f"prefill is {prefill!r}, and layers of {d.family} models keep a state that all tokens must go "
+            "through; use prefill=full"
+        )
+    if d.reads_tokens:
         raise OptionError(
             f"prefill is {prefill!r}, and layers of {d.family} models read their tokens' embeddings or rows, "
             "which skipped tokens would have to keep; use prefill=full"
