@@ -24,6 +24,7 @@ from torch import Tensor
 from outsize.errors import OptionError
 
 AUTO, FULL = "auto", "full"
+NOT_MEASURED = "lossy: not measured"
 
 
 @dataclass(slots=True)
@@ -99,7 +100,7 @@ def chosen(z_TM: Tensor, threshold: float | Tensor) -> Tensor:
 
 
 def _not_measured(share: float) -> str:
-    return "lossy: not measured"
+    return NOT_MEASURED
 
 
 def narrowest(z_M: Sequence[float], threshold: float) -> int:

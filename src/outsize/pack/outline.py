@@ -48,7 +48,6 @@ class NestedFamily:
     memory: int  # bytes of routers and corrections
     total: int  # of all pieces
     rows: tuple[FamilyRow, ...]
-    cost: str  # what half of them costs, in words
 
 
 @dataclass(frozen=True, slots=True)

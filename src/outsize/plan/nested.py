@@ -19,6 +19,7 @@ from outsize.home import home
 from outsize.model.transformer import Transformer
 from outsize.model.width import (
     AUTO,
+    NOT_MEASURED,
     Correction,
     LayerRouter,
     Nested,
@@ -160,7 +161,7 @@ def with_nested(o: Outline, found: NestedPlan | None) -> Outline:
     ]
     whole = torch.ones(o.description.num_layers, about.count, dtype=torch.float32, device="cpu")
     rows.append(FamilyRow(1.0, about.perplexity, 0.0, 1.0, _curve(whole)))
-    return replace(o, nested=NestedFamily(file.size, total, tuple(rows), about.cost(0.5)))
+    return replace(o, nested=NestedFamily(file.size, total, tuple(rows)))
 
 
 def _curve(use_LN: Tensor) -> tuple[float, ...]:
@@ -169,17 +170,23 @@ def _curve(use_LN: Tensor) -> tuple[float, ...]:
     return tuple((often.cumsum(0) / often.sum().clamp_min(1e-9)).tolist())
 
 
-def settled(options: LoadOptions, o: Outline, p: Placement) -> float:
-    """The share that options mean: `auto` is the widest for whose pieces memory is enough and that loses
+def settled(width: str | float, o: Outline, p: Placement) -> float:
+    """The share that a width means: `auto` is the widest for whose pieces memory is enough and that loses
     little; all, where there is none."""
-    asked = parse_width(options.width)
+    asked = parse_width(width)
     if asked != AUTO:
         return float(asked)
-    for row in sorted(o.nested.rows if o.nested is not None else (), key=lambda r: -r.share):
-        loss = row.perplexity / o.nested.rows[-1].perplexity if o.nested is not None else 1.0
+    rows = () if o.nested is None else o.nested.rows
+    for row in reversed(rows):
+        loss = row.perplexity / rows[-1].perplexity
         if reads(o, p, row) <= AUTO_READS * o.size and loss <= AUTO_LOSS:
             return row.share
     return 1.0
+
+
+def cost(found: NestedPlan | None, share: float) -> str:
+    """What a share costs, in words."""
+    return NOT_MEASURED if found is None or found.file is None else found.file.about.cost(share)
 
 
 def drafter(
