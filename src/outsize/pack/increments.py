@@ -61,13 +61,6 @@ class Pieces:
         raw = self.order_LF.to(torch.int64).contiguous().numpy().tobytes()
         return hashlib.sha256(raw).hexdigest()[:12]
 
-    @property
-    def is_exact(self) -> bool:
-        """Does every weight keep its number?"""
-        return self.learned is None and all(
-            self._down(t) == t.tensors["down"][0].encoding for t in dense_tables(self.base)
-        )
-
     def tables(self, stored: Stored) -> list[TablePlan]:
         """Of the pack that is made. Raises UnsupportedError."""
         out: list[TablePlan] = []
