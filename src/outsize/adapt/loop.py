@@ -209,6 +209,8 @@ def _differences(about: Mapping[str, object], training: Training) -> list[str]:
     """What a checkpoint says of itself that is otherwise now."""
     told, now = about.get("recipe"), training.task.recipe.to_json()
     known = told if isinstance(told, dict) else {}
+    own = {k: v for k, v in training.task.about().items() if k != "kind"}
+    known, now = {**known, **{k: about.get(k) for k in own}}, {**now, **own}
     out = [f"{k} was {known.get(k)!r}, is {v!r}" for k, v in now.items() if known.get(k) != v]
     out += [] if about.get("base") == training.base else ["the model's weights differ"]
     return out + ([] if about.get("data") == training.data else ["the prompts or answers differ"])

@@ -145,7 +145,7 @@ def predict(
     waits = MISS_S * records if place.streamed else 0.0
     missing = sum(size for _, tier, size in place.groups if tier in (BY_ROUTER, BY_TOKEN))
     total = sum(t.size for t in routed(o))
-    rates = ALL_USED if rates is PRIOR and o.is_nested else rates
+    rates = ALL_USED if rates is PRIOR and o.description.is_nested else rates
     if o.neurons is not None:
         rates = firing(o.neurons)
     elif o.description.has_table or o.description.token_width:
