@@ -31,6 +31,7 @@ from outsize.adapt.nested.prefixes import labels
 from outsize.adapt.nested.run import NestedOptions, run
 from outsize.adapt.nested.task import NestedRecipe
 from outsize.adapt.nested.tune import TuneRecipe
+from outsize.adapt.nested.tuned import checkpoint_of
 from outsize.adapt.sparsity import words
 from outsize.engine.reply import Reply
 from outsize.errors import AdapterError, BudgetError, OptionError, UnsupportedError
@@ -179,6 +180,27 @@ def test_resumed_to_the_bit(model: str, text: Path, made: nested.Made) -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not found.path.with_name(found.path.name + ".checkpoint").exists()
+
+
+def test_a_forgotten_resume(model: str, text: Path, own_home: Path) -> None:
+    """Of tuning or of routers: begun anew, what has not ended would be lost."""
+    pack = fetch.find(model)
+    assert pack is not None
+    path = checkpoint_of(pack, 3)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    with pytest.raises(OptionError, match=f"{path} is of a run that has not ended; go on with"):
+        run(options(model, text), recipe(), TuneRecipe(steps=1))
+    with (
+        mock.patch.object(loop.Training, "run_step", side_effect=SystemExit),
+        pytest.raises(SystemExit),
+    ):
+        run(options(model, text), recipe())
+    (cut,) = (own_home / "packs").glob("*nested*")
+    path = cut.with_name(f"{cut.name}.nested.safetensors.checkpoint")
+    path.write_bytes(b"")
+    with pytest.raises(OptionError, match=f"{path} is of a run that has not ended; go on with"):
+        run(options(model, text), recipe())
 
 
 @pytest.mark.parametrize("score", SCORES)

@@ -89,8 +89,7 @@ def run(options: SparsityOptions) -> Made:
     found = words(pack, options.data, options.tokens)
     path = options.output or pack.path.with_name(pack.path.name + SUFFIX)
     kept = path.with_name(path.name + ".checkpoint")
-    if options.resume:
-        checkpoints.find(kept)
+    checkpoints.check(options.resume, kept)
     with bars(options.quiet) as progress:
         model = TrainableModel(
             pack, torch.device("cpu"), matmul_type(torch.device("cpu")), progress
@@ -237,7 +236,7 @@ def _resumed(path: Path, about: Mapping[str, object]) -> list[Layer]:
     if wrong:
         raise AdapterError(
             f"{path} is a checkpoint of another run ({', '.join(wrong)} differ); give the flags and files it "
-            "was started with, or leave out --resume"
+            "was started with, or remove it to begin anew"
         )
     try:
         return [_layer(tensors, i, told) for i, told in enumerate(said["layers"])]  # type: ignore[arg-type,var-annotated]
