@@ -261,6 +261,27 @@ def test_resumed_to_the_bit(model: str, text: Path, made: nested.Made) -> None:
     assert not found.path.with_name(found.path.name + ".checkpoint").exists()
 
 
+def test_a_forgotten_resume(model: str, text: Path, own_home: Path) -> None:
+    """Of tuning or of routers: begun anew, what has not ended would be lost."""
+    pack = fetch.find(model)
+    assert pack is not None
+    path = checkpoint_of(pack, 3)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    with pytest.raises(OptionError, match=f"{path} is of a run that has not ended; go on with"):
+        run(options(model, text), recipe(), TuneRecipe(steps=1))
+    with (
+        mock.patch.object(loop.Training, "run_step", side_effect=SystemExit),
+        pytest.raises(SystemExit),
+    ):
+        run(options(model, text), recipe())
+    (cut,) = (p for p in (own_home / "packs").glob("*nested*") if p.is_dir())
+    path = cut.with_name(f"{cut.name}.nested.safetensors.checkpoint")
+    path.write_bytes(b"")
+    with pytest.raises(OptionError, match=f"{path} is of a run that has not ended; go on with"):
+        run(options(model, text), recipe())
+
+
 @pytest.mark.parametrize("score", SCORES)
 def test_orders(model: str, text: Path, score: str) -> None:
     """Each importance, by neurons or by blocks, gives a pack that runs; blocks keep all codes."""

@@ -128,6 +128,8 @@ def test_interrupted_and_resumed_is_the_same(
     monkeypatch.undo()
     with pytest.raises(AdapterError, match="share"):
         run(options(model, text, output=output, share=0.7, resume=True))
+    with pytest.raises(OptionError, match="is of a run that has not ended; go on with --resume"):
+        run(options(model, text, output=output))
     run(options(model, text, output=output, resume=True))
     one, two = load_file(made.path), load_file(output)
     assert one.keys() == two.keys()

@@ -230,8 +230,7 @@ def _trained(
     """Routers, trained to the recipe's end. Raises AdapterError, OptionError."""
     path, about = _checkpoint(pack), (pack.source.sha256, found.fingerprint)
     goes_on = options.resume and (path.is_file() or not is_tuned)
-    if goes_on:
-        checkpoints.find(path)
+    checkpoints.check(goes_on, path)
     training = loop.resume(task, path, *about) if goes_on else loop.start(task, *about)
     with steps(options.quiet) as draw:
 
