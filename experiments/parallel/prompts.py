@@ -15,13 +15,12 @@ has are not measured again.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ import torch
 
 from experiments.parallel import gathered
 from experiments.parallel.quiet import Quiet
+from experiments.parallel.stopped import halved, seen
 from experiments.runs import arguments, record, recorded
 from outsize.bench.speed import TEXT
 from outsize.engine import open_tokens
@@ -40,18 +40,20 @@ from outsize.kernels.find import find
 from outsize.model.transformer import Transformer
 from outsize.pack import fetch
 from outsize.parallel.cuts import Costs, Cuts, even, predict, search
-from outsize.parallel.des import simulate
+from outsize.parallel.des import Stops, simulate
 from outsize.parallel.meeting import Hello, Meeting, join
+from outsize.parallel.programs import Prompt, relay
 from outsize.parallel.programs import gathered as all_to_all
-from outsize.parallel.programs import relay
-from outsize.parallel.slow import Slow, parse_link
+from outsize.parallel.programs import runahead as runahead_program
+from outsize.parallel.slow import Link, Slow, parse_link
 from outsize.parallel.sockets import Sockets
 from outsize.parallel.transport import Transport
 from outsize.weights import load as weights
 
-HERE, DUTY_S = "127.0.0.1", 0.001
+HERE = "127.0.0.1"
 BUSY, TRIES = 0.1, 2
-STOP, CHAIN, GATHERED = range(3)
+STOP, CHAIN, GATHERED, STANDING = range(4)
+NANO = 1e9
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,9 @@ def follow(setting: Setting, transport: Transport) -> None:
         slow = rank.slow[told[1]]
         if told[0] == CHAIN:
             runahead.follow(rank.model, slow)
+        elif told[0] == STANDING:
+            found = seen()
+            words.send(transport, [0], [round(NANO * s) for s in astuple(found)])
         else:
             gathered.run(rank.model, slow, rank.ids)
 
@@ -94,7 +99,7 @@ class Leader:
     """Rank 0."""
 
     def __init__(self, setting: Setting, transport: Transport, repeats: int) -> None:
-        self.setting, self.repeats = setting, repeats
+        self.setting, self.repeats, self.half = setting, repeats, False
         self.rank = Rank(setting, transport)
         self.alone_s, self.wanted = self.alone()
 
@@ -135,9 +140,10 @@ class Leader:
         self, link: int, ways: Sequence[str], keep: Callable[[str, dict[str, Any]], None]
     ) -> None:
         """Rows of a chain over one link."""
+        stops = self.stops() if self.half else None
         words.send(self.rank.raw, [1], [CHAIN, link])
         slow, model = self.rank.slow[link], self.rank.model
-        costs = chain_costs.hear(model, slow)
+        costs, own = chain_costs.hear(model, slow), chain_costs.measured(model)
         if self.setting.links[link]:
             costs = replace(costs, link=parse_link(self.setting.links[link]))
         chain, unit = Chain(slow, lambda *_: None), self.setting.chunk
@@ -158,9 +164,18 @@ class Leader:
                 seconds(cuts[name])
                 took, foretold = known[cuts[name]], costs.seconds(0, unit, cuts[name])
                 row = {**timed(took), "cuts": list(cuts[name]), "simulated_s": foretold}
+                if stops is not None:
+                    sizes = [unit * c for c in cuts[name]]
+                    row |= stopped_foretold(own, sizes, costs.link, stops)
                 keep(name, row | {"costs": asdict(costs), **others_foretold(costs, unit * units)})
         finally:
             chain.end()
+
+    def stops(self) -> Stops:
+        """How long the other rank goes and stands, as it says."""
+        words.send(self.rank.raw, [1], [STANDING, 0])
+        going, standing = words.receive(self.rank.raw, 1)
+        return Stops(going / NANO, standing / NANO)
 
     def _prompt(self, chain: Chain) -> None:
         model = self.rank.model
@@ -173,30 +188,25 @@ def timed(found: tuple[float, float]) -> dict[str, float]:
     return {"seconds": found[0], "others_cores": found[1]}
 
 
+def stopped_foretold(own: Prompt, sizes: Sequence[int], link: Link, stops: Stops) -> dict[str, Any]:
+    """Seconds of a chain by the simulator, whose first rank stands again and again; `own`: costs where nobody
+    does. And as the costs say that were measured of the rank that stands."""
+    programs = [runahead_program(own, sizes, r) for r in (0, 1)]
+    outcomes = simulate(programs, link, stops={0: stops})
+    return {"simulated_stops_s": max(o.end for o in outcomes), "stops": astuple(stops)}
+
+
 def others_foretold(costs: Costs, tokens: int) -> dict[str, float]:
     """Of ways that are not chains, seconds by the simulator, with a chain's costs."""
     programs = {
         "gathered": [all_to_all(costs.prompt, tokens, r, 2) for r in (0, 1)],
         "zigzag": [all_to_all(costs.prompt, tokens, r, 2, True) for r in (0, 1)],
-        "pipeline": [relay(costs.prompt, tokens, r, 2) for r in (0, 1)],
+        "pipeline": [relay(costs.prompt.part(1 / 2), tokens, r, 2) for r in (0, 1)],
     }
     return {
         f"simulated_{name}_s": max(o.end for o in simulate(made, costs.link))
         for name, made in programs.items()
     }
-
-
-def halved(pid: int) -> int:
-    """A process that stops another half of the time; its id."""
-    if child := os.fork():
-        return child
-    with suppress(ProcessLookupError):
-        while True:
-            os.kill(pid, signal.SIGSTOP)
-            time.sleep(DUTY_S)
-            os.kill(pid, signal.SIGCONT)
-            time.sleep(DUTY_S)
-    os._exit(0)
 
 
 def pinned(core: int) -> None:
@@ -222,20 +232,15 @@ def lead(setting: Setting, transport: Transport, args: Any, child: int) -> None:
 
     if "alone" in ways and ("as it is", "alone") not in known:
         keep("alone", "", timed(leader.alone_s))
-    slower = halved(child) if args.half else 0
-    try:
+    leader.half = args.half
+    with halved(child) if args.half else nullcontext():
         for number, link in enumerate(setting.links):
             left = [w for w in ways if w != "alone" and (link or "as it is", w) not in known]
             if "gathered" in left:
                 keep("gathered", link, leader.gathered(number))
             if set(left) - {"gathered"}:
                 leader.chains(number, left, lambda way, row, link=link: keep(way, link, row))
-    finally:
-        if slower:
-            os.kill(slower, signal.SIGKILL)
-            os.waitpid(slower, 0)
-            os.kill(child, signal.SIGCONT)
-        words.send(transport, [1], [STOP])
+    words.send(transport, [1], [STOP])
 
 
 def main() -> int:
