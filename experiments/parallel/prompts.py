@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ from outsize.weights import load as weights
 HERE = "127.0.0.1"
 BUSY, TRIES = 0.1, 2
 STOP, CHAIN, GATHERED, STANDING = range(4)
-NANO = 1e9
+MEANT, PICO = 12, 1e12
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,9 @@ def follow(setting: Setting, transport: Transport) -> None:
         if told[0] == CHAIN:
             runahead.follow(rank.model, slow)
         elif told[0] == STANDING:
-            found = seen()
-            words.send(transport, [0], [round(NANO * s) for s in astuple(found)])
+            usual = chain_costs.measured(rank.model, MEANT, fmean)
+            found = *astuple(seen()), usual.linear_s, usual.pair_s
+            words.send(transport, [0], [round(PICO * s) for s in found])
         else:
             gathered.run(rank.model, slow, rank.ids)
 
@@ -140,7 +142,7 @@ class Leader:
         self, link: int, ways: Sequence[str], keep: Callable[[str, dict[str, Any]], None]
     ) -> None:
         """Rows of a chain over one link."""
-        stops = self.stops() if self.half else None
+        stops, usual = self.stops() if self.half else (None, ())
         words.send(self.rank.raw, [1], [CHAIN, link])
         slow, model = self.rank.slow[link], self.rank.model
         costs, own = chain_costs.hear(model, slow), chain_costs.measured(model)
@@ -166,16 +168,17 @@ class Leader:
                 row = {**timed(took), "cuts": list(cuts[name]), "simulated_s": foretold}
                 if stops is not None:
                     sizes = [unit * c for c in cuts[name]]
-                    row |= stopped_foretold(own, sizes, costs.link, stops)
+                    stood = replace(own, linear_s=usual[0], pair_s=usual[1])
+                    row |= stopped_foretold((own, stood), sizes, costs.link, stops)
                 keep(name, row | {"costs": asdict(costs), **others_foretold(costs, unit * units)})
         finally:
             chain.end()
 
-    def stops(self) -> Stops:
-        """How long the other rank goes and stands, as it says."""
+    def stops(self) -> tuple[Stops, tuple[float, float]]:
+        """How long the other rank goes and stands, as it says; and its usual costs meanwhile."""
         words.send(self.rank.raw, [1], [STANDING, 0])
-        going, standing = words.receive(self.rank.raw, 1)
-        return Stops(going / NANO, standing / NANO)
+        going, standing, linear, pair = (n / PICO for n in words.receive(self.rank.raw, 1))
+        return Stops(going, standing), (linear, pair)
 
     def _prompt(self, chain: Chain) -> None:
         model = self.rank.model
@@ -188,12 +191,19 @@ def timed(found: tuple[float, float]) -> dict[str, float]:
     return {"seconds": found[0], "others_cores": found[1]}
 
 
-def stopped_foretold(own: Prompt, sizes: Sequence[int], link: Link, stops: Stops) -> dict[str, Any]:
-    """Seconds of a chain by the simulator, whose first rank stands again and again; `own`: costs where nobody
-    does. And as the costs say that were measured of the rank that stands."""
-    programs = [runahead_program(own, sizes, r) for r in (0, 1)]
-    outcomes = simulate(programs, link, stops={0: stops})
-    return {"simulated_stops_s": max(o.end for o in outcomes), "stops": astuple(stops)}
+def stopped_foretold(
+    prompts: tuple[Prompt, Prompt], sizes: Sequence[int], link: Link, stops: Stops
+) -> dict[str, Any]:
+    """Seconds of a chain by the simulator, whose first rank stands again and again: in windows, with costs
+    where nobody stands; and with its costs on average while it does."""
+    own, stood = prompts
+    last = runahead_program(own, sizes, 1)
+    windows = simulate([runahead_program(own, sizes, 0), last], link, stops={0: stops})
+    usual = simulate([runahead_program(stood, sizes, 0), last], link)
+    return {
+        "simulated_stops_s": windows[1].end, "simulated_usual_s": usual[1].end, "stops": astuple(stops),
+        "usual": [stood.linear_s, stood.pair_s], "own": [own.linear_s, own.pair_s],
+    }  # fmt: skip
 
 
 def others_foretold(costs: Costs, tokens: int) -> dict[str, float]:
@@ -238,8 +248,9 @@ def lead(setting: Setting, transport: Transport, args: Any, child: int) -> None:
             left = [w for w in ways if w != "alone" and (link or "as it is", w) not in known]
             if "gathered" in left:
                 keep("gathered", link, leader.gathered(number))
-            if set(left) - {"gathered"}:
-                leader.chains(number, left, lambda way, row, link=link: keep(way, link, row))
+            for name in left:
+                if name != "gathered":  # each with costs as they are just then
+                    leader.chains(number, [name], lambda way, row, link=link: keep(way, link, row))
     words.send(transport, [1], [STOP])
 
 
