@@ -12,18 +12,22 @@ One row an arm, in the order given; qualities do not depend on the machine's loa
     reject:STEPS:SEED            the same, from a committee's best
 
 MODEL is packed if need be; packs of B bits are made by `outsize pack --bits B --calibrate TEXT`. TEXT is
-running text, ANSWERS prompts with answers, of which the first 160 are used.
+running text, ANSWERS prompts with answers, of which the first --prompts are used.
 """
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
+import os
 import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import outsize
 from experiments.runs import arguments, record
@@ -43,7 +47,6 @@ from outsize.pack.outline import of_pack
 from outsize.plan.fixed import stored_bytes
 from outsize.system.memory import peak
 
-PROMPTS = 160
 THINGS = (
     "the sea", "a cat", "winter", "bread", "a train", "the moon", "music", "a garden", "rain", "coffee",
     "a library", "the desert", "a bicycle", "honey", "a mountain", "sleep", "a river", "chess", "the wind",
@@ -74,29 +77,38 @@ def prompts() -> list[dict[str, object]]:
 class Arms:
     """All arms over one model; what they make is kept in `folder`."""
 
-    def __init__(
-        self, model: str, text: Path, answers: Path, folder: Path, size: tuple[int, int]
-    ) -> None:
-        self.base = fetch.pack(model, quiet=True)
-        self._text, self._folder, self._size = text, folder, size
-        folder.mkdir(parents=True, exist_ok=True)
-        self._asked = folder / "asked.jsonl"
-        raw = answers.read_bytes()
-        lines = (gzip.decompress(raw) if answers.suffix == ".gz" else raw).decode().splitlines()
-        self._asked.write_text("\n".join(lines[:PROMPTS]))
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.base = fetch.find(args.model) or fetch.pack(args.model, quiet=True)
+        self._args, self._text, self._folder = args, args.text, args.folder
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._asked = self._folder / f"asked-{args.prompts}.jsonl"
+        raw = args.answers.read_bytes()
+        packed = args.answers.suffix == ".gz"
+        lines = (gzip.decompress(raw) if packed else raw).decode().splitlines()
+        made = self._asked.with_suffix(f".{os.getpid()}")  # others may read it now
+        made.write_text("\n".join(lines[: args.prompts]))
+        made.replace(self._asked)
 
     def few(self, bits: str) -> Pack:
         options = BitsOptions(float(bits), calibrate=self._text, force=True, quiet=True)
         return repack(self.base, options).pack
 
     def where(self, pack: Pack, name: str) -> TrainOptions:
-        out = self._folder / f"{name.replace(':', '-')}.safetensors"
-        data = (self._text, self._asked)
-        return TrainOptions(str(pack.path), data, out, own_answers=False, every=25, quiet=True)
+        about = self._args
+        out = self._folder / f"{name.replace(':', '-')}-{about.batch}-{about.seed}.safetensors"
+        data, every = (self._text, self._asked), about.every
+        return TrainOptions(str(pack.path), data, out, own_answers=False, every=every, quiet=True)
 
     def recipe(self, steps: str, rate: float, loss: str = "kl") -> DistillRecipe:
-        batch, length = self._size
-        return DistillRecipe(steps=int(steps), batch=batch, rate=rate, length=length, loss=loss)
+        given = self._args
+        return DistillRecipe(
+            steps=int(steps),
+            batch=given.batch,
+            rate=rate,
+            length=given.length,
+            seed=given.seed,
+            loss=loss,
+        )
 
     def run(self, arm: str) -> dict[str, Any]:
         kind, *told = arm.split(":")
@@ -170,7 +182,7 @@ class Arms:
     def _aligned(
         self, arm: str, method: str, steps: str, seed: str, baseline: str
     ) -> dict[str, Any]:
-        file = self._folder / "formats.json"
+        file = self._folder / f"formats-{arm.replace(':', '-')}.json"
         file.write_text(json.dumps({"name": "formats", "prompts": prompts()}))
         recipe = AlignRecipe(
             steps=int(steps), batch=8, rate=1e-3, seed=int(seed), samples=4, max_tokens=24, baseline=baseline,
@@ -197,9 +209,11 @@ def of_pack_made(made: Made) -> dict[str, Any]:
 
 def main() -> None:
     args = arguments(
-        __doc__, "arms+", model=str, text=Path, answers=Path, folder=Path, batch=4, length=256
-    )
-    arms = Arms(args.model, args.text, args.answers, args.folder, (args.batch, args.length))
+        __doc__, "arms+", model=str, text=Path, answers=Path, folder=Path, batch=4, length=256, seed=0,
+        prompts=160, every=25,
+    )  # fmt: skip
+    arms = Arms(args)
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     for arm in args.arms:
         started, used = time.monotonic(), time.process_time()
         row = arms.run(arm)
@@ -208,13 +222,9 @@ def main() -> None:
             "processor_minutes": round((time.process_time() - used) / 60, 2),
             "peak_mb": round(peak() / 1e6),
         }
-        told = {
-            "arm": arm,
-            "model": Path(args.model).name,
-            "batch": args.batch,
-            "length": args.length,
-        }
-        record(told | row | minutes, args.output)
+        told = {key: getattr(args, key) for key in ("batch", "length", "seed", "prompts")}
+        about = {"arm": arm, "model": Path(args.model).name, "device": name, **told}
+        record(about | row | minutes, args.output)
 
 
 if __name__ == "__main__":

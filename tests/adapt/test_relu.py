@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 import outsize
 from outsize.adapt.head_loss import head_divergence
 from outsize.adapt.relu.run import Relufied, ReluOptions, run
-from outsize.adapt.relu.task import ReluRecipe
+from outsize.adapt.relu.task import ReluRecipe, Student
 from outsize.adapt.sparsity import run as sparsity
 from outsize.adapt.sparsity import words
 from outsize.adapt.sparsity.run import SparsityOptions
@@ -181,6 +181,33 @@ def test_a_threshold(model: str, text: Path, tmp_path: Path) -> None:
         assert "activation" in fault(wrong)
 
 
+def test_neighbours_are_penalized_together() -> None:
+    """A bundle's size is that of its neurons together; of single ones it is what they are. A bundle that is
+    shut has a gradient of nothing, not of no number."""
+    gate = torch.tensor([[[3.0, 4.0, -1.0, -2.0], [0.0, 1.0, -1.0, 2.0]]]).requires_grad_()
+    up, size = torch.ones_like(gate), float(gate.detach().square().mean().sqrt())
+    for bundle, norms in ((1, [3.0, 4.0, 1.0, 2.0]), (2, [5.0, 1.0, 2.0])):
+        student = Student({}, "relu", bundle)
+        student.inner(torch.cat([gate, up], dim=-1), None)  # type: ignore[arg-type]
+        (opened,) = student.opened
+        due = sum(norms) / (8 / bundle) / bundle**0.5 / size
+        assert float(opened.detach()) == pytest.approx(due)
+        assert float(student.fires[0]) == 4 / 8
+        assert float(student.bundles[0]) == len(norms) * bundle / 8
+        (grad,) = torch.autograd.grad(opened, gate)
+        assert torch.isfinite(grad).all()
+
+
+def test_bundles_learn_to_shut(made: Relufied, model: str, text: Path) -> None:
+    """Of the same steps, with a penalty on bundles of 4: fewer of them fire than with none."""
+    found = [
+        run(options(model, text), replace(RECIPE, steps=24, bundle=4, penalty=penalty)).figures
+        for penalty in (0.0, 30.0)
+    ]
+    assert found[1]["bundles_fire"] < found[0]["bundles_fire"]
+    assert found[1]["fires"] < found[0]["fires"]
+
+
 def test_the_divergence_and_its_gradient() -> None:
     generator = torch.Generator().manual_seed(0)
     z, former, head = (
@@ -220,7 +247,12 @@ def test_what_cannot_be(
         run(options(str(folder_of("olmoe")), text), RECIPE)
     with pytest.raises(BudgetError, match="smaller --batch"):
         run(options(model, text, memory="1MB"), RECIPE)
-    for more in ({"threshold": -1.0}, {"match": -1.0}, {"penalty": 2000.0}, {"rate": 2.0}):
+    with pytest.raises(OptionError, match="does not divide"):
+        run(options(model, text), replace(RECIPE, bundle=7))
+    with pytest.raises(OptionError, match="auto, cpu or cuda"):
+        run(options(model, text, device="tpu"), RECIPE)
+    wrong = {"threshold": -1.0}, {"match": -1.0}, {"penalty": 2000.0}, {"rate": 2.0}, {"bundle": 0}
+    for more in wrong:
         with pytest.raises(OptionError):
             ReluRecipe(**more)
     with pytest.raises(OptionError, match="every"):

@@ -33,6 +33,7 @@ def test_the_queue_says_what_it_would_run() -> None:
         check=True,
     )
     steps = [line.split(",")[0] for line in done.stdout.splitlines() if line.startswith("# ")]
-    assert steps == ["# tests", "# memory", "# drafter", "# cut", "# held-out"]
+    trainings = ["# recover", "# distill", "# align", "# relu"]
+    assert steps == ["# tests", "# memory", "# drafter", "# cut", "# held-out", *trainings]
     assert "adapt masks" in done.stdout
     assert not done.stderr

@@ -41,7 +41,7 @@ class Moments(Change):
     def weight(self, w: Tensor, x: Tensor, layer: int, name: str) -> Tensor:
         rows = x[:, self._skip :].flatten(0, 1).float()
         if name not in self.sums:
-            self.sums[name] = torch.zeros(rows.shape[1], rows.shape[1])
+            self.sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
         self.sums[name].addmm_(rows.T, rows)
         self.counts[name] += len(rows)
         return w
@@ -91,7 +91,7 @@ class Inputs:
         self._short = States(model, short[::every][:SHORT])
 
     def next(self) -> dict[str, Tensor]:
-        """(K, K) fp32 for each tensor of the next layer."""
+        """(K, K) fp32 for each tensor of the next layer, on the model's device."""
         rest, first = Moments(FIRST), Moments(0)
         with torch.inference_mode(), bf16_products():
             self._long.advance(rest)

@@ -22,6 +22,7 @@ class ReluFlags:
     tokens: Annotated[int, Flag("--tokens", "Of the data, that are read.")] = 1 << 20
     every: Annotated[int, Flag("--every", "Steps between checkpoints.")] = 50
     resume: Annotated[bool, Flag("--resume", "Go on from the checkpoint.")] = False
+    device: Annotated[str, Flag("--device", "auto, cpu or cuda.")] = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class ReluRecipeFlags:
         float, Flag("--match", "What the outputs of feed-forwards count beside predictions.")
     ] = 1.0
     penalty: Annotated[float, Flag("--penalty", "What open gates count.")] = 0.1
+    bundle: Annotated[int, Flag("--bundle", "Neighbours that are to fire together.")] = 1
     seed: Annotated[int, Flag("--seed", "The same seed trains the same model.")] = 0
 
 

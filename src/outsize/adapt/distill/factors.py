@@ -80,7 +80,7 @@ def closed_form(
         progress("factors in closed form", layer, d.num_layers)
         for stack, moment_KK in inputs.next().items():
             lower = _lower(moment_KK)
-            lost = source.layer(layer, stack) - own.layer(layer, stack)
+            lost = (source.layer(layer, stack) - own.layer(layer, stack)).to(lower.device)
             sizes = [known[name][0] for name in STACKS[stack]]
             for name, lost_NK in zip(STACKS[stack], lost.split(sizes), strict=True):
                 a, b = best(lost_NK, lower, rank)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from outsize.adapt import checkpoints, loop
+from outsize.adapt.processes import join, leave, processes
 from outsize.adapt.relu.task import NAMES, ReluRecipe, ReluTask
 from outsize.adapt.sparsity.words import Words, words
 from outsize.adapt.trainable import TrainableModel, matmul_type
@@ -48,6 +49,7 @@ class ReluOptions:
     tokens: int = 1 << 20  # that are read of the data
     every: int = 50  # steps between checkpoints
     resume: bool = False
+    device: str = "auto"
     encoding: str = "auto"
     memory: str | int = "auto"
     quiet: bool = False
@@ -69,6 +71,14 @@ class Relufied:
 def run(options: ReluOptions, recipe: ReluRecipe) -> Relufied:
     """Raises OptionError, UnsupportedError, BudgetError, DataError, AdapterError, PackError,
     DiskFullError."""
+    device = join(options.device)
+    try:
+        return _run(replace(options, quiet=options.quiet or processes()[0] > 0), recipe, device)
+    finally:
+        leave()
+
+
+def _run(options: ReluOptions, recipe: ReluRecipe, device: torch.device) -> Relufied:
     base = fetch.find(options.model, options.encoding) or fetch.pack(
         options.model, encoding=options.encoding, quiet=options.quiet
     )
@@ -81,12 +91,13 @@ def run(options: ReluOptions, recipe: ReluRecipe) -> Relufied:
         checkpoints.find(checkpoint)
     work.parent.mkdir(parents=True, exist_ok=True)
     with bars(options.quiet) as progress:
-        device = torch.device("cpu")
         model = TrainableModel(base, device, matmul_type(device), progress)
     task = ReluTask(recipe, model, found.ids_BT, found.held_out_BT)
     training = _trained(task, base, found, options, (checkpoint, history))
-    pack = _write(base, task, found, options)
-    checkpoint.unlink(missing_ok=True)
+    pack = base
+    if processes()[0] == 0:
+        pack = _write(base, task, found, options)
+        checkpoint.unlink(missing_ok=True)
     return Relufied(pack, training.figures, history)
 
 
@@ -96,14 +107,14 @@ def _trained(
     checkpoint, history = paths
     about = base.source.sha256, found.fingerprint
     training = loop.resume(task, checkpoint, *about) if options.resume else loop.start(task, *about)
-    if not options.resume:
+    if not options.resume and processes()[0] == 0:
         history.unlink(missing_ok=True)
     begin, first, recipe = time.process_time(), training.step, task.recipe
     with steps(options.quiet) as draw:
 
         def report(now: loop.Training) -> None:
             draw(f"loss {now.loss:.3f}, {now.summary()}", now.step, recipe.steps)
-            if now.step % options.every and now.step != recipe.steps:
+            if (now.step % options.every and now.step != recipe.steps) or processes()[0] > 0:
                 return
             row = {
                 "step": now.step, "tokens": now.step * recipe.batch * recipe.length, "loss": now.loss,
@@ -123,6 +134,10 @@ def _check(base: Pack, recipe: ReluRecipe, budget: int) -> None:
     if not d.is_usual:
         raise UnsupportedError(
             f"{base.path.name} is a {d.family} model; relu is for dense models with gated feed-forwards"
+        )
+    if d.ffn_width % recipe.bundle:
+        raise OptionError(
+            f"bundle is {recipe.bundle}, which does not divide {base.path.name}'s {d.ffn_width:,} neurons"
         )
     if d.activation != "silu":
         raise OptionError(
@@ -159,7 +174,7 @@ def _write(base: Pack, task: ReluTask, found: Words, options: ReluOptions) -> Pa
 
 def _made(kind: str, w_NK: Tensor) -> Made:
     num_rows, width = w_NK.shape
-    return Made(kind, num_rows, width, partial(encoding(kind).encode, w_NK))
+    return Made(kind, num_rows, width, partial(encoding(kind).encode, w_NK.cpu()))
 
 
 def _stored(
@@ -174,7 +189,7 @@ def summary(made: Relufied) -> str:
     f = made.figures
     return (
         f"perplexity {f['perplexity_before']:,.2f} -> {f['perplexity']:,.2f} on held-out text, "
-        f"{f['fires']:.0%} of neurons fire"
+        f"{f['fires']:.0%} of neurons and {f['bundles_fire']:.0%} of bundles fire"
     )
 
 

@@ -3,7 +3,9 @@ model itself (arXiv 2310.04564, 2402.13516). Gate, up and down of each layer lea
 
 The loss is how far its predictions are from the model's own; how far each feed-forward's output is from what
 the model's own feed-forward said there, which few tokens tell already; and how much the gates let through, so
-that few neurons fire. Shapes: B sequences, T tokens, D width, F neurons.
+that few neurons fire. What a disk reads at once is a bundle of neighbours, which is read if one of them does:
+with `bundle` the penalty is on the size of each bundle (group lasso), so that neighbours fire together.
+Shapes: B sequences, T tokens, D width, F neurons.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.nn.functional import cross_entropy
 
 from outsize.adapt.change import Change
@@ -21,18 +24,19 @@ from outsize.adapt.head_loss import head_divergence
 from outsize.adapt.loop import Recipe
 from outsize.adapt.statistics import FIRST, causal
 from outsize.adapt.trainable import TrainableModel
-from outsize.arguments import real
+from outsize.arguments import real, whole
 from outsize.kernels.plain import FATRELU, activation_of
 from outsize.model_config import Description
 
 NAMES = "gate_up", "down"
-JUDGED = 4  # held-out sequences, at most
+JUDGED = 16  # held-out sequences, at most
 
 
 @dataclass(frozen=True, slots=True)
 class ReluRecipe(Recipe):
     """`threshold`: what a gate must be above to count (FATReLU); `match`, `penalty`: what the outputs of
-    feed-forwards, and open gates, count beside the divergence."""
+    feed-forwards, and open gates, count beside the divergence; `bundle`: neighbours that are to fire
+    together."""
 
     steps: int = 500
     batch: int = 4
@@ -41,9 +45,11 @@ class ReluRecipe(Recipe):
     threshold: float = 0.0
     match: float = 1.0
     penalty: float = 0.1
+    bundle: int = 1
 
     def __post_init__(self) -> None:
         Recipe.__post_init__(self)
+        whole("bundle", self.bundle, 1, 1 << 20)
         real("threshold", self.threshold, 0.0, 1000.0)
         for name in ("match", "penalty"):
             real(name, getattr(self, name), 0.0, 1000.0)
@@ -68,13 +74,15 @@ class Outputs(Change):
 
 class Student(Outputs):
     """Runs feed-forwards with other matrices, and another activation. `opened`: how far each layer's gates
-    are open, for their size; `fires`: the share that is."""
+    are open, bundle by bundle, for their size; `fires`, `bundles`: the share of neurons, and of bundles, that
+    is."""
 
-    def __init__(self, matrices: Mapping[str, Tensor], activation: str) -> None:
+    def __init__(self, matrices: Mapping[str, Tensor], activation: str, bundle: int) -> None:
         super().__init__()
-        self._matrices, self._activation = matrices, activation
+        self._matrices, self._activation, self._bundle = matrices, activation, bundle
         self.opened: list[Tensor] = []
         self.fires: list[Tensor] = []
+        self.bundles: list[Tensor] = []
 
     def weight(self, w: Tensor, x: Tensor, layer: int, name: str) -> Tensor:
         return self._matrices[f"{layer}.{name}"].to(x.dtype) if name in NAMES else w
@@ -83,8 +91,12 @@ class Student(Outputs):
         gate, up = gate_up.chunk(2, dim=-1)
         active = activation_of(self._activation)(gate)
         size = gate.detach().float().square().mean().sqrt().clamp_min(1e-12)
-        self.opened.append(active.float().mean() / size)
-        self.fires.append((active.detach() > 0).float().mean())
+        together = active.float().unflatten(-1, (-1, self._bundle))
+        norms = vector_norm(together, dim=-1) if self._bundle > 1 else together
+        self.opened.append(norms.mean() / self._bundle**0.5 / size)
+        fires = together.detach() > 0
+        self.fires.append(fires.float().mean())
+        self.bundles.append(fires.any(dim=-1).float().mean())
         return active * up
 
 
@@ -108,7 +120,8 @@ class ReluTask:
         recipe, generator = self.recipe, torch.Generator()
         generator.manual_seed(recipe.seed * 1_000_003 + step)
         chosen = torch.randint(len(self._ids), (recipe.batch,), generator=generator)
-        former, student = Outputs(), Student(self.parameters, recipe.activation)
+        former = Outputs()
+        student = Student(self.parameters, recipe.activation, recipe.bundle)
         ids_BT = self._ids[chosen[part]].to(self.model.device)
         with torch.no_grad():
             due, _ = self.model.run(causal(self.model.embed(ids_BT)), None, former)
@@ -120,14 +133,14 @@ class ReluTask:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """On texts that are not trained on: perplexity, the model's own, and the share of neurons that
-        fire."""
-        student = Student(self.parameters, self.recipe.activation)
+        """On texts that are not trained on: perplexity, the model's own, and the shares of neurons and of
+        bundles that fire."""
+        student = Student(self.parameters, self.recipe.activation, self.recipe.bundle)
         after, before = (self._perplexity(change) for change in (student, Outputs()))
-        fires = float(torch.stack(student.fires).mean())
+        fires, bundles = (float(torch.stack(x).mean()) for x in (student.fires, student.bundles))
         return {
             "perplexity": round(after, 4), "perplexity_before": round(before, 4),
-            "fires": round(fires, 6),
+            "fires": round(fires, 6), "bundles_fire": round(bundles, 6),
         }  # fmt: skip
 
     def _perplexity(self, change: Change) -> float:

@@ -28,12 +28,12 @@ def fit(sample: Sample, size: str) -> Fitted:
     floor = torch.quantile(sample.energy_TN.flatten()[:MOST_SEEN], 1 - sample.share)
     is_due = (sample.energy_TN > floor).float()
     generator = torch.Generator().manual_seed(0)
-    a_RD, b_NR = (
-        torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
-        for shape in ((rank, x_TD.shape[1]), (bundles, rank))
-    )
-    b_NR /= rank**0.5
     with torch.inference_mode(False), torch.enable_grad():
+        a_RD, b_NR = (
+            torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
+            for shape in ((rank, x_TD.shape[1]), (bundles, rank))
+        )
+        b_NR /= rank**0.5
         _descend(x_TD.clone(), is_due.clone(), (a_RD, b_NR), sample.share)
     return Fitted({"a": ("int8", a_RD.detach() / scale), "b": ("int8", b_NR.detach())}, {})
 
