@@ -8,6 +8,7 @@ in tests/parallel/.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -374,6 +375,22 @@ def test_what_cannot_be_cut_is_refused_by_name(open_tiny: Callable[..., Model]) 
         shards("deepseek_v3", RELAY, 3, "bf16")
     with pytest.raises(OptionError, match="ranks is 65"):
         shards("llama+wide", GATHER, 65)
+
+
+def test_layers_follow_speed_then_memory(open_tiny: Callable[..., Model]) -> None:
+    """Whatever the head is to the leader: a prompt has nothing to do with it."""
+    d = open_tiny("llama", "q4_0").pack.description
+    d = replace(d, layers=d.layers * 4)
+    assert d.num_layers == 12
+
+    def layers(speeds: Sequence[float], *most: int | None) -> list[tuple[int, int]]:
+        return [s.layers for s in split("it", d, (), Ranks(tuple(speeds), most), RELAY)]
+
+    assert layers((1.0, 1.0)) == [(0, 6), (6, 12)]
+    assert layers(TWO) == [(0, 8), (8, 12)]
+    assert layers((1.0, 1.0), 2, None) == [(0, 2), (2, 12)]
+    assert layers((1.0, 1.0), 0, 40) == [(0, 1), (1, 12)], "one at least"
+    assert layers((1.0, 1.0, 1.0), 2, None, 3) == [(0, 2), (2, 9), (9, 12)]
 
 
 def test_parts_follow_speed_then_memory() -> None:

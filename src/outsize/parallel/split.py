@@ -257,7 +257,7 @@ def _by_layers(name: str, d: Description, ranks: Ranks) -> tuple[Shard, ...]:
         raise UnsupportedError(
             f"{name} has {d.num_layers} layers, fewer than {ranks.world} ranks; use fewer ranks"
         )
-    most = list(ranks.most) or [None] * ranks.world
+    most = [None if m is None else max(1, m) for m in ranks.most] or [None] * ranks.world
     ends = [*accumulate(parts(d.num_layers, ranks.speeds, most))]
     found = tuple(
         replace(_all_of(d, r, ranks.world), cut="layers", layers=(start, end))
