@@ -1,7 +1,7 @@
 """The speed of light of paged neurons: bytes a token from disk at each step, by arithmetic from a model's
 sizes alone.
 
-    python -m experiments.memory.neurons_light > experiments/results/xeon-2core/neurons-light.jsonl
+    python -m experiments.memory.neurons_light -o experiments/results/epyc-2core/neurons-light.jsonl
 
 Steps as in LLM in a flash (arXiv 2312.11514): naive (every weight), half held (pin-and-ring), with a
 predictor (all but the feed-forward held, of it the share that is predicted), with what the rest of the
@@ -10,8 +10,9 @@ is held with the same chance whether it fires often or not; OPT's window is the 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
+
+from experiments.runs import Row, arguments, record
 
 PAGE, PREDICTOR = 4096, 0.04  # bytes; share of the feed-forward that a predictor takes
 
@@ -45,7 +46,7 @@ SHAPES = (
 )
 
 
-def row(s: Shape) -> dict[str, object]:
+def row(s: Shape) -> Row:
     """All steps, in MB."""
     half, paged = (s.ffn + s.rest) / 2, s.bundle * s.count
     room = max(0.0, half - s.rest - PREDICTOR * s.ffn)
@@ -67,6 +68,11 @@ def row(s: Shape) -> dict[str, object]:
     }
 
 
-if __name__ == "__main__":
+def main() -> None:
+    output = arguments(__doc__).output
     for shape in SHAPES:
-        print(json.dumps(row(shape)))
+        record(row(shape), output)
+
+
+if __name__ == "__main__":
+    main()

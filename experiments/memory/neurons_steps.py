@@ -3,21 +3,21 @@ half of them held, with a predictor, with a window (and other policies), and in 
 which bundles the model's predictor chose for each token of a text is recorded once, with the engine, and
 replayed through the engine's policies.
 
-    python -m experiments.memory.neurons_steps MODEL FILE TEXT NAME --tokens 400 >>
+    python -m experiments.memory.neurons_steps MODEL FILE TEXT NAME --tokens 400 -o
     experiments/results/epyc-2core/neurons-steps.jsonl
 
-FILE: of `outsize adapt sparsity`. Rows: `union` of the last k tokens' bundles; `budget`, what a token reads
-under a policy in such a share of the model's bytes, after a warm-up; `drafted`, steps of five rows of which
-three are accepted, where the window counts a step's first rows or all; `run`, quarters of the text."""
+FILE: of `outsize adapt sparsity`. Rows: `union` of the last k tokens' bundles, and what how often each fires
+gives for it; `budget`, what a token reads under a policy in such a share of the model's bytes, warmed up;
+`drafted`, steps of five rows of which three are accepted, where the window counts a step's first rows or all;
+`run`, quarters of the text."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.runs import Row, arguments
+from experiments.runs import Row, arguments, record
 from outsize.caching.eviction import window
 from outsize.caching.policy import Hints, Policy, make
 from outsize.engine import load as loading
@@ -26,6 +26,7 @@ from outsize.forward.span import Span
 from outsize.options import LoadOptions
 from outsize.pack import fetch, neuron_file
 from outsize.pack.format import Pack
+from outsize.pack.neuron_file import NeuronFile
 from outsize.weights.bundles import Bundles, find
 
 PROMPT, WARM = 32, 64  # tokens before those that are recorded; and of those, that are not counted
@@ -75,8 +76,9 @@ def replayed(policy: Policy, steps: Sequence[Sequence[Token]], each: int) -> lis
 class Replays:
     """A trace, and what its bundles weigh."""
 
-    def __init__(self, pack: Pack, bundles: Bundles, predictor: int, trace: list[Token]) -> None:
-        self.trace, self._pack, self._predictor = trace, pack, predictor
+    def __init__(self, pack: Pack, bundles: Bundles, file: NeuronFile, trace: list[Token]) -> None:
+        self.trace, self._pack, self._predictor = trace, pack, file.size
+        self._firing = file.numbers(neuron_file.FIRING)
         self.count, self._layers = bundles.count, pack.description.num_layers
         self.stride = max(t.form.stride for t in bundles.tables)
         self.dense = sum(t.dense.size for t in bundles.tables)
@@ -100,7 +102,9 @@ class Replays:
                 for at in range(WARM, len(self.trace))
                 for layer in range(self._layers)
             ]
-            yield {"kind": "union", "k": k, "share": sum(found) / len(found) / self.count}
+            expected = float((1 - (1 - self._firing) ** k).mean())  # were tokens not alike
+            share = sum(found) / len(found) / self.count
+            yield {"kind": "union", "k": k, "share": share, "expected": expected}
 
     def budgets(self) -> Iterator[Row]:
         asked = sum(len(ids) for token in self.trace[WARM:] for ids in token)
@@ -147,7 +151,7 @@ def main() -> None:
     bundles = find(pack, file.about.bundle, file.about.order)
     text = Path(a.text).read_text(encoding="utf-8")[a.skip :]
     trace = recorded(a.model, a.file, text[: 12 * (a.tokens + PROMPT)], a.tokens)
-    replays = Replays(pack, bundles, file.size, trace)
+    replays = Replays(pack, bundles, file, trace)
     fires = sum(len(ids) for token in trace for ids in token) / len(trace)
     said = {
         "model": a.name, "predictor": file.about.predictor, "bundle": bundles.bundle,
@@ -157,7 +161,7 @@ def main() -> None:
     for part in (replays.unions, replays.budgets, replays.drafted, replays.quarters):
         for row in part():
             told = {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}
-            print(json.dumps(said | told), flush=True)
+            record(said | told, a.output)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
 """How coarsely a SwiGLU model's neurons may be left out: perplexity where the best bundles of each token
 are known (an oracle), by the size of a bundle and the order of the neurons.
 
-    python -m experiments.quality.neurons MODEL TEXT TOKENS NAME >>
-    experiments/results/xeon-2core/neurons-bundles.jsonl"""
+    python -m experiments.quality.neurons MODEL TEXT TOKENS NAME -o
+    experiments/results/epyc-2core/neurons-bundles.jsonl"""
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from experiments.runs import arguments, record
 from outsize.adapt.change import AS_IS, Change
 from outsize.adapt.sparsity.measure import by_use
 from outsize.adapt.sparsity.words import words
@@ -68,9 +68,10 @@ def perplexity(model: TrainableModel, ids_BT: Tensor, change: Change) -> float:
     return math.exp(cross_entropy(logits[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()))
 
 
-def main(name: str, text: str, tokens: str, said: str) -> None:
-    pack = fetch.pack(name, quiet=True)
-    found = words(pack, [Path(text)], int(tokens))
+def main() -> None:
+    a: Any = arguments(__doc__, "model", "text", "tokens", "name")
+    pack = fetch.pack(a.model, quiet=True)
+    found = words(pack, [Path(a.text)], int(a.tokens))
     model = TrainableModel(pack, CPU, matmul_type(CPU), silent)
     order, held_out = by_use(model, found.ids_BT[:4]), found.held_out_BT[:2]
     dense = perplexity(model, held_out, AS_IS)
@@ -78,12 +79,10 @@ def main(name: str, text: str, tokens: str, said: str) -> None:
         for bundle, how in WAYS:
             change = LeaveOut(share, bundle, order if how == "use" else None)
             made = perplexity(model, held_out, change)
-            row = {"model": said, "share": share, "bundle": bundle, "order": how}
-            print(
-                json.dumps(row | {"dense": round(dense, 2), "perplexity": round(made, 2)}),
-                flush=True,
-            )
+            row = {"model": a.name, "share": share, "bundle": bundle, "order": how}
+            told = {"dense": round(dense, 2), "perplexity": round(made, 2)}
+            record(row | told, a.output)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import outsize
+from outsize.adapt.sparsity import reads, words
 from outsize.adapt.sparsity import run as sparsity
-from outsize.adapt.sparsity import words
 from outsize.adapt.sparsity.run import SparsityOptions, run
 from outsize.caching.replay.trace import read as read_trace
 from outsize.engine import load as loading
@@ -83,7 +83,7 @@ def test_what_is_written(made: sparsity.Made) -> None:
     assert about.tokens > 100
     assert about.perplexity > 1
     assert about.cost.startswith("lossy: perplexity")
-    assert len(made.table) == 1 + tiny.LAYERS + 2
+    assert len(made.table) == 1 + tiny.LAYERS + 3
     assert neuron_file.read(made.path, tiny.LAYERS).about == about
 
 
@@ -133,6 +133,54 @@ def test_interrupted_and_resumed_is_the_same(
     assert all(torch.equal(one[name], two[name]) for name in one)
     with pytest.raises(OptionError, match="no checkpoint"):
         run(options(model, text, output=output, resume=True))
+
+
+def test_chunks(
+    model: str, text: Path, tmp_path: Path, made: sparsity.Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The price of a read is measured where none is given, kept, and what layers are fitted by, also by a run
+    that goes on; at no price, the very file and logits of importance alone."""
+    count, fit = iter(range(9)), sparsity.fit
+
+    def broken(*given: Any) -> Any:
+        if next(count) == 2:
+            raise KeyboardInterrupt
+        return fit(*given)
+
+    monkeypatch.setattr(sparsity, "gap_of", lambda *_: 1.25)
+    monkeypatch.setattr(sparsity, "fit", broken)
+    given = {"output": tmp_path / "f", "choose": "chunks", "predictor": "svd:16"}
+    with pytest.raises(KeyboardInterrupt):
+        run(options(model, text, **given))
+    monkeypatch.undo()
+    monkeypatch.setattr(sparsity, "gap_of", lambda *_: 99.0)
+    found = run(options(model, text, resume=True, **given))
+    monkeypatch.undo()
+    assert (found.about.choose, found.about.gap) == ("chunks", 1.25)
+    file = neuron_file.read(found.path, tiny.LAYERS)
+    assert bool((file.numbers(neuron_file.GAPS) > 0).all())
+    assert 0 < found.about.runs < made.about.runs
+    assert abs(found.about.fires - 0.5) < 0.1
+    assert "bundles are chosen by chunks" in found.table[-3]
+    free = run(options(model, text, output=tmp_path / "g", choose="chunks:0"))
+    one, two = load_file(made.path), load_file(free.path)
+    gaps = two.pop("gaps")
+    assert not bool(gaps.any())
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    rows = []
+    for path in (made.path, free.path, found.path):
+        with outsize.load(model, neurons=str(path), quiet=True, draft="none") as opened:
+            kv = opened.transformer.new_kv()
+            rows.append(full(opened.transformer, [Span(0, tiny.TOKENS[:9], 9)], [kv])[0].logits_KV)
+            assert ("in chunks" in opened.transformer.neurons) == (path != made.path)
+    assert torch.equal(rows[0], rows[1])
+    assert not torch.equal(rows[0], rows[2])
+
+
+def test_the_price_of_a_read_is_measured(made: sparsity.Made) -> None:
+    assert 0 <= made.about.gap <= reads.MOST
+    assert 0 < made.about.runs <= made.about.count / 2
 
 
 def in_groups(tensors: dict[str, torch.Tensor], endings: tuple[str, ...]) -> None:
@@ -223,7 +271,7 @@ def test_the_command(model: str, text: Path, tmp_path: Path) -> None:
     given = ["--data", str(text), "--tokens", "1200", "-o", str(output), "--predictor", "gate:4"]
     found = outsize_here("adapt", "sparsity", model, *given, "--share", "0.9", "--order", "natural")
     assert found.returncode == 0, found.stderr
-    assert len(found.stdout.splitlines()) == 1 + tiny.LAYERS + 2
+    assert len(found.stdout.splitlines()) == 1 + tiny.LAYERS + 3
     assert f"use it with --neurons {output}" in found.stderr
     found = outsize_here("adapt", "sparsity", model, *given, "--share", "2")
     assert found.returncode == 2
@@ -279,6 +327,7 @@ def test_trace_and_replay(made: sparsity.Made, model: str, tmp_path: Path) -> No
         ({"order": "random"}, OptionError, "known are use, natural"),
         ({"bundle": 7}, UnsupportedError, "do not divide"),
         ({"bundle": 0}, OptionError, "bundle"),
+        ({"choose": "chunks:-2"}, OptionError, "choose is"),
     ],
 )
 def test_bad_options(
@@ -331,6 +380,13 @@ def test_damaged_files(made: sparsity.Made, model: str, tmp_path: Path) -> None:
     refused("another outsize", {"version": 99})
     refused("damaged", {"share": 2.0})
     refused("damaged", {"bundle": 0})
+    refused("chooses by 'chance'", {"choose": "chance"})
+    refused("of gaps", {"gap": -1.0})
+    refused("of runs", {"runs": 1e9})
+    chunks = {"choose": "chunks"}
+    refused("'gaps' has shape", chunks)
+    refused("less than nothing", chunks, gaps=torch.full((tiny.LAYERS,), -1.0))
+    refused("not finite", chunks, gaps=torch.full((tiny.LAYERS,), torch.inf))
     refused(
         "damaged",
         {"matrices": {"0.a": {"encoding": "int8", "num_rows": -1, "width": 4, "offset": 0}}},

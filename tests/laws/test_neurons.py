@@ -24,6 +24,7 @@ from outsize.home import home as home_folder
 from outsize.kernels.find import native_in
 from outsize.kernels.plain import PLAIN
 from outsize.kernels.threads import Threads
+from outsize.model.predictors.choose import Rule
 from outsize.model.transformer import Transformer
 from outsize.pack import fetch
 from outsize.pack.format import Pack
@@ -40,13 +41,15 @@ LIVE = [n for n in registry.names(eviction) if n not in (*REPLAYED, PROFILED)]
 
 
 class Fixed:
-    """Chooses by the row's own numbers: about half of the bundles, or all, or none."""
+    """Chooses by the row's own numbers: about half of the bundles, or all, or none; or chunks of them."""
 
     def __init__(self, count: int, how: str) -> None:
         self._count, self._how = count, how
 
     def __call__(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         score = torch.stack([x.float()[: self._count] for x in x_TD])
+        if self._how == "chunks":
+            return Rule(0.0, 0.7).chosen(score, PLAIN), score
         floor = {"all": -torch.inf, "some": 0.0, "none": torch.inf}[self._how]
         return score > floor, score
 
@@ -123,24 +126,25 @@ def test_all_chosen_in_another_order_is_nearly_dense(
         assert float((logits(model) - expected).norm()) > 0.05 * float(expected.norm())
 
 
-@pytest.fixture(scope="module", params=["int8", "q5_0", "q5_0 by use"])
-def half(
-    request: pytest.FixtureRequest, folder_of: Callable[[str], Path], home: Path
-) -> tuple[Pack, Tensor | None, Tensor]:
-    """A model, the order of its neurons, and what it says with about half of them, all in memory."""
+Half = tuple[Pack, Tensor | None, str, Tensor]
+
+
+@pytest.fixture(scope="module", params=["int8", "q5_0", "q5_0 by use", "q5_0 by use in chunks"])
+def half(request: pytest.FixtureRequest, folder_of: Callable[[str], Path], home: Path) -> Half:
+    """A model, the order of its neurons, how they are chosen, and what it says with about half of them, all
+    in memory."""
     pack = packed(folder_of, "llama", request.param.partition(" ")[0])
     order = by_use(pack) if "use" in request.param else None
-    with opened(pack, "some", order=order) as model:
-        return pack, order, logits(model)
+    how = "chunks" if "chunks" in request.param else "some"
+    with opened(pack, how, order=order) as model:
+        return pack, order, how, logits(model)
 
 
 @pytest.mark.parametrize("policy", LIVE)
 @pytest.mark.parametrize("slots", [1, 4])
-def test_same_bits_at_any_capacity_and_policy(
-    half: tuple[Pack, Tensor | None, Tensor], policy: str, slots: int
-) -> None:
-    pack, order, expected = half
-    with opened(pack, "some", slots, policy, order) as model:
+def test_same_bits_at_any_capacity_and_policy(half: Half, policy: str, slots: int) -> None:
+    pack, order, how, expected = half
+    with opened(pack, how, slots, policy, order) as model:
         assert torch.equal(logits(model), expected)
         assert model.loaded.expert_stats.misses > 0
         assert (
@@ -148,23 +152,23 @@ def test_same_bits_at_any_capacity_and_policy(
         )
 
 
-def test_same_bits_with_any_number_of_threads(half: tuple[Pack, Tensor | None, Tensor]) -> None:
-    pack, order, expected = half
+def test_same_bits_with_any_number_of_threads(half: Half) -> None:
+    pack, order, how, expected = half
     before = torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            with opened(pack, "some", 4, order=order) as model:
+            with opened(pack, how, 4, order=order) as model:
                 model.threads = Threads(count, lambda: None)
                 assert torch.equal(logits(model), expected)
     finally:
         torch.set_num_threads(before)
 
 
-def test_rows_do_not_see_company(half: tuple[Pack, Tensor | None, Tensor]) -> None:
+def test_rows_do_not_see_company(half: Half) -> None:
     """One token of three sequences at once, a draft's five in a row, and each alone."""
-    pack, order, _ = half
-    with opened(pack, "some", 5, order=order) as model:
+    pack, order, how, _ = half
+    with opened(pack, how, 5, order=order) as model:
         starts = [tiny.TOKENS[:7], tiny.TOKENS[9:30], tiny.TOKENS[5:8]]
         alone = [full(model, [Span(0, s)], [model.new_kv()])[0].logits_KV for s in starts]
         kvs = [model.new_kv() for _ in starts]

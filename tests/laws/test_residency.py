@@ -25,6 +25,7 @@ from outsize.storage.buffers import buffer
 from outsize.storage.reader import Reader
 from outsize.storage.table import Table, Weights
 from outsize.storage.tickets import Ticket
+from outsize.weights import residency
 from outsize.weights.residency import Share
 from outsize.weights.routed import RoutedCache
 from outsize.weights.rows import RowTable, join
@@ -167,6 +168,67 @@ def test_a_run_that_fails_is_read_again(tmp_path: Path, reading: Backend) -> Non
         os.truncate(tmp_path / "t.records", STRIDE)
         with pytest.raises(PackError, match="bytes early"):
             cached.fetch([0, 1])
+    table.close()
+
+
+def test_neighbours_in_the_file_are_read_at_once(tmp_path: Path, reading: Backend) -> None:
+    """Into whatever slots are free: the bytes of single reads, each checked once, counted one by one; by one
+    request, where threads of C read."""
+    table = open_table(tmp_path, write_table(tmp_path, COUNT))
+    with Reader(backend=reading) as reader:
+        resident = ScanCache(table, reader, WHOLE).load(range(COUNT), lambda _: None)
+    apart = open_table(tmp_path, table.header)
+    with Reader(backend=reading) as reader:
+        cached = RoutedCache(apart, reader, partial(make, "lru", 6, Hints()), 6, scatters=True)
+        for ids, requests in (
+            ([8, 2, 1, 0], 2), ([1, 3, 4, 5], 1), ([7, 8], 1), ([0, 1, 2, 4, 5, 6], 3), ([0, 6], 0),
+        ):  # fmt: skip
+            before = apart.stats.requests, apart.stats.misses
+            assert all(map(same, cached.fetch(ids), [resident[i] for i in ids]))
+            cached.release()
+            missed = apart.stats.misses - before[1]
+            assert apart.stats.requests - before[0] == (
+                missed if reading.library is None else requests
+            )
+        assert all(map(apart.is_verified, range(COUNT)))
+    assert sum(apart.bytes_of) == apart.stats.bytes_read == apart.stats.misses * STRIDE
+    table.close()
+    apart.close()
+
+
+def test_no_request_is_larger_than_a_piece(
+    tmp_path: Path, reading: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that whoever waits for the first of many need not wait for all."""
+    monkeypatch.setattr(residency, "PIECE", 4 * STRIDE + 1)
+    table = open_table(tmp_path, write_table(tmp_path, COUNT))
+    with Reader(backend=reading) as reader:
+        cached = RoutedCache(
+            table, reader, partial(make, "lru", COUNT, Hints()), COUNT, scatters=True
+        )
+        cached.load(range(COUNT), lambda _: None)
+    assert table.stats.requests == (COUNT if reading.library is None else 3)
+    table.close()
+
+
+@pytest.mark.parametrize("harm", ["flipped", "short"])
+def test_one_bad_record_among_neighbours(tmp_path: Path, reading: Backend, harm: str) -> None:
+    """It is named, and the others are there."""
+    table = open_table(tmp_path, write_table(tmp_path, COUNT))
+    with Reader(backend=reading) as reader:
+        resident = ScanCache(table, reader, WHOLE).load(range(COUNT), lambda _: None)
+        if harm == "short":
+            os.truncate(tmp_path / "t.records", 7 * STRIDE + 9)
+        else:
+            with (tmp_path / "t.records").open("r+b") as f:
+                f.seek(7 * STRIDE + 5)
+                f.write(b"\xff\x00\xff")
+        cached = RoutedCache(table, reader, partial(make, "lru", 6, Hints()), 6, scatters=True)
+        for _ in range(2):
+            with pytest.raises(PackError, match="record 7"):
+                cached.fetch([5, 6, 7])
+            cached.release()
+        assert all(map(same, cached.fetch([5, 6]), [resident[i] for i in (5, 6)]))
     table.close()
 
 

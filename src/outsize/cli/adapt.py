@@ -74,6 +74,14 @@ class SparsityFlags:
     predictor: Annotated[
         str, Flag("--predictor", "svd[:RANK], trained[:RANK], gate[:BITS] or gate:exact.")
     ] = "svd"
+    choose: Annotated[
+        str,
+        Flag(
+            "--choose",
+            "Bundles by importance, or chunks of them by importance over measured read cost "
+            "(chunks:GAP: a read's beginning costs so many bundles).",
+        ),
+    ] = "importance"
     order: Annotated[
         str,
         Flag(

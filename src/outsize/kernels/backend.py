@@ -106,6 +106,11 @@ class Backend(Protocol):
         leave out: a row's result does not depend on those that it does not use."""
         ...
 
+    def chunks(self, value_TN: Tensor, gap: float) -> Tensor:
+        """(T, N) which bundles of neurons to read, where a run of neighbours costs `gap` once
+        (kernels/chunks.py)."""
+        ...
+
     def decode_entries(self, coded_CSX: Tensor, out_CSE: Tensor, count: int) -> None:
         """The first entries of a cache that is kept in 8 bits (kv/int8.py), as numbers."""
         ...

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 NAMES = (
     "palettes.c", "groups.c", "attend.c", "tiles.c", "rows.c", "lowrank.c", "experts.c", "delta.c", "reads.c",
-    "spans.c", "wire.c", "heads.c",
+    "spans.c", "wire.c", "heads.c", "chunks.c",
 )  # fmt: skip
 SOURCES = tuple(Path(__file__).with_name("csrc") / n for n in NAMES)
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from outsize.kernels import attention
 from outsize.kernels.backend import AttentionSpec, Experts, Places, Product
+from outsize.kernels.chunks import NativeChunks
 from outsize.kernels.delta import DeltaSpec
 from outsize.kernels.layouts import TILES
 from outsize.kernels.native_delta import NativeDelta
@@ -84,7 +85,7 @@ class Native(Plain):
         self._norm, self._residual = found["norm_rows"], found["residual_rows"]
         self._gate, self._lowrank = found["gate_rows"], found["lowrank_rows"]
         self._combine, self._delta = found["combine_rows"], NativeDelta(lib)
-        self._heads = NativeHeads(lib)
+        self._heads, self._chunks = NativeHeads(lib), NativeChunks(lib)
         self._group_linear, self._group_decode = found["group_linear"], found["group_decode"]
         self._tile_linear, self._tile_decode = found["tile_linear"], found["tile_decode"]
         self._palette_linear = found["palette_linear"]
@@ -222,6 +223,9 @@ class Native(Plain):
             scratch.data_ptr(), out.data_ptr(),
         )  # fmt: skip
         return out
+
+    def chunks(self, value_TN: Tensor, gap: float) -> Tensor:
+        return self._chunks(value_TN, gap)
 
     def decode_entries(self, coded_CSX: Tensor, out_CSE: Tensor, count: int) -> None:
         if out_CSE.dtype is not BF16:

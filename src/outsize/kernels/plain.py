@@ -13,6 +13,7 @@ from torch.nn.functional import gelu, linear, relu, silu
 
 from outsize.kernels import attention, layouts
 from outsize.kernels.backend import AttentionSpec, Backend, Experts, Places, Product
+from outsize.kernels.chunks import chunks
 from outsize.kernels.delta import DeltaSpec, delta_rows
 from outsize.kernels.layouts import BLOCK, GROUP, TILES, CodedMatrix, decode_groups, decode_tiles
 from outsize.kernels.norm import Norm, RMSNorm
@@ -76,6 +77,9 @@ class Plain:
     def combine(self, inner_TF: Tensor, codes_FD: Tensor, scale_F: Tensor) -> Tensor:
         made = [_combined(row, codes_FD, scale_F) for row in inner_TF]
         return torch.stack(made).to(inner_TF.dtype)
+
+    def chunks(self, value_TN: Tensor, gap: float) -> Tensor:
+        return chunks(value_TN, gap)
 
     def decode_entries(self, coded_CSX: Tensor, out_CSE: Tensor, count: int) -> None:
         decode(coded_CSX, out_CSE, count)

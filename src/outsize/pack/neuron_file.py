@@ -18,7 +18,9 @@ from outsize.pack.add_on import AddOn, shape_fault
 from outsize.pack.tables import Matrix, field_bytes
 
 KIND, VERSION = "neurons", 1
-THRESHOLDS, FIRING = "thresholds", "firing"
+THRESHOLDS, FIRING, GAPS = "thresholds", "firing", "gaps"
+IMPORTANCE, CHUNKS = CHOICES = ("importance", "chunks")  # how bundles are chosen by their scores
+MOST_GAP = 1e6
 SUFFIX = ".neurons.safetensors"
 MOST_ROWS = 1 << 24
 ADD_ON = AddOn(
@@ -48,6 +50,11 @@ class NeuronAbout:
     perplexity_before: float = 0.0
     perplexity: float = 0.0
     text: str = ""
+    choose: str = IMPORTANCE
+    gap: float = 0.0  # what beginning a read costs, in bundles that are read along
+    runs: float = (
+        0.0  # of neighbours that a layer computes for a token, as measured: reads; 0: not yet
+    )
 
     @property
     def cost(self) -> str:
@@ -129,7 +136,12 @@ def _fault(about: NeuronAbout, tensors: Stored, num_layers: int) -> str:
         return f"it has {about.count:,} bundles of {about.bundle:,} neurons"
     if not all(0 <= s <= 1 for s in (about.share, about.fires, about.missed)):
         return "a share in it is not from 0 to 1"
+    if about.choose not in CHOICES:
+        return f"it chooses by {about.choose[:20]!r}; known are {', '.join(CHOICES)}"
+    if not (0 <= about.gap <= MOST_GAP and 0 <= about.runs <= about.count):
+        return f"it says {about.gap} of gaps and {about.runs} of runs"
     due: dict[str, tuple[int, ...]] = {THRESHOLDS: (num_layers,), FIRING: (num_layers, about.count)}
+    due |= {GAPS: (num_layers,)} if about.choose == CHUNKS else {}
     due |= {name: (length,) for name, length in about.vectors.items()}
     try:
         for name, m in about.matrices.items():

@@ -27,6 +27,9 @@ class PagedNeurons:
     hit_rates: tuple[tuple[float, float], ...]  # (share of bundles with slots, hit rate), rising
     cost: str  # what it costs, in words
     note: str = ""  # why it pays, or does not
+    runs: float = 0.0  # of neighbours that a layer computes for a token; 0: not measured
+    gap: float = 0.0  # what beginning a read costs, in bundles that are read along
+    computes: float = 1.0  # of a dense feed-forward's time, what computing those that are chosen takes
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 
 from outsize.pack.kinds.kind import kinds
-from outsize.pack.outline import Outline, head_of
+from outsize.pack.outline import Outline, PagedNeurons, head_of
 from outsize.pack.tables import TableHeader
 from outsize.plan.fixed import routed
 from outsize.plan.hit_rates import ALL_USED, BY_TEXT, PRIOR, HitRates
@@ -32,6 +32,25 @@ CHOOSE_S, GATHERED = (
 
 
 @dataclass(frozen=True, slots=True)
+class NeuronReads:
+    """Of a token: bundles that it computes, in how many runs of neighbours, each of which is one read if none
+    of it is in memory; and what a read takes more than its bytes do, in bytes."""
+
+    bundles: float
+    runs: float
+    start_bytes: float
+
+    def reads(self, hit_rate: float) -> float:
+        """If each bundle is as likely to be in memory: a run is begun anew behind one that is."""
+        miss = 1 - hit_rate
+        return self.runs * miss + (self.bundles - self.runs) * miss * hit_rate
+
+    def more_bytes(self, hit_rate: float) -> float:
+        """That would take as long to read as beginning these reads does."""
+        return self.reads(hit_rate) * self.start_bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Cost:
     """The prediction: for a token, and for the first token after a prompt of `prompt_tokens`."""
 
@@ -48,6 +67,7 @@ class Cost:
     hit_rates_from: str = ""
     expert_bytes: int = 0  # that a token would read if none were in memory
     disk_bytes_per_s: float = 0.0
+    neuron_reads: NeuronReads | None = None
 
     @property
     def token_s(self) -> float:
@@ -60,8 +80,15 @@ class Cost:
         plain = max(self.read_s, self.compute_s) + UNHIDDEN * min(self.read_s, self.compute_s)
         if self.hit_rates is None:
             return plain, plain
-        low, high = (self.expert_bytes * (1 - h) / self.disk_bytes_per_s for h in self.hit_rates)
+        low, high = (self._reading_s(h) for h in self.hit_rates)
         return plain + high, plain + low
+
+    def _reading_s(self, hit_rate: float) -> float:
+        """Seconds of reading what is routed, and is not in memory."""
+        size = self.expert_bytes * (1 - hit_rate)
+        if self.neuron_reads is not None:
+            size += self.neuron_reads.more_bytes(hit_rate)
+        return size / self.disk_bytes_per_s
 
     @property
     def tokens_per_s(self) -> float:
@@ -116,8 +143,7 @@ def predict(
     total = sum(t.size for t in routed(o))
     rates = ALL_USED if rates is PRIOR and o.is_nested else rates
     if o.neurons is not None:
-        points = tuple((share, rate, rate) for share, rate in o.neurons.hit_rates)
-        rates = HitRates("what was measured to fire", points)
+        rates = firing(o.neurons)
     elif o.description.has_table or o.description.token_width:
         rates, waits = BY_TEXT, waits + MISS_S
     return Cost(
@@ -127,6 +153,7 @@ def predict(
         hit_rates_from=rates.source if missing else "",
         expert_bytes=used_bytes(o),
         disk_bytes_per_s=rate,
+        neuron_reads=neuron_reads(o),
         read_s=read_s + (2e-4 if by_id else 0.0),
         compute_s=step_s(o, compute) + waits + _gather_s(o),
         prompt_read_s=read_s + _prompt_bytes(o, place, prompt) / rate,
@@ -145,8 +172,11 @@ def _prompt_s(o: Outline, t: TableHeader, compute: Compute, chunks: float) -> fl
 
 def step_s(o: Outline, compute: Compute) -> float:
     """Seconds of computing one token."""
+    paged = 1.0 if o.neurons is None else o.neurons.computes
     return PASS_S + sum(
-        compute.step_s[t.name] * used_records(o, t) for t in o.tables if t.name in compute.step_s
+        compute.step_s[t.name] * used_records(o, t) * (paged if o.is_for_prompts(t) else 1.0)
+        for t in o.tables
+        if t.name in compute.step_s
     )
 
 
@@ -170,6 +200,25 @@ def _gather_s(o: Outline) -> float:
     if o.neurons is None:
         return 0.0
     return o.description.num_layers * CHOOSE_S + used_bytes(o) / GATHERED
+
+
+def firing(paged: PagedNeurons) -> HitRates:
+    """Of the cache of bundles, if those that fire most stay."""
+    return HitRates("what was measured to fire", tuple((s, r, r) for s, r in paged.hit_rates))
+
+
+def neuron_reads(o: Outline) -> NeuronReads | None:
+    """None where neurons are not paged, or their add-on file says nothing of runs."""
+    if o.neurons is None or not o.neurons.runs:
+        return None
+    found = [t for t in o.tables if t.kind == "neurons"]
+    bundles = sum(used_records(o, t) for t in found)
+    stride = sum(t.size for t in found) / sum(len(t.keys) for t in found)
+    return NeuronReads(
+        bundles,
+        min(bundles, o.neurons.runs * o.description.num_layers),
+        o.neurons.gap * stride,
+    )
 
 
 def used_records(o: Outline, t: TableHeader) -> int:

@@ -15,9 +15,9 @@ from outsize.home import expanded
 from outsize.options import LoadOptions
 from outsize.pack import neuron_file
 from outsize.pack.format import Pack
-from outsize.pack.neuron_file import FIRING, SUFFIX, NeuronFile
+from outsize.pack.neuron_file import CHUNKS, FIRING, SUFFIX, NeuronFile
 from outsize.pack.outline import Outline, PagedNeurons
-from outsize.plan.cost import used_bytes
+from outsize.plan.cost import NeuronReads, firing, neuron_reads, used_bytes
 from outsize.plan.placement import BY_ROUTER, Placement
 from outsize.weights.bundles import Bundles, find
 from outsize.weights.neuron_spec import AUTO, OFF, RESIDENT, NeuronSpec, parse_neurons
@@ -87,8 +87,9 @@ def with_neurons(o: Outline, found: NeuronPlan) -> Outline:
     shared = sum(t.shared.size for t in found.bundles.tables)
     about = found.file.about
     paged = PagedNeurons(
-        rooms + shared + found.file.size, about.fires, _hit_rates(found.file), about.cost
-    )
+        rooms + shared + found.file.size, about.fires, _hit_rates(found.file), about.cost,
+        runs=about.runs, gap=about.gap,
+    )  # fmt: skip
     return replace(o, tables=(*o.tables, *tables), neurons=paged)
 
 
@@ -105,23 +106,22 @@ def told(found: NeuronPlan) -> str:
     about, more = found.file.about, ""
     if found.spec.mode == RESIDENT:
         more = " and what is in memory"
-    return f"{about.fires:.0%} of neurons by {about.predictor}{more}, {about.cost}"
+    how = f"{about.predictor} in {CHUNKS}" if about.choose == CHUNKS else about.predictor
+    return f"{about.fires:.0%} of neurons by {how}{more}, {about.cost}"
+
+
+def _hit_rate(o: Outline, p: Placement) -> float:
+    """Of bundles, as expected."""
+    missing = sum(size for _, tier, size in p.groups if tier == BY_ROUTER)
+    total = sum(t.size for t in o.tables if t.kind == "neurons")
+    if o.neurons is None or not total:
+        return 1.0
+    return firing(o.neurons)(1 - missing / total)[0]
 
 
 def expected_bytes(o: Outline, p: Placement) -> int:
     """That a token reads from disk."""
-    missing = sum(size for _, tier, size in p.groups if tier == BY_ROUTER)
-    total = sum(t.size for t in o.tables if t.kind == "neurons")
-    if o.neurons is None or not total:
-        return p.streamed
-    share, before = 1 - missing / total, (0.0, 0.0)
-    for point in (*o.neurons.hit_rates, (1.0, 1.0)):
-        if share <= point[0]:
-            part = (share - before[0]) / (point[0] - before[0])
-            rate = before[1] + (point[1] - before[1]) * part
-            return p.streamed + int(used_bytes(o) * (1 - rate))
-        before = point
-    return p.streamed
+    return p.streamed + int(used_bytes(o) * (1 - _hit_rate(o, p)))
 
 
 def settle(o: Outline, found: NeuronPlan | None, decide: Decide) -> Outline:
@@ -132,22 +132,36 @@ def settle(o: Outline, found: NeuronPlan | None, decide: Decide) -> Outline:
     paged = with_neurons(o, found)
     is_asked = found.spec.file != AUTO
     try:
-        there = expected_bytes(paged, decide(paged))
+        placement = decide(paged)
     except BudgetError:
         if is_asked:
             raise
         return o
+    there, reads, rate = (
+        expected_bytes(paged, placement),
+        neuron_reads(paged),
+        _hit_rate(paged, placement),
+    )
+    worth = there if reads is None else there + reads.more_bytes(rate)
     try:
         here = decide(o).streamed
     except BudgetError:  # it fits with neurons alone
         here = o.size
-    pays = there < here
+    pays = worth < here
     if not pays and not is_asked:
         return o
-    said = f"about {there / 1e6:,.1f} MB a token from disk with paged neurons, {here / 1e6:,.1f} MB without"
+    said = f"about {there / 1e6:,.1f} MB a token from disk{_counted(reads, rate, worth)} with paged neurons, "
+    said += f"{here / 1e6:,.1f} MB without"
     said += "" if pays else ": they do not pay with this --memory; leave --neurons out"
     assert paged.neurons is not None
     return replace(paged, neurons=replace(paged.neurons, note=f"{said} ({found.file.about.cost})"))
+
+
+def _counted(reads: NeuronReads | None, hit_rate: float, worth: float) -> str:
+    """In how many reads."""
+    if reads is None or hit_rate == 1:
+        return ""
+    return f" in {reads.reads(hit_rate):,.0f} reads, as long as {worth / 1e6:,.1f} MB in one,"
 
 
 def banks_of(paged: NeuronPlan | None) -> tuple[Bundles, str] | None:

@@ -105,9 +105,9 @@ def _arithmetic(p: Placement, c: Cost, here: Machine, what: str) -> Iterator[str
     if c.hit_rates is not None:
         low, high = c.range_s
         yield (
-            f"{what}: {mb_or_kb(c.expert_bytes)} a token if none were there; {c.hit_rates[0]:.0%} to "
-            f"{c.hit_rates[1]:.0%} expected to be ({c.hit_rates_from}): {1 / high:.3g} to "
-            f"{1 / low:.3g} tokens/s"
+            f"{what}: {mb_or_kb(c.expert_bytes)}{_reads(c)} a token if none were there; "
+            f"{c.hit_rates[0]:.0%} to {c.hit_rates[1]:.0%} expected to be ({c.hit_rates_from}): "
+            f"{1 / high:.3g} to {1 / low:.3g} tokens/s"
         )
     yield (
         f"first token of {c.prompt_tokens}: embedding rows {c.prompt_rows_s:.2f} s + max(read "
@@ -115,6 +115,10 @@ def _arithmetic(p: Placement, c: Cost, here: Machine, what: str) -> Iterator[str
     )
     busy = f" ({here.busy}: maybe too low)" if here.busy else ""
     yield f"machine measured {_age(here.age_s)} ago{busy}; `outsize doctor` measures it again"
+
+
+def _reads(c: Cost) -> str:
+    return "" if c.neuron_reads is None else f" in {c.neuron_reads.runs:,.0f} reads"
 
 
 def _family(plan: Plan) -> Iterator[str]:

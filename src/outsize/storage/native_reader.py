@@ -8,11 +8,18 @@ _P, _L, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 WAITING, GOOD, FAILED, CANCELLED = range(4)
 
 
+class Part(ctypes.Structure):
+    """C's `Part`: one of several records that follow each other in a file, and where it goes."""
+
+    _fields_ = (("out", _P), ("crc", ctypes.c_uint32), ("check", _I))
+
+
 class Job(ctypes.Structure):
     """C's `Job`: a record, or a part of it, to be read. Must outlive its reading."""
 
     _fields_ = (
         ("after", _P), ("out", _P), ("size", _L), ("offset", _L), ("piece", _L), ("taken", _L), ("left", _L),
+        ("parts", _P), ("each", _L),
         ("fd", _I), ("check", _I), ("crc", ctypes.c_uint32), ("bad", _I), ("urgent", _I), ("state", _I),
     )  # fmt: skip
 

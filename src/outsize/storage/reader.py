@@ -11,13 +11,20 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Sequence
 from queue import SimpleQueue
 
 from outsize.kernels.backend import Backend
 from outsize.kernels.plain import PLAIN
 from outsize.storage.native_reader import NativeReader
 from outsize.storage.table import Table
-from outsize.storage.tickets import NativeTicket, PlainTicket, Request, Ticket
+from outsize.storage.tickets import (
+    NativeTicket,
+    PlainTicket,
+    Request,
+    ScatteredTicket,
+    Ticket,
+)
 
 THREADS = 4
 
@@ -84,6 +91,17 @@ class Reader:
         if self._native is None or handle is None or not all(map(table.is_verified, records)):
             return None
         return NativeTicket(self._native, handle, Request(table, first, out, 0, urgent))
+
+    def submit_scattered(
+        self, table: Table, first: int, outs: Sequence[memoryview], urgent: bool
+    ) -> Ticket | None:
+        """Start reading whole records that follow each other, at once, into a buffer each. None where there
+        are no threads of C: then they are read one by one."""
+        handle = None if self._native is None else table.handle()
+        if self._native is None or handle is None:
+            return None
+        requests = [Request(table, first + i, out, 0, urgent) for i, out in enumerate(outs)]
+        return ScatteredTicket(self._native, handle, requests)
 
     def queue(self, ticket: PlainTicket, urgent: bool) -> None:
         """Put a ticket in line, once for each of its pieces."""

@@ -24,6 +24,9 @@ class IOStats:
     bytes_demanded: int = 0  # read because they were asked for
     bytes_useful: int = 0  # read ahead, and then asked for
     bytes_wasted: int = 0  # read ahead in vain
+    requests: int = (
+        0  # reads that the system was asked for: a record may take several, or several one
+    )
     waited_s: float = 0.0  # the computation stood still for reads
     lock: threading.Lock = field(default_factory=threading.Lock)
 

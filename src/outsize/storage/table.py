@@ -87,10 +87,11 @@ class Table:
         """An open file for threads of C; None: read through `read`."""
         return self._file.handle()
 
-    def count(self, index: int, size: int) -> None:
-        """Add to the bytes read, in all and of this record. Thread-safe."""
+    def count(self, index: int, size: int, requests: int = 1) -> None:
+        """Add to the bytes read, in all and of this record, and to the requests. Thread-safe."""
         with self.stats.lock:
             self.stats.bytes_read += size
+            self.stats.requests += requests
             self.bytes_of[index] += size
 
     def passed(self, index: int) -> None:
@@ -117,8 +118,8 @@ class Table:
         done, size = 0, len(out)
         while done < size:
             got = self._read(index, out[done:], start + done)
-            if got == 0:
-                raise self._damaged(index, f"ends {size - done:,} bytes early")
+            if got < min(PAGE, size - done):  # of a page, the rest will never come
+                raise self._damaged(index, f"ends {size - done - got:,} bytes early")
             done = size if done + got >= size else (done + got) // PAGE * PAGE
         self.count(index, size)
 

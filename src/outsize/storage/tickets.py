@@ -6,11 +6,11 @@ import ctypes
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from typing import NamedTuple
 
-from outsize.storage.native_reader import FAILED, Job, NativeReader
+from outsize.storage.native_reader import FAILED, Job, NativeReader, Part
 from outsize.storage.table import Table
 
 PIECE = 1 << 20  # bytes that one thread reads at a time
@@ -31,11 +31,12 @@ class Request(NamedTuple):
         """Whole records are checked."""
         return len(self.out) == self.table.header.stride
 
-    def add_up(self, sign: int = 1) -> None:
-        """Add to the bytes read, by record."""
+    def add_up(self, requests: int, sign: int = 1) -> None:
+        """Add to the bytes read, by record, and so many requests to those."""
         size, stride = len(self.out), self.table.header.stride
         for record in range(self.record, self.record + max(1, size // stride)):
-            self.table.count(record, sign * min(size, stride))
+            self.table.count(record, sign * min(size, stride), sign * requests)
+            requests = 0
 
 
 class Ticket(ABC):
@@ -151,7 +152,7 @@ class NativeTicket(Ticket):
             left=-(-size // piece), fd=handle, check=check, crc=header.checksums[record],
             urgent=urgent,
         )  # fmt: skip
-        request.add_up()
+        request.add_up(self._job.left)
         reader.submit(self._job, kept)
 
     @property
@@ -182,17 +183,63 @@ class NativeTicket(Ticket):
         if is_run or not self._reader.cancel(self._job):
             return False
         self._error = CancelledError()
-        self._request.add_up(-1)
+        self._request.add_up(self._job.left, -1)
         return True
 
     def _retry(self) -> None:
         table, record, out, start, _ = self._request
         stride = table.header.stride
-        self._request.add_up(-1)
+        self._request.add_up(-(-len(out) // self._job.piece), -1)
         try:
             for at in range(0, len(out), stride):
                 table.read_part(record + at // stride, out[at : at + stride], start)
             if self._job.check:
                 table.check(record, out)
+        except BaseException as e:
+            self._error = e
+
+
+class ScatteredTicket(NativeTicket):
+    """Records that follow each other in the file, read by one request into buffers that need not. Whoever
+    waits for one of them waits for all."""
+
+    def __init__(self, reader: NativeReader, handle: int, requests: Sequence[Request]) -> None:
+        Ticket.__init__(self, requests[0])
+        self._reader, self._requests, self._is_retried = reader, requests, False
+        table, first, _, _, urgent = requests[0]
+        stride, sums = table.header.stride, table.header.checksums
+        kept = [ctypes.c_char.from_buffer(r.out) for r in requests]
+        self._unseen = [r.record for r in requests if not table.is_verified(r.record)]
+        parts = (Part * len(kept))(*[
+            Part(ctypes.addressof(k), sums[r.record], r.record in self._unseen)
+            for k, r in zip(kept, requests, strict=True)
+        ])  # fmt: skip
+        size = stride * len(kept)
+        self._job = Job(
+            size=size, offset=first * stride, piece=size, left=1, fd=handle,
+            parts=ctypes.addressof(parts), each=stride, check=bool(self._unseen), urgent=urgent,
+        )  # fmt: skip
+        self._add_up(1)
+        reader.submit(self._job, (parts, kept))
+
+    def wait(self) -> None:
+        Ticket.wait(self)
+        for record in self._unseen:
+            self._request.table.passed(record)
+        self._unseen = []
+
+    def cancel(self) -> bool:
+        """It is read for all of them: nobody stops it."""
+        return False
+
+    def _add_up(self, sign: int) -> None:
+        for i, request in enumerate(self._requests):
+            request.add_up(not i, sign)
+
+    def _retry(self) -> None:
+        self._add_up(-1)
+        try:
+            for table, record, out, _, _ in self._requests:
+                table.read(record, out)
         except BaseException as e:
             self._error = e

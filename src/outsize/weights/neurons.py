@@ -192,7 +192,9 @@ def load(pack: OpenPack) -> tuple[NeuronBank, ...]:
         pack.tables.append(table)
         slots = pack.plan.shares.get(found.bundles.name, Share((), len(table))).ring
         hints = Hints(per_layer=found.form.count, layers=len(found.layers))
-        cache = RoutedCache(table, pack.reader, partial(make, eviction, slots, hints), slots)
+        cache = RoutedCache(
+            table, pack.reader, partial(make, eviction, slots, hints), slots, scatters=True
+        )
         pack.caches.append(cache)
         if slots == len(table):
             cache.load(range(len(table)), pack.on_read)

@@ -27,7 +27,7 @@ from outsize.pack.tables import TableHeader
 from outsize.storage.buffers import BufferPool
 from outsize.storage.reader import Reader
 from outsize.storage.table import Table, Weights, views
-from outsize.storage.tickets import Ticket
+from outsize.storage.tickets import PIECE, Ticket
 
 OnRead = Callable[[int], None]  # progress callback: bytes that were read
 
@@ -61,6 +61,8 @@ class SlotCounts(NamedTuple):
 
 class RecordCache(ABC):
     """Slots for a table's records. What is fetched is valid until `release`."""
+
+    _scatters = False  # may records side by side in the file be read at once into any slots?
 
     def __init__(self, table: Table, reader: Reader, counts: SlotCounts) -> None:
         stride, starts = table.header.stride, (0, counts.fixed, counts.fixed + counts.ring)
@@ -208,30 +210,45 @@ class RecordCache(ABC):
             self._whole.pop(slot, None)
             if (ticket := self._tickets.pop(slot, None)) is not None:
                 ticket.wait_quietly()
-        joins = self.slot_table.policy.joins
-        for run in _runs(loads) if joins else ([load] for load in loads):
+        for run in self._runs(loads):
             if len(run) == 1 or not self._submitted(run, urgent):
                 for id, slot in run:
                     self._tickets[slot] = self._submit(id, slot, urgent)
 
+    def _runs(self, loads: Sequence[Load]) -> list[list[Load]]:
+        """What one read may fetch each: side by side in the file, and, unless it scatters, in slots."""
+        if self._scatters:
+            return _runs(sorted(loads), 0, max(1, PIECE // self.table.header.stride))
+        return _runs(loads, 1, len(loads) if self.slot_table.policy.joins else 1)
+
     def _submitted(self, run: Sequence[Load], urgent: bool) -> bool:
-        """Read records that lie side by side, in the file and in slots, at once, if that can be."""
+        """Read records that lie side by side at once, if that can be."""
         (id, slot), last = run[0], run[-1][1]
+        if self._scatters:
+            outs = [self._prepared(slot) for _, slot in run]
+            found = self._reader.submit_scattered(self.table, id, outs, urgent)
+            return self._noted(run, found)
         first, pool = self._pool(slot)
         if not all(self._views[slot : last + 1]) or self._pool(last)[0] != first:
             return False
         out = pool.view(slot - first, len(run))
-        ticket = self._reader.submit_run(self.table, id, out, urgent)
+        return self._noted(run, self._reader.submit_run(self.table, id, out, urgent))
+
+    def _noted(self, run: Sequence[Load], ticket: Ticket | None) -> bool:
         if ticket is None:
             return False
         self._tickets |= {slot: ticket for _, slot in run}
         return True
 
     def _submit(self, index: int, slot: int, urgent: bool) -> Ticket:
+        return self._reader.submit(self.table, index, self._prepared(slot), urgent=urgent)
+
+    def _prepared(self, slot: int) -> memoryview:
+        """What a slot is read into."""
         raw, out = self._buffer(slot)
         if not self._views[slot]:
             self._views[slot] = views(raw, self.table.header, self._reader.backend)
-        return self._reader.submit(self.table, index, out, urgent=urgent)
+        return out
 
     def _buffer(self, slot: int) -> tuple[Tensor, memoryview]:
         first, pool = self._pool(slot)
@@ -270,11 +287,13 @@ class RecordCache(ABC):
         pool.drop(slot - first)
 
 
-def _runs(loads: Sequence[Load]) -> list[list[Load]]:
-    """Cut where records or slots do not follow each other."""
+def _runs(loads: Sequence[Load], step: int, most: int) -> list[list[Load]]:
+    """Up to `most` each; cut where records do not follow each other, or, with a step of 1, slots do not."""
     out: list[list[Load]] = []
     for id, slot in loads:
-        if out and out[-1][-1] == (id - 1, slot - 1):
+        before = out[-1][-1] if out else (id, slot)
+        follows = before[0] == id - 1 and (not step or before[1] == slot - step)
+        if follows and len(out[-1]) < most:
             out[-1].append((id, slot))
         else:
             out.append([(id, slot)])

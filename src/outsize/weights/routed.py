@@ -23,7 +23,10 @@ class RoutedCache(RecordCache):
         make_policy: Callable[[], Policy],
         slots: int,
         lent: int = 0,
+        scatters: bool = False,
     ) -> None:
+        """`scatters`: neighbours in the file that are missing are read at once."""
+        self._scatters = scatters
         self._make_policy, self._num_dropped = make_policy, 0
         is_resident = slots == len(table)  # then they are filled once
         super().__init__(

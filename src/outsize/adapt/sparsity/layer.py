@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from outsize.adapt.sparsity.rule import Choice, fitted, quantile, runs
 from outsize.encoding.find import encoding
 from outsize.kernels.backend import Backend
 from outsize.kernels.plain import FATRELU
 from outsize.model.layers import Linear
+from outsize.model.predictors.choose import Rule
 from outsize.model.predictors.gate import EXACT
 from outsize.model.predictors.predictor import BIAS, Maps, Sample, by_name
 from outsize.pack.neuron_file import stored
@@ -20,7 +22,6 @@ from outsize.pack.tables import Matrix
 from outsize.storage.table import Weight
 
 SET_ASIDE = 4  # one token in so many sets the threshold
-MOST = 1 << 22  # numbers that a quantile is taken of
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,8 @@ class Layer:
     matrices: Mapping[str, Matrix]
     tensors: Mapping[str, Tensor]  # as stored
     vectors: Mapping[str, Tensor]
-    threshold: float
+    rule: Rule
+    runs: float  # of neighbours that are chosen for a token
     firing_N: Tensor  # how often each bundle is chosen
     missed: float  # share of those worth computing that are not chosen
     kept: float  # share of the energy that is computed
@@ -45,7 +47,14 @@ def is_exact(spec: str, activation: str) -> bool:
     return spec == f"gate:{EXACT}" and activation.partition(":")[0] in ("relu", "relu2", FATRELU)
 
 
-def fit(sample: Sample, spec: str, about: tuple[str, int], gate: Weight, backend: Backend) -> Layer:
+def fit(
+    sample: Sample,
+    spec: str,
+    about: tuple[str, int],
+    gate: Weight,
+    choice: Choice,
+    backend: Backend,
+) -> Layer:
     """`about`: activation, and neurons of a bundle; `gate`: as the pack has it."""
     (activation, bundle), (module, size) = about, by_name(spec)
     aside = len(sample.x_TD) // SET_ASIDE
@@ -65,9 +74,9 @@ def fit(sample: Sample, spec: str, about: tuple[str, int], gate: Weight, backend
     with torch.inference_mode():
         x = x if exact and gate.encoding.name == "fp32" else x.bfloat16()
         scores = torch.cat([module.scores(maps, some) for some in x.split(16)])
-    threshold = 0.0 if exact else _quantile(scores, sample.share)
-    chosen = scores > threshold
-    floor = 0.0 if exact else _quantile(energy, sample.share)
+    rule = fitted(scores, sample.share, choice, exact, backend)
+    chosen = rule.chosen(scores, backend)
+    floor = 0.0 if exact else quantile(energy, sample.share)
     due = energy > floor
     missed = float((due & ~chosen).sum() / due.sum().clamp_min(1))
     kept = float((energy * chosen).sum() / energy.sum().clamp_min(1e-30))
@@ -76,17 +85,8 @@ def fit(sample: Sample, spec: str, about: tuple[str, int], gate: Weight, backend
         f"{n}.{f}": t for n, w in whole.items() for f, t in stored(matrices[n], w.fields).items()
     }
     firing = chosen.float().mean(0)
-    return Layer(matrices, tensors, made.vectors, threshold, firing, missed, kept)
+    return Layer(matrices, tensors, made.vectors, rule, runs(chosen), firing, missed, kept)
 
 
 def _width(w: Weight) -> int:
     return int(w.encoding.decode(w.fields).shape[1])
-
-
-def _quantile(x: Tensor, share: float) -> float:
-    """What all but such a share of some numbers are no larger than; below all for a share of 1."""
-    if share >= 1:
-        return -1.0
-    flat = x.flatten().float()
-    flat = flat[:: -(-len(flat) // MOST)]
-    return float(torch.quantile(flat, 1 - share))

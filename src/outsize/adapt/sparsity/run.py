@@ -4,34 +4,44 @@ on from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from outsize.adapt import checkpoints
 from outsize.adapt.sparsity.cost import perplexity
+from outsize.adapt.sparsity.kept import resumed, save
 from outsize.adapt.sparsity.layer import Layer, fit, is_exact
 from outsize.adapt.sparsity.measure import by_use, samples
+from outsize.adapt.sparsity.reads import gap_of
+from outsize.adapt.sparsity.rule import parse
 from outsize.adapt.sparsity.words import Words, words
 from outsize.adapt.trainable import TrainableModel, matmul_type
 from outsize.arguments import real, whole
-from outsize.checkpoint.lora import raw
 from outsize.encoding.find import encoding
 from outsize.engine import load as loading
 from outsize.engine.model import Model
-from outsize.errors import AdapterError, OptionError, OutsizeError
+from outsize.errors import OptionError
 from outsize.kernels.backend import Backend
 from outsize.model.predictors.predictor import by_name
 from outsize.options import LoadOptions
 from outsize.pack import fetch
 from outsize.pack.bundles import GATE
 from outsize.pack.format import Pack
-from outsize.pack.neuron_file import FIRING, KIND, SUFFIX, THRESHOLDS, VERSION, NeuronAbout
-from outsize.pack.tables import Matrix
+from outsize.pack.neuron_file import (
+    CHUNKS,
+    FIRING,
+    GAPS,
+    IMPORTANCE,
+    KIND,
+    SUFFIX,
+    THRESHOLDS,
+    VERSION,
+    NeuronAbout,
+)
 from outsize.plan.decide import compiled
 from outsize.progress import Progress, bars, steps
 from outsize.storage.records import Records
@@ -50,6 +60,7 @@ class SparsityOptions:
     output: Path | None = None  # None: beside the pack, where `--neurons auto` finds it
     share: float = 0.5  # of the bundles, that are computed
     predictor: str = "svd"
+    choose: str = IMPORTANCE  # of bundles: importance, chunks or chunks:GAP
     order: str = (
         "use"  # of neurons: by use, in bundles of few; or natural, in bundles of 32 neighbours
     )
@@ -68,6 +79,7 @@ class SparsityOptions:
             raise OptionError(f"order is {self.order!r}; known are {', '.join(ORDERS)}")
         if self.bundle is not None:
             whole("bundle", self.bundle, 1, 1 << 16)
+        parse(self.choose)
         module, size = by_name(self.predictor)  # refuses what is not known
         module.check(size)
 
@@ -99,9 +111,9 @@ def run(options: SparsityOptions) -> Made:
         bundles = make(pack, options.bundle, progress, order_LF)
     work = Work(pack, bundles, options, found, kept, order_LF)
     with steps(options.quiet) as draw:
-        layers = work.layers(model, draw)
+        layers, gap = work.layers(model, draw)
         del model
-        about = work.write(path, layers)
+        about = work.write(path, layers, work.said(layers, gap))
         about = _with_cost(path, layers, about, work, draw)
     kept.unlink(missing_ok=True)
     return Made(path, about, tuple(_table(layers, about, bundles)))
@@ -131,24 +143,30 @@ class Work:
             "kind": f"{KIND} checkpoint", "version": VERSION, "identity": source.identity,
             "layout": source.layout, "bundle": self.bundles.bundle, "share": o.share,
             "predictor": o.predictor, "data": self.words.fingerprint, "order": self.order,
+            "choose": o.choose,
         }  # fmt: skip
 
-    def layers(self, model: TrainableModel, progress: Progress) -> list[Layer]:
-        """Every layer's, each kept in the checkpoint as soon as it is made."""
-        o, d = self.options, self.pack.description
-        done = _resumed(self.checkpoint, self.about) if o.resume else []
-        native = compiled(LoadOptions(quiet=True))
+    def layers(self, model: TrainableModel, progress: Progress) -> tuple[list[Layer], float]:
+        """Every layer's, each kept in the checkpoint as soon as it is made; and the gap that they are fitted
+        by."""
+        o, d, choice = self.options, self.pack.description, parse(self.options.choose)
+        native, done = compiled(LoadOptions(quiet=True)), list[Layer]()
+        if o.resume:
+            done, gap = resumed(self.checkpoint, self.about)
+        else:
+            gap = gap_of(self.bundles, native) if choice.gap is None else choice.gap
+        choice = replace(choice, gap=gap)
         bundle, order = self.bundles.bundle, self.order_LF
         rest = samples(model, self.words.ids_BT, bundle, o.share, order, len(done))
         with Records(self.pack) as records:
             for sample in rest:
                 progress(f"layer {len(done)}", len(done), d.num_layers)
-                gate = self._gate(records, len(done), native)
-                done.append(fit(sample, o.predictor, (d.activation, bundle), gate, native))
-                _save(self.checkpoint, done, self.about)
-        return done
+                gate = self.gate(records, len(done), native)
+                done.append(fit(sample, o.predictor, (d.activation, bundle), gate, choice, native))
+                save(self.checkpoint, done, gap, self.about)
+        return done, gap
 
-    def _gate(self, records: Records, layer: int, backend: Backend) -> Weight:
+    def gate(self, records: Records, layer: int, backend: Backend) -> Weight:
         """A layer's gate, as its bundles have it."""
         table = next(t for t in self.bundles.tables if layer in t.layers)
         read, (m, *_) = records.read(table.dense, table.layers.index(layer)), table.form.gate_up
@@ -157,34 +175,31 @@ class Work:
         copied = {name: field.clone() for name, field in some.items()}
         return Weight(encoding(m.encoding, backend), copied, table.form.neurons)
 
-    def write(
-        self, path: Path, layers: list[Layer], about: NeuronAbout | None = None
-    ) -> NeuronAbout:
+    def write(self, path: Path, layers: list[Layer], about: NeuronAbout) -> NeuronAbout:
         """The add-on file."""
         tensors = {
-            THRESHOLDS: torch.tensor([layer.threshold for layer in layers]),
+            THRESHOLDS: torch.tensor([layer.rule.threshold for layer in layers]),
             FIRING: torch.stack([layer.firing_N for layer in layers]),
         }
-        matrices: dict[str, Matrix] = {}
-        vectors: dict[str, int] = {}
+        if about.choose == CHUNKS:
+            tensors[GAPS] = torch.tensor([layer.rule.gap or 0.0 for layer in layers])
         for i, layer in enumerate(layers):
             tensors |= {f"{i}.{name}": t for name, t in {**layer.tensors, **layer.vectors}.items()}
-            matrices |= {f"{i}.{name}": m for name, m in layer.matrices.items()}
-            vectors |= {f"{i}.{name}": len(v) for name, v in layer.vectors.items()}
-        about = about or self._said(layers, matrices, vectors)
         checkpoints.save(path, tensors, about.to_json())
         return about
 
-    def _said(
-        self, layers: list[Layer], matrices: Mapping[str, Matrix], vectors: Mapping[str, int]
-    ) -> NeuronAbout:
+    def said(self, layers: list[Layer], gap: float) -> NeuronAbout:
         """What the file says of itself; of its cost nothing yet."""
         o, source, spec = self.options, self.pack.source, self.options.predictor
+        each = list(enumerate(layers))
+        matrices = {f"{i}.{name}": m for i, layer in each for name, m in layer.matrices.items()}
+        vectors = {f"{i}.{name}": len(v) for i, layer in each for name, v in layer.vectors.items()}
         exact = is_exact(spec, self.pack.description.activation)
         fires, missed = _mean([x.fires for x in layers]), _mean([x.missed for x in layers])
         return NeuronAbout(
             KIND, VERSION, source.identity, source.layout, self.order, self.bundles.bundle,
             self.bundles.count, spec, exact, o.share, fires, missed, matrices, vectors,
+            choose=parse(o.choose).by, gap=round(gap, 4), runs=_mean([x.runs for x in layers]),
         )  # fmt: skip
 
 
@@ -219,43 +234,6 @@ def _opened(work: Work, neurons: str) -> Model:
     )
 
 
-def _save(path: Path, layers: list[Layer], about: Mapping[str, object]) -> None:
-    tensors: dict[str, Tensor] = {}
-    said = []
-    for i, layer in enumerate(layers):
-        tensors |= {f"{i}|{n}": t for n, t in {**layer.tensors, **layer.vectors}.items()}
-        tensors[f"{i}|{FIRING}"] = layer.firing_N
-        matrices = {n: [m.encoding, m.num_rows, m.width] for n, m in layer.matrices.items()}
-        said.append([layer.threshold, layer.missed, layer.kept, matrices, sorted(layer.vectors)])
-    checkpoints.save(path, tensors, {**about, "layers": said})
-
-
-def _resumed(path: Path, about: Mapping[str, object]) -> list[Layer]:
-    """The layers that are done. Raises AdapterError for a checkpoint of something else."""
-    tensors, said = raw(path)
-    wrong = [k for k, v in about.items() if said.get(k) != v]
-    if wrong:
-        raise AdapterError(
-            f"{path} is a checkpoint of another run ({', '.join(wrong)} differ); give the flags and files it "
-            "was started with, or leave out --resume"
-        )
-    try:
-        return [_layer(tensors, i, told) for i, told in enumerate(said["layers"])]  # type: ignore[arg-type,var-annotated]
-    except (KeyError, TypeError, ValueError, OutsizeError) as e:
-        raise AdapterError(f"{path} is not a checkpoint of this recipe ({e}); remove it") from None
-
-
-def _layer(tensors: Mapping[str, Tensor], i: int, told: tuple[Any, ...]) -> Layer:
-    """One layer as the checkpoint has it."""
-    threshold, missed, kept, matrices, vectors = told
-    made = {n: Matrix(kind, rows, width, 0) for n, (kind, rows, width) in matrices.items()}
-    names = [f"{n}.{f}" for n, m in made.items() for f in m.specs]
-    return Layer(
-        made, {n: tensors[f"{i}|{n}"] for n in names}, {n: tensors[f"{i}|{n}"] for n in vectors},
-        float(threshold), tensors[f"{i}|{FIRING}"], float(missed), float(kept),
-    )  # fmt: skip
-
-
 def _table(layers: list[Layer], about: NeuronAbout, bundles: Bundles) -> Iterator[str]:
     yield f"{'layer':>6}{'fire':>8}{'missed':>8}{'energy kept':>13}{'KB a token':>12}"
     total = 0.0
@@ -265,6 +243,10 @@ def _table(layers: list[Layer], about: NeuronAbout, bundles: Bundles) -> Iterato
         total += size
         yield f"{i:>6}{layer.fires:>8.1%}{layer.missed:>8.1%}{layer.kept:>13.1%}{size / 1e3:>12,.0f}"
     dense = sum(t.dense.size for t in bundles.tables)
+    yield (
+        f"bundles are chosen by {about.choose}: {about.runs * len(layers):,.0f} reads a token if none are in "
+        f"memory, each of which costs as much as {about.gap:.2g} bundles read along"
+    )
     yield (
         f"feed-forwards: {total / 1e6:,.1f} MB a token of {dense / 1e6:,.1f} MB if none are in memory; "
         f"{about.fires:.0%} of bundles fire, {about.missed:.0%} of those worth computing are missed"

@@ -4,6 +4,7 @@
  */
 #include <pthread.h>
 #include <stdlib.h>
+#include <sys/uio.h>
 #include <unistd.h>
 #ifdef __linux__
 #include <sched.h>
@@ -23,11 +24,22 @@ enum { WAITING, GOOD, FAILED, CANCELLED };
 /* Looks at a record before sleeping until it is there: one or two milliseconds. To be woken takes a twentieth of
  * one, and a virtual machine's core that slept is slow at first (docs/decisions.md: 20.4 to 18.4 ms a step). */
 enum { SPINS = 50000 };
+enum { VECTORS = 256 }; /* buffers that one request fills */
+
+/* A record of several that follow each other in a file, which go to buffers that need not. */
+typedef struct {
+    char *out;
+    uint32_t crc;
+    int check; /* compare with the checksum? */
+} Part;
+
 typedef struct Job {
     struct Job *after; /* in its queue */
     char *out;
     long size, offset, piece;
-    long taken, left; /* bytes given to threads; pieces not ended */
+    long taken, left;  /* bytes given to threads; pieces not ended */
+    const Part *parts; /* null: all goes to `out` */
+    long each;         /* bytes of a part, of which a piece has whole ones */
     int fd, check;    /* compare with the checksum? */
     uint32_t crc;
     int bad, urgent;
@@ -71,6 +83,24 @@ static int read_all(int fd, char *out, long size, long offset) {
         ssize_t got = pread(fd, out, (size_t)size, offset);
         if (got <= 0) return 0;
         out += got, offset += got, size -= got;
+    }
+    return 1;
+}
+
+/* Of a job in parts, `size` bytes from `at` on: as few requests as there can be. */
+static int read_parts(const Job *job, long at, long size) {
+    struct iovec some[VECTORS];
+    while (size > 0) {
+        long inside = at % job->each, left = size;
+        int count = 0;
+        for (const Part *part = job->parts + at / job->each; left > 0 && count < VECTORS; part++, inside = 0) {
+            const long length = job->each - inside < left ? job->each - inside : left;
+            some[count++] = (struct iovec){part->out + inside, (size_t)length};
+            left -= length;
+        }
+        const ssize_t got = preadv(job->fd, some, count, job->offset + at);
+        if (got <= 0) return 0;
+        at += got, size -= got;
     }
     return 1;
 }
@@ -172,6 +202,16 @@ uint32_t checksum(const uint8_t *p, long n) {
     return ~crc_bytes(c, p, n);
 }
 
+/* Is what was read what is expected, as far as it is to be compared? */
+static int is_sound(const Job *job) {
+    if (!job->parts) return !job->check || checksum((const uint8_t *)job->out, job->size) == job->crc;
+    for (long i = 0; i < job->size / job->each; i++) {
+        const Part *part = job->parts + i;
+        if (part->check && checksum((const uint8_t *)part->out, job->each) != part->crc) return 0;
+    }
+    return 1;
+}
+
 static Job *take(Pool *pool, long *at) {
     for (int i = 0; i < 2; i++) {
         Job *job = pool->queues[i].head;
@@ -215,13 +255,14 @@ static void *work(void *argument) {
         }
         pthread_mutex_unlock(&pool->lock);
         long size = job->size - at < job->piece ? job->size - at : job->piece;
-        int good = read_all(job->fd, job->out + at, size, job->offset + at);
+        int good = job->parts ? read_parts(job, at, size)
+                              : read_all(job->fd, job->out + at, size, job->offset + at);
         pthread_mutex_lock(&pool->lock);
         if (!good) job->bad = 1;
         if (--job->left > 0) continue;
         if (job->check && !job->bad) {
             pthread_mutex_unlock(&pool->lock);
-            int same = checksum((const uint8_t *)job->out, job->size) == job->crc;
+            int same = is_sound(job);
             pthread_mutex_lock(&pool->lock);
             job->bad = !same;
         }

@@ -1,9 +1,12 @@
-"""Chooses a layer's bundles for each row: the predictor's scores against the layer's threshold, from an
-add-on file (pack/neuron_file.py)."""
+"""Chooses a layer's bundles for each row, from an add-on file (pack/neuron_file.py): those whose scores are
+above the layer's threshold, or, since neighbours are one read, chunks of them: those that bring most for
+what reading them costs (kernels/chunks.py). Either depends on the row's scores and on the file alone, never
+on what is in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,29 +17,49 @@ from outsize.kernels.backend import Backend
 from outsize.model.layers import Linear
 from outsize.model.predictors.predictor import BIAS, IMPORTANCE, Maps, by_name, row_by_row
 from outsize.model_config import Description
-from outsize.pack.neuron_file import THRESHOLDS, NeuronFile
+from outsize.pack.neuron_file import CHUNKS, GAPS, THRESHOLDS, NeuronFile
 from outsize.storage.table import Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Of a layer: what a bundle's score must be above, which is the price of reading it; and what each run of
+    neighbours costs beside, in scores (None: nothing, and each bundle is chosen by itself). `exact`: all
+    above the threshold are chosen whatever they cost; then the gap is in bundles that are read along."""
+
+    threshold: float
+    gap: float | None = None
+    exact: bool = False
+
+    def chosen(self, scores_TN: Tensor, backend: Backend) -> Tensor:
+        """(T, N)."""
+        if self.gap is None:
+            return scores_TN > self.threshold
+        value_TN = scores_TN - self.threshold
+        if self.exact:
+            value_TN = torch.where(value_TN > 0, self.gap + 1, -1.0).to(value_TN.dtype)
+        return backend.chunks(value_TN.contiguous(), self.gap)
 
 
 class Chooser:
     """Which bundles of a layer to compute, for each row by itself."""
 
-    def __init__(self, spec: str, maps: Maps, threshold: float, is_exact: bool) -> None:
+    def __init__(self, spec: str, maps: Maps, rule: Rule, backend: Backend) -> None:
         module, _ = by_name(spec)
-        self._scores, self._maps, self._threshold = module.scores, maps, threshold
-        self._dtype = None if is_exact else torch.bfloat16
+        self._scores, self._maps, self._rule, self._backend = module.scores, maps, rule, backend
+        self._dtype = None if rule.exact else torch.bfloat16
 
     def __call__(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """(T, N) is it chosen?, and its score."""
         x = x_TD if self._dtype is None else x_TD.to(self._dtype)
         scores_TN = row_by_row(self._maps, self._scores, x)
-        return scores_TN > self._threshold, scores_TN
+        return self._rule.chosen(scores_TN, self._backend), scores_TN
 
 
 def choosers(file: NeuronFile, d: Description, backend: Backend) -> list[Chooser]:
     """One a layer. Raises AdapterError for a file that does not fit, UnsupportedError for an unknown
     predictor."""
-    thresholds, about = file.numbers(THRESHOLDS).tolist(), file.about
+    rules, about = _rules(file), file.about
     if about.bundle * about.count != d.ffn_width:
         raise AdapterError(
             f"{file.path} is of {about.bundle * about.count:,} neurons a layer, this model has "
@@ -48,8 +71,22 @@ def choosers(file: NeuronFile, d: Description, backend: Backend) -> list[Chooser
             _matrices(file, layer, backend), _vectors(file, layer), d.activation, about.bundle
         )
         _check(file, maps, layer, d)
-        out.append(Chooser(about.predictor, maps, thresholds[layer], about.exact))
+        out.append(Chooser(about.predictor, maps, rules[layer], backend))
     return out
+
+
+def _rules(file: NeuronFile) -> list[Rule]:
+    """By layer. Raises AdapterError."""
+    thresholds, exact = file.numbers(THRESHOLDS).tolist(), file.about.exact
+    if file.about.choose != CHUNKS:
+        return [Rule(t, None, exact) for t in thresholds]
+    gaps = file.numbers(GAPS).tolist()
+    if min(gaps) < 0:
+        raise AdapterError(
+            f"{file.path}: a read costs {min(gaps)} in one of its layers, less than nothing; make it again "
+            "with `outsize adapt sparsity`"
+        )
+    return [Rule(t, gap, exact) for t, gap in zip(thresholds, gaps, strict=True)]
 
 
 def _matrices(file: NeuronFile, layer: int, backend: Backend) -> dict[str, Linear]:
