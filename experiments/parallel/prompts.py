@@ -22,13 +22,12 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 
 from experiments.parallel import gathered
-from experiments.parallel.quiet import Quiet
+from experiments.parallel.quiet import Quiet, usual
 from experiments.parallel.stopped import halved, seen
 from experiments.runs import arguments, record, recorded
 from outsize.bench.speed import TEXT
@@ -53,8 +52,9 @@ from outsize.weights import load as weights
 
 HERE = "127.0.0.1"
 BUSY, TRIES = 0.1, 2
-STOP, CHAIN, GATHERED, STANDING = range(4)
-MEANT, PICO = 12, 1e12
+STOP, CHAIN, GATHERED, USUAL = range(4)
+NO_STOPS = Stops(0.0, 0.0)
+TRIES, PICO = 13, 1e12
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ def follow(setting: Setting, transport: Transport) -> None:
         slow = rank.slow[told[1]]
         if told[0] == CHAIN:
             runahead.follow(rank.model, slow)
-        elif told[0] == STANDING:
-            usual = chain_costs.measured(rank.model, MEANT, fmean)
-            found = *astuple(seen()), usual.linear_s, usual.pair_s
+        elif told[0] == USUAL:
+            own = chain_costs.measured(rank.model, TRIES, usual)
+            found = *astuple(seen() if told[2] else NO_STOPS), own.linear_s, own.pair_s
             words.send(transport, [0], [round(PICO * s) for s in found])
         else:
             gathered.run(rank.model, slow, rank.ids)
@@ -142,10 +142,10 @@ class Leader:
         self, link: int, ways: Sequence[str], keep: Callable[[str, dict[str, Any]], None]
     ) -> None:
         """Rows of a chain over one link."""
-        stops, usual = self.stops() if self.half else (None, ())
+        stops, both = self.usual()
         words.send(self.rank.raw, [1], [CHAIN, link])
         slow, model = self.rank.slow[link], self.rank.model
-        costs, own = chain_costs.hear(model, slow), chain_costs.measured(model)
+        costs = chain_costs.hear(model, slow)
         if self.setting.links[link]:
             costs = replace(costs, link=parse_link(self.setting.links[link]))
         chain, unit = Chain(slow, lambda *_: None), self.setting.chunk
@@ -166,19 +166,19 @@ class Leader:
                 seconds(cuts[name])
                 took, foretold = known[cuts[name]], costs.seconds(0, unit, cuts[name])
                 row = {**timed(took), "cuts": list(cuts[name]), "simulated_s": foretold}
-                if stops is not None:
-                    sizes = [unit * c for c in cuts[name]]
-                    stood = replace(own, linear_s=usual[0], pair_s=usual[1])
-                    row |= stopped_foretold((own, stood), sizes, costs.link, stops)
+                sizes = [unit * c for c in cuts[name]]
+                row |= usual_foretold(both, sizes, costs.link, stops)
                 keep(name, row | {"costs": asdict(costs), **others_foretold(costs, unit * units)})
         finally:
             chain.end()
 
-    def stops(self) -> tuple[Stops, tuple[float, float]]:
-        """How long the other rank goes and stands, as it says; and its usual costs meanwhile."""
-        words.send(self.rank.raw, [1], [STANDING, 0])
+    def usual(self) -> tuple[Stops, tuple[Prompt, Prompt]]:
+        """How long the other rank goes and stands, as it says, and what a prompt usually costs either rank
+        while the other computes, too: first of the chain's first."""
+        words.send(self.rank.raw, [1], [USUAL, 0, self.half])
+        own = chain_costs.measured(self.rank.model, TRIES, usual)
         going, standing, linear, pair = (n / PICO for n in words.receive(self.rank.raw, 1))
-        return Stops(going, standing), (linear, pair)
+        return Stops(going, standing), (replace(own, linear_s=linear, pair_s=pair), own)
 
     def _prompt(self, chain: Chain) -> None:
         model = self.rank.model
@@ -191,19 +191,21 @@ def timed(found: tuple[float, float]) -> dict[str, float]:
     return {"seconds": found[0], "others_cores": found[1]}
 
 
-def stopped_foretold(
-    prompts: tuple[Prompt, Prompt], sizes: Sequence[int], link: Link, stops: Stops
+def usual_foretold(
+    both: tuple[Prompt, Prompt], sizes: Sequence[int], link: Link, stops: Stops
 ) -> dict[str, Any]:
-    """Seconds of a chain by the simulator, whose first rank stands again and again: in windows, with costs
-    where nobody stands; and with its costs on average while it does."""
-    own, stood = prompts
-    last = runahead_program(own, sizes, 1)
-    windows = simulate([runahead_program(own, sizes, 0), last], link, stops={0: stops})
-    usual = simulate([runahead_program(stood, sizes, 0), last], link)
-    return {
-        "simulated_stops_s": windows[1].end, "simulated_usual_s": usual[1].end, "stops": astuple(stops),
-        "usual": [stood.linear_s, stood.pair_s], "own": [own.linear_s, own.pair_s],
-    }  # fmt: skip
+    """Seconds of a chain by the simulator, with what a prompt usually costs either rank; if the first one
+    stands again and again, also with the other's costs in windows."""
+    programs = [runahead_program(p, sizes, r) for r, p in enumerate(both)]
+    found: dict[str, Any] = {"usual": [[p.linear_s, p.pair_s] for p in both]}
+    found["simulated_usual_s"] = simulate(programs, link)[1].end
+    if stops != NO_STOPS:
+        programs = [runahead_program(both[1], sizes, r) for r in (0, 1)]
+        found["simulated_stops_s"] = simulate(programs, link, stops={0: stops})[1].end
+        found["stops"] = astuple(stops)
+    programs = [all_to_all(p, sum(sizes), r, len(both)) for r, p in enumerate(both)]
+    found["simulated_usual_gathered_s"] = max(o.end for o in simulate(programs, link))
+    return found
 
 
 def others_foretold(costs: Costs, tokens: int) -> dict[str, float]:

@@ -20,7 +20,7 @@ from itertools import chain
 
 import torch
 
-from experiments.parallel.quiet import Quiet
+from experiments.parallel.quiet import Quiet, usual
 from outsize.bench.speed import TEXT
 from outsize.engine import open_tokens
 from outsize.engine.ranks.how import joined
@@ -44,7 +44,7 @@ from outsize.parallel.split import Ranks, split
 from outsize.parallel.transport import Buffer, Sending, Transport
 from outsize.weights import load as weights
 
-HERE, PINGS = "127.0.0.1", 200
+HERE, PINGS, TRIES = "127.0.0.1", 200, 13
 Gaps = list[float]  # seconds of a rank's own before each of its messages, and after the last
 Step = list[tuple[float, float]]  # when messages of a step began and ended
 
@@ -185,7 +185,7 @@ def followed(case: Case, opened: Open, raw: Transport) -> None:
     """What rank 1 does for a case, and its report."""
     slow, traced, model = opened.joined(case, raw)
     software_s(slow, case)
-    own, sent = chain_costs.measured(model), slow.wire.sent
+    own, sent = chain_costs.measured(model, TRIES, usual), slow.wire.sent
     follow(model, traced)
     tell(raw, [own.linear_s, own.pair_s, slow.wire.sent - sent, *chain.from_iterable(traced.times)])
 
@@ -193,7 +193,8 @@ def followed(case: Case, opened: Open, raw: Transport) -> None:
 def led(case: Case, opened: Open, raw: Transport) -> Measured:
     """What rank 0 does for a case: prompts, and tokens after them; the first repeat is not counted."""
     slow, traced, model = opened.joined(case, raw)
-    call_s, own = software_s(slow, case), chain_costs.measured(model)
+    call_s = software_s(slow, case)
+    own = chain_costs.measured(model, TRIES, usual)  # while the other does the same
     lead = model.leader = Lead(traced)
     text = open_tokens.tokens(opened.whole).encode(TEXT, start=False)
     ids = [text[i % len(text)] for i in range(case.prompt)]
