@@ -39,6 +39,7 @@ from outsize.pack import fetch
 from outsize.pack.format import Pack
 from outsize.pack.outline import Outline, of_pack
 from outsize.parallel.collective import Collective
+from outsize.parallel.spec import parse_parallel
 from outsize.plan import chunk as chunk_plan
 from outsize.plan import decide, nested, neurons, probe
 from outsize.plan import make as planning
@@ -249,9 +250,12 @@ def _transformer(
 
 
 def _chunk(options: LoadOptions, outline: Outline, placement: Placement) -> int:
-    """Tokens of a prompt that are computed at once: fewer where other replies would wait for them."""
+    """Tokens of a prompt that are computed at once: fewer where other replies, or other ranks, would wait for
+    them."""
     if options.streams == 1:
-        return CHUNK if options.prefix_cache in (None, "off") else open_prefixes.SHARED_CHUNK
+        relayed = options.ranks > 1 and parse_parallel(options.parallel).way.cut == "layers"
+        is_shared = relayed or options.prefix_cache not in (None, "off")
+        return open_prefixes.SHARED_CHUNK if is_shared else CHUNK
     return chunk_plan.best(planning.cost_if_known(outline, placement))
 
 

@@ -54,7 +54,7 @@ def split(
     """The shards of a model, one a rank. `name`: of its pack. Raises OptionError, UnsupportedError."""
     check(name, d, ranks.world, way)
     if way.cut == "layers":
-        return _by_layers(name, d, tables, ranks)
+        return _by_layers(name, d, ranks)
     if way.cut in UNCUT:
         return tuple(_all_of(d, rank, ranks.world) for rank in range(ranks.world))
     matrices = _Matrices(tables)
@@ -253,25 +253,15 @@ def _all_of(d: Description, rank: int, world: int) -> Shard:
     return Shard(rank, world, "whole", "whole", *whole, *sizes, (), (), layers, d.num_layers)
 
 
-def _by_layers(
-    name: str, d: Description, tables: Sequence[TableHeader], ranks: Ranks
-) -> tuple[Shard, ...]:
-    """Layers in a row, by speed, then by memory; what the head costs the leader, it has less of layers."""
+def _by_layers(name: str, d: Description, ranks: Ranks) -> tuple[Shard, ...]:
+    """Layers in a row, by speed, then by memory. A token goes through one rank after the other, however they
+    are shared out; of a prompt, which has hardly anything to do with the head, all have as long."""
     if d.num_layers < ranks.world:
         raise UnsupportedError(
             f"{name} has {d.num_layers} layers, fewer than {ranks.world} ranks; use fewer ranks"
         )
-    size = sum(t.size for t in tables if t.kind != "rows")
-    head = next(t for t in tables if t.name == ("embed" if d.tied else "head"))
-    extra = round(d.num_layers * head.size / size) if d.mixture is None else 0
-    extra = min(extra, d.num_layers // ranks.world - 1)  # layers that the head stands for
-    most = list(ranks.most) or [None] * ranks.world
-    most[0] = None if most[0] is None else most[0] + extra
-    first, *others = parts(d.num_layers + extra, ranks.speeds, most)
-    first = max(1, first - extra)
-    ends = [first, *(first + n for n in accumulate(others))]
-    ends = [min(end, d.num_layers - ranks.world + 1 + r) for r, end in enumerate(ends[:-1])]
-    ends.append(d.num_layers)
+    most = [None if m is None else max(1, m) for m in ranks.most] or [None] * ranks.world
+    ends = [*accumulate(parts(d.num_layers, ranks.speeds, most))]
     found = tuple(
         replace(_all_of(d, r, ranks.world), cut="layers", layers=(start, end))
         for r, (start, end) in enumerate(zip([0, *ends], ends, strict=False))
