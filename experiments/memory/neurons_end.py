@@ -3,6 +3,7 @@ in tokens/s. Every run is a process of its own, reads past the page cache, and f
 
     python -m experiments.memory.neurons_end time MODEL TEXT NAME --files exact=FILE lossy=FILE -o RAW.jsonl
     python -m experiments.memory.neurons_end trace MODEL TEXT NAME --files exact=FILE > TRACE.json
+    python -m experiments.memory.neurons_end about MODEL TEXT NAME --files exact=FILE lossy=FILE -o RAW.jsonl
     python -m experiments.memory.neurons_end capped MODEL TEXT NAME --files exact=FILE --wrap CAP -o RAW.jsonl
     python -m experiments.memory.neurons_end shape MODEL7B TEXT NAME --trace TRACE.json --folder FOLDER
 
@@ -47,7 +48,7 @@ from outsize.forward.full import full
 from outsize.forward.span import Span
 from outsize.model.predictors.choose import Chooser, Rule
 from outsize.options import LoadOptions
-from outsize.pack import fetch
+from outsize.pack import fetch, neuron_file
 from outsize.pack.neuron_file import stored
 from outsize.pack.source import derived
 from outsize.pack.tables import Matrix
@@ -59,7 +60,7 @@ from outsize.progress import silent
 from outsize.storage.reader import Reader
 from outsize.storage.records import Records
 from outsize.system.memory import peak
-from outsize.weights.bundles import make
+from outsize.weights.bundles import find, make
 
 RANK = 128  # of the predictor of the shape
 Trace = list[list[list[int]]]  # bundles, by token and layer
@@ -148,7 +149,9 @@ def arms(a: Any) -> Iterator[tuple[str, str, int, bool]]:
         yield f"naive@{share:g}", "off", int(plan.least + 12e6), False
         yield f"half@{share:g}", "off", half, False
         for key, path in (told.split("=") for told in a.files):
-            one = memory_for(a.model, path, 1.0 / pack.description.num_layers)
+            one = 0
+            if "predictor" in a.ways:
+                one = memory_for(a.model, path, 1.0 / pack.description.num_layers)
             found = {
                 "predictor": (f"{path},eviction=lru", one, False),
                 "window": (f"{path},eviction=window", half, False),
@@ -213,6 +216,23 @@ def capped(a: Any) -> None:
         )
 
 
+def about(a: Any) -> None:
+    """What the files say of themselves, as they were made."""
+    pack = fetch.find(a.model)
+    assert pack is not None
+    for key, path in (told.split("=") for told in a.files):
+        found = neuron_file.read(Path(path), pack.description.num_layers)
+        bundles = find(pack, found.about.bundle, found.about.order)
+        said = found.about.to_json()
+        row = {k: said[k] for k in ("predictor", "exact", "bundle", "share", "fires", "missed", "tokens")}
+        row |= {k: said[k] for k in ("perplexity_before", "perplexity")}
+        strides = sum(t.form.count * t.form.stride for t in bundles.tables for _ in t.layers)
+        dense = sum(t.dense.size for t in bundles.tables)
+        sizes = {"mb": found.about.fires * strides / 1e6, "dense_mb": dense / 1e6}
+        told_of = {"kind": "file", "model": a.name, "key": key, "predictor_mb": found.size / 1e6}
+        record(told_of | row | sizes, a.output)
+
+
 def trace(a: Any) -> None:
     """Which bundles fire for each token of the text."""
     path = a.files[0].partition("=")[2]
@@ -267,7 +287,7 @@ def main() -> None:
     if a.what == "run":
         record(timed(a))
     else:
-        {"time": sitting, "trace": trace, "shape": shape, "capped": capped}[a.what](a)
+        {"time": sitting, "trace": trace, "shape": shape, "capped": capped, "about": about}[a.what](a)
 
 
 if __name__ == "__main__":
