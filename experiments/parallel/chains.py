@@ -40,7 +40,7 @@ def row(prompt: Prompt, text: str, tokens: int, world: int) -> dict[str, Any]:
     fitted = predict(0, units, UNIT, uneven)
     all_to_all = [gathered(prompt, tokens, r, world) for r in ranks]
     zigzag = [gathered(prompt, tokens, r, world, True) for r in ranks]
-    piped = [relay(prompt, tokens, r, world) for r in ranks]
+    piped = [relay(prompt.part(1 / world), tokens, r, world) for r in ranks]
     found = {
         "chain_s": alike.seconds(0, UNIT, best), "even_s": alike.seconds(0, UNIT, even(units, world)),
         "gathered_s": seconds(all_to_all, link), "zigzag_s": seconds(zigzag, link),

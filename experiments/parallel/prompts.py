@@ -15,20 +15,20 @@ has are not measured again.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from experiments.parallel import gathered
-from experiments.parallel.quiet import Quiet
+from experiments.parallel.quiet import Quiet, usual
+from experiments.parallel.stopped import halved, seen
 from experiments.runs import arguments, record, recorded
 from outsize.bench.speed import TEXT
 from outsize.engine import open_tokens
@@ -40,18 +40,21 @@ from outsize.kernels.find import find
 from outsize.model.transformer import Transformer
 from outsize.pack import fetch
 from outsize.parallel.cuts import Costs, Cuts, even, predict, search
-from outsize.parallel.des import simulate
+from outsize.parallel.des import Stops, simulate
 from outsize.parallel.meeting import Hello, Meeting, join
+from outsize.parallel.programs import Prompt, relay
 from outsize.parallel.programs import gathered as all_to_all
-from outsize.parallel.programs import relay
-from outsize.parallel.slow import Slow, parse_link
+from outsize.parallel.programs import runahead as runahead_program
+from outsize.parallel.slow import Link, Slow, parse_link
 from outsize.parallel.sockets import Sockets
 from outsize.parallel.transport import Transport
 from outsize.weights import load as weights
 
-HERE, DUTY_S = "127.0.0.1", 0.001
+HERE = "127.0.0.1"
 BUSY, TRIES = 0.1, 2
-STOP, CHAIN, GATHERED = range(3)
+STOP, CHAIN, GATHERED, USUAL = range(4)
+NO_STOPS = Stops(0.0, 0.0)
+TRIES, PICO = 13, 1e12
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,10 @@ def follow(setting: Setting, transport: Transport) -> None:
         slow = rank.slow[told[1]]
         if told[0] == CHAIN:
             runahead.follow(rank.model, slow)
+        elif told[0] == USUAL:
+            own = chain_costs.measured(rank.model, TRIES, usual)
+            found = *astuple(seen() if told[2] else NO_STOPS), own.linear_s, own.pair_s
+            words.send(transport, [0], [round(PICO * s) for s in found])
         else:
             gathered.run(rank.model, slow, rank.ids)
 
@@ -94,7 +101,7 @@ class Leader:
     """Rank 0."""
 
     def __init__(self, setting: Setting, transport: Transport, repeats: int) -> None:
-        self.setting, self.repeats = setting, repeats
+        self.setting, self.repeats, self.half = setting, repeats, False
         self.rank = Rank(setting, transport)
         self.alone_s, self.wanted = self.alone()
 
@@ -135,6 +142,7 @@ class Leader:
         self, link: int, ways: Sequence[str], keep: Callable[[str, dict[str, Any]], None]
     ) -> None:
         """Rows of a chain over one link."""
+        stops, both = self.usual()
         words.send(self.rank.raw, [1], [CHAIN, link])
         slow, model = self.rank.slow[link], self.rank.model
         costs = chain_costs.hear(model, slow)
@@ -158,9 +166,19 @@ class Leader:
                 seconds(cuts[name])
                 took, foretold = known[cuts[name]], costs.seconds(0, unit, cuts[name])
                 row = {**timed(took), "cuts": list(cuts[name]), "simulated_s": foretold}
+                sizes = [unit * c for c in cuts[name]]
+                row |= usual_foretold(both, sizes, costs.link, stops)
                 keep(name, row | {"costs": asdict(costs), **others_foretold(costs, unit * units)})
         finally:
             chain.end()
+
+    def usual(self) -> tuple[Stops, tuple[Prompt, Prompt]]:
+        """How long the other rank goes and stands, as it says, and what a prompt usually costs either rank
+        while the other computes, too: first of the chain's first."""
+        words.send(self.rank.raw, [1], [USUAL, 0, self.half])
+        own = chain_costs.measured(self.rank.model, TRIES, usual)
+        going, standing, linear, pair = (n / PICO for n in words.receive(self.rank.raw, 1))
+        return Stops(going, standing), (replace(own, linear_s=linear, pair_s=pair), own)
 
     def _prompt(self, chain: Chain) -> None:
         model = self.rank.model
@@ -173,30 +191,34 @@ def timed(found: tuple[float, float]) -> dict[str, float]:
     return {"seconds": found[0], "others_cores": found[1]}
 
 
+def usual_foretold(
+    both: tuple[Prompt, Prompt], sizes: Sequence[int], link: Link, stops: Stops
+) -> dict[str, Any]:
+    """Seconds of a chain by the simulator, with what a prompt usually costs either rank; if the first one
+    stands again and again, also with the other's costs in windows."""
+    programs = [runahead_program(p, sizes, r) for r, p in enumerate(both)]
+    found: dict[str, Any] = {"usual": [[p.linear_s, p.pair_s] for p in both]}
+    found["simulated_usual_s"] = simulate(programs, link)[1].end
+    if stops != NO_STOPS:
+        programs = [runahead_program(both[1], sizes, r) for r in (0, 1)]
+        found["simulated_stops_s"] = simulate(programs, link, stops={0: stops})[1].end
+        found["stops"] = astuple(stops)
+    programs = [all_to_all(p, sum(sizes), r, len(both)) for r, p in enumerate(both)]
+    found["simulated_usual_gathered_s"] = max(o.end for o in simulate(programs, link))
+    return found
+
+
 def others_foretold(costs: Costs, tokens: int) -> dict[str, float]:
     """Of ways that are not chains, seconds by the simulator, with a chain's costs."""
     programs = {
         "gathered": [all_to_all(costs.prompt, tokens, r, 2) for r in (0, 1)],
         "zigzag": [all_to_all(costs.prompt, tokens, r, 2, True) for r in (0, 1)],
-        "pipeline": [relay(costs.prompt, tokens, r, 2) for r in (0, 1)],
+        "pipeline": [relay(costs.prompt.part(1 / 2), tokens, r, 2) for r in (0, 1)],
     }
     return {
         f"simulated_{name}_s": max(o.end for o in simulate(made, costs.link))
         for name, made in programs.items()
     }
-
-
-def halved(pid: int) -> int:
-    """A process that stops another half of the time; its id."""
-    if child := os.fork():
-        return child
-    with suppress(ProcessLookupError):
-        while True:
-            os.kill(pid, signal.SIGSTOP)
-            time.sleep(DUTY_S)
-            os.kill(pid, signal.SIGCONT)
-            time.sleep(DUTY_S)
-    os._exit(0)
 
 
 def pinned(core: int) -> None:
@@ -222,20 +244,16 @@ def lead(setting: Setting, transport: Transport, args: Any, child: int) -> None:
 
     if "alone" in ways and ("as it is", "alone") not in known:
         keep("alone", "", timed(leader.alone_s))
-    slower = halved(child) if args.half else 0
-    try:
+    leader.half = args.half
+    with halved(child) if args.half else nullcontext():
         for number, link in enumerate(setting.links):
             left = [w for w in ways if w != "alone" and (link or "as it is", w) not in known]
             if "gathered" in left:
                 keep("gathered", link, leader.gathered(number))
-            if set(left) - {"gathered"}:
-                leader.chains(number, left, lambda way, row, link=link: keep(way, link, row))
-    finally:
-        if slower:
-            os.kill(slower, signal.SIGKILL)
-            os.waitpid(slower, 0)
-            os.kill(child, signal.SIGCONT)
-        words.send(transport, [1], [STOP])
+            for name in left:
+                if name != "gathered":  # each with costs as they are just then
+                    leader.chains(number, [name], lambda way, row, link=link: keep(way, link, row))
+    words.send(transport, [1], [STOP])
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ in tests/parallel/.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -160,10 +161,46 @@ def test_a_relay_gives_the_bits_of_one(
     one, transports = open_tiny(family, encoding), threads(len(speeds))
     with opened(shards_of(one.pack, speeds, RELAY), transports=transports) as run:
         assert torch.equal(run(lambda rank: script(rank.model))[0], script(one.transformer))
-        before = transports[0].wire.sent, transports[0].wire.messages
-        run(lambda rank: full(rank.model, [Span(0, tiny.TOKENS[:7])], [rank.model.new_kv()]))
-    after = transports[0].wire.sent, transports[0].wire.messages
-    assert (after[0] - before[0], after[1] - before[1]) == (7 * 4 * tiny.WIDTH, 1)
+        before = [(t.wire.sent, t.wire.messages) for t in transports]
+        run(lambda rank: full(rank.model, [Span(0, tiny.TOKENS[:7], 2)], [rank.model.new_kv()]))
+    after = [(t.wire.sent, t.wire.messages) for t in transports]
+    more = [(a[0] - b[0], a[1] - b[1]) for a, b in zip(after, before, strict=True)]
+    row = 4 * tiny.WIDTH
+    assert more == [(7 * row, 1)] * (len(speeds) - 1) + [(2 * row, 1)], "back: what is wanted"
+
+
+@pytest.mark.parametrize(("start", "want"), [(0, 1), (0, 40), (20, 0), (0, 90)])
+@pytest.mark.parametrize("speeds", [TWO, THREE])
+def test_a_relay_of_chunks(
+    start: int, want: int, speeds: Sequence[float], open_tiny: Callable[..., Model]
+) -> None:
+    """L3, L6: chunks follow each other, and rows that are wanted come back from those that have any."""
+    one, transports, tokens = open_tiny("qwen2+wide", "q4_0"), threads(len(speeds)), 90
+
+    def run_with(model: Transformer) -> Tensor:
+        before, model.chunk = model.chunk, 32
+        try:
+            kv, ids = model.new_kv(), (tiny.TOKENS * 4)[: start + tokens + 1]
+            for span in [Span(0, ids[:start], 0)] if start else []:
+                hidden(model, [(span, kv)])
+            pairs = [(Span(start, ids[start : start + tokens], want), kv)]
+            (h_TD,) = hidden(model, pairs)
+            out = full(model, [Span(start + tokens, ids[-1:])], [kv])[0].logits_KV
+            return torch.cat([h_TD[tokens - want :].flatten(), out.flatten()])
+        finally:
+            model.chunk = before
+
+    with torch.inference_mode():
+        due = run_with(one.transformer)
+    with opened(shards_of(one.pack, speeds, RELAY), transports=transports) as run:
+        assert torch.equal(run(lambda rank: run_with(rank.model))[0], due)
+    row, chunks = 4 * tiny.WIDTH, -(-(start % 32 + tokens) // 32)
+    narrow = 1 + bool(start)
+    assert [t.wire.sent for t in transports[:-1]] == [(start + tokens + 1) * row] * (
+        len(speeds) - 1
+    )
+    assert [t.wire.messages for t in transports[:-1]] == [chunks + narrow] * (len(speeds) - 1)
+    assert transports[-1].wire.sent == (want + 1) * row
 
 
 def test_a_relay_at_half_memory(open_tiny: Callable[..., Model]) -> None:
@@ -338,6 +375,22 @@ def test_what_cannot_be_cut_is_refused_by_name(open_tiny: Callable[..., Model]) 
         shards("deepseek_v3", RELAY, 3, "bf16")
     with pytest.raises(OptionError, match="ranks is 65"):
         shards("llama+wide", GATHER, 65)
+
+
+def test_layers_follow_speed_then_memory(open_tiny: Callable[..., Model]) -> None:
+    """Whatever the head is to the leader: a prompt has nothing to do with it."""
+    d = open_tiny("llama", "q4_0").pack.description
+    d = replace(d, layers=d.layers * 4)
+    assert d.num_layers == 12
+
+    def layers(speeds: Sequence[float], *most: int | None) -> list[tuple[int, int]]:
+        return [s.layers for s in split("it", d, (), Ranks(tuple(speeds), most), RELAY)]
+
+    assert layers((1.0, 1.0)) == [(0, 6), (6, 12)]
+    assert layers(TWO) == [(0, 8), (8, 12)]
+    assert layers((1.0, 1.0), 2, None) == [(0, 2), (2, 12)]
+    assert layers((1.0, 1.0), 0, 40) == [(0, 1), (1, 12)], "one at least"
+    assert layers((1.0, 1.0, 1.0), 2, None, 3) == [(0, 2), (2, 9), (9, 12)]
 
 
 def test_parts_follow_speed_then_memory() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from outsize.parallel.des import Compute, Program, Receive, Send, play, simulate
+from outsize.parallel.des import Compute, Program, Receive, Send, Stops, play, simulate
 from outsize.parallel.programs import Layer, Prompt, Tensor, alone, gathered, relay, runahead
 from outsize.parallel.slow import Link, Slow
 from outsize.parallel.transport import Transport, threads
@@ -34,6 +34,19 @@ def test_messages_queue_on_a_link_and_computing_goes_on() -> None:
     ]
     once = LINK.duration(125_000)
     assert ends(programs) == pytest.approx([0.5, 2 * once + 1e-4])
+
+
+def test_a_rank_that_stands_again_and_again() -> None:
+    stops = Stops(0.3, 0.1)
+    assert stops.after(0.0, 0.2) == pytest.approx(0.2)
+    assert stops.after(0.1, 0.5) == pytest.approx(0.8), "0.2, a stop, 0.3, a stop"
+    assert stops.after(0.35, 0.1) == pytest.approx(0.5), "it begins when it goes again"
+    assert stops.after(0.35, 0.0) == pytest.approx(0.4), "it sees what came when it goes again"
+    programs: list[Program] = [[Compute(0.5), Send(1, 1000)], [Receive(0, 1000), Compute(0.1)]]
+    on_wire = LINK.duration(1000) + 1e-4
+    got = simulate(programs, LINK, stops={0: stops})
+    assert [o.end for o in got] == pytest.approx([0.6, 0.7 + on_wire])
+    assert got[0].computed == pytest.approx(0.5)
 
 
 def test_ranks_that_wait_for_each_other() -> None:
@@ -99,7 +112,10 @@ def test_baselines() -> None:
     ]
     assert uneven[1] > 1.1 * uneven[0]
     assert fair[1] == pytest.approx(fair[0])
-    piped = simulate([relay(QWEN, tokens, r, 2) for r in range(2)], LINK)
+    piped_back = relay(QWEN, tokens, 1, 2, wanted=300)
+    backs = [op.size for op in piped_back if isinstance(op, Send)]
+    assert backs == [44 * QWEN.row_bytes, 256 * QWEN.row_bytes]
+    piped = simulate([relay(QWEN.part(1 / 2), tokens, r, 2) for r in range(2)], LINK)
     assert [o.computed for o in piped] == pytest.approx([QWEN.seconds(0, tokens) / 2] * 2)
     assert piped[1].end < 0.6 * QWEN.seconds(0, tokens)
 
@@ -111,7 +127,7 @@ def test_a_program_played_takes_as_long() -> None:
     cases: list[list[Program]] = [
         [runahead(small, [150, 100], r) for r in range(2)],
         [gathered(small, 250, r, 2) for r in range(2)],
-        [relay(small, 250, r, 2, 64) for r in range(2)],
+        [relay(small.part(1 / 2), 250, r, 2, 64) for r in range(2)],
     ]
     for programs in cases:
         wanted = max(ends(programs, link))

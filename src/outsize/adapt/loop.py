@@ -216,6 +216,8 @@ def _differences(about: Mapping[str, object], training: Training) -> list[str]:
     """What a checkpoint says of itself that is otherwise now."""
     told, now = about.get("recipe"), training.task.recipe.to_json()
     known = told if isinstance(told, dict) else {}
+    own = {k: v for k, v in training.task.about().items() if k != "kind"}
+    known, now = {**known, **{k: about.get(k) for k in own}}, {**now, **own}
     out = [f"{k} was {known.get(k)!r}, is {v!r}" for k, v in now.items() if known.get(k) != v]
     kind, was = training.task.about().get("kind"), about.get("kind")
     out += [] if was == kind else [f"kind was {was!r}, is {kind!r}"]

@@ -39,6 +39,7 @@ from outsize.pack import fetch
 from outsize.pack.format import Pack
 from outsize.pack.outline import Outline, of_pack
 from outsize.parallel.collective import Collective
+from outsize.parallel.spec import parse_parallel
 from outsize.plan import chunk as chunk_plan
 from outsize.plan import decide, nested, neurons, probe
 from outsize.plan import make as planning
@@ -187,8 +188,9 @@ def _open(
     found = tokens(made)
     memory.trim()
     placement = decide.decide(outline, options, size, before, max(0, memory.resident() - before))
+    share = nested.settled(options.width, outline, placement)
     if not options.quiet:
-        notices.noted(placement, options, experts)
+        notices.noted(placement, options, experts, (share, nested.cost(packs.nested, share)))
     if on_plan is not None:
         on_plan(outline, placement)
     chunk = options.chunk or _chunk(options, outline, placement)
@@ -202,7 +204,6 @@ def _open(
             opened.callback(smaller.close)
         with bars(options.quiet) as progress:
             paged = None if outline.neurons is None else packs.neurons
-            share = nested.settled(options, outline, placement)
             caching = nested.experts(options, experts, packs.nested, share)
             banks = neurons.banks_of(paged)
             plan = LoadPlan(placement.shares, options.verify, caching, packs.copies, banks)
@@ -216,6 +217,7 @@ def _open(
         if paged is not None:
             _page(transformer, paged, native, experts.recorder)
         nested.install(transformer.nested, packs.nested, share)
+        transformer.nested.is_shared = team is not None
         drafts = _drafting(made, options, placement, transformer, smaller)
         drafts.nested = nested.drafter(packs.nested, options, (outline, placement), transformer)
         opened.pop_all()
@@ -248,9 +250,12 @@ def _transformer(
 
 
 def _chunk(options: LoadOptions, outline: Outline, placement: Placement) -> int:
-    """Tokens of a prompt that are computed at once: fewer where other replies would wait for them."""
+    """Tokens of a prompt that are computed at once: fewer where other replies, or other ranks, would wait for
+    them."""
     if options.streams == 1:
-        return CHUNK if options.prefix_cache in (None, "off") else open_prefixes.SHARED_CHUNK
+        relayed = options.ranks > 1 and parse_parallel(options.parallel).way.cut == "layers"
+        is_shared = relayed or options.prefix_cache not in (None, "off")
+        return open_prefixes.SHARED_CHUNK if is_shared else CHUNK
     return chunk_plan.best(planning.cost_if_known(outline, placement))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -17,15 +18,17 @@ from outsize.parallel.slow import Link
 from outsize.parallel.transport import Transport, others
 
 DEPTH = 2048  # tokens before those that are measured
-TRIES = 3  # of which the fastest counts
+TRIES = 3
+Of = Callable[[Sequence[float]], float]  # of some tries, what counts
 PINGS, LARGE = 10, 256 << 10  # exchanges of a few bytes, and one message of so many
 PICO = 1e12  # seconds are told as whole numbers of these
 LEADER = 0
 
 
 @torch.inference_mode()
-def measured(model: Transformer) -> Prompt:
-    """Seconds a token and a (query, key) pair, of all layers, on this rank."""
+def measured(model: Transformer, tries: int = TRIES, of: Of = min) -> Prompt:
+    """Seconds a token and a (query, key) pair, of all layers, on this rank: of each half of a layer the
+    fastest of some tries, or what else is made `of` them."""
     d = model.description
     windows = [layer.window for layer in d.layers]
     full = [i for i, window in enumerate(windows) if window is None]
@@ -33,31 +36,34 @@ def measured(model: Transformer) -> Prompt:
     kv = model.new_kv()
     _, num_heads, _, width = kv.like.shape
     model.begin(True)
-    at_once = _layer_s(model, kv, layer, 0)
+    at_once = _layer_s(model, kv, (layer, 0), tries, of)
     kv.truncate(0)
     kv.append_entries(layer, kv.like.new_zeros(num_heads, DEPTH, width))
-    deep = _layer_s(model, kv, layer, DEPTH)
+    deep = _layer_s(model, kv, (layer, DEPTH), tries, of)
     pair_s = max(0.0, deep[0] - at_once[0]) / (rows * DEPTH)
     linear_s = max(1e-12, (sum(at_once) - pair_s * rows * rows / 2) / rows)
     each = num_heads * width * kv.like.element_size()
     return Prompt(linear_s * d.num_layers, pair_s * len(full), d.num_layers, each, 4 * d.width)
 
 
-def _layer_s(model: Transformer, kv: KV, layer: int, start: int) -> tuple[float, float]:
-    """Seconds of a layer's two halves, for a chunk after `start` tokens."""
+def _layer_s(
+    model: Transformer, kv: KV, place: tuple[int, int], tries: int, of: Of
+) -> tuple[float, float]:
+    """Seconds of a layer's two halves, for a chunk after so many tokens."""
+    layer, start = place
     d, rows = model.description, model.chunk
     h_TD = torch.zeros(rows, d.width, dtype=torch.float32, device="cpu")
     h_TD.view(-1)[:: d.width + 1] = 1.0
     inputs = token_inputs(model, [0] * rows)(h_TD, slice(0, rows))
-    best = [float("inf"), float("inf")]
-    for _ in range(TRIES):
+    took: tuple[list[float], list[float]] = [], []
+    for _ in range(tries):
         kv.truncate(start)
         step = model.step([Segment(kv, range(start, start + rows))], True, (), (), inputs)
         for half in (0, 1):
             began = time.perf_counter()
             model.paged_layers[2 * layer + half]([(h_TD, step)])
-            best[half] = min(best[half], time.perf_counter() - began)
-    return best[0], best[1]
+            took[half].append(time.perf_counter() - began)
+    return of(took[0]), of(took[1])
 
 
 def tell(model: Transformer, transport: Transport) -> None:

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from outsize.forward.groups import Pair, Steps, added, groups
+from outsize.forward.groups import Pair, Steps, added, groups, wanted
 from outsize.forward.inputs import embedded, token_inputs
 from outsize.forward.shared_keys import last_steps
 from outsize.forward.span import Out, Span, widths
@@ -50,7 +50,7 @@ def outs(model: Transformer, spans: Sequence[Span], rows: Sequence[Tensor]) -> l
 
 def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:
     """For each span (T, D) fp32: the residual stream after the last block, for all its tokens (where layers
-    share keys and values: for those whose logits are wanted)."""
+    share keys and values, or other ranks have the last ones: for those whose logits are wanted)."""
     for span, kv in pairs:
         kv.truncate(span.start)
     order = sorted(range(len(pairs)), key=lambda i: pairs[i][0].is_narrow)
@@ -67,7 +67,12 @@ def hidden(model: Transformer, pairs: Sequence[Pair]) -> list[Tensor]:
     last = [*last_steps(model, ordered, steps, partial(inputs, h_TD))]
     model.begin(len(pairs) > 1 or not pairs[0][0].is_narrow)
     with model.leader.step(pairs) if model.leader is not None else nullcontext():
-        _run(model, h_TD, steps, last)
+        if model.relay is None:
+            _run(model, h_TD, steps, last)
+        else:
+            chunks = [(h_TD[rows], step) for rows, step in steps]
+            model.relay.run(model.paged_layers, chunks, [*wanted(ordered, steps)])
+        model.memory.end_pass()
     rows = h_TD.split([span.num_rows for span, _ in ordered])
     return [h for _, h in sorted(zip(order, rows, strict=True), key=lambda item: item[0])]
 
@@ -77,13 +82,10 @@ def _run(model: Transformer, h_TD: Tensor, steps: Steps, last: Steps) -> None:
     the `last` ones. Changes h_TD."""
     chunks = [(h_TD[rows], step) for rows, step in steps]
     is_long = any(step.wide for _, step in steps)
-    if model.relay is not None:
-        model.relay.run(model.paged_layers, chunks)
     makes_keys = 2 * model.description.num_kv_layers
-    for number, layer in enumerate(model.paged_layers if model.relay is None else ()):
+    for number, layer in enumerate(model.paged_layers):
         if number == makes_keys:
             chunks = [(h_TD[rows], step) for rows, step in last]
         layer(chunks)
         if is_long:
             model.memory.trim()
-    model.memory.end_pass()

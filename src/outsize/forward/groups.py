@@ -50,3 +50,15 @@ def added(segments: Sequence[Segment], spans: Sequence[Span]) -> Iterator[tuple[
         if span.masks is not None and segment.num_masks:
             yield slice(end - segment.num_masks, end), span.masks.adapter
         at = end
+
+
+def wanted(pairs: Sequence[Pair], steps: Steps) -> Iterator[list[slice]]:
+    """Of each step the rows, numbered within it, whose logits are wanted."""
+    ends, end = list[range](), 0
+    for span, _ in pairs:
+        end += span.num_rows
+        last = end - span.num_masks
+        ends.append(range(last - span.want, last))
+    for rows, _ in steps:
+        both = [(max(r.start, rows.start), min(r.stop, rows.stop)) for r in ends]
+        yield [slice(a - rows.start, b - rows.start) for a, b in both if a < b]

@@ -6,8 +6,8 @@ number and run the same rows through the layers; logits are the leader's. Where 
 step made (of a prompt that was kept), the leader sends them along.
 
 A step is whole numbers (words.py): how many caches are done with, these; then for each sequence its cache,
-the position from which the cache is behind, its adapter, the first position of its tokens, their number, and
-they.
+the position from which the cache is behind, its adapter, the first position of its tokens, how many of the
+last ones' logits are wanted, their number, and they.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from outsize.parallel.transport import Transport, Wire, others
 from outsize.system.interrupts import put_off
 
 Pair = tuple[Span, KV]
+ABOUT = 6  # whole numbers of a sequence before its tokens
 
 
 class Leading:
@@ -117,7 +118,8 @@ class Lead(Leading):
             kv.moved, self._known[number] = ALL, span.start + len(span.tokens)
             behind.append((kv, known, span.start))
             adapter = numbered(span, self.adapters)
-            told.extend([number, known, adapter, span.start, len(span.tokens), *span.tokens])
+            told.extend([number, known, adapter, span.start, span.want])
+            told.extend([len(span.tokens), *span.tokens])
         words.send(self._transport, self._others, told)
         for kv, known, start in behind:
             words.send_entries(self._transport, self._others, kv, range(known, start))
@@ -168,14 +170,14 @@ def follow(model: Transformer, transport: Transport, adapters: Sequence[Adapter]
         pairs: list[Pair] = []
         behind = []
         while at < len(told):
-            number, known, adapter, start, size = told[at : at + 5]
-            tokens, at = told[at + 5 : at + 5 + size].tolist(), at + 5 + size
+            number, known, adapter, start, want, size = told[at : at + ABOUT]
+            tokens, at = told[at + ABOUT : at + ABOUT + size].tolist(), at + ABOUT + size
             if number not in kvs:
                 kvs[number] = model.new_kv()
             kv = kvs[number]
             behind.append((kv, known, start))
             own = adapters[adapter - 1] if adapter else None
-            pairs.append((Span(start, tokens, 0, adapter=own), kv))
+            pairs.append((Span(start, tokens, want, adapter=own), kv))
         for kv, known, start in behind:
             words.receive_entries(transport, leader, kv, range(known, start))
         with model.threads.narrow(all(span.is_narrow for span, _ in pairs)):

@@ -30,7 +30,7 @@ from outsize.forward.span import Out, Span
 from outsize.kv.kv import KV
 from outsize.model.lora import Adapter
 from outsize.model.paged import PagedLayer
-from outsize.model.step import Step
+from outsize.model.ranks import Chunk, Wanted
 from outsize.model.transformer import Transformer
 from outsize.parallel.cuts import Costs, Cuts
 from outsize.parallel.lane import Line
@@ -158,7 +158,7 @@ class Link:
         )
         self._sending = deque[tuple[Future[Tensor], int]]()
 
-    def run(self, layers: Sequence[PagedLayer], chunks: Sequence[tuple[Tensor, Step]]) -> None:
+    def run(self, layers: Sequence[PagedLayer], chunks: Sequence[Chunk], _wanted: Wanted) -> None:
         """All chunks through all layers. Changes their h_TD. Raises PeerError."""
         try:
             for number, layer in enumerate(layers):

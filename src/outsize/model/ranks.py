@@ -12,6 +12,9 @@ from outsize.model.paged import PagedLayer
 from outsize.model.step import Step
 from outsize.parallel.transport import Wire
 
+Chunk = tuple[Tensor, Step]  # rows of the residual stream, and their step
+Wanted = Sequence[Sequence[slice]]  # of each chunk, rows of it whose logits are wanted
+
 
 class Leader(Protocol):
     """Of several ranks, what tells the others of a step (forward/lead.py)."""
@@ -34,6 +37,7 @@ class Stages(Protocol):
         """Does it look embeddings up?"""
         ...
 
-    def run(self, layers: Sequence[PagedLayer], chunks: Sequence[tuple[Tensor, Step]], /) -> None:
-        """All chunks through this rank's layers and the others'. Changes the residual streams."""
+    def run(self, layers: Sequence[PagedLayer], chunks: Sequence[Chunk], wanted: Wanted, /) -> None:
+        """All chunks through this rank's layers and the others'. Changes the residual streams; rows that are
+        not `wanted` need not be whole."""
         ...

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from outsize.parallel.slow import Link
 from outsize.parallel.transport import Transport
@@ -41,6 +42,26 @@ Op = Compute | Send | Receive
 Program = Sequence[Op]
 
 
+@dataclass(frozen=True)
+class Stops:
+    """Of a rank that goes and stands in turn, as a process that another stops again and again: seconds."""
+
+    going_s: float
+    standing_s: float
+
+    def after(self, now: float, seconds: float) -> float:
+        """When what begins at `now` has had so many seconds of the rank's own; if the rank stands then, when
+        it goes again."""
+        period = self.going_s + self.standing_s
+        rounds, within = divmod(now, period)
+        done = rounds * self.going_s + min(within, self.going_s) + seconds
+        rounds, within = divmod(done, self.going_s)
+        return max(now, rounds * period + within)
+
+
+NO_STOPS: Mapping[int, Stops] = MappingProxyType({})
+
+
 @dataclass
 class Outcome:
     """Of one rank, in seconds."""
@@ -59,12 +80,22 @@ class _Rank:
     now: float = 0.0
     out_free: float = 0.0
     in_free: float = 0.0
+    stops: Stops | None = None
+
+    def work(self, seconds: float) -> None:
+        self.now = self.now + seconds if self.stops is None else self.stops.after(self.now, seconds)
 
 
-def simulate(programs: Sequence[Program], link: Link, call_s: float = 0.0) -> list[Outcome]:
+def simulate(
+    programs: Sequence[Program],
+    link: Link,
+    call_s: float = 0.0,
+    stops: Mapping[int, Stops] = NO_STOPS,
+) -> list[Outcome]:
     """Run the ranks' programs together. `call_s`: what sending or receiving one message costs a rank's own
-    time. Raises ValueError if they wait for each other for ever."""
-    ranks = [_Rank(deque(program)) for program in programs]
+    time; `stops`: of ranks that stand again and again. Raises ValueError if they wait for each other for
+    ever."""
+    ranks = [_Rank(deque(program), stops=stops.get(r)) for r, program in enumerate(programs)]
     sent: dict[tuple[int, int], deque[float]] = {}
     while any(rank.ops for rank in ranks):
         if not any(_advance(number, rank, sent, link, call_s) for number, rank in enumerate(ranks)):
@@ -82,10 +113,10 @@ def _advance(
     while rank.ops:
         op = rank.ops[0]
         if isinstance(op, Compute):
-            rank.now += op.seconds
+            rank.work(op.seconds)
             rank.outcome.computed += op.seconds
         elif isinstance(op, Send):
-            rank.now += call_s
+            rank.work(call_s)
             rank.out_free = max(rank.now, rank.out_free) + link.duration(op.size)
             sent.setdefault((number, op.to), deque()).append(rank.out_free + link.delay_s)
             rank.outcome.sent += op.size
@@ -96,7 +127,8 @@ def _advance(
                 break
             rank.in_free = max(arriving.popleft(), rank.in_free + link.duration(op.size))
             rank.outcome.waited += max(0.0, rank.in_free - rank.now)
-            rank.now = max(rank.now, rank.in_free) + call_s
+            rank.now = max(rank.now, rank.in_free)
+            rank.work(call_s)
         rank.ops.popleft()
         rank.outcome.end, moved = rank.now, True
     return moved

@@ -6,11 +6,27 @@ A prompt's costs are two measured numbers: seconds a token, and seconds a pair o
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from outsize.parallel.des import Compute, Op, Program, Receive, Send
 from outsize.parallel.transport import others
+
+WORD, FRAME = 8, 512  # bytes of a number, and of a step's first message
+ABOUT = 8  # numbers of a step of one sequence beside its tokens
+
+
+def told(tokens: int) -> list[int]:
+    """Bytes of the messages that tell the others of a step of one sequence (forward/lead.py)."""
+    size = WORD * (ABOUT + tokens)
+    return [FRAME, size - FRAME] if size > FRAME else [FRAME]
+
+
+def telling(tokens: int, rank: int, world: int) -> list[Op]:
+    """The same, as this rank sends or receives them."""
+    if rank:
+        return [Receive(0, size) for size in told(tokens)]
+    return [Send(r, size) for size in told(tokens) for r in range(1, world)]
 
 
 @dataclass(frozen=True)
@@ -51,6 +67,10 @@ class Tensor:
             ops += self._sublayer(self.each.ffn_s, True, rank, world)
         return [*ops, Compute(self.last_s, "head")]
 
+    def token(self, rank: int, world: int) -> Program:
+        """The same, of one token, with what the leader tells the others before."""
+        return [*telling(1, rank, world), *self.program(rank, world)]
+
     def _sublayer(self, seconds: float, summed: bool, rank: int, world: int) -> list[Op]:
         ops: list[Op] = []
         late: list[Op] = []
@@ -81,6 +101,10 @@ class Prompt:
     def seconds(self, start: int, tokens: int) -> float:
         """Of all layers, for tokens after `start` others."""
         return self.linear_s * tokens + self.pair_s * tokens * (start + tokens / 2)
+
+    def part(self, share: float) -> Prompt:
+        """Of a rank that has such a share of the layers."""
+        return replace(self, linear_s=self.linear_s * share, pair_s=self.pair_s * share)
 
     def qkv(self, tokens: int) -> float:
         return self.before * self.linear_s * tokens / self.layers
@@ -122,14 +146,23 @@ def gathered(prompt: Prompt, tokens: int, rank: int, world: int, zigzag: bool = 
     return [*layer, Compute(rest, "attention")] * prompt.layers
 
 
-def relay(prompt: Prompt, tokens: int, rank: int, world: int, chunk: int = 256) -> Program:
-    """A pipeline over layers: each rank has an equal part of them, chunks follow each other."""
-    ops: list[Op] = []
+def relay(
+    prompt: Prompt, tokens: int, rank: int, world: int, chunk: int = 256, wanted: int = 1
+) -> Program:
+    """A pipeline over layers (forward/relay.py), chunks follow each other. `prompt`: of this rank's layers;
+    `wanted`: of how many of the last tokens the rows go back to the leader."""
+    ops = telling(tokens, rank, world) if world > 1 else []
+    last, back = rank == world - 1, list[Op]()
     for start in range(0, tokens, chunk):
         some = min(chunk, tokens - start)
+        asked = max(0, start + some - max(start, tokens - wanted)) * prompt.row_bytes
         if rank:
             ops.append(Receive(rank - 1, some * prompt.row_bytes))
-        ops.append(Compute(prompt.seconds(start, some) / world))
-        if rank < world - 1:
+        ops.append(Compute(prompt.seconds(start, some)))
+        if not last:
             ops.append(Send(rank + 1, some * prompt.row_bytes))
-    return ops
+        elif rank and asked:
+            ops.append(Send(0, asked))
+        if rank == 0 and world > 1 and asked:
+            back.append(Receive(world - 1, asked))
+    return [*ops, *back]

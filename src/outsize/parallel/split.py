@@ -54,7 +54,7 @@ def split(
     """The shards of a model, one a rank. `name`: of its pack. Raises OptionError, UnsupportedError."""
     check(name, d, ranks.world, way)
     if way.cut == "layers":
-        return _by_layers(name, d, tables, ranks)
+        return _by_layers(name, d, ranks)
     if way.cut in UNCUT:
         return tuple(_all_of(d, rank, ranks.world) for rank in range(ranks.world))
     matrices = _Matrices(tables)
@@ -95,8 +95,9 @@ def check(name: str, d: Description, world: int, way: Way) -> None:
             f"{name} keeps states of sequences in place of some keys and values, which ranks do not share; "
             "run it on one"
         )
-    if way.cut == "experts" and (d.mixture is None or d.mixture.nested):
-        raise OptionError(f"{name} has no experts to share out; use --parallel tensor")
+    if way.cut == "experts" and (d.mixture is None or d.is_nested):
+        way_out = "relay" if d.mixture is not None else "tensor"
+        raise OptionError(f"{name} has no experts to share out; use --parallel {way_out}")
     if way.cut == "experts" and d.mixture is not None and d.mixture.beside:
         raise UnsupportedError(
             f"{name} has a dense feed-forward beside its experts, which ranks do not share out; leave "
@@ -105,8 +106,10 @@ def check(name: str, d: Description, world: int, way: Way) -> None:
     if way.cut in UNCUT:
         return
     if d.mixture is not None and way.cut != "layers":
+        what = "of nested experts" if d.is_nested else "a mixture of experts"
+        ways = "relay" if d.is_nested else "experts, or relay"
         raise UnsupportedError(
-            f"{name} is a mixture of experts, whose matrices are not cut; use --parallel experts, or relay"
+            f"{name} is {what}, whose matrices are not cut; use --parallel {ways}"
         )
     if d.reads_tokens or len(d.forms) > 1 or d.value_norm or d.out_scale:
         raise UnsupportedError(
@@ -250,25 +253,15 @@ def _all_of(d: Description, rank: int, world: int) -> Shard:
     return Shard(rank, world, "whole", "whole", *whole, *sizes, (), (), layers, d.num_layers)
 
 
-def _by_layers(
-    name: str, d: Description, tables: Sequence[TableHeader], ranks: Ranks
-) -> tuple[Shard, ...]:
-    """Layers in a row, by speed, then by memory; what the head costs the leader, it has less of layers."""
+def _by_layers(name: str, d: Description, ranks: Ranks) -> tuple[Shard, ...]:
+    """Layers in a row, by speed, then by memory. A token goes through one rank after the other, however they
+    are shared out; of a prompt, which has hardly anything to do with the head, all have as long."""
     if d.num_layers < ranks.world:
         raise UnsupportedError(
             f"{name} has {d.num_layers} layers, fewer than {ranks.world} ranks; use fewer ranks"
         )
-    size = sum(t.size for t in tables if t.kind != "rows")
-    head = next(t for t in tables if t.name == ("embed" if d.tied else "head"))
-    extra = round(d.num_layers * head.size / size) if d.mixture is None else 0
-    extra = min(extra, d.num_layers // ranks.world - 1)  # layers that the head stands for
-    most = list(ranks.most) or [None] * ranks.world
-    most[0] = None if most[0] is None else most[0] + extra
-    first, *others = parts(d.num_layers + extra, ranks.speeds, most)
-    first = max(1, first - extra)
-    ends = [first, *(first + n for n in accumulate(others))]
-    ends = [min(end, d.num_layers - ranks.world + 1 + r) for r, end in enumerate(ends[:-1])]
-    ends.append(d.num_layers)
+    most = [None if m is None else max(1, m) for m in ranks.most] or [None] * ranks.world
+    ends = [*accumulate(parts(d.num_layers, ranks.speeds, most))]
     found = tuple(
         replace(_all_of(d, r, ranks.world), cut="layers", layers=(start, end))
         for r, (start, end) in enumerate(zip([0, *ends], ends, strict=False))

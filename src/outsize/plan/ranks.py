@@ -30,6 +30,7 @@ from outsize.plan.make import computing
 from outsize.plan.place import tokenizer_bytes
 from outsize.plan.placement import Placement
 from outsize.plan.probe import set_threads
+from outsize.plan.rank_room import most_parts
 from outsize.plan.warmup import runtime_bytes
 from outsize.system import memory
 
@@ -130,13 +131,21 @@ def make(model: str, options: LoadOptions, link: Link) -> RanksPlan:
 def _way(figures: _Figures, way: Way, options: LoadOptions, sizes: tuple[int, int]) -> WayPlan:
     whole, (size, runtime) = figures.whole, sizes
     try:
-        equal = Ranks((1.0,) * options.ranks)
-        shards = split(whole.name, whole.description, whole.tables, equal, way)
+        shards = split(
+            whole.name, whole.description, whole.tables, _equal(whole, way, options, sizes), way
+        )
         ranks = tuple(_rank(whole, s, options, (size, runtime)) for s in shards)
     except OutsizeError as e:
         return WayPlan(way, refused=str(e))
     wire_s, messages, sent = figures.wire(way, shards)
     return WayPlan(way, ranks, messages, sent, figures.token_s(way, ranks) + wire_s, wire_s)
+
+
+def _equal(whole: Outline, way: Way, options: LoadOptions, sizes: tuple[int, int]) -> Ranks:
+    """Ranks as fast and as large as each other, of which the first has the head, too."""
+    told = dict(zip(("memory", "runtime"), sizes, strict=True))
+    most = (most_parts(whole, told, r == 0, (options.context, way)) for r in range(options.ranks))
+    return Ranks((1.0,) * options.ranks, () if way.cut in UNCUT else tuple(most))
 
 
 def _rank(whole: Outline, shard: Shard, options: LoadOptions, sizes: tuple[int, int]) -> RankPlan:

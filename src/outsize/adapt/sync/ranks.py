@@ -22,7 +22,7 @@ from outsize.kernels.find import find
 from outsize.kernels.turned import BITS, turner
 from outsize.model.dropped import SummedAttention
 from outsize.model.paged import PagedLayer
-from outsize.model.step import Step
+from outsize.model.ranks import Chunk, Wanted
 from outsize.model.transformer import Transformer
 from outsize.model_parts import Shard
 from outsize.pack.format import Pack
@@ -153,7 +153,7 @@ class _Fitting:
     def __init__(self, rank: Rank, fits: dict[int, Fit]) -> None:
         self._rank, self._fits = rank, fits
 
-    def run(self, layers: Sequence[PagedLayer], chunks: Sequence[tuple[Tensor, Step]]) -> None:
+    def run(self, layers: Sequence[PagedLayer], chunks: Sequence[Chunk], _wanted: Wanted) -> None:
         for number, layer in enumerate(layers):
             fit = self._fits.get(number // 2) if number % 2 == 0 else None
             half = layer.resident

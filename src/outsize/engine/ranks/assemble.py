@@ -11,7 +11,7 @@ from outsize.engine.ranks.children import Children
 from outsize.engine.ranks.how import address
 from outsize.engine.ranks.leader import Team
 from outsize.engine.ranks.meet import How, introduced
-from outsize.engine.ranks.speed import bytes_per_s, most_parts
+from outsize.engine.ranks.speed import bytes_per_s
 from outsize.engine.ranks.sync import find
 from outsize.engine.ranks.talk import Talk, digest, field
 from outsize.errors import OptionError
@@ -23,6 +23,7 @@ from outsize.pack.outline import of_pack
 from outsize.parallel.meeting import Hello, Meeting
 from outsize.parallel.spec import parse_parallel
 from outsize.parallel.split import UNCUT, Ranks, check, split
+from outsize.plan.rank_room import most_parts
 from outsize.system import memory
 
 CHILDREN_S = 120.0  # for ranks on this machine to come
