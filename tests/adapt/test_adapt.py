@@ -149,6 +149,14 @@ def test_a_loss_in_chunks_is_the_plain_loss(chunk: int, monkeypatch: pytest.Monk
     ours.backward()
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=0)
     torch.testing.assert_close(z.grad, expected, rtol=1e-12, atol=1e-15)
+    pull, z.grad = torch.randn(7).double(), None
+    plain = (z @ head.T).log_softmax(-1)[torch.arange(7), label]
+    (expected,) = torch.autograd.grad((plain * pull).sum(), z)
+    each = head_loss.head_logs(z, label, head)
+    torch.testing.assert_close(each, plain, rtol=1e-12, atol=0)
+    torch.testing.assert_close(*torch.autograd.grad((each * pull).sum(), z), expected)
+    with torch.no_grad():
+        assert torch.equal(head_loss.head_logs(z, label, head), each)
 
 
 def test_training_multiplies_in_bf16_where_that_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +297,7 @@ def test_places(tmp_path: Path) -> None:
 
     with pytest.raises(OptionError, match="is a folder; name a file in it"):
         opened(replace(good, output=tmp_path))
-    with pytest.raises(OptionError, match=r"is no folder, so that b.safetensors could not"):
+    with pytest.raises(OptionError, match=r"is no folder that can be written, as b.safe"):
         opened(replace(good, output=tmp_path / "none" / "b.safetensors"))
     with (
         session(good),

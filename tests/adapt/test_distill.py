@@ -360,8 +360,13 @@ def test_an_interrupt_saves(packs: tuple[Pack, Pack], text: Path, tmp_path: Path
     """Ctrl-C, while training: the command ends in words, with a checkpoint of where it was."""
     output = tmp_path / "a.safetensors"
     words = words_of(packs[1], text, output, "--rank", "2", "--steps", "2000", "--every", "5", "-q")
+    script = (
+        "import signal\nfrom outsize.cli.main import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background ignores it
+        "main()"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-m", "outsize.cli.main", *words], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, *words], stderr=subprocess.PIPE, text=True
     )
     checkpoint = output.with_suffix(".checkpoint")
     while not checkpoint.is_file():
@@ -402,7 +407,7 @@ def test_memory_is_within_what_is_said(tmp_path: Path, home: Path, text: Path) -
         )
         assert ran.returncode == 0, ran.stderr
         took = int(ran.stderr.split("peak ")[1])
-        assert 0.4 * said < took <= said
+        assert 0.25 * said < took <= said
 
 
 @pytest.mark.slow

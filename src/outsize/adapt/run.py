@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,10 +52,10 @@ def _check_place(output: Path) -> None:
     """Before hours are spent on it."""
     if output.is_dir():
         raise OptionError(f"{output} is a folder; name a file in it")
-    if not output.parent.is_dir():
+    if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
         raise OptionError(
-            f"{output.parent} is no folder, so that {output.name} could not be written; make it, or name "
-            "another output"
+            f"{output.parent} is no folder that can be written, as {output.name} in it is to be; make it, or "
+            "name another output"
         )
 
 
@@ -65,14 +66,17 @@ def _alone(output: Path) -> Iterator[None]:
         yield
         return
     path = output.with_name(f".{output.name}.lock")
-    try:
-        with locked(path, timeout=0):
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(path, timeout=0))
+        except filelock.Timeout:
+            raise OptionError(
+                f"another process trains {output} now; wait for it, or name another output"
+            ) from None
+        try:
             yield
+        finally:
             path.unlink(missing_ok=True)
-    except filelock.Timeout:
-        raise OptionError(
-            f"another process trains {output} now; wait for it, or name another output"
-        ) from None
 
 
 def _run(options: TrainOptions, recipe: loop.Recipe, make: MakeTask, device: torch.device) -> None:

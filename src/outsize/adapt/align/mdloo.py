@@ -26,6 +26,7 @@ from outsize.adapt.distill.data import Batch, collate
 from outsize.adapt.distill.factors import LoraStudent
 from outsize.adapt.distill.task import states
 from outsize.adapt.examples import Example
+from outsize.adapt.head_loss import head_logs
 from outsize.adapt.loop import Recipe
 from outsize.adapt.processes import average, processes
 from outsize.adapt.trainable import TrainableModel
@@ -210,7 +211,6 @@ def log_probs(model: TrainableModel, examples: Sequence[Example], change: Change
     """(M,) log-probability of each answer."""
     batch: Batch = collate(examples, model.device)
     z_ND = states(model, batch, change)
-    logits = model.logits(z_ND).float()
-    own_N = logits.gather(1, batch.label_N[:, None])[:, 0] - logits.logsumexp(dim=1)
+    own_N = head_logs(z_ND, batch.label_N, model.head_VD)
     zero = torch.zeros(len(examples), dtype=own_N.dtype, device=own_N.device)
     return zero.index_add(0, batch.row_N, own_N)
