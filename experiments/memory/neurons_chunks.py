@@ -7,21 +7,24 @@ wall-clock, at equal memory, read past the page cache.
 
 `make` writes an add-on file to FOLDER for each way and share, all of one predictor that sees the same text,
 with perplexity of held-out text (in spans of 16 tokens), and the price of a read that chunks were fitted by.
-`time` decodes a text token by token with the files that are named, in turn, each in a process of its own
-whose --memory holds such a share of the bundles: importance as it was before (each bundle a read), importance
-with neighbours in one read, and chunks. Rows state what `outsize plan` says of the same run."""
+`time` decodes a text token by token with the files that are named, in turn, each in a process of its own with
+slots for such a share of the bundles (--held): importance as it was before (each bundle a read), importance
+with neighbours in one read, and chunks. Rows state what `outsize plan` says of the same run; `plan --runs
+RAW.jsonl` says it again of runs that were recorded."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from experiments.quality.neurons import CPU
-from experiments.runs import HIDDEN, Row, arguments, fresh, good, record
+from experiments.runs import HIDDEN, Row, arguments, fresh, good, record, recorded
 from outsize.adapt.sparsity.cost import perplexity
 from outsize.adapt.sparsity.layer import Layer, fit
 from outsize.adapt.sparsity.measure import by_use, samples
@@ -31,22 +34,24 @@ from outsize.adapt.sparsity.run import SparsityOptions, Work
 from outsize.adapt.sparsity.words import words
 from outsize.adapt.trainable import TrainableModel, matmul_type
 from outsize.engine import load as loading
-from outsize.errors import BudgetError
 from outsize.forward.full import full
 from outsize.forward.span import Span
 from outsize.options import LoadOptions
 from outsize.pack import fetch
 from outsize.pack.format import Pack
 from outsize.pack.neuron_file import CHOICES, CHUNKS, IMPORTANCE
+from outsize.pack.outline import Outline
 from outsize.plan import decide
 from outsize.plan import make as planning
+from outsize.plan.cost import firing
 from outsize.plan.decide import compiled
-from outsize.plan.warmup import runtime_bytes
+from outsize.plan.placement import Placement
 from outsize.progress import silent
 from outsize.storage.reader import Reader
 from outsize.storage.records import Records
 from outsize.storage.stats import IOStats
 from outsize.weights.bundles import make
+from outsize.weights.residency import Share
 
 SHARES = 0.5, 0.6, 0.7, 0.8, 0.9
 PROMPT, WARM = 32, 24  # tokens before those that are timed: as one span, and one by one
@@ -122,60 +127,71 @@ def files(pack: Pack, a: Any) -> None:
         record(row, a.output)
 
 
-def memory_for(model: str, neurons: str, share: float) -> int:
-    """Bytes with which such a share of the bundles has slots, by the planner."""
-    options = LoadOptions(neurons=neurons, **OFF)  # type: ignore[arg-type]
-    runtime = runtime_bytes(compiled(options))
-    low, high = 0, 1 << 33
-    while high - low > 1 << 18:
-        middle = (low + high) // 2
-        try:
-            outline, placed = decide.foresee(model, options, middle, runtime)
-            found = [t for t in outline.tables if t.kind == "neurons"]
-            slots = sum(placed.shares[t.name].ring for t in found if t.name in placed.shares)
-            is_enough = slots >= share * sum(len(t.keys) for t in found)
-        except BudgetError:
-            is_enough = False
-        low, high = (low, middle) if is_enough else (middle, high)
-    return high
+@contextmanager
+def slots_for(share: float) -> Iterator[None]:
+    """Whatever is opened meanwhile has slots for so many of its bundles, and no more."""
+    plan = decide.decide
+
+    def decided(outline: Outline, *given: Any) -> Placement:
+        placed = plan(outline, *given)
+        found = [t for t in outline.tables if t.kind == "neurons"]
+        some = {t.name: Share((), int(share * len(t.keys))) for t in found}
+        return replace(placed, shares={**placed.shares, **some})
+
+    with mock.patch.object(decide, "decide", decided):
+        yield
+
+
+def planned(model: str, options: LoadOptions, held: float, hit_rate: float) -> Row:
+    """What `outsize plan` has for such a run, at the hit rate that it expects and at what was reached."""
+    plan = planning.make(model, options, PROMPT)
+    c, paged = plan.cost, plan.outline.neurons
+    assert paged is not None
+    assert c.neuron_reads is not None
+    expected, rows = firing(paged)(held)[0], {}
+    for name, h in (("plan_", expected), ("plan_at_hit_", hit_rate)):
+        size = c.expert_bytes * (1 - h)
+        read_s = c.reading_s(h)
+        rows |= {
+            f"{name}ms": round(1e3 * (c.compute_s + read_s), 3), f"{name}read_ms": round(1e3 * read_s, 3),
+            f"{name}reads": round(c.neuron_reads.reads(h), 2), f"{name}mb": round(size / 1e6, 4),
+        }  # fmt: skip
+    return rows | {
+        "plan_hit_rate": round(expected, 4), "plan_compute_ms": round(1e3 * c.compute_s, 3),
+        "disk": round(c.disk_bytes_per_s),
+    }  # fmt: skip
 
 
 def timed(a: Any) -> Row:
     """One arm: a text, token by token."""
-    path = str(Path(a.folder) / f"{a.arm}.safetensors")
-    options = LoadOptions(neurons=path, memory=str(a.memory), **OFF)  # type: ignore[arg-type]
-    cost = planning.make(a.model, options, PROMPT).cost
+    spec = f"{Path(a.folder) / a.arm}.safetensors,eviction={a.eviction}"
+    options = LoadOptions(neurons=spec, **OFF)  # type: ignore[arg-type]
     none = mock.patch.object(Reader, "submit_scattered", return_value=None)
-    with none if a.apart else mock.MagicMock(), loading.open_model(a.model, options) as opened:
-        ids, t = (
-            opened.tokens.encode(Path(a.text).read_text()[: 8 * (a.count + 99)]),
-            opened.transformer,
-        )
-        kv = t.new_kv(len(ids))
+    with ExitStack() as stack:
+        if a.apart:
+            stack.enter_context(none)
+        stack.enter_context(slots_for(a.held))
+        opened = stack.enter_context(loading.open_model(a.model, options))
+        t, text = opened.transformer, Path(a.text).read_text()
+        ids, kv = opened.tokens.encode(text[: 8 * (a.count + 99)]), t.new_kv(a.count + 99)
         full(t, [Span(0, ids[:PROMPT])], [kv])
-        times = []
+        times, before = list[float](), IOStats()
         for at in range(PROMPT, PROMPT + WARM + a.count):
             if at == PROMPT + WARM:
                 before = IOStats() + t.loaded.expert_stats
             began = time.perf_counter()
             full(t, [Span(at, [ids[at]])], [kv])
             times.append(time.perf_counter() - began)
-        used = t.loaded.expert_stats - before
-        direct = all(c.table.is_direct for c in t.loaded.caches)
-        slots = sum(c.slots for c in t.loaded.caches if c.table.header.kind == "neurons")
-    hit = used.hit_rate
-    reads = cost.neuron_reads
+        used, caches = t.loaded.expert_stats - before, t.loaded.caches
+        found = [c for c in caches if c.table.header.kind == "neurons"]
+        slots, direct = sum(c.slots for c in found), all(c.table.is_direct for c in found)
     return {
-        "direct": direct, "slots": slots, "memory": a.memory, "tokens": a.count,
+        "direct": direct, "slots": slots, "tokens": a.count,
         "ms": round(1e3 * statistics.mean(times[WARM:]), 3),
         "median_ms": round(1e3 * statistics.median(times[WARM:]), 3),
-        "waited_ms": round(1e3 * used.waited_s / a.count, 3), "hit_rate": round(hit, 4),
+        "waited_ms": round(1e3 * used.waited_s / a.count, 3),
         "mb": round(used.bytes_read / a.count / 1e6, 4), "reads": round(used.requests / a.count, 2),
-        "plan_ms": round(1e3 * cost.token_s, 3),
-        "plan_hit_rate": cost.hit_rates and round(cost.hit_rates[0], 4),
-        "plan_reads": reads and round(reads.reads(hit), 2),
-        "plan_mb": round(cost.expert_bytes * (1 - hit) / 1e6, 4),
-        "plan_compute_ms": round(1e3 * cost.compute_s, 3), "disk": round(cost.disk_bytes_per_s),
+        "hit_rate": round(used.hit_rate, 4), **planned(a.model, options, a.held, used.hit_rate),
     }  # fmt: skip
 
 
@@ -184,37 +200,42 @@ def rounds(a: Any) -> None:
     for number in range(a.rounds):
         for pair in a.pairs:
             one, two = pair.split("=")
-            memory = memory_for(a.model, str(Path(a.folder) / f"{one}.safetensors"), a.held)
-            for way, arm, apart in (
-                ("apart", one, True),
-                (IMPORTANCE, one, False),
-                (CHUNKS, two, False),
-            ):
-                told = [a.model, a.text, a.name, a.folder, "--arm", arm, "--memory", str(memory)]
-                told += ["--count", str(a.count), *(["--apart"] if apart else [])]
+            for way, arm in (("apart", one), (IMPORTANCE, one), (CHUNKS, two)):
+                told = [a.model, a.text, a.name, a.folder, "--arm", arm, "--held", str(a.held)]
+                told += ["--count", str(a.count), "--eviction", a.eviction]
+                told += ["--apart"] if way == "apart" else []
                 row = good(fresh("-m", "experiments.memory.neurons_chunks", "worker", *told))
                 row = {k: v for k, v in row.items() if k not in ("cap", "status", "kills")}
-                about = {
-                    "kind": "run",
-                    "model": a.name,
-                    "pair": pair,
-                    "held": a.held,
-                    "way": way,
-                    "arm": arm,
-                }
-                record(about | {"round": number} | row, a.output)
+                about = {"kind": "run", "model": a.name, "pair": pair, "way": way, "arm": arm}
+                said = {"held": a.held, "eviction": a.eviction, "round": number}
+                record(about | said | row, a.output)
+
+
+def foreseen(a: Any) -> None:
+    """What the plan says of runs that were recorded, at the hit rates that they reached."""
+    runs = [r for r in recorded(Path(a.runs), {"kind": "run"}) if r["eviction"] == a.eviction]
+    for way in (IMPORTANCE, CHUNKS):
+        some = [r for r in runs if r["way"] == way]
+        path = f"{Path(a.folder) / some[0]['arm']}.safetensors"
+        options = LoadOptions(neurons=path, **OFF)  # type: ignore[arg-type]
+        row = planned(a.model, options, a.held, some[0]["hit_rate"])
+        ms = statistics.median(r["ms"] for r in some)
+        told = {"kind": "plan", "model": a.name, "way": way, "eviction": a.eviction, "ms": ms}
+        record(told | {"reads": some[0]["reads"], "mb": some[0]["mb"]} | row, a.output)
 
 
 def main() -> None:
     a: Any = arguments(
         __doc__, "what", "model", "text", "name", "folder", order="use", predictor="gate:4", bundle=0,
         tokens=8192, gap=0.0, shares=[str(s) for s in SHARES], pairs=[""], ways=[*CHOICES], held=0.25,
-        count=64, rounds=3, arm=("", HIDDEN[1]), memory=(0, HIDDEN[1]), apart=HIDDEN,
+        count=64, rounds=3, eviction="lfu", runs="", arm=("", HIDDEN[1]), apart=HIDDEN,
     )  # fmt: skip
     if a.what == "worker":
         record(timed(a))
     elif a.what == "time":
         rounds(a)
+    elif a.what == "plan":
+        foreseen(a)
     else:
         Path(a.folder).mkdir(parents=True, exist_ok=True)
         files(fetch.pack(a.model, quiet=True), a)

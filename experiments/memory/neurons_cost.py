@@ -3,31 +3,40 @@ bundles that are all in memory, part by part; and reads of bundles against the c
 
     python -m experiments.memory.neurons_cost parts MODEL NAME FILE... -o RAW.jsonl
     python -m experiments.memory.neurons_cost reads MODEL NAME FILE -o RAW.jsonl
+    python -m experiments.memory.neurons_cost choices MODEL NAME FILE -o RAW.jsonl
 
 FILE: of `outsize adapt sparsity`. `parts`: microseconds a layer of choosing, of putting the chosen bundles
 together and of computing with them, by how many are chosen, beside the dense layer's; and what the plan has
 for these. `reads`: bytes a second of runs of 1 to 16 bundles by 1 to 8 threads, and what a line through the
-runs of 1 and 8 says of the others."""
+runs of 1 and 8 says of the others. `choices`: microseconds of choosing chunks of a layer."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import torch
 
 from experiments.runs import Row, arguments, record
 from outsize.adapt.sparsity import reads
 from outsize.engine import load as loading
 from outsize.forward.full import full
 from outsize.forward.span import Span
+from outsize.kernels.backend import Backend
+from outsize.kernels.gather import Pieces
+from outsize.kernels.plain import PLAIN
 from outsize.model.predictors.choose import Chooser
 from outsize.options import LoadOptions
 from outsize.pack import fetch, neuron_file
 from outsize.plan import make as planning
 from outsize.plan.decide import compiled
+from outsize.plan.probe import median_s
 from outsize.storage.reader import Reader
 from outsize.storage.stats import IOStats
 from outsize.storage.table import Table
@@ -136,12 +145,34 @@ def curve(model: str, path: str, about: Row) -> Iterator[Row]:
     table.close()
 
 
+def choices(about: Row) -> Iterator[Row]:
+    """Microseconds of choosing chunks of so many bundles, in C and in Python; of random values."""
+    for backend in (compiled(LoadOptions(quiet=True)), PLAIN):
+        for count in (48, 192, 304):
+            value = torch.randn(1, count, generator=torch.Generator().manual_seed(0))
+            s = median_s(partial(backend.chunks, value, 0.7), 400)
+            us = round(1e6 * s, 2)
+            yield about | {"kind": "choice", "backend": backend.name, "bundles": count, "us": us}
+        yield about | {"kind": "gather", "backend": backend.name, **gathered(backend)}
+
+
+def gathered(backend: Backend) -> Row:
+    """Bytes a second of putting a field of 96 bundles of a layer where it belongs, many layers in turn."""
+    records = torch.zeros(30 * 192, 12288, dtype=torch.uint8)
+    to, at = torch.zeros(1, 96 * 8192, dtype=torch.uint8), torch.arange(96)
+    places = [torch.randperm(192)[:96] + 192 * layer for layer in range(30)]
+    turns = itertools.cycle(places)
+    s = median_s(lambda: backend.gather(records, next(turns), Pieces(512, 1, 8192), to, at), 60)
+    return {"us": round(1e6 * s, 2), "gb_per_s": round(to.nbytes / s / 1e9, 3)}
+
+
 def main() -> None:
     a: Any = arguments(__doc__, "what", "model", "name", "files+")
     about = {"model": a.name}
-    made = (
-        curve(a.model, a.files[0], about) if a.what == "reads" else parts(a.model, a.files, about)
-    )
+    if a.what == "reads":
+        made = curve(a.model, a.files[0], about)
+    else:
+        made = choices(about) if a.what == "choices" else parts(a.model, a.files, about)
     for row in made:
         record(row, a.output)
 

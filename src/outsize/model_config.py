@@ -56,9 +56,7 @@ class Layer:
     dense: bool = False  # in a model with experts: a plain feed-forward instead
     chunked: bool = False
     unit_norm: bool = False  # query and key heads are normed, without weights
-    shares: int | None = (
-        None  # makes queries alone: keys and values are those of this earlier layer
-    )
+    shares: int | None = None  # makes queries alone: keys and values are this earlier layer's
     mixer: str = "attention"  # one of MIXERS
     head_dim: int = 0  # its heads' numbers, its key heads, its feed-forward's width: where not the
     num_kv_heads: int = 0  # model's own, which 0 stands for
@@ -87,12 +85,8 @@ class Mixture:
     shared: int = 0  # width of an expert that every token uses beside its own; 0: none
     weighs_input: bool = False  # what enters an expert is weighed, not what comes out
     shared_gate: bool = False  # that one's output times the sigmoid of a product of its own
-    nested: bool = (
-        False  # pieces of one feed-forward: each token uses the first few, or all, unweighed
-    )
-    beside: bool = (
-        False  # the one for all tokens, the router and the others each have norms of their own
-    )
+    nested: bool = False  # pieces of one feed-forward: each token uses the first few, unweighed
+    beside: bool = False  # the one for all tokens, router and others each have norms of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +223,11 @@ class Description:
         if self.mixture is None:
             return ()
         return tuple(i for i, layer in enumerate(self.layers) if not layer.dense)
+
+    @property
+    def is_nested(self) -> bool:
+        """Are its feed-forwards cut into nested experts?"""
+        return self.mixture is not None and self.mixture.nested
 
     @property
     def kv_layers(self) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ from outsize.adapt.mtp.losses import MtpRecipe, deltas, losses, ordinary, sample
 from outsize.adapt.mtp.simulate import Simulated, leading, simulate
 from outsize.adapt.mtp.task import MtpTask
 from outsize.adapt.processes import join
-from outsize.adapt.run import run
+from outsize.adapt.run import run, session
 from outsize.adapt.trainable import TrainableModel, matmul_type
 from outsize.checkpoint.lora import raw
 from outsize.engine.batch import Batch
@@ -247,6 +247,78 @@ def test_a_resumed_training_has_the_same_data(
         loop.resume(task_of(twin), path, "base", "other")
     with pytest.raises(AdapterError, match="rank was 2, is 4"):
         loop.resume(task_of(twin, replace(RECIPE, rank=4)), path, "base", "data")
+
+
+def test_what_is_no_number_is_not_kept(open_tiny: Callable[..., Model], tmp_path: Path) -> None:
+    """The checkpoint before it stays."""
+    state, path = loop.start(task_of(twin_of(open_tiny("llama", "int8"))), "base"), tmp_path / "c"
+    state.save(path)
+    first = next(iter(state.task.parameters.values()))
+    state.step = 7
+    with torch.no_grad():
+        first[0] = torch.nan
+    with pytest.raises(AdapterError, match="no finite numbers after step 7; train at a lower"):
+        state.save(path)
+    assert raw(path)[1]["step"] == 0
+
+
+def test_checkpoints_of_something_else(open_tiny: Callable[..., Model], tmp_path: Path) -> None:
+    twin, path = twin_of(open_tiny("llama", "int8")), tmp_path / "c"
+    state = loop.start(task_of(twin), "base", "data")
+    for changed, why in (
+        ({"kind": "tables"}, "kind was 'tables', is"),
+        ({"step": "some"}, "is not a checkpoint of this recipe .*remove it"),
+    ):
+        about = {**state.about(), **changed}
+        checkpoints.save(path, dict(state.task.parameters), about)
+        with pytest.raises(AdapterError, match=why):
+            loop.resume(task_of(twin), path, "base", "data")
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(AdapterError):
+        loop.resume(task_of(twin), path, "base", "data")
+
+
+def test_places(tmp_path: Path) -> None:
+    """Before anything is read: a place that cannot be written, a forgotten --resume, and two trainings into
+    one file are refused; and a lock does not stay."""
+    good = TrainOptions("none", (), tmp_path / "a.safetensors", quiet=True)
+
+    def opened(options: TrainOptions, *others: Path) -> None:
+        with session(options, *others):
+            pass
+
+    with pytest.raises(OptionError, match="is a folder; name a file in it"):
+        opened(replace(good, output=tmp_path))
+    with pytest.raises(OptionError, match=r"is no folder, so that b.safetensors could not"):
+        opened(replace(good, output=tmp_path / "none" / "b.safetensors"))
+    with (
+        session(good),
+        pytest.raises(OptionError, match=r"another process trains .*a.safetensors now"),
+    ):
+        opened(good)
+    opened(good)
+    assert not [*tmp_path.iterdir()]
+    with pytest.raises(OptionError, match=r"there is no checkpoint .*leave out --resume"):
+        opened(replace(good, resume=True), tmp_path / "earlier")
+    for path in (good.checkpoint, tmp_path / "earlier"):
+        path.write_bytes(b"")
+        with pytest.raises(OptionError, match=f"{path} is of a run that has not ended; go on with"):
+            opened(good, tmp_path / "earlier")
+        opened(replace(good, resume=True), tmp_path / "earlier")
+        path.unlink()
+
+
+def test_answers_that_cannot_be_kept(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    kept = Kept(path, {"base": "a"})
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DiskFullError, match=r"could not be written .*answers that are there stay"):
+        kept.add([0], [[1, 2]])
+    other = tmp_path / "b.jsonl"
+    other.write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="is damaged"):
+        Kept(other, {"base": "a"})
 
 
 def free_port() -> int:

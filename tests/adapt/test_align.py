@@ -4,6 +4,10 @@ resumed to the same bits; and rewards rise."""
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +27,7 @@ from outsize.adapt.change import AS_IS
 from outsize.adapt.distill.task import rows
 from outsize.adapt.examples import Example, TrainOptions
 from outsize.adapt.trainable import TrainableModel
+from outsize.checkpoint.lora import raw
 from outsize.engine.model import Model
 from outsize.errors import DataError, OptionError
 from outsize.progress import silent
@@ -91,6 +96,9 @@ def test_every_check_is_tested_and_total() -> None:
         ({"kind": "lower", "count": 1}, "no count is expected"),
         ({"kind": "ends"}, "one is expected"),
         ({"kind": "upper", "text": "x"}, "none is expected"),
+        ({"kind": "ends", "text": "X "}, "no answer passes for 'X ', .*'X' is expected"),
+        ({"kind": "starts", "text": " So"}, "'So' is expected"),
+        ({"kind": "most_words", "count": 0}, "an answer of no word never passes"),
         ({"kind": "ends", "text": "x" * 201}, "at most 200 characters"),
         ("eval(1)", "an object with a kind"),
     ],
@@ -105,8 +113,12 @@ def test_task_files(tmp_path: Path, file: Path) -> None:
     assert [len(told.train), len(told.held_out)] == [9, 3]
     assert not set(told.train) & set(told.held_out)
     path = tmp_path / "t.json"
-    good = {"prompt": "a", "check": CHECK}
+    good, other = ({"prompt": text, "check": CHECK} for text in "ab")
+    some = [{"prompt": text, "check": CHECK} for text in "cdef"]
     for content, why in (
+        (json.dumps({"prompts": [good, other, *some, other]}), "prompt 7: it is prompt 2 again"),
+        (json.dumps({"prompts": some, "name": "a\x1b[31m"}), "its name is no text of at most"),
+        (json.dumps({"prompts": some, "name": 3}), "its name is no text of at most"),
         ("[1]", "has no list of prompts"),
         ("{", "is not JSON"),
         (json.dumps({"prompts": [good] * 3}), "3 prompts; from 4"),
@@ -127,11 +139,31 @@ def test_task_files(tmp_path: Path, file: Path) -> None:
 
 def test_advantages() -> None:
     total = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
-    loo = advantages(total, "loo")
+    far = torch.tensor(0.25)  # the mean of all processes
+    loo = advantages(total, "loo", far)
     torch.testing.assert_close(loo[0], torch.tensor([1.0, -0.5, -0.5]))
     torch.testing.assert_close(loo[1], torch.zeros(3))
-    torch.testing.assert_close(advantages(total, "mean"), total - total.mean())
-    assert torch.equal(advantages(total, "none"), total)
+    torch.testing.assert_close(advantages(total, "mean", far), total - 0.25)
+    assert torch.equal(advantages(total, "none", far), total)
+
+
+@pytest.mark.parametrize("baseline", ["loo", "mean"])
+def test_processes_sample_what_one_does(model: Model, file: Path, baseline: str) -> None:
+    """Two take every other prompt, with the advantages that they have where one takes all."""
+    recipe = replace(RECIPE, batch=4, baseline=baseline)
+    task = new_task(model, file, recipe)
+    whole = task.sample(0, slice(None), AS_IS)
+    assert whole.total_PK is not None
+    mean = whole.total_PK.mean()
+    with (
+        mock.patch.object(mdloo, "processes", return_value=(0, 2)),
+        mock.patch.object(mdloo, "average", lambda some: some[0].copy_(mean)),
+    ):
+        found = [task.sample(0, slice(rank, None, 2), AS_IS) for rank in range(2)]
+    for rank, mine in enumerate(found):
+        due = whole.advantage_M.view(4, -1)[rank::2].flatten()
+        torch.testing.assert_close(mine.advantage_M, due, rtol=1e-4, atol=1e-4)
+        assert mine.examples[0] == whole.examples[3 * rank]
 
 
 def test_log_probabilities_are_the_plain_ones(model: Model, file: Path) -> None:
@@ -214,10 +246,47 @@ def test_a_committee(model: Model, file: Path, tmp_path: Path) -> None:
     with outsize.load(str(model.pack.path), quiet=True, adapters={"x": out}) as loaded:
         assert loaded.generate("say 3", max_tokens=4, adapter="x")
     path = tmp_path / "hard.json"
-    hard = [{"prompt": "a", "check": {"kind": "words", "count": 9999}}] * 4
+    hard = [{"prompt": f"{i}", "check": {"kind": "words", "count": 9999}} for i in range(4)]
     path.write_text(json.dumps({"prompts": hard}))
     with pytest.raises(DataError, match="none has an answer that passes"):
         align(AlignOptions(where, RECIPE, path, "reject"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without processes")
+@pytest.mark.parametrize("baseline", ["loo", "mean"])
+def test_two_processes_align_as_one(
+    model: Model, file: Path, tmp_path: Path, baseline: str
+) -> None:
+    """To rounding, on the same samples."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    made = []
+    for world in (1, 2):
+        out = tmp_path / f"{world}.safetensors"
+        command = [
+            sys.executable, "-m", "outsize.cli.main", "adapt", "align", str(model.pack.path), "--task",
+            str(file), "-o", str(out), "--steps", "4", "--batch", "4", "--samples", "3", "-n", "4", "--rank",
+            "2", "--baseline", baseline, "-t", "1",
+        ]  # fmt: skip
+        env = os.environ | {
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world),
+            "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        ranks = [
+            subprocess.Popen(command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)},
+                             stderr=subprocess.PIPE, text=True)
+            for r in range(world)
+        ]  # fmt: skip
+        said = [process.communicate(timeout=120)[1] for process in ranks]
+        assert [process.returncode for process in ranks] == [0] * world, said
+        assert sum("wrote" in text for text in said) == 1
+        made.append(raw(out)[0])
+    one, two = made
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name].float(), two[name].float(), rtol=0.05, atol=2e-3)
 
 
 def test_on_the_command_line(model: Model, file: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ import outsize
 from outsize.adapt import calibration, head_loss, loop
 from outsize.adapt.change import AS_IS
 from outsize.adapt.distill import data as texts
+from outsize.adapt.distill import peak
 from outsize.adapt.distill.data import Data
 from outsize.adapt.distill.factors import LoraStudent, best, nothing
 from outsize.adapt.distill.feature import FeatureOptions, feature
@@ -313,6 +314,8 @@ def test_what_cannot_be_recovered(packs: tuple[Pack, Pack], text: Path, tmp_path
     with pytest.raises(DataError, match="no two pieces of 48 tokens"):
         recover(wish(few, short, out))
     options = wish(few, text, out)
+    with pytest.raises(OptionError, match="length is 1; 2 tokens at least"):
+        recover(replace(options, recipe=replace(RECIPE, length=1)))
     with pytest.raises(BudgetError, match=r"MB of memory, and 90 MB may be used"):
         recover(replace(options, train=replace(options.train, memory="90MB")))
     with pytest.raises(DataError, match="nothing to train on"):
@@ -352,6 +355,57 @@ def test_on_the_command_line(packs: tuple[Pack, Pack], text: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="SIGINT is POSIX")
+def test_an_interrupt_saves(packs: tuple[Pack, Pack], text: Path, tmp_path: Path) -> None:
+    """Ctrl-C, while training: the command ends in words, with a checkpoint of where it was."""
+    output = tmp_path / "a.safetensors"
+    words = words_of(packs[1], text, output, "--rank", "2", "--steps", "2000", "--every", "5", "-q")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "outsize.cli.main", *words], stderr=subprocess.PIPE, text=True
+    )
+    checkpoint = output.with_suffix(".checkpoint")
+    while not checkpoint.is_file():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert 5 <= int(str(raw(checkpoint)[1]["step"])) < 2000
+    refused = outsize_here(*words)
+    assert refused.returncode == 2
+    assert "has not ended; go on with --resume" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+def test_memory_is_within_what_is_said(tmp_path: Path, home: Path, text: Path) -> None:
+    """Of a model whose numbers outweigh the interpreter: recovery takes no more than is asked for."""
+    folder = tmp_path / "large"
+    write_folder(folder, "llama", Size(8, 768, 2048, 12, 4, 4096, 1024), 5)
+    base = fetch.pack(str(folder), quiet=True)
+    with mock.patch.multiple(calibration, TIMES=1, HELD_OUT=128):
+        few = repack(base, BitsOptions(3.0, calibrate=text, quiet=True)).pack
+    recipe = DistillRecipe(steps=2, batch=4, length=128)
+    for rank in (None, 8):
+        learning = 0 if rank is None else peak.learning_of(few.description, rank)
+        said = peak.peak_bytes((base, few), recipe, learning)
+        words = words_of(few, text, tmp_path / f"{rank}.safetensors", "--batch", "4", "-q")
+        words += ["--steps", "2", "--length", "128"]
+        words += [] if rank is None else ["--rank", str(rank), "--begin", "zero"]
+        script = (
+            "import sys\nfrom outsize.cli.main import main\nfrom outsize.system.memory import peak\n"
+            "try:\n    main()\nfinally:\n    print('peak', peak(), file=sys.stderr)"
+        )
+        ran = subprocess.run(
+            [sys.executable, "-c", script, *words], capture_output=True, text=True, check=False
+        )
+        assert ran.returncode == 0, ran.stderr
+        took = int(ran.stderr.split("peak ")[1])
+        assert 0.4 * said < took <= said
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL is POSIX")
 def test_a_killed_recovery_resumes_to_the_same_file(
     packs: tuple[Pack, Pack], text: Path, tmp_path: Path
@@ -384,17 +438,22 @@ def test_two_processes_train_as_one(packs: tuple[Pack, Pack], text: Path, tmp_pa
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     alone, both = tmp_path / "alone.safetensors", tmp_path / "both.safetensors"
-    more = ("--rank", "2", "--begin", "zero", "-q")
+    more = ("--rank", "2", "--begin", "zero")
     assert outsize_here(*words_of(packs[1], text, alone, *more)).returncode == 0
     env = os.environ | {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     command = [sys.executable, "-m", "outsize.cli.main", *words_of(packs[1], text, both, *more)]
     pair = [
-        subprocess.Popen(command, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        subprocess.Popen(
+            command, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
         for rank in range(2)
-    ]
-    assert [process.wait(120) for process in pair] == [0, 0]
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120) for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said
+    assert ["after 8 steps" in out for out, _ in said] == [True, False]
     one, two = raw(alone)[0], raw(both)[0]
     assert one.keys() == two.keys()
     for name in one:

@@ -31,18 +31,21 @@ from outsize.adapt.nested.prefixes import labels
 from outsize.adapt.nested.run import NestedOptions, run
 from outsize.adapt.nested.task import NestedRecipe
 from outsize.adapt.nested.tune import TuneRecipe
+from outsize.adapt.nested.tuned import checkpoint_of
 from outsize.adapt.sparsity import words
 from outsize.engine.reply import Reply
 from outsize.errors import AdapterError, BudgetError, OptionError, UnsupportedError
-from outsize.model.width import chosen
+from outsize.model.width import Nested, chosen
 from outsize.pack import fetch, nested_file, store
 from outsize.pack.format import Pack
+from outsize.pack.lock import locked
 from outsize.pack.outline import of_pack
 from outsize.plan import nested as planned
 from outsize.plan.nested_cost import WORTH, drafting
 from outsize.plan.place import least_bytes, place
 from outsize.plan.placement import BY_ROUTER
 from outsize.plan.scratch import lend
+from outsize.serve.openai_common import account
 from outsize.weights.residency import Share
 from tests.command import outsize as outsize_here
 from tests.golden import tiny
@@ -159,6 +162,83 @@ def test_the_base_names_its_nested_pack(made: nested.Made, model: str) -> None:
         assert opened.pack.path == made.pack.path
 
 
+def test_a_pack_whose_making_was_broken_off_is_not_the_one(
+    made: nested.Made, model: str, text: Path
+) -> None:
+    """The newest with an add-on is; a width without routers would be nobody's choice."""
+    other = run(options(model, text, importance="plain"), recipe(steps=1))
+    other.path.unlink()
+    with outsize.load(model, width=0.5, quiet=True, draft="none") as opened:
+        assert opened.pack.path == made.pack.path
+    store.remove(other.pack.path.parent, other.pack.path.name)
+
+
+def test_what_is_scored_is_as_wide_as_the_model(made: nested.Made) -> None:
+    """Of one that was opened at a width, and where a width is asked for."""
+    path, words_ = str(made.pack.path), "The cat sat on the mat."
+    with outsize.load(path, quiet=True, draft="none") as opened:
+        whole = opened.score(words_)
+        tokens = whole.tokens
+        narrow = [
+            x.token.logprob for part in opened.logprobs_by_chunk(tokens, 0, 0.5) for x in part
+        ]
+    assert narrow != whole.logprobs
+    with outsize.load(path, quiet=True, draft="none", width=0.5) as opened:
+        assert opened.score(words_).logprobs == narrow
+        full = [x.token.logprob for part in opened.logprobs_by_chunk(tokens, 0, 1) for x in part]
+    assert full == whole.logprobs
+
+
+def test_a_conversation_keeps_what_it_knows_at_one_width(made: nested.Made) -> None:
+    """However that is written; of another, nothing is used again."""
+    reused = []
+    with outsize.load(str(made.pack.path), quiet=True, draft="nested:0.4") as opened:
+        talk = opened.conversation(max_tokens=4)
+        for width in (0.5, "0.5", "full", 1.0, 0.5):
+            talk.options = talk.options.with_changes({"width": width})
+            assert list(talk.say("The cat"))
+            reused.append(talk.reply.reused_tokens > 0)
+    assert reused == [False, True, False, True, False]
+
+
+def test_what_is_said_of_a_width(made: nested.Made, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it costs; nothing of `auto` where that is all of them."""
+    for width, expected in (
+        (0.5, "(0.50 of the feed-forwards) is lossy: perplexity"),
+        ("auto", ""),
+    ):
+        outsize.load(str(made.pack.path), width=width, draft="none").close()
+        said_ = [x for x in capsys.readouterr().err.splitlines() if "lossy" in x]
+        assert len(said_) == bool(expected)
+        assert expected in "".join(said_)
+
+
+def test_a_server_says_what_a_width_costs(made: nested.Made) -> None:
+    with outsize.load(str(made.pack.path), quiet=True, draft="none") as opened:
+        replies = opened.generate(PROMPTS[:1], max_tokens=3, raw=True, width=0.5)
+    told = account(replies)
+    assert (told["lossy"], told["width"]) == (True, replies[0].width)
+    assert str(told["width_cost"]).startswith("lossy: perplexity")
+
+
+def test_one_process_at_a_time(model: str, text: Path) -> None:
+    base = fetch.find(model)
+    assert base is not None
+    with (
+        locked(checkpoint_of(base, 3).with_suffix(".lock")),
+        pytest.raises(OptionError, match="another process makes nested experts"),
+    ):
+        run(options(model, text), recipe())
+
+
+def test_refused_before_anything_is_computed(model: str, text: Path) -> None:
+    with mock.patch.object(nested, "TrainableModel", side_effect=AssertionError):
+        with pytest.raises(BudgetError, match="needs at least"):
+            run(options(model, text, memory="60MB"), recipe())
+        with pytest.raises(OptionError, match="tune_until is for --tune"):
+            run(options(model, text, until=3), recipe(), TuneRecipe())
+
+
 def test_resumed_to_the_bit(model: str, text: Path, made: nested.Made) -> None:
     """Broken off after a checkpoint, and gone on from there."""
     before = load_file(made.path)
@@ -179,6 +259,27 @@ def test_resumed_to_the_bit(model: str, text: Path, made: nested.Made) -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not found.path.with_name(found.path.name + ".checkpoint").exists()
+
+
+def test_a_forgotten_resume(model: str, text: Path, own_home: Path) -> None:
+    """Of tuning or of routers: begun anew, what has not ended would be lost."""
+    pack = fetch.find(model)
+    assert pack is not None
+    path = checkpoint_of(pack, 3)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    with pytest.raises(OptionError, match=f"{path} is of a run that has not ended; go on with"):
+        run(options(model, text), recipe(), TuneRecipe(steps=1))
+    with (
+        mock.patch.object(loop.Training, "run_step", side_effect=SystemExit),
+        pytest.raises(SystemExit),
+    ):
+        run(options(model, text), recipe())
+    (cut,) = (p for p in (own_home / "packs").glob("*nested*") if p.is_dir())
+    path = cut.with_name(f"{cut.name}.nested.safetensors.checkpoint")
+    path.write_bytes(b"")
+    with pytest.raises(OptionError, match=f"{path} is of a run that has not ended; go on with"):
+        run(options(model, text), recipe())
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -232,19 +333,45 @@ def test_an_add_on_of_another_order_is_refused(
         ("family", [], "0 members"),
         ("seed", "x", "a whole number is due"),
         ("version", 9, "of this version"),
+        ("perplexity", 0.0, "perplexity is 0"),
+        ("share", 0.0, "do not rise"),
+        ("threshold", -1.0, "do not rise"),
+        ("agrees", 1e308, "out of range"),
+        ("kl", -1.0, "out of range"),
+        ("perplexity of a member", 0.5, "out of range"),
     ],
 )
 def test_damaged_add_ons(
     made: nested.Made, tmp_path: Path, field: str, value: Any, problem: str
 ) -> None:
+    """A field of the file, or of the first member of its family."""
     with safe_open(made.path, "pt") as file:
         metadata = file.metadata()
     (key,) = metadata
-    about = json.loads(metadata[key]) | {field: value}
+    about = json.loads(metadata[key])
+    name = field.split()[0]
+    of = about if field in about else about["family"][0]
+    of[name] = value
     path = tmp_path / "bad.safetensors"
     save_file(load_file(made.path), path, {key: json.dumps(about)})
     with pytest.raises(AdapterError, match=problem):
         nested_file.read(path, made.pack)
+
+
+@pytest.mark.parametrize("use", [-1.0, 3e38])
+def test_uses_that_are_no_shares(made: nested.Made, tmp_path: Path, use: float) -> None:
+    """What a plan would add up, and divide by."""
+    with safe_open(made.path, "pt") as file:
+        metadata = file.metadata()
+    tensors, path = load_file(made.path), tmp_path / "bad.safetensors"
+    save_file(tensors | {"use": torch.full_like(tensors["use"], use)}, path, metadata)
+    found = planned.NestedPlan(made.pack, nested_file.read(path, made.pack))
+    with pytest.raises(AdapterError, match="not from 0 to 1"):
+        planned.with_nested(of_pack(made.pack), found)
+
+
+def test_what_a_file_names_cannot_write_on_a_terminal(made: nested.Made) -> None:
+    assert "\x1b" not in replace(made.about, text="\x1b[31mred\n").cost(0.5)
 
 
 @pytest.mark.parametrize("name", ["router", "bias", "use", "a"])
@@ -260,11 +387,32 @@ def test_add_ons_without_a_tensor(made: nested.Made, tmp_path: Path, name: str) 
 
 
 @pytest.mark.parametrize(
-    "widths", ["1/2,1/4,1", "1/4,1/2", "1/2,1/2,1", "0,1", "a,1", "", "1/0,1", "-1/2,1", "1/97,1"]
-)
+    "widths",
+    ["1/2,1/4,1", "1/4,1/2", "1/2,1/2,1", "0,1", "a,1", "", "1/0,1", "-1/2,1", "1/97,1", "1", "1/2,,1",
+     "1e-9999999999,1", "0." + "3" * 20 + ",1"],
+)  # fmt: skip
 def test_widths_that_cannot_be(widths: str) -> None:
     with pytest.raises(OptionError, match="widths is"):
         NestedOptions("m", (), widths=widths)
+
+
+def test_more_rank_than_a_token_has_numbers_is_refused(model: str, text: Path) -> None:
+    with pytest.raises(OptionError, match=r"rank is 65, and .* has 64 numbers a token"):
+        run(options(model, text), recipe(rank=65))
+
+
+def test_a_damaged_add_on_is_made_again(made: nested.Made, model: str, text: Path) -> None:
+    """As its refusal says."""
+    whole = made.path.read_bytes()
+    made.path.write_bytes(whole[:-1000])
+    with pytest.raises(AdapterError):
+        outsize.load(str(made.pack.path), quiet=True)
+    again = run(options(model, text), recipe())
+    before = load_file(again.path)
+    made.path.write_bytes(whole)
+    after = load_file(made.path)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_what_has_none_is_refused(folder_of: Callable[[str], Path], made: nested.Made) -> None:
@@ -279,20 +427,62 @@ def test_what_has_none_is_refused(folder_of: Callable[[str], Path], made: nested
         opened.generate("a", width=0.5)
     with pytest.raises(OptionError, match="share above 0"):
         outsize.load(str(made.pack.path), width="wide", quiet=True)
-    with pytest.raises(OptionError, match="share of the feed-forwards below 1"):
-        outsize.load(str(made.pack.path), draft="nested:full", quiet=True)
+    for width in ("full", "auto", "0", "nan"):
+        with pytest.raises(OptionError, match="share of the feed-forwards below 1"):
+            outsize.load(str(made.pack.path), draft=f"nested:{width}", quiet=True)
+    with pytest.raises(OptionError, match="is a mixture of experts, of which no nested"):
+        outsize.load(str(folder_of("olmoe")), width=0.5, quiet=True)
     with pytest.raises(UnsupportedError, match="already"):
         run(NestedOptions(str(made.pack.path), (made.path,)), recipe())
 
 
-def test_plan_shows_the_family(made: nested.Made) -> None:
+def test_a_width_is_one_process_s() -> None:
+    shared = Nested(3, is_shared=True)
+    assert shared.width("full") is None
+    with pytest.raises(OptionError, match="which several ranks do not run"):
+        shared.width(0.5)
+
+
+@pytest.mark.slow
+def test_ranks_run_no_width(made: nested.Made) -> None:
+    """Others are told of none: they would compute all pieces, and routers are not there. All of them: the
+    same bits."""
+    path = str(made.pack.path)
+    with outsize.load(path, ranks=2, parallel="relay", memory="1GB", quiet=True) as opened:
+        how = {"max_tokens": 12, "raw": True, "ignore_eos": True, "logprobs": 2}
+        replies = opened.generate(PROMPTS, **how)  # type: ignore[arg-type]
+        for width in (0.5, "0.9"):
+            with pytest.raises(OptionError, match="which several ranks do not run"):
+                opened.generate("a", width=width)
+    assert [r.logprobs for r in replies] == [r.logprobs for r in said(path, PROMPTS)]
+    with pytest.raises(UnsupportedError, match="use --parallel relay"):
+        outsize.load(path, ranks=2, memory="1GB", quiet=True)
+
+
+@pytest.mark.parametrize("experts", ["lru,misses=drop:0.5", "misses=substitute", "routing=cached"])
+def test_lossy_caches_are_refused(made: nested.Made, experts: str) -> None:
+    """They would change nothing, or leave prefixes that no width has."""
+    with pytest.raises(OptionError, match="of which there are no others"):
+        outsize.load(str(made.pack.path), experts=experts, quiet=True)
+    how = {"experts": experts, "defaults": ("experts",), "quiet": True}
+    with outsize.load(str(made.pack.path), **how) as opened:  # type: ignore[arg-type]
+        assert opened.placement.notes == ()
+
+
+def test_plan_shows_the_family(made: nested.Made, tmp_path: Path) -> None:
     done = outsize_here("plan", str(made.pack.path), "--json", "-q")
     widths = json.loads(done.stdout)["widths"]
     assert [w["share"] for w in widths] == [*(m.share for m in made.about.family), 1.0]
     used = [w["used_bytes"] for w in widths]
     assert used == sorted(used)
-    shown = outsize_here("plan", str(made.pack.path), "-q").stdout
-    assert "--width" in shown
+    shown = outsize_here("plan", str(made.pack.path), "-q", "--html", str(tmp_path / "p.html"))
+    rows = [line for line in shown.stdout.splitlines() if line.endswith("#")]
+    assert [f"{m.share:.2f}" for m in made.about.family] == [
+        r.split()[0] for r in rows[-len(widths) : -1]
+    ]
+    assert "--width auto is full here" in shown.stdout
+    assert json.loads(done.stdout)["auto_width"] == 1.0
+    assert "Widths of nested experts" in (tmp_path / "p.html").read_text()
 
 
 def test_what_is_lent_holds_layers_and_pieces(
@@ -323,8 +513,27 @@ def test_pieces_that_are_used_most_stay(made: nested.Made) -> None:
     assert {key % 3 for key in ranked[: tiny.LAYERS]} == {0}
     outline = planned.with_nested(of_pack(made.pack), found)
     placed = place(outline, 1 << 34, 0, 0, 64)
-    assert planned.settled(LoadLike("auto"), outline, placed) == 1.0  # type: ignore[arg-type]
-    assert planned.settled(LoadLike(0.25), outline, placed) == 0.25  # type: ignore[arg-type]
+    assert planned.settled("auto", outline, placed) == 1.0
+    assert planned.settled(0.25, outline, placed) == 0.25
+
+
+@pytest.mark.parametrize(("times", "is_taken"), [(1.0, True), (1.09, True), (1.11, False)])
+def test_auto_is_the_widest_that_memory_holds(
+    made: nested.Made, times: float, is_taken: bool
+) -> None:
+    """If it loses little."""
+    found = planned.NestedPlan(made.pack, nested_file.of_pack(made.pack))
+    outline = planned.with_nested(of_pack(made.pack), found)
+    family = outline.nested
+    assert family is not None
+    whole = family.rows[-1]
+    narrow = replace(family.rows[0], perplexity=times * whole.perplexity)
+    outline = replace(outline, nested=replace(family, rows=(narrow, whole)))
+    placed = place(outline, 1 << 34, 0, 0, 64)
+    missing = int((1 - narrow.share) * family.total)
+    placed = replace(placed, groups=(("experts", BY_ROUTER, missing),))
+    expected = narrow.share if is_taken else 1.0
+    assert planned.settled("auto", outline, placed) == expected
 
 
 @pytest.mark.parametrize(("agrees", "pays"), [(0.2, False), (0.47, False), (0.95, True)])
@@ -342,13 +551,6 @@ def test_auto_leaves_out_drafts_that_do_not_pay(
     placed = place(outline, 1 << 34, 0, 0, 64)
     placed = replace(placed, groups=(("experts", BY_ROUTER, family.total),))
     assert (drafting(outline, placed).gain >= WORTH) is pays
-
-
-class LoadLike:
-    """Options of which only the width is looked at."""
-
-    def __init__(self, width: str | float) -> None:
-        self.width = width
 
 
 @pytest.fixture(scope="module")
@@ -403,6 +605,30 @@ def test_killed_and_resumed_is_the_same(
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not [*own_home.glob("*/*.checkpoint")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [({"importance": "plain"}, "order was"), ({"widths": "1/3,1"}, "widths was"), ({}, "")],
+)
+def test_tuning_goes_on_as_it_began(
+    model: str, text: Path, own_home: Path, changes: dict[str, Any], problem: str
+) -> None:
+    """Of the same widths and the same order alone; and what does not tune leaves it there to go on from."""
+    tuning = TuneRecipe(steps=6, rate=1e-3)
+    first = run(options(model, text, until=2), recipe(steps=1, rank=0), tuning)
+    base = fetch.find(model)
+    assert base is not None
+    path = checkpoint_of(base, 3)
+    if not problem:
+        run(options(model, text), recipe(steps=1, rank=0), TuneRecipe())
+        assert path.is_file()
+        again = run(options(model, text, resume=True), recipe(steps=1, rank=0), tuning)
+        assert again.about.trained_tokens > first.about.trained_tokens
+        assert not path.exists()
+        return
+    with pytest.raises(AdapterError, match=problem):
+        run(options(model, text, resume=True, **changes), recipe(steps=1, rank=0), tuning)
 
 
 @pytest.mark.parametrize("phase", ["draft", "width"])

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -166,6 +167,55 @@ def test_killed_and_resumed_is_the_same(
         run(options(model, text, resume=True), RECIPE)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without processes")
+def test_two_processes_train_one_model(
+    made: Relufied, model: str, text: Path, own_home: Path
+) -> None:
+    """As torchrun starts them: of what one alone trains, to rounding; one of them writes and speaks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    flags = {
+        "--data": text,
+        "--steps": 12,
+        "--batch": 2,
+        "--rate": 3e-3,
+        "--length": 32,
+        "--every": 4,
+    }
+    given = [str(word) for pair in flags.items() for word in pair]
+    command = [
+        sys.executable,
+        "-m",
+        "outsize.cli.main",
+        "adapt",
+        "relu",
+        model,
+        *given,
+        "-t",
+        "1",
+        "--json",
+    ]
+    env = os.environ | {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
+        "OUTSIZE_HOME": str(own_home),
+    }  # fmt: skip
+    pair = [
+        subprocess.Popen(command, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120) for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said
+    assert not said[1][0]
+    found, alone = json.loads(said[0][0]), rows(made)[-1]
+    assert Path(found["pack"]).is_dir()
+    assert found["perplexity"] == pytest.approx(alone["perplexity"], rel=0.02)
+    assert found["fires"] == pytest.approx(alone["fires"], abs=0.02)
+    assert not [*own_home.glob("adapt/*.checkpoint")]
+
+
 def test_a_threshold(model: str, text: Path, tmp_path: Path) -> None:
     """FATReLU: fewer neurons fire, and the pack says above what."""
     recipe = ReluRecipe(steps=1, batch=1, length=32, threshold=0.5)
@@ -257,3 +307,12 @@ def test_what_cannot_be(
             ReluRecipe(**more)
     with pytest.raises(OptionError, match="every"):
         options(model, text, every=0)
+
+
+def test_a_forgotten_resume(model: str, text: Path, own_home: Path) -> None:
+    """Begun anew, what has not ended would be lost."""
+    path = own_home / "adapt" / f"{fetch.pack(model, quiet=True).path.name}.relu.checkpoint"
+    path.parent.mkdir()
+    path.write_bytes(b"")
+    with pytest.raises(OptionError, match="is of a run that has not ended; go on with --resume"):
+        run(options(model, text), RECIPE)

@@ -6,11 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import outsize
+from outsize.adapt import loop
 from outsize.adapt.change import AS_IS
 from outsize.adapt.distill.data import Data
 from outsize.adapt.distill.made import Made
@@ -189,8 +192,6 @@ def test_learned_scores_keep_what_hurts_to_lose(base: Pack) -> None:
     recipe = replace(RECIPE, steps=30, rate=0.2)
     held = replace(data, held_out={"text": data.train[:2]})
     task = DistillTask(recipe, model, student, held)
-    from outsize.adapt import loop
-
     before = task.measure(student.change(None))["text"].kl
     training = loop.start(task, "base")
     for _ in range(30):
@@ -199,7 +200,7 @@ def test_learned_scores_keep_what_hurts_to_lose(base: Pack) -> None:
 
 
 def test_what_cannot_be(where: TrainOptions, shared: Made, open_tiny: Callable[..., Model]) -> None:
-    for ffn in ("2", "0", "-1/2", "half", "1/0"):
+    for ffn in ("2", "0", "-1/2", "half", "1/0", "1e-999999999", "1" * 99):
         with pytest.raises(OptionError, match="a share between 0 and 1"):
             PruneOptions(where, RECIPE, ffn)
     with pytest.raises(OptionError, match="by is 'random'"):
@@ -214,6 +215,39 @@ def test_what_cannot_be(where: TrainOptions, shared: Made, open_tiny: Callable[.
     mixture = replace(where, model=str(open_tiny("olmoe").pack.path))
     with pytest.raises(UnsupportedError, match="prune is for dense models"):
         prune(PruneOptions(mixture, RECIPE))
+
+
+def stopped(after: int) -> Any:
+    """Training that is interrupted as soon as it has run so many steps, of however many parts."""
+    count, run_step = iter(range(99)), loop.Training.run_step
+
+    def step(self: loop.Training) -> None:
+        if next(count) == after:
+            raise KeyboardInterrupt
+        run_step(self)
+
+    return mock.patch.object(loop.Training, "run_step", step)
+
+
+def test_pruning_goes_on_where_it_was(where: TrainOptions, tmp_path: Path) -> None:
+    """Interrupted while scores are learned, or weights: to the same pack. By another choice it is another
+    training, and a forgotten --resume loses nothing."""
+    options = PruneOptions(where, replace(RECIPE, steps=4), ".5", "soft", mask_steps=3)
+    made = []
+    for after in (None, 2, 5):
+        options = replace(options, train=replace(where, output=tmp_path / f"{after}.safetensors"))
+        if after is not None:
+            with stopped(after), pytest.raises(KeyboardInterrupt):
+                prune(options)
+            with pytest.raises(OptionError, match="has not ended; go on with --resume"):
+                prune(options)
+            options = replace(options, train=replace(options.train, resume=True))
+        if after == 5:
+            with pytest.raises(AdapterError, match="kind was 'pruned by soft', is 'pruned by act"):
+                prune(replace(options, by="activation"))
+        made.append(prune(options).pack.source.sha256)
+    assert made[0] == made[1] == made[2]
+    assert not [*tmp_path.iterdir()]
 
 
 def test_on_the_command_line(base: Pack, text: Path, tmp_path: Path) -> None:

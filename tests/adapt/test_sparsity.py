@@ -37,6 +37,7 @@ from outsize.pack.neuron_file import KIND
 from outsize.pack.outline import of_pack
 from outsize.plan import decide, place
 from outsize.plan import neurons as planned
+from outsize.plan.make import make as make_plan
 from outsize.plan.placement import BY_PROMPT, BY_ROUTER, MEMORY
 from outsize.system import memory
 from outsize.weights.neuron_spec import NeuronSpec, parse_neurons
@@ -127,6 +128,8 @@ def test_interrupted_and_resumed_is_the_same(
     monkeypatch.undo()
     with pytest.raises(AdapterError, match="share"):
         run(options(model, text, output=output, share=0.7, resume=True))
+    with pytest.raises(OptionError, match="is of a run that has not ended; go on with --resume"):
+        run(options(model, text, output=output))
     run(options(model, text, output=output, resume=True))
     one, two = load_file(made.path), load_file(output)
     assert one.keys() == two.keys()
@@ -162,6 +165,14 @@ def test_chunks(
     assert 0 < found.about.runs < made.about.runs
     assert abs(found.about.fires - 0.5) < 0.1
     assert "bundles are chosen by chunks" in found.table[-3]
+    pack = fetch.pack(model, quiet=True)
+    for path, told, policy in (
+        (found.path, "", "window"), (found.path, ",eviction=lru", "lru"), (made.path, "", "lfu"),
+    ):  # fmt: skip
+        paged = planned.search(LoadOptions(neurons=f"{path}{told}"), pack, "m")
+        banks = planned.banks_of(paged)
+        assert banks is not None
+        assert banks[1] == policy
     free = run(options(model, text, output=tmp_path / "g", choose="chunks:0"))
     one, two = load_file(made.path), load_file(free.path)
     gaps = two.pop("gaps")
@@ -181,6 +192,24 @@ def test_chunks(
 def test_the_price_of_a_read_is_measured(made: sparsity.Made) -> None:
     assert 0 <= made.about.gap <= reads.MOST
     assert 0 < made.about.runs <= made.about.count / 2
+
+
+def test_a_file_of_before_chunks(made: sparsity.Made, model: str, tmp_path: Path) -> None:
+    """It says nothing of choices and reads: by importance, and no read is priced."""
+    path, about = tmp_path / "old.safetensors", dict(made.about.to_json())
+    for name in ("choose", "gap", "runs"):
+        del about[name]
+    save_file(load_file(made.path), path, {"outsize": json.dumps(about)})
+    found = neuron_file.read(path, tiny.LAYERS).about
+    assert (found.choose, found.gap, found.runs) == ("importance", 0.0, 0.0)
+    rows = []
+    for each in (path, made.path):
+        with outsize.load(model, neurons=str(each), quiet=True, draft="none") as opened:
+            kv = opened.transformer.new_kv()
+            rows.append(full(opened.transformer, [Span(0, tiny.TOKENS[:9], 9)], [kv])[0].logits_KV)
+        said = make_plan(model, LoadOptions(neurons=str(each), quiet=True), None).cost.neuron_reads
+        assert (said is None) == (each == path)
+    assert torch.equal(*rows)
 
 
 def in_groups(tensors: dict[str, torch.Tensor], endings: tuple[str, ...]) -> None:

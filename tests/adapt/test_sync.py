@@ -216,6 +216,9 @@ def test_what_cannot_be_is_refused(
                 name, (text,), tmp_path / "no", tokens=1500, length=64, resume=True, quiet=True
             )
         )
+    (tmp_path / "no.checkpoint").write_text("{}")
+    with pytest.raises(OptionError, match="is of a run that has not ended; go on with --resume"):
+        run(SyncOptions(name, (text,), tmp_path / "no", tokens=1500, length=64, quiet=True))
     ran = CliRunner().invoke(
         app, ["adapt", "sync", name, "--ranks", "2", "--link", "fast", "--data", str(text)]
     )

@@ -17,6 +17,7 @@ from outsize.errors import OptionError
 from outsize.home import home as home_folder
 from outsize.kernels.backend import Backend
 from outsize.kernels.find import native_in
+from outsize.kernels.gather import Pieces
 from outsize.kernels.plain import PLAIN
 from outsize.model.predictors.choose import Rule
 
@@ -136,3 +137,27 @@ def test_ends_of_the_share(backend: Backend) -> None:
 def test_bad_choices(text: str) -> None:
     with pytest.raises(OptionError, match="choose is"):
         parse(text)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 4), st.sampled_from([1, 2, 16, 36]), st.integers(0, 99))
+def test_gathered_by_c_as_by_torch(count: int, pieces: int, size: int, seed: int) -> None:
+    """And nothing else is written to."""
+    if (native := native_in(home_folder() / "native")) is None:
+        pytest.skip("no C compiler on this machine")
+    generator = torch.Generator().manual_seed(seed)
+    records = torch.randint(0, 256, (7, 200), generator=generator).to(torch.uint8)
+    places, at = (torch.randperm(7, generator=generator)[:count] for _ in range(2))
+    field = Pieces(
+        int(torch.randint(0, 200 - pieces * size, (), generator=generator)), pieces, size
+    )
+    found, twin = (torch.zeros(pieces, 7 * size, dtype=torch.uint8) for _ in range(2))
+    native.gather(records, places, field, found, at)
+    PLAIN.gather(records, places, field, twin, at)
+    assert torch.equal(found, twin)
+    for place, to in zip(places.tolist(), at.tolist(), strict=True):
+        for p in range(pieces):
+            first = field.offset + p * size
+            made = found[p, to * size : (to + 1) * size]
+            assert torch.equal(made, records[place, first : first + size])
+    assert int((found != 0).sum()) <= count * pieces * size

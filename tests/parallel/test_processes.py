@@ -330,6 +330,8 @@ def test_what_ranks_do_not_share_is_refused(
         ({"prefill": "lazy"}, "prefill is lazy, which several ranks do not run"),
         ({"neurons": "auto"}, "neurons is auto, which several ranks"),
         ({"draft": "mtp:x"}, "draft is mtp:x, which several ranks"),
+        ({"draft": "nested"}, "draft is nested, which several ranks"),
+        ({"width": 0.5}, r"width is 0\.5, which several ranks"),
         ({"parallel": "tensor:cut=some"}, "cut is given once, as gather or sum"),
         ({"parallel": "tensr"}, "'tensr' is not known.*mean 'tensor'"),
         ({"parallel": "tensor:cutt=sum"}, "'cutt' is not known.*mean 'cut'"),

@@ -23,6 +23,18 @@ def find(path: Path) -> None:
         raise OptionError(f"there is no checkpoint {path} to resume; leave out --resume")
 
 
+def check(resume: bool, path: Path, *others: Path) -> None:
+    """Before anything is begun: raise OptionError where nothing is there to go on from, or where a forgotten
+    --resume would begin anew over what has not ended. `others`: checkpoints of earlier parts of the same."""
+    there = next((p for p in (path, *others) if p.exists()), None)
+    if resume and there is None:
+        find(path)
+    if there is not None and not resume:
+        raise OptionError(
+            f"{there} is of a run that has not ended; go on with --resume, or remove it to begin anew"
+        )
+
+
 def save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, object]) -> None:
     """Replace `path`, whole or not at all. Raises DiskFullError."""
     part = path.with_name(path.name + ".part")

@@ -15,7 +15,7 @@ from outsize.adapt.processes import processes, shared
 from outsize.adapt.trainable import TrainableModel
 from outsize.arguments import whole
 from outsize.engine import open_tokens
-from outsize.errors import DataError
+from outsize.errors import DataError, DiskFullError
 from outsize.options import Options
 from outsize.pack.format import Pack
 from outsize.progress import steps
@@ -134,22 +134,30 @@ class Kept:
         for all but one of several processes."""
         self.path, self._head, self._writes = path, json.dumps(dict(about), sort_keys=True), writes
         self.answers: dict[int, list[int]] = {}
-        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-        # The last line may be cut short.
-        whole = lines[:-1] if lines[:1] == [self._head] else [self._head]
         try:
-            self.answers = {int(k): list(v) for k, v in map(json.loads, whole[1:])}
+            lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+            # The last line may be cut short.
+            whole = lines[:-1] if lines[:1] == [self._head] else [self._head]
+            self.answers = {int(k): list(map(int, v)) for k, v in map(json.loads, whole[1:])}
         except (ValueError, TypeError) as e:
             raise DataError(
                 f"{path} is damaged ({e}); remove it, and answers are made anew"
             ) from None
         if writes and [*whole, ""] != lines:
-            path.write_text("\n".join([*whole, ""]), encoding="utf-8")
+            self._put("w", "\n".join([*whole, ""]))
 
     def add(self, indices: Sequence[int], answers: Sequence[list[int]]) -> None:
         rows = list(zip(indices, answers, strict=True))
         self.answers |= dict(rows)
         if self._writes:
-            text = "".join(json.dumps([i, a]) + "\n" for i, a in rows)
-            with self.path.open("a", encoding="utf-8") as file:
+            self._put("a", "".join(json.dumps([i, a]) + "\n" for i, a in rows))
+
+    def _put(self, mode: str, text: str) -> None:
+        try:
+            with self.path.open(mode, encoding="utf-8") as file:
                 file.write(text)
+        except OSError as e:
+            raise DiskFullError(
+                f"{self.path} could not be written ({e.strerror}); answers that are there stay: make room, "
+                "and start again"
+            ) from None

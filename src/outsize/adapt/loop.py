@@ -148,8 +148,13 @@ class Training:
             self.loss = now if self.loss == 0 else SMOOTH * self.loss + (1 - SMOOTH) * now
 
     def save(self, path: Path) -> None:
-        """Everything that going on needs."""
+        """Everything that going on needs. Raises AdapterError where that is no number: what was saved before
+        stays."""
         state = dict(self.task.parameters)
+        if wrong := [name for name, p in state.items() if not bool(torch.isfinite(p).all())]:
+            raise AdapterError(
+                f"{wrong[0]} has no finite numbers after step {self.step}; train at a lower --rate"
+            )
         for name, p in self.task.parameters.items():
             for key, value in self.optimizer.state.get(p, {}).items():
                 state[f"{name}|{key}"] = torch.as_tensor(value)
@@ -199,9 +204,11 @@ def resume(task: Task, path: Path, base: str, data: str = "") -> Training:
         if isinstance(task, Keeping):
             kept = [name for name in tensors if name.startswith(KEPT)]
             task.restore({name.removeprefix(KEPT): tensors[name] for name in kept})
-    except (KeyError, RuntimeError) as e:
-        raise AdapterError(f"{path} is not a checkpoint of this recipe ({e})") from None
-    training.step, training.loss = int(str(about["step"])), float(str(about["loss"]))
+        training.step, training.loss = int(str(about["step"])), float(str(about["loss"]))
+    except (KeyError, RuntimeError, ValueError) as e:
+        raise AdapterError(
+            f"{path} is not a checkpoint of this recipe ({e}); remove it to begin anew"
+        ) from None
     return training
 
 
@@ -209,7 +216,11 @@ def _differences(about: Mapping[str, object], training: Training) -> list[str]:
     """What a checkpoint says of itself that is otherwise now."""
     told, now = about.get("recipe"), training.task.recipe.to_json()
     known = told if isinstance(told, dict) else {}
+    own = {k: v for k, v in training.task.about().items() if k != "kind"}
+    known, now = {**known, **{k: about.get(k) for k in own}}, {**now, **own}
     out = [f"{k} was {known.get(k)!r}, is {v!r}" for k, v in now.items() if known.get(k) != v]
+    kind, was = training.task.about().get("kind"), about.get("kind")
+    out += [] if was == kind else [f"kind was {was!r}, is {kind!r}"]
     out += [] if about.get("base") == training.base else ["the model's weights differ"]
     return out + ([] if about.get("data") == training.data else ["the prompts or answers differ"])
 

@@ -20,6 +20,11 @@ def processes() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if ready else (0, 1)
 
 
+def is_first() -> bool:
+    """Is this the process that speaks and writes? Also before they have met, and after they have left."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def average(grads: Sequence[Tensor]) -> None:
     """Over all processes, as one message."""
     flat = torch.cat([g.flatten() for g in grads])

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
+import filelock
 import torch
 
 from outsize.adapt import checkpoints, loop
 from outsize.adapt.examples import Example, TrainOptions, fingerprint, prepare
 from outsize.adapt.processes import join, leave, processes
 from outsize.adapt.trainable import TrainableModel, matmul_type
-from outsize.errors import UnsupportedError
+from outsize.errors import OptionError, UnsupportedError
 from outsize.log import say
 from outsize.pack import fetch
 from outsize.pack.format import Pack
+from outsize.pack.lock import locked
 from outsize.progress import bars, steps
 
 HELD_OUT_SHARE, HELD_OUT = 50, 64  # one in so many, at most so many
@@ -30,16 +33,46 @@ def run(options: TrainOptions, recipe: loop.Recipe, make: MakeTask) -> None:
 
 
 @contextmanager
-def session(options: TrainOptions) -> Iterator[tuple[TrainOptions, torch.device]]:
+def session(options: TrainOptions, *others: Path) -> Iterator[tuple[TrainOptions, torch.device]]:
     """The device to train on, joined with the other processes if there are some, of which only the first one
-    speaks. Raises OptionError."""
-    if options.resume:
-        checkpoints.find(options.checkpoint)
+    speaks. `others`: checkpoints of earlier parts. Raises OptionError, also where what will be trained could
+    not be written, or another process trains it."""
+    _check_place(options.output)
+    checkpoints.check(options.resume, options.checkpoint, *others)
     device = join(options.device)
     try:
-        yield replace(options, quiet=options.quiet or processes()[0] > 0), device
+        with _alone(options.output):
+            yield replace(options, quiet=options.quiet or processes()[0] > 0), device
     finally:
         leave()
+
+
+def _check_place(output: Path) -> None:
+    """Before hours are spent on it."""
+    if output.is_dir():
+        raise OptionError(f"{output} is a folder; name a file in it")
+    if not output.parent.is_dir():
+        raise OptionError(
+            f"{output.parent} is no folder, so that {output.name} could not be written; make it, or name "
+            "another output"
+        )
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """One training at a time into a file: the first of its processes holds a lock beside it."""
+    if processes()[0] > 0:
+        yield
+        return
+    path = output.with_name(f".{output.name}.lock")
+    try:
+        with locked(path, timeout=0):
+            yield
+            path.unlink(missing_ok=True)
+    except filelock.Timeout:
+        raise OptionError(
+            f"another process trains {output} now; wait for it, or name another output"
+        ) from None
 
 
 def _run(options: TrainOptions, recipe: loop.Recipe, make: MakeTask, device: torch.device) -> None:
@@ -66,10 +99,14 @@ def opened(pack: Pack, options: TrainOptions, device: torch.device) -> Trainable
             f"{pack.path.name} is a {pack.description.family} model; training knows dense models without "
             "sinks, of RMSNorms and gated feed-forwards"
         )
-    is_fp32 = pack.table_of("attn-0").tensors["o"][0].encoding == "fp32"
-    kind = torch.float32 if is_fp32 else matmul_type(device)
     with bars(options.quiet) as progress:
-        return TrainableModel(pack, device, kind, progress)
+        return TrainableModel(pack, device, number_type(pack, device), progress)
+
+
+def number_type(pack: Pack, device: torch.device) -> torch.dtype:
+    """What enters the products of a model that is opened to train on."""
+    is_fp32 = pack.table_of("attn-0").tensors["o"][0].encoding == "fp32"
+    return torch.float32 if is_fp32 else matmul_type(device)
 
 
 def train(task: loop.Task, options: TrainOptions, base: str, data: str) -> loop.Training:

@@ -53,6 +53,7 @@ def relu(
     model: Annotated[str, typer.Argument()] = DEFAULT_MODEL,
 ) -> None:
     """A model with ReLU in place of SwiGLU, trained from the model itself, so that few neurons fire."""
+    from outsize.adapt.processes import is_first
     from outsize.adapt.relu import run as relufying
     from outsize.adapt.relu.task import ReluRecipe
     from outsize.log import say
@@ -64,6 +65,8 @@ def relu(
         model, encoding=load.encoding, memory=load.memory, quiet=load.quiet, **given
     )
     made = relufying.run(options, ReluRecipe(**asdict(recipe)))
+    if not is_first():
+        return
     if display.json:
         print(json.dumps(relufying.about(made)))
     else:

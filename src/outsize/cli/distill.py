@@ -73,7 +73,8 @@ class RecoverFlags:
         bool, Flag("--tables", "Levels, steps and norms: no cost at run time (the default).")
     ] = False
     rank: Annotated[
-        int | None, Flag("--rank", "Low-rank factors beside the maps instead: an adapter.")
+        int | None,
+        Flag("--rank", "Low-rank factors instead: an adapter. Try tables first: they are free."),
     ] = None
     begin: Annotated[
         str, Flag("--begin", "Of factors: closed (the error's best ones) or zero.")
@@ -106,6 +107,7 @@ def recover(
     from outsize.adapt.distill.recover import RecoverOptions
     from outsize.adapt.distill.recover import recover as run
     from outsize.adapt.distill.task import DistillRecipe
+    from outsize.adapt.processes import is_first
     from outsize.plan.probe import set_threads
 
     if own.tables and own.rank is not None:
@@ -118,7 +120,7 @@ def recover(
         where, DistillRecipe(**asdict(recipe)), own.rank, own.begin, own.source
     )
     made = run(options)
-    if not load.quiet:
+    if not load.quiet and is_first():
         print("\n".join(_lines(made)))
 
 
@@ -149,8 +151,9 @@ def _lines(made: Recovered) -> Iterator[str]:
     else:
         size = made.adapter.stat().st_size / 1e6
         yield (
-            f"wrote {made.adapter} ({size:.1f} MB): run it with -m {made.pack.path} --adapter "
-            f"recovery={made.adapter}, or specialize it: outsize adapt feature --from {made.adapter}"
+            f"wrote {made.adapter} ({size:.1f} MB more; tables, without --rank, cost none and may do as "
+            f"well): run it with -m {made.pack.path} --adapter recovery={made.adapter}, or specialize it: "
+            f"outsize adapt feature --from {made.adapter}"
         )
 
 
@@ -257,7 +260,9 @@ def share_kv(
 
 def _show(made: Made, quiet: bool) -> None:
     """The closing table of a pack that was made of another."""
-    if quiet:
+    from outsize.adapt.processes import is_first
+
+    if quiet or not is_first():
         return
     print(
         "\n".join(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from outsize.draft.drafter import MOST
@@ -50,7 +51,10 @@ def parse_draft(text: str) -> DraftSpec:
 
 def _check_width(text: str, source: str) -> None:
     """A drafter is narrower than what it drafts for. Raises OptionError."""
-    if source and parse_width(source) in (1.0, AUTO):
+    found: str | float = AUTO
+    with suppress(OptionError):
+        found = parse_width(source)
+    if source and found in (1.0, AUTO):
         raise OptionError(
             f"draft is {text!r}; a share of the feed-forwards below 1 is expected, as in nested:0.25"
         )

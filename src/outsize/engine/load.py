@@ -188,8 +188,9 @@ def _open(
     found = tokens(made)
     memory.trim()
     placement = decide.decide(outline, options, size, before, max(0, memory.resident() - before))
+    share = nested.settled(options.width, outline, placement)
     if not options.quiet:
-        notices.noted(placement, options, experts)
+        notices.noted(placement, options, experts, (share, nested.cost(packs.nested, share)))
     if on_plan is not None:
         on_plan(outline, placement)
     chunk = options.chunk or _chunk(options, outline, placement)
@@ -203,7 +204,6 @@ def _open(
             opened.callback(smaller.close)
         with bars(options.quiet) as progress:
             paged = None if outline.neurons is None else packs.neurons
-            share = nested.settled(options, outline, placement)
             caching = nested.experts(options, experts, packs.nested, share)
             banks = neurons.banks_of(paged)
             plan = LoadPlan(placement.shares, options.verify, caching, packs.copies, banks)
@@ -217,6 +217,7 @@ def _open(
         if paged is not None:
             _page(transformer, paged, native, experts.recorder)
         nested.install(transformer.nested, packs.nested, share)
+        transformer.nested.is_shared = team is not None
         drafts = _drafting(made, options, placement, transformer, smaller)
         drafts.nested = nested.drafter(packs.nested, options, (outline, placement), transformer)
         opened.pop_all()

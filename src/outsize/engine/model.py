@@ -188,15 +188,20 @@ class Model:
         """As `score_tokens`, with the `top` likeliest tokens in each place."""
         return [one for part in self.logprobs_by_chunk(tokens, top) for one in part]
 
-    def logprobs_by_chunk(self, tokens: Sequence[int], top: int = 0) -> Iterator[list[Scored]]:
-        """As `logprobs`, chunk by chunk: others have steps between them."""
+    def logprobs_by_chunk(
+        self, tokens: Sequence[int], top: int = 0, width: str | float | None = None
+    ) -> Iterator[list[Scored]]:
+        """As `logprobs`, chunk by chunk: others have steps between them. `width`: as a request's."""
         for token in tokens:
             arguments.whole("a token", token, -(1 << 62), 1 << 62)
         self._check_room(tokens)
-        return self._scored(tokens, arguments.whole("top", top, 0, MOST_LOGPROBS))
+        return self._scored(tokens, arguments.whole("top", top, 0, MOST_LOGPROBS), width)
 
-    def _scored(self, tokens: Sequence[int], top: int = 0) -> Iterator[list[Scored]]:
-        parts = scored(self.transformer, tokens, top)
+    def _scored(
+        self, tokens: Sequence[int], top: int = 0, width: str | float | None = None
+    ) -> Iterator[list[Scored]]:
+        wanted = self.transformer.nested.width(self._width if width is None else width)
+        parts = scored(self.transformer, tokens, top, wanted)
         while (part := self.scheduler.take(partial(next, parts, None))) is not None:
             yield part
 
@@ -259,7 +264,8 @@ class Model:
             options.adapter_of(0),
         )
         self.scheduler.adapter(name)
-        cached = 0 if prefix is None else prefix.shared(ids, (name, options.prefill, wanted))
+        way = name, options.prefill, None if width is None else width.share
+        cached = 0 if prefix is None else prefix.shared(ids, way)
         if prefix is not None:
             self.scheduler.conversations.add(prefix)
         kv = self.transformer.new_kv() if prefix is None else prefix.kv
@@ -285,11 +291,6 @@ class Model:
         prune = parse_prefill(prefill)
         decide.check_prefill(self.pack.description, prefill)
         if prune is not None:
-            if self.pack.description.has_states:
-                raise OptionError(
-                    f"prefill is {prefill!r}, and layers of {self.name} keep a state that all tokens must go "
-                    "through; use prefill=full"
-                )
             prune.check_layers(self.pack.description)
             prune.check_drafts(self.drafting.spec.kind)
         return prune

@@ -7,7 +7,6 @@ from outsize.forward.prune import parse_prefill
 from outsize.kernels.backend import Backend
 from outsize.kernels.plain import PLAIN
 from outsize.log import warn
-from outsize.model.width import parse_width
 from outsize.options import LoadOptions
 from outsize.pack.format import Pack
 from outsize.plan.placement import Placement
@@ -24,13 +23,17 @@ def slow(made: Pack, native: Backend) -> None:
         )
 
 
-def noted(placement: Placement, options: LoadOptions, experts: ExpertOptions) -> None:
-    """What a plan says of itself, and which options change answers."""
+def noted(
+    placement: Placement, options: LoadOptions, experts: ExpertOptions, width: tuple[float, str]
+) -> None:
+    """What a plan says of itself, and which options change answers. `width`: what share of nested experts the
+    options came to, and what that costs."""
     for note in placement.notes:
         warn(note)
     if experts.is_lossy:
         warn(f"{experts.lossy} changes the model's answers; leave it out for the exact ones")
     if parse_prefill(options.prefill) is not None:
         warn(f"prefill={options.prefill} is lossy: answers change; leave it out for the exact ones")
-    if parse_width(options.width) != 1.0:
-        warn(f"width={options.width} is lossy: answers change; --width full is exact")
+    share, cost = width
+    if share < 1:
+        warn(f"width={options.width} ({share:.2f} of the feed-forwards) is {cost}; full is exact")

@@ -13,6 +13,7 @@ from outsize.forward.groups import chunks
 from outsize.forward.span import Span
 from outsize.kv.kv import KV
 from outsize.model.transformer import Transformer
+from outsize.model.width import Width
 from outsize.sampling.logprobs import TokenLogprob
 
 ROWS, BYTES = 64, 8 << 20  # logits computed at once
@@ -25,14 +26,17 @@ class Scored(NamedTuple):
     is_likeliest: bool
 
 
-def scored(model: Transformer, tokens: Sequence[int], top: int = 0) -> Iterator[list[Scored]]:
+def scored(
+    model: Transformer, tokens: Sequence[int], top: int = 0, width: Width | None = None
+) -> Iterator[list[Scored]]:
     """Of every token after the first, with the `top` likeliest in its place: chunk by chunk of the text, so
     that others may have a step between two."""
     kv = model.new_kv(len(tokens))
     for part in chunks(range(len(tokens) - 1), model.chunk):
         targets = tokens[part.start + 1 : part.stop + 1]
         some = tokens[part.start : part.stop]
-        yield _chunk(model, Span(part.start, some, len(some)), kv, targets, top)
+        span = Span(part.start, some, len(some), width=width)
+        yield _chunk(model, span, kv, targets, top)
 
 
 @torch.inference_mode()

@@ -148,12 +148,14 @@ class Service:
             self._changed.notify_all()
         return answer
 
-    async def score(self, ids: Sequence[int], top: int) -> list[TokenLogprob]:
+    async def score(
+        self, ids: Sequence[int], top: int, width: str | float | None = None
+    ) -> list[TokenLogprob]:
         """Of every token after the first: its log-probability, and those of the `top` likeliest. One text
         after the other; one that nobody waits for any more is computed no further."""
         run, out = asyncio.get_running_loop().run_in_executor, list[TokenLogprob]()
         async with self._scoring:
-            parts = self.model.logprobs_by_chunk(ids, top)
+            parts = self.model.logprobs_by_chunk(ids, top, width)
             self._batch.beside = len(ids)
             try:
                 while (part := await run(self._texts, next, parts, None)) is not None:

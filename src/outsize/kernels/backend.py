@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from outsize.kernels.delta import DeltaSpec
+from outsize.kernels.gather import Pieces
 from outsize.kernels.norm import Norm, RMSNorm
 from outsize.kernels.rows import Rows, Sight
 from outsize.kernels.structs import Attention, Coded, ExpertMatrices, LowRankMatrix, address_if
@@ -109,6 +110,12 @@ class Backend(Protocol):
     def chunks(self, value_TN: Tensor, gap: float) -> Tensor:
         """(T, N) which bundles of neurons to read, where a run of neighbours costs `gap` once
         (kernels/chunks.py)."""
+        ...
+
+    def gather(
+        self, records_SB: Tensor, places_n: Tensor, pieces: Pieces, to: Tensor, at_n: Tensor
+    ) -> None:
+        """A field of the records at these places, put where a matrix has it (kernels/gather.py)."""
         ...
 
     def decode_entries(self, coded_CSX: Tensor, out_CSE: Tensor, count: int) -> None:

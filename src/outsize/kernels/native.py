@@ -18,6 +18,7 @@ from outsize.kernels import attention
 from outsize.kernels.backend import AttentionSpec, Experts, Places, Product
 from outsize.kernels.chunks import NativeChunks
 from outsize.kernels.delta import DeltaSpec
+from outsize.kernels.gather import NativeGather, Pieces
 from outsize.kernels.layouts import TILES
 from outsize.kernels.native_delta import NativeDelta
 from outsize.kernels.native_heads import NativeHeads
@@ -86,6 +87,7 @@ class Native(Plain):
         self._gate, self._lowrank = found["gate_rows"], found["lowrank_rows"]
         self._combine, self._delta = found["combine_rows"], NativeDelta(lib)
         self._heads, self._chunks = NativeHeads(lib), NativeChunks(lib)
+        self._gather = NativeGather(lib)
         self._group_linear, self._group_decode = found["group_linear"], found["group_decode"]
         self._tile_linear, self._tile_decode = found["tile_linear"], found["tile_decode"]
         self._palette_linear = found["palette_linear"]
@@ -226,6 +228,11 @@ class Native(Plain):
 
     def chunks(self, value_TN: Tensor, gap: float) -> Tensor:
         return self._chunks(value_TN, gap)
+
+    def gather(
+        self, records_SB: Tensor, places_n: Tensor, pieces: Pieces, to: Tensor, at_n: Tensor
+    ) -> None:
+        self._gather(records_SB, places_n, pieces, to, at_n)
 
     def decode_entries(self, coded_CSX: Tensor, out_CSE: Tensor, count: int) -> None:
         if out_CSE.dtype is not BF16:

@@ -15,6 +15,7 @@ from outsize.kernels import attention, layouts
 from outsize.kernels.backend import AttentionSpec, Backend, Experts, Places, Product
 from outsize.kernels.chunks import chunks
 from outsize.kernels.delta import DeltaSpec, delta_rows
+from outsize.kernels.gather import Pieces, gather
 from outsize.kernels.layouts import BLOCK, GROUP, TILES, CodedMatrix, decode_groups, decode_tiles
 from outsize.kernels.norm import Norm, RMSNorm
 from outsize.kernels.palettes import PaletteMatrix, palette_numbers
@@ -80,6 +81,11 @@ class Plain:
 
     def chunks(self, value_TN: Tensor, gap: float) -> Tensor:
         return chunks(value_TN, gap)
+
+    def gather(
+        self, records_SB: Tensor, places_n: Tensor, pieces: Pieces, to: Tensor, at_n: Tensor
+    ) -> None:
+        gather(records_SB, places_n, pieces, to, at_n)
 
     def decode_entries(self, coded_CSX: Tensor, out_CSE: Tensor, count: int) -> None:
         decode(coded_CSX, out_CSE, count)

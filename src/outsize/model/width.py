@@ -24,6 +24,7 @@ from torch import Tensor
 from outsize.errors import OptionError
 
 AUTO, FULL = "auto", "full"
+NOT_MEASURED = "lossy: not measured"
 
 
 @dataclass(slots=True)
@@ -99,7 +100,7 @@ def chosen(z_TM: Tensor, threshold: float | Tensor) -> Tensor:
 
 
 def _not_measured(share: float) -> str:
-    return "lossy: not measured"
+    return NOT_MEASURED
 
 
 def narrowest(z_M: Sequence[float], threshold: float) -> int:
@@ -123,6 +124,7 @@ class Nested:
     routers: Sequence[LayerRouter] = ()
     points: Sequence[Point] = ()
     auto: float = 1.0  # what `auto` turned out to be
+    is_shared: bool = False  # between ranks, which are told of no width
     cost: Callable[[float], str] = _not_measured  # of a share, in words
 
     def width(self, given: str | float) -> Width | None:
@@ -133,6 +135,10 @@ class Nested:
             raise OptionError(
                 f"width is {given!r}, and this model is not cut into nested experts; `outsize adapt nested` "
                 "does that, or leave it out"
+            )
+        if share < 1 and self.is_shared:
+            raise OptionError(
+                f"width is {given!r}, which several ranks do not run; leave it out, or --ranks"
             )
         return None if share >= 1 else Width(share, self._threshold(share))
 

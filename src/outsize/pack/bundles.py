@@ -42,11 +42,6 @@ class Region:
     def size(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def of(self, records: Tensor, places: Tensor) -> Tensor:
-        """(n, *shape): the field of those of the records (S, stride), of bytes, that are at these places."""
-        some = records[:, self.offset : self.offset + self.size].index_select(0, places)
-        return some.view(self.dtype).view(len(places), *self.shape)
-
 
 @dataclass(frozen=True, slots=True)
 class BundleLayout:

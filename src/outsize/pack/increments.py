@@ -61,13 +61,6 @@ class Pieces:
         raw = self.order_LF.to(torch.int64).contiguous().numpy().tobytes()
         return hashlib.sha256(raw).hexdigest()[:12]
 
-    @property
-    def is_exact(self) -> bool:
-        """Does every weight keep its number?"""
-        return self.learned is None and all(
-            self._down(t) == t.tensors["down"][0].encoding for t in dense_tables(self.base)
-        )
-
     def tables(self, stored: Stored) -> list[TablePlan]:
         """Of the pack that is made. Raises UnsupportedError."""
         out: list[TablePlan] = []
@@ -188,9 +181,7 @@ def check(base: Pack, count: int) -> None:
     """Raise UnsupportedError for a pack that cannot be cut into so many pieces a layer."""
     d, name = base.description, base.path.name
     if d.mixture is not None:
-        kind = (
-            "is cut into nested experts already" if d.mixture.nested else "is a mixture of experts"
-        )
+        kind = "is cut into nested experts already" if d.is_nested else "is a mixture of experts"
         raise UnsupportedError(f"{name} {kind}; nested experts are made of dense models")
     if not d.is_usual or d.mlp_bias:
         raise UnsupportedError(

@@ -75,9 +75,10 @@ class NestedAbout:
         if share >= 1:
             return "exact"
         near = min(self.family, key=lambda m: abs(m.share - share))
+        text = "".join(c if c.isprintable() else "?" for c in self.text)
         return (
             f"lossy: perplexity {self.perplexity:,.2f} -> {near.perplexity:,.2f} at {near.share:.2f} "
-            f"({self.tokens:,} tokens of {self.text})"
+            f"({self.tokens:,} tokens of {text})"
         )
 
 
@@ -94,6 +95,13 @@ class NestedFile:
         found = self.tensors[name].float()
         if not bool(torch.isfinite(found).all()):
             raise ADD_ON.damaged(self.path, f"{name} has numbers that are not finite")
+        return found
+
+    def uses(self) -> Tensor:
+        """(K, L, N) how often a token uses each piece. Raises AdapterError."""
+        found = self.numbers(USE)
+        if bool(((found < 0) | (found > 1)).any()):
+            raise ADD_ON.damaged(self.path, "its shares of uses are not from 0 to 1")
         return found
 
     @property
@@ -146,6 +154,8 @@ def _fault(about: NestedAbout, tensors: Stored, pack: Pack) -> str:
         return f"its rank is {about.rank:,}"
     if problem := _family_fault(about.family):
         return problem
+    if about.perplexity < 1:
+        return f"its perplexity is {about.perplexity:g}"
     layers, m, rank = d.num_layers, len(widths), about.rank
     due: dict[str, tuple[int, ...]] = {
         ROUTER: (layers, m, d.width),
@@ -162,5 +172,7 @@ def _family_fault(family: Sequence[Member]) -> str:
     if not 0 < len(family) <= MOST_ROWS:
         return f"its family has {len(family):,} members"
     rises = all(a.threshold < b.threshold and a.share <= b.share for a, b in pairwise(family))
-    sound = all(m.threshold >= 0 and 0 < m.share <= 1 and m.perplexity >= 1 for m in family)
-    return "" if rises and sound else "the shares of its family do not rise with their thresholds"
+    if not rises or family[0].threshold < 0 or not 0 < family[0].share <= family[-1].share <= 1:
+        return "the shares of its family do not rise with their thresholds"
+    sound = all(m.perplexity >= 1 and m.kl >= 0 and 0 <= m.agrees <= 1 for m in family)
+    return "" if sound else "what its family costs is out of range"

@@ -29,7 +29,7 @@ class PagedNeurons:
     note: str = ""  # why it pays, or does not
     runs: float = 0.0  # of neighbours that a layer computes for a token; 0: not measured
     gap: float = 0.0  # what beginning a read costs, in bundles that are read along
-    computes: float = 1.0  # of a dense feed-forward's time, what computing those that are chosen takes
+    computes: float = 1.0  # share of a dense feed-forward's time that those chosen take
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,6 @@ class NestedFamily:
     memory: int  # bytes of routers and corrections
     total: int  # of all pieces
     rows: tuple[FamilyRow, ...]
-    cost: str  # what half of them costs, in words
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +84,6 @@ class Outline:
     pins_pieces: bool = (
         False  # of nested experts: those used most stay, as no other policy was asked for
     )
-
-    @property
-    def is_nested(self) -> bool:
-        """Are its feed-forwards cut into nested experts?"""
-        return self.description.mixture is not None and self.description.mixture.nested
 
     @property
     def size(self) -> int:

@@ -11,6 +11,7 @@ from outsize.errors import PackError, SourceError
 from outsize.pack import leftovers
 from outsize.pack.format import HEADER, Pack, read_header
 from outsize.pack.lock import locked
+from outsize.pack.nested_file import beside
 from outsize.pack.source import FileStat, Source
 from outsize.pack.tables import TableHeader
 
@@ -55,18 +56,21 @@ def same_records(folder: Path, source: Source) -> Pack | None:
 
 
 def nested_of(folder: Path, base: Pack, exact: bool = False) -> Pack | None:
-    """The newest pack of nested experts that was cut out of this one; `exact`: none that was tuned, whose
-    whole is another model."""
+    """The newest pack of nested experts that was cut out of this one, of those with an add-on if there are
+    any (of others, making it was broken off); `exact`: none that was tuned, whose whole is another model."""
     sha = base.source.sha256
     found = [
         p
         for p in _good(folder)
         if p.source.kin[:1] == (sha,)
-        and p.description.mixture is not None
-        and p.description.mixture.nested
+        and p.description.is_nested
         and not (exact and p.quality is not None)
     ]
-    return max(found, key=lambda p: (p.path / HEADER).stat().st_mtime_ns, default=None)
+
+    def worth(pack: Pack) -> tuple[bool, int]:
+        return beside(pack).is_file(), (pack.path / HEADER).stat().st_mtime_ns
+
+    return max(found, key=worth, default=None)
 
 
 def known_hash(folder: Path, files: tuple[FileStat, ...]) -> str | None:

@@ -95,8 +95,9 @@ def check(name: str, d: Description, world: int, way: Way) -> None:
             f"{name} keeps states of sequences in place of some keys and values, which ranks do not share; "
             "run it on one"
         )
-    if way.cut == "experts" and (d.mixture is None or d.mixture.nested):
-        raise OptionError(f"{name} has no experts to share out; use --parallel tensor")
+    if way.cut == "experts" and (d.mixture is None or d.is_nested):
+        way_out = "relay" if d.mixture is not None else "tensor"
+        raise OptionError(f"{name} has no experts to share out; use --parallel {way_out}")
     if way.cut == "experts" and d.mixture is not None and d.mixture.beside:
         raise UnsupportedError(
             f"{name} has a dense feed-forward beside its experts, which ranks do not share out; leave "
@@ -105,8 +106,10 @@ def check(name: str, d: Description, world: int, way: Way) -> None:
     if way.cut in UNCUT:
         return
     if d.mixture is not None and way.cut != "layers":
+        what = "of nested experts" if d.is_nested else "a mixture of experts"
+        ways = "relay" if d.is_nested else "experts, or relay"
         raise UnsupportedError(
-            f"{name} is a mixture of experts, whose matrices are not cut; use --parallel experts, or relay"
+            f"{name} is {what}, whose matrices are not cut; use --parallel {ways}"
         )
     if d.reads_tokens or len(d.forms) > 1 or d.value_norm or d.out_scale:
         raise UnsupportedError(

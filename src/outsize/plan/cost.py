@@ -17,6 +17,7 @@ from outsize.plan.fixed import routed
 from outsize.plan.hit_rates import ALL_USED, BY_TEXT, PRIOR, HitRates
 from outsize.plan.machine import Compute, Machine
 from outsize.plan.placement import BY_ID, BY_PROMPT, BY_ROUTER, BY_TOKEN, Placement
+from outsize.storage.tickets import PIECE
 
 MISS_S = 150e-6  # from a reader's last byte to the computation that waits for it
 # Fitted to capped runs of four models (docs/results/memory.md): what the shorter of reading and computing
@@ -25,25 +26,27 @@ MISS_S = 150e-6  # from a reader's last byte to the computation that waits for i
 UNHIDDEN, FRESH, FRESH_S = 0.25, 1.2, 0.05
 # What a token takes beside layers and head: its embedding, the step's tables, choosing it and handing it out.
 PASS_S = 1.5e-3
-CHOOSE_S, GATHERED = (
-    3e-4,
-    3e9,
-)  # of a layer's neurons: choosing them, and bytes a second of gathering
+# Of paged neurons, beside multiplying: seconds a layer of predicting and choosing, and a bundle of finding it
+# in its cache; bytes a second of putting bundles together (experiments/memory/neurons_cost.py); and seconds
+# of making room for a bundle that misses, and handing its read out (neurons_chunks.py, beside it).
+CHOOSE_S, BUNDLE_S, GATHERED = 5.2e-4, 1.8e-6, 12e9
+MISSED_S = 13e-6
 
 
 @dataclass(frozen=True, slots=True)
 class NeuronReads:
-    """Of a token: bundles that it computes, in how many runs of neighbours, each of which is one read if none
-    of it is in memory; and what a read takes more than its bytes do, in bytes."""
+    """Of a token: bundles that it computes, their bytes, in how many runs of neighbours, which are read at
+    once, PIECE bytes at a time; and what a read takes more than its bytes do, in bytes."""
 
     bundles: float
+    size: float
     runs: float
     start_bytes: float
 
     def reads(self, hit_rate: float) -> float:
-        """If each bundle is as likely to be in memory: a run is begun anew behind one that is."""
-        miss = 1 - hit_rate
-        return self.runs * miss + (self.bundles - self.runs) * miss * hit_rate
+        """Neighbours that are used together are in memory together, or missing: so it was measured
+        (docs/results/neurons.md)."""
+        return (self.runs + self.size / PIECE) * (1 - hit_rate)
 
     def more_bytes(self, hit_rate: float) -> float:
         """That would take as long to read as beginning these reads does."""
@@ -80,15 +83,16 @@ class Cost:
         plain = max(self.read_s, self.compute_s) + UNHIDDEN * min(self.read_s, self.compute_s)
         if self.hit_rates is None:
             return plain, plain
-        low, high = (self._reading_s(h) for h in self.hit_rates)
+        low, high = (self.reading_s(h) for h in self.hit_rates)
         return plain + high, plain + low
 
-    def _reading_s(self, hit_rate: float) -> float:
+    def reading_s(self, hit_rate: float) -> float:
         """Seconds of reading what is routed, and is not in memory."""
-        size = self.expert_bytes * (1 - hit_rate)
+        size, more_s = self.expert_bytes * (1 - hit_rate), 0.0
         if self.neuron_reads is not None:
             size += self.neuron_reads.more_bytes(hit_rate)
-        return size / self.disk_bytes_per_s
+            more_s = self.neuron_reads.bundles * (1 - hit_rate) * MISSED_S
+        return size / self.disk_bytes_per_s + more_s
 
     @property
     def tokens_per_s(self) -> float:
@@ -141,7 +145,7 @@ def predict(
     waits = MISS_S * records if place.streamed else 0.0
     missing = sum(size for _, tier, size in place.groups if tier in (BY_ROUTER, BY_TOKEN))
     total = sum(t.size for t in routed(o))
-    rates = ALL_USED if rates is PRIOR and o.is_nested else rates
+    rates = ALL_USED if rates is PRIOR and o.description.is_nested else rates
     if o.neurons is not None:
         rates = firing(o.neurons)
     elif o.description.has_table or o.description.token_width:
@@ -199,7 +203,8 @@ def _gather_s(o: Outline) -> float:
     """Seconds a token of choosing neurons and putting their matrices together."""
     if o.neurons is None:
         return 0.0
-    return o.description.num_layers * CHOOSE_S + used_bytes(o) / GATHERED
+    bundles = sum(used_records(o, t) for t in o.tables if t.kind == "neurons")
+    return o.description.num_layers * CHOOSE_S + bundles * BUNDLE_S + used_bytes(o) / GATHERED
 
 
 def firing(paged: PagedNeurons) -> HitRates:
@@ -212,13 +217,10 @@ def neuron_reads(o: Outline) -> NeuronReads | None:
     if o.neurons is None or not o.neurons.runs:
         return None
     found = [t for t in o.tables if t.kind == "neurons"]
-    bundles = sum(used_records(o, t) for t in found)
     stride = sum(t.size for t in found) / sum(len(t.keys) for t in found)
-    return NeuronReads(
-        bundles,
-        min(bundles, o.neurons.runs * o.description.num_layers),
-        o.neurons.gap * stride,
-    )
+    runs = o.neurons.runs * o.description.num_layers
+    size = used_bytes(o)
+    return NeuronReads(size / stride, size, runs, o.neurons.gap * stride)
 
 
 def used_records(o: Outline, t: TableHeader) -> int:

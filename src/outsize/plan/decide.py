@@ -63,7 +63,13 @@ def for_kind(options: LoadOptions, name: str, d: Description) -> LoadOptions:
     """The options for a model: default cache settings are left out where they do not apply. Raises
     OptionError where they are no defaults."""
     options = _for_states(options, name, d)
-    if d.mixture is not None or options.experts is None:
+    lossy = parse_experts(options.experts or "").lossy if d.is_nested else ""
+    if lossy and "experts" not in options.defaults:
+        raise OptionError(
+            f"experts has {lossy}, and a token of {name} uses the first pieces of a feed-forward, in place "
+            "of which there are no others; leave it out"
+        )
+    if (d.mixture is not None and not lossy) or options.experts is None:
         return options
     if "experts" in options.defaults:
         return replace(options, experts=None)
@@ -76,11 +82,6 @@ def _for_states(options: LoadOptions, name: str, d: Description) -> LoadOptions:
     """Raises OptionError for what a model that keeps states of sequences cannot have."""
     if not (d.has_states or not d.is_even):
         return options
-    if d.has_states and parse_prefill(options.prefill) is not None:
-        raise OptionError(
-            f"prefill is {options.prefill!r}, and layers of {name} keep a state that all tokens must go "
-            "through; use prefill=full"
-        )
     if options.prefix_cache in (None, "off"):
         return options
     if "prefix_cache" in options.defaults:
@@ -134,8 +135,15 @@ def without_layers(o: Outline, options: LoadOptions) -> Outline:
 
 
 def check_prefill(d: Description, prefill: str) -> None:
-    """Raise OptionError for a model whose layers read their tokens, where tokens are to skip layers."""
-    if d.reads_tokens and parse_prefill(prefill) is not None:
+    """Raise OptionError for a model whose layers need all tokens, where tokens are to skip layers."""
+    if parse_prefill(prefill) is None:
+        return
+    if d.has_states:
+        raise OptionError(
+            f"prefill is {prefill!r}, and layers of {d.family} models keep a state that all tokens must go "
+            "through; use prefill=full"
+        )
+    if d.reads_tokens:
         raise OptionError(
             f"prefill is {prefill!r}, and layers of {d.family} models read their tokens' embeddings or rows, "
             "which skipped tokens would have to keep; use prefill=full"
@@ -175,7 +183,7 @@ def decide(
     grammars = options.streams if options.grammars else 0
     outline = replace(
         outline, streams=options.streams, grammars=grammars, kv=options.kv,
-        pins_pieces=outline.is_nested and options.experts is None,
+        pins_pieces=outline.description.is_nested and options.experts is None,
     )  # fmt: skip
     if parse_prefix(options.prefix_cache).kind == "disk":
         outline = replace(outline, staging=fixed.staging(outline, options.chunk))

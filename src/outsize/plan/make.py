@@ -11,6 +11,7 @@ from outsize.home import home
 from outsize.kernels.backend import Backend
 from outsize.kernels.plain import PLAIN
 from outsize.log import say, silent
+from outsize.model.width import AUTO
 from outsize.options import LoadOptions
 from outsize.pack.outline import Outline
 from outsize.plan import compute_times, cost, machine
@@ -20,6 +21,7 @@ from outsize.plan.cost import Cost
 from outsize.plan.decide import check, compiled, foresee
 from outsize.plan.hit_rates import PRIOR, recorded
 from outsize.plan.machine import Compute, Machine
+from outsize.plan.nested import settled
 from outsize.plan.nested_cost import Predicted, predicted_widths
 from outsize.plan.place import least_bytes, place, tokenizer_bytes
 from outsize.plan.placement import Placement
@@ -42,6 +44,7 @@ class Plan:
     machine: Machine
     curve: list[tuple[int, float]]  # (bytes of memory, tokens/s)
     family: tuple[Predicted, ...] = ()  # of nested experts: what each width would be
+    auto: float = 1.0  # what width=auto is of them
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -53,6 +56,7 @@ class Plan:
             "machine_age_s": round(self.machine.age_s),
             "disk_bytes_per_s": round(self.machine.disk_bytes_per_s),
             "widths": [asdict(one) for one in self.family],
+            "auto_width": self.auto,
             "curve": [{"memory_bytes": m, "tokens_per_s": round(v, 3)} for m, v in self.curve],
         }
 
@@ -81,9 +85,8 @@ def make(model: str, options: LoadOptions, prompt: int | None, trace: Path | Non
     for at in (low + (high - low) * i // (POINTS - 1) for i in range(POINTS)):
         there = place(outline, at, runtime, tokenizer, context)
         curve.append((at, cost.predict(outline, here, there, compute, prompt, rates).tokens_per_s))
-    return Plan(
-        outline, placed, predicted, here, curve, predicted_widths(outline, placed, predicted)
-    )
+    family, auto = predicted_widths(outline, placed, predicted), settled(AUTO, outline, placed)
+    return Plan(outline, placed, predicted, here, curve, family, auto)
 
 
 def prompt_tokens(given: int | None, context: int) -> int:

@@ -19,6 +19,7 @@ from outsize.home import home
 from outsize.model.transformer import Transformer
 from outsize.model.width import (
     AUTO,
+    NOT_MEASURED,
     Correction,
     LayerRouter,
     Nested,
@@ -29,7 +30,7 @@ from outsize.options import LoadOptions
 from outsize.pack import nested_file, store
 from outsize.pack.format import Pack
 from outsize.pack.kinds.layers import GOLDEN
-from outsize.pack.nested_file import BIAS, ROUTER, USE, A, B, C, NestedFile
+from outsize.pack.nested_file import BIAS, ROUTER, A, B, C, NestedFile
 from outsize.pack.outline import FamilyRow, NestedFamily, Outline
 from outsize.plan.nested_cost import AUTO_READS, drafting, reads
 from outsize.plan.placement import Placement
@@ -57,7 +58,7 @@ def search(options: LoadOptions, pack: Pack) -> NestedPlan | None:
     """The pack itself, or the one that was cut out of it, where an option asks for that. Raises OptionError,
     AdapterError."""
     asked = wants(options)
-    if not is_nested(pack):
+    if not pack.description.is_nested:
         if not asked:
             return None
         folder, exact = home() / "packs", parse_width(options.width) == 1.0
@@ -68,6 +69,11 @@ def search(options: LoadOptions, pack: Pack) -> NestedPlan | None:
                 f"{asked}, which changes no answer, and nested experts of {pack.path.name} were tuned: all "
                 f"of them are another model; name {tuned.path.name}, or make others without --tune"
             )
+        if made is None and pack.description.mixture is not None:
+            raise OptionError(
+                f"{asked}, and {pack.path.name} is a mixture of experts, of which no nested ones are made; "
+                "leave it out"
+            )
         if made is None:
             raise OptionError(
                 f"{asked}, and {pack.path.name} is not cut into nested experts; `outsize adapt nested "
@@ -75,11 +81,6 @@ def search(options: LoadOptions, pack: Pack) -> NestedPlan | None:
             )
         pack = made
     return NestedPlan(pack, nested_file.of_pack(pack))
-
-
-def is_nested(pack: Pack) -> bool:
-    mixture = pack.description.mixture
-    return mixture is not None and mixture.nested
 
 
 def experts(
@@ -114,7 +115,7 @@ def use_of(file: NestedFile | None, share: float) -> Tensor | None:
     if file is None or share >= 1:
         return None
     at = min(range(len(file.about.family)), key=lambda i: abs(file.about.family[i].share - share))
-    return file.numbers(USE)[at].clamp(0, 1)
+    return file.uses()[at]
 
 
 def _count(pack: Pack) -> int:
@@ -153,14 +154,14 @@ def with_nested(o: Outline, found: NestedPlan | None) -> Outline:
         return o
     file, about = found.file, found.file.about
     total = sum(t.size for t in o.tables if t.kind == "experts")
-    use = file.numbers(USE)
+    use = file.uses()
     rows = [
         FamilyRow(m.share, m.perplexity, m.kl, m.agrees, _curve(use[i]))
         for i, m in enumerate(about.family)
     ]
     whole = torch.ones(o.description.num_layers, about.count, dtype=torch.float32, device="cpu")
     rows.append(FamilyRow(1.0, about.perplexity, 0.0, 1.0, _curve(whole)))
-    return replace(o, nested=NestedFamily(file.size, total, tuple(rows), about.cost(0.5)))
+    return replace(o, nested=NestedFamily(file.size, total, tuple(rows)))
 
 
 def _curve(use_LN: Tensor) -> tuple[float, ...]:
@@ -169,17 +170,23 @@ def _curve(use_LN: Tensor) -> tuple[float, ...]:
     return tuple((often.cumsum(0) / often.sum().clamp_min(1e-9)).tolist())
 
 
-def settled(options: LoadOptions, o: Outline, p: Placement) -> float:
-    """The share that options mean: `auto` is the widest for whose pieces memory is enough and that loses
+def settled(width: str | float, o: Outline, p: Placement) -> float:
+    """The share that a width means: `auto` is the widest for whose pieces memory is enough and that loses
     little; all, where there is none."""
-    asked = parse_width(options.width)
+    asked = parse_width(width)
     if asked != AUTO:
         return float(asked)
-    for row in sorted(o.nested.rows if o.nested is not None else (), key=lambda r: -r.share):
-        loss = row.perplexity / o.nested.rows[-1].perplexity if o.nested is not None else 1.0
+    rows = () if o.nested is None else o.nested.rows
+    for row in reversed(rows):
+        loss = row.perplexity / rows[-1].perplexity
         if reads(o, p, row) <= AUTO_READS * o.size and loss <= AUTO_LOSS:
             return row.share
     return 1.0
+
+
+def cost(found: NestedPlan | None, share: float) -> str:
+    """What a share costs, in words."""
+    return NOT_MEASURED if found is None or found.file is None else found.file.about.cost(share)
 
 
 def drafter(

@@ -20,9 +20,18 @@ from outsize.pack.outline import Outline, PagedNeurons
 from outsize.plan.cost import NeuronReads, firing, neuron_reads, used_bytes
 from outsize.plan.placement import BY_ROUTER, Placement
 from outsize.weights.bundles import Bundles, find
-from outsize.weights.neuron_spec import AUTO, OFF, RESIDENT, NeuronSpec, parse_neurons
+from outsize.weights.neuron_spec import (
+    AUTO,
+    DEFAULT,
+    OF_CHUNKS,
+    OFF,
+    RESIDENT,
+    NeuronSpec,
+    parse_neurons,
+)
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+BY_ROWS = 1.0  # of the time of a dense down, that by rows of eight bits takes
 Decide = Callable[[Outline], Placement]
 
 
@@ -88,9 +97,17 @@ def with_neurons(o: Outline, found: NeuronPlan) -> Outline:
     about = found.file.about
     paged = PagedNeurons(
         rooms + shared + found.file.size, about.fires, _hit_rates(found.file), about.cost,
-        runs=about.runs, gap=about.gap,
+        runs=about.runs, gap=about.gap, computes=_computes(found.bundles, about.fires),
     )  # fmt: skip
     return replace(o, tables=(*o.tables, *tables), neurons=paged)
+
+
+def _computes(bundles: Bundles, fires: float) -> float:
+    """Of a dense feed-forward's time: gate and up of what fires; and of down what fires where it is kept by
+    rows, else all of it, which zeros go through."""
+    form = bundles.tables[0].form
+    down = 1.0 if form.down is not None else fires * BY_ROWS
+    return (form.halves * fires + down) / (form.halves + 1)
 
 
 def _hit_rates(file: NeuronFile) -> tuple[tuple[float, float], ...]:
@@ -166,4 +183,7 @@ def _counted(reads: NeuronReads | None, hit_rate: float, worth: float) -> str:
 
 def banks_of(paged: NeuronPlan | None) -> tuple[Bundles, str] | None:
     """What is loaded of paged neurons."""
-    return None if paged is None else (paged.bundles, paged.spec.eviction)
+    if paged is None:
+        return None
+    default = OF_CHUNKS if paged.file.about.choose == CHUNKS else DEFAULT
+    return paged.bundles, paged.spec.eviction or default

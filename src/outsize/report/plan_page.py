@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from outsize.report import svg
-from outsize.report.plan_text import mb
+from outsize.report.plan_text import mb, width_name
 
 COLOURS = {"fixed": "#9aa5b8", "weights": "#1f6feb", "disk": "#f0c674"}
 LABELS = 6  # of the axis
@@ -23,6 +23,7 @@ def page(plan: Mapping[str, Any]) -> str:
         f"is {mb(plan['least_bytes'])}.</p>",
         "<h2>Tokens/s against memory</h2>",
         _curve(plan),
+        *_family(plan["widths"]),
         "<h2>What is where</h2>",
         _picture(plan),
         svg.table(["what", "where", "MB"], list(_rows(plan))),
@@ -49,6 +50,17 @@ def _curve(plan: Mapping[str, Any]) -> str:
         "this budget": [(last * here, plan["tokens_per_s"])],
     }
     return svg.lines(series, "memory, MB", "tokens/s", labels)
+
+
+def _family(widths: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Of nested experts: how fast each width would be, and how surprised by a held-out text."""
+    if not widths:
+        return
+    labels = [width_name(w["share"]) for w in widths]
+    yield "<h2>Widths of nested experts</h2>"
+    for name, what in (("tokens_per_s", "tokens/s"), ("perplexity", "perplexity")):
+        points = [(float(i), float(w[name])) for i, w in enumerate(widths)]
+        yield svg.lines({what: points}, "--width", what, labels)
 
 
 def _picture(plan: Mapping[str, Any]) -> str:

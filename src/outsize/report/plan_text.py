@@ -12,6 +12,7 @@ from outsize.plan.make import Plan
 from outsize.plan.placement import BY_ROUTER, BY_TOKEN, Placement
 
 BAR = 40
+SHORT = 20  # a bar beside other figures
 HOUR = 3600.0
 
 
@@ -126,14 +127,23 @@ def _family(plan: Plan) -> Iterator[str]:
     if not plan.family:
         return
     yield ""
-    head = "of ffn", "MB a token", "from disk", "tokens/s", "perplexity", "KL"
+    head = "MB a token", "from disk", "perplexity", "KL", "tokens/s"
     yield f"{'--width':<9}" + "".join(f"{name:>12}" for name in head)
+    top = max(one.tokens_per_s for one in plan.family)
     for one in plan.family:
-        name = "full" if one.share == 1 else f"{one.share:.2f}"
+        bar = "#" * max(1, round(SHORT * one.tokens_per_s / top))
         yield (
-            f"{name:<9}{one.share:>12.0%}{one.used_bytes / 1e6:>12,.1f}{one.read_bytes / 1e6:>12,.1f}"
-            f"{one.tokens_per_s:>12.3g}{one.perplexity:>12,.2f}{one.kl:>12.3f}"
+            f"{width_name(one.share):<9}{one.used_bytes / 1e6:>12,.1f}{one.read_bytes / 1e6:>12,.1f}"
+            f"{one.perplexity:>12,.2f}{one.kl:>12.3f}{one.tokens_per_s:>12.3g} {bar}"
         )
+    yield (
+        f"--width auto is {width_name(plan.auto)} here: the widest that loses little and whose pieces memory "
+        "holds, or full"
+    )
+
+
+def width_name(share: float) -> str:
+    return "full" if share == 1 else f"{share:.2f}"
 
 
 def _age(seconds: float) -> str:

@@ -159,4 +159,6 @@ def account(replies: list[Reply]) -> dict[str, Any]:
         "accepted": sum(r.accepted for r in replies),
         "lossy": first.lossy,
         "computed_share": first.computed_share,
+        "width": first.width,
+        "width_cost": first.options.get("width_cost", ""),
     }

@@ -137,7 +137,8 @@ class Echo:
         top = self._ask.options.logprobs
         if top is None:
             return ()
-        later = await self._service.score(self._ids, top) if len(self._ids) > 1 else []
+        width, ids = self._ask.options.width, self._ids
+        later = await self._service.score(ids, top, width) if len(ids) > 1 else []
         return (TokenLogprob(self._ids[0], math.nan), *later)
 
 

@@ -12,6 +12,8 @@ from outsize.weights.spec import PROFILED, REPLAYED
 
 OFF, AUTO = "off", "auto"
 DEFAULT = "lfu"  # eviction policy
+# Of chunks, which are nearly the same for every token: among equals lfu puts out what is asked for next.
+OF_CHUNKS = "window"
 PREDICTED, RESIDENT = "predicted", "resident"  # modes
 KEYS = ("eviction", "mode")
 
@@ -19,10 +21,11 @@ KEYS = ("eviction", "mode")
 @dataclass(frozen=True, slots=True)
 class NeuronSpec:
     """`file`: an add-on file's path, AUTO for the one beside the pack where that pays, or OFF. `mode`: what
-    is predicted is computed, or also what is in memory anyway: then answers depend on what was before."""
+    is predicted is computed, or also what is in memory anyway: then answers depend on what was before.
+    `eviction`: "" where nothing was said, and the file decides."""
 
     file: str = OFF
-    eviction: str = DEFAULT
+    eviction: str = ""
     mode: str = PREDICTED
 
 
@@ -35,12 +38,12 @@ def parse_neurons(text: str) -> NeuronSpec:
         )
     if file == OFF and said:
         raise OptionError(f"neurons {text!r}: with off nothing is paged; leave the rest out")
-    policy, mode = said.get("eviction", DEFAULT), said.get("mode", PREDICTED)
+    policy, mode = said.get("eviction", ""), said.get("mode", PREDICTED)
     if policy in (*REPLAYED, PROFILED):
         raise OptionError(
             f"neurons {text!r}: {policy} needs to know the future, or a profile; use it in a replay"
         )
-    registry.module(eviction, policy, "policy")
+    registry.module(eviction, policy or DEFAULT, "policy")
     if mode not in (PREDICTED, RESIDENT):
         raise OptionError(f"neurons {text!r}: mode is {PREDICTED} or {RESIDENT}, not {mode!r}")
     return NeuronSpec(file, policy, mode)

@@ -11,6 +11,7 @@ Shapes: F neurons of a layer, N bundles of them, n of which are fetched, D width
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from outsize.caching.policy import Hints, make
 from outsize.encoding.find import encoding
+from outsize.kernels.gather import Pieces
 from outsize.kernels.plain import PLAIN
 from outsize.pack.bundle_rows import CODES, SCALE
-from outsize.pack.bundles import DOWN, GATE, BundleLayout, Region, shared_fields
+from outsize.pack.bundles import DOWN, UP, BundleLayout, Region, shared_fields
 from outsize.pack.tables import Matrix
 from outsize.storage.reader import Reader
 from outsize.storage.table import Table, Weight
@@ -41,6 +43,7 @@ class Scratch:
         self.form, self._reader = form, reader
         self._down = _rows_room(form) if form.down is None else _room(form.down, form.shared)
         self._gate_up = [_room(m, ()) for m in form.gate_up]
+        self._fields = [self._placed(region) for region in form.regions]
 
     def begin(self, count: int) -> None:
         """So many bundles are about to be filled in."""
@@ -50,30 +53,24 @@ class Scratch:
         """Bundles `ids` of a layer, the `at`th on of those that were announced. `found`: records, and
         where in them each is."""
         where = torch.tensor(ids, dtype=torch.int64, device="cpu")
-        for region in self.form.regions:
-            some = region.of(*found)
-            if region.tensor != DOWN:
-                self._put_rows(region, at, some)
-            elif self.form.down is not None:
-                self._put_down(region, where, some)
-            else:
-                first, last = at * region.unit, (at + len(ids)) * region.unit
-                self._down[region.field][first:last] = some.flatten(0, 1)
+        row = torch.arange(at, at + len(ids), dtype=torch.int64, device="cpu")
+        for region, pieces, to in self._fields:
+            if region.tensor == DOWN and self.form.down is not None:
+                to_n = where if region.each == 1 else where // region.each
+            else:  # up's rows are below all of gate's where both are one matrix
+                is_below = region.tensor == UP and len(self._gate_up) == 1
+                to_n = row + self._count if is_below else row
+            self._reader.backend.gather(*found, pieces, to, to_n)
 
-    def _put_down(self, region: Region, where: Tensor, some: Tensor) -> None:
-        to = self._down[region.field].unflatten(region.axis, (-1, region.unit))
-        to.index_copy_(region.axis, where // region.each, some.movedim(0, region.axis))
-
-    def _put_rows(self, region: Region, at: int, some: Tensor) -> None:
-        is_second = region.tensor != GATE
-        if len(self._gate_up) == 1:
-            field, first = self._gate_up[0][region.field], self._count * is_second
-            total = self.form.halves * self._count
+    def _placed(self, region: Region) -> tuple[Region, Pieces, Tensor]:
+        """A region, its pieces, and the bytes of the field that they go to."""
+        if region.tensor == DOWN:
+            field = self._down[region.field]
         else:
-            field, first, total = self._gate_up[is_second][region.field], 0, self._count
-        to = field.narrow(region.axis, 0, total * region.unit)
-        to = to.unflatten(region.axis, (total, region.unit))
-        to.narrow(region.axis, first + at, len(some)).copy_(some.movedim(0, region.axis))
+            field = self._gate_up[-1 if region.tensor == UP else 0][region.field]
+        count = math.prod(region.shape[: region.axis])
+        to = field.view(-1).view(torch.uint8).view(count, -1)
+        return region, Pieces(region.offset, count, region.size // count), to
 
     def gate_up(self) -> tuple[Weight, ...]:
         """Of the bundles that were filled in: (2 n bundle, D) in one piece, or gate and up apart; or up's

@@ -24,7 +24,7 @@ typedef long (*Function)(long, long, long, long, long, long, long, long, long, l
 #define FUNCTIONS(X)                                                                                     \
     X(norm_rows) X(residual_rows) X(gate_rows) X(combine_rows) X(set_threads) X(attend_rows)             \
     X(group_linear) X(group_decode) X(tile_linear) X(tile_decode) X(bf16_products) X(palette_linear) X(palette_decode) X(lowrank_rows)   \
-    X(expert_rows) X(nested_rows) X(checksum) X(decode_entries) X(delta_rows) X(head_rows) X(chunk_rows)
+    X(expert_rows) X(nested_rows) X(checksum) X(decode_entries) X(delta_rows) X(head_rows) X(chunk_rows) X(gather_pieces)
 #define DECLARE(name) void name(void);
 #define ENTRY(name) {#name, (Function)(void *)name},
 FUNCTIONS(DECLARE)

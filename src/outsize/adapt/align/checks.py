@@ -52,6 +52,7 @@ CHECKS: Mapping[str, Callable[[str, Check], bool]] = {
     "upper": lambda a, c: bool(words(a)) and a == a.upper(),
     "json": _json,
 }
+EDGES = {"starts": str.lstrip, "ends": str.rstrip}  # what of a text an answer can have there
 COUNTED = ("words", "most_words", "lines", "letters")
 TOLD = ("starts", "ends", "contains", "letters")  # a text
 
@@ -82,4 +83,11 @@ def parse(value: object) -> Check:
         )
     if text is not None and (not isinstance(text, str) or len(text) > LONGEST):
         raise DataError(f"check {kind}: its text is none of at most {LONGEST} characters")
+    if kind in ("starts", "ends") and (edge := EDGES[kind](str(text))) != text:
+        raise DataError(
+            f"check {kind}: no answer passes for {text!r}, since answers are looked at without spaces around "
+            f"them; {edge!r} is expected"
+        )
+    if kind == "most_words" and count == 0:
+        raise DataError("check most_words: count is 0, and an answer of no word never passes")
     return Check(kind, int(str(count)) if is_whole else 0, str(text) if text is not None else "")

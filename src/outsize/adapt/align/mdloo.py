@@ -27,7 +27,7 @@ from outsize.adapt.distill.factors import LoraStudent
 from outsize.adapt.distill.task import states
 from outsize.adapt.examples import Example
 from outsize.adapt.loop import Recipe
-from outsize.adapt.processes import processes
+from outsize.adapt.processes import average, processes
 from outsize.adapt.trainable import TrainableModel
 from outsize.arguments import real, whole
 from outsize.errors import OptionError
@@ -71,11 +71,13 @@ class Asked(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """Answers of the policy that sampled: with their prompts, advantages, and log-probabilities then."""
+    """Answers of the policy that sampled: with their prompts, advantages, and log-probabilities then; `R` of
+    each, where it was just sampled."""
 
     examples: list[Example]
     advantage_M: Tensor
     before_M: Tensor
+    total_PK: Tensor | None = None
 
 
 Decode = Callable[[Sequence[int]], str]
@@ -105,7 +107,7 @@ class AlignTask:
         """Of a step's prompts, as many for each process; sampled anew every `inner` steps."""
         r, change = self.recipe, self.student.change(step)
         if self._sampled is None or step % r.inner == 0:
-            self._sampled = self._sample(step - step % r.inner, part, change)
+            self._sampled = self.sample(step - step % r.inner, part, change)
         found = self._sampled
         now_M = log_probs(self._model, found.examples, change)
         log_ratio_M = (now_M - found.before_M).clamp(-STEEP, STEEP)
@@ -113,7 +115,7 @@ class AlignTask:
         kl = (ratio_M * log_ratio_M - (ratio_M - 1)).mean()
         return kl / r.eta - (ratio_M * found.advantage_M).mean()
 
-    def _sample(self, step: int, part: slice, change: Change) -> Sampled:
+    def sample(self, step: int, part: slice, change: Change) -> Sampled:
         """K answers to each of this process's prompts of a step."""
         r = self.recipe
         generator = torch.Generator().manual_seed(r.seed * 1_000_003 + step)
@@ -131,7 +133,11 @@ class AlignTask:
         rewards = [self.passes(a, answers) for a, answers in zip(chosen, made, strict=True)]
         total_PK = torch.tensor(rewards, dtype=before.dtype, device=before.device)
         total_PK = total_PK - r.beta * (before - former).view(len(chosen), -1)
-        return Sampled(examples, advantages(total_PK, r.baseline).flatten(), before)
+        mean = total_PK.mean()
+        if processes()[1] > 1:
+            average([mean])
+        advantage = advantages(total_PK, r.baseline, mean)
+        return Sampled(examples, advantage.flatten(), before, total_PK)
 
     def passes(self, a: Asked, answers: Sequence[list[int]]) -> list[float]:
         """1 for each answer that does, 0 for others."""
@@ -188,12 +194,13 @@ class AlignTask:
         self._sampled = Sampled(examples, kept["advantage"].to(device), kept["before"].to(device))
 
 
-def advantages(total_PK: Tensor, baseline: str) -> Tensor:
-    """(P, K): how much better each answer is than what it is compared with."""
+def advantages(total_PK: Tensor, baseline: str, mean: Tensor) -> Tensor:
+    """(P, K): how much better each answer is than what it is compared with. `mean`: of all that a step
+    sampled, whichever process did."""
     if baseline == "none":
         return total_PK
     if baseline == "mean":
-        return total_PK - total_PK.mean()
+        return total_PK - mean
     count = total_PK.shape[1]
     others = (total_PK.sum(dim=1, keepdim=True) - total_PK) / (count - 1)
     return total_PK - others

@@ -69,7 +69,7 @@ def align(options: AlignOptions) -> Aligned:
     check_rank(pack.description, options.recipe.rank)
     learning = peak.learning_of(pack.description, options.recipe.rank)
     samples = replace(options.recipe, batch=options.recipe.batch * options.recipe.samples)
-    peak.check(peak.peak_bytes((pack,), 2, samples, learning), options.train)
+    peak.check(peak.peak_bytes((pack,), samples, learning), options.train)
     members = {n: factors_of(path, pack, 0) for n, path in (options.members or {}).items()}
     with session(options.train) as (where, device):
         world = processes()[1]

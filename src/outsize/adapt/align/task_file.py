@@ -19,6 +19,7 @@ from outsize.errors import DataError
 MOST_BYTES, MOST_PROMPTS = 16 << 20, 100_000
 HELD_OUT = 4  # one prompt in so many
 LEAST = 4  # prompts
+LONGEST = 200  # characters of a name
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +61,18 @@ def read(path: Path) -> TaskFile:
             f"one in {HELD_OUT} is held out"
         )
     found = [_prompt(path, number, item) for number, item in enumerate(listed, 1)]
+    first = dict[Prompt, int]()
+    for number, prompt in enumerate(found, 1):
+        if first.setdefault(prompt, number) != number:
+            raise DataError(
+                f"{path}, prompt {number}: it is prompt {first[prompt]} again, and what is trained on is "
+                "not to be measured on; give each once"
+            )
     train = tuple(p for i, p in enumerate(found) if i % HELD_OUT != HELD_OUT - 1)
     held_out = tuple(p for i, p in enumerate(found) if i % HELD_OUT == HELD_OUT - 1)
-    name = str(told.get("name", path.stem))
+    name = told.get("name", path.stem)
+    if not isinstance(name, str) or len(name) > LONGEST or not name.isprintable():
+        raise DataError(f"{path}: its name is no text of at most {LONGEST} printable characters")
     return TaskFile(name, train, held_out, hashlib.sha256(raw).hexdigest())
 
 

@@ -17,7 +17,7 @@ from outsize.adapt.examples import Example, TrainOptions, prepare
 from outsize.adapt.loop import Recipe
 from outsize.adapt.trainable import TrainableModel
 from outsize.engine import open_tokens
-from outsize.errors import DataError
+from outsize.errors import DataError, OptionError
 from outsize.home import home
 from outsize.pack.format import Pack
 
@@ -44,11 +44,14 @@ def placed(options: TrainOptions, pack: Pack, what: str) -> TrainOptions:
 
 def load(options: TrainOptions, longest: int, pack: Pack, model: TrainableModel) -> Data:
     """Of a .jsonl file the prompts, with `model`'s own answers or those that came with them; of another the
-    text. Raises DataError."""
+    text; no sequence longer than the model's context. Raises DataError, OptionError."""
     prompts = tuple(path for path in options.data if ".jsonl" in path.suffixes)
     texts = [path for path in options.data if path not in prompts]
     if not options.data:
         raise DataError("there is nothing to train on; give --data, a text or .jsonl with prompts")
+    if longest < 2:
+        raise OptionError(f"length is {longest}; 2 tokens at least, of which one is predicted")
+    longest = min(longest, pack.description.context)
     train, held = list[Example](), dict[str, Sequence[Example]]()
     if texts:
         words = "\n".join(calibration.read(path) for path in texts)

@@ -45,7 +45,7 @@ def feature(options: FeatureOptions) -> None:
     begun = _begun(options, pack)
     rank = max(a.shape[0] for name, a in begun.items() if name.endswith(".A"))
     learning = peak.learning_of(pack.description, rank)
-    peak.check(peak.peak_bytes((pack,), 2, options.recipe, learning), options.train)
+    peak.check(peak.peak_bytes((pack,), options.recipe, learning), options.train)
     with session(options.train) as (where, device):
         model = opened(pack, where, device)
         found = texts.load(where, options.recipe.length, pack, model)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from outsize.adapt.examples import TrainOptions
 from outsize.adapt.head_loss import CHUNK_BYTES
 from outsize.adapt.loop import Recipe
+from outsize.adapt.run import number_type
 from outsize.errors import BudgetError
 from outsize.kernels.plain import PLAIN
 from outsize.model_config import Description
@@ -19,25 +22,17 @@ KEPT = 100  # bytes for each number of the stream, that a layer keeps of a token
 CHUNKS = 4  # of logits at once
 
 
-def peak_bytes(packs: Sequence[Pack], itemsize: int, recipe: Recipe, learning: int) -> int:
+def peak_bytes(packs: Sequence[Pack], recipe: Recipe, learning: int) -> int:
     """About the most: plain numbers of each model, of which one is also open as a pack; what learns (so many
     numbers); a byte for each code; a batch on its way."""
     d = packs[0].description
-    numbers = sum(_numbers(pack) for pack in packs)
+    plain = sum(number_type(pack, torch.device("cpu")).itemsize * _numbers(pack) for pack in packs)
     tokens = recipe.batch * min(recipe.length, d.context)
     run = tokens * (d.num_layers * KEPT * d.width + recipe.length + 8 * d.width)
     codes = _numbers(packs[-1])
     chunks = CHUNKS * max(CHUNK_BYTES["cpu"], 8 * d.vocab_size)
     opened = max(pack.size for pack in packs)
-    return (
-        runtime_bytes(PLAIN)
-        + itemsize * numbers
-        + LEARNING * learning
-        + codes
-        + run
-        + chunks
-        + opened
-    )
+    return runtime_bytes(PLAIN) + plain + LEARNING * learning + codes + run + chunks + opened
 
 
 def _numbers(pack: Pack) -> int:

@@ -6,6 +6,7 @@ Shapes: F neurons, D width.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -34,6 +35,7 @@ from outsize.plan.whatif import narrowed
 from outsize.storage.records import Records
 
 WAYS = ("magnitude", "activation", "soft")
+SHARE = re.compile(r"[0-9./]{1,20}")  # a fraction, but of no exponents: those may take forever
 SEEN = 16  # sequences that activations are measured on
 
 
@@ -58,7 +60,7 @@ class PruneOptions:
     def share(self) -> Fraction:
         """Raises OptionError."""
         try:
-            found = Fraction(self.ffn)
+            found = Fraction(self.ffn) if SHARE.fullmatch(self.ffn) else Fraction(0)
         except (ValueError, ZeroDivisionError):
             found = Fraction(0)
         if not 0 < found < 1:
@@ -75,20 +77,23 @@ def prune(options: PruneOptions) -> Made:
     )
     keep, d = kept(pack, options), pack.description
     learning = 3 * d.num_layers * keep * d.width
-    peak.check(peak.peak_bytes((pack,), 2, options.recipe, learning), options.train)
+    peak.check(peak.peak_bytes((pack,), options.recipe, learning), options.train)
+    placed = texts.placed(options.train, pack, "pruned")
+    is_ours = options.by == "soft" or not options.train.resume
+    earlier = (of_scores(placed).checkpoint,) if is_ours else ()
     with (
-        session(texts.placed(options.train, pack, "pruned")) as (where, device),
+        session(placed, *earlier) as (where, device),
         Records(pack) as records,
     ):
         options = replace(options, train=where)
         model = opened(pack, where, device)
         found = texts.load(where, options.recipe.length, pack, model)
         chosen = choose(options, pack, model, records, found)
-        student = pruned(model, pack, records, chosen)
+        student = pruned(model, pack, records, chosen, options.by)
         task = DistillTask(options.recipe, model, student, found)
         print_of = fingerprint([found.train, list(found.held_out.values())])
         begun = task.measure(student.change(None))
-        training = train(task, where, pack.source.sha256, print_of)
+        training = train(task, resumed(where), pack.source.sha256, print_of)
         d = replace(d, ffn_width=keep)
         recipe = {"made": "pruned", "ffn": keep, "learned": rewrite.digest(student.parameters)}
         ends = begun, task.measure(student.change(None))
@@ -127,10 +132,8 @@ def choose(
     if options.by == "soft":
         student = MaskStudent(model, scores, keep, options.mask_steps)
         recipe = replace(options.recipe, steps=options.mask_steps, loss="kl", rate=0.05)
-        where = of_scores(options.train)
-        resumed = replace(where, resume=where.resume and where.checkpoint.is_file())
-        task = DistillTask(recipe, model, student, found)
-        train(task, resumed, pack.source.sha256, fingerprint([found.train]))
+        task, where = DistillTask(recipe, model, student, found), of_scores(options.train)
+        train(task, resumed(where), pack.source.sha256, fingerprint([found.train]))
         scores = student.scores()
     return [score.topk(keep).indices.sort().values for score in scores]
 
@@ -139,6 +142,11 @@ def of_scores(where: TrainOptions) -> TrainOptions:
     """With a checkpoint of their own, which stays until all is done: resumed, they are not learned again."""
     name = f"{where.output.stem}-scores.safetensors"
     return replace(where, output=where.output.with_name(name))
+
+
+def resumed(where: TrainOptions) -> TrainOptions:
+    """Gone on from as far as it came: of two parts the second may not have begun."""
+    return replace(where, resume=where.resume and where.checkpoint.is_file())
 
 
 def magnitude(records: Records, layer: int) -> Tensor:
@@ -176,9 +184,9 @@ def activation(model: TrainableModel, found: Data) -> list[Tensor]:
 
 
 def pruned(
-    model: TrainableModel, pack: Pack, records: Records, chosen: Sequence[Tensor]
+    model: TrainableModel, pack: Pack, records: Records, chosen: Sequence[Tensor], by: str
 ) -> MatrixStudent:
-    """The model whose feed-forwards have these neurons alone; they learn as a whole."""
+    """The model whose feed-forwards have these neurons alone, chosen `by` what; they learn as a whole."""
     begun: dict[tuple[int, str], Tensor] = {}
     encodings: dict[tuple[int, str], str] = {}
     for layer, kept_F in enumerate(chosen):
@@ -190,4 +198,4 @@ def pruned(
         begun[layer, "down"] = records.layer(layer, "down")[:, kept_F].contiguous()
         for name, was in before.items():
             encodings[layer, name] = encoding_like(was, begun[layer, name].shape[1])
-    return MatrixStudent(model, begun, encodings, "pruned", {})
+    return MatrixStudent(model, begun, encodings, f"pruned by {by}", {})

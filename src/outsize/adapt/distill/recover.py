@@ -75,7 +75,7 @@ def recover(options: RecoverOptions) -> Recovered:
     if options.rank is not None:
         factors.check_rank(pack.description, options.rank)
     learning = 0 if options.rank is None else peak.learning_of(pack.description, options.rank)
-    peak.check(peak.peak_bytes((source, pack), 2, options.recipe, learning), options.train)
+    peak.check(peak.peak_bytes((source, pack), options.recipe, learning), options.train)
     what = "recovered" if options.rank is None else f"recovered-rank{options.rank}"
     placed = texts.placed(options.train, pack, what)
     with session(placed) as (where, device), Records(pack) as own:

@@ -49,7 +49,7 @@ def share_kv(options: ShareOptions) -> Made:
     d = share_keys(pack.description, options.layers)
     each = 2 * d.width * d.num_heads * d.head_dim + 3 * d.width * d.ffn_width
     learning = options.layers * each
-    peak.check(peak.peak_bytes((pack,), 2, options.recipe, learning), options.train)
+    peak.check(peak.peak_bytes((pack,), options.recipe, learning), options.train)
     with (
         session(texts.placed(options.train, pack, "shared")) as (where, device),
         Records(pack) as records,

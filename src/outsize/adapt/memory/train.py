@@ -49,15 +49,9 @@ class MemoryOptions:
 
 def train(options: MemoryOptions, recipe: MemoryRecipe) -> loop.Training:
     """Train, and write the folder. Raises OutsizeError."""
-    if options.resume:
-        checkpoints.find(options.checkpoint)
-    elif (options.output / WEIGHTS).exists():
+    if not options.resume and (options.output / WEIGHTS).exists():
         raise OptionError(f"{options.output} has a model already; name another folder")
-    elif options.checkpoint.exists():
-        raise OptionError(
-            f"{options.checkpoint} is of a training that has not ended; go on with --resume, or remove it to "
-            "begin anew"
-        )
+    checkpoints.check(options.resume, options.checkpoint)
     device = join(options.device)
     try:
         return _train(options, recipe, device)

@@ -4,12 +4,16 @@ routers (and corrections), measure the family, and write the add-on beside the p
 from __future__ import annotations
 
 import math
+import re
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
+import filelock
 import torch
 from torch import Tensor
 
@@ -26,16 +30,22 @@ from outsize.adapt.sparsity.words import Words, spread, words
 from outsize.adapt.trainable import TrainableModel, matmul_type
 from outsize.arguments import whole
 from outsize.engine import load as loading
-from outsize.errors import OptionError
+from outsize.errors import AdapterError, OptionError
+from outsize.kernels.plain import PLAIN
 from outsize.model.width import Correction, LayerRouter
+from outsize.options import LoadOptions
 from outsize.pack import fetch, increments, nested_file
 from outsize.pack.format import Pack
 from outsize.pack.increments import BLOCK
+from outsize.pack.lock import locked
 from outsize.pack.nested_file import BIAS, KIND, ROUTER, USE, VERSION, A, B, C, NestedAbout
+from outsize.plan import decide
+from outsize.plan.warmup import runtime_bytes
 from outsize.progress import Progress, bars, steps
 from outsize.system import memory
 
 MOST_PIECES = 64
+SHARE = re.compile(r"\d{1,6}(/\d{1,6})?|\d{0,6}\.\d{1,20}", re.ASCII)  # a share: 1/3, .75
 ORDERED_ON = 16  # sequences
 
 
@@ -77,19 +87,22 @@ class Made:
 
 def pieces_of(text: str) -> tuple[int, ...]:
     """How many pieces each width has; the last are all. Raises OptionError."""
+    parts = [part.strip() for part in text.split(",")]
     try:
-        found = [Fraction(part.strip()) for part in text.split(",")]
-    except (ValueError, ZeroDivisionError):
+        found = [Fraction(part) for part in parts if SHARE.fullmatch(part)]
+    except ZeroDivisionError:
         found = []
-    if not found or found[0] <= 0 or found[-1] != 1 or any(a >= b for a, b in pairwise(found)):
+    rises = all(a < b for a, b in pairwise((Fraction(), *found)))
+    if len(found) < max(2, len(parts)) or not rises or found[-1] != 1:
         raise OptionError(
-            f"widths is {text!r}; shares that rise and end in 1 are expected, as 1/4,1/2,3/4,1"
+            f"widths is {text[:80]!r}; two or more shares that rise and end in 1 are expected, as "
+            "1/4,1/2,3/4,1"
         )
     count = math.lcm(*(f.denominator for f in found))
     if count > MOST_PIECES:
         raise OptionError(
-            f"widths is {text!r}: that takes pieces of 1/{count}, and 1/{MOST_PIECES} is the smallest; give "
-            "widths of a larger common part"
+            f"widths is {text[:80]!r}: that takes pieces of 1/{count}, and 1/{MOST_PIECES} is the "
+            "smallest; give widths of a larger common part"
         )
     return tuple(int(f * count) for f in found)
 
@@ -97,13 +110,57 @@ def pieces_of(text: str) -> tuple[int, ...]:
 def run(options: NestedOptions, recipe: NestedRecipe, tuning: TuneRecipe | None = None) -> Made:
     """Raises OptionError, UnsupportedError, BudgetError, DataError, AdapterError, PackError,
     DiskFullError."""
-    began, pieces = time.monotonic(), pieces_of(options.widths)
     base = fetch.find(options.model) or fetch.pack(options.model, quiet=options.quiet)
-    increments.check(base, pieces[-1])
+    _check(options, recipe, tuning, base)
     found = words(base, options.data, options.tokens)
-    is_tuned = tuning is not None and tuning.steps > 0
     if tuning is not None:
         tuned.check(base, tuning, found.ids_BT.shape[1], memory.parse(options.memory))
+    if options.memory != "auto":  # the run that measures has no less to hold than the base's
+        load = LoadOptions(memory=options.memory, draft="none", prefix_cache="off", quiet=True)
+        size = memory.parse(options.memory)
+        decide.foresee(str(base.path), load, size, runtime_bytes(PLAIN))
+    with _alone(base, pieces_of(options.widths)[-1]):
+        return _run(options, recipe, tuning, base, found)
+
+
+def _check(
+    options: NestedOptions, recipe: NestedRecipe, tuning: TuneRecipe | None, base: Pack
+) -> None:
+    """Raises what cannot be, before anything is computed."""
+    increments.check(base, pieces_of(options.widths)[-1])
+    if options.until is not None and (tuning is None or tuning.steps == 0):
+        raise OptionError("tune_until is for --tune, which is not given; leave it out")
+    if recipe.rank > base.description.width:
+        raise OptionError(
+            f"rank is {recipe.rank:,}, and {base.path.name} has {base.description.width:,} numbers a token: "
+            "more do nothing; give fewer"
+        )
+
+
+@contextmanager
+def _alone(base: Pack, count: int) -> Iterator[None]:
+    """While the files of so many pieces are written. Raises OptionError."""
+    path = tuned.checkpoint_of(base, count).with_suffix(".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(path, timeout=0))
+        except filelock.Timeout:
+            raise OptionError(
+                f"another process makes nested experts of {base.path.name}; wait for its end"
+            ) from None
+        yield
+
+
+def _run(
+    options: NestedOptions,
+    recipe: NestedRecipe,
+    tuning: TuneRecipe | None,
+    base: Pack,
+    found: Words,
+) -> Made:
+    began, pieces = time.monotonic(), pieces_of(options.widths)
+    is_tuned = tuning is not None and tuning.steps > 0
     kind, device = matmul_type(torch.device("cpu")), torch.device("cpu")
     is_fp32 = base.table_of("attn-0").tensors["qkv"][0].encoding == "fp32"
     kind = torch.float32 if is_fp32 else kind
@@ -111,13 +168,15 @@ def run(options: NestedOptions, recipe: NestedRecipe, tuning: TuneRecipe | None 
         model = TrainableModel(base, device, kind, progress)
         block = BLOCK if options.blocks else 1
         order = by_importance(model, spread(found.ids_BT, ORDERED_ON), options.importance, block)
-    widths = Widths(pieces, base.description.ffn_width // pieces[-1])
+    digest = increments.Pieces(base, pieces[-1], order).digest
+    widths = Widths(pieces, base.description.ffn_width // pieces[-1], digest)
     made: Tuned | None = None
     if tuning is not None and is_tuned:
         how = Tuning(tuning, options.every, options.resume, options.quiet, options.until)
         made = tuned.tuned(how, (base, model), order, widths, found)
     with bars(options.quiet) as progress:
         pack = cut(base, pieces[-1], order, progress, None if made is None else made.learned)
+    _make_way(pack)
     task = NestedTask(recipe, model, ffns(pack, kind), widths, (found.ids_BT, found.held_out_BT))
     if made is not None:
         task.begin_from(*made.routers)
@@ -139,12 +198,20 @@ def run(options: NestedOptions, recipe: NestedRecipe, tuning: TuneRecipe | None 
     uses = torch.stack([m.use_LN for m in family[:-1]])
     checkpoints.save(path, {**tensors, USE: uses}, about.to_json())
     _checkpoint(pack).unlink(missing_ok=True)
-    if tuning is not None and options.until is None:
+    if is_tuned and options.until is None:
         tuned.checkpoint_of(base, pieces[-1]).unlink(missing_ok=True)
     experts = sum(t.size for t in pack.tables if t.kind == "experts")
     beside = sum(t.size for t in pack.tables if t.kind == "layers")
     beside += pack.table_of("embed" if pack.description.tied else "head").size
     return Made(pack, path, about, tuple(table(family, (experts, beside))))
+
+
+def _make_way(pack: Pack) -> None:
+    """Remove an add-on that is damaged, or another pack's: the pack could not be opened, and measured."""
+    try:
+        nested_file.of_pack(pack)
+    except AdapterError:
+        nested_file.beside(pack).unlink(missing_ok=True)
 
 
 def _checkpoint(pack: Pack) -> Path:
@@ -163,8 +230,7 @@ def _trained(
     """Routers, trained to the recipe's end. Raises AdapterError, OptionError."""
     path, about = _checkpoint(pack), (pack.source.sha256, found.fingerprint)
     goes_on = options.resume and (path.is_file() or not is_tuned)
-    if goes_on:
-        checkpoints.find(path)
+    checkpoints.check(goes_on, path)
     training = loop.resume(task, path, *about) if goes_on else loop.start(task, *about)
     with steps(options.quiet) as draw:
 

@@ -19,7 +19,7 @@ from outsize.adapt.head_loss import head_loss
 from outsize.adapt.loop import Recipe
 from outsize.adapt.nested.aims import level_at
 from outsize.adapt.nested.correct import closed_form
-from outsize.adapt.nested.prefixes import LABELS, Choose, Ffn, Losses, Prefixes, labels
+from outsize.adapt.nested.prefixes import LABELS, Choose, Ffn, Losses, Prefixes, labels, widest
 from outsize.adapt.sparsity.words import spread
 from outsize.adapt.statistics import bf16_products, causal
 from outsize.adapt.trainable import TrainableModel
@@ -58,10 +58,11 @@ class NestedRecipe(Recipe):
 
 @dataclass(frozen=True, slots=True)
 class Widths:
-    """`pieces` of each width, rising; a piece has `size` neurons."""
+    """`pieces` of each width, rising; a piece has `size` neurons; `order`: what names theirs."""
 
     pieces: tuple[int, ...]
     size: int
+    order: str = ""
 
     @property
     def ends(self) -> list[int]:
@@ -133,7 +134,7 @@ class NestedTask:
         if self.recipe.labels == "agreement":
             return self.run(ids, self._labelled if by_label else self.routed)
         fixed = {name: t.detach() for name, t in self._corrections.items()} or None
-        choose = self.whole if by_label else self.routed
+        choose = widest(len(self.widths.pieces)) if by_label else self.routed
         seen = Losses(self.model, self._ffns, self.widths.ends, choose, fixed)
         z, _ = self.model.run(causal(self.model.embed(ids).requires_grad_()), change=seen)
         states = z[:, :-1].flatten(0, 1).to(self.model.dtype)
@@ -149,12 +150,6 @@ class NestedTask:
         with bf16_products():
             seen.states, _ = self.model.run(causal(self.model.embed(ids)), change=seen)
         return seen
-
-    def whole(self, layer: int, x: Tensor, error: Tensor) -> Tensor:
-        """All of each feed-forward."""
-        return torch.full(
-            x.shape[:-1], len(self.widths.pieces) - 1, dtype=torch.int64, device="cpu"
-        )
 
     def _labelled(self, layer: int, x: Tensor, error: Tensor) -> Tensor:
         return labels(error, self.level)

@@ -219,7 +219,8 @@ class TuneTask:
         return round(divergence(model, *rows, following(ids).flatten()).kl, 5)
 
     def about(self) -> dict[str, object]:
-        return {"kind": "nested tuning checkpoint", "widths": list(self.widths.pieces)}
+        kind, w = "nested tuning checkpoint", self.widths
+        return {"kind": kind, "widths": list(w.pieces), "order": w.order}
 
     def kept(self) -> dict[str, Tensor]:
         return {"levels": self._levels, "thresholds": self._thresholds, "scale": self._scale_L}

@@ -90,8 +90,7 @@ def tuned(
     OptionError, DiskFullError."""
     (base, model), count = of, widths.pieces[-1]
     path, history = checkpoint_of(base, count), history_of(base, count)
-    if how.resume:
-        checkpoints.find(path)
+    checkpoints.check(how.resume, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     begun = in_order(model, order_LF)
     ffns = begun if how.resume else refitted(model, begun, widths.ends, found.ids_BT)

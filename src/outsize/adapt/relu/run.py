@@ -87,8 +87,7 @@ def _run(options: ReluOptions, recipe: ReluRecipe, device: torch.device) -> Relu
     work = home() / "adapt" / f"{base.path.name}.{FOR}"
     checkpoint = work.with_suffix(f".{FOR}.checkpoint")
     history = work.with_suffix(f".{FOR}.jsonl")
-    if options.resume:
-        checkpoints.find(checkpoint)
+    checkpoints.check(options.resume, checkpoint)
     work.parent.mkdir(parents=True, exist_ok=True)
     with bars(options.quiet) as progress:
         model = TrainableModel(base, device, matmul_type(device), progress)

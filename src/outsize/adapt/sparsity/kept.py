@@ -39,7 +39,7 @@ def resumed(path: Path, about: Mapping[str, object]) -> tuple[list[Layer], float
     if wrong:
         raise AdapterError(
             f"{path} is a checkpoint of another run ({', '.join(wrong)} differ); give the flags and files it "
-            "was started with, or leave out --resume"
+            "was started with, or remove it to begin anew"
         )
     try:
         layers: Any = said["layers"]

@@ -101,8 +101,7 @@ def run(options: SparsityOptions) -> Made:
     found = words(pack, options.data, options.tokens)
     path = options.output or pack.path.with_name(pack.path.name + SUFFIX)
     kept = path.with_name(path.name + ".checkpoint")
-    if options.resume:
-        checkpoints.find(kept)
+    checkpoints.check(options.resume, kept)
     with bars(options.quiet) as progress:
         model = TrainableModel(
             pack, torch.device("cpu"), matmul_type(torch.device("cpu")), progress

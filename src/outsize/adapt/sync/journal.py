@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from outsize.adapt import checkpoints
 from outsize.errors import OptionError
 
 
@@ -22,14 +21,13 @@ class Journal:
 
     def resume(self) -> None:
         """Raises OptionError for what another run kept."""
-        checkpoints.find(self.path)
         said: object = None
         with suppress(OSError, ValueError):
             said = json.loads(self.path.read_text())
         if not isinstance(said, dict) or said.get("about") != self.about:
             raise OptionError(
-                f"{self.path} is of another run; give the flags and files it was started with, or leave out "
-                "--resume"
+                f"{self.path} is of another run; give the flags and files it was started with, or remove it "
+                "to begin anew"
             )
         self.known = {str(k): list(map(float, v)) for k, v in said["known"].items()}
 

@@ -118,6 +118,7 @@ def run(options: SyncOptions) -> Made:
         "group": o.group,
     }  # fmt: skip
     journal = Journal(path.with_name(path.name + ".checkpoint"), about)
+    checkpoints.check(o.resume, journal.path)
     if o.resume:
         journal.resume()
     with steps(o.quiet) as draw:
@@ -136,7 +137,8 @@ def run(options: SyncOptions) -> Made:
         if change > o.gate and not o.allow:
             raise AdapterError(
                 f"what was chosen costs {change:.2f} % of perplexity on text held out, more than the "
-                f"{o.gate:g} % of --gate; nothing was written; give more --data, a higher --gate, or --allow"
+                f"{o.gate:g} % of --gate; nothing was written; give --resume with a higher --gate or "
+                f"--allow, or remove {journal.path} and give more --data"
             )
         checkpoints.save(path, work.tensors(chosen), made.to_json())
     journal.path.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from outsize.forward.relay import Relay
 from outsize.forward.runahead import WINDOW
 from outsize.kernels.attention import CHUNK
 from outsize.kernels.backend import Backend
+from outsize.model.width import parse_width
 from outsize.model_config import Description
 from outsize.options import LoadOptions
 from outsize.parallel.collective import Collective
@@ -57,7 +58,7 @@ def _refuse_alone(options: LoadOptions) -> None:
 
 def _refuse(options: LoadOptions, spec: ParallelSpec) -> None:
     """What ranks do not share. Raises OptionError."""
-    lossy = parse_experts(options.experts or "").lossy
+    lossy, kind = parse_experts(options.experts or "").lossy, parse_draft(options.draft).kind
     if spec.way.cut == "experts" and lossy:
         raise OptionError(
             f"experts has {lossy}, by which ranks with different caches would choose different experts; "
@@ -67,7 +68,8 @@ def _refuse(options: LoadOptions, spec: ParallelSpec) -> None:
         "experts": options.experts is not None and spec.way.cut in ("gather", "sum"),
         "neurons": options.neurons != OFF,
         "prefill": options.prefill != "full",
-        "draft": parse_draft(options.draft).kind == "mtp" and spec.way.cut != "whole",
+        "width": parse_width(options.width) != 1.0,
+        "draft": kind == "nested" or (kind == "mtp" and spec.way.cut != "whole"),
     }
     for name, is_given in given.items():
         if is_given:

@@ -68,8 +68,7 @@ class Layers(Kind):
         """Spread evenly over the depth, so that reading never pauses for long; of a layer, the feed-forward
         first: it is larger. Norms of nested experts before all: who has none cannot be asked early."""
         of_layer: dict[int, list[tuple[str, int]]] = {}
-        is_nested = d.mixture is not None and d.mixture.nested
-        norms = [t for t in tables if is_nested and t.name.startswith("ffn-")]
+        norms = [t for t in tables if d.is_nested and t.name.startswith("ffn-")]
         yield from ((-1, t.name, i) for t in norms for i in range(len(t.keys)))
         for t in (t for t in tables if t not in norms):
             for i, layer in enumerate(t.keys if t.name not in ("final-0", "further-0") else ()):
