@@ -8,8 +8,9 @@ Two processes, each with the whole model and pinned to a core of its own where t
 TCP sockets, as slow as slow.py models. Seconds are those from the leader's first message to its logits, the
 least of some repeats. `alone`: the leader computes all of it; `gathered`: gathered.py; `even`, `predicted`,
 `searched`: a chain with such cuts. `--half`: the first rank of the chain is stopped every second millisecond,
-as a machine of half the speed. Beside each chain what the simulator foretells for its cuts. Rows that FILE
-has are not measured again.
+as a machine of half the speed. Beside each chain what the simulator foretells for its cuts: with the costs
+that the engine measures (`simulated_s`), with those of whole passes on both ranks (`simulated_usual_s`), and,
+of a rank that is stopped, in windows (`simulated_stops_s`). Rows that FILE has are not measured again.
 """
 
 from __future__ import annotations
