@@ -3,12 +3,14 @@ in tokens/s. Every run is a process of its own, reads past the page cache, and f
 
     python -m experiments.memory.neurons_end time MODEL TEXT NAME --files exact=FILE lossy=FILE -o RAW.jsonl
     python -m experiments.memory.neurons_end trace MODEL TEXT NAME --files exact=FILE > TRACE.json
+    python -m experiments.memory.neurons_end capped MODEL TEXT NAME --files exact=FILE --wrap CAP -o RAW.jsonl
     python -m experiments.memory.neurons_end shape MODEL7B TEXT NAME --trace TRACE.json --folder FOLDER
 
 Arms: `naive`, the least memory, every weight read for every token; `half`, so much memory that such a --share
 of the weights is held, neurons off; and for each file `KEY-predictor`, everything but the feed-forwards held
 and slots for one layer's bundles, so that nothing is kept between tokens; `KEY-window` and `KEY-lfu`, the
 memory of `half` with that eviction policy; `KEY-apart`, lfu where each bundle is a read of its own.
+`capped`: --rounds runs, from the least memory that the plan names to all, each within exactly its own.
 `shape` makes a ReLU model of a pack with random weights, and a file whose predictor costs what a real one
 does; `time --trace` then replays which bundles fired in TRACE instead of what that predictor says: each of
 its layers follows one of the traced model's, each of its bundles one of that layer's, in an order drawn once,
@@ -31,15 +33,16 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from experiments.memory.neurons_chunks import OFF, PROMPT, memory_for
+from experiments.memory.neurons_chunks import OFF, PROMPT
 from experiments.memory.neurons_steps import recorded
-from experiments.runs import HIDDEN, Row, arguments, fresh, record
+from experiments.runs import HIDDEN, WRAP, Row, arguments, fresh, record
 from outsize.adapt import rewrite
 from outsize.adapt.sparsity.layer import Layer
 from outsize.adapt.sparsity.run import SparsityOptions, Work
 from outsize.adapt.sparsity.words import Words
 from outsize.encoding.find import encoding
 from outsize.engine import load as loading
+from outsize.errors import BudgetError
 from outsize.forward.full import full
 from outsize.forward.span import Span
 from outsize.model.predictors.choose import Chooser, Rule
@@ -48,10 +51,14 @@ from outsize.pack import fetch
 from outsize.pack.neuron_file import stored
 from outsize.pack.source import derived
 from outsize.pack.tables import Matrix
+from outsize.plan import decide
 from outsize.plan import make as planning
+from outsize.plan.decide import compiled
+from outsize.plan.warmup import runtime_bytes
 from outsize.progress import silent
 from outsize.storage.reader import Reader
 from outsize.storage.records import Records
+from outsize.system.memory import peak
 from outsize.weights.bundles import make
 
 RANK = 128  # of the predictor of the shape
@@ -118,7 +125,7 @@ def timed(a: Any) -> Row:
             "ms": round(1e3 * statistics.mean(times[a.warm :]), 3),
             "median_ms": round(1e3 * statistics.median(times[a.warm :]), 3),
             "mb": round((used.bytes_read - before.bytes_read) / a.count / 1e6, 4),
-            "waited_ms": round(1e3 * (used.waited_s - before.waited_s) / a.count, 3),
+            "peak_bytes": peak(), "waited_ms": round(1e3 * (used.waited_s - before.waited_s) / a.count, 3),
             "plan_ms": round(1e3 * predicted.token_s, 3), "logits_sha256": digest.hexdigest(),
         }  # fmt: skip
 
@@ -152,6 +159,24 @@ def arms(a: Any) -> Iterator[tuple[str, str, int, bool]]:
                 yield f"{key}-{name}@{share:g}", *found[name]
 
 
+def memory_for(model: str, neurons: str, share: float) -> int:
+    """Bytes with which such a share of the bundles has slots, by the planner."""
+    options = LoadOptions(neurons=neurons, context=1024, **OFF)  # type: ignore[arg-type]
+    runtime = runtime_bytes(compiled(options))
+    low, high = 0, 1 << 33
+    while high - low > 1 << 20:
+        middle = (low + high) // 2
+        try:
+            outline, placed = decide.foresee(model, options, middle, runtime)
+            found = [t for t in outline.tables if t.kind == "neurons"]
+            slots = sum(placed.shares[t.name].ring for t in found if t.name in placed.shares)
+            is_enough = slots >= share * sum(len(t.keys) for t in found)
+        except BudgetError:
+            is_enough = False
+        low, high = (low, middle) if is_enough else (middle, high)
+    return high
+
+
 def sitting(a: Any) -> None:
     """All arms in turn, as often as asked."""
     every = list(arms(a))
@@ -170,6 +195,22 @@ def sitting(a: Any) -> None:
             row = {k: v for k, v in row.items() if k not in ("cap", "kills")}
             about = {"model": a.name, "arm": name, "round": number, "memory": memory}
             record(about | row, a.output)
+
+
+def capped(a: Any) -> None:
+    """Budgets in equal steps; what each run had at most, and whether it was killed."""
+    path = a.files[0].partition("=")[2]
+    paged = LoadOptions(neurons=path, context=1024, **OFF)  # type: ignore[arg-type]
+    plan = planning.make(a.model, paged, PROMPT).placement
+    least, most = int(1.02 * plan.least), int(1.05 * plan.planned)
+    for number in range(a.rounds):
+        memory = least + (most - least) * number // max(1, a.rounds - 1)
+        told = ["run", a.model, a.text, a.name, "--neurons", path, "--memory", str(memory)]
+        told += ["--count", str(a.count), "--warm", str(a.warm)]
+        row = fresh("-m", "experiments.memory.neurons_end", *told, wrap=a.wrap, cap=memory)
+        record(
+            {"kind": "capped", "model": a.name, "number": number, "memory": memory} | row, a.output
+        )
 
 
 def trace(a: Any) -> None:
@@ -220,12 +261,13 @@ def main() -> None:
     a: Any = arguments(
         __doc__, "what", "model", "text", "name", files=["lossy="], shares=["0.5"], rounds=3, count=64,
         warm=24, ways=["predictor", "window", "lfu", "apart"], trace="", folder="",
+        wrap=WRAP,
         neurons=("off", HIDDEN[1]), memory=(0, HIDDEN[1]), apart=HIDDEN,
     )  # fmt: skip
     if a.what == "run":
         record(timed(a))
     else:
-        {"time": sitting, "trace": trace, "shape": shape}[a.what](a)
+        {"time": sitting, "trace": trace, "shape": shape, "capped": capped}[a.what](a)
 
 
 if __name__ == "__main__":

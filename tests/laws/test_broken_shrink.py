@@ -72,7 +72,7 @@ def sweep(folder: Path, most: int | None) -> None:
             assert model.transformer.memory.droppable == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["qwen3", pytest.param("gpt_oss", marks=pytest.mark.slow)])
 def test_a_shrink_that_is_broken_off(family: str, folder_of: Callable[[str], Path]) -> None:
     sweep(folder_of(family), SHRINKS)
 

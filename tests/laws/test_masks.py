@@ -151,7 +151,7 @@ def drafts_of(model: Model, folder: Path) -> list[str]:
     ("family", "encoding"),
     [
         ("llama", "int4"),
-        ("gemma3", "int8"),
+        pytest.param("gemma3", "int8", marks=pytest.mark.slow),
         pytest.param("llama", "int8", marks=pytest.mark.slow),
         pytest.param("gemma3", "int4", marks=pytest.mark.slow),
     ],
