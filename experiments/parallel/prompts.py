@@ -8,8 +8,9 @@ Two processes, each with the whole model and pinned to a core of its own where t
 TCP sockets, as slow as slow.py models. Seconds are those from the leader's first message to its logits, the
 least of some repeats. `alone`: the leader computes all of it; `gathered`: gathered.py; `even`, `predicted`,
 `searched`: a chain with such cuts. `--half`: the first rank of the chain is stopped every second millisecond,
-as a machine of half the speed. Beside each chain what the simulator foretells for its cuts. Rows that FILE
-has are not measured again.
+as a machine of half the speed. Beside each chain what the simulator foretells for its cuts: with the costs
+that the engine measures (`simulated_s`), with those of whole passes on both ranks (`simulated_usual_s`), and,
+of a rank that is stopped, in windows (`simulated_stops_s`). Rows that FILE has are not measured again.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from typing import Any
 import torch
 
 from experiments.parallel import gathered
-from experiments.parallel.quiet import Quiet, usual
+from experiments.parallel.passes import passed
+from experiments.parallel.quiet import Quiet
 from experiments.parallel.stopped import halved, seen
 from experiments.runs import arguments, record, recorded
 from outsize.bench.speed import TEXT
@@ -54,7 +56,7 @@ HERE = "127.0.0.1"
 BUSY, TRIES = 0.1, 2
 STOP, CHAIN, GATHERED, USUAL = range(4)
 NO_STOPS = Stops(0.0, 0.0)
-TRIES, PICO = 13, 1e12
+PICO = 1e12
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def follow(setting: Setting, transport: Transport) -> None:
         if told[0] == CHAIN:
             runahead.follow(rank.model, slow)
         elif told[0] == USUAL:
-            own = chain_costs.measured(rank.model, TRIES, usual)
+            own = passed(rank.model)
             found = *astuple(seen() if told[2] else NO_STOPS), own.linear_s, own.pair_s
             words.send(transport, [0], [round(PICO * s) for s in found])
         else:
@@ -176,7 +178,7 @@ class Leader:
         """How long the other rank goes and stands, as it says, and what a prompt usually costs either rank
         while the other computes, too: first of the chain's first."""
         words.send(self.rank.raw, [1], [USUAL, 0, self.half])
-        own = chain_costs.measured(self.rank.model, TRIES, usual)
+        own = passed(self.rank.model)
         going, standing, linear, pair = (n / PICO for n in words.receive(self.rank.raw, 1))
         return Stops(going, standing), (replace(own, linear_s=linear, pair_s=pair), own)
 

@@ -7,8 +7,8 @@ chain that are searched for.
 A row for each way and link (bench/parallel.py), each rank with a core of its own where there are two; of the
 way `alone` for one rank with one. `head_s`: seconds of the head for a token, on one core; `others_cores`:
 what others had of the machine meanwhile: rows beside which that was over a tenth are shown and not kept.
-`--disk`: a word for the disk, where it is not as it is. experiments/parallel/machines.py says what the
-simulator foretells of each. Rows that FILE has are not measured again.
+`--disk`: a word for the disk, where it is not as it is. Rows that FILE has are not measured again.
+experiments/parallel/machines.py holds the simulator to two ranks.
 """
 
 from __future__ import annotations
