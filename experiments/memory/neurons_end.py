@@ -224,7 +224,10 @@ def about(a: Any) -> None:
         found = neuron_file.read(Path(path), pack.description.num_layers)
         bundles = find(pack, found.about.bundle, found.about.order)
         said = found.about.to_json()
-        row = {k: said[k] for k in ("predictor", "exact", "bundle", "share", "fires", "missed", "tokens")}
+        row = {
+            k: said[k]
+            for k in ("predictor", "exact", "bundle", "share", "fires", "missed", "tokens")
+        }
         row |= {k: said[k] for k in ("perplexity_before", "perplexity")}
         strides = sum(t.form.count * t.form.stride for t in bundles.tables for _ in t.layers)
         dense = sum(t.dense.size for t in bundles.tables)
@@ -287,7 +290,9 @@ def main() -> None:
     if a.what == "run":
         record(timed(a))
     else:
-        {"time": sitting, "trace": trace, "shape": shape, "capped": capped, "about": about}[a.what](a)
+        {"time": sitting, "trace": trace, "shape": shape, "capped": capped, "about": about}[a.what](
+            a
+        )
 
 
 if __name__ == "__main__":

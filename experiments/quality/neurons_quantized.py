@@ -2,9 +2,9 @@
 
     python -m experiments.quality.neurons_quantized PACK TEXT NAME -o RAW.jsonl
 
-PACK is one of `outsize adapt relu`, whose feed-forwards have eight bits. One row for each encoding that its gate,
-up and down are put into: the share of neurons that fire on sequences of TEXT, of those the share that fire as
-before, and the perplexity."""
+PACK is one of `outsize adapt relu`, whose feed-forwards have eight bits. One row for each encoding that its
+gate, up and down are put into: the share of neurons that fire on sequences of TEXT, of those the share that
+fire as before, and the perplexity."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from outsize.pack import fetch
 from outsize.progress import silent
 
 CPU = torch.device("cpu")
-KINDS = "", "int4-32", "int4-128", "palette3-fp16"
+KINDS = "", "int4-32", "int4-64", "palette3-fp16"
 
 
 class Firing(Change):

@@ -389,7 +389,7 @@ def test_memory_is_within_what_is_said(tmp_path: Path, home: Path, text: Path) -
     folder = tmp_path / "large"
     write_folder(folder, "llama", Size(8, 768, 2048, 12, 4, 4096, 1024), 5)
     base = fetch.pack(str(folder), quiet=True)
-    with mock.patch.multiple(calibration, TIMES=1, HELD_OUT=128):
+    with mock.patch.multiple(calibration, TIMES=1, HELD_OUT=512):
         few = repack(base, BitsOptions(3.0, calibrate=text, quiet=True)).pack
     recipe = DistillRecipe(steps=2, batch=4, length=128)
     for rank in (None, 8):
@@ -418,7 +418,7 @@ def test_a_killed_recovery_resumes_to_the_same_file(
     made = []
     for name in ("whole", "killed"):
         output = tmp_path / f"{name}.safetensors"
-        more = ("--rank", "2", "--steps", "60", "--every", "5", "-q")
+        more = ("--rank", "2", "--begin", "zero", "--steps", "60", "--every", "5", "-q")
         words = words_of(packs[1], text, output, *more)
         if name == "killed":
             process = subprocess.Popen([sys.executable, "-m", "outsize.cli.main", *words])
