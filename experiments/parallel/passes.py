@@ -19,10 +19,19 @@ CHUNKS, TRIES = 2, 3
 
 
 @torch.inference_mode()
-def passed(model: Transformer) -> Prompt:
+def passed(model: Transformer, chunk: int = 0) -> Prompt:
     """Seconds a token and a (query, key) pair, of all layers: where chain_costs runs one layer again and
-    again, whose weights stay in caches, these run all of them in turn."""
-    rows, took = CHUNKS * model.chunk, list[float]()
+    again, whose weights stay in caches, these run all of them in turn. `chunk`: tokens that are multiplied at
+    once; 0: those of the model's own chunks."""
+    before, model.chunk = model.chunk, chunk or model.chunk
+    try:
+        return _passed(model, chunk or CHUNKS * model.chunk)
+    finally:
+        model.chunk = before
+
+
+def _passed(model: Transformer, rows: int) -> Prompt:
+    took = list[float]()
     for start in (0, DEPTH):
         kv, tries = model.new_kv(start + rows), list[float]()
         _, num_heads, _, width = kv.like.shape

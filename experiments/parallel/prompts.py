@@ -92,7 +92,7 @@ def follow(setting: Setting, transport: Transport) -> None:
         if told[0] == CHAIN:
             runahead.follow(rank.model, slow)
         elif told[0] == USUAL:
-            own = passed(rank.model)
+            own = passed(rank.model, told[3])
             found = *astuple(seen() if told[2] else NO_STOPS), own.linear_s, own.pair_s
             words.send(transport, [0], [round(PICO * s) for s in found])
         else:
@@ -137,8 +137,19 @@ class Leader:
             assert gathered.run(self.rank.model, slow, self.rank.ids) is not None
 
         run()
-        sent = slow.wire.sent - sent
-        return {**timed(self.least(run)), "sent": sent}
+        sent, link_of = slow.wire.sent - sent, self.setting.links[link]
+        row = {**timed(self.least(run)), "sent": sent}
+        if not link_of:
+            return row
+        tokens = len(self.rank.ids)
+        _, both = self.usual(-(-tokens // 2))  # each computes its half at once
+        programs = [all_to_all(p, tokens, r, 2) for r, p in enumerate(both)]
+        foretold = max(o.end for o in simulate(programs, parse_link(link_of)))
+        return {
+            **row,
+            "usual": [[p.linear_s, p.pair_s] for p in both],
+            "simulated_usual_s": foretold,
+        }
 
     def chains(
         self, link: int, ways: Sequence[str], keep: Callable[[str, dict[str, Any]], None]
@@ -174,11 +185,11 @@ class Leader:
         finally:
             chain.end()
 
-    def usual(self) -> tuple[Stops, tuple[Prompt, Prompt]]:
+    def usual(self, chunk: int = 0) -> tuple[Stops, tuple[Prompt, Prompt]]:
         """How long the other rank goes and stands, as it says, and what a prompt usually costs either rank
-        while the other computes, too: first of the chain's first."""
-        words.send(self.rank.raw, [1], [USUAL, 0, self.half])
-        own = passed(self.rank.model)
+        while the other computes, too: first of the chain's first. `chunk`: as `passed` has it."""
+        words.send(self.rank.raw, [1], [USUAL, 0, self.half, chunk])
+        own = passed(self.rank.model, chunk)
         going, standing, linear, pair = (n / PICO for n in words.receive(self.rank.raw, 1))
         return Stops(going, standing), (replace(own, linear_s=linear, pair_s=pair), own)
 
@@ -205,8 +216,6 @@ def usual_foretold(
         programs = [runahead_program(both[1], sizes, r) for r in (0, 1)]
         found["simulated_stops_s"] = simulate(programs, link, stops={0: stops})[1].end
         found["stops"] = astuple(stops)
-    programs = [all_to_all(p, sum(sizes), r, len(both)) for r, p in enumerate(both)]
-    found["simulated_usual_gathered_s"] = max(o.end for o in simulate(programs, link))
     return found
 
 
