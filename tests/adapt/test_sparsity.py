@@ -353,6 +353,7 @@ def test_trace_and_replay(made: sparsity.Made, model: str, tmp_path: Path) -> No
         ({"predictor": "svd:9x"}, OptionError, "whole number"),
         ({"predictor": "gate:7"}, OptionError, "bits or exact"),
         ({"predictor": "sdv"}, UnsupportedError, "did you mean 'svd'"),
+        ({"predictor": "choose"}, UnsupportedError, "known are gate, svd, trained"),
         ({"order": "random"}, OptionError, "known are use, natural"),
         ({"bundle": 7}, UnsupportedError, "do not divide"),
         ({"bundle": 0}, OptionError, "bundle"),
