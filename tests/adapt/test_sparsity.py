@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -429,6 +430,15 @@ def test_damaged_files(made: sparsity.Made, model: str, tmp_path: Path) -> None:
     refused("not finite", {}, thresholds=torch.full((tiny.LAYERS,), torch.nan))
     refused("shape", {}, thresholds=torch.zeros(99))
     refused("does not fit", {"predictor": "gate:3"})
+    refused("of order", {"order": "../x"})  # it names a folder
+    refused("of predictors", {"predictor": "svd:\x1b[2J"})
+    refused(
+        "'thresholds' has shape",
+        {"vectors": {**about["vectors"], "thresholds": 1}},  # type: ignore[dict-item]
+        thresholds=torch.zeros(1),
+    )
+    refused("not in bytes", {}, **{"0.a.codes": tensors["0.a.codes"].float()})
+    assert "\x1b" not in replace(made.about, text="a\x1b[2J").cost
     path.write_bytes(made.path.read_bytes()[:99])
     with pytest.raises(AdapterError):
         outsize.load(model, neurons=str(path), quiet=True)
