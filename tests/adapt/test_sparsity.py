@@ -445,6 +445,17 @@ def test_damaged_files(made: sparsity.Made, model: str, tmp_path: Path) -> None:
     assert KIND == "neurons"
 
 
+def test_exact_is_what_says_so_and_is(made: sparsity.Made, model: str, tmp_path: Path) -> None:
+    """Not what a file claims of another predictor, or model; nor neurons whose down was re-encoded."""
+    path, tensors = tmp_path / "f", load_file(made.path)
+    save_file(tensors, path, {"outsize": json.dumps(made.about.to_json() | {"exact": True})})
+    with pytest.raises(AdapterError, match="misses nothing"):
+        outsize.load(model, neurons=str(path), quiet=True)
+    assert made.about.order
+    assert replace(made.about, exact=True).cost.startswith("lossy: perplexity")
+    assert replace(made.about, exact=True, order="").cost == "exact"
+
+
 def test_damaged_neurons(model: str, text: Path, tmp_path: Path) -> None:
     found = run(options(model, text, output=tmp_path / "f", order="natural"))
     pack = fetch.pack(model, quiet=True).path

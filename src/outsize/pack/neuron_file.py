@@ -42,7 +42,7 @@ class NeuronAbout:
     bundle: int  # neurons of a bundle
     count: int  # bundles of a layer
     predictor: str  # as `svd:64`
-    exact: bool  # are the answers the dense model's?
+    exact: bool  # does the predictor miss nothing?
     share: float  # of the bundles, as asked for
     fires: float  # of the bundles, as measured
     missed: float  # of those that were worth computing, as measured
@@ -60,8 +60,9 @@ class NeuronAbout:
 
     @property
     def cost(self) -> str:
-        """What it costs, in words."""
-        if self.exact:
+        """What it costs, in words: nothing where no neuron is missed, and none was re-encoded to be
+        reordered."""
+        if self.exact and not self.order:
             return "exact"
         if not self.tokens:
             return "lossy: not measured"
