@@ -283,7 +283,7 @@ def test_the_command(model: str, text: Path) -> None:
     said = json.loads(found.stdout)
     assert Path(said["pack"]).is_dir()
     assert said["perplexity"] > 1
-    assert "--predictor gate:exact" in found.stderr
+    assert "--predictor gate:exact --order natural" in found.stderr
 
 
 def test_what_cannot_be(

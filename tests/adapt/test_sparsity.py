@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -353,6 +354,7 @@ def test_trace_and_replay(made: sparsity.Made, model: str, tmp_path: Path) -> No
         ({"predictor": "svd:9x"}, OptionError, "whole number"),
         ({"predictor": "gate:7"}, OptionError, "bits or exact"),
         ({"predictor": "sdv"}, UnsupportedError, "did you mean 'svd'"),
+        ({"predictor": "choose"}, UnsupportedError, "known are gate, svd, trained"),
         ({"order": "random"}, OptionError, "known are use, natural"),
         ({"bundle": 7}, UnsupportedError, "do not divide"),
         ({"bundle": 0}, OptionError, "bundle"),
@@ -428,10 +430,30 @@ def test_damaged_files(made: sparsity.Made, model: str, tmp_path: Path) -> None:
     refused("not finite", {}, thresholds=torch.full((tiny.LAYERS,), torch.nan))
     refused("shape", {}, thresholds=torch.zeros(99))
     refused("does not fit", {"predictor": "gate:3"})
+    refused("of order", {"order": "../x"})  # it names a folder
+    refused("of predictors", {"predictor": "svd:\x1b[2J"})
+    refused(
+        "'thresholds' has shape",
+        {"vectors": {**about["vectors"], "thresholds": 1}},  # type: ignore[dict-item]
+        thresholds=torch.zeros(1),
+    )
+    refused("not in bytes", {}, **{"0.a.codes": tensors["0.a.codes"].float()})
+    assert "\x1b" not in replace(made.about, text="a\x1b[2J").cost
     path.write_bytes(made.path.read_bytes()[:99])
     with pytest.raises(AdapterError):
         outsize.load(model, neurons=str(path), quiet=True)
     assert KIND == "neurons"
+
+
+def test_exact_is_what_says_so_and_is(made: sparsity.Made, model: str, tmp_path: Path) -> None:
+    """Not what a file claims of another predictor, or model; nor neurons whose down was re-encoded."""
+    path, tensors = tmp_path / "f", load_file(made.path)
+    save_file(tensors, path, {"outsize": json.dumps(made.about.to_json() | {"exact": True})})
+    with pytest.raises(AdapterError, match="misses nothing"):
+        outsize.load(model, neurons=str(path), quiet=True)
+    assert made.about.order
+    assert replace(made.about, exact=True).cost.startswith("lossy: perplexity")
+    assert replace(made.about, exact=True, order="").cost == "exact"
 
 
 def test_damaged_neurons(model: str, text: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from outsize import registry
 from outsize.caching import eviction
 from outsize.caching.policy import Hints
 from outsize.caching.policy import make as make_policy
+from outsize.errors import UnsupportedError
 from outsize.forward.full import full
 from outsize.forward.span import Span
 from outsize.home import home as home_folder
@@ -26,8 +27,10 @@ from outsize.kernels.plain import PLAIN
 from outsize.kernels.threads import Threads
 from outsize.model.predictors.choose import Rule
 from outsize.model.transformer import Transformer
+from outsize.pack import bundles as cut
 from outsize.pack import fetch
 from outsize.pack.format import Pack
+from outsize.pack.tables import Matrix, TableHeader, field_bytes
 from outsize.progress import silent
 from outsize.weights import load as weights
 from outsize.weights.bundles import make
@@ -108,6 +111,21 @@ def test_all_chosen_is_dense(
         assert model.loaded.expert_stats.misses > 0
     with opened(pack, "some") as model:
         assert not torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("encoding", ["bf16", "fp8", "int4", "int8", "q4_0", "group5", "tq"])
+@pytest.mark.parametrize("bundle", [1, 8, 16, 32, 128])
+def test_bundles_hold_all_or_are_refused(encoding: str, bundle: int) -> None:
+    """Of gate and up, every byte once: rows that are stored together are not cut."""
+    gate_up, down = Matrix(encoding, 2 * 512, 256, 0), Matrix(encoding, 256, 512, 0)
+    table = TableHeader("ffn-0", "layers", (0,), 0, {"gate_up": (gate_up,), "down": (down,)}, ())
+    if bundle % max(spec.rows for spec in gate_up.specs.values()):
+        with pytest.raises(UnsupportedError, match="would cut"):
+            cut.layout(table, bundle)
+        return
+    form = cut.layout(table, bundle)
+    held = sum(r.size for r in form.regions if r.tensor != cut.DOWN) * form.count
+    assert held == sum(field_bytes(spec) for spec in gate_up.specs.values())
 
 
 @pytest.mark.parametrize("family", ["llama", "llama+biases", "opt", "falcon"])

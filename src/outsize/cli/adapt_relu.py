@@ -74,5 +74,5 @@ def relu(
     if not load.quiet:
         say(
             f"wrote {made.pack.path}; run it with -m {made.pack.path}, and page its neurons with "
-            f"`outsize adapt sparsity {made.pack.path} --predictor gate:exact --data ...`"
+            f"`outsize adapt sparsity {made.pack.path} --predictor gate:exact --order natural --data ...`"
         )

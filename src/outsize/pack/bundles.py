@@ -97,6 +97,12 @@ def layout(header: TableHeader, bundle: int) -> BundleLayout:
         )
     if [m.num_rows for m in gate_up] not in ([neurons], [2 * neurons], [neurons, neurons]):
         raise UnsupportedError(f"table {header.name}: gate and up are not of {neurons:,} rows each")
+    rows = max(s.rows for m in gate_up for s in m.specs.values())
+    if bundle % rows:
+        raise UnsupportedError(
+            f"table {header.name} stores {rows} rows of gate and up together, which bundles of {bundle} "
+            "neighbours would cut; give a multiple, or neurons by use"
+        )
     count, regions, at = neurons // bundle, list[Region](), 0
     both = [(GATE, gate_up[0]), (UP, gate_up[-1])]
     for tensor, matrix in both[: sum(m.num_rows for m in gate_up) // neurons]:

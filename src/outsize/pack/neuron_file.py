@@ -4,6 +4,7 @@ proven; refused for another pack than it was made for."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ THRESHOLDS, FIRING, GAPS = "thresholds", "firing", "gaps"
 IMPORTANCE, CHUNKS = CHOICES = ("importance", "chunks")  # how bundles are chosen by their scores
 MOST_GAP = 1e6
 SUFFIX = ".neurons.safetensors"
+ORDER, PREDICTOR = re.compile(r"(?:[0-9a-f]{12})?"), re.compile(r"[a-z]+(?::[a-z0-9]{1,9})?")
 MOST_ROWS = 1 << 24
 ADD_ON = AddOn(
     KIND, VERSION, "neurons", "outsize adapt sparsity", "outsize adapt sparsity MODEL --data FILE"
@@ -40,7 +42,7 @@ class NeuronAbout:
     bundle: int  # neurons of a bundle
     count: int  # bundles of a layer
     predictor: str  # as `svd:64`
-    exact: bool  # are the answers the dense model's?
+    exact: bool  # does the predictor miss nothing?
     share: float  # of the bundles, as asked for
     fires: float  # of the bundles, as measured
     missed: float  # of those that were worth computing, as measured
@@ -58,14 +60,16 @@ class NeuronAbout:
 
     @property
     def cost(self) -> str:
-        """What it costs, in words."""
-        if self.exact:
+        """What it costs, in words: nothing where no neuron is missed, and none was re-encoded to be
+        reordered."""
+        if self.exact and not self.order:
             return "exact"
         if not self.tokens:
             return "lossy: not measured"
+        text = "".join(c if c.isprintable() else "?" for c in self.text)
         return (
             f"lossy: perplexity {self.perplexity_before:,.2f} -> {self.perplexity:,.2f} "
-            f"({self.tokens:,} tokens of {self.text})"
+            f"({self.tokens:,} tokens of {text})"
         )
 
     def to_json(self) -> dict[str, object]:
@@ -93,13 +97,17 @@ class NeuronFile:
         for name, matrix in self.about.matrices.items():
             if name.startswith(prefix):
                 fields = {
-                    field: self.tensors[f"{name}.{field}"]
-                    .view(torch.uint8)
-                    .view(spec.dtype)
-                    .view(spec.shape)
+                    field: self._bytes(f"{name}.{field}").view(spec.dtype).view(spec.shape)
                     for field, spec in matrix.specs.items()
                 }
                 yield name.removeprefix(prefix), matrix, fields
+
+    def _bytes(self, name: str) -> Tensor:
+        """A field as it is stored. Raises AdapterError."""
+        found = self.tensors[name]
+        if found.dtype is not torch.int8:
+            raise ADD_ON.damaged(self.path, f"{name} is not in bytes")
+        return found
 
     @property
     def size(self) -> int:
@@ -140,9 +148,9 @@ def _fault(about: NeuronAbout, tensors: Stored, num_layers: int) -> str:
         return f"it chooses by {about.choose[:20]!r}; known are {', '.join(CHOICES)}"
     if not (0 <= about.gap <= MOST_GAP and 0 <= about.runs <= about.count):
         return f"it says {about.gap} of gaps and {about.runs} of runs"
-    due: dict[str, tuple[int, ...]] = {THRESHOLDS: (num_layers,), FIRING: (num_layers, about.count)}
-    due |= {GAPS: (num_layers,)} if about.choose == CHUNKS else {}
-    due |= {name: (length,) for name, length in about.vectors.items()}
+    if not ORDER.fullmatch(about.order) or not PREDICTOR.fullmatch(about.predictor):
+        return f"it says {about.predictor[:20]!r} of predictors and {about.order[:20]!r} of order"
+    due: dict[str, tuple[int, ...]] = {n: (length,) for n, length in about.vectors.items()}
     try:
         for name, m in about.matrices.items():
             if (
@@ -154,4 +162,6 @@ def _fault(about: NeuronAbout, tensors: Stored, num_layers: int) -> str:
             due |= {f"{name}.{f}": (field_bytes(spec),) for f, spec in m.specs.items()}
     except UnsupportedError as e:
         return str(e)
+    due |= {THRESHOLDS: (num_layers,), FIRING: (num_layers, about.count)}
+    due |= {GAPS: (num_layers,)} if about.choose == CHUNKS else {}
     return shape_fault(due, tensors)

@@ -12,10 +12,9 @@ from torch import Tensor
 from outsize.adapt.sparsity.rule import Choice, fitted, quantile, runs
 from outsize.encoding.find import encoding
 from outsize.kernels.backend import Backend
-from outsize.kernels.plain import FATRELU
 from outsize.model.layers import Linear
 from outsize.model.predictors.choose import Rule
-from outsize.model.predictors.gate import EXACT
+from outsize.model.predictors.gate import is_exact
 from outsize.model.predictors.predictor import BIAS, Maps, Sample, by_name
 from outsize.pack.neuron_file import stored
 from outsize.pack.tables import Matrix
@@ -40,11 +39,6 @@ class Layer:
     @property
     def fires(self) -> float:
         return float(self.firing_N.mean())
-
-
-def is_exact(spec: str, activation: str) -> bool:
-    """Does this predictor miss nothing of a model with this activation?"""
-    return spec == f"gate:{EXACT}" and activation.partition(":")[0] in ("relu", "relu2", FATRELU)
 
 
 def fit(

@@ -14,7 +14,7 @@ from torch import Tensor
 from outsize.adapt import checkpoints
 from outsize.adapt.sparsity.cost import perplexity
 from outsize.adapt.sparsity.kept import resumed, save
-from outsize.adapt.sparsity.layer import Layer, fit, is_exact
+from outsize.adapt.sparsity.layer import Layer, fit
 from outsize.adapt.sparsity.measure import by_use, samples
 from outsize.adapt.sparsity.reads import gap_of
 from outsize.adapt.sparsity.rule import parse
@@ -26,6 +26,7 @@ from outsize.engine import load as loading
 from outsize.engine.model import Model
 from outsize.errors import OptionError
 from outsize.kernels.backend import Backend
+from outsize.model.predictors.gate import is_exact
 from outsize.model.predictors.predictor import by_name
 from outsize.options import LoadOptions
 from outsize.pack import fetch

@@ -15,9 +15,10 @@ from outsize.encoding.find import encoding
 from outsize.errors import AdapterError
 from outsize.kernels.backend import Backend
 from outsize.model.layers import Linear
+from outsize.model.predictors.gate import is_exact
 from outsize.model.predictors.predictor import BIAS, IMPORTANCE, Maps, by_name, row_by_row
 from outsize.model_config import Description
-from outsize.pack.neuron_file import CHUNKS, GAPS, THRESHOLDS, NeuronFile
+from outsize.pack.neuron_file import CHUNKS, GAPS, MOST_GAP, THRESHOLDS, NeuronFile
 from outsize.storage.table import Weight
 
 
@@ -60,6 +61,12 @@ def choosers(file: NeuronFile, d: Description, backend: Backend) -> list[Chooser
     """One a layer. Raises AdapterError for a file that does not fit, UnsupportedError for an unknown
     predictor."""
     rules, about = _rules(file), file.about
+    is_odd = any(r.threshold or (r.gap or 0.0) > MOST_GAP for r in rules)
+    if about.exact and (is_odd or not is_exact(about.predictor, d.activation)):
+        raise AdapterError(
+            f"{file.path} says that it misses nothing, which its predictor, {about.predictor}, and "
+            "thresholds do not bear out; make it again with `outsize adapt sparsity`"
+        )
     if about.bundle * about.count != d.ffn_width:
         raise AdapterError(
             f"{file.path} is of {about.bundle * about.count:,} neurons a layer, this model has "
@@ -118,8 +125,9 @@ def _check(file: NeuronFile, maps: Maps, layer: int, d: Description) -> None:
         is_right = found["a"][1] == d.width and found["b"][1] == found["a"][0]
     elif is_right:
         is_right = found["gate"][1] == d.width
+    known = {BIAS} if about.exact else {IMPORTANCE, BIAS}
     lengths = {len(v) for v in maps.vectors.values()} | {d.ffn_width}
-    if not is_right or len(lengths) > 1 or not set(maps.vectors) <= {IMPORTANCE, BIAS}:
+    if not is_right or len(lengths) > 1 or not set(maps.vectors) <= known:
         raise AdapterError(
             f"{file.path}: the {about.predictor} predictor of layer {layer} does not fit this model; make it "
             "again with `outsize adapt sparsity`"

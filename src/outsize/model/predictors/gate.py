@@ -6,10 +6,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from outsize.errors import OptionError
+from outsize.kernels.plain import FATRELU
 from outsize.model.predictors.predictor import Fitted, Maps, Sample, by_gate, worth
 
 BITS = ("2", "3", "4", "5", "6", "8")
 EXACT = "exact"
+ZERO = "relu", "relu2", FATRELU  # activations that give 0
 
 
 def check(size: str) -> None:
@@ -24,6 +26,11 @@ def fit(sample: Sample, size: str) -> Fitted:
         return Fitted({}, worth(sample))
     kind = encoding_of(size or "3", sample.gate_FD.shape[1])
     return Fitted({"gate": (kind, sample.gate_FD)}, worth(sample))
+
+
+def is_exact(spec: str, activation: str) -> bool:
+    """Does this predictor miss nothing of a model with this activation?"""
+    return spec == f"gate:{EXACT}" and activation.partition(":")[0] in ZERO
 
 
 def encoding_of(bits: str, width: int) -> str:

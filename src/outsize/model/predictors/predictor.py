@@ -61,7 +61,7 @@ def by_name(spec: str) -> tuple[ModuleType, str]:
     """A predictor's module, and the size that a spec as `svd:64` names ("" for none). Raises
     UnsupportedError."""
     name, _, size = spec.partition(":")
-    known = [n for n in registry.names(package) if n != "predictor"]
+    known = [n for n in registry.names(package) if n not in ("choose", "predictor")]
     return registry.module(package, name, "predictor", known), size
 
 
