@@ -25,6 +25,7 @@ import outsize
 from outsize.adapt.head_loss import head_divergence
 from outsize.adapt.relu.run import Relufied, ReluOptions, run
 from outsize.adapt.relu.task import ReluRecipe, Student
+from outsize.adapt.run import alone
 from outsize.adapt.sparsity import run as sparsity
 from outsize.adapt.sparsity import words
 from outsize.adapt.sparsity.run import SparsityOptions
@@ -313,6 +314,11 @@ def test_a_forgotten_resume(model: str, text: Path, own_home: Path) -> None:
     """Begun anew, what has not ended would be lost."""
     path = own_home / "adapt" / f"{fetch.pack(model, quiet=True).path.name}.relu.checkpoint"
     path.parent.mkdir()
+    with (
+        alone(path),
+        pytest.raises(OptionError, match="another process trains"),
+    ):
+        run(options(model, text), RECIPE)
     path.write_bytes(b"")
     with pytest.raises(OptionError, match="is of a run that has not ended; go on with --resume"):
         run(options(model, text), RECIPE)

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import outsize
+from outsize.adapt.run import alone
 from outsize.adapt.sparsity import reads, words
 from outsize.adapt.sparsity import run as sparsity
 from outsize.adapt.sparsity.run import SparsityOptions, run
@@ -366,6 +367,29 @@ def test_bad_options(
 ) -> None:
     with pytest.raises(error, match=match):
         run(options(model, text, **more))
+
+
+def test_places(
+    model: str, text: Path, tmp_path: Path, made: sparsity.Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be written, or another process writes, is refused before anything is measured; and a file
+    that is named as a word of --neurons is measured all the same."""
+    with pytest.raises(OptionError, match="is a folder; name a file in it"):
+        run(options(model, text, output=tmp_path))
+    with pytest.raises(OptionError, match="is no folder, so that f could not be written"):
+        run(options(model, text, output=tmp_path / "none" / "f"))
+    with (
+        alone(tmp_path / "f"),
+        pytest.raises(OptionError, match="another process"),
+    ):
+        run(options(model, text, output=tmp_path / "f"))
+    monkeypatch.chdir(tmp_path)
+    about = run(options(model, text, output=Path("off"))).about
+    assert (about.perplexity_before, about.perplexity) == (
+        made.about.perplexity_before,
+        made.about.perplexity,
+    )
+    assert about.perplexity != about.perplexity_before
 
 
 def test_what_cannot_be(

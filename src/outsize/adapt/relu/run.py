@@ -17,6 +17,7 @@ from torch import Tensor
 from outsize.adapt import checkpoints, loop
 from outsize.adapt.processes import join, leave, processes
 from outsize.adapt.relu.task import NAMES, ReluRecipe, ReluTask
+from outsize.adapt.run import alone
 from outsize.adapt.sparsity.words import Words, words
 from outsize.adapt.trainable import TrainableModel, matmul_type
 from outsize.arguments import whole
@@ -87,16 +88,17 @@ def _run(options: ReluOptions, recipe: ReluRecipe, device: torch.device) -> Relu
     work = home() / "adapt" / f"{base.path.name}.{FOR}"
     checkpoint = work.with_suffix(f".{FOR}.checkpoint")
     history = work.with_suffix(f".{FOR}.jsonl")
-    checkpoints.check(options.resume, checkpoint)
     work.parent.mkdir(parents=True, exist_ok=True)
-    with bars(options.quiet) as progress:
-        model = TrainableModel(base, device, matmul_type(device), progress)
-    task = ReluTask(recipe, model, found.ids_BT, found.held_out_BT)
-    training = _trained(task, base, found, options, (checkpoint, history))
-    pack = base
-    if processes()[0] == 0:
-        pack = _write(base, task, found, options)
-        checkpoint.unlink(missing_ok=True)
+    with alone(checkpoint):
+        checkpoints.check(options.resume, checkpoint)
+        with bars(options.quiet) as progress:
+            model = TrainableModel(base, device, matmul_type(device), progress)
+        task = ReluTask(recipe, model, found.ids_BT, found.held_out_BT)
+        training = _trained(task, base, found, options, (checkpoint, history))
+        pack = base
+        if processes()[0] == 0:
+            pack = _write(base, task, found, options)
+            checkpoint.unlink(missing_ok=True)
     return Relufied(pack, training.figures, history)
 
 
