@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 
 import outsize
 from outsize.adapt.head_loss import head_divergence
-from outsize.adapt.relu.run import Relufied, ReluOptions, run
+from outsize.adapt.relu.run import Relufied, ReluOptions, fitted, run
 from outsize.adapt.relu.task import ReluRecipe, Student
 from outsize.adapt.run import alone
 from outsize.adapt.sparsity import run as sparsity
@@ -308,6 +308,12 @@ def test_what_cannot_be(
             ReluRecipe(**more)
     with pytest.raises(OptionError, match="every"):
         options(model, text, every=0)
+
+
+def test_no_sequence_is_longer_than_the_context(model: str) -> None:
+    d = fetch.pack(model, quiet=True).description
+    assert fitted(replace(RECIPE, length=d.context + 1), d).length == d.context
+    assert fitted(RECIPE, d) == RECIPE
 
 
 def test_a_forgotten_resume(model: str, text: Path, own_home: Path) -> None:

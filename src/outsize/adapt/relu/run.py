@@ -25,6 +25,7 @@ from outsize.encoding.find import encoding
 from outsize.errors import BudgetError, OptionError, UnsupportedError
 from outsize.home import home
 from outsize.kernels.plain import PLAIN
+from outsize.model_config import Description
 from outsize.pack import derive, fetch
 from outsize.pack.format import Pack
 from outsize.pack.source import derived
@@ -83,6 +84,7 @@ def _run(options: ReluOptions, recipe: ReluRecipe, device: torch.device) -> Relu
     base = fetch.find(options.model, options.encoding) or fetch.pack(
         options.model, encoding=options.encoding, quiet=options.quiet
     )
+    recipe = fitted(recipe, base.description)
     _check(base, recipe, memory.parse(options.memory))
     found = words(base, options.data, options.tokens, recipe.length)
     work = home() / "adapt" / f"{base.path.name}.{FOR}"
@@ -127,6 +129,11 @@ def _trained(
 
         loop.train(training, checkpoint, options.every, report)
     return training
+
+
+def fitted(recipe: ReluRecipe, d: Description) -> ReluRecipe:
+    """No sequence is longer than the model's context, nor counted as if it were."""
+    return replace(recipe, length=min(recipe.length, d.context))
 
 
 def _check(base: Pack, recipe: ReluRecipe, budget: int) -> None:
