@@ -458,7 +458,7 @@ def test_damaged_files(made: sparsity.Made, model: str, tmp_path: Path) -> None:
     refused("of predictors", {"predictor": "svd:\x1b[2J"})
     refused(
         "'thresholds' has shape",
-        {"vectors": {**about["vectors"], "thresholds": 1}},  # type: ignore[dict-item]
+        {"vectors": {**made.about.vectors, "thresholds": 1}},
         thresholds=torch.zeros(1),
     )
     refused("not in bytes", {}, **{"0.a.codes": tensors["0.a.codes"].float()})
