@@ -398,6 +398,8 @@ def test_what_cannot_be(
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(DataError, match="0 tokens"):
         run(options(model, tmp_path / "empty.txt"))
+    with pytest.raises(DataError, match="read more --tokens"):
+        words.words(fetch.pack(model, quiet=True), (text,), 100)
     with pytest.raises(UnsupportedError, match="--experts"):
         run(options(str(folder_of("olmoe")), text))
     with pytest.raises(OptionError, match="mixture of experts"):
