@@ -422,6 +422,18 @@ def test_what_cannot_be(
         parse_neurons("x,eviction=windw")
 
 
+def test_a_model_that_adds_otherwise(
+    made: sparsity.Made, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """What is added to the stream is scaled there: whatever a file says, its neurons are not paged."""
+    pack, path = fetch.pack(str(folder_of("granite")), quiet=True), tmp_path / "f"
+    assert pack.description.residual_scale != 1
+    whose = {"identity": pack.source.identity, "layout": pack.source.layout}
+    save_file(load_file(made.path), path, {"outsize": json.dumps(made.about.to_json() | whose)})
+    with pytest.raises(UnsupportedError, match="neurons are not paged"):
+        planned.search(LoadOptions(neurons=str(path)), pack, "m")
+
+
 def test_damaged_files(made: sparsity.Made, model: str, tmp_path: Path) -> None:
     """A file that lies about itself gives one of our errors."""
     about, tensors = made.about.to_json(), load_file(made.path)
