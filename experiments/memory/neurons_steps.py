@@ -8,8 +8,8 @@ replayed through the engine's policies.
 
 FILE: of `outsize adapt sparsity`. Rows: `union` of the last k tokens' bundles, and what how often each fires
 gives for it; `budget`, what a token reads under a policy in such a share of the model's bytes, warmed up;
-`drafted`, steps of five rows of which three are accepted, where the window counts a step's first rows or all;
-`run`, quarters of the text."""
+`drafted`, steps of five rows of which three are accepted (the others are of elsewhere in the text), where the
+window counts a step's first rows or all; `run`, quarters of the text."""
 
 from __future__ import annotations
 
@@ -73,6 +73,16 @@ def replayed(policy: Policy, steps: Sequence[Sequence[Token]], each: int) -> lis
     return reads
 
 
+def drafted_steps(trace: list[Token]) -> list[list[Token]]:
+    """Rows of each step: tokens of the text, and what was drafted in vain, for which tokens from half a text
+    away stand: what comes next would be asked for again at once."""
+    steps, away = [], len(trace) // 2
+    for at in range(0, len(trace) - ROWS, ACCEPTED):
+        wrong = [trace[(at + i + away) % len(trace)] for i in range(ACCEPTED, ROWS)]
+        steps.append(trace[at : at + ACCEPTED] + wrong)
+    return steps
+
+
 class Replays:
     """A trace, and what its bundles weigh."""
 
@@ -124,7 +134,7 @@ class Replays:
 
     def drafted(self) -> Iterator[Row]:
         slots = max(16, self.slots(0.5))
-        steps = [self.trace[at : at + ROWS] for at in range(0, len(self.trace) - ROWS, ACCEPTED)]
+        steps = drafted_steps(self.trace)
         row: Row = {"kind": "drafted", "rows": ROWS, "accepted": ACCEPTED, "slots": slots}
         for name, alpha in (("kept_share_mb", window.ALPHA), ("kept_all_mb", 1.0)):
             before, window.ALPHA = window.ALPHA, alpha

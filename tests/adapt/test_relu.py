@@ -23,8 +23,9 @@ from torch.nn.functional import linear
 
 import outsize
 from outsize.adapt.head_loss import head_divergence
-from outsize.adapt.relu.run import Relufied, ReluOptions, run
+from outsize.adapt.relu.run import Relufied, ReluOptions, fitted, run
 from outsize.adapt.relu.task import ReluRecipe, Student
+from outsize.adapt.run import alone
 from outsize.adapt.sparsity import run as sparsity
 from outsize.adapt.sparsity import words
 from outsize.adapt.sparsity.run import SparsityOptions
@@ -309,10 +310,21 @@ def test_what_cannot_be(
         options(model, text, every=0)
 
 
+def test_no_sequence_is_longer_than_the_context(model: str) -> None:
+    d = fetch.pack(model, quiet=True).description
+    assert fitted(replace(RECIPE, length=d.context + 1), d).length == d.context
+    assert fitted(RECIPE, d) == RECIPE
+
+
 def test_a_forgotten_resume(model: str, text: Path, own_home: Path) -> None:
     """Begun anew, what has not ended would be lost."""
     path = own_home / "adapt" / f"{fetch.pack(model, quiet=True).path.name}.relu.checkpoint"
     path.parent.mkdir()
+    with (
+        alone(path),
+        pytest.raises(OptionError, match="another process trains"),
+    ):
+        run(options(model, text), RECIPE)
     path.write_bytes(b"")
     with pytest.raises(OptionError, match="is of a run that has not ended; go on with --resume"):
         run(options(model, text), RECIPE)

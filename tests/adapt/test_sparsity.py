@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import outsize
+from outsize.adapt.run import alone
 from outsize.adapt.sparsity import reads, words
 from outsize.adapt.sparsity import run as sparsity
 from outsize.adapt.sparsity.run import SparsityOptions, run
@@ -368,12 +369,37 @@ def test_bad_options(
         run(options(model, text, **more))
 
 
+def test_places(
+    model: str, text: Path, tmp_path: Path, made: sparsity.Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be written, or another process writes, is refused before anything is measured; and a file
+    that is named as a word of --neurons is measured all the same."""
+    with pytest.raises(OptionError, match="is a folder; name a file in it"):
+        run(options(model, text, output=tmp_path))
+    with pytest.raises(OptionError, match="is no folder, so that f could not be written"):
+        run(options(model, text, output=tmp_path / "none" / "f"))
+    with (
+        alone(tmp_path / "f"),
+        pytest.raises(OptionError, match="another process"),
+    ):
+        run(options(model, text, output=tmp_path / "f"))
+    monkeypatch.chdir(tmp_path)
+    about = run(options(model, text, output=Path("off"))).about
+    assert (about.perplexity_before, about.perplexity) == (
+        made.about.perplexity_before,
+        made.about.perplexity,
+    )
+    assert about.perplexity != about.perplexity_before
+
+
 def test_what_cannot_be(
     model: str, text: Path, folder_of: Callable[[str], Path], tmp_path: Path, made: sparsity.Made
 ) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(DataError, match="0 tokens"):
         run(options(model, tmp_path / "empty.txt"))
+    with pytest.raises(DataError, match="read more --tokens"):
+        words.words(fetch.pack(model, quiet=True), (text,), 100)
     with pytest.raises(UnsupportedError, match="--experts"):
         run(options(str(folder_of("olmoe")), text))
     with pytest.raises(OptionError, match="mixture of experts"):
@@ -394,6 +420,18 @@ def test_what_cannot_be(
             parse_neurons(bad)
     with pytest.raises(UnsupportedError, match="did you mean 'window'"):
         parse_neurons("x,eviction=windw")
+
+
+def test_a_model_that_adds_otherwise(
+    made: sparsity.Made, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """What is added to the stream is scaled there: whatever a file says, its neurons are not paged."""
+    pack, path = fetch.pack(str(folder_of("granite")), quiet=True), tmp_path / "f"
+    assert pack.description.residual_scale != 1
+    whose = {"identity": pack.source.identity, "layout": pack.source.layout}
+    save_file(load_file(made.path), path, {"outsize": json.dumps(made.about.to_json() | whose)})
+    with pytest.raises(UnsupportedError, match="neurons are not paged"):
+        planned.search(LoadOptions(neurons=str(path)), pack, "m")
 
 
 def test_damaged_files(made: sparsity.Made, model: str, tmp_path: Path) -> None:
@@ -434,7 +472,7 @@ def test_damaged_files(made: sparsity.Made, model: str, tmp_path: Path) -> None:
     refused("of predictors", {"predictor": "svd:\x1b[2J"})
     refused(
         "'thresholds' has shape",
-        {"vectors": {**about["vectors"], "thresholds": 1}},  # type: ignore[dict-item]
+        {"vectors": {**made.about.vectors, "thresholds": 1}},
         thresholds=torch.zeros(1),
     )
     refused("not in bytes", {}, **{"0.a.codes": tensors["0.a.codes"].float()})

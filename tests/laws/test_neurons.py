@@ -4,6 +4,7 @@ rows."""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from outsize import registry
 from outsize.caching import eviction
 from outsize.caching.policy import Hints
 from outsize.caching.policy import make as make_policy
-from outsize.errors import UnsupportedError
+from outsize.errors import DiskFullError, PackError, UnsupportedError
 from outsize.forward.full import full
 from outsize.forward.span import Span
 from outsize.home import home as home_folder
@@ -33,7 +34,7 @@ from outsize.pack.format import Pack
 from outsize.pack.tables import Matrix, TableHeader, field_bytes
 from outsize.progress import silent
 from outsize.weights import load as weights
-from outsize.weights.bundles import make
+from outsize.weights.bundles import bundles_of, make
 from outsize.weights.open_pack import LoadPlan
 from outsize.weights.residency import Share, all_of
 from outsize.weights.spec import PROFILED, REPLAYED
@@ -142,6 +143,27 @@ def test_all_chosen_in_another_order_is_nearly_dense(
     assert float((found - expected).norm()) < 0.05 * float(expected.norm())
     with opened(pack, "none", order=by_use(pack)) as model:
         assert float((logits(model) - expected).norm()) > 0.05 * float(expected.norm())
+
+
+def test_a_folder_that_cannot_be_written(
+    folder_of: Callable[[str], Path], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sentence, and nothing half made is left."""
+    pack, count = packed(folder_of, "llama", "int8"), tiny.FFN
+    path = bundles_of(pack, count).path
+
+    def full_disk(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("outsize.weights.bundles.sync", full_disk)
+        with pytest.raises(DiskFullError, match="neurons need"):
+            make(pack, count, silent)
+    assert not [*path.parent.glob(f"*{path.name}*/*")]
+    path.write_text("no folder")
+    with pytest.raises(PackError, match="cannot write"):
+        make(pack, count, silent)
+    path.unlink()
 
 
 Half = tuple[Pack, Tensor | None, str, Tensor]

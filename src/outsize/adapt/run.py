@@ -38,17 +38,17 @@ def session(options: TrainOptions, *others: Path) -> Iterator[tuple[TrainOptions
     """The device to train on, joined with the other processes if there are some, of which only the first one
     speaks. `others`: checkpoints of earlier parts. Raises OptionError, also where what will be trained could
     not be written, or another process trains it."""
-    _check_place(options.output)
+    check_place(options.output)
     checkpoints.check(options.resume, options.checkpoint, *others)
     device = join(options.device)
     try:
-        with _alone(options.output):
+        with alone(options.output):
             yield replace(options, quiet=options.quiet or processes()[0] > 0), device
     finally:
         leave()
 
 
-def _check_place(output: Path) -> None:
+def check_place(output: Path) -> None:
     """Before hours are spent on it."""
     if output.is_dir():
         raise OptionError(f"{output} is a folder; name a file in it")
@@ -60,7 +60,7 @@ def _check_place(output: Path) -> None:
 
 
 @contextmanager
-def _alone(output: Path) -> Iterator[None]:
+def alone(output: Path) -> Iterator[None]:
     """One training at a time into a file: the first of its processes holds a lock beside it."""
     if processes()[0] > 0:
         yield

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from outsize.draft.spec import parse_draft
-from outsize.errors import BudgetError, OptionError
+from outsize.errors import BudgetError, OptionError, UnsupportedError
 from outsize.home import expanded
 from outsize.options import LoadOptions
 from outsize.pack import neuron_file
@@ -76,6 +76,11 @@ def search(options: LoadOptions, pack: Pack | None, name: str) -> NeuronPlan | N
 def _checked(spec: NeuronSpec, path: Path, pack: Pack) -> NeuronPlan:
     file = neuron_file.read(path, pack.description.num_layers)
     neuron_file.check_pack(file, pack.source.identity, pack.source.layout, pack.path.name)
+    if not pack.description.is_measured:  # what no file can be made for
+        raise UnsupportedError(
+            f"{pack.path.name} is a {pack.description.family} model, whose neurons are not paged; leave "
+            "--neurons out"
+        )
     return NeuronPlan(spec, file, find(pack, file.about.bundle, file.about.order))
 
 

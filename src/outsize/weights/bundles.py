@@ -8,6 +8,7 @@ made once from the pack's own records and checked as those are.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -161,6 +162,18 @@ def make(
     UnsupportedError, PackError, DiskFullError."""
     order = NATURAL if order_LF is None else digest(order_LF)
     wanted = bundles_of(pack, bundle, order)
+    try:
+        return _made(pack, wanted, order, progress, order_LF)
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _full(wanted) from None
+        raise PackError(f"cannot write {wanted.path}: {e.strerror}") from None
+
+
+def _made(
+    pack: Pack, wanted: Bundles, order: str, progress: Progress, order_LF: Tensor | None
+) -> Bundles:
+    """Raises OSError, too."""
     with locked(wanted.path.with_name(f".{wanted.path.name}.lock")) as is_alone:
         with suppress(OutsizeError):
             return find(pack, wanted.bundle, order)
@@ -177,20 +190,22 @@ def make(
             _write(pack, wanted, folder, progress, order_LF)
             sync(folder)
             rename(folder, wanted.path)
-        except OSError as e:
-            raise PackError(f"cannot write {wanted.path}: {e.strerror}") from None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return find(pack, wanted.bundle, order)
 
 
 def _check_room(wanted: Bundles) -> None:
+    if shutil.disk_usage(wanted.path.parent).free < wanted.size + SLACK:
+        raise _full(wanted)
+
+
+def _full(wanted: Bundles) -> DiskFullError:
     free = shutil.disk_usage(wanted.path.parent).free
-    if free < wanted.size + SLACK:
-        raise DiskFullError(
-            f"neurons need {(wanted.size + SLACK) / 1e6:,.0f} MB in {wanted.path.parent}, "
-            f"{free / 1e6:,.0f} MB are free; make room, or remove packs with `outsize rm`"
-        )
+    return DiskFullError(
+        f"neurons need {(wanted.size + SLACK) / 1e6:,.0f} MB in {wanted.path.parent}, "
+        f"{free / 1e6:,.0f} MB are free; make room, or remove packs with `outsize rm`"
+    )
 
 
 def _write(

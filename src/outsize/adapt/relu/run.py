@@ -17,6 +17,7 @@ from torch import Tensor
 from outsize.adapt import checkpoints, loop
 from outsize.adapt.processes import join, leave, processes
 from outsize.adapt.relu.task import NAMES, ReluRecipe, ReluTask
+from outsize.adapt.run import alone
 from outsize.adapt.sparsity.words import Words, words
 from outsize.adapt.trainable import TrainableModel, matmul_type
 from outsize.arguments import whole
@@ -24,6 +25,7 @@ from outsize.encoding.find import encoding
 from outsize.errors import BudgetError, OptionError, UnsupportedError
 from outsize.home import home
 from outsize.kernels.plain import PLAIN
+from outsize.model_config import Description
 from outsize.pack import derive, fetch
 from outsize.pack.format import Pack
 from outsize.pack.source import derived
@@ -82,21 +84,23 @@ def _run(options: ReluOptions, recipe: ReluRecipe, device: torch.device) -> Relu
     base = fetch.find(options.model, options.encoding) or fetch.pack(
         options.model, encoding=options.encoding, quiet=options.quiet
     )
+    recipe = fitted(recipe, base.description)
     _check(base, recipe, memory.parse(options.memory))
     found = words(base, options.data, options.tokens, recipe.length)
     work = home() / "adapt" / f"{base.path.name}.{FOR}"
     checkpoint = work.with_suffix(f".{FOR}.checkpoint")
     history = work.with_suffix(f".{FOR}.jsonl")
-    checkpoints.check(options.resume, checkpoint)
     work.parent.mkdir(parents=True, exist_ok=True)
-    with bars(options.quiet) as progress:
-        model = TrainableModel(base, device, matmul_type(device), progress)
-    task = ReluTask(recipe, model, found.ids_BT, found.held_out_BT)
-    training = _trained(task, base, found, options, (checkpoint, history))
-    pack = base
-    if processes()[0] == 0:
-        pack = _write(base, task, found, options)
-        checkpoint.unlink(missing_ok=True)
+    with alone(checkpoint):
+        checkpoints.check(options.resume, checkpoint)
+        with bars(options.quiet) as progress:
+            model = TrainableModel(base, device, matmul_type(device), progress)
+        task = ReluTask(recipe, model, found.ids_BT, found.held_out_BT)
+        training = _trained(task, base, found, options, (checkpoint, history))
+        pack = base
+        if processes()[0] == 0:
+            pack = _write(base, task, found, options)
+            checkpoint.unlink(missing_ok=True)
     return Relufied(pack, training.figures, history)
 
 
@@ -125,6 +129,11 @@ def _trained(
 
         loop.train(training, checkpoint, options.every, report)
     return training
+
+
+def fitted(recipe: ReluRecipe, d: Description) -> ReluRecipe:
+    """No sequence is longer than the model's context, nor counted as if it were."""
+    return replace(recipe, length=min(recipe.length, d.context))
 
 
 def _check(base: Pack, recipe: ReluRecipe, budget: int) -> None:

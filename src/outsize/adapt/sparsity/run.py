@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from outsize.adapt import checkpoints
+from outsize.adapt.run import alone, check_place
 from outsize.adapt.sparsity.cost import perplexity
 from outsize.adapt.sparsity.kept import resumed, save
 from outsize.adapt.sparsity.layer import Layer, fit
@@ -101,6 +102,12 @@ def run(options: SparsityOptions) -> Made:
     bundles_of(pack, options.bundle, order)  # refuses what cannot be cut
     found = words(pack, options.data, options.tokens)
     path = options.output or pack.path.with_name(pack.path.name + SUFFIX)
+    check_place(path)
+    with alone(path):
+        return _run(options, pack, found, path)
+
+
+def _run(options: SparsityOptions, pack: Pack, found: Words, path: Path) -> Made:
     kept = path.with_name(path.name + ".checkpoint")
     checkpoints.check(options.resume, kept)
     with bars(options.quiet) as progress:
@@ -211,13 +218,13 @@ def _with_cost(
     path: Path, layers: list[Layer], about: NeuronAbout, work: Work, progress: Progress
 ) -> NeuronAbout:
     """The file again, with what it costs."""
-    found = {}
-    for neurons, what in (("off", "perplexity before"), (str(path), "perplexity after")):
+    found, file = {}, str(path.absolute())  # which is never a word as `off`
+    for neurons, what in (("off", "perplexity before"), (file, "perplexity after")):
         with _opened(work, neurons) as model:
             found[neurons], count = perplexity(model, work.words.held_out_BT, what, progress)
     about = replace(
         about, tokens=count, perplexity_before=round(found["off"], 4),
-        perplexity=round(found[str(path)], 4), text=work.words.text[:80],
+        perplexity=round(found[file], 4), text=work.words.text[:80],
     )  # fmt: skip
     return work.write(path, layers, about)
 

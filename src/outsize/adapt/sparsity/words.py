@@ -48,8 +48,9 @@ def words(pack: Pack, paths: Sequence[Path], most: int, longest: int | None = No
         found += part
     names = ", ".join(path.name for path in paths)
     if len(found) < LEAST * length:
+        more = "give more --data" if len(found) < most else "read more --tokens of it"
         raise DataError(
-            f"{names} holds {len(found):,} tokens, and {LEAST * length:,} are needed; give more --data"
+            f"{names} gives {len(found):,} tokens, and {LEAST * length:,} are needed; {more}"
         )
     ids_BT = sequences(found, start, length)
     is_held = [i % PART == PART - 1 for i in range(len(ids_BT))]
