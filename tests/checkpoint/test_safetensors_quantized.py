@@ -152,10 +152,12 @@ def test_packs_hold_the_numbers_exactly_or_say_so(name: str, tmp_path: Path) -> 
 
 
 MODELS = [
-    ("llama", "fp8-blocks"), ("llama", "awq"), ("llama", "gptq-zeros"), ("llama", "int8"),
-    ("qwen2", "packed-zeros"), ("qwen3", "nvfp4"), ("qwen3_moe", "fp8-blocks"), ("mixtral", "gptq"),
-    ("qwen3_moe", "packed-bf16"), ("deepseek_v3", "fp8-blocks"), ("qwen3_next", "fp8-blocks"),
-    ("qwen3_5", "fp8-blocks"), ("qwen3_5_moe", "fp8-blocks"),
+    ("llama", "fp8-blocks"), ("llama", "awq"), ("qwen2", "packed-zeros"), ("qwen3", "nvfp4"),
+    ("mixtral", "gptq"), ("deepseek_v3", "fp8-blocks"), ("qwen3_next", "fp8-blocks"),
+    *(pytest.param(*one, marks=pytest.mark.slow) for one in (
+        ("llama", "gptq-zeros"), ("llama", "int8"), ("qwen3_moe", "fp8-blocks"), ("qwen3_moe", "packed-bf16"),
+        ("qwen3_5", "fp8-blocks"), ("qwen3_5_moe", "fp8-blocks"),
+    )),
 ]  # fmt: skip
 
 
@@ -175,7 +177,10 @@ def test_models_answer_as_those_of_the_same_numbers(family: str, name: str, tmp_
         assert error < (0.2 if family == "qwen3_next" else 0.1)
 
 
-@pytest.mark.parametrize("name", ["gptq-8", "awq", "fp8-blocks", "packed"])
+@pytest.mark.parametrize(
+    "name",
+    ["awq", "fp8-blocks", *(pytest.param(x, marks=pytest.mark.slow) for x in ("gptq-8", "packed"))],
+)
 def test_quantized_embeddings_and_heads(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

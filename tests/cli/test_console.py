@@ -54,7 +54,14 @@ def test_bytes_that_are_no_text() -> None:
 
 @pytest.mark.parametrize(
     ("call", "encoding"),
-    [(outsize, {}), (process, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})],
+    [
+        (outsize, {}),
+        pytest.param(
+            process,
+            {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_prompts_that_are_not_utf8(
     call: Callable[..., subprocess.CompletedProcess[Any]], encoding: dict[str, str], tiny: str
