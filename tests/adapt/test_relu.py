@@ -249,6 +249,7 @@ def test_neighbours_are_penalized_together() -> None:
         assert torch.isfinite(grad).all()
 
 
+@pytest.mark.slow
 def test_bundles_learn_to_shut(made: Relufied, model: str, text: Path) -> None:
     """Of the same steps, with a penalty on bundles of 4: fewer of them fire than with none."""
     found = [

@@ -229,6 +229,7 @@ def stopped(after: int) -> Any:
     return mock.patch.object(loop.Training, "run_step", step)
 
 
+@pytest.mark.slow
 def test_pruning_goes_on_where_it_was(where: TrainOptions, tmp_path: Path) -> None:
     """Interrupted while scores are learned, or weights: to the same pack. By another choice it is another
     training, and a forgotten --resume loses nothing."""

@@ -89,6 +89,7 @@ def test_intervals() -> None:
     assert high == pytest.approx(0.1 + 2 * 0.0408248, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_file_and_a_run_with_it(
     folder_of: Callable[[str], Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
