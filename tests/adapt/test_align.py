@@ -267,7 +267,7 @@ def test_two_processes_align_as_one(
         out = tmp_path / f"{world}.safetensors"
         command = [
             sys.executable, "-m", "outsize.cli.main", "adapt", "align", str(model.pack.path), "--task",
-            str(file), "-o", str(out), "--steps", "4", "--batch", "4", "--samples", "3", "-n", "4", "--rank",
+            str(file), "-o", str(out), "--steps", "2", "--batch", "4", "--samples", "3", "-n", "4", "--rank",
             "2", "--baseline", baseline, "-t", "1",
         ]  # fmt: skip
         env = os.environ | {
