@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -37,6 +36,7 @@ from outsize.progress import silent
 from outsize.text.prompt_file import read
 from tests.command import outsize as outsize_here
 from tests.golden import tiny
+from tests.processes import together
 
 RECIPE = MtpRecipe(k=2, rank=2, steps=8, batch=2, anchors=4, length=80)
 EXAMPLES = [Example([(7 * i * j + i) % 250 for j in range(30)], 6) for i in range(5)]
@@ -329,34 +329,16 @@ def test_answers_that_cannot_be_kept(tmp_path: Path) -> None:
         Kept(other, {"base": "a"})
 
 
-def free_port() -> int:
-    """Of the loopback; skips where there is none."""
-    try:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            return int(s.getsockname()[1])
-    except OSError as e:
-        pytest.skip(f"no loopback here: {e}")
-
-
 def test_two_processes_train_one_drafter(open_tiny: Callable[..., Model], tmp_path: Path) -> None:
     """As torchrun starts them: prompts are shared out, each is answered once, one file is written."""
     model = open_tiny("llama", "int8")
-    wish, port = wish_of(model, tmp_path), free_port()
-    command = [
-        sys.executable, "-m", "outsize.cli.main", "adapt", "mtp", wish.model, "--data", str(wish.data[0]),
-        "-o", str(wish.output), "--steps", "6", "--k", "2", "--rank", "2", "--batch", "3", "--anchors",
-        "4", "-n", "12", "--at-once", "1", "-t", "1", "--device", "cpu",
-    ]  # fmt: skip
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    both = [
-        subprocess.Popen(command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)},
-                         stderr=subprocess.PIPE, text=True)
-        for r in range(2)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=120)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert ["wrote" in text for text in said] == [True, False]
+    wish = wish_of(model, tmp_path)
+    said = together(
+        "adapt", "mtp", wish.model, "--data", str(wish.data[0]), "-o", str(wish.output), "--steps", "6",
+        "--k", "2", "--rank", "2", "--batch", "3", "--anchors", "4", "-n", "12", "--at-once", "1", "-t",
+        "1", "--device", "cpu",
+    )  # fmt: skip
+    assert ["wrote" in text for _, text in said] == [True, False]
     rows = [json.loads(line) for line in wish.answers.read_text().splitlines()[1:]]
     assert sorted(i for i, _ in rows) == list(range(9))
     alone = replace(wish, output=tmp_path / "alone.safetensors", at_once=1)

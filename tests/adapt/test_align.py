@@ -4,10 +4,6 @@ resumed to the same bits; and rewards rise."""
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +28,7 @@ from outsize.engine.model import Model
 from outsize.errors import DataError, OptionError
 from outsize.progress import silent
 from tests.command import outsize as outsize_here
+from tests.processes import together
 
 RECIPE = AlignRecipe(
     steps=6, batch=2, samples=3, inner=2, max_tokens=6, rank=2, length=400, rate=5e-3
@@ -259,29 +256,15 @@ def test_two_processes_align_as_one(
     model: Model, file: Path, tmp_path: Path, baseline: str
 ) -> None:
     """To rounding, on the same samples; of a gradient of about nothing AdamW makes a step of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     made = []
     for world in (1, 2):
         out = tmp_path / f"{world}.safetensors"
-        command = [
-            sys.executable, "-m", "outsize.cli.main", "adapt", "align", str(model.pack.path), "--task",
-            str(file), "-o", str(out), "--steps", "2", "--batch", "4", "--samples", "3", "-n", "4", "--rank",
-            "2", "--baseline", baseline, "-t", "1",
-        ]  # fmt: skip
-        env = os.environ | {
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world),
-            "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        ranks = [
-            subprocess.Popen(command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)},
-                             stderr=subprocess.PIPE, text=True)
-            for r in range(world)
-        ]  # fmt: skip
-        said = [process.communicate(timeout=120)[1] for process in ranks]
-        assert [process.returncode for process in ranks] == [0] * world, said
-        assert sum("wrote" in text for text in said) == 1
+        said = together(
+            "adapt", "align", str(model.pack.path), "--task", str(file), "-o", str(out), "--steps", "2",
+            "--batch", "4", "--samples", "3", "-n", "4", "--rank", "2", "--baseline", baseline, "-t", "1",
+            world=world,
+        )  # fmt: skip
+        assert sum("wrote" in text for _, text in said) == 1
         made.append(raw(out)[0])
     one, two = made
     assert one.keys() == two.keys()

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -43,6 +42,7 @@ from outsize.pack.format import Pack
 from outsize.progress import silent
 from outsize.storage.records import Records
 from tests.command import outsize as outsize_here
+from tests.processes import together
 
 SIZE = Size(2, 128, 256, 2, 1, 300, 1024)
 RECIPE = DistillRecipe(steps=8, batch=2, rate=3e-3, length=48)
@@ -439,25 +439,10 @@ def test_a_killed_recovery_resumes_to_the_same_file(
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without processes")
 def test_two_processes_train_as_one(packs: tuple[Pack, Pack], text: Path, tmp_path: Path) -> None:
     """To rounding: they add in another order."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     alone, both = tmp_path / "alone.safetensors", tmp_path / "both.safetensors"
     more = ("--rank", "2", "--begin", "zero")
     assert outsize_here(*words_of(packs[1], text, alone, *more)).returncode == 0
-    env = os.environ | {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "outsize.cli.main", *words_of(packs[1], text, both, *more)]
-    pair = [
-        subprocess.Popen(
-            command, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=120) for process in pair]
-    assert [process.returncode for process in pair] == [0, 0], said
+    said = together(*words_of(packs[1], text, both, *more))
     assert ["after 8 steps" in out for out, _ in said] == [True, False]
     one, two = raw(alone)[0], raw(both)[0]
     assert one.keys() == two.keys()

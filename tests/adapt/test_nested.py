@@ -39,7 +39,7 @@ from outsize.model.width import Nested, chosen
 from outsize.pack import fetch, nested_file, store
 from outsize.pack.format import Pack
 from outsize.pack.lock import locked
-from outsize.pack.outline import of_pack
+from outsize.pack.outline import NestedFamily, Outline, of_pack
 from outsize.plan import nested as planned
 from outsize.plan.nested_cost import WORTH, drafting
 from outsize.plan.place import least_bytes, place
@@ -517,15 +517,20 @@ def test_pieces_that_are_used_most_stay(made: nested.Made) -> None:
     assert planned.settled(0.25, outline, placed) == 0.25
 
 
+def foreseen(made: nested.Made) -> tuple[Outline, NestedFamily]:
+    """The model as the planner sees it."""
+    found = planned.NestedPlan(made.pack, nested_file.of_pack(made.pack))
+    outline = planned.with_nested(of_pack(made.pack), found)
+    assert outline.nested is not None
+    return outline, outline.nested
+
+
 @pytest.mark.parametrize(("times", "is_taken"), [(1.0, True), (1.09, True), (1.11, False)])
 def test_auto_is_the_widest_that_memory_holds(
     made: nested.Made, times: float, is_taken: bool
 ) -> None:
     """If it loses little."""
-    found = planned.NestedPlan(made.pack, nested_file.of_pack(made.pack))
-    outline = planned.with_nested(of_pack(made.pack), found)
-    family = outline.nested
-    assert family is not None
+    outline, family = foreseen(made)
     whole = family.rows[-1]
     narrow = replace(family.rows[0], perplexity=times * whole.perplexity)
     outline = replace(outline, nested=replace(family, rows=(narrow, whole)))
@@ -541,10 +546,7 @@ def test_auto_leaves_out_drafts_that_do_not_pay(
     made: nested.Made, agrees: float, pays: bool
 ) -> None:
     """All pieces stream, a third of them is drafted with, and so often the narrow width is right."""
-    found = planned.NestedPlan(made.pack, nested_file.of_pack(made.pack))
-    outline = planned.with_nested(of_pack(made.pack), found)
-    family = outline.nested
-    assert family is not None
+    outline, family = foreseen(made)
     whole = family.rows[-1]
     narrow = replace(whole, share=0.43, agrees=agrees)
     outline = replace(outline, nested=replace(family, rows=(narrow, whole)))

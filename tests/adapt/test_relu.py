@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -37,6 +36,7 @@ from outsize.kernels.plain import activation_of
 from outsize.pack import fetch
 from tests.command import outsize as outsize_here
 from tests.golden import tiny
+from tests.processes import together
 
 RECIPE = ReluRecipe(steps=12, batch=2, rate=3e-3, length=32)
 
@@ -122,34 +122,20 @@ def contents(made: Relufied) -> dict[str, str]:
     }
 
 
+def words_of(model: str, text: Path) -> list[str]:
+    """The command that trains as `made` was trained."""
+    flags = {
+        "--data": text, "--steps": RECIPE.steps, "--batch": RECIPE.batch, "--rate": RECIPE.rate,
+        "--length": RECIPE.length, "--every": 4,
+    }  # fmt: skip
+    return ["adapt", "relu", model, *(str(word) for pair in flags.items() for word in pair)]
+
+
 def test_killed_and_resumed_is_the_same(
     made: Relufied, model: str, text: Path, own_home: Path
 ) -> None:
     """SIGKILL, as soon as a checkpoint is there, in a home of its own."""
-    given = [
-        model,
-        "--data",
-        str(text),
-        "--steps",
-        "12",
-        "--batch",
-        "2",
-        "--rate",
-        "3e-3",
-        "--length",
-        "32",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "outsize.cli.main",
-        "adapt",
-        "relu",
-        *given,
-        "--every",
-        "4",
-        "-q",
-    ]
+    command = [sys.executable, "-m", "outsize.cli.main", *words_of(model, text), "-q"]
     env = {**os.environ, "OUTSIZE_HOME": str(own_home)}
     child = subprocess.Popen([*command, "--threads", str(torch.get_num_threads())], env=env)
     try:
@@ -174,41 +160,7 @@ def test_two_processes_train_one_model(
     made: Relufied, model: str, text: Path, own_home: Path
 ) -> None:
     """As torchrun starts them: of what one alone trains, to rounding; one of them writes and speaks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    flags = {
-        "--data": text,
-        "--steps": 12,
-        "--batch": 2,
-        "--rate": 3e-3,
-        "--length": 32,
-        "--every": 4,
-    }
-    given = [str(word) for pair in flags.items() for word in pair]
-    command = [
-        sys.executable,
-        "-m",
-        "outsize.cli.main",
-        "adapt",
-        "relu",
-        model,
-        *given,
-        "-t",
-        "1",
-        "--json",
-    ]
-    env = os.environ | {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
-        "OUTSIZE_HOME": str(own_home),
-    }  # fmt: skip
-    pair = [
-        subprocess.Popen(command, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=120) for process in pair]
-    assert [process.returncode for process in pair] == [0, 0], said
+    said = together(*words_of(model, text), "-t", "1", "--json", OUTSIZE_HOME=str(own_home))
     assert not said[1][0]
     found, alone = json.loads(said[0][0]), rows(made)[-1]
     assert Path(found["pack"]).is_dir()
