@@ -14,9 +14,10 @@ import torch
 from outsize.adapt import calibration, peak, rewrite
 from outsize.adapt.bits import Stack
 from outsize.adapt.fewer_bits import Candidates
+from outsize.adapt.run import number_type
 from outsize.adapt.spill import Spill
 from outsize.adapt.statistics import TENSORS
-from outsize.adapt.trainable import TrainableModel, matmul_type
+from outsize.adapt.trainable import TrainableModel
 from outsize.arguments import real
 from outsize.encoding.find import SIZES, encoding_of
 from outsize.errors import OptionError, UnsupportedError
@@ -92,7 +93,7 @@ def repack(base: Pack, options: BitsOptions) -> Repacked:
         return Repacked(found, None)
     name = "" if options.calibrate is None else options.calibrate.name
     given = None if text is None else calibration.given(base, text, name)
-    kind = _numbers(base)
+    kind = number_type(base, torch.device("cpu"))
     folder.mkdir(parents=True, exist_ok=True)
     peak.check(base, peak.peak_bytes(base, kind.itemsize, runtime_bytes(PLAIN)), budget)
     with bars(options.quiet) as progress:
@@ -105,12 +106,6 @@ def repack(base: Pack, options: BitsOptions) -> Repacked:
         new, who = candidates.made(chosen), rewrite.Identity(source, quality)
         made = rewrite.write(base, records, new, base.description, who, draw)
     return Repacked(made, (time.monotonic() - begin) / 60)
-
-
-def _numbers(base: Pack) -> torch.dtype:
-    """What products are made in: as the pack's own."""
-    is_fp32 = base.table_of("attn-0").tensors["qkv"][0].encoding == "fp32"
-    return torch.float32 if is_fp32 else matmul_type(torch.device("cpu"))
 
 
 def _recipe(options: BitsOptions, text: str | None) -> Mapping[str, object]:

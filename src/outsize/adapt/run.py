@@ -66,17 +66,23 @@ def alone(output: Path) -> Iterator[None]:
         yield
         return
     path = output.with_name(f".{output.name}.lock")
-    with ExitStack() as held:
-        try:
-            held.enter_context(locked(path, timeout=0))
-        except filelock.Timeout:
-            raise OptionError(
-                f"another process trains {output} now; wait for it, or name another output"
-            ) from None
+    said = f"another process trains {output} now; wait for it, or name another output"
+    with held(path, said):
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def held(path: Path, said: str) -> Iterator[None]:
+    """Hold a lock file; raise OptionError, which is `said`, where another process does."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path, timeout=0))
+        except filelock.Timeout:
+            raise OptionError(said) from None
+        yield
 
 
 def _run(options: TrainOptions, recipe: loop.Recipe, make: MakeTask, device: torch.device) -> None:

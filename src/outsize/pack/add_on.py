@@ -52,6 +52,11 @@ class AddOn:
         return AdapterError(f"{path} is damaged: {problem}; make it again with `{self.command}`")
 
 
+def printable(text: str) -> str:
+    """What a file says, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def shape_fault(due: Shapes, tensors: Stored) -> str:
     """Which tensor is not as it must be, in a clause; "" where all are, and there is no other."""
     found = tensors.shapes()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from outsize.checkpoint.lora import Stored, raw
 from outsize.errors import AdapterError
-from outsize.pack.add_on import AddOn, shape_fault
+from outsize.pack.add_on import AddOn, printable, shape_fault
 from outsize.pack.format import Pack
 
 KIND, VERSION = "nested", 1
@@ -75,10 +75,9 @@ class NestedAbout:
         if share >= 1:
             return "exact"
         near = min(self.family, key=lambda m: abs(m.share - share))
-        text = "".join(c if c.isprintable() else "?" for c in self.text)
         return (
             f"lossy: perplexity {self.perplexity:,.2f} -> {near.perplexity:,.2f} at {near.share:.2f} "
-            f"({self.tokens:,} tokens of {text})"
+            f"({self.tokens:,} tokens of {printable(self.text)})"
         )
 
 

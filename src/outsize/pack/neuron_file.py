@@ -15,7 +15,7 @@ from torch import Tensor
 from outsize.checkpoint.lora import Stored
 from outsize.encoding.find import ENCODINGS
 from outsize.errors import AdapterError, UnsupportedError
-from outsize.pack.add_on import AddOn, shape_fault
+from outsize.pack.add_on import AddOn, printable, shape_fault
 from outsize.pack.tables import Matrix, field_bytes
 
 KIND, VERSION = "neurons", 1
@@ -66,10 +66,9 @@ class NeuronAbout:
             return "exact"
         if not self.tokens:
             return "lossy: not measured"
-        text = "".join(c if c.isprintable() else "?" for c in self.text)
         return (
             f"lossy: perplexity {self.perplexity_before:,.2f} -> {self.perplexity:,.2f} "
-            f"({self.tokens:,} tokens of {text})"
+            f"({self.tokens:,} tokens of {printable(self.text)})"
         )
 
     def to_json(self) -> dict[str, object]:

@@ -7,13 +7,12 @@ import math
 import re
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
-import filelock
 import torch
 from torch import Tensor
 
@@ -26,8 +25,9 @@ from outsize.adapt.nested.prefixes import ffns
 from outsize.adapt.nested.task import NestedRecipe, NestedTask, Widths
 from outsize.adapt.nested.tune import TuneRecipe
 from outsize.adapt.nested.tuned import Tuned, Tuning
+from outsize.adapt.run import held, number_type
 from outsize.adapt.sparsity.words import Words, spread, words
-from outsize.adapt.trainable import TrainableModel, matmul_type
+from outsize.adapt.trainable import TrainableModel
 from outsize.arguments import whole
 from outsize.engine import load as loading
 from outsize.errors import AdapterError, OptionError
@@ -37,7 +37,6 @@ from outsize.options import LoadOptions
 from outsize.pack import fetch, increments, nested_file
 from outsize.pack.format import Pack
 from outsize.pack.increments import BLOCK
-from outsize.pack.lock import locked
 from outsize.pack.nested_file import BIAS, KIND, ROUTER, USE, VERSION, A, B, C, NestedAbout
 from outsize.plan import decide
 from outsize.plan.warmup import runtime_bytes
@@ -142,13 +141,8 @@ def _alone(base: Pack, count: int) -> Iterator[None]:
     """While the files of so many pieces are written. Raises OptionError."""
     path = tuned.checkpoint_of(base, count).with_suffix(".lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as held:
-        try:
-            held.enter_context(locked(path, timeout=0))
-        except filelock.Timeout:
-            raise OptionError(
-                f"another process makes nested experts of {base.path.name}; wait for its end"
-            ) from None
+    said = f"another process makes nested experts of {base.path.name}; wait for its end"
+    with held(path, said):
         yield
 
 
@@ -161,9 +155,8 @@ def _run(
 ) -> Made:
     began, pieces = time.monotonic(), pieces_of(options.widths)
     is_tuned = tuning is not None and tuning.steps > 0
-    kind, device = matmul_type(torch.device("cpu")), torch.device("cpu")
-    is_fp32 = base.table_of("attn-0").tensors["qkv"][0].encoding == "fp32"
-    kind = torch.float32 if is_fp32 else kind
+    device = torch.device("cpu")
+    kind = number_type(base, device)
     with bars(options.quiet) as progress:
         model = TrainableModel(base, device, kind, progress)
         block = BLOCK if options.blocks else 1
