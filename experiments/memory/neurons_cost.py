@@ -23,6 +23,7 @@ from unittest import mock
 
 import torch
 
+from experiments.memory.neurons_chunks import OFF, PROMPT
 from experiments.runs import Row, arguments, record
 from outsize.adapt.sparsity import reads
 from outsize.engine import load as loading
@@ -43,11 +44,9 @@ from outsize.storage.table import Table
 from outsize.weights.bundles import find
 from outsize.weights.neurons import NeuronBank, Scratch
 
-PROMPT = 32
 TOKENS = 40  # that are timed, of each kind
 COUNTS = 1, 2, 4, 8, 16
 THREADS = 1, 2, 4, 8
-OFF = {"draft": "none", "prefix_cache": "off", "quiet": True}
 
 
 class Clock:

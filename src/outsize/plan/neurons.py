@@ -31,7 +31,6 @@ from outsize.weights.neuron_spec import (
 )
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-BY_ROWS = 1.0  # of the time of a dense down, that by rows of eight bits takes
 Decide = Callable[[Outline], Placement]
 
 
@@ -111,7 +110,7 @@ def _computes(bundles: Bundles, fires: float) -> float:
     """Of a dense feed-forward's time: gate and up of what fires; and of down what fires where it is kept by
     rows, else all of it, which zeros go through."""
     form = bundles.tables[0].form
-    down = 1.0 if form.down is not None else fires * BY_ROWS
+    down = 1.0 if form.down is not None else fires
     return (form.halves * fires + down) / (form.halves + 1)
 
 
