@@ -24,14 +24,21 @@ from outsize.adapt.answers import answer
 from outsize.adapt.examples import Example, Kept, TrainOptions, prepare
 from outsize.adapt.mtp.losses import MtpRecipe, deltas, losses, ordinary, sample_batch
 from outsize.adapt.mtp.simulate import Simulated, leading, simulate
-from outsize.adapt.mtp.task import MtpTask
+from outsize.adapt.mtp.task import MtpTask, work
 from outsize.adapt.processes import join
 from outsize.adapt.run import run, session
 from outsize.adapt.trainable import TrainableModel, matmul_type
 from outsize.checkpoint.lora import raw
 from outsize.engine.batch import Batch
 from outsize.engine.model import Model
-from outsize.errors import AdapterError, DataError, DiskFullError, OptionError, UnsupportedError
+from outsize.errors import (
+    AdapterError,
+    BudgetError,
+    DataError,
+    DiskFullError,
+    OptionError,
+    UnsupportedError,
+)
 from outsize.progress import silent
 from outsize.text.prompt_file import read
 from tests.command import outsize as outsize_here
@@ -397,7 +404,16 @@ def wish_of(model: Model, folder: Path, **more: object) -> TrainOptions:
 
 
 def train(options: TrainOptions, recipe: MtpRecipe = RECIPE) -> None:
-    run(options, recipe, partial(MtpTask, recipe))
+    run(options, recipe, partial(MtpTask, recipe), partial(work, recipe))
+
+
+def test_too_little_memory_is_refused_before_anything_is_made(
+    open_tiny: Callable[..., Model], tmp_path: Path
+) -> None:
+    wish = wish_of(open_tiny("llama", "int8"), tmp_path, memory="100MB")
+    with pytest.raises(BudgetError, match=r"MB of memory, and 100 MB may be used; give a larger"):
+        train(wish)
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
 
 
 def test_the_whole_recipe_makes_a_drafter_that_loads(

@@ -22,7 +22,6 @@ import outsize
 from outsize.adapt import calibration, head_loss, loop
 from outsize.adapt.change import AS_IS
 from outsize.adapt.distill import data as texts
-from outsize.adapt.distill import peak
 from outsize.adapt.distill.data import Data
 from outsize.adapt.distill.factors import LoraStudent, best, nothing
 from outsize.adapt.distill.feature import FeatureOptions, feature
@@ -380,34 +379,6 @@ def test_an_interrupt_saves(packs: tuple[Pack, Pack], text: Path, tmp_path: Path
     refused = outsize_here(*words)
     assert refused.returncode == 2
     assert "has not ended; go on with --resume" in refused.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
-def test_memory_is_within_what_is_said(tmp_path: Path, home: Path, text: Path) -> None:
-    """Of a model whose numbers outweigh the interpreter: recovery takes no more than is asked for."""
-    folder = tmp_path / "large"
-    write_folder(folder, "llama", Size(8, 768, 2048, 12, 4, 4096, 1024), 5)
-    base = fetch.pack(str(folder), quiet=True)
-    with mock.patch.multiple(calibration, TIMES=1, HELD_OUT=512):
-        few = repack(base, BitsOptions(3.0, calibrate=text, quiet=True)).pack
-    recipe = DistillRecipe(steps=2, batch=4, length=128)
-    for rank in (None, 8):
-        learning = 0 if rank is None else peak.learning_of(few.description, rank)
-        said = peak.peak_bytes((base, few), recipe, learning)
-        words = words_of(few, text, tmp_path / f"{rank}.safetensors", "--batch", "4", "-q")
-        words += ["--steps", "2", "--length", "128"]
-        words += [] if rank is None else ["--rank", str(rank), "--begin", "zero"]
-        script = (
-            "import sys\nfrom outsize.cli.main import main\nfrom outsize.system.memory import peak\n"
-            "try:\n    main()\nfinally:\n    print('peak', peak(), file=sys.stderr)"
-        )
-        ran = subprocess.run(
-            [sys.executable, "-c", script, *words], capture_output=True, text=True, check=False
-        )
-        assert ran.returncode == 0, ran.stderr
-        took = int(ran.stderr.split("peak ")[1])
-        assert 0.25 * said < took <= said
 
 
 @pytest.mark.slow

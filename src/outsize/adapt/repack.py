@@ -14,10 +14,9 @@ import torch
 from outsize.adapt import calibration, peak, rewrite
 from outsize.adapt.bits import Stack
 from outsize.adapt.fewer_bits import Candidates
-from outsize.adapt.run import number_type
 from outsize.adapt.spill import Spill
 from outsize.adapt.statistics import TENSORS
-from outsize.adapt.trainable import TrainableModel
+from outsize.adapt.trainable import TrainableModel, number_type
 from outsize.arguments import real
 from outsize.encoding.find import SIZES, encoding_of
 from outsize.errors import OptionError, UnsupportedError

@@ -11,12 +11,13 @@ from pathlib import Path
 import filelock
 import torch
 
-from outsize.adapt import checkpoints, loop
+from outsize.adapt import checkpoints, loop, training_peak
 from outsize.adapt.examples import Example, TrainOptions, fingerprint, prepare
 from outsize.adapt.processes import join, leave, processes
-from outsize.adapt.trainable import TrainableModel, matmul_type
+from outsize.adapt.trainable import TrainableModel, number_type
 from outsize.errors import OptionError, UnsupportedError
 from outsize.log import say
+from outsize.model_config import Description
 from outsize.pack import fetch
 from outsize.pack.format import Pack
 from outsize.pack.lock import locked
@@ -25,12 +26,15 @@ from outsize.progress import bars, steps
 HELD_OUT_SHARE, HELD_OUT = 50, 64  # one in so many, at most so many
 # A task for a model, its examples to train on, and those held out.
 MakeTask = Callable[[TrainableModel, Sequence[Example], Sequence[Example]], loop.Task]
+WorkOf = Callable[[Description], training_peak.Work]  # of one step
 
 
-def run(options: TrainOptions, recipe: loop.Recipe, make: MakeTask) -> None:
+def run(options: TrainOptions, recipe: loop.Recipe, make: MakeTask, work_of: WorkOf) -> None:
     """Train a task and write its file. Raises OutsizeError."""
     with session(options) as (options, device):
-        _run(options, recipe, make, device)
+        pack = fetch.find(options.model) or fetch.pack(options.model, quiet=options.quiet)
+        training_peak.check((pack,), work_of(pack.description), options)
+        _run(options, recipe, make, pack, device)
 
 
 @contextmanager
@@ -85,8 +89,9 @@ def held(path: Path, said: str) -> Iterator[None]:
         yield
 
 
-def _run(options: TrainOptions, recipe: loop.Recipe, make: MakeTask, device: torch.device) -> None:
-    pack = fetch.find(options.model) or fetch.pack(options.model, quiet=options.quiet)
+def _run(
+    options: TrainOptions, recipe: loop.Recipe, make: MakeTask, pack: Pack, device: torch.device
+) -> None:
     model = opened(pack, options, device)
     found = prepare(options, recipe.length, pack, model)
     count = min(HELD_OUT, len(found) // HELD_OUT_SHARE)
@@ -111,12 +116,6 @@ def opened(pack: Pack, options: TrainOptions, device: torch.device) -> Trainable
         )
     with bars(options.quiet) as progress:
         return TrainableModel(pack, device, number_type(pack, device), progress)
-
-
-def number_type(pack: Pack, device: torch.device) -> torch.dtype:
-    """What enters the products of a model that is opened to train on."""
-    is_fp32 = pack.table_of("attn-0").tensors["o"][0].encoding == "fp32"
-    return torch.float32 if is_fp32 else matmul_type(device)
 
 
 def train(task: loop.Task, options: TrainOptions, base: str, data: str) -> loop.Training:

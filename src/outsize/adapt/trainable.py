@@ -50,6 +50,12 @@ def matmul_type(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if quick or device.type == "cuda" else torch.float32
 
 
+def number_type(pack: Pack, device: torch.device) -> torch.dtype:
+    """What enters the products of a model that is opened to train on."""
+    is_fp32 = pack.table_of("attn-0").tensors["o"][0].encoding == "fp32"
+    return torch.float32 if is_fp32 else matmul_type(device)
+
+
 class TrainableModel:
     """The network. `dtype` is what enters a matmul; the residual stream is fp32 (fp64 in fp64)."""
 

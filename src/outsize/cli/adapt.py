@@ -203,14 +203,14 @@ def nested(
 def mtp(
     train: TrainFlags,
     recipe: RecipeFlags,
-    load: Annotated[LoadOptions, only("threads", "quiet")],
+    load: Annotated[LoadOptions, only("threads", "quiet", "memory")],
     given: frozenset[str],
     model: Annotated[str, typer.Argument()] = DEFAULT_MODEL,
 ) -> None:
     """Multi-token prediction: train mask tokens with which a dense model drafts for itself."""
     from outsize.adapt.examples import TrainOptions
     from outsize.adapt.mtp.losses import MtpRecipe
-    from outsize.adapt.mtp.task import MtpTask
+    from outsize.adapt.mtp.task import MtpTask, work
     from outsize.adapt.run import run
     from outsize.plan.probe import set_threads
 
@@ -218,8 +218,8 @@ def mtp(
     set_threads(load.threads)
     wanted = MtpRecipe(**asdict(recipe))
     given_data = asdict(train) | {"data": tuple(train.data)}
-    options = TrainOptions(model=model, quiet=load.quiet, **given_data)
-    run(options, wanted, partial(MtpTask, wanted))
+    options = TrainOptions(model=model, quiet=load.quiet, memory=load.memory, **given_data)
+    run(options, wanted, partial(MtpTask, wanted), partial(work, wanted))
 
 
 for command in (distill.recover, distill.feature, distill.prune, distill.share_kv, align):

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
+from outsize.adapt import training_peak
 from outsize.adapt.align import task_file
 from outsize.adapt.align.mdloo import AlignRecipe, AlignTask, Asked
 from outsize.adapt.align.task_file import TaskFile
 from outsize.adapt.change import AS_IS, Change
-from outsize.adapt.distill import peak
 from outsize.adapt.distill.data import Data
 from outsize.adapt.distill.factors import Factors, LoraStudent, check_rank, nothing
 from outsize.adapt.distill.feature import FeatureTask, factors_of
@@ -67,9 +67,10 @@ def align(options: AlignOptions) -> Aligned:
     model = options.train.model
     pack = fetch.find(model) or fetch.pack(model, quiet=options.train.quiet)
     check_rank(pack.description, options.recipe.rank)
-    learning = peak.learning_of(pack.description, options.recipe.rank)
+    learning = training_peak.learning_of(pack.description, options.recipe.rank)
     samples = replace(options.recipe, batch=options.recipe.batch * options.recipe.samples)
-    peak.check(peak.peak_bytes((pack,), samples, learning), options.train)
+    work = training_peak.distilling(pack.description, samples, learning)
+    training_peak.check((pack,), work, options.train)
     members = {n: factors_of(path, pack, 0) for n, path in (options.members or {}).items()}
     with session(options.train) as (where, device):
         world = processes()[1]

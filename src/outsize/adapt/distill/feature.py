@@ -6,9 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from outsize.adapt import training_peak
 from outsize.adapt.change import AS_IS
 from outsize.adapt.distill import data as texts
-from outsize.adapt.distill import factors, peak
+from outsize.adapt.distill import factors
 from outsize.adapt.distill.data import Data
 from outsize.adapt.distill.factors import Factors, LoraStudent
 from outsize.adapt.distill.task import DistillRecipe, DistillTask
@@ -44,8 +45,9 @@ def feature(options: FeatureOptions) -> None:
         raise DataError(f"{wrong[0]} is no .jsonl; a feature learns from prompts with answers")
     begun = _begun(options, pack)
     rank = max(a.shape[0] for name, a in begun.items() if name.endswith(".A"))
-    learning = peak.learning_of(pack.description, rank)
-    peak.check(peak.peak_bytes((pack,), options.recipe, learning), options.train)
+    d, learning = pack.description, training_peak.learning_of(pack.description, rank)
+    work = training_peak.distilling(d, options.recipe, learning)
+    training_peak.check((pack,), work, options.train)
     with session(options.train) as (where, device):
         model = opened(pack, where, device)
         found = texts.load(where, options.recipe.length, pack, model)

@@ -14,10 +14,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from outsize.adapt import rewrite
+from outsize.adapt import rewrite, training_peak
 from outsize.adapt.change import Change
 from outsize.adapt.distill import data as texts
-from outsize.adapt.distill import peak
 from outsize.adapt.distill.data import Data, collate
 from outsize.adapt.distill.made import Made, finish
 from outsize.adapt.distill.matrices import MatrixStudent
@@ -77,7 +76,10 @@ def prune(options: PruneOptions) -> Made:
     )
     keep, d = kept(pack, options), pack.description
     learning = 3 * d.num_layers * keep * d.width
-    peak.check(peak.peak_bytes((pack,), options.recipe, learning), options.train)
+    work = training_peak.distilling(d, options.recipe, learning)
+    scored = d.num_layers * d.ffn_width * d.width  # what masks scale, while they are learned
+    work = replace(work, rebuilt=max(learning, scored))
+    training_peak.check((pack,), work, options.train)
     placed = texts.placed(options.train, pack, "pruned")
     is_ours = options.by == "soft" or not options.train.resume
     earlier = (of_scores(placed).checkpoint,) if is_ours else ()

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from outsize.adapt import calibration, rewrite
+from outsize.adapt import calibration, peak, rewrite, training_peak
 from outsize.adapt.change import AS_IS
 from outsize.adapt.distill import data as texts
-from outsize.adapt.distill import factors, peak
+from outsize.adapt.distill import factors
 from outsize.adapt.distill.data import Data
 from outsize.adapt.distill.factors import LoraStudent
 from outsize.adapt.distill.made import quality
@@ -23,12 +23,14 @@ from outsize.adapt.examples import TrainOptions, fingerprint
 from outsize.adapt.processes import processes
 from outsize.adapt.run import done, opened, session, train
 from outsize.adapt.statistics import Inputs
-from outsize.adapt.trainable import TrainableModel
+from outsize.adapt.trainable import TrainableModel, number_type
 from outsize.errors import OptionError
 from outsize.home import home
+from outsize.kernels.plain import PLAIN
 from outsize.pack import fetch, store
 from outsize.pack.format import Pack, Quality
 from outsize.pack.source import derived
+from outsize.plan.warmup import runtime_bytes
 from outsize.progress import steps
 from outsize.storage.records import Records
 
@@ -74,12 +76,25 @@ def recover(options: RecoverOptions) -> Recovered:
     source = source_of(pack, options.source)
     if options.rank is not None:
         factors.check_rank(pack.description, options.rank)
-    learning = 0 if options.rank is None else peak.learning_of(pack.description, options.rank)
-    peak.check(peak.peak_bytes((source, pack), options.recipe, learning), options.train)
+    _check(options, (pack, source))
     what = "recovered" if options.rank is None else f"recovered-rank{options.rank}"
     placed = texts.placed(options.train, pack, what)
     with session(placed) as (where, device), Records(pack) as own:
         return _recover(replace(options, train=where), (pack, source), own, device)
+
+
+def _check(options: RecoverOptions, packs: tuple[Pack, Pack]) -> None:
+    """Refuse what does not fit: training, or to begin in closed form, with both models open."""
+    (pack, source), where, fitted = packs, options.train, 0
+    work = training_peak.on_tables(pack, options.recipe)
+    if options.rank is not None:
+        learning = training_peak.learning_of(pack.description, options.rank)
+        work = training_peak.distilling(pack.description, options.recipe, learning)
+        if options.begin == "closed" and not (where.resume or training_peak.on_gpu(where)):
+            size = number_type(source, torch.device("cpu")).itemsize
+            fitted = peak.peak_bytes(source, size, runtime_bytes(PLAIN))
+            fitted += size * training_peak.numbers(pack)
+    training_peak.check(packs, work, where, fitted)
 
 
 def source_of(pack: Pack, named: str | None) -> Pack:

@@ -3,13 +3,12 @@ from what it was; an ordinary pack, whose sharing layers store nothing, and whic
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from outsize.adapt import rewrite
+from outsize.adapt import rewrite, training_peak
 from outsize.adapt.distill import data as texts
-from outsize.adapt.distill import peak
 from outsize.adapt.distill.made import Made, finish
 from outsize.adapt.distill.matrices import MatrixStudent
 from outsize.adapt.distill.task import DistillRecipe, DistillTask
@@ -49,7 +48,8 @@ def share_kv(options: ShareOptions) -> Made:
     d = share_keys(pack.description, options.layers)
     each = 2 * d.width * d.num_heads * d.head_dim + 3 * d.width * d.ffn_width
     learning = options.layers * each
-    peak.check(peak.peak_bytes((pack,), options.recipe, learning), options.train)
+    work = replace(training_peak.distilling(d, options.recipe, learning), rebuilt=learning)
+    training_peak.check((pack,), work, options.train)
     with (
         session(texts.placed(options.train, pack, "shared")) as (where, device),
         Records(pack) as records,

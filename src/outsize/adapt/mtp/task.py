@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
 
+from outsize.adapt import training_peak
 from outsize.adapt.examples import Example
 from outsize.adapt.mtp.losses import MtpRecipe, losses, new_parameters, sample_batch, total
 from outsize.adapt.mtp.simulate import simulate
 from outsize.adapt.trainable import TrainableModel
+from outsize.draft import mtp_head
 from outsize.model.lora_file import MTP
+from outsize.model_config import Description
+
+
+def work(recipe: MtpRecipe, d: Description) -> training_peak.Work:
+    """What one step does: mask tokens learn, over the keys of ordinary ones; what is not gated, by these."""
+    masks = recipe.anchors * recipe.k
+    keys = min(recipe.length, d.context) + masks
+    sampler = sum(map(math.prod, mtp_head.shapes(d.width).values())) * recipe.sampler
+    learning = training_peak.learning_of(d, recipe.rank) + recipe.k * d.width + sampler
+    return training_peak.Work(recipe.batch, masks if recipe.gated else keys, keys, learning)
 
 
 class MtpTask:

@@ -25,9 +25,9 @@ from outsize.adapt.nested.prefixes import ffns
 from outsize.adapt.nested.task import NestedRecipe, NestedTask, Widths
 from outsize.adapt.nested.tune import TuneRecipe
 from outsize.adapt.nested.tuned import Tuned, Tuning
-from outsize.adapt.run import held, number_type
+from outsize.adapt.run import held
 from outsize.adapt.sparsity.words import Words, spread, words
-from outsize.adapt.trainable import TrainableModel
+from outsize.adapt.trainable import TrainableModel, number_type
 from outsize.arguments import whole
 from outsize.engine import load as loading
 from outsize.errors import AdapterError, OptionError
