@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from outsize.encoding.find import encoding
-from outsize.encoding.plain import Plain, slice_rows
+from outsize.encoding.plain import Fields, Plain, slice_rows
 from outsize.kernels.plain import PLAIN
 from outsize.pack.tables import PAGE, Matrix, aligned, field_bytes
+from outsize.storage import buffers
 from outsize.storage.buffers import BufferPool, buffer
 from outsize.storage.reader import Reader
 from outsize.storage.table import Table, Weight, view
@@ -203,7 +204,7 @@ def join(table: Table, reader: Reader, count: int, on_read: OnRead) -> Weight | 
     header = table.header
     (matrix,) = next(iter(header.tensors.values()))
     whole = Matrix(matrix.encoding, matrix.num_rows * count, matrix.width, 0)
-    fields = {k: torch.empty(s.shape, dtype=s.dtype, device="cpu") for k, s in whole.specs.items()}
+    fields = view(buffers.whole(whole.size), whole, PLAIN).fields
     for i, raw in read_in_turn(table, reader, range(count)):
         _copy(fields, view(raw, matrix, PLAIN), matrix, i)
         on_read(header.stride)
@@ -226,7 +227,7 @@ def read_in_turn(
             tickets[slot] = reader.submit(table, records[i + len(buffers)], buffers[slot][1])
 
 
-def _copy(fields: dict[str, Tensor], block: Weight, matrix: Matrix, index: int) -> None:
+def _copy(fields: Fields, block: Weight, matrix: Matrix, index: int) -> None:
     count = block.encoding.stored_rows(block.fields)
     some_rows = slice_rows(matrix.specs, fields, index * count, (index + 1) * count)
     for name, some in some_rows.items():
