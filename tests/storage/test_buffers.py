@@ -1,4 +1,5 @@
-"""Memory for large matrices: zeros, in huge pages where the system has them, and no more than was asked for."""
+"""Memory for large matrices: zeros, in huge pages where the system has them, and no more than was asked
+for."""
 
 from __future__ import annotations
 
