@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import outsize
-from outsize.adapt import checkpoints, head_loss, loop, trainable
+from outsize.adapt import checkpoints, head_loss, loop, trainable, training_peak
 from outsize.adapt.answers import answer
 from outsize.adapt.examples import Example, Kept, TrainOptions, prepare
 from outsize.adapt.mtp.losses import MtpRecipe, deltas, losses, ordinary, sample_batch
@@ -404,7 +404,7 @@ def wish_of(model: Model, folder: Path, **more: object) -> TrainOptions:
 
 
 def train(options: TrainOptions, recipe: MtpRecipe = RECIPE) -> None:
-    run(options, recipe, partial(MtpTask, recipe), partial(work, recipe))
+    run(options, recipe, partial(MtpTask, recipe), partial(work, recipe, options))
 
 
 def test_too_little_memory_is_refused_before_anything_is_made(
@@ -414,6 +414,43 @@ def test_too_little_memory_is_refused_before_anything_is_made(
     with pytest.raises(BudgetError, match=r"MB of memory, and 100 MB may be used; give a larger"):
         train(wish)
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
+
+
+def test_a_model_that_is_not_trained_on_is_named_before_its_memory(
+    open_tiny: Callable[..., Model], tmp_path: Path
+) -> None:
+    wish = wish_of(open_tiny("mixtral", "int8"), tmp_path, memory="100MB")
+    with pytest.raises(UnsupportedError, match="training knows dense models"):
+        train(wish)
+
+
+def test_processes_share_what_is_free_and_the_batch(
+    open_tiny: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two on one machine each has half of what is free; but all of a --memory that was given."""
+    pack = open_tiny("llama", "int8").pack
+    wish = wish_of(open_tiny("llama", "int8"), tmp_path, own_answers=False)
+    own = training_peak.Work(7, 2000, 2000, 10**6)
+    each = replace(own, sequences=4)
+    alone = training_peak.peak_bytes((pack,), each)
+    assert alone < training_peak.peak_bytes((pack,), own)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    two = training_peak.peak_bytes((pack,), each)
+    assert two >= alone + 4 * 10**6 - 2**20  # gradients, gathered to be averaged
+    monkeypatch.setattr(training_peak.memory, "parse", lambda given: int(1.2 * two))
+    training_peak.check((pack,), own, wish)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    training_peak.check((pack,), own, replace(wish, memory="1GB"))
+    with pytest.raises(BudgetError, match="MB may be used"):
+        training_peak.check((pack,), own, wish)
+
+
+def test_own_answers_are_a_part_of_what_training_takes(
+    open_tiny: Callable[..., Model], tmp_path: Path
+) -> None:
+    wish = wish_of(open_tiny("llama", "int8"), tmp_path, memory="300MB", at_once=4000)
+    with pytest.raises(BudgetError, match="or a smaller --batch, --length or --at-once"):
+        train(wish)
 
 
 def test_the_whole_recipe_makes_a_drafter_that_loads(

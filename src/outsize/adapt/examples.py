@@ -19,6 +19,7 @@ from outsize.errors import DataError, DiskFullError
 from outsize.options import Options
 from outsize.pack.format import Pack
 from outsize.progress import steps
+from outsize.system import memory
 from outsize.text.prompt import encode
 from outsize.text.prompt_file import Line, read
 from outsize.text.tokens import Tokens
@@ -50,6 +51,7 @@ class TrainOptions:
     memory: str | int = "auto"  # of this process, at most, where the task says what it takes
 
     def __post_init__(self) -> None:
+        memory.parse(self.memory)  # before a model is packed
         for name in ("max_tokens", "at_once", "every"):
             whole(name, getattr(self, name), 1, 1 << 24)
 

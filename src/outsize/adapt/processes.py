@@ -20,6 +20,12 @@ def processes() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if ready else (0, 1)
 
 
+def to_come() -> tuple[int, int]:
+    """How many processes torchrun starts: on this machine, and in all; also before they have met."""
+    local, world = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    return max(1, local), max(1, world)
+
+
 def is_first() -> bool:
     """Is this the process that speaks and writes? Also before they have met, and after they have left."""
     return os.environ.get("RANK", "0") == "0"

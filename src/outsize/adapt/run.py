@@ -14,8 +14,8 @@ import torch
 from outsize.adapt import checkpoints, loop, training_peak
 from outsize.adapt.examples import Example, TrainOptions, fingerprint, prepare
 from outsize.adapt.processes import join, leave, processes
-from outsize.adapt.trainable import TrainableModel, number_type
-from outsize.errors import OptionError, UnsupportedError
+from outsize.adapt.trainable import TrainableModel, check_usual, number_type
+from outsize.errors import OptionError
 from outsize.log import say
 from outsize.model_config import Description
 from outsize.pack import fetch
@@ -109,11 +109,7 @@ def _run(
 def opened(pack: Pack, options: TrainOptions, device: torch.device) -> TrainableModel:
     """A pack's numbers, in what the device multiplies fastest (fp32 where they are such). Raises
     UnsupportedError."""
-    if not pack.description.is_usual:
-        raise UnsupportedError(
-            f"{pack.path.name} is a {pack.description.family} model; training knows dense models without "
-            "sinks, of RMSNorms and gated feed-forwards"
-        )
+    check_usual(pack)
     with bars(options.quiet) as progress:
         return TrainableModel(pack, device, number_type(pack, device), progress)
 

@@ -56,6 +56,15 @@ def number_type(pack: Pack, device: torch.device) -> torch.dtype:
     return torch.float32 if is_fp32 else matmul_type(device)
 
 
+def check_usual(pack: Pack) -> None:
+    """Raises UnsupportedError for what is not trained on."""
+    if not pack.description.is_usual:
+        raise UnsupportedError(
+            f"{pack.path.name} is a {pack.description.family} model; training knows dense models without "
+            "sinks, of RMSNorms and gated feed-forwards"
+        )
+
+
 class TrainableModel:
     """The network. `dtype` is what enters a matmul; the residual stream is fp32 (fp64 in fp64)."""
 
@@ -155,13 +164,16 @@ class TrainableModel:
 
     def _masks(self, rows: Rows) -> dict[int | None, Tensor]:
         """(B, 1, T, S) bool for each reach of attention. Stored rows are at positions 0, 1, ..."""
-        count = rows.allow_BTS.shape[2] - rows.positions_BT.shape[1]
-        before = torch.arange(count, device=self.device).expand(len(rows.positions_BT), -1)
-        keys_BS = torch.cat([before, rows.positions_BT], dim=1)
-        apart = rows.positions_BT[:, :, None] - keys_BS[:, None]
+        allow, positions_BT = rows.allow_BTS, rows.positions_BT.int()
         windows = {layer.window for layer in self.description.layers}
-        allow = rows.allow_BTS
-        return {w: (allow if w is None else allow & (apart < w))[:, None] for w in windows}
+        out: dict[int | None, Tensor] = {None: allow[:, None]} if None in windows else {}
+        if widths := [w for w in windows if w is not None]:
+            count = allow.shape[2] - positions_BT.shape[1]
+            before = torch.arange(count, dtype=torch.int32, device=self.device)
+            keys_BS = torch.cat([before.expand(len(positions_BT), -1), positions_BT], dim=1)
+            apart = positions_BT[:, :, None] - keys_BS[:, None]
+            out |= {w: (allow & (apart < w))[:, None] for w in widths}
+        return out
 
     def _rotation(self, rope: Rope, positions_BT: Tensor) -> Tensor:
         known = self._cos_sin.get(rope)

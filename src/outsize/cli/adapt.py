@@ -219,7 +219,7 @@ def mtp(
     wanted = MtpRecipe(**asdict(recipe))
     given_data = asdict(train) | {"data": tuple(train.data)}
     options = TrainOptions(model=model, quiet=load.quiet, memory=load.memory, **given_data)
-    run(options, wanted, partial(MtpTask, wanted), partial(work, wanted))
+    run(options, wanted, partial(MtpTask, wanted), partial(work, wanted, options))
 
 
 for command in (distill.recover, distill.feature, distill.prune, distill.share_kv, align):

@@ -19,6 +19,7 @@ HUGE, SMALL = 2 << 20, 1 << 20  # a huge page; what is smaller than SMALL is not
 # Python's default for unnamed maps is shared, which is accounted as cache that cannot be dropped.
 _PRIVATE = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
 _ADVICE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
+_NO_ADVICE: int = getattr(mmap, "MADV_NOHUGEPAGE", 0)
 _COLLAPSE = 25  # Linux 6.1's MADV_COLLAPSE, which Python does not name yet
 _DROP: int | None = getattr(mmap, "MADV_DONTNEED", None)
 
@@ -86,7 +87,9 @@ def whole(size: int) -> Tensor:
     taken = mmap.mmap(-1, size + HUGE, **_PRIVATE)
     every = torch.frombuffer(taken, dtype=torch.uint8)
     start = -every.data_ptr() % HUGE
-    taken.madvise(_ADVICE, start, full)
+    with contextlib.suppress(OSError):  # a system without huge pages
+        taken.madvise(_ADVICE, start, full)
+        taken.madvise(_NO_ADVICE, start + full, size + HUGE - start - full)
     made = every[start : start + size].zero_()
     _collapse(taken, start, full)
     return made

@@ -11,7 +11,7 @@ import torch
 
 from outsize.adapt import training_peak
 from outsize.adapt.align import task_file
-from outsize.adapt.align.mdloo import AlignRecipe, AlignTask, Asked
+from outsize.adapt.align.mdloo import MEASURED, AlignRecipe, AlignTask, Asked
 from outsize.adapt.align.task_file import TaskFile
 from outsize.adapt.change import AS_IS, Change
 from outsize.adapt.distill.data import Data
@@ -25,6 +25,7 @@ from outsize.adapt.trainable import TrainableModel
 from outsize.engine import open_tokens
 from outsize.errors import DataError, OptionError
 from outsize.log import say
+from outsize.model_config import Description
 from outsize.options import Options
 from outsize.pack import fetch
 from outsize.pack.format import Pack
@@ -68,11 +69,10 @@ def align(options: AlignOptions) -> Aligned:
     pack = fetch.find(model) or fetch.pack(model, quiet=options.train.quiet)
     check_rank(pack.description, options.recipe.rank)
     learning = training_peak.learning_of(pack.description, options.recipe.rank)
-    samples = replace(options.recipe, batch=options.recipe.batch * options.recipe.samples)
-    work = training_peak.distilling(pack.description, samples, learning)
-    training_peak.check((pack,), work, options.train)
+    work = work_of(options.recipe, pack.description, learning)
     members = {n: factors_of(path, pack, 0) for n, path in (options.members or {}).items()}
     with session(options.train) as (where, device):
+        training_peak.check((pack,), work, where)
         world = processes()[1]
         if options.recipe.batch % world:
             raise OptionError(
@@ -88,6 +88,14 @@ def align(options: AlignOptions) -> Aligned:
                 f"{len(told.held_out)} held-out prompts pass; use it with {task.use}{where.output}"
             )
         return result
+
+
+def work_of(recipe: AlignRecipe, d: Description, learning: int) -> training_peak.Work:
+    """Answers are drawn, and learned from, all at once."""
+    length = min(recipe.length, d.context)
+    drawn = training_peak.Pass(recipe.batch * max(recipe.samples, MEASURED), length, length, True)
+    samples = recipe.batch * recipe.samples
+    return training_peak.Work(samples, length, length, learning, between=(drawn,))
 
 
 def task_of(recipe: AlignRecipe, pack: Pack, model: TrainableModel, told: TaskFile) -> AlignTask:

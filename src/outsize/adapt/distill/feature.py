@@ -13,6 +13,7 @@ from outsize.adapt.distill import factors
 from outsize.adapt.distill.data import Data
 from outsize.adapt.distill.factors import Factors, LoraStudent
 from outsize.adapt.distill.task import DistillRecipe, DistillTask
+from outsize.adapt.distill.work import distilling
 from outsize.adapt.examples import TrainOptions, fingerprint
 from outsize.adapt.run import done, opened, session, train
 from outsize.adapt.trainable import TrainableModel
@@ -46,9 +47,8 @@ def feature(options: FeatureOptions) -> None:
     begun = _begun(options, pack)
     rank = max(a.shape[0] for name, a in begun.items() if name.endswith(".A"))
     d, learning = pack.description, training_peak.learning_of(pack.description, rank)
-    work = training_peak.distilling(d, options.recipe, learning)
-    training_peak.check((pack,), work, options.train)
     with session(options.train) as (where, device):
+        training_peak.check((pack,), distilling(d, options.recipe, learning, where), where)
         model = opened(pack, where, device)
         found = texts.load(where, options.recipe.length, pack, model)
         task = FeatureTask(options.recipe, model, LoraStudent(model, begun, "feature"), found)

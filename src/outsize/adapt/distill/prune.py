@@ -22,6 +22,7 @@ from outsize.adapt.distill.made import Made, finish
 from outsize.adapt.distill.matrices import MatrixStudent
 from outsize.adapt.distill.soft_top_k import MaskStudent
 from outsize.adapt.distill.task import DistillRecipe, DistillTask, rows
+from outsize.adapt.distill.work import distilling
 from outsize.adapt.examples import TrainOptions, fingerprint
 from outsize.adapt.run import done, opened, session, train
 from outsize.adapt.trainable import TrainableModel
@@ -76,10 +77,6 @@ def prune(options: PruneOptions) -> Made:
     )
     keep, d = kept(pack, options), pack.description
     learning = 3 * d.num_layers * keep * d.width
-    work = training_peak.distilling(d, options.recipe, learning)
-    scored = d.num_layers * d.ffn_width * d.width  # what masks scale, while they are learned
-    work = replace(work, rebuilt=max(learning, scored))
-    training_peak.check((pack,), work, options.train)
     placed = texts.placed(options.train, pack, "pruned")
     is_ours = options.by == "soft" or not options.train.resume
     earlier = (of_scores(placed).checkpoint,) if is_ours else ()
@@ -87,6 +84,9 @@ def prune(options: PruneOptions) -> Made:
         session(placed, *earlier) as (where, device),
         Records(pack) as records,
     ):
+        work = distilling(d, options.recipe, learning, where)
+        scored = d.num_layers * d.ffn_width * d.width  # what masks scale, while they are learned
+        training_peak.check((pack,), replace(work, rebuilt=max(learning, scored)), where)
         options = replace(options, train=where)
         model = opened(pack, where, device)
         found = texts.load(where, options.recipe.length, pack, model)

@@ -18,6 +18,7 @@ from outsize.adapt.distill.factors import LoraStudent
 from outsize.adapt.distill.made import quality
 from outsize.adapt.distill.tables import TableStudent
 from outsize.adapt.distill.task import DistillRecipe, DistillTask, Student
+from outsize.adapt.distill.work import distilling
 from outsize.adapt.divergence import Divergence
 from outsize.adapt.examples import TrainOptions, fingerprint
 from outsize.adapt.processes import processes
@@ -76,20 +77,23 @@ def recover(options: RecoverOptions) -> Recovered:
     source = source_of(pack, options.source)
     if options.rank is not None:
         factors.check_rank(pack.description, options.rank)
-    _check(options, (pack, source))
     what = "recovered" if options.rank is None else f"recovered-rank{options.rank}"
     placed = texts.placed(options.train, pack, what)
     with session(placed) as (where, device), Records(pack) as own:
-        return _recover(replace(options, train=where), (pack, source), own, device)
+        options = replace(options, train=where)
+        _check(options, (pack, source))
+        return _recover(options, (pack, source), own, device)
 
 
 def _check(options: RecoverOptions, packs: tuple[Pack, Pack]) -> None:
     """Refuse what does not fit: training, or to begin in closed form, with both models open."""
     (pack, source), where, fitted = packs, options.train, 0
-    work = training_peak.on_tables(pack, options.recipe)
-    if options.rank is not None:
+    work = distilling(pack.description, options.recipe, 0, where)
+    if options.rank is None:
+        work = training_peak.on_tables(pack, work)
+    else:
         learning = training_peak.learning_of(pack.description, options.rank)
-        work = training_peak.distilling(pack.description, options.recipe, learning)
+        work = replace(work, learning=learning)
         if options.begin == "closed" and not (where.resume or training_peak.on_gpu(where)):
             size = number_type(source, torch.device("cpu")).itemsize
             fitted = peak.peak_bytes(source, size, runtime_bytes(PLAIN))

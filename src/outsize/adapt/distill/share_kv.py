@@ -12,6 +12,7 @@ from outsize.adapt.distill import data as texts
 from outsize.adapt.distill.made import Made, finish
 from outsize.adapt.distill.matrices import MatrixStudent
 from outsize.adapt.distill.task import DistillRecipe, DistillTask
+from outsize.adapt.distill.work import distilling
 from outsize.adapt.examples import TrainOptions, fingerprint
 from outsize.adapt.run import opened, session, train
 from outsize.adapt.share_keys import queries
@@ -48,12 +49,12 @@ def share_kv(options: ShareOptions) -> Made:
     d = share_keys(pack.description, options.layers)
     each = 2 * d.width * d.num_heads * d.head_dim + 3 * d.width * d.ffn_width
     learning = options.layers * each
-    work = replace(training_peak.distilling(d, options.recipe, learning), rebuilt=learning)
-    training_peak.check((pack,), work, options.train)
     with (
         session(texts.placed(options.train, pack, "shared")) as (where, device),
         Records(pack) as records,
     ):
+        work = distilling(d, options.recipe, learning, where)
+        training_peak.check((pack,), replace(work, rebuilt=learning), where)
         model = opened(pack, where, device)
         found = texts.load(where, options.recipe.length, pack, model)
         student = sharing(model, records, d)

@@ -8,7 +8,7 @@ Shapes: B sequences, A anchors, K mask tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from outsize.adapt.mtp.losses import (
 )
 from outsize.adapt.trainable import TrainableModel
 from outsize.draft import mtp_head
+
+AT_ONCE, ANCHORS = 4, 32  # sequences, and tokens of each that mask tokens come after, in one pass
 
 
 @dataclass(slots=True)
@@ -64,10 +66,11 @@ def predictions(
     """(B, A, K): what the mask tokens after each token of an answer predict, each given the one before."""
     batch = collate(examples, [all_anchors(e) for e in examples]).to(model.device)
     _, stored = ordinary(model, batch)
-    z, _ = model.run(
-        mask_rows(model, batch, parameters["masks"][:k]), stored, deltas(parameters, scale)
-    )
-    z_BAKD = z.unflatten(1, (-1, k))
+    masks_KD, added, found = parameters["masks"][:k], deltas(parameters, scale), list[Tensor]()
+    for anchor_BA in batch.anchor_BA.split(ANCHORS, dim=1):
+        rows = mask_rows(model, replace(batch, anchor_BA=anchor_BA), masks_KD)
+        found.append(model.run(rows, stored, added)[0].unflatten(1, (-1, k)))
+    z_BAKD = torch.cat(found, dim=1)
     head = mtp_head.stages(mtp_head.of(parameters), mtp_head.plainly)
     chosen = batch.tokens_BS.gather(1, batch.anchor_BA.clamp_min(0) + 1)
     out = []
@@ -97,7 +100,7 @@ def simulate(
     scale: float,
     examples: Sequence[Example],
     k: int,
-    at_once: int = 8,
+    at_once: int = AT_ONCE,
 ) -> Simulated:
     """Tokens a step over all examples."""
     found = Simulated()

@@ -8,22 +8,29 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from outsize.adapt import training_peak
-from outsize.adapt.examples import Example
+from outsize.adapt.examples import Example, TrainOptions
 from outsize.adapt.mtp.losses import MtpRecipe, losses, new_parameters, sample_batch, total
-from outsize.adapt.mtp.simulate import simulate
+from outsize.adapt.mtp.simulate import ANCHORS, AT_ONCE, simulate
 from outsize.adapt.trainable import TrainableModel
+from outsize.adapt.training_peak import Pass, answering
 from outsize.draft import mtp_head
 from outsize.model.lora_file import MTP
 from outsize.model_config import Description
 
 
-def work(recipe: MtpRecipe, d: Description) -> training_peak.Work:
-    """What one step does: mask tokens learn, over the keys of ordinary ones; what is not gated, by these."""
-    masks = recipe.anchors * recipe.k
-    keys = min(recipe.length, d.context) + masks
+def work(recipe: MtpRecipe, options: TrainOptions, d: Description) -> training_peak.Work:
+    """Mask tokens learn, over the keys of ordinary ones; what is not gated, by these. Before, the model may
+    answer; between, some answers are judged."""
+    length, masks = min(recipe.length, d.context), recipe.anchors * recipe.k
+    keys, judged = length + masks, ANCHORS * recipe.k
+    between = (
+        Pass(AT_ONCE, max(length, judged), length + judged, True),
+        *answering(options, length),
+    )
     sampler = sum(map(math.prod, mtp_head.shapes(d.width).values())) * recipe.sampler
     learning = training_peak.learning_of(d, recipe.rank) + recipe.k * d.width + sampler
-    return training_peak.Work(recipe.batch, masks if recipe.gated else keys, keys, learning)
+    rows = masks if recipe.gated else keys
+    return training_peak.Work(recipe.batch, rows, keys, learning, between=between)
 
 
 class MtpTask:
