@@ -239,7 +239,9 @@ def relu_folder(folder: Path, family: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", ["llama", "llama+biases", "opt", "falcon"])
+@pytest.mark.parametrize(
+    "family", [pytest.param("llama", marks=pytest.mark.slow), "llama+biases", "opt", "falcon"]
+)
 def test_a_relu_model_is_exact(family: str, text: Path, tmp_path: Path, home: Path) -> None:
     """Its gate, or where there is none its up, says which neurons are off: the dense model's logits, and
     fewer neurons."""

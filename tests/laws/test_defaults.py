@@ -92,13 +92,21 @@ def run(*sources: Path, home: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "families", [("llama",), pytest.param(("gpt_oss", "olmoe"), marks=pytest.mark.slow)]
+    ("families", "kinds"),
+    [
+        (("llama",), ("Q4_0",)),
+        pytest.param((), ("Q8_0",), marks=pytest.mark.slow),
+        pytest.param(("gpt_oss", "olmoe"), (), marks=pytest.mark.slow),
+    ],
 )
 def test_answers_do_not_depend_on_defaults(
-    families: tuple[str, ...], folder_of: Callable[[str], Path], home: Path, tmp_path: Path
+    families: tuple[str, ...],
+    kinds: tuple[str, ...],
+    folder_of: Callable[[str], Path],
+    home: Path,
+    tmp_path: Path,
 ) -> None:
     """Of models as they are published, and of quantized ones."""
-    kinds = ("Q4_0", "Q8_0") if "llama" in families else ()
     quantized = [write_gguf(tmp_path / f"{q}.gguf", "llama", quantized=q) for q in kinds]
     run(*map(folder_of, families), *quantized, home=home)
 

@@ -24,7 +24,8 @@ from outsize.prefix.disk import DiskBlocks
 from tests.drafts import write_peft
 
 CHUNK, PAIRS = 32, 200
-FAMILIES = ["llama", "gemma3", "qwen3_moe", "gpt_oss"]
+MIXTURES = ["qwen3_moe", "gpt_oss"]
+FAMILIES = ["llama", "gemma3", *MIXTURES]
 
 
 @contextmanager
@@ -85,8 +86,14 @@ def pairs(seed: int, count: int) -> Iterator[tuple[list[int], list[int]]]:
         yield shared + first, shared + second
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tier", ["memory", "disk"])
+@pytest.mark.parametrize(
+    ("tier", "family"),
+    [
+        pytest.param(t, f, marks=pytest.mark.slow if t == "memory" and f in MIXTURES else ())
+        for t in ("memory", "disk")
+        for f in FAMILIES
+    ],
+)
 def test_warm_is_cold(
     family: str, tier: str, open_tiny: Callable[..., Model], tmp_path: Path
 ) -> None:
