@@ -230,7 +230,11 @@ def test_two_processes_train_as_one(text: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     two = load_file(tmp_path / "two" / "model.safetensors")
     for name, tensor in one.items():
-        torch.testing.assert_close(two[name].float(), tensor.float(), atol=4e-3, rtol=2e-2)
+        a, b = two[name].float(), tensor.float()
+        near = torch.isclose(a, b, atol=4e-3, rtol=2e-2)
+        # Where a gradient is as small as its rounding, AdamW goes a whole step to either side.
+        assert float(near.float().mean()) > 0.995
+        assert float((a - b).abs().max()) < 2.1 * 2 * float(RECIPE["rate"])
 
 
 def test_a_table_of_what_was_trained(text: Path, tmp_path: Path) -> None:
