@@ -4,6 +4,7 @@ interpreter. (What is too little is refused: tests/adapt/test_adapt.py, test_dis
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from outsize.bench.synthetic.folder import write_folder
 from outsize.bench.synthetic.shapes import Size
 from outsize.pack import fetch
 from outsize.pack.format import Pack
+from tests.command import outsize as outsize_here
 
 SHORT = ("--steps", "2", "--batch", "4", "--length", "128")
 ALONE = ("--steps", "2", "--batch", "1", "--length", "256")  # less than what is judged at once
@@ -71,7 +73,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Made:
     """A model of 59 million numbers, in three bits, too; and what to train it on."""
     folder = tmp_path_factory.mktemp("peaks")
     text, prompts, task = (folder / name for name in ("words.txt", "asked.jsonl", "task.json"))
-    text.write_text("\n".join(f"line {i} of {i * i % 97} words, {i % 7}" for i in range(4000)))
+    text.write_text("\n".join(f"line {i} of {i * i % 97} words, {i % 7}" for i in range(9000)))
     rows = [{"prompt": f"{'what is ' * 8}{i}", "answer": "it is so " * 6} for i in range(160)]
     prompts.write_text("\n".join(map(json.dumps, rows)))
     asked = [{"prompt": f"say {i}", "check": {"kind": "most_words", "count": 3}} for i in range(12)]
@@ -104,5 +106,27 @@ def test_a_training_takes_what_it_said(made: Made, kind: str, tmp_path: Path) ->
     )
     assert ran.returncode == 0, ran.stderr
     said, took = (int(ran.stderr.split(word)[1].split()[0]) for word in ("said", "took"))
-    print(kind, said // 10**6, took // 10**6)
+    assert 0.4 * said < took <= said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+@pytest.mark.parametrize(
+    "words", ["relu --steps 2 --batch 4 --length 128", "nested --tune 2 --steps 2"]
+)
+def test_whole_feed_forwards_take_what_is_said(made: Made, words: str) -> None:
+    command, *flags = words.split()
+    said_by = ["adapt", command, str(made.base.path), "--data", str(made.text), "-t", "1", "-q"]
+    refused = outsize_here(*said_by, *flags, "--memory", "400MB")
+    found = re.search(r"takes about ([\d,]+) MB of memory, and 400 MB may be used", refused.stderr)
+    assert refused.returncode == 2
+    assert found is not None, refused.stderr
+    ran = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *said_by, *flags],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    said, took = 10**6 * int(found[1].replace(",", "")), int(ran.stderr.split("took")[1].split()[0])
     assert 0.4 * said < took <= said

@@ -22,17 +22,15 @@ from outsize.adapt.repack import bits_of
 from outsize.adapt.sparsity.words import Words, spread
 from outsize.adapt.statistics import bf16_products, causal
 from outsize.adapt.trainable import TrainableModel
+from outsize.adapt.training_peak import Pass, Work, peak_bytes
 from outsize.encoding.find import encoding
 from outsize.errors import BudgetError
 from outsize.home import home
-from outsize.kernels.plain import PLAIN
 from outsize.pack.format import Pack, Quality
 from outsize.pack.increments import dense_tables, learned_encoding
-from outsize.plan.warmup import runtime_bytes
 from outsize.progress import steps
 
-LEARNING = 16  # bytes of a number that learns: itself, its gradient, what AdamW keeps
-ACTIVATIONS = 64  # bytes of a token and a neuron, of all layers
+BEGUN = 4  # bytes of a number that learns: as the closed form begins, and gave it
 HELD = 4  # held-out sequences that all of the feed-forwards are judged on
 
 
@@ -69,9 +67,11 @@ def history_of(base: Pack, count: int) -> Path:
 def check(base: Pack, recipe: TuneRecipe, length: int, budget: int) -> None:
     """Refuse what is known not to fit. Raises BudgetError."""
     d = base.description
-    numbers, tokens = 3 * d.num_layers * d.ffn_width * d.width, recipe.batch * length
-    need = runtime_bytes(PLAIN) + 3 * base.size + LEARNING * numbers
-    need += ACTIVATIONS * tokens * d.num_layers * d.ffn_width + 12 * tokens * d.vocab_size
+    numbers = 3 * d.num_layers * d.ffn_width * d.width
+    work = Work(
+        recipe.batch, length, length, numbers, numbers, between=(Pass(HELD, length, length),)
+    )
+    need = peak_bytes((base,), work) + BEGUN * numbers
     if recipe.steps and need > budget:
         raise BudgetError(
             f"tuning the feed-forwards of {base.path.name} takes about {need / 1e6:,.0f} MB of memory, and "
@@ -100,10 +100,10 @@ def tuned(
     if not how.resume:
         history.unlink(missing_ok=True)
     _train(how, training, path, history, found.ids_BT.shape[1])
-    made = _kept(task.parameters, base)
-    quality = _quality(base, model, made, widths, found)
+    made, routers = _kept(task.parameters, base), task.routers
     tokens = training.step * how.recipe.batch * found.ids_BT.shape[1]
-    return Tuned(Learned(made, quality), task.routers, tokens)
+    del task, training, begun, ffns  # before as much is made again
+    return Tuned(Learned(made, _quality(base, model, made, widths, found)), routers, tokens)
 
 
 def _train(how: Tuning, training: loop.Training, path: Path, history: Path, length: int) -> None:
