@@ -3,8 +3,7 @@
 For each model and setting (bits=3.5, kv=int8, rank=8) runs of what was foretold, of 96 tokens behind a prompt
 of 480, and predictions, in turn: what a shared machine gives differs from second to second, so each
 prediction is set against the mean of the runs before and behind it, and the median of these ratios counts.
-`--made width=2/3:PACK,...`: packs that are there already; others are
-made here, which of few bits takes long.
+`--made width=2/3:PACK,...`: packs that are there already; others are made here, which of few bits takes long.
 """
 
 from __future__ import annotations

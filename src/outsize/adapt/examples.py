@@ -48,7 +48,7 @@ class TrainOptions:
     resume: bool = False
     device: str = "auto"
     quiet: bool = False
-    memory: str | int = "auto"  # of this process, at most, where the task says what it takes
+    memory: str | int = "auto"  # of this process, at most
 
     def __post_init__(self) -> None:
         memory.parse(self.memory)  # before a model is packed

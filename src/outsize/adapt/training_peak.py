@@ -109,18 +109,22 @@ def _row(d: Description, itemsize: int) -> int:
     return STREAM * d.width + itemsize * (2 * d.num_heads * d.head_dim + 4 * d.ffn_width)
 
 
+def _layer(d: Description, p: Pass | Work, itemsize: int) -> int:
+    """Bytes of a sequence in one layer: its rows, which keys each sees, and these keys and values."""
+    keys = itemsize * 2 * d.num_heads * d.head_dim * p.keys
+    return p.rows * (_row(d, itemsize) + itemsize * p.keys) + keys
+
+
 def _kept(d: Description, work: Work, itemsize: int) -> int:
     """Bytes of every layer for gradients; and of one layer, where all tokens pass without any."""
-    keys = itemsize * 2 * d.num_heads * d.head_dim * work.keys
-    kept = work.rows * (_row(d, itemsize) + itemsize * work.keys) + keys
+    kept = _layer(d, work, itemsize)
     passing = work.keys * _row(d, itemsize) + (itemsize + MASK) * work.keys**2
     return work.sequences * (TIMES * d.num_layers * kept + passing)
 
 
 def _passing(d: Description, p: Pass, itemsize: int) -> int:
     """Bytes of one layer; where tokens are chosen, of what is stored, old and new, and of logits."""
-    keys = itemsize * 2 * d.num_heads * d.head_dim * p.keys
-    one = p.rows * (_row(d, itemsize) + (itemsize + MASK) * p.keys) + keys
+    one = _layer(d, p, itemsize) + MASK * p.rows * p.keys
     stored = 2 * d.num_layers * p.keys * itemsize * 2 * d.num_kv_heads * d.head_dim
     return p.sequences * (one + (stored + CHOOSING * d.vocab_size) * p.stored)
 

@@ -35,12 +35,10 @@ class BufferPool:
     def __init__(self, count: int, size: int) -> None:
         is_large = count * size >= SMALL and _ADVICE is not None
         total = huge_bytes(count * size) if is_large else max(count * size, PAGE)
-        self._map = mmap.mmap(-1, total + HUGE if is_large else total, **_PRIVATE)
+        self._map, self._whole, self._start = _taken(total, is_large)
         if is_large and _ADVICE is not None:
             self._map.madvise(_ADVICE)
-        whole = torch.frombuffer(self._map, dtype=torch.uint8)
-        self._start = -whole.data_ptr() % HUGE if is_large else 0
-        self._whole, self._view, self._size = whole, memoryview(self._map), size
+        self._view, self._size = memoryview(self._map), size
         self._count, self._is_large = count, is_large
 
     def __getitem__(self, index: int) -> tuple[Tensor, memoryview]:
@@ -72,6 +70,13 @@ class BufferPool:
             self._map.madvise(_DROP, self._start + index * self._size, self._size)
 
 
+def _taken(size: int, is_large: bool) -> tuple[mmap.mmap, Tensor, int]:
+    """A map, all its bytes, and where in them `size` bytes begin: on a huge page, if they are many."""
+    taken = mmap.mmap(-1, size + HUGE if is_large else size, **_PRIVATE)
+    every = torch.frombuffer(taken, dtype=torch.uint8)
+    return taken, every, -every.data_ptr() % HUGE if is_large else 0
+
+
 def _collapse(taken: mmap.mmap, start: int, size: int) -> None:
     """Into huge pages, what may be in single ones."""
     with contextlib.suppress(OSError):  # an older kernel, or no huge page to be had
@@ -84,9 +89,7 @@ def whole(size: int) -> Tensor:
     full = size // HUGE * HUGE
     if full == 0 or _ADVICE is None:
         return torch.zeros(size, dtype=torch.uint8, device="cpu")
-    taken = mmap.mmap(-1, size + HUGE, **_PRIVATE)
-    every = torch.frombuffer(taken, dtype=torch.uint8)
-    start = -every.data_ptr() % HUGE
+    taken, every, start = _taken(size, True)
     with contextlib.suppress(OSError):  # a system without huge pages
         taken.madvise(_ADVICE, start, full)
         taken.madvise(_NO_ADVICE, start + full, size + HUGE - start - full)

@@ -16,8 +16,7 @@ from outsize.encoding.find import encoding
 from outsize.encoding.plain import Fields, Plain, slice_rows
 from outsize.kernels.plain import PLAIN
 from outsize.pack.tables import PAGE, Matrix, aligned, field_bytes
-from outsize.storage import buffers
-from outsize.storage.buffers import BufferPool, buffer
+from outsize.storage.buffers import BufferPool, buffer, whole
 from outsize.storage.reader import Reader
 from outsize.storage.table import Table, Weight, view
 from outsize.weights.open_pack import OpenPack
@@ -203,8 +202,8 @@ def join(table: Table, reader: Reader, count: int, on_read: OnRead) -> Weight | 
         return None
     header = table.header
     (matrix,) = next(iter(header.tensors.values()))
-    whole = Matrix(matrix.encoding, matrix.num_rows * count, matrix.width, 0)
-    fields = view(buffers.whole(whole.size), whole, PLAIN).fields
+    joined = Matrix(matrix.encoding, matrix.num_rows * count, matrix.width, 0)
+    fields = view(whole(joined.size), joined, PLAIN).fields
     for i, raw in read_in_turn(table, reader, range(count)):
         _copy(fields, view(raw, matrix, PLAIN), matrix, i)
         on_read(header.stride)

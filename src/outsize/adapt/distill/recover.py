@@ -88,16 +88,15 @@ def recover(options: RecoverOptions) -> Recovered:
 def _check(options: RecoverOptions, packs: tuple[Pack, Pack]) -> None:
     """Refuse what does not fit: training, or to begin in closed form, with both models open."""
     (pack, source), where, fitted = packs, options.train, 0
-    work = distilling(pack.description, options.recipe, 0, where)
-    if options.rank is None:
+    d, rank = pack.description, options.rank
+    learning = 0 if rank is None else training_peak.learning_of(d, rank)
+    work = distilling(d, options.recipe, learning, where)
+    if rank is None:
         work = training_peak.on_tables(pack, work)
-    else:
-        learning = training_peak.learning_of(pack.description, options.rank)
-        work = replace(work, learning=learning)
-        if options.begin == "closed" and not (where.resume or training_peak.on_gpu(where)):
-            size = number_type(source, torch.device("cpu")).itemsize
-            fitted = peak.peak_bytes(source, size, runtime_bytes(PLAIN))
-            fitted += size * training_peak.numbers(pack)
+    elif options.begin == "closed" and not (where.resume or training_peak.on_gpu(where)):
+        size = number_type(source, torch.device("cpu")).itemsize
+        fitted = peak.peak_bytes(source, size, runtime_bytes(PLAIN))
+        fitted += size * training_peak.numbers(pack)
     training_peak.check(packs, work, where, fitted)
 
 
